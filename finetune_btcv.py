@@ -1,0 +1,13 @@
+"""Fine-tune the segmentation network on labelled CT: BTCV, or any nnU-Net data set or decathlon list.
+
+    python finetune_btcv.py --data_dir data/Dataset015_BTCV --pretrained
+    ckpt/debug/hyspark_1kpretrained_timm_style.pth --logdir ckpt/btcv python finetune_btcv.py --data_dir
+    data/Dataset015_BTCV --pretrained none --logdir ckpt/btcv_scratch
+
+The same command continues an interrupted run; --help lists every setting. The same as `hyspark finetune`.
+"""
+
+from hyspark.cli import finetune, run
+
+if __name__ == "__main__":
+    run(finetune)

@@ -1,0 +1,7 @@
+"""HySparK: pre-train a hybrid CNN + transformer on unlabelled CT by masking, and fine-tune it for segmentation."""
+
+from hyspark.models.pretraining import build_hyspark
+from hyspark.models.segmentation import build_hybird
+from hyspark.models.weights import LoadReport, load_pretrained
+
+__all__ = ["LoadReport", "build_hybird", "build_hyspark", "load_pretrained"]

@@ -1,0 +1,246 @@
+"""Command lines: flags -> settings -> one call. The scripts at the top level and the `hyspark` command are these
+functions.
+"""
+
+import difflib
+import os
+import sys
+import traceback
+from argparse import BooleanOptionalAction
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from tap import Tap, to_tap_class
+
+from hyspark.config import ConfigT, FinetuneConfig, PretrainConfig, field_help, read_yaml
+
+
+class DatalistArguments(Tap):
+    """Write dataset.json for every Dataset*/imagesTr below a folder."""
+
+    data_path: str = "data"  # Folder with nnU-Net data sets (DatasetXXX_Name/imagesTr), or one of them
+    output: str = ""  # Where to write; by default <data_path>/dataset.json
+    labels: bool = False  # Labelled cases only, each with its label, for fine-tuning
+    splits: str = ""  # A splits.json, or auto: each data set's own splits.json, else a seeded split by subject
+    val_fraction: float = 0.2  # Share of subjects in the validation part of a seeded split
+    seed: int = 0  # Seed of the split
+    channel: str = "0000"  # Which channel's files to list
+    organize_from: str = ""  # First link the NIfTI files below this folder into --organize_to
+    organize_to: str = ""  # nnU-Net data set folder to make, e.g. data/Dataset042_Mine
+    copy: bool = False  # Copy files instead of linking them
+
+
+class WeightsArguments(Tap):
+    """Load weights into the segmentation network and print what matched."""
+
+    path: str  # A .pth, .pt or .safetensors file
+    in_channel: int = 1  # Input channels
+    n_classes: int = 14  # Classes, background included
+    img_size: tuple[int, ...] = (96,)  # Crop size, one number or one per axis
+    encoder_widths: tuple[int, ...] = PretrainConfig.encoder_widths  # Channels of the five stages
+    encoder_depths: tuple[int, ...] = PretrainConfig.encoder_depths  # Blocks in the five stages
+    expansions: tuple[int, ...] = PretrainConfig.expansions  # Expansion in the five stages
+    vit_depth: int = PretrainConfig.vit_depth  # Transformer blocks
+    num_heads: int = PretrainConfig.num_heads  # Attention heads
+
+    def configure(self) -> None:
+        self.add_argument("path")
+
+
+class PhantomArguments(Tap):
+    """Write procedural labelled and unlabelled CTs in nnU-Net layout, to try things with."""
+
+    out: str = "data/demo"  # Folder to write to
+    num_labelled: int = 6  # Cases with labels
+    num_unlabelled: int = 12  # Cases without
+    seed: int = 0  # Seed of the anatomy
+
+
+class CompareArguments(Tap):
+    """Print the Dice of fine-tuning runs side by side."""
+
+    folders: list[str]  # Run folders
+
+    def configure(self) -> None:
+        self.add_argument("folders", nargs="+")
+
+
+def datalist(argv: Sequence[str]) -> None:
+    """`hyspark datalist`, generate_js.py."""
+    from hyspark.data import datalist as lists
+
+    args = parse(DatalistArguments(prog="hyspark datalist", allow_abbrev=False), argv)
+    if bool(args.organize_from) != bool(args.organize_to):
+        raise ValueError(
+            "--organize_from and --organize_to go together: the folder of loose files, and the data set to make"
+        )
+    if args.organize_from:
+        num = lists.organize_by_names(Path(args.organize_from), Path(args.organize_to), copy=args.copy)
+        print(f"{num} images {'copied' if args.copy else 'linked'} into {args.organize_to}/imagesTr")
+    found = lists.build(
+        Path(args.data_path),
+        labels=args.labels,
+        channel=args.channel,
+        splits=args.splits,
+        val_fraction=args.val_fraction,
+        seed=args.seed,
+    )
+    path = Path(args.output) if args.output else Path(args.data_path) / "dataset.json"
+    lists.write(found, path)
+    for dataset, numbers in lists.counts(found).items():
+        print(f"{dataset}: " + ", ".join(f"{num} {kind.replace('_', ' ')}" for kind, num in numbers.items()))
+    print(f"written to {path}")
+
+
+def pretrain(argv: Sequence[str]) -> None:
+    """`hyspark pretrain`, train.py."""
+    config = read_config(PretrainConfig, "hyspark pretrain", argv)
+    from hyspark.engine.pretrain import pretrain as run
+
+    run(config)
+
+
+def finetune(argv: Sequence[str]) -> None:
+    """`hyspark finetune`, finetune_btcv.py."""
+    config = read_config(FinetuneConfig, "hyspark finetune", argv)
+    from hyspark.engine.finetune import finetune as run
+
+    run(config)
+
+
+def weights(argv: Sequence[str]) -> None:
+    """`hyspark weights`."""
+    from hyspark.models.segmentation import build_hybird
+    from hyspark.models.weights import load_pretrained
+
+    args = parse(WeightsArguments(prog="hyspark weights", allow_abbrev=False), argv)
+    size = args.img_size[0] if len(args.img_size) == 1 else args.img_size
+    model = build_hybird(
+        args.in_channel,
+        args.n_classes,
+        size,
+        widths=args.encoder_widths,
+        depths=args.encoder_depths,
+        expansions=args.expansions,
+        vit_depth=args.vit_depth,
+        num_heads=args.num_heads,
+    )
+    print(load_pretrained(model, args.path))
+
+
+def phantom(argv: Sequence[str]) -> None:
+    """`hyspark phantom`."""
+    from hyspark.data.phantom import write_phantoms
+
+    args = parse(PhantomArguments(prog="hyspark phantom", allow_abbrev=False), argv)
+    write_phantoms(Path(args.out), num_labelled=args.num_labelled, num_unlabelled=args.num_unlabelled, seed=args.seed)
+
+
+def compare(argv: Sequence[str]) -> None:
+    """`hyspark compare`."""
+    args = parse(CompareArguments(prog="hyspark compare", allow_abbrev=False), argv)
+    from hyspark.engine.finetune import compare as table
+
+    print(table([Path(f) for f in args.folders]))
+    for folder in args.folders:
+        print(f"report of {Path(folder).name}: {Path(folder) / 'report.html'}, pictures in {Path(folder) / 'pictures'}")
+
+
+VERBS: dict[str, Callable[[Sequence[str]], None]] = {
+    "datalist": datalist,
+    "pretrain": pretrain,
+    "finetune": finetune,
+    "weights": weights,
+    "phantom": phantom,
+    "compare": compare,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The `hyspark` command: a verb, then its flags."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: hyspark VERB [flags]; hyspark VERB --help lists the flags\n")
+        for name, function in VERBS.items():
+            print(f"  {name:10s}{(function.__doc__ or '').strip()}")
+        sys.exit(0 if argv else 2)
+    if argv[0] not in VERBS:
+        print(
+            f"error: no verb {argv[0]!r}; the verbs are {', '.join(VERBS)}{hint(argv[0], list(VERBS))}",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    run(VERBS[argv[0]], argv[1:])
+
+
+def run(function: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
+    """Call a verb; an error that this package raised for the user becomes one message and exit code 2, or 1 for a
+    failed training.
+    """
+    try:
+        function(sys.argv[1:] if argv is None else argv)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if not raised_here(error):
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+
+
+def raised_here(error: BaseException) -> bool:
+    """Whether the error was raised by this package's own code; others keep their traceback."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(__file__).parent in Path(last.filename).parents
+
+
+def parse(parser: Any, argv: Sequence[str]) -> Any:
+    """Parsed flags; raises ValueError, naming the nearest flag, for an unknown one."""
+    args = parser.parse_args(list(argv), known_only=True)
+    if args.extra_args:
+        flag = args.extra_args[0].split("=")[0]
+        known = [option for action in parser._actions for option in action.option_strings]
+        raise ValueError(f"unknown argument {flag!r}{hint(flag, known)}; --help lists all")
+    return args
+
+
+def hint(word: str, choices: Sequence[str]) -> str:
+    """'; did you mean X?' for a near miss, else nothing."""
+    matches = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def read_config(config_class: type[ConfigT], prog: str, argv: Sequence[str]) -> ConfigT:
+    """Settings from defaults, then the YAML that --config names, then flags. Every field is a flag.
+
+    Raises ValueError for an unknown key or flag and for values that do not fit.
+    """
+    base: Any = to_tap_class(config_class)
+    help_texts = field_help(config_class)
+
+    class Flags(base):
+        def configure(self) -> None:
+            self.add_argument("--config", type=str, default="", help="YAML recipe (see configs/); flags override it")
+            for field in fields(config_class):
+                assert field.default is not MISSING
+                extra = {"action": BooleanOptionalAction} if isinstance(field.default, bool) else {}
+                text = help_texts[field.name].replace("%", "%%") + " (default: %(default)s)"
+                self.add_argument(f"--{field.name}", default=field.default, help=text, **extra)
+
+    parser = Flags(prog=prog, description=config_class.__doc__, allow_abbrev=False)
+    path = recipe_path(argv)
+    if path:
+        parser.set_defaults(**read_yaml(path, config_class))
+    args = parse(parser, argv)
+    return config_class(**{f.name: getattr(args, f.name) for f in fields(config_class)})
+
+
+def recipe_path(argv: Sequence[str]) -> str:
+    """The value of --config, or nothing."""
+    for i, word in enumerate(argv):
+        if word.startswith("--config="):
+            return word.removeprefix("--config=")
+        if word == "--config" and i + 1 < len(argv):
+            return argv[i + 1]
+    return ""

@@ -1,0 +1,391 @@
+"""Settings of a run as frozen dataclasses: defaults, then a YAML file, then flags. All validation of settings is here.
+
+A field's name is its YAML key and its flag. Names and defaults that users know from the published command lines
+(`bs`, `ep`, `wd`, `max_epochs`, `optim_lr`, ...) are kept. The docstring below a field is its help text.
+"""
+
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+from docstring_parser import parse_from_object
+
+from hyspark.models.encoder import DEPTHS, EXPANSIONS, WIDTHS
+from hyspark.models.masking import grid_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareSettings:
+    """The deterministic part of the data path, done once per volume; together with the file it keys the store."""
+
+    spacing: tuple[float, float, float] = (1.5, 1.5, 1.5)
+    """Voxel spacing in mm that volumes are resampled to, in RAS order."""
+    hu_min: float = -175.0
+    """Hounsfield units that become 0; lower values are clipped."""
+    hu_max: float = 250.0
+    """Hounsfield units that become 1; higher values are clipped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSettings:
+    """Shape of the hybrid encoder; the defaults are HySparK-B of the paper."""
+
+    encoder_widths: tuple[int, ...] = WIDTHS
+    """Channels of the five stages; the last must be a multiple of num_heads and of 6."""
+    encoder_depths: tuple[int, ...] = DEPTHS
+    """MedNeXt blocks in each of the five stages."""
+    expansions: tuple[int, ...] = EXPANSIONS
+    """Expansion inside the blocks of the five stages."""
+    vit_depth: int = 3
+    """Transformer blocks."""
+    num_heads: int = 12
+    """Attention heads; they do not depend on the crop size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What every training run has."""
+
+    seed: int = 0
+    """Batches, crops, masks and initial weights are functions of it."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format of the forward pass (autocast); weights stay fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is one."""
+    max_steps: int = 0
+    """Stop after this many steps, without changing the schedule; 0 runs to the end."""
+    save_every: int = 0
+    """Also save a checkpoint every so many steps; 0 saves at the end of epochs only."""
+    dataloader_workers: int = -1
+    """Loader processes per rank; -1 takes one per available core, at most 8; 0 loads in the main process."""
+    prepare_workers: int = 0
+    """Processes that prepare volumes; 0 takes one per available core."""
+    store_dir: str = ""
+    """Folder of prepared volumes, shared by all runs on the same data; by default `prepared` inside the data folder."""
+    crops_per_volume: int = 4
+    """Crops taken from each drawn volume."""
+    dry_run: bool = False
+    """Print the resolved settings, the data found and the size of the model, then stop; nothing is written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunSettings, PrepareSettings, EncoderSettings):
+    """Masked pre-training (`train.py`, `hyspark pretrain`)."""
+
+    exp_name: str = "debug"
+    """Name of the run, used in its report and for the default of exp_dir."""
+    exp_dir: str = ""
+    """Run folder; by default ckpt/<exp_name>. The same command on it continues the run."""
+    data_path: str = "data"
+    """Folder with dataset.json, or the path of such a JSON."""
+    model: Literal["hyspark"] = "hyspark"
+    """Network to pre-train."""
+    compute: Literal["packed", "masked"] = "packed"
+    """How hidden voxels are left out: packed, or the readable reference."""
+    bs: int = 4
+    """Volumes per step, over all processes; each gives crops_per_volume crops."""
+    mask: float = 0.75
+    """Share of patches that are hidden."""
+    input_size: tuple[int, ...] = (96,)
+    """Edge of a crop in voxels, one number or one per axis; multiples of 16."""
+    decoder_width: int = 768
+    """Channels of the reconstruction decoder at its deepest level; a multiple of 16."""
+    base_lr: float = 1e-4
+    """Peak learning rate, not scaled by the batch."""
+    ep: int = 100
+    """Epochs: passes over the training volumes."""
+    wp_ep: int = 40
+    """Warm-up epochs."""
+    wd: float = 0.04
+    """Weight decay at the start."""
+    wde: float = 0.2
+    """Weight decay at the end, reached by a cosine."""
+    clip: float = 5.0
+    """Largest norm of the gradient; 0 does not clip."""
+    init_weight: str = ""
+    """Weights to start from: an encoder or pre-training checkpoint. The optimizer starts fresh."""
+    resume_from: str = ""
+    """Checkpoint (with decoder) of another run folder to continue from; a run's own folder is continued without it."""
+    val_fraction: float = 0.02
+    """Share of volumes held out for the validation loss where the data list has no validation part; at least one."""
+    flip_prob: tuple[float, float, float] = (0.2, 0.2, 0.1)
+    """Probability of a flip on each axis."""
+    picture_every: int = 5
+    """Epochs between reconstruction pictures; 0 makes them after the last epoch only."""
+
+    def __post_init__(self) -> None:
+        check_run(self)
+        check_encoder(self)
+        positive(self, "bs", "ep", "crops_per_volume", "decoder_width")
+        not_negative(self, "wp_ep", "wd", "wde", "clip", "picture_every")
+        between(self, "val_fraction", 0, 1)
+        if len(self.input_size) not in (1, 3):
+            raise ValueError(f"input_size takes one number or three, but got {list(self.input_size)}")
+        grid_of(self.crop_size)
+        if not 0 < self.mask < 1:
+            raise ValueError(f"mask must lie between 0 and 1 (the share of hidden patches), but it is {self.mask}")
+        if self.base_lr <= 0:
+            raise ValueError(f"base_lr must be above 0, but it is {self.base_lr}")
+        check_probabilities("flip_prob", self.flip_prob)
+
+    @property
+    def crop_size(self) -> tuple[int, ...]:
+        """Voxels per axis, always three."""
+        return self.input_size * 3 if len(self.input_size) == 1 else self.input_size
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run is written."""
+        return Path(self.exp_dir or f"ckpt/{self.exp_name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(RunSettings, PrepareSettings, EncoderSettings):
+    """Fine-tuning for segmentation (`finetune_btcv.py`, `hyspark finetune`)."""
+
+    data_dir: str = "data"
+    """Folder of labelled data: with a decathlon JSON (json_list), or an nnU-Net data set (imagesTr, labelsTr)."""
+    json_list: str = ""
+    """Decathlon JSON inside data_dir, or its path. By default dataset.json where it is a data list, else the nnU-Net
+    folders.
+    """
+    logdir: str = "ckpt/finetune"
+    """Run folder. The same command on it continues the run."""
+    pretrained: str = "none"
+    """Weights to start from: a checkpoint's path, or none to train from scratch."""
+    max_epochs: int = 5000
+    """Epochs: passes over the training cases."""
+    val_every: int = 100
+    """Epochs between validations."""
+    batch_size: int = 1
+    """Cases per step, over all processes; each gives crops_per_volume crops."""
+    optim_lr: float = 1e-4
+    """Peak learning rate."""
+    reg_weight: float = 1e-5
+    """Weight decay."""
+    warmup_epochs: int = 50
+    """Epochs of linear warm-up."""
+    lrschedule: Literal["warmup_cosine", "constant"] = "warmup_cosine"
+    """Learning rate after the warm-up: a cosine to 0, or constant."""
+    clip: float = 0.0
+    """Largest norm of the gradient; 0 does not clip."""
+    infer_overlap: float = 0.5
+    """Overlap of neighbouring windows in validation."""
+    sw_batch_size: int = 4
+    """Windows per forward pass in validation."""
+    roi_x: int = 96
+    """Crop edge on the first axis; a multiple of 16."""
+    roi_y: int = 96
+    """Crop edge on the second axis."""
+    roi_z: int = 96
+    """Crop edge on the third axis."""
+    in_channels: int = 1
+    """Image channels."""
+    out_channels: int = 0
+    """Classes with background; 0 takes the number from the data set's labels, or 14 where it names none."""
+    val_fraction: float = 0.2
+    """Share of cases held out where neither the data list nor a splits.json names validation cases."""
+    flip_prob: tuple[float, float, float] = (0.2, 0.2, 0.2)
+    """Probability of a flip on each axis. Set the first (left-right) to 0 where left and right organs are classes of
+    their own.
+    """
+    rot90_prob: float = 0.2
+    """Probability of a quarter turn in the axial plane."""
+    intensity_prob: float = 0.1
+    """Probability of scaling intensities by up to 10 %, and of shifting them by up to .1."""
+
+    def __post_init__(self) -> None:
+        check_run(self)
+        check_encoder(self)
+        positive(self, "max_epochs", "val_every", "batch_size", "crops_per_volume", "sw_batch_size", "in_channels")
+        not_negative(self, "warmup_epochs", "reg_weight", "clip", "out_channels")
+        between(self, "infer_overlap", 0, 1)
+        between(self, "val_fraction", 0, 1)
+        grid_of(self.crop_size)
+        if self.in_channels != 1:
+            raise ValueError(f"CT has one channel; in_channels={self.in_channels} is not supported by the data path")
+        if self.out_channels == 1:
+            raise ValueError("out_channels counts the background too, so it is at least 2 (0 takes it from the data)")
+        if self.optim_lr <= 0:
+            raise ValueError(f"optim_lr must be above 0, but it is {self.optim_lr}")
+        check_probabilities("flip_prob", self.flip_prob)
+        check_probabilities("rot90_prob, intensity_prob", (self.rot90_prob, self.intensity_prob))
+
+    @property
+    def crop_size(self) -> tuple[int, ...]:
+        """Voxels per axis."""
+        return (self.roi_x, self.roi_y, self.roi_z)
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run is written."""
+        return Path(self.logdir)
+
+
+def check_run(config: Any) -> None:
+    """Checks of RunSettings and PrepareSettings; raises ValueError."""
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal:
+            one_of(name, getattr(config, name), get_args(hint))
+    not_negative(config, "seed", "max_steps", "save_every", "prepare_workers")
+    if config.dataloader_workers < -1:
+        raise ValueError(f"dataloader_workers is a count, or -1 for automatic; it is {config.dataloader_workers}")
+    if min(config.spacing) <= 0:
+        raise ValueError(f"spacing must be above 0 mm on each axis, but it is {config.spacing}")
+    if config.hu_min >= config.hu_max:
+        raise ValueError(f"hu_min must lie below hu_max, but they are {config.hu_min} and {config.hu_max}")
+
+
+def check_encoder(config: EncoderSettings) -> None:
+    """Checks of EncoderSettings that need no model; raises ValueError."""
+    for name in ("encoder_widths", "encoder_depths", "expansions"):
+        values = getattr(config, name)
+        if len(values) != len(WIDTHS) or min(values) < 1:
+            raise ValueError(f"{name} takes {len(WIDTHS)} positive numbers, one per stage, but got {list(values)}")
+    positive(config, "vit_depth", "num_heads")
+    last = config.encoder_widths[-1]
+    if last % config.num_heads or last % 6:
+        raise ValueError(
+            f"the last of encoder_widths must be a multiple of 6 and of num_heads={config.num_heads}; it is {last}"
+        )
+
+
+def positive(config: Any, *names: str) -> None:
+    """Raises ValueError where a field is not above 0."""
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name} must be above 0, but it is {getattr(config, name)}")
+
+
+def not_negative(config: Any, *names: str) -> None:
+    """Raises ValueError where a field is below 0."""
+    for name in names:
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} must not be negative, but it is {getattr(config, name)}")
+
+
+def between(config: Any, name: str, low: float, high: float) -> None:
+    """Raises ValueError where a field is outside low <= x < high."""
+    if not low <= getattr(config, name) < high:
+        raise ValueError(f"{name} must be at least {low} and below {high}, but it is {getattr(config, name)}")
+
+
+def check_probabilities(name: str, values: Iterable[float]) -> None:
+    """Raises ValueError where a value is not a probability."""
+    if any(not 0 <= p <= 1 for p in values):
+        raise ValueError(f"{name} must be probabilities between 0 and 1, but got {tuple(values)}")
+
+
+def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raises ValueError, naming the nearest choice, where the value is none of them."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}{nearest(str(value), choices)}")
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """'; did you mean X?' for a near miss, else nothing."""
+    matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+ConfigT = TypeVar("ConfigT", PretrainConfig, FinetuneConfig)
+
+
+def field_help(config_class: type) -> dict[str, str]:
+    """The docstring of each field, base classes included."""
+    docs: dict[str, str] = {}
+    for cls in reversed(config_class.__mro__[:-1]):
+        docs |= {p.arg_name: p.description or "" for p in parse_from_object(cls).params}
+    return docs
+
+
+def read_yaml(path: str | Path, config_class: type) -> dict[str, Any]:
+    """Values of a YAML recipe, each in the type of its field.
+
+    Raises FileNotFoundError for a missing file; ValueError, naming the file, for an unknown key or a value of
+    another type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no recipe at {path}; the recipes that come with the project are in configs/")
+    loaded = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{path}: expected lines of `name: value`, got {type(loaded).__name__}")
+    hints = {f.name: get_type_hints(config_class)[f.name] for f in fields(config_class)}
+    values = {}
+    for key, value in loaded.items():
+        if key not in hints:
+            raise ValueError(f"{path}: unknown key {key!r}{nearest(str(key), hints)}")
+        try:
+            values[key] = coerce(value, hints[key])
+        except (TypeError, ValueError):
+            wanted = (
+                hints[key]
+                if isinstance(hints[key], types.GenericAlias)
+                else getattr(hints[key], "__name__", hints[key])
+            )
+            raise ValueError(f"{path}: {key} should be {wanted}, but it is {value!r}") from None
+    return values
+
+
+def coerce(value: Any, hint: Any) -> Any:
+    """A YAML value in a field's type: lists become tuples, whole numbers become floats where a float is wanted, 1e-4
+    is a number.
+    """
+    if get_origin(hint) is tuple:
+        inner = get_args(hint)
+        values = value if isinstance(value, list | tuple) else [value]
+        if inner[-1] is not Ellipsis and len(values) != len(inner):
+            raise ValueError
+        return tuple(coerce(v, inner[0]) for v in values)
+    if get_origin(hint) is Literal:
+        return str(value)
+    if hint is float and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise TypeError
+    return value
+
+
+def write_yaml(config: PretrainConfig | FinetuneConfig, path: Path) -> None:
+    """Write every field, so that `--config` on the file gives the same settings."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(as_plain(config), sort_keys=False))
+
+
+def as_plain(config: PretrainConfig | FinetuneConfig) -> dict[str, Any]:
+    """The fields as plain values, tuples as lists."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+
+
+MAY_CHANGE = {
+    *("max_steps", "save_every", "dataloader_workers", "prepare_workers", "store_dir", "device", "dry_run"),
+    *(
+        "exp_name",
+        "exp_dir",
+        "logdir",
+        "resume_from",
+        "picture_every",
+        "val_every",
+        "data_path",
+        "data_dir",
+        "sw_batch_size",
+    ),
+}
+"""Fields that may differ between a run and its continuation: they change neither the batches nor the weights, or
+only move files.
+"""
+
+
+def differences(old: Mapping[str, Any], config: PretrainConfig | FinetuneConfig) -> list[str]:
+    """Settings that forbid continuing a run, one line each: 'name: was X, is Y'."""
+    new = as_plain(config)
+    return [
+        f"{name}: was {old.get(name)}, is {value}"
+        for name, value in new.items()
+        if name not in MAY_CHANGE and old.get(name) != value
+    ]

@@ -1,0 +1,94 @@
+"""Where to crop and how to augment: pure functions of (seed, position).
+
+Nothing here keeps a random state. The volume, crop and flips of slot i of batch t depend on the seed, t and i alone,
+not on the number of workers, processes or restarts.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.transforms import (
+    Compose,
+    RandFlipd,
+    RandRotate90d,
+    RandScaleIntensityd,
+    RandShiftIntensityd,
+)
+
+from hyspark.data.store import StoredVolume
+
+STREAMS = ("order", "crop", "mask", "validation-crop", "validation-mask", "weights")
+"""Independent sources of randomness in a run."""
+
+
+def seed_at(seed: int, stream: str, *position: int) -> int:
+    """A 63-bit seed for one use of randomness, independent of every other (stream, position) of the run."""
+    sequence = np.random.SeedSequence([seed, STREAMS.index(stream), *position])
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def rng_at(seed: int, stream: str, *position: int) -> np.random.Generator:
+    """A generator seeded by `seed_at`."""
+    return np.random.default_rng(seed_at(seed, stream, *position))
+
+
+def volume_at(position: int, num_volumes: int, seed: int) -> int:
+    """Which volume stands at a position of the endless stream: every pass over the data is a permutation of its own."""
+    number, within = divmod(position, num_volumes)
+    return int(rng_at(seed, "order", number).permutation(num_volumes)[within])
+
+
+def place(centre: Sequence[int], shape: Sequence[int], size: Sequence[int]) -> list[int]:
+    """First voxel of a crop of `size` around `centre`, moved to lie inside the volume.
+
+    On an axis where the volume is smaller than the crop, the volume lies in the middle of it and the start is
+    negative or 0.
+    """
+    start = []
+    for c, n, s in zip(centre, shape, size, strict=True):
+        start.append(-((s - n) // 2) if n <= s else min(max(c - s // 2, 0), n - s))
+    return start
+
+
+def image_crop(
+    volume: StoredVolume, size: Sequence[int], flip_prob: Sequence[float], rng: np.random.Generator
+) -> np.ndarray:
+    """A crop centred on a random foreground voxel, flipped at random: float32 (1, *size) in [0, 1]."""
+    centre = volume.draw_voxel("foreground", rng)
+    assert centre is not None  # preparation refuses volumes without foreground
+    crop = volume.read("image", place(centre, volume.entry.shape, size), size)
+    flips = [axis for axis, (p, u) in enumerate(zip(flip_prob, rng.random(len(flip_prob)), strict=True)) if u < p]
+    return np.ascontiguousarray(np.flip(crop, tuple(flips)))[None]
+
+
+def labelled_crop(volume: StoredVolume, size: Sequence[int], rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    """A crop with its label, centred on a labelled or an unlabelled foreground voxel with equal chance.
+
+    Returns image float32 (1, *size) in [0, 1], label int64 (1, *size).
+    """
+    kinds = ("labelled", "unlabelled") if rng.random() < 0.5 else ("unlabelled", "labelled")
+    centre = volume.draw_voxel(kinds[0], rng) or volume.draw_voxel(kinds[1], rng)
+    assert centre is not None
+    start = place(centre, volume.entry.shape, size)
+    return {
+        "image": torch.from_numpy(volume.read("image", start, size)[None]),
+        "label": torch.from_numpy(volume.read("label", start, size)[None].astype(np.int64)),
+    }
+
+
+def augmentation(flip_prob: Sequence[float], rot90_prob: float, intensity_prob: float) -> Compose:
+    """MONAI's random transforms of the BTCV recipe; set its state before each sample to make it a function of the
+    position.
+    """
+    keys = ["image", "label"]
+    flips: list[Any] = [RandFlipd(keys, prob=p, spatial_axis=axis) for axis, p in enumerate(flip_prob) if p > 0]
+    return Compose(
+        [
+            *flips,
+            RandRotate90d(keys, prob=rot90_prob, max_k=3),
+            RandScaleIntensityd("image", factors=0.1, prob=intensity_prob),
+            RandShiftIntensityd("image", offsets=0.1, prob=intensity_prob),
+        ]
+    )

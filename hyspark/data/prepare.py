@@ -1,0 +1,181 @@
+"""The deterministic part of the data path, done once per volume: MONAI transforms into the store, in parallel.
+
+Load, RAS orientation, resample to the spacing (linear; labels nearest), HU window to 0..1 with clipping, crop to
+foreground (> 0). Padding to the crop size happens when a crop is read (see `store.py`), so that one prepared volume
+serves every crop size.
+"""
+
+import multiprocessing
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import torch
+from monai.transforms import (
+    Compose,
+    CropForegroundd,
+    EnsureTyped,
+    LoadImaged,
+    Orientationd,
+    ScaleIntensityRanged,
+    Spacingd,
+)
+from tqdm import tqdm
+
+from hyspark.config import PrepareSettings
+from hyspark.data.datalist import Case
+from hyspark.data.store import StoredVolume, entry_folder, is_complete, write_entry
+
+MAX_LISTED = 20
+"""Broken cases named in full in one error message."""
+
+
+def transforms(settings: PrepareSettings, with_label: bool) -> Compose:
+    """The MONAI pipeline on {"image": path, "label": path}: image float32 (1, h, w, d) in [0, 1], label of the same
+    shape.
+    """
+    keys = ["image", "label"] if with_label else ["image"]
+    modes = ["bilinear", "nearest"][: len(keys)]
+    return Compose(
+        [
+            LoadImaged(keys, reader="NibabelReader", ensure_channel_first=True),
+            EnsureTyped(keys, dtype=torch.float32),
+            Orientationd(keys, axcodes="RAS", labels=(("L", "R"), ("P", "A"), ("I", "S"))),
+            Spacingd(keys, pixdim=settings.spacing, mode=modes),
+            ScaleIntensityRanged("image", settings.hu_min, settings.hu_max, 0.0, 1.0, clip=True),
+            CropForegroundd(keys, source_key="image", allow_smaller=True),
+        ]
+    )
+
+
+def check_header(path: Path) -> tuple[int, ...]:
+    """Shape of a NIfTI file; raises ValueError for what is not one 3D volume."""
+    try:
+        image: Any = nibabel.load(path)
+        shape = tuple(image.shape)
+    except Exception as error:
+        raise ValueError(f"not readable as NIfTI ({error})") from error
+    if len([s for s in shape if s > 1]) > 3 or len(shape) < 3 or (len(shape) > 3 and max(shape[3:]) > 1):
+        raise ValueError(f"expected one 3D volume, but its shape is {shape}")
+    return shape
+
+
+def prepare_case(case: Case, settings: PrepareSettings) -> dict[str, Any]:
+    """Run the transforms on one case.
+
+    Returns image float32 (h, w, d) in [0, 1], label uint8 (h, w, d) or None, affine (4, 4) of the prepared grid in
+    RAS mm. Raises ValueError for a file that is no 3D volume, for an image without foreground, for a label that does
+    not fit its image.
+    """
+    shape = check_header(case.image)
+    if case.label is not None and check_header(case.label)[:3] != shape[:3]:
+        raise ValueError(f"image and label differ in shape: {shape} and {check_header(case.label)} ({case.label})")
+    paths = {"image": str(case.image)} | ({"label": str(case.label)} if case.label else {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MONAI's advice to its own callers; results are checked below
+        out = transforms(settings, case.label is not None)(paths)
+    image = out["image"]
+    array = np.ascontiguousarray(image.numpy()[0])
+    if not np.isfinite(array).all():
+        raise ValueError("holds NaN or infinite values")
+    if array.size == 0 or array.max() <= 0:
+        raise ValueError(f"no voxel lies above {settings.hu_min} HU; is it CT in Hounsfield units?")
+    label = None
+    if case.label is not None:
+        values = out["label"].numpy()[0]
+        if values.min() < 0 or values.max() > 255 or (values != np.round(values)).any():
+            raise ValueError(f"label values must be whole numbers from 0 to 255 ({case.label})")
+        label = np.ascontiguousarray(values.astype(np.uint8))
+    return {"image": array, "label": label, "affine": np.asarray(image.affine, dtype=np.float64)}
+
+
+def prepare_into(case: Case, settings: PrepareSettings, folder: Path) -> str | None:
+    """Prepare one case into its store entry. Returns None, or why it failed; runs in a worker process."""
+    torch.set_num_threads(1)
+    try:
+        prepared = prepare_case(case, settings)
+        write_entry(folder, source=str(case.image), **prepared)
+    except (ValueError, RuntimeError, OSError, EOFError) as error:
+        return f"{case.image}: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}"
+    return None
+
+
+def prepare_all(
+    cases: Sequence[Case],
+    settings: PrepareSettings,
+    store_dir: Path,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> list[StoredVolume]:
+    """Prepared volumes of the cases, in their order; what the store lacks is made first, in `num_workers` processes
+    (0: one per core).
+
+    Raises ValueError that lists the cases that cannot be prepared and why; PermissionError where the store cannot be
+    written.
+    """
+    folders = [entry_folder(store_dir, settings, c.image, c.label) for c in cases]
+    todo = [(c, settings, f) for c, f in zip(cases, folders, strict=True) if not is_complete(f)]
+    if todo:
+        make_writable(store_dir)
+        failures = run_pool(todo, num_workers or available_cores(), progress)
+        if failures:
+            shown = "\n  ".join(failures[:MAX_LISTED])
+            more = f"\n  and {len(failures) - MAX_LISTED} more" if len(failures) > MAX_LISTED else ""
+            raise ValueError(
+                f"{len(failures)} of {len(cases)} volumes cannot be prepared; "
+                f"mend them or take them out of the data list:\n  {shown}{more}"
+            )
+    return [StoredVolume(f, c.name) for c, f in zip(cases, folders, strict=True)]
+
+
+def make_writable(store_dir: Path) -> None:
+    """Create the store's folder; raises PermissionError with the flag that moves it."""
+    try:
+        store_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(store_dir, os.W_OK):
+            raise PermissionError
+    except OSError:
+        raise PermissionError(
+            f"cannot write prepared volumes to {store_dir}; name another folder with --store_dir"
+        ) from None
+
+
+def run_pool(todo: Sequence[tuple[Case, PrepareSettings, Path]], num_workers: int, progress: bool) -> list[str]:
+    """Messages of the cases that failed."""
+    bar = tqdm(total=len(todo), desc="prepare", unit="volume", disable=not progress)
+    failures: list[str] = []
+    num_workers = min(num_workers, len(todo))
+    # spawn: a forked child of a process with OpenMP threads may hang in its first parallel region.
+    context = multiprocessing.get_context("spawn")
+    with bar, ProcessPoolExecutor(num_workers, mp_context=context) as pool:
+        for future in as_completed([pool.submit(prepare_into, *job) for job in todo]):
+            failure = future.result()
+            if failure:
+                failures.append(failure)
+            bar.update()
+    return sorted(failures)
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def wait_for_all(
+    cases: Sequence[Case],
+    settings: PrepareSettings,
+    store_dir: Path,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> list[StoredVolume]:
+    """As `prepare_all`, for a process beside the one that prepares: waits until every entry is there."""
+    folders = [entry_folder(store_dir, settings, c.image, c.label) for c in cases]
+    while not all(is_complete(f) for f in folders):
+        time.sleep(0.5)
+    return [StoredVolume(f, c.name) for c, f in zip(cases, folders, strict=True)]

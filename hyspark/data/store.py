@@ -1,0 +1,167 @@
+"""Prepared volumes in compressed chunks; a crop is read without reading its volume.
+
+One folder per volume: `image.b2nd` (uint16, 0..1 as 0..65535, an error of at most 1e-5), `label.b2nd` (uint8, where
+there is one), `counts.npy` (the foreground index), `entry.json` (shape, affine, source). The folder's name is a hash
+of file path, size, modification time and the settings of preparation, so changed settings or files never read old
+voxels. An entry appears by renaming a finished folder: what exists is whole.
+
+Codec, measured on a prepared 274 x 201 x 114 CT at 1.5 mm (12.6 MB as uint16), random 96^3 crops to float32, one
+thread, median of 40:
+
+    blosc2, lz4, byte shuffle, chunks 64, blocks 16     8.8 MB   0.7 ms     <- chosen
+    blosc2, zstd level 1, byte shuffle, same            7.3 MB   3.0 ms
+    zarr 3, lz4, bit shuffle, chunks 64                 9.7 MB   4.2 ms
+    zarr 3, zstd level 1, bit shuffle, chunks 64        8.2 MB   7.9 ms
+
+Foreground is indexed as counts per cell of 32^3 voxels. To draw one foreground voxel of a volume, uniformly and
+exactly, a cell is drawn by its count and only that cell is read.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+
+from hyspark.config import PrepareSettings
+
+FORMAT = 1
+CHUNK, BLOCK, CELL = 64, 16, 32
+SCALE = np.float32(1 / 65535)
+
+KINDS: Mapping[str, Callable[[np.ndarray, np.ndarray | None], np.ndarray]] = {
+    "foreground": lambda image, label: image > 0,
+    "labelled": lambda image, label: np.zeros(image.shape, bool) if label is None else label > 0,
+    "unlabelled": lambda image, label: image > 0 if label is None else (image > 0) & (label == 0),
+}
+"""Kinds of voxel a crop may be centred on."""
+
+
+def entry_folder(store_dir: Path, settings: PrepareSettings, image: Path, label: Path | None) -> Path:
+    """Where the prepared volume of these files with these settings lies; the name changes when any of them does."""
+    key: dict[str, Any] = {"format": FORMAT}
+    key |= {f.name: getattr(settings, f.name) for f in fields(PrepareSettings)}
+    for name, path in (("image", image), ("label", label)):
+        if path is not None:
+            stat = path.stat()
+            key[name] = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return store_dir / digest[:32]
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether an entry exists."""
+    return (folder / "entry.json").is_file()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What entry.json holds: shape in voxels, affine of the prepared grid (RAS mm), the file it was made from."""
+
+    shape: tuple[int, ...]
+    affine: list[list[float]]
+    source: str
+
+
+def write_entry(folder: Path, *, image: np.ndarray, label: np.ndarray | None, affine: np.ndarray, source: str) -> None:
+    """Write one entry: image float32 (h, w, d) in [0, 1], label uint8 of the same shape or None, affine (4, 4)."""
+    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+    try:
+        quantised = np.rint(image * 65535).astype(np.uint16)
+        write_array(temporary / "image.b2nd", quantised)
+        if label is not None:
+            write_array(temporary / "label.b2nd", label)
+        counts = np.stack([cell_counts(where(quantised, label)).ravel() for where in KINDS.values()])
+        np.save(temporary / "counts.npy", counts.astype(np.uint32))
+        entry = Entry(image.shape, affine.tolist(), source)
+        (temporary / "entry.json").write_text(json.dumps(asdict(entry)))
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if not is_complete(folder):  # otherwise another process has just made the same entry
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """One chunked, compressed array."""
+    chunks = tuple(min(CHUNK, s) for s in array.shape)
+    blocks = tuple(min(BLOCK, s) for s in array.shape)
+    cparams = {
+        "codec": blosc2.Codec.LZ4,
+        "clevel": 5,
+        "filters": [blosc2.Filter.SHUFFLE],
+        "typesize": array.itemsize,
+        "nthreads": 1,
+    }
+    blosc2.asarray(array, chunks=chunks, blocks=blocks, urlpath=str(path), cparams=cparams)
+
+
+def cell_counts(where: np.ndarray) -> np.ndarray:
+    """True voxels in each cell of 32^3: bool (h, w, d) -> int64 of ceil(shape / 32)."""
+    padded = np.pad(where, [(0, -s % CELL) for s in where.shape])
+    split = [n for s in padded.shape for n in (s // CELL, CELL)]
+    counts: np.ndarray = padded.reshape(split).sum(axis=tuple(range(1, len(split), 2)))
+    return counts
+
+
+@dataclass(frozen=True)
+class StoredVolume:
+    """A prepared volume on disk. Holds no voxels; safe to send to other processes."""
+
+    folder: Path
+    name: str
+
+    @cached_property
+    def entry(self) -> Entry:
+        """Shape, affine and source."""
+        loaded = json.loads((self.folder / "entry.json").read_text())
+        return Entry(tuple(loaded["shape"]), loaded["affine"], loaded["source"])
+
+    def read(self, array: str, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
+        """A box of "image" (float32 in [0, 1]) or "label" (uint8); what lies outside the volume is 0.
+
+        start: first voxel on each axis, may be negative. size: voxels per axis.
+        """
+        shape = self.entry.shape
+        low = [max(0, s) for s in start]
+        high = [min(n, s + e) for n, s, e in zip(shape, start, size, strict=True)]
+        path = self.folder / f"{array}.b2nd"
+        stored = blosc2.open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+        box = stored[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+        if array == "image":
+            box = box.astype(np.float32) * SCALE
+        if box.shape == tuple(size):
+            return np.asarray(box)
+        out = np.zeros(size, box.dtype)
+        out[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))] = box
+        return out
+
+    def draw_voxel(self, kind: str, rng: np.random.Generator) -> tuple[int, ...] | None:
+        """One voxel of a kind ("foreground", "labelled", "unlabelled"), each equally likely; None where there is
+        none.
+        """
+        counts = np.load(self.folder / "counts.npy", allow_pickle=False)[list(KINDS).index(kind)]
+        ends = np.cumsum(counts.astype(np.int64))
+        if ends[-1] == 0:
+            return None
+        rank = int(rng.integers(ends[-1]))
+        number = int(np.searchsorted(ends, rank, side="right"))
+        shape = self.entry.shape
+        cell = np.unravel_index(number, [-(-s // CELL) for s in shape])
+        start = [int(c) * CELL for c in cell]
+        size = [min(CELL, s - a) for s, a in zip(shape, start, strict=True)]
+        image = self.read("image", start, size)
+        label = self.read("label", start, size) if (self.folder / "label.b2nd").exists() else None
+        within = np.flatnonzero(KINDS[kind](image, label))[rank - (int(ends[number - 1]) if number else 0)]
+        offset = np.unravel_index(within, size)
+        return tuple(a + int(o) for a, o in zip(start, offset, strict=True))

@@ -1,0 +1,170 @@
+"""Processes and devices: one process or many under torchrun, CPU or CUDA. The only module that names a device.
+
+On CUDA batch statistics are shared by torch's SyncBatchNorm. That class refuses CPU tensors, so on the CPU
+`GlobalBatchNorm` below does the same with differentiable all-reduces: there, too, several processes compute what one
+would with the same global batch.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.parallel import DistributedDataParallel
+
+LOG = logging.getLogger("hyspark")
+AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among the others."""
+
+    device: torch.device
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and talks: rank 0 of the world."""
+        return self.rank == 0
+
+
+def find_processes(device: str) -> Processes:
+    """Read torchrun's environment and choose the device ("auto", "cpu", "cuda").
+
+    Raises ValueError where CUDA is asked for and absent, or has fewer devices than local processes.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if torch.cuda.device_count() <= local_rank:
+            raise ValueError(
+                f"process {local_rank} of this machine has no CUDA device: torch finds {torch.cuda.device_count()}; "
+                "start fewer processes, or use --device cpu"
+            )
+        torch.cuda.set_device(local_rank)
+        device = f"cuda:{local_rank}"
+    logging.basicConfig(format="%(message)s")
+    rank = int(os.environ.get("RANK", 0))
+    LOG.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    return Processes(torch.device(device), rank, local_rank, int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def connect(processes: Processes) -> None:
+    """Join the other processes, where torchrun started several."""
+    if processes.world_size > 1:
+        dist.init_process_group("nccl" if processes.device.type == "cuda" else "gloo")
+
+
+def disconnect(processes: Processes) -> None:
+    """Leave the group."""
+    if processes.world_size > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def share_gradients(model: nn.Module, processes: Processes) -> nn.Module:
+    """The model on its device, with gradients averaged and batch statistics shared over all processes.
+
+    Weights lie channels last: pointwise layers and LayerNorm then read contiguous rows (4 to 5 times faster on a CPU in fp32).
+    """
+    model = model.to(processes.device).to(memory_format=torch.channels_last_3d)
+    if processes.world_size == 1:
+        return model
+    if processes.device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return DistributedDataParallel(model, device_ids=[processes.local_rank], broadcast_buffers=False)
+    return DistributedDataParallel(share_statistics(model), broadcast_buffers=False)
+
+
+class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm whose statistics are those of the global batch, on any device: (b, c, *size) -> same."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"expected (b, c, *size), got shape {tuple(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        axes = [0, *range(2, input.ndim)]
+        shape = (1, -1, *(1,) * (input.ndim - 2))
+        x = input.float()
+        count = x.new_tensor([x.numel() / x.shape[1]])
+        total = all_reduce(torch.cat([x.sum(axes), count]))
+        num = total[-1].detach()
+        mean = total[:-1] / num
+        centred = x - mean.view(shape)
+        variance = all_reduce(centred.square().sum(axes)) / num
+        self.remember(mean.detach(), variance.detach() * (num / (num - 1)))
+        out = centred * (variance + self.eps).rsqrt().view(shape)
+        return (out * self.weight.view(shape) + self.bias.view(shape)).to(input.dtype)
+
+    def remember(self, mean: Tensor, variance: Tensor) -> None:
+        """Update the running statistics as torch's BatchNorm does."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance, self.momentum)
+
+
+def share_statistics(module: nn.Module) -> nn.Module:
+    """Replace every BatchNorm by GlobalBatchNorm, keeping names, weights and statistics."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            new = GlobalBatchNorm(child.num_features, child.eps, child.momentum)
+            new.load_state_dict(child.state_dict())
+            module.add_module(name, new)
+        else:
+            share_statistics(child)
+    return module
+
+
+def bare(model: nn.Module) -> Any:
+    """The network inside the wrapper."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def mean_over(value: Tensor, processes: Processes) -> float:
+    """Mean of a scalar over the processes, as a number."""
+    value = value.detach().clone()
+    if processes.world_size > 1:
+        dist.all_reduce(value)
+        value /= processes.world_size
+    return float(value)
+
+
+def gather(values: Sequence[Any], processes: Processes) -> list[Any]:
+    """The lists of all processes in one, on every process."""
+    if processes.world_size == 1:
+        return list(values)
+    parts: list[Any] = [None] * processes.world_size
+    dist.all_gather_object(parts, list(values))
+    return [v for part in parts for v in part]
+
+
+def barrier(processes: Processes) -> None:
+    """Wait for all processes."""
+    if processes.world_size > 1:
+        dist.barrier()
+
+
+def autocast(processes: Processes, precision: str) -> AbstractContextManager[Any]:
+    """The number format of the forward pass."""
+    return torch.autocast(processes.device.type, AUTOCAST[precision], enabled=precision != "fp32")
+
+
+def loss_scaler(processes: Processes, precision: str) -> torch.amp.GradScaler:
+    """Loss scaling for fp16; does nothing for the other formats."""
+    return torch.amp.GradScaler(processes.device.type, enabled=precision == "fp16")

@@ -1,0 +1,83 @@
+"""A run is a folder: resolved settings, metrics, TensorBoard; the same command on it continues."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+from hyspark.config import FinetuneConfig, PretrainConfig, differences, write_yaml
+from hyspark.data.datalist import Case
+from hyspark.data.prepare import prepare_all, wait_for_all
+from hyspark.data.store import StoredVolume
+from hyspark.engine.distributed import Processes
+
+Config = PretrainConfig | FinetuneConfig
+
+
+def check_settings(config: Config) -> None:
+    """Raises ValueError where the run folder belongs to a run with other settings; says which."""
+    path = config.run_folder / "config.yaml"
+    if not path.is_file():
+        return
+    changed = differences(yaml.safe_load(path.read_text()) or {}, config)
+    if changed:
+        raise ValueError(
+            f"{config.run_folder} holds a run with other settings; "
+            "name another folder, or use the same settings to continue it:\n  " + "\n  ".join(changed)
+        )
+
+
+def prepared(
+    config: Config, processes: Processes, data: Path, cases: tuple[Sequence[Case], Sequence[Case]]
+) -> tuple[list[StoredVolume], list[StoredVolume]]:
+    """Training and validation volumes in the store; one process of each machine makes what is missing.
+
+    data: folder of the data, or its JSON; the store lies beside it unless the settings name another place.
+    """
+    training, validation = cases
+    store = Path(config.store_dir) if config.store_dir else (data if data.is_dir() else data.parent) / "prepared"
+    prepare = prepare_all if processes.local_rank == 0 else wait_for_all
+    volumes = prepare([*training, *validation], config, store, config.prepare_workers, processes.is_main)
+    return volumes[: len(training)], volumes[len(training) :]
+
+
+class RunLog:
+    """Writes metrics.jsonl and TensorBoard in a run folder; for the main process only.
+
+    Opening it at a step drops what was written from that step on by an interrupted run.
+    """
+
+    def __init__(self, config: Config, first_step: int) -> None:
+        self.folder = config.run_folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_yaml(config, self.folder / "config.yaml")
+        path = self.folder / "metrics.jsonl"
+        if path.is_file():
+            kept = [line for line in path.read_text().splitlines() if keeps(line, first_step)]
+            path.write_text("".join(f"{line}\n" for line in kept))
+        self.metrics = path.open("a")
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step)
+
+    def write(self, step: int, epoch: int, **values: Any) -> None:
+        """One line of metrics, and its numbers to TensorBoard. Nested dictionaries become groups there."""
+        self.metrics.write(json.dumps({"step": step, "epoch": epoch, **values}) + "\n")
+        self.metrics.flush()
+        for name, value in values.items():
+            for part, number in value.items() if isinstance(value, dict) else [("", value)]:
+                self.board.add_scalar(f"{name}/{part}" if part else name, number, step)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self.metrics.close()
+        self.board.close()
+
+
+def keeps(line: str, first_step: int) -> bool:
+    """Whether a line of metrics is whole and from before `first_step`."""
+    try:
+        return bool(json.loads(line)["step"] < first_step)
+    except (ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,117 @@
+"""The hybrid encoder: five convolutional stages, then a transformer on the deepest map.
+
+Attribute names (`embeddings`, `expend1`, `mae`, ...) are those of the released weights: `state_dict()` IS the
+released format. The convolution that widens a stage is called `expend` there; the spelling is kept.
+
+Shapes: b batch, c channels, *size voxels per axis, *grid = size / 16 patches per axis.
+Source: Tang et al., "HySparK", MICCAI 2024 (arXiv 2408.05815), section 2, and its public release.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hyspark.models.blocks import CONV, MedNeXtBlock
+from hyspark.models.hidden import hidden
+from hyspark.models.masking import grid_of, visible_at
+from hyspark.models.vit import TokenTransformer
+
+WIDTHS = (32, 64, 128, 256, 384)
+DEPTHS = (1, 1, 3, 3, 1)
+EXPANSIONS = (2, 4, 4, 4, 2)
+NUM_STAGES = 5
+MAX_POOL = {2: F.max_pool2d, 3: F.max_pool3d}
+
+
+class ConvStages(nn.Module):
+    """Stem and five stages of MedNeXt blocks; a widening convolution and a 2^n max pool between stages.
+
+    (b, in_channels, *size) -> five maps, finest first: the four skip features x_1..x_4 at full, 1/2, 1/4 and 1/8
+    resolution (widths of the following stage), and x_5 at 1/16.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        widths: Sequence[int],
+        depths: Sequence[int],
+        expansions: Sequence[int],
+        axes: int,
+    ) -> None:
+        super().__init__()
+        conv = CONV[axes]
+        self.pool = MAX_POOL[axes]
+        self.stem = conv(in_channels, widths[0], 3, padding=1)
+        for s, (width, depth, expansion) in enumerate(zip(widths, depths, expansions, strict=True), start=1):
+            blocks = [MedNeXtBlock(width, expansion, axes) for _ in range(depth)]
+            self.add_module(f"layer{s}", nn.Sequential(*blocks))
+            if s < NUM_STAGES:
+                self.add_module(f"expend{s}", conv(width, widths[s], 3, padding=1))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features = []
+        x = self.stem(x)
+        for s in range(1, NUM_STAGES):
+            x = self.get_submodule(f"expend{s}")(self.get_submodule(f"layer{s}")(x))
+            features.append(x)
+            x = self.pool(x, 2)
+        return [*features, self.get_submodule(f"layer{NUM_STAGES}")(x)]
+
+
+class HybridEncoder(nn.Module):
+    """Five feature maps of a crop, with the mask as an argument.
+
+    Args:
+        in_channels: channels of the input, 1 for CT.
+        img_size: voxels per axis the positions are stored for; one number, or one per axis. Inputs of other sizes
+        work too. widths, depths, expansions: of the five stages.
+        vit_depth, num_heads: of the transformer. The number of heads does not depend on the crop size.
+        axes: number of spatial axes.
+
+    Raises ValueError for a size that is not a multiple of 16, for other than five stages, for a last width that the
+    heads or the position embedding do not divide.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        img_size: int | Sequence[int] = 96,
+        widths: Sequence[int] = WIDTHS,
+        depths: Sequence[int] = DEPTHS,
+        expansions: Sequence[int] = EXPANSIONS,
+        vit_depth: int = 3,
+        num_heads: int = 12,
+        axes: int = 3,
+    ) -> None:
+        super().__init__()
+        for name, values in (("widths", widths), ("depths", depths), ("expansions", expansions)):
+            if len(values) != NUM_STAGES:
+                raise ValueError(f"{name} must have {NUM_STAGES} entries, one per stage, but got {tuple(values)}")
+        self.img_size = (img_size,) * axes if isinstance(img_size, int) else tuple(img_size)
+        self.widths = tuple(widths)
+        self.embeddings = ConvStages(in_channels, widths, depths, expansions, axes)
+        self.mae = TokenTransformer(widths[-1], vit_depth, num_heads, grid_of(self.img_size))
+
+    def forward(self, volumes: Tensor, visible: Tensor | None = None) -> list[Tensor]:
+        """Features, finest first: x_1..x_4 (skips) and x_5 (tokens back on the grid).
+
+        volumes: (b, in_channels, *size). visible: bool (b, 1, *grid), True where the encoder sees, or None for
+        dense. With a mask the maps are exactly zero at hidden positions, and no value at a visible one depends on
+        any hidden voxel.
+        """
+        grid = grid_of(volumes.shape[2:])
+        if visible is None:
+            context: AbstractContextManager[object] = nullcontext()
+        else:
+            if tuple(visible.shape[2:]) != grid or len(visible) != len(volumes):
+                raise ValueError(
+                    f"visible must be bool {(len(volumes), 1, *grid)} for volumes of shape {tuple(volumes.shape)}, "
+                    f"but its shape is {tuple(visible.shape)}"
+                )
+            volumes = volumes.where(visible_at(visible, volumes.shape[2:]), 0)
+            context = hidden(visible)
+        with context:
+            *skips, deepest = self.embeddings(volumes)
+        return [*skips, self.mae(deepest, visible)]

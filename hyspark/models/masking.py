@@ -1,0 +1,86 @@
+"""Which patches the encoder sees, and what that means at each resolution.
+
+A mask unit is one patch of 16 voxels per axis (`PATCH`), which is also one transformer token. One polarity
+everywhere: `visible` is True where the encoder sees. All functions work for any number of spatial axes.
+
+Shapes: b batch, c channels, *size voxels per axis, *grid patches per axis (grid = size / 16), n = prod(grid) patches.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+PATCH = 16
+"""Edge of a mask unit in voxels: four halvings of the resolution."""
+
+
+def grid_of(size: Sequence[int]) -> tuple[int, ...]:
+    """Patches per axis for a crop of `size` voxels per axis.
+
+    Raises ValueError where an axis is not a positive multiple of 16.
+    """
+    if any(s < PATCH or s % PATCH for s in size):
+        nearest = tuple(max(PATCH, round(s / PATCH) * PATCH) for s in size)
+        raise ValueError(
+            f"every axis of a crop must be a positive multiple of {PATCH} voxels, "
+            f"but the size is {tuple(size)}; the nearest that fits is {nearest}"
+        )
+    return tuple(s // PATCH for s in size)
+
+
+def num_visible(grid: Sequence[int], mask_ratio: float) -> int:
+    """Patches kept per sample: round(n * (1 - ratio)), at least 1."""
+    if not 0 <= mask_ratio < 1:
+        raise ValueError(f"the mask ratio must be at least 0 and below 1, but it is {mask_ratio}")
+    return max(1, round(math.prod(grid) * (1 - mask_ratio)))
+
+
+def draw_visible(grid: Sequence[int], mask_ratio: float, generators: Sequence[torch.Generator]) -> Tensor:
+    """Draw the visible patches of each sample, every subset of the right size being equally likely.
+
+    Each sample has a (CPU) generator of its own, so that its mask does not depend on the batch around it.
+    Returns bool (b, 1, *grid) on the CPU, b = len(generators), with `num_visible` True values in each sample.
+    """
+    num = num_visible(grid, mask_ratio)
+    visible = torch.zeros(len(generators), math.prod(grid), dtype=torch.bool)
+    for row, generator in zip(visible, generators, strict=True):
+        row[torch.randperm(len(row), generator=generator)[:num]] = True
+    return visible.view(len(generators), 1, *grid)
+
+
+def visible_at(visible: Tensor, size: Sequence[int]) -> Tensor:
+    """The mask at a resolution: bool (b, 1, *grid) -> (b, 1, *size), each patch repeated over its voxels.
+
+    Raises ValueError where an axis of `size` is not a multiple of the grid's.
+    """
+    grid = visible.shape[2:]
+    if len(grid) != len(size) or any(s % g for s, g in zip(size, grid, strict=True)):
+        raise ValueError(f"a mask over {tuple(grid)} patches does not divide a feature map of {tuple(size)}")
+    for axis, (s, g) in enumerate(zip(size, grid, strict=True), start=2):
+        visible = visible.repeat_interleave(s // g, dim=axis)
+    return visible
+
+
+def patchify(volumes: Tensor) -> Tensor:
+    """Cut into patches: (b, c, *size) -> (b, n, c * 16^axes), patches in row-major order of the grid."""
+    axes = "hwd"[: volumes.ndim - 2] if volumes.ndim <= 5 else None
+    if axes is None:
+        raise ValueError(f"expected up to three spatial axes, got a tensor of shape {tuple(volumes.shape)}")
+    grid_of(volumes.shape[2:])
+    outer = " ".join(f"({a} p{a})" for a in axes)
+    inner = " ".join(f"p{a}" for a in axes)
+    pattern = f"b c {outer} -> b ({' '.join(axes)}) ({inner} c)"
+    return rearrange(volumes, pattern, **{f"p{a}": PATCH for a in axes})
+
+
+def unpatchify(patches: Tensor, grid: Sequence[int]) -> Tensor:
+    """The inverse of `patchify` for one channel: (b, n, 16^axes) -> (b, 1, *size)."""
+    axes = "hwd"[: len(grid)]
+    outer = " ".join(f"({a} p{a})" for a in axes)
+    inner = " ".join(f"p{a}" for a in axes)
+    pattern = f"b ({' '.join(axes)}) ({inner}) -> b 1 {outer}"
+    sizes = dict(zip(axes, grid, strict=True)) | {f"p{a}": PATCH for a in axes}
+    return rearrange(patches, pattern, **sizes)

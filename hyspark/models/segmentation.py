@@ -1,0 +1,101 @@
+"""Segmentation network: the hybrid encoder, dense, and a decoder of MedNeXt up-blocks.
+
+Attribute names, and the spelling `build_hybird`, are those of the public release: its encoder weights load by name.
+
+Shapes: b batch, c channels, *size voxels per axis.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from hyspark.models.blocks import CONV, FusionBlock, MedNeXtBlock, MedNeXtUpBlock
+from hyspark.models.encoder import DEPTHS, EXPANSIONS, NUM_STAGES, WIDTHS, HybridEncoder
+
+UP_EXPANSION = 4
+
+
+class DecoderLevel(nn.Module):
+    """Doubles the resolution of `deep` and fuses it with a skip of the same width.
+
+    deep (b, c, *size), skip (b, c, *(2 * size)) -> (b, c_out, *(2 * size)).
+    """
+
+    def __init__(self, channels: int, out_channels: int, expansion: int, axes: int) -> None:
+        super().__init__()
+        self.layer = MedNeXtBlock(channels, expansion, axes)
+        self.up_block = MedNeXtUpBlock(channels, out_channels, UP_EXPANSION, axes)
+        self.fusion = FusionBlock(channels + out_channels, out_channels, axes)
+
+    def forward(self, deep: Tensor, skip: Tensor) -> Tensor:
+        out: Tensor = self.fusion(self.layer(skip), self.up_block(deep))
+        return out
+
+
+class ClassScores(nn.Module):
+    """Pointwise convolution to the classes, (b, c, *size) -> (b, n_classes, *size)."""
+
+    def __init__(self, in_channels: int, n_classes: int, axes: int) -> None:
+        super().__init__()
+        self.conv = CONV[axes](in_channels, n_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x)
+        return out
+
+
+class SegmentationDecoder(nn.Module):
+    """Four levels, deepest first, then class scores. Five maps, finest first -> (b, n_classes, *size)."""
+
+    def __init__(self, n_classes: int, widths: Sequence[int], expansions: Sequence[int], axes: int) -> None:
+        super().__init__()
+        for level in range(NUM_STAGES - 1, 0, -1):
+            block = DecoderLevel(widths[level], widths[level - 1], expansions[level - 1], axes)
+            self.add_module(f"decoder{level}", block)
+        self.out = ClassScores(widths[0], n_classes, axes)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        *skips, x = features
+        for level in range(NUM_STAGES - 1, 0, -1):
+            x = self.get_submodule(f"decoder{level}")(x, skips[level - 1])
+        out: Tensor = self.out(x)
+        return out
+
+
+class Hybird(nn.Module):
+    """The segmentation network of the release. Build it with `build_hybird`."""
+
+    def __init__(self, encoder: HybridEncoder, decoder: SegmentationDecoder) -> None:
+        super().__init__()
+        # The released names put the encoder's two parts at the top level.
+        self.img_size = encoder.img_size
+        self.embeddings = encoder.embeddings
+        self.mae = encoder.mae
+        self.decoder = decoder
+
+    def forward(self, volumes: Tensor) -> Tensor:
+        """(b, in_channel, *size) -> class scores (b, n_classes, *size); every axis a multiple of 16."""
+        *skips, deepest = self.embeddings(volumes)
+        out: Tensor = self.decoder([*skips, self.mae(deepest)])
+        return out
+
+
+def build_hybird(
+    in_channel: int = 1,
+    n_classes: int = 14,
+    img_size: int | Sequence[int] = 96,
+    *,
+    widths: Sequence[int] = WIDTHS,
+    depths: Sequence[int] = DEPTHS,
+    expansions: Sequence[int] = EXPANSIONS,
+    vit_depth: int = 3,
+    num_heads: int = 12,
+    axes: int = 3,
+) -> Hybird:
+    """The segmentation network; the defaults are those of the release.
+
+    in_channel: input channels. n_classes: classes, background included. img_size: voxels per axis, one number or one
+    per axis, each a multiple of 16. Raises ValueError otherwise.
+    """
+    encoder = HybridEncoder(in_channel, img_size, widths, depths, expansions, vit_depth, num_heads, axes)
+    return Hybird(encoder, SegmentationDecoder(n_classes, widths, expansions, axes))
