@@ -2,19 +2,19 @@
 functions.
 """
 
-import difflib
 import os
 import sys
 import traceback
 from argparse import BooleanOptionalAction
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from tap import Tap, to_tap_class
 
-from hyspark.config import ConfigT, FinetuneConfig, PretrainConfig, field_help, read_yaml
+from hyspark.config import ConfigT, FinetuneConfig, PretrainConfig, field_help, nearest, read_yaml
 
 
 class DatalistArguments(Tap):
@@ -68,8 +68,9 @@ class CompareArguments(Tap):
 
 
 def datalist(argv: Sequence[str]) -> None:
-    """`hyspark datalist`, generate_js.py."""
+    """Write dataset.json from nnU-Net folders (generate_js.py)."""
     from hyspark.data import datalist as lists
+    from hyspark.data.organize import organize_by_names
 
     args = parse(DatalistArguments(prog="hyspark datalist", allow_abbrev=False), argv)
     if bool(args.organize_from) != bool(args.organize_to):
@@ -77,7 +78,7 @@ def datalist(argv: Sequence[str]) -> None:
             "--organize_from and --organize_to go together: the folder of loose files, and the data set to make"
         )
     if args.organize_from:
-        num = lists.organize_by_names(Path(args.organize_from), Path(args.organize_to), copy=args.copy)
+        num = organize_by_names(Path(args.organize_from), Path(args.organize_to), copy=args.copy)
         print(f"{num} images {'copied' if args.copy else 'linked'} into {args.organize_to}/imagesTr")
     found = lists.build(
         Path(args.data_path),
@@ -95,7 +96,7 @@ def datalist(argv: Sequence[str]) -> None:
 
 
 def pretrain(argv: Sequence[str]) -> None:
-    """`hyspark pretrain`, train.py."""
+    """Pre-train on unlabelled CT (train.py)."""
     config = read_config(PretrainConfig, "hyspark pretrain", argv)
     from hyspark.engine.pretrain import pretrain as run
 
@@ -103,7 +104,7 @@ def pretrain(argv: Sequence[str]) -> None:
 
 
 def finetune(argv: Sequence[str]) -> None:
-    """`hyspark finetune`, finetune_btcv.py."""
+    """Fine-tune for segmentation (finetune_btcv.py)."""
     config = read_config(FinetuneConfig, "hyspark finetune", argv)
     from hyspark.engine.finetune import finetune as run
 
@@ -111,7 +112,7 @@ def finetune(argv: Sequence[str]) -> None:
 
 
 def weights(argv: Sequence[str]) -> None:
-    """`hyspark weights`."""
+    """Print what of a weights file fits the segmentation network."""
     from hyspark.models.segmentation import build_hybird
     from hyspark.models.weights import load_pretrained
 
@@ -131,7 +132,7 @@ def weights(argv: Sequence[str]) -> None:
 
 
 def phantom(argv: Sequence[str]) -> None:
-    """`hyspark phantom`."""
+    """Write procedural CTs to try things with."""
     from hyspark.data.phantom import write_phantoms
 
     args = parse(PhantomArguments(prog="hyspark phantom", allow_abbrev=False), argv)
@@ -139,13 +140,16 @@ def phantom(argv: Sequence[str]) -> None:
 
 
 def compare(argv: Sequence[str]) -> None:
-    """`hyspark compare`."""
+    """Print the Dice of fine-tuning runs side by side."""
     args = parse(CompareArguments(prog="hyspark compare", allow_abbrev=False), argv)
-    from hyspark.engine.finetune import compare as table
+    from hyspark.engine.evaluate import read_scores
+    from hyspark.report import dice_table
 
-    print(table([Path(f) for f in args.folders]))
-    for folder in args.folders:
-        print(f"report of {Path(folder).name}: {Path(folder) / 'report.html'}, pictures in {Path(folder) / 'pictures'}")
+    folders = [Path(f) for f in args.folders]
+    print("Dice, best weights of each run")
+    print(dice_table({folder.name: read_scores(folder)["best"] for folder in folders}))
+    for folder in folders:
+        print(f"{folder.name}: report {folder / 'report.html'}, pictures {folder / 'pictures'}")
 
 
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -168,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(0 if argv else 2)
     if argv[0] not in VERBS:
         print(
-            f"error: no verb {argv[0]!r}; the verbs are {', '.join(VERBS)}{hint(argv[0], list(VERBS))}",
+            f"error: no verb {argv[0]!r}; the verbs are {', '.join(VERBS)}{nearest(argv[0], VERBS)}",
             file=sys.stderr,
         )
         sys.exit(2)
@@ -201,14 +205,8 @@ def parse(parser: Any, argv: Sequence[str]) -> Any:
     if args.extra_args:
         flag = args.extra_args[0].split("=")[0]
         known = [option for action in parser._actions for option in action.option_strings]
-        raise ValueError(f"unknown argument {flag!r}{hint(flag, known)}; --help lists all")
+        raise ValueError(f"unknown argument {flag!r}{nearest(flag, known)}; --help lists all")
     return args
-
-
-def hint(word: str, choices: Sequence[str]) -> str:
-    """'; did you mean X?' for a near miss, else nothing."""
-    matches = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def read_config(config_class: type[ConfigT], prog: str, argv: Sequence[str]) -> ConfigT:
@@ -237,10 +235,11 @@ def read_config(config_class: type[ConfigT], prog: str, argv: Sequence[str]) -> 
 
 
 def recipe_path(argv: Sequence[str]) -> str:
-    """The value of --config, or nothing."""
-    for i, word in enumerate(argv):
+    """The value of --config (the last one, as for every flag), or nothing."""
+    path = ""
+    for word, following in pairwise([*argv, ""]):
         if word.startswith("--config="):
-            return word.removeprefix("--config=")
-        if word == "--config" and i + 1 < len(argv):
-            return argv[i + 1]
-    return ""
+            path = word.removeprefix("--config=")
+        elif word == "--config":
+            path = following
+    return path

@@ -5,6 +5,7 @@ A field's name is its YAML key and its flag. Names and defaults that users know 
 """
 
 import difflib
+import math
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -194,7 +195,7 @@ class FinetuneConfig(RunSettings, PrepareSettings, EncoderSettings):
     their own.
     """
     rot90_prob: float = 0.2
-    """Probability of a quarter turn in the axial plane."""
+    """Probability of one to three quarter turns in the axial plane; 0 where roi_x and roi_y differ."""
     intensity_prob: float = 0.1
     """Probability of scaling intensities by up to 10 %, and of shifting them by up to .1."""
 
@@ -214,6 +215,11 @@ class FinetuneConfig(RunSettings, PrepareSettings, EncoderSettings):
             raise ValueError(f"optim_lr must be above 0, but it is {self.optim_lr}")
         check_probabilities("flip_prob", self.flip_prob)
         check_probabilities("rot90_prob, intensity_prob", (self.rot90_prob, self.intensity_prob))
+        if self.rot90_prob and self.roi_x != self.roi_y:
+            raise ValueError(
+                f"quarter turns need roi_x equal to roi_y, but they are {self.roi_x} and {self.roi_y}; "
+                "make them equal, or set rot90_prob to 0"
+            )
 
     @property
     def crop_size(self) -> tuple[int, ...]:
@@ -231,6 +237,10 @@ def check_run(config: Any) -> None:
     for name, hint in get_type_hints(type(config)).items():
         if get_origin(hint) is Literal:
             one_of(name, getattr(config, name), get_args(hint))
+    for name, value in asdict(config).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
+            raise ValueError(f"{name} must be finite, but it is {value}")
     not_negative(config, "seed", "max_steps", "save_every", "prepare_workers")
     if config.dataloader_workers < -1:
         raise ValueError(f"dataloader_workers is a count, or -1 for automatic; it is {config.dataloader_workers}")
@@ -288,7 +298,8 @@ def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """'; did you mean X?' for a near miss, else nothing."""
-    matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    choices = list(choices)
+    matches = [c for c in choices if c.startswith(word)] or difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
@@ -312,7 +323,10 @@ def read_yaml(path: str | Path, config_class: type) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no recipe at {path}; the recipes that come with the project are in configs/")
-    loaded = yaml.safe_load(path.read_text()) or {}
+    try:
+        loaded = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path}: expected lines of `name: value`, got {type(loaded).__name__}")
     hints = {f.name: get_type_hints(config_class)[f.name] for f in fields(config_class)}

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from monai.transforms import (
     ScaleIntensityRanged,
     Spacingd,
 )
+from nibabel.affines import apply_affine, voxel_sizes
 from tqdm import tqdm
 
 from hyspark.config import PrepareSettings
-from hyspark.data.datalist import Case
+from hyspark.data.cases import Case
 from hyspark.data.store import StoredVolume, entry_folder, is_complete, write_entry
 
 MAX_LISTED = 20
@@ -54,16 +55,30 @@ def transforms(settings: PrepareSettings, with_label: bool) -> Compose:
     )
 
 
-def check_header(path: Path) -> tuple[int, ...]:
-    """Shape of a NIfTI file; raises ValueError for what is not one 3D volume."""
+def check_header(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
+    """Shape (h, w, d) and affine (4, 4) of a NIfTI file; raises ValueError for what is not one 3D volume."""
     try:
         image: Any = nibabel.load(path)
-        shape = tuple(image.shape)
+        shape, affine = tuple(image.shape), image.affine
     except Exception as error:
         raise ValueError(f"not readable as NIfTI ({error})") from error
-    if len([s for s in shape if s > 1]) > 3 or len(shape) < 3 or (len(shape) > 3 and max(shape[3:]) > 1):
+    if len(shape) not in (3, 4) or shape[3:] not in ((), (1,)):
         raise ValueError(f"expected one 3D volume, but its shape is {shape}")
-    return shape
+    return shape[:3], affine
+
+
+def check_pair(case: Case) -> None:
+    """Check the headers of a case; raises ValueError where its label does not lie on its image, to one voxel."""
+    shape, affine = check_header(case.image)
+    if case.label is None:
+        return
+    label_shape, label_affine = check_header(case.label)
+    if label_shape != shape:
+        raise ValueError(f"image and label differ in shape: {shape} and {label_shape} ({case.label})")
+    corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(shape) - 1)
+    shift = np.abs(apply_affine(affine, corners) - apply_affine(label_affine, corners)).max()
+    if not shift <= voxel_sizes(affine).max():
+        raise ValueError(f"image and label lie {shift:.3g} mm apart by their headers ({case.label})")
 
 
 def prepare_case(case: Case, settings: PrepareSettings) -> dict[str, Any]:
@@ -73,9 +88,7 @@ def prepare_case(case: Case, settings: PrepareSettings) -> dict[str, Any]:
     RAS mm. Raises ValueError for a file that is no 3D volume, for an image without foreground, for a label that does
     not fit its image.
     """
-    shape = check_header(case.image)
-    if case.label is not None and check_header(case.label)[:3] != shape[:3]:
-        raise ValueError(f"image and label differ in shape: {shape} and {check_header(case.label)} ({case.label})")
+    check_pair(case)
     paths = {"image": str(case.image)} | ({"label": str(case.label)} if case.label else {})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MONAI's advice to its own callers; results are checked below
@@ -84,11 +97,13 @@ def prepare_case(case: Case, settings: PrepareSettings) -> dict[str, Any]:
     array = np.ascontiguousarray(image.numpy()[0])
     if not np.isfinite(array).all():
         raise ValueError("holds NaN or infinite values")
-    if array.size == 0 or array.max() <= 0:
+    if array.size == 0 or np.rint(array.max() * 65535) == 0:  # as the store counts foreground
         raise ValueError(f"no voxel lies above {settings.hu_min} HU; is it CT in Hounsfield units?")
     label = None
     if case.label is not None:
         values = out["label"].numpy()[0]
+        if values.shape != array.shape:
+            raise ValueError(f"image and label differ in shape once resampled: {array.shape} and {values.shape}")
         if values.min() < 0 or values.max() > 255 or (values != np.round(values)).any():
             raise ValueError(f"label values must be whole numbers from 0 to 255 ({case.label})")
         label = np.ascontiguousarray(values.astype(np.uint8))
@@ -96,13 +111,15 @@ def prepare_case(case: Case, settings: PrepareSettings) -> dict[str, Any]:
 
 
 def prepare_into(case: Case, settings: PrepareSettings, folder: Path) -> str | None:
-    """Prepare one case into its store entry. Returns None, or why it failed; runs in a worker process."""
-    torch.set_num_threads(1)
+    """Prepare one case into its store entry. Returns None, or why it failed."""
     try:
         prepared = prepare_case(case, settings)
         write_entry(folder, source=str(case.image), **prepared)
     except (ValueError, RuntimeError, OSError, EOFError) as error:
-        return f"{case.image}: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}"
+        cause: BaseException = error
+        while isinstance(cause, RuntimeError) and cause.__cause__:  # MONAI's own message does not hold the reason
+            cause = cause.__cause__
+        return f"{case.image}: {str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__}"
     return None
 
 
@@ -149,17 +166,25 @@ def make_writable(store_dir: Path) -> None:
 def run_pool(todo: Sequence[tuple[Case, PrepareSettings, Path]], num_workers: int, progress: bool) -> list[str]:
     """Messages of the cases that failed."""
     bar = tqdm(total=len(todo), desc="prepare", unit="volume", disable=not progress)
-    failures: list[str] = []
+    failures: list[str | None] = []
     num_workers = min(num_workers, len(todo))
+    with bar:
+        for outcome in outcomes(todo, num_workers):
+            failures.append(outcome)
+            bar.update()
+    return sorted(filter(None, failures))
+
+
+def outcomes(todo: Sequence[tuple[Case, PrepareSettings, Path]], num_workers: int) -> Iterator[str | None]:
+    """What `prepare_into` returns for each case, as they get done; one worker is this process itself."""
+    if num_workers == 1:
+        yield from (prepare_into(*job) for job in todo)
+        return
     # spawn: a forked child of a process with OpenMP threads may hang in its first parallel region.
     context = multiprocessing.get_context("spawn")
-    with bar, ProcessPoolExecutor(num_workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(num_workers, context, torch.set_num_threads, (1,)) as pool:
         for future in as_completed([pool.submit(prepare_into, *job) for job in todo]):
-            failure = future.result()
-            if failure:
-                failures.append(failure)
-            bar.update()
-    return sorted(failures)
+            yield future.result()
 
 
 def available_cores() -> int:

@@ -134,7 +134,7 @@ class StoredVolume:
         """
         shape = self.entry.shape
         low = [max(0, s) for s in start]
-        high = [min(n, s + e) for n, s, e in zip(shape, start, size, strict=True)]
+        high = [max(a, min(n, s + e)) for n, a, s, e in zip(shape, low, start, size, strict=True)]
         path = self.folder / f"{array}.b2nd"
         stored = blosc2.open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
         box = stored[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]

@@ -1,29 +1,29 @@
-"""Masked pre-training: the wiring, then one loop that reads top to bottom.
+"""Masked pre-training: finding the data, building the network, and what a step, a review and a checkpoint are.
 
 Source of the recipe: Tang et al., "HySparK", MICCAI 2024, and its public release.
 """
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from torch import Tensor
 
 from hyspark import report
 from hyspark.config import PretrainConfig, as_plain
 from hyspark.data import datalist
-from hyspark.data.crops import rng_at, seed_at
+from hyspark.data.cases import Case
+from hyspark.data.crops import seed_at
 from hyspark.data.loading import Batch, PretrainBatches, Share, ValidationCrops, make_loader
+from hyspark.data.splits import split_by_subject
 from hyspark.data.store import StoredVolume
 from hyspark.engine import checkpoint, distributed, optim
 from hyspark.engine.distributed import LOG, Processes
-from hyspark.engine.run import RunLog, check_settings, prepared
+from hyspark.engine.loop import Run, own_state, start_run, train
+from hyspark.engine.run import RunLog, check_settings, prepared, settings_text
+from hyspark.figures import reconstruction_panel, save_figure
 from hyspark.models.masking import draw_visible, grid_of, visible_at
 from hyspark.models.pretraining import HySparK, build_hyspark, reconstruct
 from hyspark.models.weights import load_pretrained
@@ -31,37 +31,6 @@ from hyspark.models.weights import load_pretrained
 START_FACTOR, END_FACTOR = 0.005, 0.001
 """Learning rate at the first and the last step, as shares of the peak."""
 NUM_PICTURES = 3
-
-
-@dataclass
-class Training:
-    """What the loop works with. `model` is the network as trained (wrapped where there are several processes)."""
-
-    config: PretrainConfig
-    processes: Processes
-    training: list[StoredVolume]
-    validation: list[StoredVolume]
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    steps_per_epoch: int
-    first_step: int
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole schedule."""
-        return self.config.ep * self.steps_per_epoch
-
-    @property
-    def last_step(self) -> int:
-        """Where this call stops."""
-        return min(self.total_steps, self.config.max_steps or self.total_steps)
-
-    @property
-    def network(self) -> HySparK:
-        """The bare network."""
-        net: HySparK = distributed.bare(self.model)
-        return net
 
 
 def encoder_file(config: PretrainConfig) -> Path:
@@ -84,61 +53,65 @@ def pretrain(config: PretrainConfig) -> Path:
     check_settings(config)
     share = Share(config.bs, processes.rank, processes.world_size)
     cases = find_cases(config)
-    LOG.info("%s", describe(config, processes, cases))
+    model = build(config)
+    LOG.info("%s", describe(config, processes, model, *cases))
     if config.dry_run:
         return config.run_folder
-    training, validation = prepared(config, processes, Path(config.data_path), cases)
-    distributed.connect(processes)
-    try:
-        run = wire(config, processes, training, validation)
+    task = Pretraining(config, share, *prepared(config, processes, Path(config.data_path), *cases))
+    with distributed.connected(processes):
+        state = own_state(training_file(config), config.resume_from)
+        if not state and config.init_weight:
+            LOG.info("weights of %s\n%s", config.init_weight, load_pretrained(model, config.init_weight))
+        run = start_run(config, processes, model, steps_per_epoch(config, cases[0]), config.ep, state)
         if run.first_step >= run.last_step:
             LOG.info("nothing to do: %s has all %d steps", config.run_folder, run.last_step)
             return config.run_folder
-        train(run, share)
-    finally:
-        distributed.disconnect(processes)
+        train(run, task)
+    if processes.is_main:
+        LOG.info("encoder  %s", encoder_file(config))
+        LOG.info("report   %s", task.write_report(run))
+        LOG.info("pictures %s", config.run_folder / "pictures")
     return config.run_folder
 
 
-def find_cases(config: PretrainConfig) -> tuple[list[datalist.Case], list[datalist.Case]]:
+def find_cases(config: PretrainConfig) -> tuple[list[Case], list[Case]]:
     """Training and validation cases; where the list names no validation part, a seeded share of the volumes is held
     out.
     """
     path = Path(config.data_path)
     listed = datalist.read(path if path.suffix == ".json" else path / "dataset.json")
     training, validation = list(listed.training), list(listed.validation)
-    if not validation and len(training) > 1:
-        num = max(1, round(config.val_fraction * len(training)))
-        order = rng_at(config.seed, "order").permutation(len(training))
-        validation = [training[i] for i in sorted(order[:num])]
-        training = [training[i] for i in sorted(order[num:])]
+    if not validation:
+        training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=config.seed)
     return training, validation
+
+
+def steps_per_epoch(config: PretrainConfig, training: Sequence[Case]) -> int:
+    """Steps in which every volume comes at least once."""
+    return math.ceil(len(training) / config.bs)
 
 
 def describe(
     config: PretrainConfig,
     processes: Processes,
-    cases: tuple[Sequence[datalist.Case], Sequence[datalist.Case]],
+    model: HySparK,
+    training: Sequence[Case],
+    validation: Sequence[Case],
 ) -> str:
     """The run in a few lines, for the terminal."""
-    training, validation = cases
-    num_parameters = sum(p.numel() for p in build(config).parameters())
-    steps = steps_per_epoch(len(training), config.bs)
-    settings = "\n".join(f"  {k}: {v}" for k, v in as_plain(config).items())
-    return (
-        f"{settings}\n"
-        f"data     {len(training)} training and {len(validation)} validation volumes from {config.data_path}\n"
-        f"model    {config.model}, {num_parameters / 1e6:.1f} M parameters, "
-        f"crops of {' x '.join(map(str, config.crop_size))}\n"
-        f"steps    {config.ep} epochs of {steps}, {config.bs * config.crops_per_volume} crops each\n"
-        f"device   {processes.device}, {processes.world_size} process(es), {config.precision}\n"
-        f"run      {config.run_folder}"
+    steps = steps_per_epoch(config, training)
+    return settings_text(
+        config,
+        processes,
+        data=f"{len(training)} training and {len(validation)} validation volumes from {config.data_path}",
+        model=f"{config.model}, {num_parameters(model)} parameters, crops of {' x '.join(map(str, config.crop_size))}",
+        steps=f"{config.ep} epochs of {steps}, {config.bs * config.crops_per_volume} crops each",
     )
 
 
-def steps_per_epoch(num_volumes: int, bs: int) -> int:
-    """Steps in which every volume comes at least once."""
-    return math.ceil(num_volumes / bs)
+def num_parameters(model: torch.nn.Module) -> str:
+    """Trained numbers of a model, in millions."""
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
 
 
 def build(config: PretrainConfig) -> HySparK:
@@ -158,236 +131,114 @@ def build(config: PretrainConfig) -> HySparK:
         )
 
 
-def wire(
-    config: PretrainConfig, processes: Processes, training: list[StoredVolume], validation: list[StoredVolume]
-) -> Training:
-    """Model, optimizer and the state they continue from."""
-    model = build(config)
-    own = training_file(config)
-    source = own if own.is_file() else Path(config.resume_from) if config.resume_from else None
-    state = checkpoint.read_training_state(source) if source else None
-    if state:
-        model.load_state_dict(state["model"])
-    elif config.init_weight:
-        LOG.info("weights of %s\n%s", config.init_weight, load_pretrained(model, config.init_weight))
-    wrapped = distributed.share_gradients(model, processes)
-    optimizer = torch.optim.AdamW(optim.parameter_groups(wrapped), lr=config.base_lr)
-    scaler = distributed.loss_scaler(processes, config.precision)
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        LOG.info("continuing %s at step %d", source, state["step"])
-    first_step = state["step"] if state else 0
-    steps = steps_per_epoch(len(training), config.bs)
-    return Training(config, processes, training, validation, wrapped, optimizer, scaler, steps, first_step)
+@dataclass(frozen=True)
+class Pretraining:
+    """The task for the loop."""
 
+    config: PretrainConfig
+    share: Share
+    training: Sequence[StoredVolume]
+    validation: Sequence[StoredVolume]
 
-def train(run: Training, share: Share) -> None:
-    """The loop: batch, forward, backward, update, log; at the end of an epoch validate, draw, save."""
-    config, processes = run.config, run.processes
-    log = RunLog(config, run.first_step) if processes.is_main else None
-    dataset = PretrainBatches(
-        run.training, share, config.crop_size, config.crops_per_volume, config.flip_prob, config.seed
-    )
-    steps = range(run.first_step, run.last_step)
-    loader = make_loader(dataset, steps, config.dataloader_workers, processes.device.type != "cpu")
-    bar = tqdm(
-        total=run.last_step,
-        initial=run.first_step,
-        desc="pretrain",
-        unit="step",
-        disable=not processes.is_main,
-        dynamic_ncols=True,
-    )
-    clock = time.perf_counter()
-    batches = iter(loader)
-    run.model.train()
-    for step in steps:
-        batch = next(batches)
-        waited = time.perf_counter() - clock
-        epoch = step // run.steps_per_epoch
-        lr, wd = rates(run, step)
-        optim.set_rates(run.optimizer, lr, wd)
-        loss, grad_norm = update(run, batch, step)
-        seconds, clock = time.perf_counter() - clock, time.perf_counter()
-        speed = len(batch["cases"]) * processes.world_size / seconds
-        if log:
-            numbers = {"loss": loss, "lr": lr, "wd": wd, "grad_norm": grad_norm}
-            log.write(
-                step,
-                epoch,
-                **numbers,
-                samples_per_second=round(speed, 3),
-                data_wait=round(waited / seconds, 4),
-            )
-            bar.set_postfix(loss=f"{loss:.4f}", crops_per_s=f"{speed:.1f}", epoch=epoch)
-            bar.update()
-        done = step + 1
-        ends_epoch = done % run.steps_per_epoch == 0 or done == run.last_step
-        if ends_epoch:
-            finish_epoch(run, log, step, epoch)
-        if ends_epoch or (config.save_every and done % config.save_every == 0):
-            save(run, done)
-        if ends_epoch:
-            clock = time.perf_counter()  # validation and pictures are not part of a step
-    bar.close()
-    if log:
-        log.close()
-        page = write_report(run)
-        LOG.info(
-            "encoder  %s\nreport   %s\npictures %s",
-            encoder_file(config),
-            page,
-            config.run_folder / "pictures",
+    @property
+    def batches(self) -> PretrainBatches:
+        """Crops with the seeds of their masks."""
+        c = self.config
+        return PretrainBatches(self.training, self.share, c.crop_size, c.crops_per_volume, c.flip_prob, c.seed)
+
+    def loss(self, run: Run, batch: Batch) -> Tensor:
+        """Reconstruction loss on the hidden patches."""
+        loss: Tensor = run.model(*self.inputs(run, batch)).loss
+        return loss
+
+    def inputs(self, run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Volumes (b, 1, *size) and visible (b, 1, *grid) on the device."""
+        generators = [torch.Generator().manual_seed(seed) for seed in batch["mask_seeds"]]
+        visible = draw_visible(grid_of(self.config.crop_size), self.config.mask, generators)
+        device = run.processes.device
+        return batch["volumes"].to(device, non_blocking=True), visible.to(device, non_blocking=True)
+
+    def rates(self, run: Run, step: int) -> dict[str, float]:
+        """Warm-up and cosine of the learning rate, cosine of the weight decay."""
+        config, total = self.config, run.total_steps
+        warmup = min(config.wp_ep * run.steps_per_epoch, total - 1)
+        factors = {"start_factor": START_FACTOR, "end_factor": END_FACTOR}
+        lr = optim.learning_rate(step, peak=config.base_lr, warmup=warmup, total=total, **factors)
+        return {"lr": lr, "wd": optim.weight_decay(step, start=config.wd, end=config.wde, total=total)}
+
+    def is_due(self, run: Run, done: int) -> bool:
+        """At the end of every epoch."""
+        return done % run.steps_per_epoch == 0
+
+    def review(self, run: Run, log: RunLog | None, step: int, epoch: int) -> None:
+        """Validation loss, and pictures where they are due."""
+        val_loss = self.validate(run)
+        if log is None:
+            return
+        if val_loss is not None:
+            log.write(step, epoch, val_loss=val_loss)
+            LOG.info("epoch %d: validation loss %.4f after %d steps", epoch, val_loss, step + 1)
+        every = self.config.picture_every
+        if (every and epoch % every == 0) or step + 1 == run.last_step:
+            self.draw_pictures(run, log, step, epoch)
+            self.write_report(run)
+
+    def validate(self, run: Run) -> float | None:
+        """Mean loss on the fixed crops and masks of the held-out volumes; None where there are none."""
+        if not self.validation:
+            return None
+        processes = run.processes
+        losses: list[float] = []
+        for batch in make_loader(
+            self.fixed_crops(self.validation),
+            range(processes.rank, len(self.validation), processes.world_size),
+            num_workers=0,
+            pin_memory=False,
+        ):
+            volumes, visible = self.inputs(run, batch)
+            with distributed.autocast(processes, self.config.precision):
+                losses.append(run.network(volumes, visible).loss.item())
+        everyone = distributed.gather(losses, processes)
+        return math.fsum(everyone) / len(everyone)
+
+    def fixed_crops(self, volumes: Sequence[StoredVolume]) -> ValidationCrops:
+        """The same crops and masks in every epoch."""
+        return ValidationCrops(volumes, self.config.crop_size, self.config.crops_per_volume, self.config.seed)
+
+    def draw_pictures(self, run: Run, log: RunLog, step: int, epoch: int) -> None:
+        """Reconstructions of the first held-out volumes (of training volumes where none are held out): PNG and
+        TensorBoard.
+        """
+        shown = self.validation or self.training
+        crops = self.fixed_crops(shown)
+        for index in range(min(NUM_PICTURES, len(shown))):
+            name = shown[index].name
+            volumes, visible = (x[:1] for x in self.inputs(run, crops[index]))
+            with distributed.autocast(run.processes, self.config.precision):
+                output = run.network(volumes, visible)
+            seen = visible_at(visible, volumes.shape[2:])
+            image, mask, result = (x[0, 0].cpu().numpy() for x in (volumes, seen, reconstruct(volumes, output)))
+            title = f"{name}, epoch {epoch}"
+            figure = reconstruction_panel(image, mask, result.clip(0, 1), title=title, spacing=self.config.spacing)
+            save_figure(figure, self.config.run_folder / "pictures" / f"epoch_{epoch:04d}_{name}.png")
+            log.board.add_figure(f"reconstruction/{name}", figure, step, close=False)
+
+    def save(self, run: Run, done: int) -> None:
+        """Both files of the release."""
+        checkpoint.save(run.state(done), training_file(self.config))
+        checkpoint.save(run.network.encoder.state_dict(), encoder_file(self.config))
+
+    def write_report(self, run: Run) -> Path:
+        """The run's HTML page."""
+        return report.write_report(
+            self.config.run_folder,
+            title=f"HySparK pre-training: {self.config.exp_name}",
+            config=as_plain(self.config),
+            environment=report.environment(),
+            summary={
+                "training volumes": str(len(self.training)),
+                "validation volumes": str(len(self.validation)),
+                "parameters": num_parameters(run.network),
+                "device": run.processes.text(self.config.precision),
+            },
         )
-
-
-def rates(run: Training, step: int) -> tuple[float, float]:
-    """Learning rate and weight decay of a step."""
-    config, total = run.config, run.total_steps
-    warmup = min(config.wp_ep * run.steps_per_epoch, total - 1)
-    lr = optim.learning_rate(
-        step,
-        peak=config.base_lr,
-        warmup=warmup,
-        total=total,
-        start_factor=START_FACTOR,
-        end_factor=END_FACTOR,
-    )
-    return lr, optim.weight_decay(step, start=config.wd, end=config.wde, total=total)
-
-
-def inputs(run: Training, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Volumes (b, 1, *size) and visible (b, 1, *grid) on the device."""
-    generators = [torch.Generator().manual_seed(seed) for seed in batch["mask_seeds"]]
-    visible = draw_visible(grid_of(run.config.crop_size), run.config.mask, generators)
-    device = run.processes.device
-    return batch["volumes"].to(device, non_blocking=True), visible.to(device, non_blocking=True)
-
-
-def update(run: Training, batch: Batch, step: int) -> tuple[float, float]:
-    """One step of the optimizer; returns the loss over the global batch and the gradient's norm before clipping.
-
-    Raises FloatingPointError, before the weights are touched, where one of the two is not finite.
-    """
-    volumes, visible = inputs(run, batch)
-    with distributed.autocast(run.processes, run.config.precision):
-        loss = run.model(volumes, visible).loss
-    mean_loss = distributed.mean_over(loss, run.processes)
-    if not math.isfinite(mean_loss):
-        raise FloatingPointError(not_finite("loss", mean_loss, step, batch, run))
-    run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(loss).backward()
-    run.scaler.unscale_(run.optimizer)
-    limit = run.config.clip or math.inf
-    norm = float(nn.utils.clip_grad_norm_(run.model.parameters(), limit))
-    if not math.isfinite(norm) and not run.scaler.is_enabled():  # with fp16 the scaler skips such a step by itself
-        raise FloatingPointError(not_finite("gradient", norm, step, batch, run))
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    return mean_loss, norm
-
-
-def not_finite(what: str, value: float, step: int, batch: Batch, run: Training) -> str:
-    """The message that stops a run."""
-    kept = training_file(run.config)
-    return (
-        f"the {what} is {value} at step {step} (cases {', '.join(sorted(set(batch['cases'])))}); "
-        "the weights were not changed by it. "
-        + (f"The last checkpoint is kept: {kept}. " if kept.is_file() else "No checkpoint was written yet. ")
-        + "Look at these cases, lower --base_lr, or use --precision fp32"
-    )
-
-
-@torch.no_grad()
-def validate(run: Training) -> float | None:
-    """Mean loss on the fixed crops and masks of the held-out volumes; None where there are none."""
-    if not run.validation:
-        return None
-    processes = run.processes
-    losses: list[float] = []
-    run.model.eval()
-    for batch in validation_loader(run, range(processes.rank, len(run.validation), processes.world_size)):
-        volumes, visible = inputs(run, batch)
-        with distributed.autocast(processes, run.config.precision):
-            losses.append(run.network(volumes, visible).loss.item())
-    run.model.train()
-    everyone = distributed.gather(losses, processes)
-    return math.fsum(everyone) / len(everyone)
-
-
-def validation_loader(run: Training, items: Sequence[int]) -> DataLoader[Batch]:
-    """The fixed crops of the named held-out volumes."""
-    config = run.config
-    dataset = ValidationCrops(run.validation, config.crop_size, config.crops_per_volume, config.seed)
-    return make_loader(dataset, items, 0, False)
-
-
-def finish_epoch(run: Training, log: RunLog | None, step: int, epoch: int) -> None:
-    """Validation loss, and pictures where they are due."""
-    val_loss = validate(run)
-    if log is None:
-        return
-    if val_loss is not None:
-        log.write(step, epoch, val_loss=val_loss)
-        LOG.info("epoch %d: validation loss %.4f after %d steps", epoch, val_loss, step + 1)
-    every = run.config.picture_every
-    if (every and epoch % every == 0) or step + 1 == run.last_step:
-        draw_pictures(run, log, step, epoch)
-        write_report(run)
-
-
-@torch.no_grad()
-def draw_pictures(run: Training, log: RunLog, step: int, epoch: int) -> None:
-    """Reconstructions of the first held-out volumes (or of training volumes where none are held out), as PNG and to
-    TensorBoard.
-    """
-    shown = run.validation or run.training
-    config = run.config
-    dataset = ValidationCrops(shown, config.crop_size, config.crops_per_volume, config.seed)
-    run.model.eval()
-    for index in range(min(NUM_PICTURES, len(shown))):
-        batch = dataset[index]
-        volumes, visible = (x[:1] for x in inputs(run, batch))
-        with distributed.autocast(run.processes, config.precision):
-            output = run.network(volumes, visible)
-        voxels = visible_at(visible, volumes.shape[2:])
-        planes: list[Any] = [x[0, 0].float().cpu().numpy() for x in (volumes, reconstruct(volumes, output))]
-        figure = report.reconstruction_panel(
-            planes[0],
-            voxels[0, 0].cpu().numpy(),
-            planes[1].clip(0, 1),
-            title=f"{batch['cases'][0]}, epoch {epoch}",
-            spacing=config.spacing,
-        )
-        report.save_figure(figure, config.run_folder / "pictures" / f"epoch_{epoch:04d}_{batch['cases'][0]}.png")
-        log.board.add_figure(f"reconstruction/{batch['cases'][0]}", figure, step, close=False)
-    run.model.train()
-
-
-def save(run: Training, done: int) -> None:
-    """Both released files, by the main process; the others wait."""
-    if run.processes.is_main:
-        config = run.config
-        parts = {"model": run.network, "optimizer": run.optimizer, "scaler": run.scaler}
-        checkpoint.save(checkpoint.training_state(done, as_plain(config), **parts), training_file(config))
-        checkpoint.save(run.network.encoder.state_dict(), encoder_file(config))
-    distributed.barrier(run.processes)
-
-
-def write_report(run: Training) -> Path:
-    """The run's HTML page."""
-    config = run.config
-    summary = {
-        "training volumes": str(len(run.training)),
-        "validation volumes": str(len(run.validation)),
-        "parameters": f"{sum(p.numel() for p in run.network.parameters()) / 1e6:.1f} M",
-        "device": f"{run.processes.device}, {run.processes.world_size} process(es), {config.precision}",
-    }
-    return report.write_report(
-        config.run_folder,
-        title=f"HySparK pre-training: {config.exp_name}",
-        config=as_plain(config),
-        environment=report.environment(),
-        summary=summary,
-    )

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from hyspark.config import FinetuneConfig, PretrainConfig, differences, write_yaml
-from hyspark.data.datalist import Case
+from hyspark.config import FinetuneConfig, PretrainConfig, as_plain, differences, write_yaml
+from hyspark.data.cases import Case
 from hyspark.data.prepare import prepare_all, wait_for_all
 from hyspark.data.store import StoredVolume
 from hyspark.engine.distributed import Processes
@@ -30,14 +30,20 @@ def check_settings(config: Config) -> None:
         )
 
 
+def settings_text(config: Config, processes: Processes, **lines: str) -> str:
+    """The resolved settings and what the run works on, for the terminal."""
+    settings = [f"  {name}: {value}" for name, value in as_plain(config).items()]
+    lines |= {"device": processes.text(config.precision), "run": str(config.run_folder)}
+    return "\n".join([*settings, *(f"{name:8s} {text}" for name, text in lines.items())])
+
+
 def prepared(
-    config: Config, processes: Processes, data: Path, cases: tuple[Sequence[Case], Sequence[Case]]
+    config: Config, processes: Processes, data: Path, training: Sequence[Case], validation: Sequence[Case]
 ) -> tuple[list[StoredVolume], list[StoredVolume]]:
     """Training and validation volumes in the store; one process of each machine makes what is missing.
 
     data: folder of the data, or its JSON; the store lies beside it unless the settings name another place.
     """
-    training, validation = cases
     store = Path(config.store_dir) if config.store_dir else (data if data.is_dir() else data.parent) / "prepared"
     prepare = prepare_all if processes.local_rank == 0 else wait_for_all
     volumes = prepare([*training, *validation], config, store, config.prepare_workers, processes.is_main)

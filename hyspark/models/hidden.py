@@ -45,15 +45,27 @@ MIXES_POSITIONS = {
     F.instance_norm,
     F.interpolate,
     F.scaled_dot_product_attention,
+    F.multi_head_attention_forward,
+    F.adaptive_avg_pool1d,
     F.adaptive_avg_pool2d,
     F.adaptive_avg_pool3d,
+    F.adaptive_max_pool1d,
+    F.adaptive_max_pool2d,
+    F.adaptive_max_pool3d,
+    F.max_pool1d_with_indices,
+    F.max_pool2d_with_indices,
+    F.max_pool3d_with_indices,
+    F.conv_transpose1d,
     F.conv_transpose2d,
     F.conv_transpose3d,
+    F.avg_pool1d,
     F.avg_pool2d,
     F.avg_pool3d,
     F.pad,
     torch.roll,
+    torch.Tensor.roll,
     torch.flip,
+    torch.Tensor.flip,
 }
 """Functions whose masked form this reference does not know."""
 
@@ -88,14 +100,14 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func in MIXES_POSITIONS:
+            raise NotImplementedError(
+                f"{resolve_name(func)} mixes positions, and its form for visible positions only is not known here"
+            )
         out = func(*args, **(kwargs or {}))
         if func in ZERO_AFTER:
             return torch.where(self.mask(tuple(out.shape[2:])), out, out.new_zeros(()))
         if func in CHANNEL_NORMS:
             mask = self.mask(tuple(out.shape[1:-1])).movedim(1, -1)
             return torch.where(mask, out, out.new_zeros(()))
-        if func in MIXES_POSITIONS:
-            raise NotImplementedError(
-                f"{resolve_name(func)} mixes positions, and its form for visible positions only is not known here"
-            )
         return out

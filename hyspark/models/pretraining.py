@@ -5,6 +5,7 @@ Source: Tang et al., "HySparK", MICCAI 2024, sections 2.2-2.3, and its public re
 densify branch is not built.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from hyspark.models.blocks import BATCH_NORM, CONV, CONV_TRANSPOSE
 from hyspark.models.encoder import DEPTHS, EXPANSIONS, WIDTHS, HybridEncoder
-from hyspark.models.masking import draw_visible, grid_of, patchify, unpatchify, visible_at
+from hyspark.models.masking import draw_visible, grid_of, num_visible, patchify, unpatchify, visible_at
 
 NUM_LEVELS = 4
 
@@ -114,6 +115,12 @@ class HySparK(nn.Module):
             raise ValueError(
                 f"the decoder width must be a multiple of {1 << NUM_LEVELS}, since it halves {NUM_LEVELS} times; "
                 f"it is {decoder_width}"
+            )
+        grid = grid_of(encoder.img_size)
+        if num_visible(grid, mask_ratio) == math.prod(grid):
+            raise ValueError(
+                f"a mask ratio of {mask_ratio} hides no patch of the {math.prod(grid)} in a crop of "
+                f"{encoder.img_size} voxels, so that there is nothing to learn; raise the ratio or the crop size"
             )
         axes = len(encoder.img_size)
         self.mask_ratio = mask_ratio

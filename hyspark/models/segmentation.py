@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hyspark.models.blocks import CONV, FusionBlock, MedNeXtBlock, MedNeXtUpBlock
 from hyspark.models.encoder import DEPTHS, EXPANSIONS, NUM_STAGES, WIDTHS, HybridEncoder
+from hyspark.models.masking import grid_of
 
 UP_EXPANSION = 4
 
@@ -74,7 +75,11 @@ class Hybird(nn.Module):
         self.decoder = decoder
 
     def forward(self, volumes: Tensor) -> Tensor:
-        """(b, in_channel, *size) -> class scores (b, n_classes, *size); every axis a multiple of 16."""
+        """(b, in_channel, *size) -> class scores (b, n_classes, *size).
+
+        Raises ValueError where an axis is not a multiple of 16.
+        """
+        grid_of(volumes.shape[2:])
         *skips, deepest = self.embeddings(volumes)
         out: Tensor = self.decoder([*skips, self.mae(deepest)])
         return out

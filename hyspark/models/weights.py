@@ -78,8 +78,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"no weights at {path}; give the path of a .pth, .pt or .safetensors file")
     try:
         if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+            loaded: object = load_file(path)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} was not opened: it is damaged, or holds Python objects other than tensors, which could run code. "
@@ -134,12 +135,12 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor])
             unexpected[key] = why_unexpected(own, name)
         elif own in loaded:
             raise ValueError(f"{name}: two keys stand for {own}; it mixes more than one network")
+        elif own.endswith("mae.pos_embed") and not same_positions(value, wanted[own]):
+            loaded[own] = wanted[own]
+            adapted[own] = f"positions recomputed for {wanted[own].shape[1]} tokens, was {value.shape[1]}"
         elif value.shape == wanted[own].shape:
             loaded[own] = value
             matched.append(own)
-        elif own.endswith("mae.pos_embed"):
-            loaded[own] = wanted[own]
-            adapted[own] = f"positions recomputed for {wanted[own].shape[1]} tokens, was {value.shape[1]}"
         elif own.endswith("embeddings.stem.weight") and value.shape[2:] == wanted[own].shape[2:]:
             loaded[own] = adapt_channels(value, wanted[own].shape[1])
             adapted[own] = f"{value.shape[1]} -> {wanted[own].shape[1]} input channels"
@@ -163,14 +164,21 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor])
     return LoadReport(tuple(matched), adapted, missing, unexpected, coverage)
 
 
+def same_positions(value: Tensor, own: Tensor) -> bool:
+    """Whether stored positions are those of the model's grid, up to 16-bit rounding. Other grids may have as many
+    tokens.
+    """
+    return value.shape == own.shape and torch.allclose(value.to(own), own, atol=1e-2)
+
+
 def why_unexpected(key: str, name: str) -> str:
     """Why a key may be left aside; raises ValueError where there is no reason."""
     if key.removeprefix("encoder.") == MASK_TOKEN:
         return "stored by the release, never trained, not used"
+    if key.startswith(("decoder.decoder", "decoder.out.conv.")):
+        return "decoder of segmentation, not part of this model"
     if key.startswith("densify.") or key.startswith(("decoder.levels.", "decoder.out.")):
         return "decoder of pre-training, not part of this model"
-    if key.startswith("decoder.decoder"):
-        return "decoder of segmentation, not part of this model"
     raise ValueError(f"{name}: key {key!r} is not explained: no network of this package has it")
 
 

@@ -1,4 +1,4 @@
-"""Finding, splitting, writing and reading lists of cases; files are empty, for only their names matter."""
+"""Finding, writing and reading lists of cases; files are empty, for only their names matter."""
 
 import json
 import os
@@ -16,16 +16,6 @@ from hyspark.data import datalist as dl
 CLASSES = {"background": 0, "spleen": 1, "liver": 2}
 NAMES = st.text(string.ascii_letters + string.digits + "_-. éß", min_size=1, max_size=12).filter(
     lambda name: not name.startswith(".") and ".nii" not in name
-)
-# Few subjects, many visits: what a split could tear.
-CASE_NAMES = st.lists(
-    st.builds(
-        lambda subject, ending: f"p{subject}{ending}",
-        st.integers(0, 12),
-        st.sampled_from(["", "__a", "_visit1", "_Visit2", "_ses-02_ct", "_t0", "_scan3_series1"]),
-    ),
-    unique=True,
-    min_size=1,
 )
 fast = settings(deadline=None, max_examples=40)
 
@@ -49,12 +39,8 @@ def dataset(folder, images=(), labels=None, classes=None, splits=None) -> Path:
     return folder
 
 
-def cases_of(names, dataset="Dataset001_A", root="/x", labelled=False):
-    folder = Path(root) / dataset
-    return [
-        dl.Case(n, dataset, folder / f"imagesTr/{n}_0000.nii.gz", folder / f"{n}.nii.gz" if labelled else None)
-        for n in names
-    ]
+def cases_of(names):
+    return tuple(dl.Case(n, "Dataset001_A", Path(f"/x/Dataset001_A/imagesTr/{n}_0000.nii.gz")) for n in names)
 
 
 def names(cases):
@@ -181,117 +167,6 @@ def test_scan_follows_links_once_and_reports_broken_ones(tmp_path):
         dl.scan(data)
 
 
-# --- splits
-
-
-@pytest.mark.parametrize(
-    ("name", "subject"),
-    [
-        ("okbp_001", "okbp_001"),
-        ("sub-01_ses-02_ct", "sub-01"),
-        ("P7__ct_2", "P7"),
-        ("P7_Visit2", "P7"),
-        ("p7_SESSION_1_scan2", "p7"),
-        ("p7_scan2", "p7"),
-        ("p7_series-3", "p7"),
-        ("p7_t12", "p7"),
-        ("p7_thorax", "p7_thorax"),
-        ("__only", "__only"),
-        ("", ""),
-    ],
-)
-def test_subject_of(name, subject):
-    assert dl.subject_of(name) == subject
-
-
-@fast
-@given(CASE_NAMES, st.integers(0, 99), st.floats(0, 0.99), st.randoms())
-def test_split_by_subject_is_a_stable_partition_that_tears_no_subject(found, seed, val_fraction, rng):
-    cases = cases_of(found)
-    training, validation = dl.split_by_subject(cases, seed=seed, val_fraction=val_fraction)
-    assert sorted(names(training) + names(validation)) == sorted(found)
-    sides = [{dl.subject_of(case.name) for case in side} for side in (training, validation)]
-    assert not sides[0] & sides[1]
-    assert sides[0]
-    assert bool(sides[1]) == (val_fraction > 0 and len(sides[0] | sides[1]) > 1)
-
-    shuffled = cases_of(found, root="/elsewhere/deep", labelled=True)
-    rng.shuffle(shuffled)
-    again = dl.split_by_subject(shuffled, seed=seed, val_fraction=val_fraction)
-    assert [set(names(side)) for side in again] == [set(names(training)), set(names(validation))]
-
-
-def test_split_by_subject_takes_the_fraction_and_depends_on_the_seed():
-    cases = cases_of([f"case{i:03}" for i in range(50)])
-    sides = [dl.split_by_subject(cases, seed=seed, val_fraction=0.2) for seed in (0, 1)]
-    assert [len(validation) for _, validation in sides] == [10, 10]
-    assert sides[0] != sides[1]
-    # Frozen: a list made today must come out the same with any later version.
-    assert names(dl.split_by_subject(cases[:5], seed=0, val_fraction=0.4)[1]) == ["case001", "case003"]
-    for wrong in (-0.1, 1.0, float("nan")):
-        with pytest.raises(ValueError, match="val_fraction"):
-            dl.split_by_subject(cases, seed=0, val_fraction=wrong)
-
-
-@pytest.mark.parametrize("validation_key", ["validation", "val"])
-def test_split_by_file_labelled_and_unlabelled(tmp_path, validation_key):
-    content = {"train": ["a", "b"], validation_key: ["c"], "unlabelled": ["u"], "test": ["elsewhere"]}
-    data = dataset(tmp_path / "Dataset001_A", ["a", "b", "c", "u", "x"], labels=["a", "c", "u", "x"], splits=content)
-    plain = dl.build(data, splits=str(data / "splits.json"))
-    assert (names(plain.training), names(plain.validation)) == (["a", "b", "u"], ["c"])
-    assert names(plain.left_out) == ["x"]
-    labelled = dl.build(data, labels=True, splits=str(data / "splits.json"))
-    assert (names(labelled.training), names(labelled.validation)) == (["a"], ["c"])
-    assert names(labelled.left_out) == ["b", "u", "x"]
-    row = {"training": 1, "validation": 1, "labelled": 2, "left_out": 3}
-    assert dl.counts(labelled) == {"Dataset001_A": row}
-
-
-def test_split_by_file_takes_the_first_fold_of_nnunet(tmp_path):
-    folds = [{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}]
-    path = write_json(tmp_path / "splits_final.json", folds)
-    training, validation = dl.split_by_file(cases_of("ab"), path, labels=False)
-    assert (names(training), names(validation)) == (["a"], ["b"])
-
-
-@fast
-@given(st.dictionaries(NAMES, st.sampled_from(["train", "validation", "unlabelled", None]), min_size=1))
-def test_split_by_file_puts_every_named_case_where_it_says(tmp_path_factory, sides):
-    content = {key: [n for n in sides if sides[n] == key] for key in ("train", "validation", "unlabelled")}
-    path = write_json(tmp_path_factory.mktemp("split") / "splits.json", content)
-    training, validation = dl.split_by_file(cases_of(sides), path, labels=False)
-    assert names(training) == [n for n in sides if sides[n] in ("train", "unlabelled")]
-    assert names(validation) == content["validation"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"train": ["a", "b"], "val": ["b"]}, "both sides.*b"),
-        ({"train": ["a"], "val": ["b"], "unlabelled": ["b"]}, "both sides.*b"),
-        ({"train": ["a"], "val": ["ghost"]}, "no image.*ghost"),
-        ({"train": ["a"]}, "expected.*got.*train"),
-        ({"train": ["a"], "val": [], "validation": []}, "expected"),
-        ({"train": ["a"], "val": ["b"], "unlabeled": ["c"]}, "expected.*unlabeled"),
-        ({"train": "a", "val": []}, '"train" must be a list'),
-        ([], "expected.*list"),
-        ("{", "not valid JSON"),
-    ],
-)
-def test_split_by_file_refuses(tmp_path, content, message):
-    path = write_json(tmp_path / "mine.json", content)
-    with pytest.raises(ValueError, match=rf"mine\.json.*{message}"):
-        dl.split_by_file(cases_of("abc"), path, labels=False)
-
-
-def test_split_by_file_refuses_a_name_of_two_data_sets_and_an_absent_file(tmp_path):
-    path = write_json(tmp_path / "s.json", {"train": ["a"], "val": []})
-    with pytest.raises(ValueError, match="more than one data set: a"):
-        dl.split_by_file(cases_of("a") + cases_of("a", "Dataset002_B"), path, labels=False)
-    with pytest.raises(FileNotFoundError, match="absent"):
-        dl.split_by_file(cases_of("a"), tmp_path / "absent", labels=False)
-
-
 # --- build, read_folder, counts
 
 
@@ -306,6 +181,20 @@ def test_build_without_split_trains_on_all(tmp_path):
         "Dataset001_A": {"training": 1, "validation": 0, "labelled": 1, "left_out": 1},
         "Dataset002_B": {"training": 0, "validation": 0, "labelled": 0, "left_out": 1},
     }
+
+
+@pytest.mark.parametrize("validation_key", ["validation", "val"])
+def test_build_applies_a_splits_file_labelled_and_unlabelled(tmp_path, validation_key):
+    content = {"train": ["a", "b"], validation_key: ["c"], "unlabelled": ["u"], "test": ["elsewhere"]}
+    data = dataset(tmp_path / "Dataset001_A", ["a", "b", "c", "u", "x"], labels=["a", "c", "u", "x"], splits=content)
+    plain = dl.build(data, splits=str(data / "splits.json"))
+    assert (names(plain.training), names(plain.validation)) == (["a", "b", "u"], ["c"])
+    assert names(plain.left_out) == ["x"]
+    labelled = dl.build(data, labels=True, splits=str(data / "splits.json"))
+    assert (names(labelled.training), names(labelled.validation)) == (["a"], ["c"])
+    assert names(labelled.left_out) == ["b", "u", "x"]
+    row = {"training": 1, "validation": 1, "labelled": 2, "left_out": 3}
+    assert dl.counts(labelled) == {"Dataset001_A": row}
 
 
 def test_build_auto_splits_each_data_set_its_own_way(tmp_path):
@@ -430,22 +319,22 @@ def test_write_keeps_a_file_that_is_not_its_own(tmp_path, content):
     path = write_json(data / "dataset.json", content)
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"dataset\.json.*choose another output"):
-        dl.write(dl.Datalist(tuple(cases_of("a"))), path)
+        dl.write(dl.Datalist(cases_of("a")), path)
     assert path.read_bytes() == before
 
 
 def test_write_says_when_it_cannot(tmp_path):
     for path in (tmp_path, tmp_path / "absent/list.json"):
         with pytest.raises(ValueError, match="choose another output"):
-            dl.write(dl.Datalist(tuple(cases_of("a"))), path)
+            dl.write(dl.Datalist(cases_of("a")), path)
     touch(tmp_path / "file")
     with pytest.raises(ValueError, match="cannot write"):
-        dl.write(dl.Datalist(tuple(cases_of("a"))), tmp_path / "file/list.json")
+        dl.write(dl.Datalist(cases_of("a")), tmp_path / "file/list.json")
 
 
 def test_a_failed_write_keeps_the_old_list(tmp_path, monkeypatch):
     path = tmp_path / "list.json"
-    dl.write(dl.Datalist(tuple(cases_of("a"))), path)
+    dl.write(dl.Datalist(cases_of("a")), path)
     before = path.read_bytes()
 
     def full(*_):
@@ -453,7 +342,7 @@ def test_a_failed_write_keeps_the_old_list(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(ValueError, match="No space left"):
-        dl.write(dl.Datalist(tuple(cases_of("ab"))), path)
+        dl.write(dl.Datalist(cases_of("ab")), path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["list.json"]
 
@@ -561,89 +450,6 @@ def test_read_lists_missing_files_and_their_number(tmp_path):
     assert "gone10" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match="absent"):
         dl.read(tmp_path / "absent.json")
-
-
-# --- organize_by_names
-
-
-def test_organize_links_flat_and_nested_files(tmp_path):
-    source, target = tmp_path / "in", tmp_path / "out/Dataset100_Mine"
-    touch(source / "a b.nii.gz", source / "deep/c_0000.nii", source / "notes.txt", source / ".hidden.nii.gz")
-    assert dl.organize_by_names(source, target) == 2
-    made = sorted((target / "imagesTr").iterdir())
-    assert [file.name for file in made] == ["a-b_0000.nii.gz", "c_0000.nii"]
-    assert [file.readlink() for file in made] == [source / "a b.nii.gz", source / "deep/c_0000.nii"]
-    assert names(dl.scan(tmp_path / "out")) == ["a-b", "c"]
-
-
-@pytest.mark.parametrize("copy", [False, True])
-def test_organize_again_changes_nothing_also_inside_the_source(tmp_path, copy):
-    target = tmp_path / "Dataset100_Mine"
-    (tmp_path / "a.nii.gz").write_bytes(b"voxels")
-    for _ in range(2):
-        assert dl.organize_by_names(tmp_path, target, copy=copy) == 1
-        made = target / "imagesTr/a_0000.nii.gz"
-        assert made.read_bytes() == b"voxels"
-        assert made.is_symlink() != copy
-        assert os.listdir(target / "imagesTr") == ["a_0000.nii.gz"]
-    touch(tmp_path / "b.nii.gz")
-    assert dl.organize_by_names(tmp_path, target, copy=copy) == 2
-
-
-def test_organize_links_to_the_file_behind_a_link(tmp_path):
-    touch(tmp_path / "store/blob.nii.gz")
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.nii.gz").symlink_to("../store/blob.nii.gz")
-    dl.organize_by_names(tmp_path / "in", tmp_path / "Dataset100_Mine")
-    made = tmp_path / "Dataset100_Mine/imagesTr/a_0000.nii.gz"
-    assert made.readlink() == tmp_path / "store/blob.nii.gz"
-
-
-def test_organize_turns_links_into_copies_when_asked(tmp_path):
-    target = tmp_path / "Dataset100_Mine"
-    (tmp_path / "a.nii.gz").write_bytes(b"voxels")
-    dl.organize_by_names(tmp_path, target)
-    dl.organize_by_names(tmp_path, target, copy=True)
-    assert not (target / "imagesTr/a_0000.nii.gz").is_symlink()
-
-
-@pytest.mark.parametrize("second", ["two/a.nii.gz", "two/a.nii", "a_0000.nii.gz", "two/a_0000.nii"])
-def test_organize_refuses_names_that_meet_and_writes_nothing(tmp_path, second):
-    source, target = tmp_path / "in", tmp_path / "Dataset100_Mine"
-    touch(source / "a.nii.gz", source / "b.nii.gz", source / second)
-    with pytest.raises(ValueError, match="rename") as caught:
-        dl.organize_by_names(source, target)
-    assert str(source / "a.nii.gz") in str(caught.value)
-    assert str(source / second) in str(caught.value)
-    assert not target.exists()
-
-
-@pytest.mark.parametrize("copy", [False, True])
-@pytest.mark.parametrize("obstacle", ["b_0000.nii.gz", "b_0000.nii"])
-def test_organize_refuses_another_file_in_the_way(tmp_path, obstacle, copy):
-    source, images = tmp_path / "in", tmp_path / "Dataset100_Mine/imagesTr"
-    source.mkdir()
-    (source / "a.nii.gz").write_bytes(b"voxels")
-    (source / "b.nii.gz").write_bytes(b"voxels")
-    images.mkdir(parents=True)
-    (images / obstacle).write_bytes(b"others")
-    for file in (source / "b.nii.gz", images / obstacle):  # same size and time: only the content tells
-        os.utime(file, (0, 0))
-    with pytest.raises(ValueError, match=obstacle):
-        dl.organize_by_names(source, images.parent, copy=copy)
-    assert (images / obstacle).read_bytes() == b"others"
-    assert os.listdir(images) == [obstacle]
-
-
-def test_organize_checks_its_folders(tmp_path):
-    touch(tmp_path / "in/a.nii.gz", tmp_path / "empty/readme.txt")
-    for name in ("Dataset1_A", "Dataset001", "Mine", "Dataset001_A-B"):
-        with pytest.raises(ValueError, match=name):
-            dl.organize_by_names(tmp_path / "in", tmp_path / name)
-    for source in ("empty", "absent"):
-        with pytest.raises(FileNotFoundError, match=source):
-            dl.organize_by_names(tmp_path / source, tmp_path / "Dataset001_A")
-    assert not (tmp_path / "Dataset001_A").exists()
 
 
 # --- real data

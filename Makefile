@@ -1,0 +1,50 @@
+# Everything from an empty folder: `make demo` shows what the project does, `make test` runs all fast tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO := data/demo
+RUNS := ckpt
+
+.PHONY: setup lint types test demo clean
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		(echo "$(PYTHON) is older than Python 3.10; run make PYTHON=python3.x with a newer one" && false)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+test: setup
+	$(BIN)/python -m pytest
+
+demo: setup
+	@echo "--- phantom CTs"
+	$(BIN)/hyspark phantom --out $(DEMO) --num_labelled 6 --num_unlabelled 18
+	@echo "--- data lists"
+	$(BIN)/python generate_js.py --data_path $(DEMO) --splits auto --val_fraction 0.33
+	$(BIN)/python generate_js.py --data_path $(DEMO) --labels --splits auto --val_fraction 0.33 \
+		--output $(DEMO)/labelled.json
+	@echo "--- pre-training on unlabelled volumes"
+	$(BIN)/python train.py --config configs/pretrain_demo.yaml --data_path $(DEMO) --exp_dir $(RUNS)/demo
+	@echo "--- fine-tuning on 4 labelled volumes, from these weights and from scratch"
+	$(BIN)/python finetune_btcv.py --config configs/finetune_demo.yaml --data_dir $(DEMO) \
+		--pretrained $(RUNS)/demo/hyspark_1kpretrained_timm_style.pth --logdir $(RUNS)/demo_pretrained
+	$(BIN)/python finetune_btcv.py --config configs/finetune_demo.yaml --data_dir $(DEMO) \
+		--pretrained none --logdir $(RUNS)/demo_scratch
+	@echo "--- result"
+	@$(BIN)/hyspark compare $(RUNS)/demo_pretrained $(RUNS)/demo_scratch
+	@echo "demo: report $(RUNS)/demo/report.html, pictures $(RUNS)/demo/pictures"
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,194 @@
+"""The training loop, the same for every task: batch, forward, backward, update, log; review and save when due.
+
+A task (see `Task`) says what a batch and a loss are, which rates a step has and what happens in a review. Everything
+that makes a run resumable lies here: step t sees batch t, rates t, and the state that step t - 1 left.
+"""
+
+import math
+import time
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from hyspark.config import as_plain
+from hyspark.data.loading import Batch, make_loader
+from hyspark.engine import checkpoint, distributed, optim
+from hyspark.engine.distributed import LOG, Processes
+from hyspark.engine.run import Config, RunLog
+
+
+@dataclass
+class Run:
+    """What the loop works with. `model` is the network as trained, wrapped where there are several processes.
+
+    total_steps: of the whole schedule. first_step, last_step: what this call does of it.
+    """
+
+    config: Config
+    processes: Processes
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    steps_per_epoch: int
+    total_steps: int
+    first_step: int
+
+    @property
+    def last_step(self) -> int:
+        """Where this call stops."""
+        return min(self.total_steps, self.config.max_steps or self.total_steps)
+
+    @property
+    def network(self) -> Any:
+        """The bare network."""
+        return distributed.bare(self.model)
+
+    def state(self, done: int) -> dict[str, Any]:
+        """The resumable state after `done` steps."""
+        parts = {"model": self.network, "optimizer": self.optimizer, "scaler": self.scaler}
+        return checkpoint.training_state(done, as_plain(self.config), **parts)
+
+
+class Task(Protocol):
+    """What differs between pre-training and fine-tuning."""
+
+    @property
+    def batches(self) -> Dataset[Batch]:
+        """Item t: this process's share of the global batch t."""
+
+    def loss(self, run: Run, batch: Batch) -> Tensor:
+        """Scalar loss of a batch."""
+
+    def rates(self, run: Run, step: int) -> dict[str, float]:
+        """Learning rate `lr` and weight decay `wd` of a step."""
+
+    def is_due(self, run: Run, done: int) -> bool:
+        """Whether a review and a checkpoint are due after `done` steps."""
+
+    def review(self, run: Run, log: RunLog | None, step: int, epoch: int) -> None:
+        """Validate and draw; `log` is None on other processes than the main one."""
+
+    def save(self, run: Run, done: int) -> None:
+        """Write the checkpoints; called on the main process."""
+
+
+def start_run(
+    config: Config,
+    processes: Processes,
+    model: nn.Module,
+    steps_per_epoch: int,
+    epochs: int,
+    state: dict[str, Any] | None,
+) -> Run:
+    """Put the model on its device, make its optimizer, and continue from `state` where there is one."""
+    if state:
+        model.load_state_dict(state["model"])
+    model = distributed.share_gradients(model, processes)
+    optimizer = torch.optim.AdamW(optim.parameter_groups(model))  # its rates are set at every step
+    scaler = distributed.loss_scaler(processes, config.precision)
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        LOG.info("continuing at step %d", state["step"])
+    first_step = state["step"] if state else 0
+    return Run(config, processes, model, optimizer, scaler, steps_per_epoch, epochs * steps_per_epoch, first_step)
+
+
+def own_state(path: Path, other: str = "") -> dict[str, Any] | None:
+    """The state a run continues from: its own file `path`, else the file `other` where one is named, else None."""
+    if path.is_file():
+        return checkpoint.read_training_state(path)
+    return checkpoint.read_training_state(Path(other)) if other else None
+
+
+def train(run: Run, task: Task) -> None:
+    """Do the steps from `run.first_step` to `run.last_step`.
+
+    Raises FloatingPointError, with the weights as the step before left them, where a loss or gradient is not finite.
+    """
+    with ExitStack() as stack:
+        bar = stack.enter_context(progress_bar(run))
+        log = stack.enter_context(closing(RunLog(run.config, run.first_step))) if run.processes.is_main else None
+        take_steps(run, task, log, bar)
+
+
+def take_steps(run: Run, task: Task, log: RunLog | None, bar: Any) -> None:
+    """The loop itself."""
+    config, processes = run.config, run.processes
+    steps = range(run.first_step, run.last_step)
+    batches = iter(make_loader(task.batches, steps, config.dataloader_workers, processes.device.type != "cpu"))
+    run.model.train()
+    clock = time.perf_counter()
+    for step in steps:
+        batch = next(batches)
+        waited = time.perf_counter() - clock
+        rates = task.rates(run, step)
+        optim.set_rates(run.optimizer, **rates)
+        loss, grad_norm = update(run, task, batch, step)
+        seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        done, epoch = step + 1, step // run.steps_per_epoch
+        if log:
+            speed = len(batch["cases"]) * processes.world_size / seconds
+            shares = {"samples_per_second": round(speed, 3), "data_wait": round(waited / seconds, 4)}
+            log.write(step, epoch, loss=loss, **rates, grad_norm=grad_norm, **shares)
+            bar.set_postfix(loss=f"{loss:.4f}", crops_per_s=f"{speed:.1f}", epoch=epoch)
+            bar.update()
+        due = done == run.last_step or task.is_due(run, done)
+        if due:
+            run.model.eval()
+            with torch.no_grad():
+                task.review(run, log, step, epoch)
+            run.model.train()
+        if due or (config.save_every and done % config.save_every == 0):
+            if processes.is_main:
+                task.save(run, done)
+            distributed.barrier(processes)
+            clock = time.perf_counter()  # reviews and checkpoints are not part of a step
+
+
+def progress_bar(run: Run) -> Any:
+    """Steps of the run with loss, speed and remaining time; silent on other processes than the main one."""
+    return tqdm(
+        total=run.last_step,
+        initial=run.first_step,
+        desc=run.config.run_folder.name,
+        unit="step",
+        disable=not run.processes.is_main,
+        dynamic_ncols=True,
+    )
+
+
+def update(run: Run, task: Task, batch: Batch, step: int) -> tuple[float, float]:
+    """One step of the optimizer: the loss over the global batch, and the gradient's norm before clipping."""
+    with distributed.autocast(run.processes, run.config.precision):
+        loss = task.loss(run, batch)
+    mean_loss = distributed.mean_over(loss, run.processes)
+    check_finite("loss", mean_loss, step, batch, run.processes)
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scaler.scale(loss).backward()
+    run.scaler.unscale_(run.optimizer)
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip or math.inf).item()
+    if not run.scaler.is_enabled():  # with fp16 the scaler skips such a step and lowers its scale
+        check_finite("gradient norm", norm, step, batch, run.processes)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    return mean_loss, norm
+
+
+def check_finite(what: str, value: float, step: int, batch: Batch, processes: Processes) -> None:
+    """Raises FloatingPointError, naming the step and the cases of all processes; `value` must be the same on all of
+    them.
+    """
+    if not math.isfinite(value):
+        cases = distributed.gather(batch["cases"], processes)
+        raise FloatingPointError(
+            f"the {what} is {value} at step {step} (cases {', '.join(sorted(set(cases)))}). "
+            "The weights were not changed by this step and earlier checkpoints are kept. "
+            "Look at these cases, lower the learning rate, or use --precision fp32"
+        )

@@ -1,0 +1,125 @@
+"""Two processes with gloo compute what one computes with the same global batch."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from hyspark.config import write_yaml
+from hyspark.engine.distributed import GlobalBatchNorm, find_processes, share_statistics
+from hyspark.engine.finetune import build as build_finetuning
+from hyspark.engine.finetune import finetune, last_file
+from hyspark.engine.pretrain import build as build_pretraining
+from hyspark.engine.pretrain import pretrain, training_file
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(script, config, folder):
+    recipe = folder / "recipe.yaml"
+    write_yaml(config, recipe)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(ROOT / script), "--config", str(recipe)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def measured(config, name):
+    lines = map(json.loads, (config.run_folder / "metrics.jsonl").read_text().splitlines())
+    return [line[name] for line in lines if name in line]
+
+
+def check_same_training(one, two, fresh, weights):
+    """The same losses and gradients, and weights that differ by a few per cent of their movement at most.
+
+    Rounding is amplified by Adam where a gradient is about zero; gradients that were not shared would show in the
+    first norm.
+    """
+    assert measured(two, "loss")[0] == pytest.approx(measured(one, "loss")[0], rel=1e-5)
+    assert measured(two, "grad_norm")[0] == pytest.approx(measured(one, "grad_norm")[0], rel=1e-4)
+    assert measured(two, "loss") == pytest.approx(measured(one, "loss"), rel=1e-3)
+    a, b = (torch.load(weights(c), weights_only=True)["model"] for c in (one, two))
+    assert a.keys() == b.keys()
+    moved = sum(float((a[key] - start.detach()).abs().sum()) for key, start in fresh.items())
+    apart = sum(float((a[key] - b[key]).abs().sum()) for key in fresh)
+    assert moved > 0
+    assert apart < 0.05 * moved
+
+
+def test_two_processes_equal_one_in_pretraining(pretraining, tmp_path):
+    one = replace(pretraining, exp_dir=str(tmp_path / "one"))
+    two = replace(pretraining, exp_dir=str(tmp_path / "two"))
+    pretrain(one)
+    torchrun("train.py", two, tmp_path)
+    check_same_training(one, two, dict(build_pretraining(one).named_parameters()), training_file)
+    assert measured(two, "val_loss") == pytest.approx(measured(one, "val_loss"), rel=1e-3)
+
+
+def test_two_processes_equal_one_in_finetuning(finetuning, tmp_path):
+    one = replace(finetuning, logdir=str(tmp_path / "one"))
+    two = replace(finetuning, logdir=str(tmp_path / "two"))
+    finetune(one)
+    torchrun("finetune_btcv.py", two, tmp_path)
+    check_same_training(one, two, dict(build_finetuning(one, 9).named_parameters()), last_file)
+
+
+def run_ranks(rank, folder):
+    """One of two processes: half of a batch through GlobalBatchNorm, forward and backward."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    x, target = torch.randn(6, 3, 4, 4, 4) * 3 + 1, torch.randn(6, 3, 4, 4, 4)
+    part = slice(0, 4) if rank == 0 else slice(4, 6)  # unequal shares
+    mine = x[part].clone().requires_grad_()
+    norm = GlobalBatchNorm(3)
+    out = norm(mine)
+    ((out - target[part]) ** 2).sum().backward()
+    torch.save({"out": out, "grad": mine.grad, "state": norm.state_dict()}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_global_batch_norm_is_the_batch_norm_of_the_whole_batch(tmp_path):
+    torch.multiprocessing.spawn(run_ranks, (str(tmp_path),), nprocs=2)
+    torch.manual_seed(0)
+    x, target = torch.randn(6, 3, 4, 4, 4) * 3 + 1, torch.randn(6, 3, 4, 4, 4)
+    x.requires_grad_()
+    norm = torch.nn.BatchNorm3d(3)
+    out = norm(x)
+    ((out - target) ** 2).sum().backward()
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    torch.testing.assert_close(torch.cat([p["out"] for p in parts]), out.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat([p["grad"] for p in parts]), x.grad, rtol=1e-4, atol=1e-4)
+    for key, value in norm.state_dict().items():
+        torch.testing.assert_close(parts[1]["state"][key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_share_statistics_keeps_weights_and_names():
+    model = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 1), torch.nn.Sequential(torch.nn.BatchNorm3d(2)))
+    model[1][0].running_mean.fill_(3.0)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    share_statistics(model)
+    assert isinstance(model[1][0], GlobalBatchNorm)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_cuda_that_is_not_there_is_refused_with_advice(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="--device cpu"):
+        find_processes("cuda")
+
+
+def test_a_batch_that_does_not_divide_is_refused(pretraining, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="multiple of their number"):
+        pretrain(replace(pretraining, bs=3))

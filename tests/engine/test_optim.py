@@ -1,0 +1,43 @@
+from itertools import pairwise
+
+import pytest
+import torch
+
+import hyspark
+from hyspark.engine.optim import learning_rate, parameter_groups, set_rates, weight_decay
+
+
+def test_learning_rate_starts_peaks_and_ends_where_the_recipe_says():
+    rates = [
+        learning_rate(t, peak=1e-4, warmup=40, total=100, start_factor=0.005, end_factor=0.001) for t in range(100)
+    ]
+    assert rates[0] == pytest.approx(5e-7)
+    assert rates[20] == pytest.approx(1e-4 * (0.005 + 0.995 / 2))
+    assert max(rates) == rates[40] == pytest.approx(1e-4)
+    assert rates[-1] == pytest.approx(1e-7)
+    assert all(a > b for a, b in pairwise(rates[40:]))
+
+
+def test_learning_rate_without_warmup_starts_at_the_peak():
+    assert learning_rate(0, peak=1.0, warmup=0, total=1) == 1.0
+    assert learning_rate(0, peak=1.0, warmup=0, total=10) == 1.0
+    assert learning_rate(9, peak=1.0, warmup=0, total=10) == pytest.approx(0.0)
+
+
+def test_weight_decay_goes_from_start_to_end_by_half_a_cosine():
+    values = [weight_decay(t, start=0.04, end=0.2, total=101) for t in range(101)]
+    assert values[0] == pytest.approx(0.04)
+    assert values[50] == pytest.approx(0.12)
+    assert values[100] == pytest.approx(0.2)
+
+
+def test_norms_biases_and_tokens_are_spared_weight_decay():
+    model = hyspark.build_hyspark(32, widths=(6, 6, 12, 12, 24), decoder_width=16)
+    optimizer = torch.optim.AdamW(parameter_groups(model))
+    set_rates(optimizer, lr=0.5, wd=0.25)
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert all(g["lr"] == 0.5 for g in optimizer.param_groups)
+    assert len(decay) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        spared = name.endswith(("bias", "mask_token")) or ".norm" in name or parameter.ndim == 1
+        assert decay[id(parameter)] == (0.0 if spared else 0.25), name

@@ -1,0 +1,154 @@
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import hyspark
+from hyspark.engine import loop
+from hyspark.engine.distributed import Processes
+from hyspark.engine.pretrain import Pretraining, encoder_file, pretrain, training_file
+from hyspark.engine.run import keeps
+
+
+def metrics(config):
+    return [json.loads(line) for line in (config.run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(config):
+    return [m["loss"] for m in metrics(config) if "loss" in m]
+
+
+def weights(config):
+    return torch.load(training_file(config), weights_only=True)["model"]
+
+
+def test_a_run_folder_holds_what_is_promised(pretraining):
+    folder = pretrain(pretraining)
+    for name in ("config.yaml", "metrics.jsonl", "report.html", "tensorboard", "pictures"):
+        assert (folder / name).exists(), name
+    steps = [m for m in metrics(pretraining) if "loss" in m]
+    assert [m["step"] for m in steps] == list(range(6))
+    assert [m["epoch"] for m in steps] == [0, 0, 0, 1, 1, 1]
+    expected = {"step", "epoch", "loss", "lr", "wd", "grad_norm", "samples_per_second", "data_wait"}
+    assert all(set(m) == expected and 0 <= m["data_wait"] <= 1 for m in steps)
+    reviews = [m for m in metrics(pretraining) if "val_loss" in m]
+    assert [m["step"] for m in reviews] == [2, 5]
+    assert list((folder / "pictures").glob("epoch_0001_*.png"))
+    assert "HySparK pre-training" in (folder / "report.html").read_text()
+    assert encoder_file(pretraining).name == "hyspark_1kpretrained_timm_style.pth"
+    assert training_file(pretraining).name == "hyspark_withdecoder_1kpretrained_hyspark_style.pth"
+
+
+def test_the_encoder_file_loads_into_segmentation(pretraining):
+    pretrain(replace(pretraining, ep=1))
+    shape = {"widths": pretraining.encoder_widths, "depths": (1,) * 5, "expansions": (2,) * 5, "vit_depth": 1}
+    model = hyspark.build_hybird(1, 4, 32, **shape)
+    report = hyspark.load_pretrained(model, encoder_file(pretraining))
+    assert all(key.startswith("decoder.") for key in report.missing)
+    assert not report.unexpected
+    full = hyspark.load_pretrained(hyspark.build_hybird(1, 4, 32, **shape), training_file(pretraining))
+    assert full.matched == report.matched
+
+
+def test_the_loss_falls(pretraining):
+    config = replace(pretraining, ep=24, base_lr=3e-3, wp_ep=1)
+    pretrain(config)
+    values = losses(config)
+    assert sum(values[-6:]) / 6 < 0.95 * sum(values[:3]) / 3
+
+
+def test_an_interrupted_run_continues_as_if_nothing_had_happened(pretraining, tmp_path):
+    whole = replace(pretraining, exp_dir=str(tmp_path / "whole"))
+    parts = replace(pretraining, exp_dir=str(tmp_path / "parts"))
+    pretrain(whole)
+    pretrain(replace(parts, max_steps=2))
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:  # what a killed run may leave behind
+        file.write('{"step": 2, "epoch": 0, "loss": 99.0}\n{"step": 3, "ep')
+    pretrain(replace(parts, dataloader_workers=2))
+    assert losses(whole) == losses(parts)
+    a, b = weights(whole), weights(parts)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_finished_run_is_left_alone(pretraining):
+    config = replace(pretraining, ep=1)
+    pretrain(config)
+    before = training_file(config).stat().st_mtime_ns
+    pretrain(config)
+    assert training_file(config).stat().st_mtime_ns == before
+
+
+def test_another_run_is_not_continued_by_mistake(pretraining):
+    pretrain(replace(pretraining, max_steps=1))
+    with pytest.raises(ValueError, match=r"mask: was 0\.75, is 0\.5"):
+        pretrain(replace(pretraining, mask=0.5))
+
+
+def test_resume_from_takes_another_runs_state_and_init_weight_only_its_weights(pretraining, tmp_path):
+    first = replace(pretraining, exp_dir=str(tmp_path / "first"), max_steps=3)
+    pretrain(first)
+    source = str(training_file(first))
+    resumed = replace(pretraining, exp_dir=str(tmp_path / "resumed"), resume_from=source, max_steps=4)
+    pretrain(resumed)
+    assert [m["step"] for m in metrics(resumed) if "loss" in m] == [3]
+    started = replace(pretraining, exp_dir=str(tmp_path / "started"), init_weight=source, max_steps=1)
+    pretrain(started)
+    assert [m["step"] for m in metrics(started) if "loss" in m] == [0]
+    fresh = replace(pretraining, exp_dir=str(tmp_path / "fresh"), max_steps=1)
+    pretrain(fresh)
+    assert losses(started) != losses(fresh)
+
+
+def test_a_dry_run_writes_nothing(pretraining, tmp_path, phantoms):
+    config = replace(pretraining, dry_run=True, store_dir=str(tmp_path / "store"))
+    pretrain(config)
+    assert not config.run_folder.exists()
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_cases(pretraining, monkeypatch):
+    original = Pretraining.loss
+    calls = []
+
+    def broken(self, run, batch):
+        calls.append(batch["cases"])
+        return original(self, run, batch) * (math.nan if len(calls) == 5 else 1.0)
+
+    monkeypatch.setattr(Pretraining, "loss", broken)
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 4 \(cases .*(trunk|phantom)_\d+"):
+        pretrain(pretraining)
+    state = torch.load(training_file(pretraining), weights_only=True)
+    assert state["step"] == 3
+    assert all(torch.isfinite(v).all() for v in state["model"].values())
+
+
+def test_a_gradient_that_is_not_finite_does_not_reach_the_weights():
+    with pytest.raises(FloatingPointError, match="gradient norm is inf at step 7"):
+        loop.check_finite("gradient norm", math.inf, 7, {"cases": ["a", "a", "b"]}, Processes(torch.device("cpu")))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_other_precisions_train_on_the_cpu(pretraining, precision):
+    config = replace(pretraining, precision=precision, ep=1)
+    pretrain(config)
+    assert all(math.isfinite(v) for v in losses(config))
+
+
+def test_non_cubic_crops_train(pretraining):
+    config = replace(pretraining, input_size=(32, 16, 48), max_steps=1)
+    pretrain(config)
+    assert len(losses(config)) == 1
+
+
+def test_no_data_list_says_how_to_make_one(pretraining, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"dataset\.json"):
+        pretrain(replace(pretraining, data_path=str(tmp_path)))
+
+
+def test_torn_metrics_lines_are_dropped():
+    assert keeps('{"step": 1}', 2)
+    assert not keeps('{"step": 2}', 2)
+    assert not keeps('{"step": 1, "lo', 2)

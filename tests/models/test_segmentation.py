@@ -1,0 +1,96 @@
+"""The segmentation network: shapes, gradients, and the encoder it shares with pre-training."""
+
+import pytest
+import torch
+from torch import nn
+
+from hyspark import build_hybird
+
+
+@pytest.mark.parametrize(("in_channel", "n_classes"), [(1, 14), (2, 3), (1, 1)])
+@pytest.mark.parametrize("size", [(32, 32, 32), (16, 48, 32), (16, 16, 16)])
+def test_scores_have_the_size_of_the_volume(make_hybird, in_channel, n_classes, size):
+    net = make_hybird(in_channel, n_classes, size)
+    scores = net(torch.rand(2, in_channel, *size))
+    assert scores.shape == (2, n_classes, *size)
+    assert scores.dtype == torch.float32
+
+
+def test_two_axes(make_hybird):
+    assert make_hybird(1, 5, (48, 32), axes=2)(torch.rand(2, 1, 48, 32)).shape == (2, 5, 48, 32)
+
+
+def test_every_parameter_gets_a_gradient(make_hybird):
+    net = make_hybird(2, 5)
+    scores = net(torch.rand(2, 2, 32, 32, 32))
+    (scores * torch.randn_like(scores)).sum().backward()
+    unused = [name for name, p in net.named_parameters() if p.grad is None]
+    assert unused == []
+    # A bias in front of an instance norm cannot have one; the released key names hold such biases.
+    idle = {f"decoder.decoder{level}.fusion.conv{i}.bias" for level in range(1, 5) for i in range(1, 4)}
+    still = [name for name, p in net.named_parameters() if not p.grad.any()]
+    assert set(still) <= idle
+
+
+def test_the_same_volumes_give_the_same_scores_in_training_and_evaluation(make_hybird):
+    net, volumes = make_hybird(), torch.rand(2, 1, 32, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(net.train()(volumes), net.eval()(volumes))
+
+
+def test_a_batch_equals_its_samples_one_by_one(make_hybird):
+    net, volumes = make_hybird(), torch.rand(3, 1, 32, 48, 16)
+    with torch.no_grad():
+        together = net(volumes)
+        alone = torch.cat([net(volumes[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-4 * together.std().item())
+
+
+def test_the_encoder_is_that_of_pre_training(make_hybird, make_encoder):
+    """Same names and, with the same weights, the same maps going into the decoder."""
+    net, encoder = make_hybird(), make_encoder(32)
+    net.load_state_dict(encoder.state_dict(), strict=False)
+    seen = {}
+    net.decoder.register_forward_hook(lambda _module, args, _out: seen.update(maps=args[0]))
+    volumes = torch.rand(2, 1, 32, 32, 32)
+    with torch.no_grad():
+        net(volumes)
+        expected = encoder(volumes)
+    assert len(seen["maps"]) == 5
+    assert all(torch.equal(x, y) for x, y in zip(seen["maps"], expected, strict=True))
+
+
+def test_every_skip_and_the_deepest_map_reach_the_scores(make_hybird, make_encoder):
+    decoder, encoder = make_hybird().decoder, make_encoder(32)
+    maps = [x.detach().requires_grad_() for x in encoder(torch.rand(1, 1, 32, 32, 32))]
+    scores = decoder(maps)
+    (scores * torch.randn_like(scores)).sum().backward()
+    assert all(x.grad.abs().sum() > 0 for x in maps)
+
+
+def test_each_level_doubles_and_halves(make_hybird):
+    """Widths of the levels, deepest first; expansion 4, 4, 4, 2 of the skip's block."""
+    decoder = make_hybird().decoder
+    levels = [decoder.decoder4, decoder.decoder3, decoder.decoder2, decoder.decoder1]
+    ups = [tuple(level.up_block.res_conv.weight.shape[:2]) for level in levels]
+    assert ups == [(48, 24), (24, 12), (12, 12), (12, 6)]
+    skips = [tuple(level.layer.conv2.weight.shape[:2]) for level in levels]
+    assert skips == [(192, 48), (96, 24), (48, 12), (24, 12)]
+    fusions = [tuple(level.fusion.conv1.weight.shape[:2]) for level in levels]
+    assert fusions == [(24, 72), (12, 36), (12, 24), (6, 18)]
+    assert isinstance(decoder.out.conv, nn.Conv3d)
+    assert decoder.out.conv.weight.shape == (3, 6, 1, 1, 1)
+
+
+def test_a_network_may_see_other_sizes_than_its_own(make_hybird):
+    """Positions are those of the volume's grid, as in a network built for that size."""
+    volumes = torch.rand(1, 1, 32, 48, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(make_hybird(size=64)(volumes), make_hybird(size=(32, 48, 16))(volumes))
+
+
+def test_sizes_that_do_not_fit_are_refused(make_hybird):
+    with pytest.raises(ValueError, match=r"multiple of 16.*\(90, 90, 90\).*nearest that fits is \(96, 96, 96\)"):
+        build_hybird(img_size=90)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        make_hybird()(torch.rand(1, 1, 32, 32, 24))

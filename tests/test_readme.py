@@ -1,0 +1,68 @@
+"""What the README shows must work: flags exist, Python runs, the tree is the tree, linked files exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from hyspark import cli
+from hyspark.config import FinetuneConfig, PretrainConfig
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / name for name in ("README.md", "data/README.md", "ckpt/README.md")]
+SCRIPTS = {"generate_js.py": "datalist", "train.py": "pretrain", "finetune_btcv.py": "finetune"}
+
+
+def commands():
+    """Every command line of the pages, as (words after the script, verb)."""
+    found = []
+    for page in PAGES:
+        for line in page.read_text().replace("\\\n", " ").splitlines():
+            for text in [line, *re.findall(r"`([^`]+)`", line)]:
+                words = shlex.split(text.split("#")[0]) if text.count('"') % 2 == 0 and "'" not in text else []
+                words = [w.rstrip(".") if w.endswith("py.") else w for w in words]
+                if words and words[0] in ("python", "torchrun"):
+                    at = next((i for i, w in enumerate(words) if w in SCRIPTS), None)
+                    if at:
+                        found.append((SCRIPTS[words[at]], words[at + 1 :]))
+                elif len(words) > 1 and words[0] == "hyspark" and words[1] in cli.VERBS:
+                    found.append((words[1], words[2:]))
+    return found
+
+
+def test_the_pages_show_commands():
+    verbs = {verb for verb, _ in commands()}
+    assert {"datalist", "pretrain", "finetune", "weights"} <= verbs
+
+
+@pytest.mark.parametrize(("verb", "argv"), commands())
+def test_every_command_shown_has_flags_that_exist(verb, argv, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if verb == "pretrain":
+        cli.read_config(PretrainConfig, verb, argv)
+    elif verb == "finetune":
+        cli.read_config(FinetuneConfig, verb, argv)
+    elif verb == "datalist":
+        cli.parse(cli.DatalistArguments(allow_abbrev=False), argv)
+    else:
+        cli.parse(cli.WeightsArguments(allow_abbrev=False), argv)
+
+
+def test_the_python_shown_runs(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    exec(block.replace("96", "32"), {})
+    assert "matched     121 keys" in capsys.readouterr().out
+
+
+def test_the_tree_is_the_tree():
+    tree = re.search(r"```\n(generate_js\.py.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL).group(1)
+    shown = set(re.findall(r"[a-z_]+\.py", tree))
+    package = {p.name for p in (ROOT / "hyspark").rglob("*.py")} - {"__init__.py"}
+    assert shown == package | set(SCRIPTS)
+
+
+def test_linked_files_exist():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?://)([^)]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
