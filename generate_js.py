@@ -1,7 +1,15 @@
 """Make dataset.json from nnU-Net folders.
 
-    python generate_js.py --data_path data                          # all images, for pre-training
-    python generate_js.py --data_path data --labels --splits auto --output data/labelled.json   # for fine-tuning
+For pre-training, all images:
+
+    python generate_js.py --data_path data
+
+For fine-tuning, labelled cases, split into training and validation:
+
+    python generate_js.py --data_path data --labels --splits auto --output data/labelled.json
+
+From a folder of loose NIfTI files, first brought into nnU-Net layout:
+
     python generate_js.py --data_path data --organize_from my_scans --organize_to data/Dataset042_Mine
 
 The same as `hyspark datalist`.

@@ -14,7 +14,8 @@ from typing import Any
 
 from tap import Tap, to_tap_class
 
-from hyspark.config import ConfigT, FinetuneConfig, PretrainConfig, field_help, nearest, read_yaml
+from hyspark.config import FinetuneConfig, PretrainConfig, nearest
+from hyspark.recipes import ConfigT, field_help, read_yaml
 
 
 class DatalistArguments(Tap):
@@ -147,7 +148,7 @@ def compare(argv: Sequence[str]) -> None:
 
     folders = [Path(f) for f in args.folders]
     print("Dice, best weights of each run")
-    print(dice_table({folder.name: read_scores(folder)["best"] for folder in folders}))
+    print(dice_table({folder.name: read_scores(folder)["best"] for folder in folders}, difference=True))
     for folder in folders:
         print(f"{folder.name}: report {folder / 'report.html'}, pictures {folder / 'pictures'}")
 

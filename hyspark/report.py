@@ -62,13 +62,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return metrics
 
 
-def dice_table(columns: Mapping[str, Mapping[str, float]]) -> str:
+def dice_table(columns: Mapping[str, Mapping[str, float]], difference: bool = False) -> str:
     """Dice per organ (rows) and run (columns) as aligned text, the mean last, "-" where there is no value.
 
-    Each mean is over the values its column shows. Two columns get a third: the first minus the second.
+    Each mean is over the values its column shows. difference: with two columns, add the first minus the second.
     Raises ValueError when there is no column.
     """
-    rows = dice_rows(columns)
+    rows = dice_rows(columns, difference)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)])
@@ -98,7 +98,7 @@ def write_report(
     cards = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in summary.items())
     body = [f"<h1>{escape(title)}</h1>", f'<dl class="cards">{cards}</dl>']
     if dice:
-        body += ["<h2>Dice</h2>", table(dice_rows(dice), "numbers", header=True)]
+        body += ["<h2>Dice</h2>", table(dice_rows(dice, difference=False), "numbers", header=True)]
     body += ["<h2>Curves</h2>", curves_html(run_folder / "metrics.jsonl")]
     body += ["<h2>Pictures</h2>", *pictures_html(run_folder / "pictures")]
     for name, mapping in (("Configuration", config), ("Environment", environment)):
@@ -134,14 +134,14 @@ def environment() -> dict[str, str]:
     return found
 
 
-def dice_rows(columns: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+def dice_rows(columns: Mapping[str, Mapping[str, float]], difference: bool) -> list[list[str]]:
     """The cells of `dice_table`, the header first."""
     if not columns:
         raise ValueError("expected the Dice of at least one run, got none; pass {run: {organ: Dice}}")
     organs = list(dict.fromkeys(organ for column in columns.values() for organ in column))
     values = np.array([[column.get(organ, math.nan) for organ in organs] for column in columns.values()])
     header, formats = ["organ", *columns], ["{:.3f}"] * len(columns)
-    if len(columns) == 2:
+    if difference and len(columns) == 2:
         values = np.concatenate([values, values[:1] - values[1:]])
         header, formats = [*header, "difference"], [*formats, "{:+.3f}"]
     counts = np.isfinite(values).sum(axis=1)

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from hyspark import cli
-from hyspark.config import FinetuneConfig, PretrainConfig, field_help
+from hyspark.config import FinetuneConfig, PretrainConfig
 from hyspark.models.encoder import HybridEncoder
 from hyspark.models.segmentation import build_hybird
+from hyspark.recipes import field_help
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = "--exp_name=debug --data_path=./data --model=hyspark --bs=12 --exp_dir=debug_hyspark_ddp_4"

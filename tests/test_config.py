@@ -11,17 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hyspark.config
-from hyspark.config import (
-    MAY_CHANGE,
-    FinetuneConfig,
-    PretrainConfig,
-    as_plain,
-    differences,
-    field_help,
-    nearest,
-    read_yaml,
-    write_yaml,
-)
+from hyspark.config import FinetuneConfig, PretrainConfig, nearest
+from hyspark.recipes import MAY_CHANGE, as_plain, differences, field_help, read_yaml, write_yaml
 
 PACKAGE = Path(hyspark.config.__file__).parent
 RECIPES = sorted((PACKAGE.parent / "configs").glob("*.yaml"))

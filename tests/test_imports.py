@@ -16,7 +16,6 @@ CUDA_ALLOWED = {
     "engine/distributed.py": None,  # the one place that knows devices
     "config.py": {"cuda"},  # a choice of the setting `device`
     "report.py": {"cuda"},  # the environment table names the GPU
-    "figures.py": {"cuda"},
 }
 """Files that may say cuda in code, and the words they may use (None: any)."""
 

@@ -65,7 +65,8 @@ def test_dice_table_of_two_runs():
         {
             "pre-trained": {"liver": 0.95, "spleen": 0.9, "aorta": float("nan")},
             "scratch": {"liver": 0.9, "spleen": 0.90004, "aorta": 0.5},
-        }
+        },
+        difference=True,
     )
     assert table == "\n".join(
         [
@@ -79,6 +80,7 @@ def test_dice_table_of_two_runs():
 
 
 def test_dice_table_of_one_run_has_no_difference_and_of_none_is_an_error():
+    assert report.dice_table({"best": {"liver": 0.5}, "last": {"liver": 0.25}}).endswith("\nmean   0.500  0.250")
     assert report.dice_table({"run": {"liver": 0.5}}) == "organ    run\nliver  0.500\nmean   0.500"
     assert report.dice_table({"run": {"liver": float("nan")}}).endswith("\nmean     -")
     with pytest.raises(ValueError, match="at least one run"):

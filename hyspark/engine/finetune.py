@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hyspark import report
-from hyspark.config import FinetuneConfig, as_plain
+from hyspark.config import FinetuneConfig
 from hyspark.data import datalist
 from hyspark.data.cases import Case, Datalist
 from hyspark.data.crops import seed_at
@@ -30,6 +30,7 @@ from hyspark.engine.run import RunLog, check_settings, prepared, settings_text
 from hyspark.figures import save_figure, segmentation_panel
 from hyspark.models.segmentation import Hybird, build_hybird
 from hyspark.models.weights import load_pretrained
+from hyspark.recipes import as_plain
 
 BTCV_CLASSES = 14
 

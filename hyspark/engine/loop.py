@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from hyspark.config import as_plain
 from hyspark.data.loading import Batch, make_loader
 from hyspark.engine import checkpoint, distributed, optim
 from hyspark.engine.distributed import LOG, Processes
 from hyspark.engine.run import Config, RunLog
+from hyspark.recipes import as_plain
 
 
 @dataclass

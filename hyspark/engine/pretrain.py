@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hyspark import report
-from hyspark.config import PretrainConfig, as_plain
+from hyspark.config import PretrainConfig
 from hyspark.data import datalist
 from hyspark.data.cases import Case
 from hyspark.data.crops import seed_at
@@ -27,6 +27,7 @@ from hyspark.figures import reconstruction_panel, save_figure
 from hyspark.models.masking import draw_visible, grid_of, visible_at
 from hyspark.models.pretraining import HySparK, build_hyspark, reconstruct
 from hyspark.models.weights import load_pretrained
+from hyspark.recipes import as_plain
 
 START_FACTOR, END_FACTOR = 0.005, 0.001
 """Learning rate at the first and the last step, as shares of the peak."""
@@ -79,7 +80,10 @@ def find_cases(config: PretrainConfig) -> tuple[list[Case], list[Case]]:
     out.
     """
     path = Path(config.data_path)
-    listed = datalist.read(path if path.suffix == ".json" else path / "dataset.json")
+    path = path if path.suffix == ".json" else path / "dataset.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no data list at {path}; make it by: python generate_js.py --data_path {path.parent}")
+    listed = datalist.read(path)
     training, validation = list(listed.training), list(listed.validation)
     if not validation:
         training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=config.seed)

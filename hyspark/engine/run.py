@@ -8,11 +8,12 @@ from typing import Any
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from hyspark.config import FinetuneConfig, PretrainConfig, as_plain, differences, write_yaml
+from hyspark.config import FinetuneConfig, PretrainConfig
 from hyspark.data.cases import Case
 from hyspark.data.prepare import prepare_all, wait_for_all
 from hyspark.data.store import StoredVolume
 from hyspark.engine.distributed import Processes
+from hyspark.recipes import as_plain, differences, write_yaml
 
 Config = PretrainConfig | FinetuneConfig
 

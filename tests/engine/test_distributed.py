@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from hyspark.config import write_yaml
 from hyspark.engine.distributed import GlobalBatchNorm, find_processes, share_statistics
 from hyspark.engine.finetune import build as build_finetuning
 from hyspark.engine.finetune import finetune, last_file
 from hyspark.engine.pretrain import build as build_pretraining
 from hyspark.engine.pretrain import pretrain, training_file
+from hyspark.recipes import write_yaml
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import hyspark
-from hyspark.config import write_yaml
 from hyspark.engine.pretrain import pretrain
+from hyspark.recipes import write_yaml
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]

@@ -144,7 +144,7 @@ def test_non_cubic_crops_train(pretraining):
 
 
 def test_no_data_list_says_how_to_make_one(pretraining, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"dataset\.json"):
+    with pytest.raises(FileNotFoundError, match=r"dataset\.json; make it by: python generate_js\.py --data_path"):
         pretrain(replace(pretraining, data_path=str(tmp_path)))
 
 
