@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 DEMO := data/demo
 RUNS := ckpt
 
-.PHONY: setup lint types test demo clean
+.PHONY: setup lint types test demo bench clean
 
 setup: $(INSTALLED)
 
@@ -45,6 +45,10 @@ demo: setup
 	@echo "--- result"
 	@$(BIN)/hyspark compare $(RUNS)/demo_pretrained $(RUNS)/demo_scratch
 	@echo "demo: report $(RUNS)/demo/report.html, pictures $(RUNS)/demo/pictures"
+
+bench: setup
+	$(BIN)/pip install --quiet --editable ".[bench]"
+	$(BIN)/python benchmarks/store.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,20 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from hyspark.data.settings import PrepareSettings
 from hyspark.models.encoder import DEPTHS, EXPANSIONS, WIDTHS
 from hyspark.models.masking import grid_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareSettings:
-    """The deterministic part of the data path, done once per volume; together with the file it keys the store."""
-
-    spacing: tuple[float, float, float] = (1.5, 1.5, 1.5)
-    """Voxel spacing in mm that volumes are resampled to, in RAS order."""
-    hu_min: float = -175.0
-    """Hounsfield units that become 0; lower values are clipped."""
-    hu_max: float = 250.0
-    """Hounsfield units that become 1; higher values are clipped."""
 
 
 @dataclass(frozen=True, kw_only=True)

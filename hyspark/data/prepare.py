@@ -29,8 +29,8 @@ from monai.transforms import (
 from nibabel.affines import apply_affine, voxel_sizes
 from tqdm import tqdm
 
-from hyspark.config import PrepareSettings
 from hyspark.data.cases import Case
+from hyspark.data.settings import PrepareSettings
 from hyspark.data.store import StoredVolume, entry_folder, is_complete, write_entry
 
 MAX_LISTED = 20

@@ -31,7 +31,7 @@ from typing import Any
 import blosc2
 import numpy as np
 
-from hyspark.config import PrepareSettings
+from hyspark.data.settings import PrepareSettings
 
 FORMAT = 1
 CHUNK, BLOCK, CELL = 64, 16, 32

@@ -79,7 +79,7 @@ def connected(processes: Processes) -> Iterator[None]:
 def share_gradients(model: nn.Module, processes: Processes) -> nn.Module:
     """The model on its device, with gradients averaged and batch statistics shared over all processes.
 
-    Weights lie channels last: pointwise layers and LayerNorm then read contiguous rows, several times faster on a CPU.
+    Weights lie channels last, so that pointwise layers and LayerNorm read contiguous rows.
     """
     model = model.to(processes.device).to(memory_format=torch.channels_last_3d)
     if processes.world_size == 1:

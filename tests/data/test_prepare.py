@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from monai.transforms import CropForeground, LoadImage, Orientation, ScaleIntensityRange, Spacing
 
-from hyspark.config import PrepareSettings
 from hyspark.data.crops import place
 from hyspark.data.datalist import Case
 from hyspark.data.phantom import make_phantom
 from hyspark.data.prepare import prepare_all, wait_for_all
+from hyspark.data.settings import PrepareSettings
 from hyspark.data.store import StoredVolume
 
 COARSE = PrepareSettings(spacing=(6.0, 6.0, 6.0))

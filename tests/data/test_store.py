@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from hyspark.config import PrepareSettings
+from hyspark.data.settings import PrepareSettings
 from hyspark.data.store import StoredVolume, cell_counts, entry_folder, is_complete, write_entry
 
 AFFINE = np.diag([1.5, 1.5, 2.0, 1.0])

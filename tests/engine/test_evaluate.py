@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from hyspark.config import PrepareSettings
 from hyspark.data.cases import Case
 from hyspark.data.phantom import LABELS, make_phantom
 from hyspark.data.prepare import prepare_all
+from hyspark.data.settings import PrepareSettings
 from hyspark.engine.evaluate import Scores, dice, load_label, mean_dice, read_scores, segment, to_grid, write_scores
 
 
