@@ -147,10 +147,12 @@ def compare(argv: Sequence[str]) -> None:
     from hyspark.report import dice_table
 
     folders = [Path(f) for f in args.folders]
+    unique = len({folder.name for folder in folders}) == len(folders)
+    titles = {folder: folder.name if unique else str(folder) for folder in folders}
     print("Dice, best weights of each run")
-    print(dice_table({folder.name: read_scores(folder)["best"] for folder in folders}, difference=True))
+    print(dice_table({titles[folder]: read_scores(folder)["best"] for folder in folders}, difference=True))
     for folder in folders:
-        print(f"{folder.name}: report {folder / 'report.html'}, pictures {folder / 'pictures'}")
+        print(f"{titles[folder]}: report {folder / 'report.html'}, pictures {folder / 'pictures'}")
 
 
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -187,7 +189,7 @@ def run(function: Callable[[Sequence[str]], None], argv: Sequence[str] | None = 
     try:
         function(sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError, FloatingPointError) as error:
-        if not raised_here(error):
+        if not isinstance(error, OSError) and not raised_here(error):
             raise
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)

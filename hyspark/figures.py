@@ -7,7 +7,6 @@ sagittal). Making a figure touches no global state, neither pyplot nor torch is 
 
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+
+from hyspark.atomic import write_whole
 
 # Name -> the volume's axes that run (across, up) the picture; the third axis is the one that is cut.
 PLANES = {"axial": (0, 1), "coronal": (0, 2), "sagittal": (1, 2)}
@@ -167,17 +168,6 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=DPI, facecolor=figure.get_facecolor())
     return buffer.getvalue()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file at once: a reader never meets half of it. Makes the folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def display_plane(volume: np.ndarray, plane: str, at: Sequence[int]) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 from docstring_parser import parse_from_object
 
+from hyspark.atomic import write_whole
 from hyspark.config import FinetuneConfig, PretrainConfig, nearest
 
 ConfigT = TypeVar("ConfigT", PretrainConfig, FinetuneConfig)
@@ -35,7 +36,7 @@ def read_yaml(path: str | Path, config_class: type) -> dict[str, Any]:
         raise FileNotFoundError(f"no recipe at {path}; the recipes that come with the project are in configs/")
     try:
         loaded = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path}: expected lines of `name: value`, got {type(loaded).__name__}")
@@ -77,8 +78,7 @@ def coerce(value: Any, hint: Any) -> Any:
 
 def write_yaml(config: PretrainConfig | FinetuneConfig, path: Path) -> None:
     """Write every field, so that `--config` on the file gives the same settings."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(as_plain(config), sort_keys=False))
+    write_whole(path, yaml.safe_dump(as_plain(config), sort_keys=False).encode())
 
 
 def as_plain(config: PretrainConfig | FinetuneConfig) -> dict[str, Any]:
@@ -106,10 +106,12 @@ only move files.
 
 
 def differences(old: Mapping[str, Any], config: PretrainConfig | FinetuneConfig) -> list[str]:
-    """Settings that forbid continuing a run, one line each: 'name: was X, is Y'."""
-    new = as_plain(config)
+    """Settings that forbid continuing a run, one line each: 'name: was X, is Y'. A field that is not in `old` had
+    its default.
+    """
+    defaults = as_plain(type(config)())
     return [
-        f"{name}: was {old.get(name)}, is {value}"
-        for name, value in new.items()
-        if name not in MAY_CHANGE and old.get(name) != value
+        f"{name}: was {old.get(name, defaults[name])}, is {value}"
+        for name, value in as_plain(config).items()
+        if name not in MAY_CHANGE and old.get(name, defaults[name]) != value
     ]

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from hyspark.figures import CURVES, Curve, curves_figure, png, write_whole
+from hyspark.atomic import write_whole
+from hyspark.figures import CURVES, Curve, curves_figure, png
 
 STYLE = """
 :root{color-scheme:light dark;--page:#f4f5f7;--card:#fff;--text:#1d2330;--soft:#5d6675;--line:#dfe3e8}

@@ -310,15 +310,20 @@ def test_compare_names_a_folder_that_is_no_run(tmp_path, capsys):
 
 
 def test_a_bug_keeps_its_traceback():
-    """Only what this package raises on purpose is shortened; an error from a dependency is for a bug report."""
+    """Only what this package raises on purpose, and trouble with files, is shortened."""
     with pytest.raises(ValueError, match="broadcast"):
         cli.run(lambda argv: torch.zeros(2).numpy().__setitem__(slice(None), [1, 2, 3]), [])
     with pytest.raises(json.JSONDecodeError):
         cli.run(lambda argv: json.loads("{"), [])
-    with pytest.raises(FileNotFoundError):
-        cli.run(lambda argv: Path("none").stat(), [])
     with pytest.raises(KeyError):
         cli.run(lambda argv: {}["a"], [])
+
+
+def test_trouble_with_files_is_one_line_wherever_it_is_noticed(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(lambda argv: Path("none").stat(), [])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "error: [Errno 2] No such file or directory: 'none'\n"
 
 
 def test_a_diverged_training_is_exit_code_1(monkeypatch, capsys):

@@ -306,7 +306,8 @@ def test_only_named_fields_may_change(config_class):
     assert not {"seed", "bs", "batch_size", "base_lr", "optim_lr", "ep", "max_epochs", "spacing"} & MAY_CHANGE
 
 
-def test_a_setting_the_old_run_did_not_have_is_a_difference():
+def test_a_setting_the_old_run_did_not_have_had_its_default():
     old = as_plain(FinetuneConfig())
     del old["rot90_prob"]
-    assert differences(old, FinetuneConfig()) == ["rot90_prob: was None, is 0.2"]
+    assert differences(old, FinetuneConfig()) == []
+    assert differences(old, FinetuneConfig(rot90_prob=0.5)) == ["rot90_prob: was 0.2, is 0.5"]

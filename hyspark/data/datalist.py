@@ -250,7 +250,10 @@ def entry_paths(value: Any, path: Path, place: str, require_label: bool) -> tupl
 
 
 def case_names(images: Sequence[Path]) -> dict[Path, str]:
-    """Case names: file names without ending and channel, which is "_0000" or what a whole data set shares."""
+    """Case names: file names without ending and channel, which is "_0000" or what a whole data set shares.
+
+    A name that several files have (case_1/imaging.nii.gz, case_2/imaging.nii.gz) gets the folder's name in front.
+    """
     endings: dict[str, set[str]] = {}
     for image in images:
         endings.setdefault(dataset_of(image), set()).add(nifti_stem(image)[-5:])
@@ -260,7 +263,8 @@ def case_names(images: Sequence[Path]) -> dict[Path, str]:
         shared = len(endings[dataset_of(image)]) == 1
         has_channel = re.fullmatch(r".+_\d{4}", stem, re.DOTALL) and (shared or stem.endswith("_0000"))
         names[image] = stem[:-5] if has_channel else stem
-    return names
+    repeated = {name for name, num in Counter(names.values()).items() if num > 1}
+    return {image: f"{image.parent.name}-{name}" if name in repeated else name for image, name in names.items()}
 
 
 def dataset_of(image: Path) -> str:

@@ -33,7 +33,7 @@ import numpy as np
 
 from hyspark.data.settings import PrepareSettings
 
-FORMAT = 1
+FORMAT = 2
 CHUNK, BLOCK, CELL = 64, 16, 32
 SCALE = np.float32(1 / 65535)
 
@@ -64,11 +64,14 @@ def is_complete(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Entry:
-    """What entry.json holds: shape in voxels, affine of the prepared grid (RAS mm), the file it was made from."""
+    """What entry.json holds: shape in voxels, affine of the prepared grid (RAS mm), the file it was made from, the
+    largest value of its label (0 without one).
+    """
 
     shape: tuple[int, ...]
     affine: list[list[float]]
     source: str
+    max_label: int
 
 
 def write_entry(folder: Path, *, image: np.ndarray, label: np.ndarray | None, affine: np.ndarray, source: str) -> None:
@@ -81,7 +84,7 @@ def write_entry(folder: Path, *, image: np.ndarray, label: np.ndarray | None, af
             write_array(temporary / "label.b2nd", label)
         counts = np.stack([cell_counts(where(quantised, label)).ravel() for where in KINDS.values()])
         np.save(temporary / "counts.npy", counts.astype(np.uint32))
-        entry = Entry(image.shape, affine.tolist(), source)
+        entry = Entry(image.shape, affine.tolist(), source, 0 if label is None else int(label.max()))
         (temporary / "entry.json").write_text(json.dumps(asdict(entry)))
         try:
             os.replace(temporary, folder)
@@ -125,7 +128,7 @@ class StoredVolume:
     def entry(self) -> Entry:
         """Shape, affine and source."""
         loaded = json.loads((self.folder / "entry.json").read_text())
-        return Entry(tuple(loaded["shape"]), loaded["affine"], loaded["source"])
+        return Entry(tuple(loaded["shape"]), loaded["affine"], loaded["source"], loaded["max_label"])
 
     def read(self, array: str, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
         """A box of "image" (float32 in [0, 1]) or "label" (uint8); what lies outside the volume is 0.

@@ -29,9 +29,11 @@ def save(state: dict[str, Any], path: Path) -> None:
         raise
 
 
-def training_state(step: int, config: dict[str, Any], **parts: Any) -> dict[str, Any]:
-    """A resumable state: the number of steps done, the settings, and the state dict of each part."""
-    return {"format": FORMAT, "step": step, "config": config} | {k: v.state_dict() for k, v in parts.items()}
+def training_state(step: int, config: dict[str, Any], data: str, **parts: Any) -> dict[str, Any]:
+    """A resumable state: the number of steps done, the settings, the data in words, each part's state dict."""
+    return {"format": FORMAT, "step": step, "config": config, "data": data} | {
+        k: v.state_dict() for k, v in parts.items()
+    }
 
 
 def read_training_state(path: Path) -> dict[str, Any]:

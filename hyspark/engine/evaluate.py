@@ -13,6 +13,7 @@ from monai.metrics import DiceMetric
 from monai.transforms import LoadImage, SpatialResample
 from torch import Tensor, nn
 
+from hyspark.atomic import write_whole
 from hyspark.data.store import StoredVolume
 
 
@@ -91,7 +92,8 @@ def write_scores(folder: Path, **entries: Scores) -> None:
     """Put entries ("best", "last") into dice.json of a run folder."""
     path = folder / "dice.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps(known | {name: asdict(scores) for name, scores in entries.items()}, indent=1) + "\n")
+    known |= {name: asdict(scores) for name, scores in entries.items()}
+    write_whole(path, (json.dumps(known, indent=1) + "\n").encode())
 
 
 def read_scores(folder: Path) -> dict[str, dict[str, float]]:

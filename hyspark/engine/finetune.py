@@ -25,8 +25,8 @@ from hyspark.data.store import StoredVolume
 from hyspark.engine import checkpoint, distributed, optim
 from hyspark.engine.distributed import LOG, Processes
 from hyspark.engine.evaluate import Scores, dice, load_label, mean_dice, read_scores, segment, to_grid, write_scores
-from hyspark.engine.loop import Run, own_state, start_run, train
-from hyspark.engine.run import RunLog, check_settings, prepared, settings_text
+from hyspark.engine.loop import Run, start_run, train
+from hyspark.engine.run import RunLog, data_text, prepared, saved_state, settings_text
 from hyspark.figures import save_figure, segmentation_panel
 from hyspark.models.segmentation import Hybird, build_hybird
 from hyspark.models.weights import load_pretrained
@@ -42,22 +42,24 @@ def finetune(config: FinetuneConfig) -> Path:
     the loss is not finite.
     """
     processes = distributed.find_processes(config.device)
-    check_settings(config)
     share = Share(config.batch_size, processes.rank, processes.world_size)
     training, validation, names = find_cases(config)
+    data = data_text(training, validation)
     model = build(config, len(names))
     LOG.info("%s", describe(config, processes, model, len(training), len(validation), names))
+    state = saved_state(config, data, last_file(config))
+    if not state and config.pretrained != "none":
+        LOG.info("weights of %s\n%s", config.pretrained, load_pretrained(model, config.pretrained))
     if config.dry_run:
         return config.run_folder
     volumes = prepared(config, processes, Path(config.data_dir), training, validation)
+    check_labels([*volumes[0], *volumes[1]], names)
     with distributed.connected(processes):
-        state = own_state(last_file(config))
-        if not state and config.pretrained != "none":
-            LOG.info("weights of %s\n%s", config.pretrained, load_pretrained(model, config.pretrained))
         task = Finetuning(config, share, *volumes, validation, names, best=state["best"] if state else -1.0)
-        run = start_run(config, processes, model, steps_per_epoch(config, len(training)), config.max_epochs, state)
+        steps = steps_per_epoch(config, len(training))
+        run = start_run(config, data, processes, model, steps, config.max_epochs, state)
         if run.first_step >= run.last_step:
-            LOG.info("nothing to do: %s has all %d steps", config.run_folder, run.last_step)
+            LOG.info("nothing to do: %s has done %d steps", config.run_folder, run.first_step)
             return config.run_folder
         train(run, task)
     if processes.is_main:
@@ -113,6 +115,17 @@ def class_names(config: FinetuneConfig, labels: dict[str, int] | None) -> list[s
         )
     by_value = {v: k for k, v in labels.items()}
     return [by_value.get(v, f"class_{v}") for v in range(num)]
+
+
+def check_labels(volumes: Sequence[StoredVolume], names: Sequence[str]) -> None:
+    """Raises ValueError where a label holds a value that is no class."""
+    for volume in volumes:
+        if volume.entry.max_label >= len(names):
+            raise ValueError(
+                f"{volume.name}: its label holds the value {volume.entry.max_label}, but the classes go from 0 to "
+                f"{len(names) - 1} ({', '.join(names)}); name all classes in the data set's dataset.json, "
+                "or set --out_channels where it names none"
+            )
 
 
 def steps_per_epoch(config: FinetuneConfig, num_training: int) -> int:
@@ -219,7 +232,7 @@ class Finetuning:
             checkpoint.save(weights, self.config.run_folder / "best.pth")
             write_scores(self.config.run_folder, best=scores)
         write_scores(self.config.run_folder, last=scores)
-        self.draw_picture(run, epoch)
+        self.draw_picture(run, log, step, epoch)
         self.write_report(run)
 
     def segment(self, run: Run, index: int) -> Tensor:
@@ -232,16 +245,16 @@ class Finetuning:
         """Dice per class of each validation case, on the label's own grid."""
         processes = run.processes
         mine = range(processes.rank, len(self.validation), processes.world_size)
-        rows: list[tuple[str, list[float]]] = []
+        rows: list[tuple[int, list[float]]] = []
         for i in tqdm(mine, desc="validate", unit="case", leave=False, disable=not processes.is_main):
             volume, label = self.validation[i], self.cases[i].label
             assert label is not None
             truth = load_label(label)
             prediction = to_grid(self.segment(run, i), volume.entry.affine, truth)
-            rows.append((volume.name, dice(prediction, truth, len(self.names))))
-        return dict(sorted(distributed.gather(rows, processes)))
+            rows.append((i, dice(prediction, truth, len(self.names))))
+        return {self.cases[i].name: values for i, values in sorted(distributed.gather(rows, processes))}
 
-    def draw_picture(self, run: Run, epoch: int) -> None:
+    def draw_picture(self, run: Run, log: RunLog, step: int, epoch: int) -> None:
         """The first validation case: image, truth, prediction, on the prepared grid."""
         volume = self.validation[0]
         image, truth = (volume.read(array, (0, 0, 0), volume.entry.shape) for array in ("image", "label"))
@@ -254,6 +267,7 @@ class Finetuning:
             spacing=self.config.spacing,
         )
         save_figure(figure, self.config.run_folder / "pictures" / f"epoch_{epoch:04d}_{volume.name}.png")
+        log.board.add_figure(f"segmentation/{volume.name}", figure, step, close=False)
 
     def save(self, run: Run, done: int) -> None:
         """The resumable state."""

@@ -8,13 +8,13 @@ import math
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from hyspark.data.loading import Batch, make_loader
 from hyspark.engine import checkpoint, distributed, optim
@@ -27,10 +27,11 @@ from hyspark.recipes import as_plain
 class Run:
     """What the loop works with. `model` is the network as trained, wrapped where there are several processes.
 
-    total_steps: of the whole schedule. first_step, last_step: what this call does of it.
+    data: of `data_text`. total_steps: of the whole schedule. first_step, last_step: what this call does of it.
     """
 
     config: Config
+    data: str
     processes: Processes
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -52,7 +53,7 @@ class Run:
     def state(self, done: int) -> dict[str, Any]:
         """The resumable state after `done` steps."""
         parts = {"model": self.network, "optimizer": self.optimizer, "scaler": self.scaler}
-        return checkpoint.training_state(done, as_plain(self.config), **parts)
+        return checkpoint.training_state(done, as_plain(self.config), self.data, **parts)
 
 
 class Task(Protocol):
@@ -80,6 +81,7 @@ class Task(Protocol):
 
 def start_run(
     config: Config,
+    data: str,
     processes: Processes,
     model: nn.Module,
     steps_per_epoch: int,
@@ -97,14 +99,8 @@ def start_run(
         scaler.load_state_dict(state["scaler"])
         LOG.info("continuing at step %d", state["step"])
     first_step = state["step"] if state else 0
-    return Run(config, processes, model, optimizer, scaler, steps_per_epoch, epochs * steps_per_epoch, first_step)
-
-
-def own_state(path: Path, other: str = "") -> dict[str, Any] | None:
-    """The state a run continues from: its own file `path`, else the file `other` where one is named, else None."""
-    if path.is_file():
-        return checkpoint.read_training_state(path)
-    return checkpoint.read_training_state(Path(other)) if other else None
+    total_steps = epochs * steps_per_epoch
+    return Run(config, data, processes, model, optimizer, scaler, steps_per_epoch, total_steps, first_step)
 
 
 def train(run: Run, task: Task) -> None:
@@ -113,6 +109,7 @@ def train(run: Run, task: Task) -> None:
     Raises FloatingPointError, with the weights as the step before left them, where a loss or gradient is not finite.
     """
     with ExitStack() as stack:
+        stack.enter_context(logging_redirect_tqdm())  # log lines above the bar, not in it
         bar = stack.enter_context(progress_bar(run))
         log = stack.enter_context(closing(RunLog(run.config, run.first_step))) if run.processes.is_main else None
         take_steps(run, task, log, bar)

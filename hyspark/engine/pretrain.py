@@ -21,8 +21,8 @@ from hyspark.data.splits import split_by_subject
 from hyspark.data.store import StoredVolume
 from hyspark.engine import checkpoint, distributed, optim
 from hyspark.engine.distributed import LOG, Processes
-from hyspark.engine.loop import Run, own_state, start_run, train
-from hyspark.engine.run import RunLog, check_settings, prepared, settings_text
+from hyspark.engine.loop import Run, start_run, train
+from hyspark.engine.run import RunLog, data_text, prepared, saved_state, settings_text
 from hyspark.figures import reconstruction_panel, save_figure
 from hyspark.models.masking import draw_visible, grid_of, visible_at
 from hyspark.models.pretraining import HySparK, build_hyspark, reconstruct
@@ -32,6 +32,8 @@ from hyspark.recipes import as_plain
 START_FACTOR, END_FACTOR = 0.005, 0.001
 """Learning rate at the first and the last step, as shares of the peak."""
 NUM_PICTURES = 3
+VALIDATION_SEED = 0
+"""Held-out volumes, their crops and masks do not depend on the seed of a run, so that runs can be compared."""
 
 
 def encoder_file(config: PretrainConfig) -> Path:
@@ -51,21 +53,21 @@ def pretrain(config: PretrainConfig) -> Path:
     is not finite.
     """
     processes = distributed.find_processes(config.device)
-    check_settings(config)
     share = Share(config.bs, processes.rank, processes.world_size)
     cases = find_cases(config)
+    data = data_text(*cases)
     model = build(config)
     LOG.info("%s", describe(config, processes, model, *cases))
+    state = saved_state(config, data, training_file(config), config.resume_from)
+    if not state and config.init_weight:
+        LOG.info("weights of %s\n%s", config.init_weight, load_pretrained(model, config.init_weight))
     if config.dry_run:
         return config.run_folder
     task = Pretraining(config, share, *prepared(config, processes, Path(config.data_path), *cases))
     with distributed.connected(processes):
-        state = own_state(training_file(config), config.resume_from)
-        if not state and config.init_weight:
-            LOG.info("weights of %s\n%s", config.init_weight, load_pretrained(model, config.init_weight))
-        run = start_run(config, processes, model, steps_per_epoch(config, cases[0]), config.ep, state)
+        run = start_run(config, data, processes, model, steps_per_epoch(config, cases[0]), config.ep, state)
         if run.first_step >= run.last_step:
-            LOG.info("nothing to do: %s has all %d steps", config.run_folder, run.last_step)
+            LOG.info("nothing to do: %s has done %d steps", config.run_folder, run.first_step)
             return config.run_folder
         train(run, task)
     if processes.is_main:
@@ -76,8 +78,8 @@ def pretrain(config: PretrainConfig) -> Path:
 
 
 def find_cases(config: PretrainConfig) -> tuple[list[Case], list[Case]]:
-    """Training and validation cases; where the list names no validation part, a seeded share of the volumes is held
-    out.
+    """Training and validation cases; where the list names no validation part, the same share of the volumes is
+    always held out.
     """
     path = Path(config.data_path)
     path = path if path.suffix == ".json" else path / "dataset.json"
@@ -86,7 +88,7 @@ def find_cases(config: PretrainConfig) -> tuple[list[Case], list[Case]]:
     listed = datalist.read(path)
     training, validation = list(listed.training), list(listed.validation)
     if not validation:
-        training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=config.seed)
+        training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=VALIDATION_SEED)
     return training, validation
 
 
@@ -207,7 +209,7 @@ class Pretraining:
 
     def fixed_crops(self, volumes: Sequence[StoredVolume]) -> ValidationCrops:
         """The same crops and masks in every epoch."""
-        return ValidationCrops(volumes, self.config.crop_size, self.config.crops_per_volume, self.config.seed)
+        return ValidationCrops(volumes, self.config.crop_size, self.config.crops_per_volume, VALIDATION_SEED)
 
     def draw_pictures(self, run: Run, log: RunLog, step: int, epoch: int) -> None:
         """Reconstructions of the first held-out volumes (of training volumes where none are held out): PNG and

@@ -1,34 +1,51 @@
 """A run is a folder: resolved settings, metrics, TensorBoard; the same command on it continues."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch.utils.tensorboard import SummaryWriter
 
+from hyspark.atomic import write_whole
 from hyspark.config import FinetuneConfig, PretrainConfig
 from hyspark.data.cases import Case
 from hyspark.data.prepare import prepare_all, wait_for_all
 from hyspark.data.store import StoredVolume
+from hyspark.engine import checkpoint
 from hyspark.engine.distributed import Processes
 from hyspark.recipes import as_plain, differences, write_yaml
 
 Config = PretrainConfig | FinetuneConfig
 
 
-def check_settings(config: Config) -> None:
-    """Raises ValueError where the run folder belongs to a run with other settings; says which."""
-    path = config.run_folder / "config.yaml"
-    if not path.is_file():
-        return
-    changed = differences(yaml.safe_load(path.read_text()) or {}, config)
+def data_text(training: Sequence[Case], validation: Sequence[Case]) -> str:
+    """The data of a run in a few words, with a digest of the names: the order of batches is a function of them."""
+    names = "\n".join([*(c.name for c in training), "", *(c.name for c in validation)])
+    digest = hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{len(training)} training and {len(validation)} validation cases ({digest})"
+
+
+def saved_state(config: Config, data: str, own: Path, other: str = "") -> dict[str, Any] | None:
+    """The state that a run continues from: its own file, else the file `other` where one is named, else None.
+
+    data: the `data_text` of this run. Raises ValueError where the state belongs to other settings or data, and what
+    `read_training_state` raises.
+    """
+    path = own if own.is_file() else Path(other)
+    if not own.is_file() and not other:
+        return None
+    state = checkpoint.read_training_state(path)
+    changed = differences(state["config"], config)
+    if state["data"] != data:
+        changed.append(f"data: was {state['data']}, is {data}")
     if changed:
         raise ValueError(
-            f"{config.run_folder} holds a run with other settings; "
-            "name another folder, or use the same settings to continue it:\n  " + "\n  ".join(changed)
+            f"{path} holds a run with other settings or data; "
+            "name another run folder, or use the same to continue it:\n  " + "\n  ".join(changed)
         )
+    return state
 
 
 def settings_text(config: Config, processes: Processes, **lines: str) -> str:
@@ -64,7 +81,7 @@ class RunLog:
         path = self.folder / "metrics.jsonl"
         if path.is_file():
             kept = [line for line in path.read_text().splitlines() if keeps(line, first_step)]
-            path.write_text("".join(f"{line}\n" for line in kept))
+            write_whole(path, "".join(f"{line}\n" for line in kept).encode())
         self.metrics = path.open("a")
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step)
 

@@ -90,6 +90,8 @@ class HybridEncoder(nn.Module):
             if len(values) != NUM_STAGES:
                 raise ValueError(f"{name} must have {NUM_STAGES} entries, one per stage, but got {tuple(values)}")
         self.img_size = (img_size,) * axes if isinstance(img_size, int) else tuple(img_size)
+        if len(self.img_size) != axes:
+            raise ValueError(f"img_size is one number or {axes}, one per axis, but got {self.img_size}")
         self.widths = tuple(widths)
         self.embeddings = ConvStages(in_channels, widths, depths, expansions, axes)
         self.mae = TokenTransformer(widths[-1], vit_depth, num_heads, grid_of(self.img_size))

@@ -184,7 +184,6 @@ def build_hyspark(
     mask_ratio: float = 0.75,
     compute: str = "packed",
     *,
-    in_channels: int = 1,
     widths: Sequence[int] = WIDTHS,
     depths: Sequence[int] = DEPTHS,
     expansions: Sequence[int] = EXPANSIONS,
@@ -200,5 +199,5 @@ def build_hyspark(
     """
     if compute not in ("masked", "packed"):
         raise ValueError(f'compute must be "masked" or "packed", not {compute!r}')
-    encoder = HybridEncoder(in_channels, img_size, widths, depths, expansions, vit_depth, num_heads, axes)
+    encoder = HybridEncoder(1, img_size, widths, depths, expansions, vit_depth, num_heads, axes)
     return HySparK(encoder, mask_ratio, decoder_width)

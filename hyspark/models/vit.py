@@ -42,7 +42,7 @@ class TokenTransformer(nn.Module):
 
     def __init__(self, channels: int, depth: int, num_heads: int, grid: Sequence[int]) -> None:
         super().__init__()
-        if channels % num_heads:
+        if num_heads < 1 or channels % num_heads:
             raise ValueError(
                 f"the last encoder width must be a multiple of the {num_heads} attention heads, but it is {channels}"
             )

@@ -6,6 +6,7 @@ weights_only) and `.safetensors`.
 """
 
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes left by DistributedDataParallel and torch.compile."""
 MASK_TOKEN = "mae.mask_token"
 ENCODER = ("embeddings.", "mae.")
+SAME_SHAPE = "build the model as the weights were (--encoder_widths, --encoder_depths, --expansions, --vit_depth)"
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor])
         else:
             raise ValueError(
                 f"{name}: {key} has shape {tuple(value.shape)}, the model wants {tuple(wanted[own].shape)}; "
-                "build the model with the widths, depths and expansions the weights were trained with"
+                f"{SAME_SHAPE}"
             )
     if not matched:
         raise ValueError(
@@ -179,6 +181,8 @@ def why_unexpected(key: str, name: str) -> str:
         return "decoder of segmentation, not part of this model"
     if key.startswith("densify.") or key.startswith(("decoder.levels.", "decoder.out.")):
         return "decoder of pre-training, not part of this model"
+    if re.match(r"(encoder\.)?(mae\.blocks|embeddings\.layer\d)\.\d+\.", key):
+        raise ValueError(f"{name}: {key} is beyond the depth of the model; {SAME_SHAPE}")
     raise ValueError(f"{name}: key {key!r} is not explained: no network of this package has it")
 
 
@@ -188,7 +192,7 @@ def check_missing(missing: tuple[str, ...], name: str) -> None:
     if part:
         raise ValueError(
             f"{name} lacks {len(part)} keys of the encoder ({', '.join(part[:3])}, ...); "
-            "it is cut short, or from another network"
+            f"it is cut short, or from another network; {SAME_SHAPE}"
         )
 
 

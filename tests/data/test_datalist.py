@@ -372,6 +372,15 @@ def test_what_is_written_is_read(tmp_path_factory, found, classes, channel, belo
     assert dl.read(path) == made
 
 
+def test_files_of_one_name_in_several_folders_are_several_cases(tmp_path):
+    for folder in ("case_1", "case_2"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "imaging.nii.gz").touch()
+    entries = [{"image": f"{folder}/imaging.nii.gz"} for folder in ("case_1", "case_2")]
+    (tmp_path / "list.json").write_text(json.dumps({"training": entries}))
+    assert [c.name for c in dl.read(tmp_path / "list.json").training] == ["case_1-imaging", "case_2-imaging"]
+
+
 @fast
 @given(st.lists(NAMES, unique=True, min_size=1, max_size=8), st.randoms())
 def test_scan_gives_back_the_names_in_order_whatever_was_made_first(tmp_path_factory, found, rng):

@@ -79,6 +79,14 @@ def test_class_names_and_counts(finetuning):
         class_names(replace(finetuning, out_channels=14), {"background": 0, "a": 1})
 
 
+def test_a_label_value_that_is_no_class_stops_before_the_first_step(finetuning, tmp_path):
+    listed = datalist.build(finetuning.data_dir, labels=True, splits="auto")
+    datalist.write(replace(listed, labels={"background": 0, "liver": 1}), tmp_path / "list.json")
+    with pytest.raises(ValueError, match="holds the value 8, but the classes go from 0 to 1"):
+        finetune(replace(finetuning, json_list=str(tmp_path / "list.json")))
+    assert not (finetuning.run_folder / "metrics.jsonl").exists()
+
+
 def test_wrong_weights_stop_before_the_first_step(finetuning, tmp_path):
     path = tmp_path / "x.pth"
     torch.save({"something.weight": torch.ones(2)}, path)

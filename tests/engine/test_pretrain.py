@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import hyspark
+from hyspark.data import datalist
 from hyspark.engine import loop
 from hyspark.engine.distributed import Processes
-from hyspark.engine.pretrain import Pretraining, encoder_file, pretrain, training_file
+from hyspark.engine.pretrain import Pretraining, encoder_file, find_cases, pretrain, training_file
 from hyspark.engine.run import keeps
 
 
@@ -85,6 +86,32 @@ def test_another_run_is_not_continued_by_mistake(pretraining):
     pretrain(replace(pretraining, max_steps=1))
     with pytest.raises(ValueError, match=r"mask: was 0\.75, is 0\.5"):
         pretrain(replace(pretraining, mask=0.5))
+
+
+def test_another_data_list_is_not_continued_by_mistake(pretraining, phantoms, tmp_path):
+    listed = datalist.read(phantoms / "dataset.json")
+    path = tmp_path / "list.json"
+    datalist.write(listed, path)
+    config = replace(pretraining, data_path=str(path), store_dir=str(phantoms / "prepared"), max_steps=1)
+    pretrain(config)
+    datalist.write(replace(listed, training=listed.training[1:]), path)
+    with pytest.raises(ValueError, match=r"data: was 6 training and 1 validation cases .*, is 5 training and 1"):
+        pretrain(config)
+
+
+def test_weights_that_are_not_there_are_noticed_before_preparation(pretraining, tmp_path):
+    config = replace(pretraining, init_weight="nowhere.pth", store_dir=str(tmp_path / "store"))
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
+        pretrain(config)
+    assert not (tmp_path / "store").exists()
+
+
+def test_validation_does_not_depend_on_the_seed(pretraining, tmp_path):
+    def held_out(seed):
+        config = replace(pretraining, seed=seed, exp_dir=str(tmp_path / str(seed)))
+        return [c.name for c in find_cases(config)[1]]
+
+    assert held_out(0) == held_out(1)
 
 
 def test_resume_from_takes_another_runs_state_and_init_weight_only_its_weights(pretraining, tmp_path):

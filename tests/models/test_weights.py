@@ -211,6 +211,8 @@ def test_the_stem_is_adapted_to_other_input_channels(make_encoder, make_hybird, 
     encoder, model = make_encoder(32, in_channels=old), make_hybird(new)
     report = load_pretrained(model, encoder.state_dict())
     assert report.adapted == {"embeddings.stem.weight": f"{old} -> {new} input channels"}
+    num_encoder = sum(p.numel() for key, p in model.named_parameters() if not key.startswith("decoder."))
+    assert report.coverage == pytest.approx(num_encoder / sum(p.numel() for p in model.parameters()))
     volumes = torch.rand(1, 1, 32, 32, 32)
     with torch.no_grad():
         expected = encoder.embeddings.stem(volumes.expand(-1, old, -1, -1, -1))
@@ -318,7 +320,7 @@ def test_what_does_not_fit_is_refused_and_the_model_left_as_it_was(weights, mode
 
 def test_weights_of_other_widths_are_refused_with_advice(make_encoder, model):
     weights = make_encoder(32, widths=(12, 12, 24, 24, 24)).state_dict()
-    with pytest.raises(ValueError, match="build the model with the widths"):
+    with pytest.raises(ValueError, match="build the model as the weights were"):
         load_pretrained(model, weights)
 
 
