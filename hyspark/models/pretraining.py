@@ -94,9 +94,11 @@ class LightDecoder(nn.Module):
         self.out = CONV[axes](width >> NUM_LEVELS, 1, 1)
         for layer in self.modules():
             if isinstance(layer, (CONV[axes], CONV_TRANSPOSE[axes])):
-                nn.init.trunc_normal_(layer.weight, std=0.02)  # a fresh network predicts about 0, the mean of a patch
+                # Variances near 1 agree with BatchNorm's fresh running statistics, whatever the width.
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+        nn.init.trunc_normal_(self.out.weight, std=0.02)  # a fresh network predicts about 0, the mean of a patch
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         x = maps[0]

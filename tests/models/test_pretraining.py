@@ -202,7 +202,7 @@ def test_a_few_steps_lower_the_loss(make_hyspark, make_visible):
     volumes = (ramp.view(-1, 1, 1) * ramp.view(-1, 1) * ramp).expand(2, 1, 32, 32, 32).contiguous()
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     losses = []
-    for _ in range(12):
+    for _ in range(30):
         out = net(volumes, visible)
         optimizer.zero_grad()
         out.loss.backward()
