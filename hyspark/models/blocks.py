@@ -40,7 +40,19 @@ class MedNeXtBlock(nn.Module):
         self.conv3 = conv(expansion * channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv3(F.gelu(self.conv2(self.norm(self.conv1(x)))))
+        return x + self.conv3(F.gelu(self.conv2(self.norm(self.depthwise(x)))))
+
+    def depthwise(self, x: Tensor) -> Tensor:
+        """`conv1`, in fp32 on a CPU where an axis has fewer than 3 positions.
+
+        There torch's bf16 kernel for channels-last maps fills weight gradients from uninitialised memory (torch 2.15).
+        """
+        if torch.is_autocast_enabled("cpu") and x.device.type == "cpu" and min(x.shape[2:]) < 3:
+            with torch.autocast("cpu", enabled=False):
+                out: Tensor = self.conv1(x.float())
+        else:
+            out = self.conv1(x)
+        return out
 
 
 class MedNeXtUpBlock(nn.Module):

@@ -115,3 +115,15 @@ def test_fusion_block(size):
 
 def test_the_norm_of_the_fusion_block_stores_nothing():
     assert {key.rsplit(".", 1)[0] for key in FusionBlock(4, 2).state_dict()} == {"conv1", "conv2", "conv3"}
+
+
+def test_small_maps_in_bf16_have_repeatable_weight_gradients():
+    block = MedNeXtBlock(24, 2).to(memory_format=torch.channels_last_3d)
+    x = torch.randn(4, 24, 2, 2, 2).to(memory_format=torch.channels_last_3d)
+    (expected,) = torch.autograd.grad(block(x).square().sum(), block.conv1.weight)
+    for _ in range(10):
+        torch.full((30000,), 1e30)  # leaves something behind in memory that is free again
+        with torch.autocast("cpu", torch.bfloat16):
+            out = block(x)
+        (gradient,) = torch.autograd.grad(out.float().square().sum(), block.conv1.weight)
+        assert (gradient - expected).abs().max() < 0.05 * expected.abs().max()
