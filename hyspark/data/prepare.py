@@ -1,14 +1,15 @@
-"""The deterministic part of the data path, done once per volume: MONAI transforms into the store, in parallel.
+"""The deterministic part of the data path, done once per volume: from files into the store, in parallel.
 
-Load, RAS orientation, resample to the spacing (linear; labels nearest), HU window to 0..1 with clipping, crop to
-foreground (> 0). Padding to the crop size happens when a crop is read (see `store.py`), so that one prepared volume
-serves every crop size.
+RAS orientation, spacing (linear; labels nearest), HU window to 0..1 with clipping, crop to foreground (> 0): what
+MONAI's transforms of these names give. Padding to the crop size happens when a crop is read (see `store.py`), so that
+one prepared volume serves every crop size.
 """
 
 import multiprocessing
 import os
 import time
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -20,16 +21,13 @@ import torch
 from monai.transforms import (
     Compose,
     CropForegroundd,
-    EnsureTyped,
-    LoadImaged,
-    Orientationd,
     ScaleIntensityRanged,
-    Spacingd,
 )
 from nibabel.affines import apply_affine, voxel_sizes
 from tqdm import tqdm
 
 from hyspark.data.cases import Case
+from hyspark.data.resample import region_above, whole_grid
 from hyspark.data.settings import PrepareSettings
 from hyspark.data.store import StoredVolume, entry_folder, is_complete, write_entry
 
@@ -37,18 +35,10 @@ MAX_LISTED = 20
 """Broken cases named in full in one error message."""
 
 
-def transforms(settings: PrepareSettings, with_label: bool) -> Compose:
-    """The MONAI pipeline on {"image": path, "label": path}: image float32 (1, h, w, d) in [0, 1], label of the same
-    shape.
-    """
-    keys = ["image", "label"] if with_label else ["image"]
-    modes = ["bilinear", "nearest"][: len(keys)]
+def to_unit_range_and_foreground(settings: PrepareSettings, keys: Sequence[str]) -> Compose:
+    """On a dict of arrays (1, h, w, d): HU window of the image to 0..1, all cropped to where it is above 0."""
     return Compose(
         [
-            LoadImaged(keys, reader="NibabelReader", ensure_channel_first=True),
-            EnsureTyped(keys, dtype=torch.float32),
-            Orientationd(keys, axcodes="RAS", labels=(("L", "R"), ("P", "A"), ("I", "S"))),
-            Spacingd(keys, pixdim=settings.spacing, mode=modes),
             ScaleIntensityRanged("image", settings.hu_min, settings.hu_max, 0.0, 1.0, clip=True),
             CropForegroundd(keys, source_key="image", allow_smaller=True),
         ]
@@ -89,25 +79,31 @@ def prepare_case(case: Case, settings: PrepareSettings) -> dict[str, Any]:
     not fit its image.
     """
     check_pair(case)
-    paths = {"image": str(case.image)} | ({"label": str(case.label)} if case.label else {})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MONAI's advice to its own callers; results are checked below
-        out = transforms(settings, case.label is not None)(paths)
-    image = out["image"]
-    array = np.ascontiguousarray(image.numpy()[0])
+        image, shape, start = region_above(case.image, settings.spacing, settings.hu_min)
+        data: dict[str, Any] = {"image": image}
+        if case.label is not None:
+            whole = whole_grid(case.label, settings.spacing, "nearest")
+            if whole.shape[1:] != shape:
+                raise ValueError(
+                    f"image and label differ in shape once resampled: {shape} and {tuple(whole.shape[1:])}"
+                )
+            box = [slice(a, a + n) for a, n in zip(start, image.shape[1:], strict=True)]
+            data["label"] = whole[:, box[0], box[1], box[2]]
+        data = to_unit_range_and_foreground(settings, list(data))(data)
+    array = np.ascontiguousarray(data["image"].numpy()[0])
     if not np.isfinite(array).all():
         raise ValueError("holds NaN or infinite values")
     if array.size == 0 or np.rint(array.max() * 65535) == 0:  # as the store counts foreground
         raise ValueError(f"no voxel lies above {settings.hu_min} HU; is it CT in Hounsfield units?")
     label = None
     if case.label is not None:
-        values = out["label"].numpy()[0]
-        if values.shape != array.shape:
-            raise ValueError(f"image and label differ in shape once resampled: {array.shape} and {values.shape}")
+        values = data["label"].numpy()[0]
         if values.min() < 0 or values.max() > 255 or (values != np.round(values)).any():
             raise ValueError(f"label values must be whole numbers from 0 to 255 ({case.label})")
         label = np.ascontiguousarray(values.astype(np.uint8))
-    return {"image": array, "label": label, "affine": np.asarray(image.affine, dtype=np.float64)}
+    return {"image": array, "label": label, "affine": np.asarray(data["image"].affine, dtype=np.float64)}
 
 
 def prepare_into(case: Case, settings: PrepareSettings, folder: Path) -> str | None:
@@ -115,7 +111,7 @@ def prepare_into(case: Case, settings: PrepareSettings, folder: Path) -> str | N
     try:
         prepared = prepare_case(case, settings)
         write_entry(folder, source=str(case.image), **prepared)
-    except (ValueError, RuntimeError, OSError, EOFError) as error:
+    except (ValueError, RuntimeError, OSError, EOFError, zlib.error) as error:
         cause: BaseException = error
         while isinstance(cause, RuntimeError) and cause.__cause__:  # MONAI's own message does not hold the reason
             cause = cause.__cause__
