@@ -60,7 +60,7 @@ def image_crop(
     assert centre is not None  # preparation refuses volumes without foreground
     crop = volume.read("image", place(centre, volume.entry.shape, size), size)
     flips = [axis for axis, (p, u) in enumerate(zip(flip_prob, rng.random(len(flip_prob)), strict=True)) if u < p]
-    return np.ascontiguousarray(np.flip(crop, tuple(flips)))[None]
+    return np.flip(crop, tuple(flips))[None]
 
 
 def labelled_crop(volume: StoredVolume, size: Sequence[int], rng: np.random.Generator) -> dict[str, torch.Tensor]:

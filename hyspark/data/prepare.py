@@ -29,7 +29,7 @@ from tqdm import tqdm
 from hyspark.data.cases import Case
 from hyspark.data.resample import region_above, whole_grid
 from hyspark.data.settings import PrepareSettings
-from hyspark.data.store import StoredVolume, entry_folder, is_complete, write_entry
+from hyspark.data.store import StoredVolume, entry_folder, is_complete, steps_of, write_entry
 
 MAX_LISTED = 20
 """Broken cases named in full in one error message."""
@@ -95,7 +95,7 @@ def prepare_case(case: Case, settings: PrepareSettings) -> dict[str, Any]:
     array = np.ascontiguousarray(data["image"].numpy()[0])
     if not np.isfinite(array).all():
         raise ValueError("holds NaN or infinite values")
-    if array.size == 0 or np.rint(array.max() * 65535) == 0:  # as the store counts foreground
+    if array.size == 0 or np.rint(array.max() * steps_of(settings)) == 0:  # as the store counts foreground
         raise ValueError(f"no voxel lies above {settings.hu_min} HU; is it CT in Hounsfield units?")
     label = None
     if case.label is not None:
@@ -110,7 +110,7 @@ def prepare_into(case: Case, settings: PrepareSettings, folder: Path) -> str | N
     """Prepare one case into its store entry. Returns None, or why it failed."""
     try:
         prepared = prepare_case(case, settings)
-        write_entry(folder, source=str(case.image), **prepared)
+        write_entry(folder, source=str(case.image), steps=steps_of(settings), **prepared)
     except (ValueError, RuntimeError, OSError, EOFError, zlib.error) as error:
         cause: BaseException = error
         while isinstance(cause, RuntimeError) and cause.__cause__:  # MONAI's own message does not hold the reason

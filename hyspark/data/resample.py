@@ -19,7 +19,7 @@ from scipy.ndimage import affine_transform
 
 UNCHANGED = 1e-3
 """Affines that differ by less than this are one to MONAI (its AFFINE_TOL), and nothing is interpolated."""
-STRAIGHT = 1e-6
+STRAIGHT = 1e-5
 """Voxels by which a row of voxels may leave its axis over its whole length and still count as straight."""
 
 

@@ -1,17 +1,13 @@
 """Prepared volumes in compressed chunks; a crop is read without reading its volume.
 
-One folder per volume: `image.b2nd` (uint16, 0..1 as 0..65535, an error of at most 1e-5), `label.b2nd` (uint8, where
-there is one), `counts.npy` (the foreground index), `entry.json` (shape, affine, source). The folder's name is a hash
-of file path, size, modification time and the settings of preparation, so changed settings or files never read old
-voxels. An entry appears by renaming a finished folder: what exists is whole.
+One folder per volume: `image.b2nd` (uint16, see below), `label.b2nd` (uint8, where there is one), `counts.npy` (the
+foreground index), `entry.json` (shape, affine, source, steps). The folder's name is a hash of file path, size,
+modification time and the settings of preparation, so changed settings or files never read old voxels. An entry appears
+by renaming a finished folder: what exists is whole.
 
-Codec, measured on a prepared 274 x 201 x 114 CT at 1.5 mm (12.6 MB as uint16), random 96^3 crops to float32, one
-thread, median of 40:
-
-    blosc2, lz4, byte shuffle, chunks 64, blocks 16     8.8 MB   0.7 ms     <- chosen
-    blosc2, zstd level 1, byte shuffle, same            7.3 MB   3.0 ms
-    zarr 3, lz4, bit shuffle, chunks 64                 9.7 MB   4.2 ms
-    zarr 3, zstd level 1, bit shuffle, chunks 64        8.2 MB   7.9 ms
+0..1 is stored as 0..steps. Preparation takes as many steps per HU as fit, but a power of two (128 for the usual
+window): CT comes in whole HU, so voxels that were not interpolated, or half-way, end in zero bits, which compress to
+nothing. The error is at most 1.6e-5. docs/store.md says how format and codec were chosen.
 
 Foreground is indexed as counts per cell of 32^3 voxels. To draw one foreground voxel of a volume, uniformly and
 exactly, a cell is drawn by its count and only that cell is read.
@@ -19,12 +15,13 @@ exactly, a cell is drawn by its count and only that cell is read.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +30,12 @@ import numpy as np
 
 from hyspark.data.settings import PrepareSettings
 
-FORMAT = 2
+FORMAT = 3
 CHUNK, BLOCK, CELL = 64, 16, 32
-SCALE = np.float32(1 / 65535)
+MOST = 65535
+"""Largest number in 16 bits."""
+MAX_OPEN = 8
+"""Arrays that a process keeps open; the crops of one volume come one after the other."""
 
 KINDS: Mapping[str, Callable[[np.ndarray, np.ndarray | None], np.ndarray]] = {
     "foreground": lambda image, label: image > 0,
@@ -57,6 +57,12 @@ def entry_folder(store_dir: Path, settings: PrepareSettings, image: Path, label:
     return store_dir / digest[:32]
 
 
+def steps_of(settings: PrepareSettings) -> int:
+    """Into how many steps preparation divides 0..1: the largest power of two per HU that fits 16 bits."""
+    window = settings.hu_max - settings.hu_min
+    return round(window * 2.0 ** math.floor(math.log2(MOST / window)))
+
+
 def is_complete(folder: Path) -> bool:
     """Whether an entry exists."""
     return (folder / "entry.json").is_file()
@@ -65,26 +71,35 @@ def is_complete(folder: Path) -> bool:
 @dataclass(frozen=True)
 class Entry:
     """What entry.json holds: shape in voxels, affine of the prepared grid (RAS mm), the file it was made from, the
-    largest value of its label (0 without one).
+    largest value of its label (0 without one), the number that 1 is stored as.
     """
 
     shape: tuple[int, ...]
     affine: list[list[float]]
     source: str
     max_label: int
+    steps: int
 
 
-def write_entry(folder: Path, *, image: np.ndarray, label: np.ndarray | None, affine: np.ndarray, source: str) -> None:
+def write_entry(
+    folder: Path,
+    *,
+    image: np.ndarray,
+    label: np.ndarray | None,
+    affine: np.ndarray,
+    source: str,
+    steps: int = MOST,
+) -> None:
     """Write one entry: image float32 (h, w, d) in [0, 1], label uint8 of the same shape or None, affine (4, 4)."""
     temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
     try:
-        quantised = np.rint(image * 65535).astype(np.uint16)
+        quantised = np.rint(image * steps).astype(np.uint16)
         write_array(temporary / "image.b2nd", quantised)
         if label is not None:
             write_array(temporary / "label.b2nd", label)
         counts = np.stack([cell_counts(where(quantised, label)).ravel() for where in KINDS.values()])
         np.save(temporary / "counts.npy", counts.astype(np.uint32))
-        entry = Entry(image.shape, affine.tolist(), source, 0 if label is None else int(label.max()))
+        entry = Entry(image.shape, affine.tolist(), source, 0 if label is None else int(label.max()), steps)
         (temporary / "entry.json").write_text(json.dumps(asdict(entry)))
         try:
             os.replace(temporary, folder)
@@ -100,7 +115,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
     chunks = tuple(min(CHUNK, s) for s in array.shape)
     blocks = tuple(min(BLOCK, s) for s in array.shape)
     cparams = {
-        "codec": blosc2.Codec.LZ4,
+        "codec": blosc2.Codec.LZ4HC,
         "clevel": 5,
         "filters": [blosc2.Filter.SHUFFLE],
         "typesize": array.itemsize,
@@ -128,23 +143,25 @@ class StoredVolume:
     def entry(self) -> Entry:
         """Shape, affine and source."""
         loaded = json.loads((self.folder / "entry.json").read_text())
-        return Entry(tuple(loaded["shape"]), loaded["affine"], loaded["source"], loaded["max_label"])
+        return Entry(tuple(loaded["shape"]), loaded["affine"], loaded["source"], loaded["max_label"], loaded["steps"])
 
     def read(self, array: str, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
         """A box of "image" (float32 in [0, 1]) or "label" (uint8); what lies outside the volume is 0.
 
         start: first voxel on each axis, may be negative. size: voxels per axis.
         """
+        box = self.read_stored(array, start, size)
+        return np.divide(box, np.float32(self.entry.steps), dtype=np.float32) if array == "image" else box
+
+    def read_stored(self, array: str, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
+        """As `read`, with the numbers as they are stored: "image" is uint16."""
         shape = self.entry.shape
         low = [max(0, s) for s in start]
         high = [max(a, min(n, s + e)) for n, a, s, e in zip(shape, low, start, size, strict=True)]
-        path = self.folder / f"{array}.b2nd"
-        stored = blosc2.open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
-        box = stored[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
-        if array == "image":
-            box = box.astype(np.float32) * SCALE
+        stored = opened(self.folder / f"{array}.b2nd")
+        box = np.asarray(stored[tuple(slice(a, b) for a, b in zip(low, high, strict=True))])
         if box.shape == tuple(size):
-            return np.asarray(box)
+            return box
         out = np.zeros(size, box.dtype)
         out[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))] = box
         return out
@@ -153,8 +170,7 @@ class StoredVolume:
         """One voxel of a kind ("foreground", "labelled", "unlabelled"), each equally likely; None where there is
         none.
         """
-        counts = np.load(self.folder / "counts.npy", allow_pickle=False)[list(KINDS).index(kind)]
-        ends = np.cumsum(counts.astype(np.int64))
+        ends = cumulative_counts(self.folder)[list(KINDS).index(kind)]
         if ends[-1] == 0:
             return None
         rank = int(rng.integers(ends[-1]))
@@ -163,8 +179,20 @@ class StoredVolume:
         cell = np.unravel_index(number, [-(-s // CELL) for s in shape])
         start = [int(c) * CELL for c in cell]
         size = [min(CELL, s - a) for s, a in zip(shape, start, strict=True)]
-        image = self.read("image", start, size)
-        label = self.read("label", start, size) if (self.folder / "label.b2nd").exists() else None
+        image = self.read_stored("image", start, size)
+        label = self.read_stored("label", start, size) if (self.folder / "label.b2nd").exists() else None
         within = np.flatnonzero(KINDS[kind](image, label))[rank - (int(ends[number - 1]) if number else 0)]
         offset = np.unravel_index(within, size)
         return tuple(a + int(o) for a, o in zip(start, offset, strict=True))
+
+
+@lru_cache(MAX_OPEN)
+def opened(path: Path) -> Any:
+    """A stored array, mapped into memory; entries never change once they exist."""
+    return blosc2.open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+
+
+@lru_cache(MAX_OPEN)
+def cumulative_counts(folder: Path) -> np.ndarray:
+    """For each kind of voxel, how many there are up to and in each cell: int64 (kinds, cells)."""
+    return np.cumsum(np.load(folder / "counts.npy", allow_pickle=False), axis=1, dtype=np.int64)

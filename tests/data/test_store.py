@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from hyspark.data.settings import PrepareSettings
-from hyspark.data.store import StoredVolume, cell_counts, entry_folder, is_complete, write_entry
+from hyspark.data.store import (
+    MAX_OPEN,
+    StoredVolume,
+    cell_counts,
+    entry_folder,
+    is_complete,
+    opened,
+    steps_of,
+    write_entry,
+)
 
 AFFINE = np.diag([1.5, 1.5, 2.0, 1.0])
 SHAPES = ((70, 33, 65), (5, 7, 3), (64, 64, 1), (1, 17, 40))
@@ -203,3 +212,30 @@ def test_reading_a_crop_does_not_make_the_volume(tmp_path):
     finally:
         tracemalloc.stop()
     assert peak < 160**3 / 8  # bytes; the volume has 16 times as many
+
+
+@pytest.mark.parametrize(("low", "high"), [(-175.0, 250.0), (-1000.0, 1000.0), (0.0, 512.0), (-174.5, 250.3), (0, 1e5)])
+def test_steps_are_a_power_of_two_per_hu_and_fit_16_bits(low, high):
+    steps = steps_of(PrepareSettings(hu_min=low, hu_max=high))
+    assert 32767 <= steps <= 65535
+    power = np.log2(steps / (high - low))
+    assert power == pytest.approx(round(power), abs=1e-4)
+    assert steps_of(PrepareSettings()) == 425 * 128
+
+
+@pytest.mark.parametrize("steps", [54400, 32768, 40001])
+def test_steps_decide_the_error_and_keep_zero_and_one(tmp_path, steps):
+    image = np.random.default_rng(0).random((20, 20, 20), np.float32)
+    image[0], image[1] = 0, 1
+    write_entry(tmp_path / "e", image=image, label=None, affine=AFFINE, source="a.nii.gz", steps=steps)
+    volume = StoredVolume(tmp_path / "e", "e")
+    read = volume.read("image", (0, 0, 0), (20, 20, 20))
+    assert 0.4 / steps < np.abs(read - image).max() < 0.51 / steps
+    assert not read[0].any()
+    assert (read[1] == 1).all()
+
+
+def test_few_arrays_stay_open(tmp_path):
+    for number in range(MAX_OPEN + 4):
+        make(tmp_path / f"{number}", np.ones((8, 8, 8))).read("image", (0, 0, 0), (2, 2, 2))
+    assert opened.cache_info().currsize == MAX_OPEN
