@@ -53,14 +53,23 @@ def place(centre: Sequence[int], shape: Sequence[int], size: Sequence[int]) -> l
 
 
 def image_crop(
-    volume: StoredVolume, size: Sequence[int], flip_prob: Sequence[float], rng: np.random.Generator
+    volume: StoredVolume,
+    size: Sequence[int],
+    flip_prob: Sequence[float],
+    rng: np.random.Generator,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """A crop centred on a random foreground voxel, flipped at random: float32 (1, *size) in [0, 1]."""
+    """A crop centred on a random foreground voxel, flipped at random: float32 (1, *size) in [0, 1].
+
+    out: array of this shape and type to write to and return, in place of a new one.
+    """
+    out = np.empty((1, *size), np.float32) if out is None else out
     centre = volume.draw_voxel("foreground", rng)
     assert centre is not None  # preparation refuses volumes without foreground
-    crop = volume.read("image", place(centre, volume.entry.shape, size), size)
     flips = [axis for axis, (p, u) in enumerate(zip(flip_prob, rng.random(len(flip_prob)), strict=True)) if u < p]
-    return np.flip(crop, tuple(flips))[None]
+    # Written through a flipped view, which flips the crop without a copy of it.
+    volume.read("image", place(centre, volume.entry.shape, size), size, out=np.flip(out[0], tuple(flips)))
+    return out
 
 
 def labelled_crop(volume: StoredVolume, size: Sequence[int], rng: np.random.Generator) -> dict[str, torch.Tensor]:

@@ -55,15 +55,17 @@ class PretrainBatches(Dataset[Batch]):
     seed: int
 
     def __getitem__(self, step: int) -> Batch:
-        crops, mask_seeds, cases = [], [], []
+        crops = np.empty((len(self.share.slots) * self.crops_per_volume, 1, *self.crop_size), np.float32)
+        mask_seeds: list[int] = []
+        cases: list[str] = []
         for slot in self.share.slots:
             volume = self.volumes[volume_at(step * self.share.bs + slot, len(self.volumes), self.seed)]
             for number in range(self.crops_per_volume):
                 rng = rng_at(self.seed, "crop", step, slot, number)
-                crops.append(image_crop(volume, self.crop_size, self.flip_prob, rng))
+                image_crop(volume, self.crop_size, self.flip_prob, rng, out=crops[len(cases)])
                 mask_seeds.append(seed_at(self.seed, "mask", step, slot, number))
                 cases.append(volume.name)
-        return {"volumes": torch.from_numpy(np.stack(crops)), "mask_seeds": mask_seeds, "cases": cases}
+        return {"volumes": torch.from_numpy(crops), "mask_seeds": mask_seeds, "cases": cases}
 
 
 @dataclass(frozen=True)

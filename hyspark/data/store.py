@@ -31,7 +31,8 @@ import numpy as np
 from hyspark.data.settings import PrepareSettings
 
 FORMAT = 3
-CHUNK, BLOCK, CELL = 64, 16, 32
+CHUNK, CELL = 64, 32
+BLOCK = (16, 32, 32)
 MOST = 65535
 """Largest number in 16 bits."""
 MAX_OPEN = 8
@@ -113,7 +114,7 @@ def write_entry(
 def write_array(path: Path, array: np.ndarray) -> None:
     """One chunked, compressed array."""
     chunks = tuple(min(CHUNK, s) for s in array.shape)
-    blocks = tuple(min(BLOCK, s) for s in array.shape)
+    blocks = tuple(min(b, s) for b, s in zip(BLOCK, array.shape, strict=True))
     cparams = {
         "codec": blosc2.Codec.LZ4HC,
         "clevel": 5,
@@ -145,13 +146,16 @@ class StoredVolume:
         loaded = json.loads((self.folder / "entry.json").read_text())
         return Entry(tuple(loaded["shape"]), loaded["affine"], loaded["source"], loaded["max_label"], loaded["steps"])
 
-    def read(self, array: str, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
+    def read(self, array: str, start: Sequence[int], size: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
         """A box of "image" (float32 in [0, 1]) or "label" (uint8); what lies outside the volume is 0.
 
-        start: first voxel on each axis, may be negative. size: voxels per axis.
+        start: first voxel on each axis, may be negative. size: voxels per axis. out: float32 array of this size that an
+        image is written to, in place of a new one.
         """
         box = self.read_stored(array, start, size)
-        return np.divide(box, np.float32(self.entry.steps), dtype=np.float32) if array == "image" else box
+        if array == "label":
+            return box
+        return np.divide(box, np.float32(self.entry.steps), out=out, dtype=np.float32)
 
     def read_stored(self, array: str, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
         """As `read`, with the numbers as they are stored: "image" is uint16."""
