@@ -1,108 +1,142 @@
-"""Which chunked format holds prepared volumes best: size, writing, reading random 96^3 crops. One thread, medians.
+"""Which chunked format holds prepared volumes best: the table in docs/store.md. One thread.
 
     make bench
     python benchmarks/store.py --image some_ct.nii.gz
 
-Without --image the volume is a phantom at 1.5 mm, which compresses less well than most CT. Speeds are given as
-ratios to the chosen format, measured in the same run.
+Without --image the volume is a phantom at 1.5 mm, whose noise compresses less well than most CT.
 """
 
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import blosc2
-import nibabel
 import numpy as np
 import zarr
+from measure import in_fresh_process, seconds
 from tap import Tap
 from zarr.codecs import BloscCodec
 
-from hyspark.data.cases import Case
-from hyspark.data.phantom import make_phantom
-from hyspark.data.prepare import prepare_case
-from hyspark.data.settings import PrepareSettings
-
 EDGE = 96
+MOST = 65535
 
 
 class Arguments(Tap):
     """Measure formats of the store."""
 
     image: str = ""  # A CT; by default a phantom
-    repeats: int = 40  # Crops read per format
+    repeats: int = 60  # Crops read per format
 
 
-def prepared_volume(image: str, folder: Path) -> np.ndarray:
-    """uint16 (h, w, d) of a CT, or of a phantom, prepared at 1.5 mm."""
+@dataclass(frozen=True)
+class Format:
+    """One way to store a volume; by default the one in use. `steps`: what 1 is stored as, 0 for the store's choice."""
+
+    library: str = "blosc2"
+    codec: str = "lz4hc"
+    level: int = 5
+    filter: str = "shuffle"
+    chunk: int = 64
+    block: tuple[int, ...] = (16, 32, 32)
+    steps: int = 0
+
+    def write(self, array: np.ndarray, path: Path) -> None:
+        """Write uint16 (h, w, d)."""
+        if self.library == "zarr":
+            codec = BloscCodec(cname=self.codec, clevel=self.level, shuffle=self.filter)
+            chunks = (self.chunk,) * 3
+            zarr.create_array(path, shape=array.shape, chunks=chunks, dtype=array.dtype, compressors=codec)[:] = array
+            return
+        cparams = {
+            "codec": blosc2.Codec[self.codec.upper()],
+            "clevel": self.level,
+            "filters": [blosc2.Filter[self.filter.upper()]],
+            "nthreads": 1,
+        }
+        chunks = tuple(min(self.chunk, n) for n in array.shape)
+        blocks = tuple(min(b, n) for b, n in zip(self.block, array.shape, strict=True))
+        blosc2.asarray(array, chunks=chunks, blocks=blocks, urlpath=str(path), cparams=cparams)
+
+    def open(self, path: Path) -> Any:
+        """What was written, for reading by slices."""
+        if self.library == "zarr":
+            return zarr.open_array(path, mode="r")
+        return blosc2.open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+
+
+IN_USE = Format()
+FORMATS = (
+    IN_USE,
+    *(replace(IN_USE, level=level) for level in (1, 9)),
+    *(replace(IN_USE, codec=codec) for codec in ("lz4", "blosclz")),
+    *(replace(IN_USE, codec="zstd", level=level) for level in (1, 3, 5)),
+    *(replace(IN_USE, codec=codec, filter="bitshuffle") for codec in ("lz4", "lz4hc")),
+    *(replace(IN_USE, chunk=chunk) for chunk in (32, 128)),
+    *(replace(IN_USE, block=block) for block in ((8,) * 3, (16,) * 3, (32,) * 3)),
+    replace(IN_USE, steps=MOST),
+    replace(IN_USE, codec="lz4", block=(16,) * 3, steps=MOST),
+    *(Format("zarr", "lz4", 5, shuffle, block=()) for shuffle in ("shuffle", "bitshuffle")),
+    Format("zarr", "zstd", 1, block=()),
+)
+
+
+def prepared_volume(image: str, folder: Path) -> tuple[np.ndarray, int]:
+    """float32 (h, w, d) of a CT, or of a phantom, prepared at 1.5 mm; the steps in which the store holds it."""
+    import nibabel  # here and below: processes that only read are measured without torch
+
+    from hyspark.data.cases import Case
+    from hyspark.data.phantom import make_phantom
+    from hyspark.data.prepare import prepare_case
+    from hyspark.data.settings import PrepareSettings
+    from hyspark.data.store import steps_of
+
     path = Path(image)
     if not image:
         phantom = make_phantom(0, spacing=(1.5, 1.5, 1.5))
         path = folder / "phantom_0000.nii.gz"
         nibabel.save(nibabel.Nifti1Image(phantom.image, phantom.affine), path)
-    prepared = prepare_case(Case(path.name, "", path), PrepareSettings())
-    return np.rint(prepared["image"] * 65535).astype(np.uint16)
+    settings = PrepareSettings()
+    return prepare_case(Case(path.name, "", path), settings)["image"], steps_of(settings)
 
 
-def formats() -> Iterator[tuple[str, Callable[[np.ndarray, Path], Any]]]:
-    """Name, and a function that writes an array to a path and opens it for reading."""
-    for codec, level in ((blosc2.Codec.LZ4, 5), (blosc2.Codec.ZSTD, 1)):
-
-        def with_blosc2(array: np.ndarray, path: Path, codec: Any = codec, level: int = level) -> Any:
-            cparams = {"codec": codec, "clevel": level, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
-            blosc2.asarray(array, chunks=(64,) * 3, blocks=(16,) * 3, urlpath=str(path), cparams=cparams)
-            return blosc2.open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
-
-        yield f"blosc2 {codec.name.lower()} {level}", with_blosc2
-    for name, level in (("lz4", 5), ("zstd", 1)):
-
-        def with_zarr(array: np.ndarray, path: Path, name: str = name, level: int = level) -> Any:
-            codec = BloscCodec(cname=name, clevel=level, shuffle="shuffle")
-            zarr.create_array(path, shape=array.shape, chunks=(64,) * 3, dtype=array.dtype, compressors=codec)[:] = (
-                array
-            )
-            return zarr.open_array(path, mode="r")
-
-        yield f"zarr {name} {level}", with_zarr
-
-
-def read_time(stored: Any, shape: tuple[int, ...], repeats: int) -> float:
-    """Median seconds for a random crop as float32."""
+def read_crops(form: Format, path: Path, shape: tuple[int, ...], repeats: int) -> float:
+    """Median seconds to read a random crop as float32."""
+    stored = form.open(path)
     rng = np.random.default_rng(0)
-    seconds = []
+    times = []
     for _ in range(repeats):
         start = [int(rng.integers(max(1, n - EDGE + 1))) for n in shape]
         clock = time.perf_counter()
-        np.asarray(stored[tuple(slice(s, s + EDGE) for s in start)]).astype(np.float32)
-        seconds.append(time.perf_counter() - clock)
-    return statistics.median(seconds)
+        np.divide(stored[tuple(slice(s, s + EDGE) for s in start)], np.float32(MOST), dtype=np.float32)
+        times.append(time.perf_counter() - clock)
+    return statistics.median(times)
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table in Markdown."""
     args = Arguments().parse_args()
-    folder = Path(tempfile.mkdtemp())
     blosc2.set_nthreads(1)
+    folder = Path(tempfile.mkdtemp())
     try:
-        array = prepared_volume(args.image, folder)
-        print(f"{' x '.join(map(str, array.shape))} voxels, {array.nbytes / 1e6:.1f} MB as uint16")
-        reference = 0.0
-        for number, (name, write) in enumerate(formats()):
+        image, steps = prepared_volume(args.image, folder)
+        print(f"{' x '.join(map(str, image.shape))} voxels, {image.nbytes / 1e6:.1f} MB as float32\n")
+        print("| library | codec | level | filter | chunks | blocks | steps | MB | write s | crop ms | resident MB |")
+        print("|---|---|---|---|---|---|---|---|---|---|---|")
+        for number, form in enumerate(FORMATS):
+            form = replace(form, steps=form.steps or steps)
             path = folder / f"{number}"
-            clock = time.perf_counter()
-            stored = write(array, path)
-            written = time.perf_counter() - clock
+            array = np.rint(image * form.steps).astype(np.uint16)
+            written = seconds(lambda form=form, array=array, path=path: form.write(array, path))
             size = sum(f.stat().st_size for f in ([path] if path.is_file() else path.rglob("*")) if f.is_file())
-            seconds = read_time(stored, array.shape, args.repeats)
-            reference = reference or seconds
-            print(
-                f"{name:15s} {size / 1e6:6.1f} MB   write {written:5.2f} s   "
-                f"crop {seconds * 1e3:5.2f} ms = {seconds / reference:4.1f} x the first"
-            )
+            read, memory = in_fresh_process(read_crops, form, path, image.shape, args.repeats)
+            blocks = " x ".join(map(str, form.block)) or "-"
+            settings = [form.library, form.codec, form.level, form.filter, form.chunk, blocks, form.steps]
+            measured = [f"{size / 1e6:.2f}", f"{written:.2f}", f"{read * 1e3:.2f}", f"{memory / 1e6:.0f}"]
+            print("|", " | ".join(map(str, [*settings, *measured])), "|", flush=True)
     finally:
         shutil.rmtree(folder)
 
