@@ -34,8 +34,11 @@ def median_seconds(function: Callable[[], object], repeats: int) -> float:
 
 def peak_memory() -> int:
     """Largest resident memory that this process has had, in bytes."""
-    # On Linux ru_maxrss begins with the memory of the process that started this one.
-    return memory_now("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RUSAGE_UNIT
+    # On Linux ru_maxrss begins with the memory of the process that started this one, and VmHWM lags behind VmRSS.
+    return (
+        max(memory_now("VmHWM"), memory_now("VmRSS"))
+        or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RUSAGE_UNIT
+    )
 
 
 def resident_memory() -> int:

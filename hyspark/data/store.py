@@ -184,7 +184,8 @@ class StoredVolume:
         start = [int(c) * CELL for c in cell]
         size = [min(CELL, s - a) for s, a in zip(shape, start, strict=True)]
         image = self.read_stored("image", start, size)
-        label = self.read_stored("label", start, size) if (self.folder / "label.b2nd").exists() else None
+        needs_label = kind != "foreground" and (self.folder / "label.b2nd").exists()
+        label = self.read_stored("label", start, size) if needs_label else None
         within = np.flatnonzero(KINDS[kind](image, label))[rank - (int(ends[number - 1]) if number else 0)]
         offset = np.unravel_index(within, size)
         return tuple(a + int(o) for a, o in zip(start, offset, strict=True))
