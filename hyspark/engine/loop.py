@@ -92,7 +92,8 @@ def start_run(
     if state:
         model.load_state_dict(state["model"])
     model = distributed.share_gradients(model, processes)
-    optimizer = torch.optim.AdamW(optim.parameter_groups(model))  # its rates are set at every step
+    # Its rates are set at every step. Fused: one pass over the weights.
+    optimizer = torch.optim.AdamW(optim.parameter_groups(model), fused=True)
     scaler = distributed.loss_scaler(processes, config.precision)
     if state:
         optimizer.load_state_dict(state["optimizer"])

@@ -1,15 +1,18 @@
 """Building blocks of the convolutional part: MedNeXt block and up-block, the residual fusion block.
 
-Written once, for two or three spatial axes and for dense and masked use alike. Attribute names are those of the
-released weights.
+Written once, for two or three spatial axes and for dense, masked and packed use alike. Attribute names are those of
+the released weights.
 
-Shapes: b batch, c channels, *size voxels per axis.
+Shapes: b batch, c channels, *size voxels per axis. Given `patches`, a map is packed: (p, c, *edges), see packed.py.
 Source: Roy et al., "MedNeXt", MICCAI 2023, as used by HySparK's public release.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hyspark.models.packed import Patches, same_conv
+from hyspark.models.recompute import recomputed
 
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 CONV_TRANSPOSE = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -39,20 +42,24 @@ class MedNeXtBlock(nn.Module):
         self.conv2 = conv(channels, expansion * channels, 1)
         self.conv3 = conv(expansion * channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv3(F.gelu(self.conv2(self.norm(self.depthwise(x)))))
+    def forward(self, x: Tensor, patches: Patches | None = None) -> Tensor:
+        branch = self.depthwise(x, patches)
+        return x + (self.pointwise(branch) if patches is None else recomputed(self.pointwise, branch))
 
-    def depthwise(self, x: Tensor) -> Tensor:
+    def pointwise(self, x: Tensor) -> Tensor:
+        """What follows the depthwise convolution, position by position."""
+        out: Tensor = self.conv3(F.gelu(self.conv2(self.norm(x))))
+        return out
+
+    def depthwise(self, x: Tensor, patches: Patches | None) -> Tensor:
         """`conv1`, in fp32 on a CPU where an axis has fewer than 3 positions.
 
         There torch's bf16 kernel for channels-last maps fills weight gradients from uninitialised memory (torch 2.15).
         """
         if torch.is_autocast_enabled("cpu") and x.device.type == "cpu" and min(x.shape[2:]) < 3:
             with torch.autocast("cpu", enabled=False):
-                out: Tensor = self.conv1(x.float())
-        else:
-            out = self.conv1(x)
-        return out
+                return same_conv(self.conv1, x.float(), patches)
+        return same_conv(self.conv1, x, patches)
 
 
 class MedNeXtUpBlock(nn.Module):

@@ -8,7 +8,6 @@ Source: Tang et al., "HySparK", MICCAI 2024 (arXiv 2408.05815), section 2, and i
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from hyspark.models.blocks import CONV, MedNeXtBlock
 from hyspark.models.hidden import hidden
 from hyspark.models.masking import grid_of, visible_at
+from hyspark.models.packed import Patches, same_conv
 from hyspark.models.vit import TokenTransformer
 
 WIDTHS = (32, 64, 128, 256, 384)
@@ -29,7 +29,7 @@ class ConvStages(nn.Module):
     """Stem and five stages of MedNeXt blocks; a widening convolution and a 2^n max pool between stages.
 
     (b, in_channels, *size) -> five maps, finest first: the four skip features x_1..x_4 at full, 1/2, 1/4 and 1/8
-    resolution (widths of the following stage), and x_5 at 1/16.
+    resolution (widths of the following stage), and x_5 at 1/16. Given `patches`, all of them are packed.
     """
 
     def __init__(
@@ -50,14 +50,17 @@ class ConvStages(nn.Module):
             if s < NUM_STAGES:
                 self.add_module(f"expend{s}", conv(width, widths[s], 3, padding=1))
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, patches: Patches | None = None) -> list[Tensor]:
         features = []
-        x = self.stem(x)
-        for s in range(1, NUM_STAGES):
-            x = self.get_submodule(f"expend{s}")(self.get_submodule(f"layer{s}")(x))
-            features.append(x)
-            x = self.pool(x, 2)
-        return [*features, self.get_submodule(f"layer{NUM_STAGES}")(x)]
+        x = same_conv(self.stem, x, patches)
+        for s in range(1, NUM_STAGES + 1):
+            for block in self.get_submodule(f"layer{s}").children():
+                x = block(x, patches)
+            if s < NUM_STAGES:
+                x = same_conv(self.get_submodule(f"expend{s}"), x, patches)
+                features.append(x)
+                x = self.pool(x, 2)
+        return [*features, x]
 
 
 class HybridEncoder(nn.Module):
@@ -69,9 +72,11 @@ class HybridEncoder(nn.Module):
         work too. widths, depths, expansions: of the five stages.
         vit_depth, num_heads: of the transformer. The number of heads does not depend on the crop size.
         axes: number of spatial axes.
+        compute: how hidden voxels are left out: "packed" computes visible patches only, "masked" is the readable
+        reference, which computes every voxel and zeroes the hidden ones. They agree to rounding.
 
     Raises ValueError for a size that is not a multiple of 16, for other than five stages, for a last width that the
-    heads or the position embedding do not divide.
+    heads or the position embedding do not divide, for another way of computing.
     """
 
     def __init__(
@@ -84,8 +89,12 @@ class HybridEncoder(nn.Module):
         vit_depth: int = 3,
         num_heads: int = 12,
         axes: int = 3,
+        compute: str = "packed",
     ) -> None:
         super().__init__()
+        if compute not in ("masked", "packed"):
+            raise ValueError(f'compute must be "masked" or "packed", not {compute!r}')
+        self.compute = compute
         for name, values in (("widths", widths), ("depths", depths), ("expansions", expansions)):
             if len(values) != NUM_STAGES:
                 raise ValueError(f"{name} must have {NUM_STAGES} entries, one per stage, but got {tuple(values)}")
@@ -103,17 +112,30 @@ class HybridEncoder(nn.Module):
         dense. With a mask the maps are exactly zero at hidden positions, and no value at a visible one depends on
         any hidden voxel.
         """
-        grid = grid_of(volumes.shape[2:])
         if visible is None:
-            context: AbstractContextManager[object] = nullcontext()
-        else:
-            if tuple(visible.shape[2:]) != grid or len(visible) != len(volumes):
-                raise ValueError(
-                    f"visible must be bool {(len(volumes), 1, *grid)} for volumes of shape {tuple(volumes.shape)}, "
-                    f"but its shape is {tuple(visible.shape)}"
-                )
-            volumes = volumes.where(visible_at(visible, volumes.shape[2:]), 0)
-            context = hidden(visible)
-        with context:
+            grid_of(volumes.shape[2:])
             *skips, deepest = self.embeddings(volumes)
-        return [*skips, self.mae(deepest, visible)]
+            return [*skips, self.mae(deepest)]
+        patches = self.patches(volumes, visible)
+        return [patches.unpack(x) for x in self.encode(volumes, patches)]
+
+    def patches(self, volumes: Tensor, visible: Tensor) -> Patches:
+        """Geometry of a mask for these volumes; raises ValueError for a mask of another shape."""
+        expected = (len(volumes), 1, *grid_of(volumes.shape[2:]))
+        if tuple(visible.shape) != expected:
+            raise ValueError(
+                f"visible must be bool {expected} for volumes of shape {tuple(volumes.shape)}, "
+                f"but its shape is {tuple(visible.shape)}"
+            )
+        return Patches(visible, volumes.device)
+
+    def encode(self, volumes: Tensor, patches: Patches) -> list[Tensor]:
+        """The five maps at visible patches alone, (p, c, *edges), finest first; what `forward` spreads out."""
+        if self.compute == "packed":
+            *skips, deepest = self.embeddings(patches.pack(volumes), patches)
+        else:
+            visible = patches.visible
+            with hidden(visible):
+                maps = self.embeddings(volumes.where(visible_at(visible, volumes.shape[2:]), 0))
+            *skips, deepest = (patches.pack(x) for x in maps)
+        return [*skips, self.mae(deepest, patches)]

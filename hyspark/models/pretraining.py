@@ -6,18 +6,27 @@ densify branch is not built.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyspark.models.blocks import BATCH_NORM, CONV, CONV_TRANSPOSE
 from hyspark.models.encoder import DEPTHS, EXPANSIONS, WIDTHS, HybridEncoder
-from hyspark.models.masking import draw_visible, grid_of, num_visible, patchify, unpatchify, visible_at
+from hyspark.models.masking import draw_visible, grid_of, num_visible, patchify, unpatchify
+from hyspark.models.packed import Patches
+from hyspark.models.recompute import recomputed
 
+CONV_FUNCTION = {2: F.conv2d, 3: F.conv3d}
+CONV_TRANSPOSE_FUNCTION = {2: F.conv_transpose2d, 3: F.conv_transpose3d}
 NUM_LEVELS = 4
+COMPOSE_FROM = 16
+"""Positions (samples times voxels of the coarse map) per channel from which one composed up-convolution is faster than
+two steps, by `benchmarks/`.
+"""
 
 
 @dataclass
@@ -34,9 +43,8 @@ class PretrainingOutput:
 
 
 class Densify(nn.Module):
-    """Fills the hidden positions of one feature map with a learned token and convolves to the decoder's width.
-
-    (b, c_in, *size), visible (b, 1, *grid) -> (b, c_out, *size).
+    """Fills the hidden positions of one feature map with a learned token and convolves to the decoder's width: visible
+    patches (p, c_in, *edges) -> (b, c_out, *size). Only the patches are kept for the backward pass.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, axes: int) -> None:
@@ -45,9 +53,8 @@ class Densify(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.project = CONV[axes](in_channels, out_channels, kernel, padding=kernel // 2)
 
-    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
-        filled = torch.where(visible_at(visible, x.shape[2:]), x, self.mask_token.to(x.dtype))
-        out: Tensor = self.project(filled)
+    def forward(self, x: Tensor, patches: Patches) -> Tensor:
+        out: Tensor = recomputed(lambda x, token: self.project(patches.unpack(x, token)), x, self.mask_token)
         return out
 
 
@@ -58,7 +65,7 @@ def double_conv(widths: Sequence[int], axes: int) -> nn.Sequential:
         layers += [
             CONV[axes](w_in, w_out, 3, padding=1, bias=False),
             BATCH_NORM[axes](w_out),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
         ]
     return nn.Sequential(*layers)
 
@@ -66,19 +73,64 @@ def double_conv(widths: Sequence[int], axes: int) -> nn.Sequential:
 class DecoderLevel(nn.Module):
     """Doubles the resolution and halves the width, after fusing a skip where there is one: (b, c, *size) -> (b, c /
     2, *(2 * size)).
+
+    It takes a map whose `norm` (and ReLU) is still to be done, None for none, and gives its own so. Each step thus
+    ends in a convolution, and what stands before it can be made again in the backward pass at little cost.
     """
 
     def __init__(self, width: int, fuses: bool, axes: int) -> None:
         super().__init__()
         self.fuse = double_conv((2 * width, width, width), axes) if fuses else None
-        self.up = CONV_TRANSPOSE[axes](width, width, 2, stride=2)
+        # No bias: the convolution and the BatchNorm that follow would take it out again.
+        self.up = CONV_TRANSPOSE[axes](width, width, 2, stride=2, bias=False)
         self.refine = double_conv((width, width // 2, width // 2), axes)
 
-    def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.Module | None, skip: Tensor | None) -> tuple[Tensor, nn.Module]:
         if self.fuse is not None and skip is not None:
-            x = self.fuse(torch.cat([x, skip], dim=1))
-        out: Tensor = self.refine(self.up(x))
-        return out
+            x = normed(self.fuse[0], x, norm, skip)
+            x = normed(self.fuse[3], x, self.fuse[1])
+            norm = self.fuse[4]
+        x = normed(self.upsample, x, norm)
+        x = normed(self.refine[3], x, self.refine[1])
+        return x, self.refine[4]
+
+    def upsample(self, x: Tensor) -> Tensor:
+        """`up`, then the first convolution of `refine`."""
+        conv = self.refine[0].weight
+        assert isinstance(conv, Tensor)
+        return up_convolution(x, self.up.weight, conv)
+
+
+def normed(layer: Callable[[Tensor], Tensor], x: Tensor, norm: nn.Module | None, *skips: Tensor) -> Tensor:
+    """layer(concatenate(ReLU(norm(x)), *skips)); without a norm x is taken as it is. Only x and the skips are kept for
+    the backward pass.
+    """
+
+    def run(x: Tensor, *skips: Tensor) -> Tensor:
+        if norm is not None:
+            x = F.relu(norm(x), inplace=True)
+        return layer(torch.cat([x, *skips], dim=1) if skips else x)
+
+    out: Tensor = recomputed(run, x, *skips, batch_norm=norm)
+    return out
+
+
+def up_convolution(x: Tensor, up: Tensor, conv: Tensor) -> Tensor:
+    """A transposed convolution of kernel 2 and stride 2, then a 3^n convolution of the same size: (b, c, *size) ->
+    (b, c_out, *(2 * size)).
+
+    up: (c, c_mid, 2, ...). conv: (c_out, c_mid, 3, ...). There is nothing between the two, so that they are one
+    transposed convolution of kernel 4: exactly the same, borders included, with 8 instead of 29 multiplications per
+    output voxel and pair of channels (3D, c_out = c / 2). Making that kernel costs as much as COMPOSE_FROM
+    positions per channel, so small maps take the two steps.
+    """
+    axes = x.ndim - 2
+    transposed = CONV_TRANSPOSE_FUNCTION[axes]
+    if x.numel() < COMPOSE_FROM * x.shape[1] ** 2:
+        return CONV_FUNCTION[axes](transposed(x, up, stride=2), conv, padding=1)
+    with torch.autocast(x.device.type, enabled=False):  # the kernel is rounded once, not the parts of its sums
+        kernel = transposed(up, conv.transpose(0, 1).flip(*range(2, conv.ndim)))  # (c, c_out, 4, ...)
+    return transposed(x, kernel, stride=2, padding=1)
 
 
 class LightDecoder(nn.Module):
@@ -101,11 +153,10 @@ class LightDecoder(nn.Module):
         nn.init.trunc_normal_(self.out.weight, std=0.02)  # a fresh network predicts about 0, the mean of a patch
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        x = maps[0]
+        x, norm = maps[0], None
         for level, skip in zip(self.levels, [None, *maps[1:]], strict=True):
-            x = level(x, skip)
-        out: Tensor = self.out(x)
-        return out
+            x, norm = level(x, norm, skip)
+        return normed(self.out, x, norm)
 
 
 class HySparK(nn.Module):
@@ -140,11 +191,10 @@ class HySparK(nn.Module):
         """
         if visible is None:
             visible = self.draw_visible(len(volumes), volumes.shape[2:])
-        visible = visible.to(volumes.device)
-        features = self.encoder(volumes, visible)
-        maps = [fill(x, visible) for fill, x in zip(self.densify, features[:0:-1], strict=True)]
-        prediction = self.decoder(maps)
-        return PretrainingOutput(reconstruction_loss(volumes, prediction, visible), visible, prediction)
+        patches = self.encoder.patches(volumes, visible)
+        features = self.encoder.encode(volumes, patches)[:0:-1]
+        prediction = self.decoder([fill(x, patches) for fill, x in zip(self.densify, features, strict=True)])
+        return PretrainingOutput(reconstruction_loss(volumes, prediction, patches.visible), patches.visible, prediction)
 
     def draw_visible(self, num_samples: int, size: Sequence[int]) -> Tensor:
         """A mask (num_samples, 1, *grid) seeded from torch's global generator."""
@@ -196,10 +246,8 @@ def build_hyspark(
 ) -> HySparK:
     """The pre-training network; the defaults are HySparK-B of the paper.
 
-    compute: "masked", the readable reference (every voxel computed, hidden ones zeroed), or "packed", which today is
-    the same code. Raises ValueError for sizes, widths or a mask ratio that do not fit together.
+    compute: "packed" computes visible patches only; "masked" is the readable reference, which computes every voxel
+    and zeroes the hidden ones. Raises ValueError for sizes, widths or a mask ratio that do not fit together.
     """
-    if compute not in ("masked", "packed"):
-        raise ValueError(f'compute must be "masked" or "packed", not {compute!r}')
-    encoder = HybridEncoder(1, img_size, widths, depths, expansions, vit_depth, num_heads, axes)
+    encoder = HybridEncoder(1, img_size, widths, depths, expansions, vit_depth, num_heads, axes, compute)
     return HySparK(encoder, mask_ratio, decoder_width)

@@ -1,9 +1,8 @@
 """The transformer on the deepest feature map: fixed sin-cos positions, timm blocks, visible tokens only.
 
-Shapes: b batch, c channels, *grid tokens per axis, n = prod(grid) tokens, v visible tokens of a sample.
+Shapes: b batch, c channels, *grid tokens per axis, n = prod(grid) tokens, v visible tokens of a sample, p of the batch.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+
+from hyspark.models.packed import Patches
 
 
 def sincos_position(grid: Sequence[int], channels: int) -> Tensor:
@@ -33,8 +34,8 @@ def sincos_position(grid: Sequence[int], channels: int) -> Tensor:
 
 
 class TokenTransformer(nn.Module):
-    """Pre-norm transformer over the tokens of a feature map, (b, c, *grid) -> same; hidden tokens take no part and
-    come out as zero.
+    """Pre-norm transformer over the tokens of a feature map, (b, c, *grid) -> same, or over the visible ones alone,
+    each sample by itself.
 
     `grid` is the one `pos_embed` is stored for, as in the released weights; other grids get positions of their own
     in `forward`.
@@ -65,35 +66,21 @@ class TokenTransformer(nn.Module):
             return self.pos_embed
         return sincos_position(grid, self.pos_embed.shape[-1]).to(self.pos_embed.device)
 
-    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
-        """x: (b, c, *grid). visible: bool (b, 1, *grid) with equally many True in every sample, or None for all tokens.
-
-        Raises ValueError where the samples keep different numbers of tokens.
-        """
-        b, c, *grid = x.shape
-        tokens = x.flatten(2).transpose(1, 2)  # (b, n, c)
-        tokens = tokens + self.positions(grid).to(tokens.dtype)
-        if visible is None:
+    def forward(self, x: Tensor, patches: Patches | None = None) -> Tensor:
+        """x: (b, c, *grid), or, given their geometry, packed patches of one voxel: (p, c, *ones) -> same."""
+        if patches is None:
+            b, c, *grid = x.shape
+            tokens = x.flatten(2).transpose(1, 2)  # (b, n, c)
+            tokens = tokens + self.positions(grid).to(tokens.dtype)
             return self.process(tokens).transpose(1, 2).reshape(b, c, *grid)
-        index = visible_tokens(visible)[..., None].expand(-1, -1, c)  # (b, v, c)
-        processed = self.process(tokens.gather(1, index))
-        out = torch.zeros(b, math.prod(grid), c, dtype=processed.dtype, device=x.device)
-        return out.scatter(1, index, processed).transpose(1, 2).reshape(b, c, *grid)
+        rows = x.flatten(1)  # (p, c)
+        rows = rows + self.positions(patches.grid)[0, patches.token].to(rows.dtype)
+        tokens, is_token = patches.tokens(rows)
+        return patches.from_tokens(self.process(tokens, is_token)).view(-1, x.shape[1], *x.shape[2:])
 
-    def process(self, tokens: Tensor) -> Tensor:
-        """(b, v, c) -> same."""
+    def process(self, tokens: Tensor, is_token: Tensor | None = None) -> Tensor:
+        """(b, v, c) -> same. is_token: bool (b, 1, 1, v), False at padding that nothing may attend to."""
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = block(tokens, attn_mask=is_token)
         out: Tensor = self.norm(tokens)
         return out
-
-
-def visible_tokens(visible: Tensor) -> Tensor:
-    """Row-major numbers of the visible tokens: bool (b, 1, *grid) -> int64 (b, v), ascending."""
-    rows = visible.flatten(1)
-    nums = rows.sum(1)
-    if (nums != nums[0]).any() or nums[0] == 0:
-        raise ValueError(
-            f"every sample of a batch must keep the same number of patches, at least one; they keep {nums.tolist()}"
-        )
-    return rows.nonzero()[:, 1].view(len(rows), -1)

@@ -72,7 +72,11 @@ def masked_by_hand(encoder, volumes, visible):
             x = conv(getattr(parts, f"expend{stage}"), x)
             maps.append(x)
             x = mask(F.max_pool3d(x, 2) if x.ndim == 5 else F.max_pool2d(x, 2))
-    return [*maps, encoder.mae(x, visible)]
+    tokens = x.flatten(2).transpose(1, 2) + encoder.mae.positions(x.shape[2:])
+    out = torch.zeros_like(tokens)
+    for sample, seen in enumerate(visible.flatten(1)):
+        out[sample, seen] = encoder.mae.process(tokens[None, sample, seen])[0]
+    return [*maps, out.transpose(1, 2).view_as(x)]
 
 
 def assert_close_to_std(one, other, tolerance=1e-5):

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from hyspark import build_hyspark
+from hyspark.models import pretraining
 from hyspark.models.masking import patchify, visible_at
+from hyspark.models.packed import Patches
 from hyspark.models.pretraining import PretrainingOutput, patch_statistics, reconstruct, reconstruction_loss
 
 
@@ -150,7 +152,43 @@ def test_densify_fills_hidden_positions_with_its_token(make_hyspark, make_visibl
     filled = x.clone()
     for sample, voxels in enumerate(mask[:, 0]):
         filled[sample][:, ~voxels] = fill.mask_token.view(24, 1)
-    torch.testing.assert_close(fill(x, visible), fill.project(filled))
+    patches = Patches(visible)
+    torch.testing.assert_close(fill(patches.pack(x), patches), fill.project(filled))
+
+
+@pytest.mark.parametrize("size", [(3, 4), (2, 3, 4), (1, 1, 2)])
+def test_the_composed_up_convolution_equals_its_two_steps(monkeypatch, size):
+    axes = len(size)
+    x = torch.randn(2, 8, *size, dtype=torch.float64, requires_grad=True)
+    up = torch.randn(8, 8, *(2,) * axes, dtype=torch.float64, requires_grad=True)
+    conv = torch.randn(4, 8, *(3,) * axes, dtype=torch.float64, requires_grad=True)
+    results = []
+    for threshold in (0, 10**9):
+        monkeypatch.setattr(pretraining, "COMPOSE_FROM", threshold)
+        out = pretraining.up_convolution(x, up, conv)
+        results.append(
+            (
+                out,
+                *torch.autograd.grad((out * torch.linspace(0, 1, out[0].numel()).view_as(out[0])).sum(), (x, up, conv)),
+            )
+        )
+    assert results[0][0].shape == (2, 4, *(2 * s for s in size))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_decoder_is_fuse_up_refine_level_by_level(make_hyspark):
+    """Written out plainly, with every norm and ReLU done where it stands."""
+    net = make_hyspark().train()
+    decoder = net.decoder
+    maps = [torch.randn(2, 32 >> level, *(2 << level,) * 3) for level in range(4)]
+    x = maps[0]
+    with torch.no_grad():
+        for level, skip in zip(decoder.levels, [None, *maps[1:]], strict=True):
+            if skip is not None:
+                x = level.fuse(torch.cat([x, skip], dim=1))
+            x = level.refine(level.up(x))
+        torch.testing.assert_close(decoder(maps), decoder.out(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_perfect_prediction_is_reconstructed_to_the_target(make_visible):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from hyspark.models.vit import TokenTransformer, sincos_position, visible_tokens
+from hyspark.models.packed import Patches
+from hyspark.models.vit import TokenTransformer, sincos_position
 
 NUM_HEADS = 12
 CHANNELS = 48
@@ -65,6 +66,20 @@ def as_tokens(x):
     return x.flatten(2).transpose(1, 2)
 
 
+def on_visible(transformer, x, visible):
+    """The transformer on the visible tokens of a dense map, zero elsewhere."""
+    patches = Patches(visible)
+    return patches.unpack(transformer(patches.pack(x), patches))
+
+
+def different_counts(num_samples, grid):
+    """A mask whose samples keep 1, 2, ... patches."""
+    visible = torch.zeros(num_samples, 1, *grid, dtype=torch.bool)
+    for number, row in enumerate(visible.flatten(1), start=1):
+        row[torch.randperm(len(row))[: min(number, len(row))]] = True
+    return visible
+
+
 @pytest.mark.parametrize("grid", [(2, 3, 4), (3, 1, 2), (6, 6, 6), (2, 3), (5,)])
 def test_positions_follow_the_formula(grid):
     positions = sincos_position(grid, 48)
@@ -100,11 +115,12 @@ def test_dense_is_the_plain_transformer_on_all_tokens(grid):
     torch.testing.assert_close(as_tokens(transformer(x)), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("equal", [True, False])
 @pytest.mark.parametrize("grid", [(2, 2, 2), (2, 3, 1), (3, 2)])
-def test_masked_is_the_plain_transformer_on_the_visible_tokens_of_each_sample(make_visible, grid):
+def test_masked_is_the_plain_transformer_on_the_visible_tokens_of_each_sample(make_visible, grid, equal):
     transformer = make_transformer(grid)
-    x, visible = random_map(3, grid), make_visible(3, grid)
-    out = as_tokens(transformer(x, visible))
+    x, visible = random_map(3, grid), make_visible(3, grid) if equal else different_counts(3, grid)
+    out = as_tokens(on_visible(transformer, x, visible))
     for sample, mask in enumerate(visible.flatten(1)):
         tokens = as_tokens(x) + formula(grid, CHANNELS)
         expected = by_hand(transformer, tokens[sample : sample + 1, mask])
@@ -117,8 +133,8 @@ def test_hidden_tokens_change_nothing_and_visible_ones_do(make_visible):
     transformer, visible = make_transformer(grid), make_visible(2, grid)
     x = random_map(2, grid)
     changed = x.where(visible, float("nan"))
-    assert torch.equal(transformer(x, visible), transformer(changed, visible))
-    assert not torch.equal(transformer(x, visible), transformer(x + visible, visible))
+    assert torch.equal(on_visible(transformer, x, visible), on_visible(transformer, changed, visible))
+    assert not torch.equal(on_visible(transformer, x, visible), on_visible(transformer, x + visible, visible))
 
 
 @pytest.mark.parametrize(("mask_ratio", "num"), [(0.75, 2), (0.5, 4), (0.0, 8)])
@@ -127,29 +143,14 @@ def test_the_blocks_process_the_visible_tokens_only(make_visible, mask_ratio, nu
     shapes = []
     for block in transformer.blocks:
         block.register_forward_hook(lambda _module, args, out: shapes.append((args[0].shape, out.shape)))
-    transformer(random_map(4, (2, 2, 2)), make_visible(4, (2, 2, 2), mask_ratio))
+    on_visible(transformer, random_map(4, (2, 2, 2)), make_visible(4, (2, 2, 2), mask_ratio))
     assert shapes == [((4, num, CHANNELS), (4, num, CHANNELS))] * 2
 
 
 def test_all_visible_is_dense():
     transformer, x = make_transformer((2, 3, 1)), random_map(2, (2, 3, 1))
-    torch.testing.assert_close(transformer(x, torch.ones(2, 1, 2, 3, 1, dtype=torch.bool)), transformer(x))
-
-
-def test_samples_that_keep_different_numbers_are_refused():
-    visible = torch.ones(2, 1, 2, 2, 2, dtype=torch.bool)
-    visible[1, 0, 0, 0, 0] = False
-    with pytest.raises(ValueError, match=r"same number of patches.*\[8, 7\]"):
-        make_transformer((2, 2, 2))(random_map(2, (2, 2, 2)), visible)
-    with pytest.raises(ValueError, match="at least one"):
-        visible_tokens(torch.zeros(2, 1, 2, 2, 2, dtype=torch.bool))
-
-
-def test_visible_tokens_are_numbered_in_row_major_order():
-    visible = torch.zeros(2, 1, 2, 3, 2, dtype=torch.bool)
-    visible[0, 0, 0, 1, 1] = visible[0, 0, 1, 2, 0] = True
-    visible[1, 0, 0, 0, 0] = visible[1, 0, 1, 0, 1] = True
-    assert visible_tokens(visible).tolist() == [[3, 10], [0, 7]]
+    visible = torch.ones(2, 1, 2, 3, 1, dtype=torch.bool)
+    torch.testing.assert_close(on_visible(transformer, x, visible), transformer(x))
 
 
 def test_another_grid_than_the_stored_one_gets_positions_of_its_own():
