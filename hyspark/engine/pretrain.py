@@ -158,11 +158,12 @@ class Pretraining:
         return loss
 
     def inputs(self, run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Volumes (b, 1, *size) and visible (b, 1, *grid) on the device."""
+        """Volumes (b, 1, *size) on the device, and visible (b, 1, *grid) on the CPU: what follows from the mask is
+        worked out there, so that CUDA need not be waited for.
+        """
         generators = [torch.Generator().manual_seed(seed) for seed in batch["mask_seeds"]]
         visible = draw_visible(grid_of(self.config.crop_size), self.config.mask, generators)
-        device = run.processes.device
-        return batch["volumes"].to(device, non_blocking=True), visible.to(device, non_blocking=True)
+        return batch["volumes"].to(run.processes.device, non_blocking=True), visible
 
     def rates(self, run: Run, step: int) -> dict[str, float]:
         """Warm-up and cosine of the learning rate, cosine of the weight decay."""

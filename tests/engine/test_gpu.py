@@ -48,6 +48,49 @@ def test_hidden_voxels_never_change_features_under_autocast():
             assert torch.equal(a, b)
 
 
+def loss_and_gradients(compute, precision):
+    torch.manual_seed(0)
+    net = hyspark.build_hyspark(32, compute=compute, widths=(6, 6, 12, 12, 24), decoder_width=16)
+    net = net.to("cuda", memory_format=torch.channels_last_3d)
+    volumes = torch.rand(2, 1, 32, 32, 32).cuda()
+    visible = torch.ones(2, 1, 2, 2, 2, dtype=torch.bool)
+    visible[0, 0, 0] = visible[1, 0, :, 0, 1] = visible[1, 0, 1] = False
+    with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+        loss = net(volumes, visible).loss
+    return [loss, *torch.autograd.grad(loss, tuple(net.parameters()))]
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-4), ("bf16", 0.1)])
+def test_packed_equals_masked(monkeypatch, precision, bound):
+    """Loss and the gradients of all parameters, for samples that keep different numbers of patches."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    for one, other in zip(
+        loss_and_gradients("masked", precision), loss_and_gradients("packed", precision), strict=True
+    ):
+        assert (one - other).abs().max() <= bound * max(one.abs().max().item(), 1e-3)
+
+
+def test_the_convolutional_part_compiles():
+    net = hyspark.build_hyspark(32, widths=(6, 6, 12, 12, 24), decoder_width=16).encoder.cuda()
+    volumes = torch.rand(2, 1, 32, 32, 32, device="cuda")
+    patches = net.patches(volumes, torch.ones(2, 1, 2, 2, 2, dtype=torch.bool))
+    packed = patches.pack(volumes)
+    compiled = torch.compile(net.embeddings, fullgraph=True)
+    for one, other in zip(compiled(packed, patches), net.embeddings(packed, patches), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_packed_needs_less_memory_than_masked():
+    peaks = []
+    for compute in ("packed", "masked"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        net = hyspark.build_hyspark(96, compute=compute, widths=(12, 24, 24, 24, 24), decoder_width=16).cuda()
+        net(torch.rand(2, 1, 96, 96, 96, device="cuda")).loss.backward()
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[0] < peaks[1]
+
+
 def test_nccl_with_synchronised_statistics(pretraining, tmp_path):
     count = torch.cuda.device_count()
     config = replace(pretraining, exp_dir=str(tmp_path / "ddp"), device="cuda", bs=2 * count)

@@ -1,0 +1,126 @@
+"""Time and memory of the encoder and of the whole training step. HySparK-B unless told otherwise, random volumes."""
+
+import statistics
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import published
+import torch
+from measure import in_fresh_process, peak_memory, seconds
+from torch import Tensor, nn
+
+from hyspark import build_hyspark
+from hyspark.models.encoder import HybridEncoder
+from hyspark.models.masking import draw_visible
+
+SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
+"""Visible shares at which the encoder is timed."""
+AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured. repeats: of the timed calls, whose median is taken; one more comes first."""
+
+    device: str = "cpu"
+    threads: int = 2
+    num_samples: int = 2
+    edge: int = 96
+    repeats: int = 3
+
+    def start(self) -> None:
+        """Threads and seed of this process."""
+        torch.set_num_threads(self.threads)
+        torch.manual_seed(0)
+
+    def finish(self) -> None:
+        """Wait for the device."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def volumes(self) -> Tensor:
+        """Random (b, 1, *size)."""
+        return torch.rand(self.num_samples, 1, *(self.edge,) * 3, device=self.device)
+
+    def visible(self, share: float) -> Tensor:
+        """A mask with this share of patches, on the CPU."""
+        generators = [torch.Generator().manual_seed(i) for i in range(self.num_samples)]
+        return draw_visible((self.edge // 16,) * 3, 1 - share, generators)
+
+    def peak(self) -> int:
+        """Largest memory of this process: of the device, or resident."""
+        return torch.cuda.max_memory_allocated() if self.device == "cuda" else peak_memory()
+
+
+def encoder(setting: Setting, **options: Any) -> dict[str, Any]:
+    """Forward and backward of the encoder in fp32: masked against packed at a quarter of the patches, taking turns, and
+    packed at several shares. `seconds` by share, `share_ratio` of .1 to .25, `ratio` of masked to packed.
+    """
+    setting.start()
+    net = HybridEncoder(img_size=setting.edge, **options).to(setting.device, memory_format=torch.channels_last_3d)
+    volumes = setting.volumes()
+
+    def both_ways(compute: str, visible: Tensor) -> None:
+        net.compute = compute
+        maps = net.encode(volumes, net.patches(volumes, visible))[1:]
+        torch.autograd.backward(maps, [torch.ones_like(x) for x in maps])
+        net.zero_grad()
+        setting.finish()
+
+    quarter = setting.visible(0.25)
+    both_ways("masked", quarter)
+    both_ways("packed", quarter)
+    times: dict[str, list[float]] = {"masked": [], "packed": []}
+    for _ in range(setting.repeats):
+        for compute, taken in times.items():
+            taken.append(seconds(partial(both_ways, compute, quarter)))
+    by_share = {
+        share: statistics.median(seconds(partial(both_ways, "packed", mask)) for _ in range(setting.repeats))
+        for share, mask in ((share, setting.visible(share)) for share in SHARES)
+    }
+    masked, packed = (statistics.median(taken) for taken in times.values())
+    return {
+        "masked_seconds": masked,
+        "packed_seconds": packed,
+        "ratio": masked / packed,
+        "seconds": by_share,
+        "share_ratio": by_share[0.1] / by_share[0.25],
+    }
+
+
+def step(setting: Setting, compute: str, precision: str, **options: Any) -> dict[str, float]:
+    """A training step (forward, backward, clip, AdamW): median seconds a sample, and peak memory in bytes."""
+    setting.start()
+    net = build_hyspark(setting.edge, compute=compute, **options)
+    net = net.to(setting.device, memory_format=torch.channels_last_3d)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+    volumes, visible = setting.volumes(), setting.visible(0.25)
+
+    def take() -> None:
+        with torch.autocast(setting.device, AUTOCAST[precision], enabled=precision != "fp32"):
+            loss = net(volumes, visible).loss
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 5).item()
+        optimizer.step()
+        setting.finish()
+
+    take()
+    median = statistics.median(seconds(take) for _ in range(setting.repeats))
+    return {"seconds": median / setting.num_samples, "peak_bytes": setting.peak()}
+
+
+def steps(setting: Setting, checkout: str = "", **options: Any) -> dict[str, dict[str, float]]:
+    """The whole step in several ways, each in a fresh process: "masked fp32", "packed fp32", "packed bf16", and
+    "published fp32" where a checkout is given.
+    """
+    rows = {
+        f"{compute} {precision}": in_fresh_process(partial(step, setting, compute, precision, **options))[0]
+        for compute, precision in (("packed", "fp32"), ("packed", "bf16"), ("masked", "fp32"))
+    }
+    if checkout:
+        s = setting
+        arguments = (checkout, s.device, s.threads, s.num_samples, s.edge, s.repeats)
+        rows["published fp32"] = in_fresh_process(published.step, *arguments)[0]
+    return rows
