@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import time
 import warnings
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -111,7 +110,7 @@ def prepare_into(case: Case, settings: PrepareSettings, folder: Path) -> str | N
     try:
         prepared = prepare_case(case, settings)
         write_entry(folder, source=str(case.image), steps=steps_of(settings), **prepared)
-    except (ValueError, RuntimeError, OSError, EOFError, zlib.error) as error:
+    except (ValueError, RuntimeError, OSError, EOFError) as error:
         cause: BaseException = error
         while isinstance(cause, RuntimeError) and cause.__cause__:  # MONAI's own message does not hold the reason
             cause = cause.__cause__

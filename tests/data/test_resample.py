@@ -1,5 +1,6 @@
 """Preparation gives what MONAI's transforms, called plainly, give: on any grid, in any file, wherever the body lies."""
 
+import gzip
 import warnings
 from pathlib import Path
 
@@ -224,7 +225,23 @@ def test_only_the_region_is_interpolated_unless_the_grid_is_sheared(tmp_path, mo
         )
 
 
-def test_a_damaged_file_is_reported_with_its_name(tmp_path):
-    case = write(tmp_path, nib.Nifti1Image(body((30, 26, 17)), np.diag([0.7, 0.7, 2.5, 1])))
-    overwrite(case.image, case.image.stat().st_size // 2, np.zeros(64, np.uint8))
+@pytest.mark.parametrize("which", ["image", "label"])
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("filling", [0, 255])
+def test_a_damaged_file_is_reported(tmp_path, which, part, filling):
+    voxels = body((30, 26, 17))
+    case = write(tmp_path, nib.Nifti1Image(voxels, np.diag([0.7, 0.7, 2.5, 1])), organs(voxels))
+    path = getattr(case, which)
+    overwrite(path, int(part * path.stat().st_size), np.full(64, filling, np.uint8))
     assert str(case.image) in (prepare_into(case, SETTINGS, tmp_path / "entry") or "")
+
+
+def test_compressed_in_several_members(tmp_path):
+    case = write(tmp_path, nib.Nifti1Image(body((30, 26, 17)), np.diag([0.7, 0.7, 2.5, 1])))
+    content = gzip.decompress(case.image.read_bytes())
+    case.image.write_bytes(gzip.compress(content[:1000]) + gzip.compress(content[1000:]))
+    assert_same(case)
+
+
+def test_nifti_2(tmp_path):
+    assert_same(write(tmp_path, nib.Nifti2Image(body((30, 26, 17)), np.diag([-0.7, 0.7, 2.5, 1]))))
