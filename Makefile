@@ -46,9 +46,12 @@ demo: setup
 	@$(BIN)/hyspark compare $(RUNS)/demo_pretrained $(RUNS)/demo_scratch
 	@echo "demo: report $(RUNS)/demo/report.html, pictures $(RUNS)/demo/pictures"
 
+# make bench CT=prepared.nii.gz NATIVE=scanner.nii.gz PUBLISHED=checkout; phantoms, and nothing beside, by default
 bench: setup
 	$(BIN)/pip install --quiet --editable ".[bench]"
-	$(BIN)/python benchmarks/store.py
+	$(BIN)/python benchmarks/store.py $(if $(CT),--image $(CT))
+	$(BIN)/python benchmarks/run.py $(if $(CT),--prepared_ct $(CT)) $(if $(NATIVE),--native_ct $(NATIVE)) \
+		$(if $(PUBLISHED),--published $(PUBLISHED))
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

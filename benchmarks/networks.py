@@ -1,6 +1,7 @@
 """Time and memory of the encoder and of the whole training step. HySparK-B unless told otherwise, random volumes."""
 
 import statistics
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,8 +12,10 @@ from measure import in_fresh_process, peak_memory, seconds
 from torch import Tensor, nn
 
 from hyspark import build_hyspark
-from hyspark.models.encoder import HybridEncoder
+from hyspark.models.encoder import WIDTHS, HybridEncoder
+from hyspark.models.hidden import hidden
 from hyspark.models.masking import draw_visible
+from hyspark.models.packed import EDGES, same_conv
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
 """Visible shares at which the encoder is timed."""
@@ -87,6 +90,44 @@ def encoder(setting: Setting, **options: Any) -> dict[str, Any]:
         "seconds": by_share,
         "share_ratio": by_share[0.1] / by_share[0.25],
     }
+
+
+def stages(setting: Setting) -> dict[str, dict[str, float]]:
+    """Each resolution of the encoder by itself, its blocks and the convolution that widens it: seconds forward and
+    backward at a quarter of the patches in fp32, packed and masked taking turns, by voxels per patch and axis.
+    """
+    setting.start()
+    net = HybridEncoder(img_size=setting.edge).to(setting.device, memory_format=torch.channels_last_3d)
+    mask = setting.visible(0.25)
+    patches = net.patches(setting.volumes(), mask)
+    results = {}
+    for number, (edge, width) in enumerate(zip(EDGES, WIDTHS, strict=True), start=1):
+        layers = [*net.embeddings.get_submodule(f"layer{number}").children()]
+        widen = net.embeddings.get_submodule(f"expend{number}") if number < len(EDGES) else None
+        size = [g * edge for g in patches.grid]
+        dense = torch.rand(setting.num_samples, *size, width, device=setting.device).movedim(-1, 1)
+        inputs = {
+            "masked": (dense.requires_grad_(), None),
+            "packed": (patches.pack(dense.detach()).requires_grad_(), patches),
+        }
+        times: dict[str, list[float]] = {compute: [] for compute in inputs}
+
+        def both_ways(compute: str, inputs: Any = inputs, layers: Any = layers, widen: Any = widen) -> None:
+            x, geometry = inputs[compute]
+            with hidden(patches.visible) if geometry is None else nullcontext():
+                for layer in layers:
+                    x = layer(x, geometry)
+                x = x if widen is None else same_conv(widen, x, geometry)
+            x.backward(torch.ones_like(x))
+            setting.finish()
+
+        for compute in inputs:
+            both_ways(compute)
+        for _ in range(setting.repeats):
+            for compute, taken in times.items():
+                taken.append(seconds(partial(both_ways, compute)))
+        results[f"{edge} voxels"] = {compute: statistics.median(taken) for compute, taken in times.items()}
+    return results
 
 
 def step(setting: Setting, compute: str, precision: str, **options: Any) -> dict[str, float]:

@@ -31,7 +31,7 @@ Measured = Mapping[str, Any]
 class Arguments(Tap):
     """Measure encoder, step and data path."""
 
-    only: list[Literal["encoder", "steps", "crops", "preparing", "worker_memory", "data_wait"]] = []  # noqa: RUF012
+    only: list[Literal["encoder", "stages", "steps", "crops", "preparing", "worker_memory", "data_wait"]] = []  # noqa: RUF012
     # Parts to measure; all by default
     published: str = ""  # A checkout of the published code, to measure beside
     native_ct: str = ""  # A CT as the scanner gives it, for the preparation; by default a phantom
@@ -110,6 +110,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     native, prepared = (Path(p) if p else None for p in (a.native_ct, a.prepared_ct))
     parts: dict[str, Callable[[], Any]] = {
         "encoder": partial(networks.encoder, setting),
+        "stages": partial(networks.stages, setting),
         "steps": partial(networks.steps, setting, a.published),
         "crops": partial(data.crops, prepared),
         "preparing": partial(data.preparing, native),

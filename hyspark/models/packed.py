@@ -28,6 +28,10 @@ from hyspark.models.recompute import recomputed
 
 EDGES = (16, 8, 4, 2, 1)
 """Voxels per axis of a patch at the five resolutions of the encoder."""
+DENSE_EDGES = (1,)
+"""Edges at which a convolution of the dense map, hidden positions included, is faster than one of patches with halo: a
+halo is 27 times a patch of one voxel. Measured by benchmarks/networks.py (`stages`), see docs/performance.md.
+"""
 CONV = {2: F.conv2d, 3: F.conv3d}
 
 
@@ -191,6 +195,8 @@ def same_conv(layer: nn.Module, x: Tensor, patches: Patches | None) -> Tensor:
     if patches is None:
         out: Tensor = layer(x)
         return out
+    if x.shape[-1] in DENSE_EDGES:
+        return patches.pack(layer(patches.unpack(x)))
 
     def convolve(x: Tensor) -> Tensor:
         conv: Any = CONV[patches.axes]
