@@ -55,7 +55,9 @@ class RunSettings:
     crops_per_volume: int = 4
     """Crops taken from each drawn volume."""
     dry_run: bool = False
-    """Print the resolved settings, the data found and the size of the model, then stop; nothing is written."""
+    """Print the resolved settings, the data found and the size of the model, for pre-training also what the run will
+    take in time, memory and disk (by short trial steps), then stop; nothing is written.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ Source of the recipe: Tang et al., "HySparK", MICCAI 2024, and its public releas
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,10 @@ from hyspark.data.store import StoredVolume
 from hyspark.engine import checkpoint, distributed, optim
 from hyspark.engine.distributed import LOG, Processes
 from hyspark.engine.loop import Run, start_run, train
-from hyspark.engine.run import RunLog, data_text, prepared, saved_state, settings_text
+from hyspark.engine.planner import count_flops, crops_per_process, plan_text
+from hyspark.engine.run import RunLog, data_text, prepared, saved_state, settings_text, store_folder
+from hyspark.engine.storage import survey
+from hyspark.engine.trial import try_steps
 from hyspark.figures import reconstruction_panel, save_figure
 from hyspark.models.masking import draw_visible, grid_of, visible_at
 from hyspark.models.pretraining import HySparK, build_hyspark, reconstruct
@@ -62,6 +66,8 @@ def pretrain(config: PretrainConfig) -> Path:
     if not state and config.init_weight:
         LOG.info("weights of %s\n%s", config.init_weight, load_pretrained(model, config.init_weight))
     if config.dry_run:
+        if processes.is_main:
+            LOG.info("%s", plan(config, processes, model, *cases, first_step=state["step"] if state else 0))
         return config.run_folder
     task = Pretraining(config, share, *prepared(config, processes, Path(config.data_path), *cases))
     with distributed.connected(processes):
@@ -118,6 +124,33 @@ def describe(
 def num_parameters(model: torch.nn.Module) -> str:
     """Trained numbers of a model, in millions."""
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
+
+
+def plan(
+    config: PretrainConfig,
+    processes: Processes,
+    model: HySparK,
+    training: Sequence[Case],
+    validation: Sequence[Case],
+    first_step: int,
+) -> str:
+    """What the run will cost, for the terminal; takes trial steps, writes nothing."""
+    free = distributed.free_memory(processes)
+    task = Pretraining(config, Share(config.bs, processes.rank, processes.world_size), [], [])
+    make, make_batch = partial(build, config), partial(random_batch, config.crop_size)
+    crops = crops_per_process(config, processes)
+    trials = try_steps(config, processes, make, task, make_batch, crops, free)
+    flops = count_flops(config, model, crops)
+    storage = survey(config, [*training, *validation], store_folder(config, Path(config.data_path)))
+    per_epoch = steps_per_epoch(config, training)
+    left = min(config.ep * per_epoch, config.max_steps or math.inf) - first_step
+    steps = {"steps_per_epoch": per_epoch, "steps_left": max(0, int(left))}
+    return plan_text(config, processes, model, flops, trials, free, storage, **steps)
+
+
+def random_batch(size: Sequence[int], crops: int) -> Batch:
+    """A batch of so many crops of noise."""
+    return {"volumes": torch.rand(crops, 1, *size), "mask_seeds": range(crops), "cases": ["noise"] * crops}
 
 
 def build(config: PretrainConfig) -> HySparK:

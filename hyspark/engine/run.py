@@ -55,14 +55,19 @@ def settings_text(config: Config, processes: Processes, **lines: str) -> str:
     return "\n".join([*settings, *(f"{name:8s} {text}" for name, text in lines.items())])
 
 
+def store_folder(config: Config, data: Path) -> Path:
+    """Where prepared volumes lie: in the data's folder, or beside its JSON, unless the settings name another place."""
+    return Path(config.store_dir) if config.store_dir else (data if data.is_dir() else data.parent) / "prepared"
+
+
 def prepared(
     config: Config, processes: Processes, data: Path, training: Sequence[Case], validation: Sequence[Case]
 ) -> tuple[list[StoredVolume], list[StoredVolume]]:
     """Training and validation volumes in the store; one process of each machine makes what is missing.
 
-    data: folder of the data, or its JSON; the store lies beside it unless the settings name another place.
+    data: folder of the data, or its JSON.
     """
-    store = Path(config.store_dir) if config.store_dir else (data if data.is_dir() else data.parent) / "prepared"
+    store = store_folder(config, data)
     prepare = prepare_all if processes.local_rank == 0 else wait_for_all
     volumes = prepare([*training, *validation], config, store, config.prepare_workers, processes.is_main)
     return volumes[: len(training)], volumes[len(training) :]
