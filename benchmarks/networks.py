@@ -12,6 +12,7 @@ from measure import in_fresh_process, peak_memory, seconds
 from torch import Tensor, nn
 
 from hyspark import build_hyspark
+from hyspark.models.cost import by_part, flops_by_layer, flops_of_step
 from hyspark.models.encoder import WIDTHS, HybridEncoder
 from hyspark.models.hidden import hidden
 from hyspark.models.masking import draw_visible
@@ -165,3 +166,21 @@ def steps(setting: Setting, checkout: str = "", **options: Any) -> dict[str, dic
         arguments = (checkout, s.device, s.threads, s.num_samples, s.edge, s.repeats)
         rows["published fp32"] = in_fresh_process(published.step, *arguments)[0]
     return rows
+
+
+def flops(setting: Setting, **options: Any) -> dict[str, Any]:
+    """Counted, not timed: FLOPs a sample of the packed step forward and backward, of the masked one forward, and the
+    forward pass by layer, largest first.
+    """
+    visible, size = setting.visible(0.25), (setting.edge,) * 3
+    packed, masked = (build_hyspark(setting.edge, compute=compute, **options) for compute in ("packed", "masked"))
+    layers = flops_by_layer(packed, size, setting.num_samples, visible)
+    forward, backward = flops_of_step(packed, size, setting.num_samples, visible)
+    b = setting.num_samples
+    return {
+        "forward": forward / b,
+        "backward": backward / b,
+        "encoder_share": by_part(layers)["encoder"] / forward,
+        "masked_forward": sum(flops_by_layer(masked, size, b, visible).values()) / b,
+        "by_layer": {name: n / b for name, n in sorted(layers.items(), key=lambda item: -item[1])},
+    }

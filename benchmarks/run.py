@@ -31,7 +31,7 @@ Measured = Mapping[str, Any]
 class Arguments(Tap):
     """Measure encoder, step and data path."""
 
-    only: list[Literal["encoder", "stages", "steps", "crops", "preparing", "worker_memory", "data_wait"]] = []  # noqa: RUF012
+    only: list[Literal["encoder", "stages", "flops", "steps", "crops", "preparing", "worker_memory", "data_wait"]] = []  # noqa: RUF012
     # Parts to measure; all by default
     published: str = ""  # A checkout of the published code, to measure beside
     native_ct: str = ""  # A CT as the scanner gives it, for the preparation; by default a phantom
@@ -111,6 +111,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     parts: dict[str, Callable[[], Any]] = {
         "encoder": partial(networks.encoder, setting),
         "stages": partial(networks.stages, setting),
+        "flops": partial(networks.flops, setting),
         "steps": partial(networks.steps, setting, a.published),
         "crops": partial(data.crops, prepared),
         "preparing": partial(data.preparing, native),
@@ -122,7 +123,19 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         if not a.only or name in a.only:
             print(f"measuring {name} ...", flush=True)
             results[name] = part()
+    if "steps" in results and "flops" in results:
+        results["speed"] = speeds(
+            results["steps"], results["flops"], results["machine"]["gpu"] if a.device == "cuda" else ""
+        )
     return results
+
+
+def speeds(steps: Measured, flops: Measured, gpu: str) -> dict[str, float]:
+    """FLOPs per second of the packed steps, and on a GPU that is known the bf16 one's share of its peak."""
+    work = flops["forward"] + flops["backward"]
+    rates = {name: work / step["seconds"] for name, step in steps.items() if name.startswith("packed")}
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), None)
+    return rates | ({"share of the peak in bf16": rates["packed bf16"] / peak} if peak else {})
 
 
 def as_table(arguments: Arguments, results: Measured) -> str:
@@ -131,7 +144,13 @@ def as_table(arguments: Arguments, results: Measured) -> str:
     for row in rows(arguments):
         if row.part in results:
             lines.append(f"| {row.what} | {row.target} | {row.value(results[row.part])} |")
-    details = [f"- {name}: {text(part)}" for name, part in results.items() if name != "arguments"]
+    if "flops" in results:
+        lines += ["", "| layer | GFLOP forward, a sample | share |", "|---|---|---|"]
+        forward = results["flops"]["forward"]
+        for name, count in results["flops"]["by_layer"].items():
+            if count > 0.01 * forward:
+                lines.append(f"| {name} | {count / 1e9:.1f} | {count / forward:.3f} |")
+    details = [f"- {name}: {text(part)}" for name, part in results.items() if name not in ("arguments", "flops")]
     return "\n".join([*lines, "", *details])
 
 
