@@ -192,8 +192,9 @@ def time_lines(
     step = seconds_per_step(trials, crops)
     how = "measured" if crops in [t.crops for t in trials] else f"extrapolated from {tried(trials)}"
     alone = "" if processes.world_size == 1 else f" by one of {processes.world_size} processes alone"
+    busy = "with the machine as busy as it is now"
     return [
-        ("time", f"{duration(step)} per step of {crops} crops in a process ({how}{alone})"),
+        ("time", f"{duration(step)} per step of {crops} crops in a process ({how}{alone}, {busy})"),
         ("", f"{duration(step * steps_per_epoch)} per epoch of {steps_per_epoch} steps"),
         ("", f"{duration(step * steps_left)} for the run, {steps_left} steps; preparing and reading volumes, reviews "
              "and exchange between processes come on top"),
