@@ -5,7 +5,8 @@ The checkout is used as it is, but for what keeps it from running at batch 2 on 
 - tokens: it counts the patches to keep over the whole batch; here, over one sample, which is what it does at batch 1;
 - `timm.models.layers.drop` has moved, and `utils.misc` needs modules that a step does not.
 
-This module must not import the package `hyspark`: the checkout has a module of that name.
+The checkout has a module named as this package is, so a process of its own is needed, in which the package is put out
+of the way.
 """
 
 import statistics
@@ -48,6 +49,8 @@ def step(checkout: str, device: str, threads: int, num_samples: int, edge: int, 
 
 def load(checkout: str, edge: int) -> Any:
     """The pre-training network of the checkout with a mask ratio of .75."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "hyspark"]:
+        del sys.modules[name]
     sys.path.insert(0, checkout)
     moved: Any = import_module("timm.models.layers")
     moved.drop = import_module("timm.layers.drop")
