@@ -2,8 +2,8 @@
 
 MONAI says where the voxels of the grid lie. An image whose axes stay perpendicular is then interpolated by SciPy, in
 double precision like MONAI, but axis by axis, out of the file's own integers, and only where the result can lie above
-a threshold. A sheared image, and labels, where a voxel between two
-would be decided by the last bit, are left to MONAI.
+a threshold. A sheared image, and labels, where a voxel between two would be decided by the last bit, are left to
+MONAI.
 """
 
 from collections.abc import Sequence
