@@ -32,7 +32,7 @@ DENSE_EDGES = (1,)
 """Edges at which a convolution of the dense map, hidden positions included, is faster than one of patches with halo: a
 halo is 27 times a patch of one voxel. Measured by benchmarks/networks.py (`stages`), see docs/performance.md.
 """
-CONV = {2: F.conv2d, 3: F.conv3d}
+CONV_FUNCTION = {2: F.conv2d, 3: F.conv3d}
 
 
 class Patches:
@@ -199,7 +199,7 @@ def same_conv(layer: nn.Module, x: Tensor, patches: Patches | None) -> Tensor:
         return patches.pack(layer(patches.unpack(x)))
 
     def convolve(x: Tensor) -> Tensor:
-        conv: Any = CONV[patches.axes]
+        conv: Any = CONV_FUNCTION[patches.axes]
         result: Tensor = conv(patches.with_halo(x), layer.weight, layer.bias, groups=layer.groups)
         return result
 
