@@ -14,6 +14,7 @@ SCRIPTS = [PACKAGE.parent / name for name in ("generate_js.py", "train.py", "fin
 COMMAND_LINE = ("hyspark.cli", "argparse", "tap")
 CUDA_ALLOWED = {
     "engine/distributed.py": None,  # the one place that knows devices
+    "engine/jobs.py": {"cuda", "CUDA_VISIBLE_DEVICES"},  # which GPU a job gets
     "config.py": {"cuda"},  # a choice of the setting `device`
     "report.py": {"cuda"},  # the environment table names the GPU
 }
