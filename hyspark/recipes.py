@@ -40,11 +40,19 @@ def read_yaml(path: str | Path, config_class: type) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path}: expected lines of `name: value`, got {type(loaded).__name__}")
+    return typed_values(loaded, config_class, str(path))
+
+
+def typed_values(loaded: Mapping[str, Any], config_class: type, source: str) -> dict[str, Any]:
+    """Plain values (see `as_plain`) in the types of their fields.
+
+    Raises ValueError, naming the source, for an unknown key or a value of another type.
+    """
     hints = {f.name: get_type_hints(config_class)[f.name] for f in fields(config_class)}
     values = {}
     for key, value in loaded.items():
         if key not in hints:
-            raise ValueError(f"{path}: unknown key {key!r}{nearest(str(key), hints)}")
+            raise ValueError(f"{source}: unknown key {key!r}{nearest(str(key), hints)}")
         try:
             values[key] = coerce(value, hints[key])
         except (TypeError, ValueError):
@@ -53,7 +61,7 @@ def read_yaml(path: str | Path, config_class: type) -> dict[str, Any]:
                 if isinstance(hints[key], types.GenericAlias)
                 else getattr(hints[key], "__name__", hints[key])
             )
-            raise ValueError(f"{path}: {key} should be {wanted}, but it is {value!r}") from None
+            raise ValueError(f"{source}: {key} should be {wanted}, but it is {value!r}") from None
     return values
 
 

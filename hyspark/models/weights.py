@@ -75,14 +75,18 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Raises FileNotFoundError; ValueError, naming the file, where it is damaged, holds other objects than plain data,
     or no weights.
     """
+    return unwrap(read_contents(path), str(path))
+
+
+def read_contents(path: str | Path) -> object:
+    """All that a file of weights holds, on the CPU; raises as `read_weights`, but for what it is."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; give the path of a .pth, .pt or .safetensors file")
     try:
         if path.suffix == ".safetensors":
-            loaded: object = load_file(path)
-        else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} was not opened: it is damaged, or holds Python objects other than tensors, which could run code. "
@@ -90,7 +94,6 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # torch raises many kinds for a torn file, and safetensors its own
         raise ValueError(f"{path} cannot be read as weights; is it damaged or cut short? ({error})") from error
-    return unwrap(loaded, str(path))
 
 
 def unwrap(loaded: object, name: str) -> dict[str, Tensor]:
