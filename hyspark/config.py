@@ -145,14 +145,33 @@ class FinetuneConfig(RunSettings, PrepareSettings, EncoderSettings):
     """Run folder. The same command on it continues the run."""
     pretrained: str = "none"
     """Weights to start from: a checkpoint's path, or none to train from scratch."""
+    num_labelled: int = 0
+    """Train on so many of the training cases, drawn by the seed: those of 5 are among those of 10. 0 takes all."""
+    label_fraction: float = 1.0
+    """Train on this share of the training cases, drawn in the same way, at least one."""
+    test_dir: str = ""
+    """Further labelled cases (an nnU-Net data set, or a decathlon JSON), all of them scored once at the end."""
     max_epochs: int = 5000
-    """Epochs: passes over the training cases."""
+    """Epochs; what one is, steps_per_epoch says."""
+    steps_per_epoch: int = 0
+    """Steps in an epoch; 0 takes as many as let every training case come once. With a number, runs on few and on many
+    cases have the same budget.
+    """
     val_every: int = 100
     """Epochs between validations."""
     batch_size: int = 1
     """Cases per step, over all processes; each gives crops_per_volume crops."""
+    accumulate: int = 1
+    """Passes in which the crops of a step go through the network, to save memory: gradients are summed, the step stays
+    the same.
+    """
     optim_lr: float = 1e-4
     """Peak learning rate."""
+    layer_decay: float = 1.0
+    """Learning rate of each layer of the encoder, as a share of that of the layer above it; 1 for the same everywhere.
+    """
+    freeze_epochs: int = 0
+    """Epochs at the start in which the encoder is left as it is and the decoder alone learns."""
     reg_weight: float = 1e-5
     """Weight decay."""
     warmup_epochs: int = 50
@@ -178,8 +197,11 @@ class FinetuneConfig(RunSettings, PrepareSettings, EncoderSettings):
     val_fraction: float = 0.2
     """Share of cases held out where neither the data list nor a splits.json names validation cases."""
     flip_prob: tuple[float, float, float] = (0.2, 0.2, 0.2)
-    """Probability of a flip on each axis. Set the first (left-right) to 0 where left and right organs are classes of
-    their own.
+    """Probability of a flip on each axis. Where left and right organs are classes of their own, name them in left_right
+    or set the first to 0.
+    """
+    left_right: tuple[str, ...] = ()
+    """Pairs of classes that a flip of the first axis (left-right) swaps, by name or value: "left kidney=right kidney".
     """
     rot90_prob: float = 0.2
     """Probability of one to three quarter turns in the axial plane; 0 where roi_x and roi_y differ."""
@@ -190,7 +212,24 @@ class FinetuneConfig(RunSettings, PrepareSettings, EncoderSettings):
         check_run(self)
         check_encoder(self)
         positive(self, "max_epochs", "val_every", "batch_size", "crops_per_volume", "sw_batch_size", "in_channels")
+        positive(self, "accumulate", "label_fraction", "layer_decay")
         not_negative(self, "warmup_epochs", "reg_weight", "clip", "out_channels")
+        not_negative(self, "num_labelled", "steps_per_epoch", "freeze_epochs")
+        if max(self.label_fraction, self.layer_decay) > 1:
+            raise ValueError(
+                f"label_fraction and layer_decay are at most 1, but they are {self.label_fraction} and "
+                f"{self.layer_decay}"
+            )
+        if self.num_labelled and self.label_fraction != 1:
+            raise ValueError("num_labelled and label_fraction say the same in two ways; name one of them")
+        if self.batch_size * self.crops_per_volume % self.accumulate:
+            raise ValueError(
+                f"accumulate={self.accumulate} does not divide a step's {self.batch_size * self.crops_per_volume} crops "
+                "into equal parts"
+            )
+        for pair in self.left_right:
+            if pair.count("=") != 1 or "" in pair.split("="):
+                raise ValueError(f'left_right takes pairs such as "left kidney=right kidney", but got {pair!r}')
         between(self, "infer_overlap", 0, 1)
         between(self, "val_fraction", 0, 1)
         grid_of(self.crop_size)

@@ -260,6 +260,17 @@ WRONG_FINETUNE = [
     ({"roi_z": 90}, "multiple of 16"),
     ({"rot90_prob": 2.0}, "must be probabilities"),
     ({"intensity_prob": -1.0}, "must be probabilities"),
+    ({"accumulate": 0}, "accumulate must be above 0"),
+    ({"accumulate": 3}, "accumulate=3 does not divide a step's 4 crops"),
+    ({"num_labelled": -1}, "num_labelled must not be negative"),
+    ({"label_fraction": 0.0}, "label_fraction must be above 0"),
+    ({"label_fraction": 1.5}, "label_fraction and layer_decay are at most 1"),
+    ({"num_labelled": 5, "label_fraction": 0.5}, "say the same in two ways"),
+    ({"layer_decay": 1.1}, "label_fraction and layer_decay are at most 1"),
+    ({"freeze_epochs": -1}, "freeze_epochs must not be negative"),
+    ({"steps_per_epoch": -1}, "steps_per_epoch must not be negative"),
+    ({"left_right": ("left kidney",)}, "left_right takes pairs such as"),
+    ({"left_right": ("a=",)}, "left_right takes pairs such as"),
     ({"roi_x": 64}, "roi_x equal to roi_y, but they are 64 and 96.*rot90_prob to 0"),
 ]
 WRONG = [(c, *case) for c in CLASSES.values() for case in WRONG_RUN]

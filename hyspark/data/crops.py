@@ -12,6 +12,7 @@ import torch
 from monai.transforms import (
     Compose,
     RandFlipd,
+    RandomizableTransform,
     RandRotate90d,
     RandScaleIntensityd,
     RandShiftIntensityd,
@@ -19,8 +20,8 @@ from monai.transforms import (
 
 from hyspark.data.store import StoredVolume
 
-STREAMS = ("order", "crop", "mask", "validation-crop", "validation-mask", "weights")
-"""Independent sources of randomness in a run."""
+STREAMS = ("order", "crop", "mask", "validation-crop", "validation-mask", "weights", "labelled")
+"""Independent sources of randomness in a run; a new one goes to the end, so that the others stay as they are."""
 
 
 def seed_at(seed: int, stream: str, *position: int) -> int:
@@ -87,12 +88,37 @@ def labelled_crop(volume: StoredVolume, size: Sequence[int], rng: np.random.Gene
     }
 
 
-def augmentation(flip_prob: Sequence[float], rot90_prob: float, intensity_prob: float) -> Compose:
+class RandMirrord(RandomizableTransform):
+    """Flip image and label, (1, h, w, d), on their left-right axis, and swap the labels of left and right organs."""
+
+    def __init__(self, prob: float, swaps: Sequence[tuple[int, int]]) -> None:
+        super().__init__(prob)
+        self.swaps = swaps
+
+    def __call__(self, data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        self.randomize(None)
+        if not self._do_transform:
+            return data
+        image, label = (data[key].flip(1) for key in ("image", "label"))
+        mirrored = label.clone()
+        for a, b in self.swaps:
+            mirrored[label == a] = b
+            mirrored[label == b] = a
+        return {"image": image, "label": mirrored}
+
+
+def augmentation(
+    flip_prob: Sequence[float], rot90_prob: float, intensity_prob: float, swaps: Sequence[tuple[int, int]] = ()
+) -> Compose:
     """MONAI's random transforms of the BTCV recipe; set its state before each sample to make it a function of the
     position.
+
+    swaps: pairs of label values that change places in a flip of the first axis (left-right).
     """
     keys = ["image", "label"]
     flips: list[Any] = [RandFlipd(keys, prob=p, spatial_axis=axis) for axis, p in enumerate(flip_prob) if p > 0]
+    if swaps and flip_prob[0] > 0:
+        flips[0] = RandMirrord(flip_prob[0], swaps)
     return Compose(
         [
             *flips,

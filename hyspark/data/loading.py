@@ -109,9 +109,10 @@ class FinetuneBatches(Dataset[Batch]):
     rot90_prob: float
     intensity_prob: float
     seed: int
+    swaps: tuple[tuple[int, int], ...] = ()
 
     def __getitem__(self, step: int) -> Batch:
-        augment = augmentation(self.flip_prob, self.rot90_prob, self.intensity_prob)
+        augment = augmentation(self.flip_prob, self.rot90_prob, self.intensity_prob, self.swaps)
         samples, cases = [], []
         for slot in self.share.slots:
             volume = self.volumes[volume_at(step * self.share.bs + slot, len(self.volumes), self.seed)]

@@ -8,7 +8,7 @@ would with the same global batch.
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,18 +77,25 @@ def connected(processes: Processes) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def share_gradients(model: nn.Module, processes: Processes) -> nn.Module:
+def share_gradients(model: nn.Module, processes: Processes, some_unused: bool = False) -> nn.Module:
     """The model on its device, with gradients averaged and batch statistics shared over all processes.
 
-    Weights lie channels last, so that pointwise layers and LayerNorm read contiguous rows.
+    some_unused: whether there are steps in which some weights get no gradient. Weights lie channels last, so that
+    pointwise layers and LayerNorm read contiguous rows.
     """
     model = model.to(processes.device).to(memory_format=torch.channels_last_3d)
     if processes.world_size == 1:
         return model
+    options: dict[str, Any] = {"broadcast_buffers": False, "find_unused_parameters": some_unused}
     if processes.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return DistributedDataParallel(model, device_ids=[processes.local_rank], broadcast_buffers=False)
-    return DistributedDataParallel(share_statistics(model), broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=[processes.local_rank], **options)
+    return DistributedDataParallel(share_statistics(model), **options)
+
+
+def gradients_shared(model: nn.Module, now: bool) -> AbstractContextManager[Any]:
+    """Whether the backward pass inside averages gradients over the processes; if not, a later one does it for both."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext()
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):

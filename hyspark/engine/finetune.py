@@ -16,23 +16,20 @@ from tqdm import tqdm
 
 from hyspark import report
 from hyspark.config import FinetuneConfig
-from hyspark.data import datalist
-from hyspark.data.cases import Case, Datalist
+from hyspark.data.cases import Case
 from hyspark.data.crops import seed_at
 from hyspark.data.loading import Batch, FinetuneBatches, Share
-from hyspark.data.splits import split_by_subject
 from hyspark.data.store import StoredVolume
 from hyspark.engine import checkpoint, distributed, optim
 from hyspark.engine.distributed import LOG, Processes
 from hyspark.engine.evaluate import Scores, dice, load_label, mean_dice, read_scores, segment, to_grid, write_scores
+from hyspark.engine.labelled import check_labels, find_cases, left_right_pairs, one_sided
 from hyspark.engine.loop import Run, start_run, train
 from hyspark.engine.run import RunLog, data_text, prepared, saved_state, settings_text
 from hyspark.figures import save_figure, segmentation_panel
 from hyspark.models.segmentation import Hybird, build_hybird
 from hyspark.models.weights import load_pretrained
 from hyspark.recipes import as_plain
-
-BTCV_CLASSES = 14
 
 
 def finetune(config: FinetuneConfig) -> Path:
@@ -52,12 +49,28 @@ def finetune(config: FinetuneConfig) -> Path:
         LOG.info("weights of %s\n%s", config.pretrained, load_pretrained(model, config.pretrained))
     if config.dry_run:
         return config.run_folder
+    if config.flip_prob[0] and not config.left_right and one_sided(names):
+        LOG.warning(
+            "crops are flipped left to right, and these classes say left or right: %s; name the pairs in left_right, "
+            "or set the first of flip_prob to 0",
+            ", ".join(one_sided(names)),
+        )
     volumes = prepared(config, processes, Path(config.data_dir), training, validation)
     check_labels([*volumes[0], *volumes[1]], names)
     with distributed.connected(processes):
         task = Finetuning(config, share, *volumes, validation, names, best=state["best"] if state else -1.0)
         steps = steps_per_epoch(config, len(training))
-        run = start_run(config, data, processes, model, steps, config.max_epochs, state)
+        run = start_run(
+            config,
+            data,
+            processes,
+            model,
+            steps,
+            config.max_epochs,
+            state,
+            layer_decay=config.layer_decay,
+            freezes=config.freeze_epochs > 0,
+        )
         if run.first_step >= run.last_step:
             LOG.info("nothing to do: %s has done %d steps", config.run_folder, run.first_step)
             return config.run_folder
@@ -73,64 +86,9 @@ def last_file(config: FinetuneConfig) -> Path:
     return config.run_folder / "last.pth"
 
 
-def find_cases(config: FinetuneConfig) -> tuple[list[Case], list[Case], list[str]]:
-    """Labelled training and validation cases, and the class names by label value.
-
-    Raises ValueError where there is nothing to train or to validate on.
-    """
-    listed = read_cases(config)
-    training, validation = list(listed.training), list(listed.validation)
-    if not validation:
-        training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=config.seed)
-    if not training or not validation:
-        raise ValueError(
-            f"{config.data_dir}: {len(training)} labelled cases to train on and {len(validation)} to validate on; "
-            "at least one of each is needed"
-        )
-    return training, validation, class_names(config, listed.labels)
-
-
-def read_cases(config: FinetuneConfig) -> Datalist:
-    """The JSON that the settings name; else data_dir/dataset.json where it is a data list; else the nnU-Net folders."""
-    folder = Path(config.data_dir)
-    if config.json_list:
-        inside = folder / config.json_list
-        return datalist.read(inside if inside.is_file() else Path(config.json_list), require_labels=True)
-    default = folder / "dataset.json"
-    if default.is_file() and datalist.is_datalist(default):
-        return datalist.read(default, require_labels=True)
-    return datalist.read_folder(folder, seed=config.seed, val_fraction=config.val_fraction)
-
-
-def class_names(config: FinetuneConfig, labels: dict[str, int] | None) -> list[str]:
-    """Names by label value, background first; raises ValueError where out_channels and the data's labels disagree."""
-    if not labels:
-        num = config.out_channels or BTCV_CLASSES
-        return ["background", *(f"class_{v}" for v in range(1, num))]
-    num = max(labels.values()) + 1
-    if config.out_channels and config.out_channels != num:
-        raise ValueError(
-            f"out_channels is {config.out_channels}, but the data set's labels go from 0 to {num - 1}: {labels}; "
-            "leave out_channels away to take the number from the data"
-        )
-    by_value = {v: k for k, v in labels.items()}
-    return [by_value.get(v, f"class_{v}") for v in range(num)]
-
-
-def check_labels(volumes: Sequence[StoredVolume], names: Sequence[str]) -> None:
-    """Raises ValueError where a label holds a value that is no class."""
-    for volume in volumes:
-        if volume.entry.max_label >= len(names):
-            raise ValueError(
-                f"{volume.name}: its label holds the value {volume.entry.max_label}, but the classes go from 0 to "
-                f"{len(names) - 1} ({', '.join(names)}); name all classes in the data set's dataset.json, "
-                "or set --out_channels where it names none"
-            )
-
-
 def steps_per_epoch(config: FinetuneConfig, num_training: int) -> int:
-    """Steps in which every case comes at least once."""
-    return math.ceil(num_training / config.batch_size)
+    """As set, or the steps in which every case comes at least once."""
+    return config.steps_per_epoch or math.ceil(num_training / config.batch_size)
 
 
 def describe(
@@ -170,6 +128,17 @@ def build(config: FinetuneConfig, num_classes: int) -> Hybird:
         )
 
 
+def split_crops(batch: Batch, num: int) -> list[Batch]:
+    """A batch in `num` parts of equally many crops; raises ValueError where it does not divide."""
+    crops = len(batch["cases"])
+    if crops % num:
+        raise ValueError(
+            f"accumulate={num} does not divide the {crops} crops of a step in each process into equal parts"
+        )
+    size = crops // num
+    return [{name: values[i : i + size] for name, values in batch.items()} for i in range(0, crops, size)]
+
+
 def dice_and_cross_entropy() -> DiceCELoss:
     """The recipe's loss: class scores (b, n, *size), labels (b, 1, *size) -> scalar."""
     return DiceCELoss(to_onehot_y=True, softmax=True, squared_pred=True, smooth_nr=0.0, smooth_dr=1e-6)
@@ -193,7 +162,17 @@ class Finetuning:
         """Augmented crops with their labels."""
         c = self.config
         augmentation = (c.flip_prob, c.rot90_prob, c.intensity_prob)
-        return FinetuneBatches(self.training, self.share, c.crop_size, c.crops_per_volume, *augmentation, c.seed)
+        swaps = left_right_pairs(c, self.names)
+        return FinetuneBatches(self.training, self.share, c.crop_size, c.crops_per_volume, *augmentation, c.seed, swaps)
+
+    def begin(self, run: Run, step: int) -> None:
+        """Leave the encoder out of the first epochs, where the settings say so."""
+        learns = step >= self.config.freeze_epochs * run.steps_per_epoch
+        run.network.encoder_learns(learns)
+
+    def parts(self, batch: Batch) -> list[Batch]:
+        """Equal numbers of crops."""
+        return split_crops(batch, self.config.accumulate)
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
         """Dice and cross entropy, in fp32."""

@@ -6,6 +6,7 @@ that makes a run resumable lies here: step t sees batch t, rates t, and the stat
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -63,8 +64,14 @@ class Task(Protocol):
     def batches(self) -> Dataset[Batch]:
         """Item t: this process's share of the global batch t."""
 
+    def begin(self, run: Run, step: int) -> None:
+        """Called before each step."""
+
+    def parts(self, batch: Batch) -> Sequence[Batch]:
+        """The batch in equal parts that go through the network one after the other."""
+
     def loss(self, run: Run, batch: Batch) -> Tensor:
-        """Scalar loss of a batch."""
+        """Scalar loss of a part of a batch."""
 
     def rates(self, run: Run, step: int) -> dict[str, float]:
         """Learning rate `lr` and weight decay `wd` of a step."""
@@ -87,13 +94,19 @@ def start_run(
     steps_per_epoch: int,
     epochs: int,
     state: dict[str, Any] | None,
+    *,
+    layer_decay: float = 1.0,
+    freezes: bool = False,
 ) -> Run:
-    """Put the model on its device, make its optimizer, and continue from `state` where there is one."""
+    """Put the model on its device, make its optimizer, and continue from `state` where there is one.
+
+    layer_decay: of `optim.parameter_groups`. freezes: whether some weights stay as they are for a while.
+    """
     if state:
         model.load_state_dict(state["model"])
-    model = distributed.share_gradients(model, processes)
+    model = distributed.share_gradients(model, processes, some_unused=freezes)
     # Its rates are set at every step. Fused: one pass over the weights.
-    optimizer = torch.optim.AdamW(optim.parameter_groups(model), fused=True)
+    optimizer = torch.optim.AdamW(optim.parameter_groups(model, layer_decay), fused=True)
     scaler = distributed.loss_scaler(processes, config.precision)
     if state:
         optimizer.load_state_dict(state["optimizer"])
@@ -128,6 +141,7 @@ def take_steps(run: Run, task: Task, log: RunLog | None, bar: Any) -> None:
         waited = time.perf_counter() - clock
         rates = task.rates(run, step)
         optim.set_rates(run.optimizer, **rates)
+        task.begin(run, step)
         loss, grad_norm = update(run, task, batch, step)
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
         done, epoch = step + 1, step // run.steps_per_epoch
@@ -164,12 +178,17 @@ def progress_bar(run: Run) -> Any:
 
 def update(run: Run, task: Task, batch: Batch, step: int) -> tuple[float, float]:
     """One step of the optimizer: the loss over the global batch, and the gradient's norm before clipping."""
-    with distributed.autocast(run.processes, run.config.precision):
-        loss = task.loss(run, batch)
-    mean_loss = distributed.mean_over(loss, run.processes)
-    check_finite("loss", mean_loss, step, batch, run.processes)
     run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(loss).backward()
+    parts = task.parts(batch)
+    total = torch.zeros((), device=run.processes.device)
+    for number, part in enumerate(parts, start=1):
+        with distributed.gradients_shared(run.model, number == len(parts)):
+            with distributed.autocast(run.processes, run.config.precision):
+                loss = task.loss(run, part) / len(parts)
+            run.scaler.scale(loss).backward()
+        total += loss.detach()
+    mean_loss = distributed.mean_over(total, run.processes)
+    check_finite("loss", mean_loss, step, batch, run.processes)
     run.scaler.unscale_(run.optimizer)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip or math.inf).item()
     if not run.scaler.is_enabled():  # with fp16 the scaler skips such a step and lowers its scale

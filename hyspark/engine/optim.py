@@ -1,9 +1,12 @@
 """Parameter groups; learning rate and weight decay as pure functions of the step."""
 
 import math
+import re
 
 import torch
 from torch import nn
+
+from hyspark.models.encoder import NUM_STAGES
 
 
 def learning_rate(
@@ -24,18 +27,37 @@ def weight_decay(step: int, *, start: float, end: float, total: int) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, object]]:
-    """Two groups: with weight decay, and without it (norms, biases, tokens)."""
-    decayed: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        spare = parameter.ndim <= 1 or name.endswith("mask_token")
-        (spared if spare else decayed).append(parameter)
-    return [{"params": decayed, "decays": True}, {"params": spared, "decays": False}]
+def parameter_groups(model: nn.Module, layer_decay: float = 1.0) -> list[dict[str, object]]:
+    """Groups of parameters with one weight decay and one learning rate: norms, biases and tokens are spared the decay.
+
+    layer_decay: below 1, each layer of the encoder learns that much more slowly than the one above it; the decoder
+    at the full rate (layer-wise decay, as usual in fine-tuning; Clark et al., "ELECTRA", ICLR 2020).
+    """
+    named = list(model.named_parameters())
+    layers = {name: encoder_layer(name) for name, _ in named}
+    num = 1 + max((layer for layer in layers.values() if layer is not None), default=-1)
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        layer = layers[name]
+        share = 1.0 if layer is None else layer_decay ** (num - layer)
+        decays = parameter.ndim > 1 and not name.endswith("mask_token")
+        groups.setdefault((decays, share), []).append(parameter)
+    return [{"params": parameters, "decays": decays, "share": share} for (decays, share), parameters in groups.items()]
+
+
+def encoder_layer(name: str) -> int | None:
+    """Place of a parameter in the encoder, counted from the input: the five stages, each with its widening
+    convolution, then the transformer's blocks. None for what is not of the encoder, and for its last norm.
+    """
+    if found := re.search(r"\bembeddings\.(?:stem|(?:layer|expend)(\d))\.", name):
+        return int(found[1] or 1) - 1
+    if found := re.search(r"\bmae\.blocks\.(\d+)\.", name):
+        return NUM_STAGES + int(found[1])
+    return None
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, wd: float) -> None:
     """Put this step's learning rate and weight decay in place."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["share"]
         group["weight_decay"] = wd if group["decays"] else 0.0

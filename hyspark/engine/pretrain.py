@@ -185,6 +185,13 @@ class Pretraining:
         c = self.config
         return PretrainBatches(self.training, self.share, c.crop_size, c.crops_per_volume, c.flip_prob, c.seed)
 
+    def begin(self, run: Run, step: int) -> None:
+        """Nothing changes between steps but the rates."""
+
+    def parts(self, batch: Batch) -> list[Batch]:
+        """The batch in one pass."""
+        return [batch]
+
     def loss(self, run: Run, batch: Batch) -> Tensor:
         """Reconstruction loss on the hidden patches."""
         loss: Tensor = run.model(*self.inputs(run, batch)).loss

@@ -74,6 +74,11 @@ class Hybird(nn.Module):
         self.mae = encoder.mae
         self.decoder = decoder
 
+    def encoder_learns(self, learns: bool) -> None:
+        """Whether the encoder's weights get gradients."""
+        for part in (self.embeddings, self.mae):
+            part.requires_grad_(learns)
+
     def forward(self, volumes: Tensor) -> Tensor:
         """(b, in_channel, *size) -> class scores (b, n_classes, *size).
 

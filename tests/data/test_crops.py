@@ -270,3 +270,25 @@ def test_intensities_change_by_a_tenth_and_labels_do_not():
         assert not np.allclose(out["image"], image)
     unchanged = augmented(augmentation(NO_FLIPS, 0.0, 0.0), sample, 0)["image"]
     assert np.array_equal(unchanged, image)
+
+
+def test_a_left_right_flip_swaps_the_sides():
+    """Organ 1 lies left, organ 2 right, organ 3 in the middle; each voxel of the image tells its place."""
+    label = torch.zeros(1, 6, 4, 4, dtype=torch.int64)
+    label[:, 0], label[:, 5], label[:, 2] = 1, 2, 3
+    sample = {"image": torch.arange(96.0).view(1, 6, 4, 4) / 96, "label": label}
+    mirrored = augmented(augmentation((1.0, 0.0, 0.0), 0.0, 0.0, ((1, 2),)), sample, 0)
+    assert np.array_equal(mirrored["image"], sample["image"][0].numpy()[::-1])
+    assert (mirrored["label"][0] == 1).all()  # still on the left, though its voxels were the right one's
+    assert (mirrored["label"][5] == 2).all()
+    assert (mirrored["label"][3] == 3).all()
+    kept = augmented(augmentation((0.0, 0.0, 0.0), 0.0, 0.0, ((1, 2),)), sample, 0)
+    assert np.array_equal(kept["label"], label[0].numpy())
+
+
+def test_a_left_right_flip_comes_as_often_as_it_is_told_to():
+    sample = sample_of((8, 8, 8))
+    augment = augmentation((0.3, 0.0, 0.0), 0.0, 0.0, ((1, 2),))
+    image = sample["image"][0].numpy()
+    flips = sum(not np.array_equal(augmented(augment, sample, seed)["image"], image) for seed in range(300))
+    assert 60 < flips < 120

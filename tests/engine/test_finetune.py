@@ -7,7 +7,7 @@ import torch
 from hyspark.cli import main
 from hyspark.data import datalist
 from hyspark.engine.evaluate import read_scores
-from hyspark.engine.finetune import class_names, finetune
+from hyspark.engine.finetune import build, finetune, split_crops
 from hyspark.engine.pretrain import encoder_file, pretrain
 
 ORGANS = ["liver", "spleen", "right_kidney", "left_kidney", "aorta", "spine", "right_lung", "left_lung"]
@@ -55,30 +55,6 @@ def test_the_organs_are_learnt(finetuning):
     assert sum(values[-5:]) < 0.8 * sum(values[:5])
 
 
-def test_a_decathlon_list_and_the_folders_give_the_same_cases(finetuning, tmp_path):
-    from hyspark.engine.finetune import find_cases
-
-    folder = finetuning.data_dir
-    listed = datalist.build(
-        folder, labels=True, splits="auto", val_fraction=finetuning.val_fraction, seed=finetuning.seed
-    )
-    path = tmp_path / "list.json"
-    datalist.write(listed, path)
-    by_list = find_cases(replace(finetuning, json_list=str(path)))
-    by_folder = find_cases(finetuning)
-    names = [[c.name for part in found[:2] for c in part] for found in (by_list, by_folder)]
-    assert names[0] == names[1]
-    assert by_list[2] == by_folder[2] == ["background", *ORGANS]
-
-
-def test_class_names_and_counts(finetuning):
-    assert class_names(finetuning, {"background": 0, "a": 1, "b": 3}) == ["background", "a", "class_2", "b"]
-    assert len(class_names(finetuning, None)) == 14
-    assert len(class_names(replace(finetuning, out_channels=3), None)) == 3
-    with pytest.raises(ValueError, match="labels go from 0 to 1"):
-        class_names(replace(finetuning, out_channels=14), {"background": 0, "a": 1})
-
-
 def test_a_label_value_that_is_no_class_stops_before_the_first_step(finetuning, tmp_path):
     listed = datalist.build(finetuning.data_dir, labels=True, splits="auto")
     datalist.write(replace(listed, labels={"background": 0, "liver": 1}), tmp_path / "list.json")
@@ -93,3 +69,58 @@ def test_wrong_weights_stop_before_the_first_step(finetuning, tmp_path):
     with pytest.raises(ValueError, match=r"x\.pth"):
         finetune(replace(finetuning, pretrained=str(path)))
     assert not (finetuning.run_folder / "metrics.jsonl").exists()
+
+
+def weights_of(config, name="last.pth"):
+    return torch.load(config.run_folder / name, weights_only=True)["model"]
+
+
+def test_passes_of_a_step_add_up_to_the_step(finetuning, tmp_path):
+    config = replace(finetuning, crops_per_volume=2, max_epochs=2)
+    whole = replace(config, logdir=str(tmp_path / "whole"))
+    split = replace(config, logdir=str(tmp_path / "split"), accumulate=4)
+    finetune(whole)
+    finetune(split)
+    a, b = ([m for m in metrics(c) if "loss" in m] for c in (whole, split))
+    for name in ("loss", "grad_norm"):
+        assert [m[name] for m in a] == pytest.approx([m[name] for m in b], rel=1e-3), name
+        assert a[0][name] == pytest.approx(b[0][name], rel=1e-5), name
+
+
+def test_parts_of_a_batch():
+    batch = {"image": torch.arange(4.0).view(4, 1), "label": torch.arange(4).view(4, 1), "cases": list("abcd")}
+    parts = split_crops(batch, 2)
+    assert [p["cases"] for p in parts] == [["a", "b"], ["c", "d"]]
+    assert torch.equal(torch.cat([p["image"] for p in parts]), batch["image"])
+    assert split_crops(batch, 1)[0]["cases"] == batch["cases"]
+    with pytest.raises(ValueError, match="accumulate=3 does not divide the 4 crops"):
+        split_crops(batch, 3)
+
+
+def test_a_frozen_encoder_stays_and_the_decoder_learns(finetuning):
+    start = {k: v.clone() for k, v in build(finetuning, 1 + len(ORGANS)).state_dict().items()}
+    config = replace(finetuning, freeze_epochs=2, max_epochs=4)
+    finetune(replace(config, max_steps=2))
+    frozen = weights_of(config)
+    moved = {key.split(".")[0] for key in start if not torch.equal(start[key], frozen[key])}
+    assert moved == {"decoder"}
+    finetune(config)  # goes on, with the encoder
+    thawed = weights_of(config)
+    assert {key.split(".")[0] for key in start if not torch.equal(frozen[key], thawed[key])} >= {"embeddings", "mae"}
+
+
+def test_lower_layers_learn_more_slowly(finetuning):
+    start = build(finetuning, 1 + len(ORGANS)).state_dict()
+    config = replace(finetuning, layer_decay=0.5, max_epochs=1, warmup_epochs=0)
+    finetune(config)
+    moved = {key: (value - start[key]).abs().max().item() for key, value in weights_of(config).items()}
+    # The first step of AdamW moves a weight by the learning rate, whatever its gradient.
+    assert moved["decoder.out.conv.weight"] == pytest.approx(1e-3, rel=0.05)
+    assert moved["mae.blocks.0.attn.qkv.weight"] == pytest.approx(1e-3 / 2, rel=0.05)
+    assert moved["embeddings.stem.weight"] == pytest.approx(1e-3 / 64, rel=0.05)
+
+
+def test_epochs_of_a_set_length(finetuning):
+    config = replace(finetuning, steps_per_epoch=3, max_epochs=2, num_labelled=1)
+    finetune(config)
+    assert [m["epoch"] for m in metrics(config) if "loss" in m] == [0, 0, 0, 1, 1, 1]

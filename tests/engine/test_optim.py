@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import hyspark
-from hyspark.engine.optim import learning_rate, parameter_groups, set_rates, weight_decay
+from hyspark.engine.optim import encoder_layer, learning_rate, parameter_groups, set_rates, weight_decay
 
 
 def test_learning_rate_starts_peaks_and_ends_where_the_recipe_says():
@@ -41,3 +41,21 @@ def test_norms_biases_and_tokens_are_spared_weight_decay():
     for name, parameter in model.named_parameters():
         spared = name.endswith(("bias", "mask_token")) or ".norm" in name or parameter.ndim == 1
         assert decay[id(parameter)] == (0.0 if spared else 0.25), name
+
+
+def test_rates_fall_from_layer_to_layer_and_the_decoder_has_the_full_one():
+    model = hyspark.build_hybird(1, 3, 32, widths=(6, 6, 12, 12, 24), vit_depth=2)
+    groups = parameter_groups(model, layer_decay=0.5)
+    share = {id(p): g["share"] for g in groups for p in g["params"]}
+    by_name = {name: share[id(p)] for name, p in model.named_parameters()}
+    assert len(share) == len(by_name)
+    assert by_name["decoder.decoder4.layer.conv1.weight"] == by_name["mae.norm.weight"] == 1
+    assert [by_name[f"mae.blocks.{i}.mlp.fc1.bias"] for i in (1, 0)] == [1 / 2, 1 / 4]
+    assert [by_name[f"embeddings.layer{s}.0.conv2.weight"] for s in (5, 4, 1)] == [1 / 8, 1 / 16, 1 / 128]
+    assert by_name["embeddings.stem.weight"] == by_name["embeddings.expend1.bias"] == 1 / 128
+
+
+def test_place_in_the_encoder():
+    assert encoder_layer("module.embeddings.expend3.weight") == 2
+    assert encoder_layer("encoder.mae.blocks.2.norm1.weight") == 7
+    assert encoder_layer("decoder.decoder1.layer.conv1.weight") is None

@@ -1,0 +1,100 @@
+"""The labelled data of a fine-tuning run: which cases it trains and is validated on, and what their classes are."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hyspark.config import FinetuneConfig, nearest
+from hyspark.data import datalist
+from hyspark.data.cases import Case, Datalist
+from hyspark.data.crops import rng_at
+from hyspark.data.splits import split_by_subject
+from hyspark.data.store import StoredVolume
+
+BTCV_CLASSES = 14
+
+
+def find_cases(config: FinetuneConfig) -> tuple[list[Case], list[Case], list[str]]:
+    """Labelled training and validation cases, and the class names by label value.
+
+    Raises ValueError where there is nothing to train or to validate on, or less than the settings ask for.
+    """
+    listed = read_cases(config)
+    training, validation = list(listed.training), list(listed.validation)
+    if not validation:
+        training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=config.seed)
+    if not training or not validation:
+        raise ValueError(
+            f"{config.data_dir}: {len(training)} labelled cases to train on and {len(validation)} to validate on; "
+            "at least one of each is needed"
+        )
+    return choose_labelled(training, config), validation, class_names(config, listed.labels)
+
+
+def read_cases(config: FinetuneConfig) -> Datalist:
+    """The JSON that the settings name; else data_dir/dataset.json where it is a data list; else the nnU-Net folders."""
+    folder = Path(config.data_dir)
+    if config.json_list:
+        inside = folder / config.json_list
+        return datalist.read(inside if inside.is_file() else Path(config.json_list), require_labels=True)
+    default = folder / "dataset.json"
+    if default.is_file() and datalist.is_datalist(default):
+        return datalist.read(default, require_labels=True)
+    return datalist.read_folder(folder, seed=config.seed, val_fraction=config.val_fraction)
+
+
+def choose_labelled(training: Sequence[Case], config: FinetuneConfig) -> list[Case]:
+    """As many training cases as the settings ask for, in their order.
+
+    The cases are drawn one after the other in an order that the seed gives, so that fewer are always among more.
+    Raises ValueError where there are not so many.
+    """
+    num = config.num_labelled or max(1, round(config.label_fraction * len(training)))
+    if num > len(training):
+        raise ValueError(f"num_labelled is {num}, but {config.data_dir} has {len(training)} labelled training cases")
+    by_name = sorted(range(len(training)), key=lambda i: (training[i].dataset, training[i].name))
+    drawn = rng_at(config.seed, "labelled").permutation(len(training))[:num]
+    return [training[i] for i in sorted(by_name[d] for d in drawn)]
+
+
+def class_names(config: FinetuneConfig, labels: dict[str, int] | None) -> list[str]:
+    """Names by label value, background first; raises ValueError where out_channels and the data's labels disagree."""
+    if not labels:
+        num = config.out_channels or BTCV_CLASSES
+        return ["background", *(f"class_{v}" for v in range(1, num))]
+    num = max(labels.values()) + 1
+    if config.out_channels and config.out_channels != num:
+        raise ValueError(
+            f"out_channels is {config.out_channels}, but the data set's labels go from 0 to {num - 1}: {labels}; "
+            "leave out_channels away to take the number from the data"
+        )
+    by_value = {v: k for k, v in labels.items()}
+    return [by_value.get(v, f"class_{v}") for v in range(num)]
+
+
+def left_right_pairs(config: FinetuneConfig, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """Label values that a left-right flip swaps; raises ValueError for what is no class, or comes twice."""
+    known = {name: value for value, name in enumerate(names)} | {str(value): value for value in range(len(names))}
+    pairs = [tuple(side.strip() for side in pair.split("=")) for pair in config.left_right]
+    for side in (side for pair in pairs for side in pair):
+        if side not in known:
+            raise ValueError(f"left_right names {side!r}, which is no class{nearest(side, names)}: {', '.join(names)}")
+    values = [known[side] for pair in pairs for side in pair]
+    if len(set(values)) != len(values) or 0 in values:
+        raise ValueError(f"left_right names a class twice, or the background: {', '.join(config.left_right)}")
+    return tuple((known[a], known[b]) for a, b in pairs)
+
+
+def one_sided(names: Sequence[str]) -> list[str]:
+    """Class names that say left or right."""
+    return [name for name in names if "left" in name.lower() or "right" in name.lower()]
+
+
+def check_labels(volumes: Sequence[StoredVolume], names: Sequence[str]) -> None:
+    """Raises ValueError where a label holds a value that is no class."""
+    for volume in volumes:
+        if volume.entry.max_label >= len(names):
+            raise ValueError(
+                f"{volume.name}: its label holds the value {volume.entry.max_label}, but the classes go from 0 to "
+                f"{len(names) - 1} ({', '.join(names)}); name all classes in the data set's dataset.json, "
+                "or set --out_channels where it names none"
+            )
