@@ -74,6 +74,10 @@ class PretrainConfig(RunSettings, PrepareSettings, EncoderSettings):
     """Network to pre-train."""
     compute: Literal["packed", "masked"] = "packed"
     """How hidden voxels are left out: packed, or the readable reference."""
+    hide: Literal["everywhere", "convolutions", "input"] = "everywhere"
+    """Where hidden patches are left out: everywhere is the method. For ablations: in the convolutions alone, so that
+    the transformer works on all tokens; or in the input alone, as zeros.
+    """
     bs: int = 4
     """Volumes per step, over all processes; each gives crops_per_volume crops."""
     mask: float = 0.75
@@ -224,8 +228,8 @@ class FinetuneConfig(RunSettings, PrepareSettings, EncoderSettings):
             raise ValueError("num_labelled and label_fraction say the same in two ways; name one of them")
         if self.batch_size * self.crops_per_volume % self.accumulate:
             raise ValueError(
-                f"accumulate={self.accumulate} does not divide a step's {self.batch_size * self.crops_per_volume} crops "
-                "into equal parts"
+                f"accumulate={self.accumulate} does not divide a step's "
+                f"{self.batch_size * self.crops_per_volume} crops into equal parts"
             )
         for pair in self.left_right:
             if pair.count("=") != 1 or "" in pair.split("="):

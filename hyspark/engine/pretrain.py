@@ -161,6 +161,7 @@ def build(config: PretrainConfig) -> HySparK:
             config.crop_size,
             config.mask,
             config.compute,
+            hide=config.hide,
             widths=config.encoder_widths,
             depths=config.encoder_depths,
             expansions=config.expansions,

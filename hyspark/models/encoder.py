@@ -74,9 +74,13 @@ class HybridEncoder(nn.Module):
         axes: number of spatial axes.
         compute: how hidden voxels are left out: "packed" computes visible patches only, "masked" is the readable
         reference, which computes every voxel and zeroes the hidden ones. They agree to rounding.
+        hide: where hidden patches are left out: "everywhere" is the method; the others are for ablations. With
+        "convolutions" the transformer works on all tokens, hidden ones being zero plus their position (what the
+        release does in batches of 4 and more, once it runs). With "input" their voxels are zero in the input and
+        nothing else is left out (a plain masked autoencoder).
 
     Raises ValueError for a size that is not a multiple of 16, for other than five stages, for a last width that the
-    heads or the position embedding do not divide, for another way of computing.
+    heads or the position embedding do not divide, for another way of computing or hiding.
     """
 
     def __init__(
@@ -90,11 +94,15 @@ class HybridEncoder(nn.Module):
         num_heads: int = 12,
         axes: int = 3,
         compute: str = "packed",
+        hide: str = "everywhere",
     ) -> None:
         super().__init__()
         if compute not in ("masked", "packed"):
             raise ValueError(f'compute must be "masked" or "packed", not {compute!r}')
+        if hide not in ("everywhere", "convolutions", "input"):
+            raise ValueError(f'hide must be "everywhere", "convolutions" or "input", not {hide!r}')
         self.compute = compute
+        self.hide = hide
         for name, values in (("widths", widths), ("depths", depths), ("expansions", expansions)):
             if len(values) != NUM_STAGES:
                 raise ValueError(f"{name} must have {NUM_STAGES} entries, one per stage, but got {tuple(values)}")
@@ -131,6 +139,8 @@ class HybridEncoder(nn.Module):
 
     def encode(self, volumes: Tensor, patches: Patches) -> list[Tensor]:
         """The five maps at visible patches alone, (p, c, *edges), finest first; what `forward` spreads out."""
+        if self.hide == "input":
+            return [patches.pack(x) for x in self(volumes.where(visible_at(patches.visible, volumes.shape[2:]), 0))]
         if self.compute == "packed":
             *skips, deepest = self.embeddings(patches.pack(volumes), patches)
         else:
@@ -138,4 +148,6 @@ class HybridEncoder(nn.Module):
             with hidden(visible):
                 maps = self.embeddings(volumes.where(visible_at(visible, volumes.shape[2:]), 0))
             *skips, deepest = (patches.pack(x) for x in maps)
+        if self.hide == "convolutions":
+            return [*skips, patches.pack(self.mae(patches.unpack(deepest)))]
         return [*skips, self.mae(deepest, patches)]

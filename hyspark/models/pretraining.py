@@ -235,6 +235,7 @@ def build_hyspark(
     mask_ratio: float = 0.75,
     compute: str = "packed",
     *,
+    hide: str = "everywhere",
     widths: Sequence[int] = WIDTHS,
     depths: Sequence[int] = DEPTHS,
     expansions: Sequence[int] = EXPANSIONS,
@@ -246,7 +247,8 @@ def build_hyspark(
     """The pre-training network; the defaults are HySparK-B of the paper.
 
     compute: "packed" computes visible patches only; "masked" is the readable reference, which computes every voxel
-    and zeroes the hidden ones. Raises ValueError for sizes, widths or a mask ratio that do not fit together.
+    and zeroes the hidden ones. hide: where they are left out, see `HybridEncoder`. Raises ValueError for sizes, widths
+    or a mask ratio that do not fit together.
     """
-    encoder = HybridEncoder(1, img_size, widths, depths, expansions, vit_depth, num_heads, axes, compute)
+    encoder = HybridEncoder(1, img_size, widths, depths, expansions, vit_depth, num_heads, axes, compute, hide)
     return HySparK(encoder, mask_ratio, decoder_width)

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def test_class_names_and_counts(finetuning):
 def test_fewer_labelled_cases_are_among_more(seed):
     chosen = [choose_labelled(CASES, FinetuneConfig(num_labelled=n, seed=seed)) for n in range(1, 31)]
     assert [len(c) for c in chosen] == list(range(1, 31))
-    assert all(set(few) < set(more) for few, more in zip(chosen, chosen[1:], strict=False))
+    assert all(set(few) < set(more) for few, more in pairwise(chosen))
     assert all([c.name for c in few] == sorted(c.name for c in few) for few in chosen)
 
 
