@@ -68,6 +68,19 @@ class CompareArguments(Tap):
         self.add_argument("folders", nargs="+")
 
 
+class BenefitArguments(Tap):
+    """Does pre-training pay? Fine-tune from several starts with the same seeds, cases and budget, and report what
+    differs. Flags of `hyspark finetune` (--config, --data_dir, --max_steps, ...) go to all runs.
+    """
+
+    out: str  # Folder of the runs and the report; the same command on it continues
+    starts: list[str]  # NAME=FILE, or NAME=none for one from scratch; the others are compared with the first
+    num_labelled: list[int]  # Numbers of labelled training cases
+    seeds: tuple[int, ...] = (0, 1, 2)  # Seeds; each draws its labelled cases, batches and fresh weights
+    jobs: int = 1  # Runs side by side
+    plan: bool = False  # Print the runs and which are finished; run nothing
+
+
 def datalist(argv: Sequence[str]) -> None:
     """Write dataset.json from nnU-Net folders (generate_js.py)."""
     from hyspark.data import datalist as lists
@@ -155,6 +168,31 @@ def compare(argv: Sequence[str]) -> None:
         print(f"{titles[folder]}: report {folder / 'report.html'}, pictures {folder / 'pictures'}")
 
 
+def benefit(argv: Sequence[str]) -> None:
+    """Fine-tune from several starts at several numbers of labels, and report what pre-training gives."""
+    parser = BenefitArguments(prog="hyspark benefit", allow_abbrev=False)
+    args = parser.parse_args(list(argv), known_only=True)
+    base = read_config(FinetuneConfig, "hyspark benefit", args.extra_args, also=options(parser))
+    from hyspark.engine import benefit as engine
+
+    starts = engine.read_starts(args.starts)
+    try:
+        failed = engine.benefit(
+            base,
+            Path(args.out),
+            starts,
+            args.num_labelled,
+            args.seeds,
+            num_at_once=args.jobs,
+            plan_only=args.plan,
+        )
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        sys.exit(130)
+    if failed:
+        sys.exit(1)
+
+
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "datalist": datalist,
     "pretrain": pretrain,
@@ -162,6 +200,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "weights": weights,
     "phantom": phantom,
     "compare": compare,
+    "benefit": benefit,
 }
 
 
@@ -202,19 +241,27 @@ def raised_here(error: BaseException) -> bool:
     return Path(__file__).parent in Path(last.filename).parents
 
 
-def parse(parser: Any, argv: Sequence[str]) -> Any:
-    """Parsed flags; raises ValueError, naming the nearest flag, for an unknown one."""
+def options(parser: Any) -> list[str]:
+    """The flags that a parser knows."""
+    return [option for action in parser._actions for option in action.option_strings]
+
+
+def parse(parser: Any, argv: Sequence[str], also: Sequence[str] = ()) -> Any:
+    """Parsed flags; raises ValueError, naming the nearest flag, for an unknown one.
+
+    also: flags of the command that were parsed before.
+    """
     args = parser.parse_args(list(argv), known_only=True)
     if args.extra_args:
         flag = args.extra_args[0].split("=")[0]
-        known = [option for action in parser._actions for option in action.option_strings]
-        raise ValueError(f"unknown argument {flag!r}{nearest(flag, known)}; --help lists all")
+        raise ValueError(f"unknown argument {flag!r}{nearest(flag, [*also, *options(parser)])}; --help lists all")
     return args
 
 
-def read_config(config_class: type[ConfigT], prog: str, argv: Sequence[str]) -> ConfigT:
+def read_config(config_class: type[ConfigT], prog: str, argv: Sequence[str], also: Sequence[str] = ()) -> ConfigT:
     """Settings from defaults, then the YAML that --config names, then flags. Every field is a flag.
 
+    also: of `parse`.
     Raises ValueError for an unknown key or flag and for values that do not fit.
     """
     base: Any = to_tap_class(config_class)
@@ -233,7 +280,7 @@ def read_config(config_class: type[ConfigT], prog: str, argv: Sequence[str]) -> 
     path = recipe_path(argv)
     if path:
         parser.set_defaults(**read_yaml(path, config_class))
-    args = parse(parser, argv)
+    args = parse(parser, argv, also)
     return config_class(**{f.name: getattr(args, f.name) for f in fields(config_class)})
 
 

@@ -1,0 +1,242 @@
+"""The benefit report: the numbers of `hyspark.comparison.compare` as Markdown, picture and JSON."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hyspark.atomic import write_whole
+from hyspark.comparison import to_json
+from hyspark.figures import DPI, save_figure
+
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: for all eyes
+MARKERS = "osD^vPX"
+
+PUBLISHED = (
+    (
+        "Official HySparK weights, fine-tuned by others, at 1 / 10 / 100 % of the labels",
+        "AMOS 34.5 / 64.3 / 85.6; FLARE22 37.5 / 73.6 / 82.4; BTCV 35.8 / 51.5 / -; SegTHOR 58.8 / 84.0 / 88.7",
+        "MedGMAE, submission to ICLR 2026, table 1 (https://openreview.net/forum?id=Z2XIRLv535)",
+    ),
+    (
+        "In the same table, BTCV at 1 / 10 / 100 % of the labels",
+        "MAE 62.0 / 75.0 / -; VoCo 73.2 / 77.9 / 83.9",
+        "the same",
+    ),
+    (
+        "BTCV in the protocol of VoCo's authors",
+        "from scratch 82.79; SwinUNETR-SSL 82.58; SuPreM 85.32; VoCo 86.64",
+        "https://github.com/Luffy03/Large-Scale-Medical, Downstream/monai/BTCV",
+    ),
+    (
+        "SparK in 3D (S3D, CVPR 2025), mean of 11 data sets",
+        "from scratch 70.40; pre-trained 72.37",
+        "arXiv 2410.23132",
+    ),
+)
+"""What, Dice in %, source."""
+
+READING = """\
+Dice is the mean over organs (background excluded) of the mean over the cases that hold the organ, then the mean over
+seeds; in parentheses its range over seeds. A difference is over pairs: the same seed (so the same labelled cases,
+batches and fresh weights) and the same scored case on both sides. In brackets is its 95 % bootstrap interval, seeds
+and cases resampled with pairs kept; bold where it leaves out 0. With few seeds it is too narrow where seeds differ more
+than cases do (three seeds: it may hold the true value in three of four repeats only), and with one seed it holds for
+that seed alone. Intervals of organs are not corrected for there being many. HD95 has no value where nothing of an organ
+was found, so it flatters a start that misses organs: read it with the share that was missed."""
+
+
+def write_benefit(out: Path, numbers: Mapping[str, Any]) -> Path:
+    """Write benefit.json, benefit.png and benefit.md into `out`; returns the last. Numbers: of `compare`, with what the
+    runs share as "recipe" and their weights' digests as "digests".
+    """
+    published = [dict(zip(("what", "dice_percent", "source"), row, strict=True)) for row in PUBLISHED]
+    content = dict(numbers) | {"published_elsewhere_not_comparable": published}
+    write_whole(out / "benefit.json", (json.dumps(to_json(content), indent=1) + "\n").encode())
+    save_figure(benefit_figure(numbers), out / "benefit.png")
+    write_whole(out / "benefit.md", page(numbers).encode())
+    return out / "benefit.md"
+
+
+def page(numbers: Mapping[str, Any]) -> str:
+    """The report in Markdown."""
+    missing = numbers["missing"]
+    state = f"{numbers['finished']} of {numbers['planned']} runs are finished"
+    parts = [
+        "# Does pre-training pay?",
+        f"{state}, scored on {len(numbers['cases'])} {numbers['scored_on']} cases."
+        + (f" Not finished: {', '.join(missing)}." if missing else ""),
+        "![Dice against the number of labelled cases, and differences to the baseline](benefit.png)",
+        "## Dice, %",
+        table(dice_rows(numbers)),
+        *left_out(numbers),
+        READING,
+        "## Organs",
+    ]
+    for count in numbers["num_labelled"]:
+        parts += [f"Dice, %, with {count} labelled cases:", table(organ_rows(numbers, count))]
+    parts += ["## Surfaces, and organs not found", table(surface_rows(numbers))]
+    parts += ["## Budgets and times", table(budget_rows(numbers))]
+    parts += ["Minutes are those of the training steps; preparing data, validation and scoring come on top."]
+    parts += ["## Protocol", bullets({k: "; ".join(map(str, v)) for k, v in numbers["protocol"].items()})]
+    parts += ["Starts:", bullets({k: start_text(numbers, k) for k in numbers["starts"]})]
+    parts += ["Recipe of all runs, where it is not the default:", bullets(numbers["recipe"])]
+    parts += [
+        "## Published elsewhere: not comparable",
+        "Other data, splits, networks, budgets and ways to score: quoted to know the field, not to be compared with "
+        "the figures above.",
+        table([["what", "Dice, %", "source"], *map(list, PUBLISHED)]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def dice_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
+    """A row for each number of labels: each start, its difference to the baseline, and how many runs that rests on."""
+    starts, baseline = list(numbers["starts"]), numbers["baseline"]
+    rows = [["labelled cases", *starts, *(f"{name} minus {baseline}, points" for name in starts[1:]), "runs"]]
+    for count in numbers["num_labelled"]:
+        cells = [cell_of(numbers, start, count) for start in starts]
+        done = sum(len(cell["seeds"]) for cell in cells)
+        row = [str(count), *(with_range(cell["dice"]) for cell in cells)]
+        row += [with_interval(cell["difference"]["dice"]) for cell in cells[1:]]
+        rows.append([*row, f"{done} of {len(starts) * len(numbers['seeds'])}"])
+    return rows
+
+
+def organ_rows(numbers: Mapping[str, Any], count: int) -> list[list[str]]:
+    """A row for each organ: each start, and its difference to the baseline."""
+    starts = list(numbers["starts"])
+    cells = [cell_of(numbers, start, count) for start in starts]
+    rows = [["organ", *starts, *(f"{name} minus {numbers['baseline']}, points" for name in starts[1:])]]
+    for organ in numbers["organs"]:
+        row = [organ, *(number(100 * cell["dice"]["by_organ"][organ]) for cell in cells)]
+        rows.append([*row, *(with_interval(cell["difference"]["dice"]["by_organ"][organ]) for cell in cells[1:])])
+    return rows
+
+
+def surface_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
+    """NSD, HD95 and missed organs of each start and number of labels."""
+    rows = [["labelled cases", "start", "NSD, %", "HD95, mm", "not found, %"]]
+    for cell in numbers["cells"]:
+        values = (100 * cell["nsd"]["mean"], cell["hd95_mm"]["mean"], 100 * cell["missed"]["mean"])
+        rows.append([str(cell["num_labelled"]), cell["start"], *map(number, values)])
+    return rows
+
+
+def budget_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
+    """Steps and minutes of each start and number of labels."""
+    rows = [["labelled cases", "start", "steps a run", "minutes a run"]]
+    for cell in numbers["cells"]:
+        steps = " or ".join(map(str, cell["steps"])) or "-"
+        minutes = ", ".join(f"{m:.1f}" for m in cell["minutes"]) or "-"
+        rows.append([str(cell["num_labelled"]), cell["start"], steps, minutes])
+    return rows
+
+
+def left_out(numbers: Mapping[str, Any]) -> list[str]:
+    """Which pairs a difference could not use."""
+    lines = []
+    for cell in numbers["cells"]:
+        if cell.get("left_out"):
+            seeds = ", ".join(map(str, cell["left_out"]))
+            lines.append(f"{cell['start']} with {cell['num_labelled']} labelled cases: seed {seeds}")
+    note = "Left out of differences, because one side of the pair is not finished (means use what is there): "
+    return [note + "; ".join(lines) + "."] if lines else []
+
+
+def benefit_figure(numbers: Mapping[str, Any]) -> Figure:
+    """Dice against the number of labels, a line per start; beside it the differences to the baseline."""
+    starts = list(numbers["starts"])
+    figure = Figure(figsize=(10.5, 4.4), dpi=DPI, facecolor="white", layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for index, start in enumerate(starts):
+        cells = [cell_of(numbers, start, count) for count in numbers["num_labelled"]]
+        shift = 1.025 ** (index - (len(starts) - 1) / 2)  # bars beside, not upon, each other
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+        draw_line(left, cells, [cell["dice"] for cell in cells], shift, start, style)
+        for cell in cells:
+            values = 100 * np.array(list(cell["dice"]["by_seed"].values()))
+            x = np.full(len(values), cell["num_labelled"] * shift)
+            left.plot(x, values, ls="none", ms=4, mew=0, alpha=0.3, **style)
+        if index:
+            draw_line(right, cells, [cell["difference"]["dice"] for cell in cells], shift, start, style)
+    right.axhline(0, color=COLOURS[0], lw=1)
+    left.set_title("Dice, %", loc="left", fontsize=10, weight="bold")
+    right.set_title(f"Dice minus that of {numbers['baseline']}, points", loc="left", fontsize=10, weight="bold")
+    for axes in (left, right):
+        axes.set_xscale("log")
+        axes.set_xticks(numbers["num_labelled"], [str(count) for count in numbers["num_labelled"]])
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel("labelled cases; bars: 95 % interval over cases and seeds", fontsize=8.5)
+        axes.grid(alpha=0.2, lw=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    legend = left.legend(frameon=False, fontsize=8.5, loc="lower right")
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return figure
+
+
+def draw_line(
+    axes: Axes,
+    cells: Sequence[Mapping[str, Any]],
+    estimates: Sequence[Mapping[str, float]],
+    shift: float,
+    label: str,
+    style: Mapping[str, Any],
+) -> None:
+    """Means and intervals, as far as there are any, in points."""
+    known = [(c["num_labelled"] * shift, e) for c, e in zip(cells, estimates, strict=True) if math.isfinite(e["mean"])]
+    x = [position for position, _ in known]
+    mean, low, high = (100 * np.array([e[name] for _, e in known]) for name in ("mean", "low", "high"))
+    bars = np.maximum([mean - low, high - mean], 0)  # rounding may put the mean of equal values beside them
+    axes.errorbar(x, mean, yerr=bars, label=label, lw=1.8, ms=6, capsize=3, elinewidth=1, **style)
+
+
+def cell_of(numbers: Mapping[str, Any], start: str, count: int) -> Mapping[str, Any]:
+    """The cell of a start and a number of labels."""
+    return next(c for c in numbers["cells"] if (c["start"], c["num_labelled"]) == (start, count))
+
+
+def with_range(dice: Mapping[str, Any]) -> str:
+    """Mean and range over seeds, in %."""
+    seeds = [100 * value for value in dice["by_seed"].values()]
+    spread = f" ({number(min(seeds))} to {number(max(seeds))})" if len(seeds) > 1 else ""
+    return number(100 * dice["mean"]) + spread
+
+
+def with_interval(estimate: Mapping[str, float]) -> str:
+    """A difference and its interval in points, bold where that leaves out 0."""
+    mean, low, high = (100 * estimate[name] for name in ("mean", "low", "high"))
+    if not math.isfinite(mean):
+        return "-"
+    text = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def number(value: float) -> str:
+    """One decimal, or a dash for none."""
+    return f"{value:.1f}" if math.isfinite(value) else "-"
+
+
+def start_text(numbers: Mapping[str, Any], start: str) -> str:
+    """The weights of a start, and the digest of their file."""
+    digest = numbers["digests"].get(start)
+    weights = numbers["starts"][start]
+    return f"{weights} (sha256 {digest[:12]})" if digest else "from scratch"
+
+
+def bullets(lines: Mapping[str, Any]) -> str:
+    """A list of names and values."""
+    return "\n".join(f"- {key}: {value}" for key, value in lines.items()) or "- none"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, the first row its header, numbers to the right."""
+    header, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,231 @@
+"""Does pre-training pay? The same fine-tuning from several starts, at several numbers of labelled cases and seeds.
+
+Every run is an ordinary fine-tuning run in a process and a folder of its own, <out>/runs/<start>_<labels>_seed<seed>.
+What is finished is not run again and what was interrupted continues, so the same command makes or completes the
+report.
+"""
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hyspark.atomic import write_whole
+from hyspark.benefit_page import write_benefit
+from hyspark.comparison import SCORE_FILES, Place, compare, name_of, read_run
+from hyspark.config import FinetuneConfig
+from hyspark.data.cases import Case
+from hyspark.data.prepare import available_cores, prepare_all
+from hyspark.engine.finetune import build, find_cases, last_file
+from hyspark.engine.jobs import Job, last_step, run_jobs
+from hyspark.engine.run import store_folder
+from hyspark.models.weights import load_pretrained
+from hyspark.recipes import as_plain, differences, read_yaml, write_yaml
+
+GIVEN = {"logdir": "out", "pretrained": "starts", "seed": "seeds", "num_labelled": "num_labelled", "dry_run": "plan"}
+"""Settings of a run that the comparison gives, and the flag that says them."""
+FIXED = ("max_steps", "test_dir")
+"""Settings that a run may be continued with, but that must be the same in all runs of a comparison."""
+COMMAND = (sys.executable, "-c", "from hyspark.cli import main; main()", "finetune", "--config")
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run of the comparison."""
+
+    place: Place
+    config: FinetuneConfig
+
+    @property
+    def scores(self) -> Path:
+        """Where its scores lie: of the cases in test_dir where there is one, else of the validation cases."""
+        return self.config.run_folder / ("scores_test" if self.config.test_dir else "scores")
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its scores are there and were made with these settings."""
+        has_scores = all((self.scores / name).is_file() for name in SCORE_FILES)
+        return has_scores and self.has_settings and not self.changes()
+
+    @property
+    def has_settings(self) -> bool:
+        """Whether its folder holds the settings of an earlier attempt."""
+        return (self.config.run_folder / "config.yaml").is_file()
+
+    def changes(self) -> list[str]:
+        """Settings of its folder that differ from those wanted now."""
+        old = FinetuneConfig(**read_yaml(self.config.run_folder / "config.yaml", FinetuneConfig))
+        fixed = [(name, getattr(old, name), getattr(self.config, name)) for name in FIXED]
+        return differences(as_plain(old), self.config) + [f"{n}: was {a}, is {b}" for n, a, b in fixed if a != b]
+
+
+def benefit(
+    base: FinetuneConfig,
+    out: Path,
+    starts: Mapping[str, str],
+    num_labelled: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    num_at_once: int = 1,
+    plan_only: bool = False,
+) -> list[str]:
+    """Make what is missing of the runs, so many at once, and the report in `out`; returns the names of failed runs.
+
+    base: what all runs share. starts: of `read_starts`. plan_only: print the runs and their state, run and write
+    nothing. Raises, before the first run, ValueError or FileNotFoundError for settings, weights and data that do not
+    fit, and for runs in `out` that were made with other ones.
+    """
+    runs = plan(base, out, starts, num_labelled, seeds, num_at_once)
+    check_folders(runs)
+    digests = check_weights(out, starts)
+    if plan_only:
+        print("\n".join(f"{name_of(run.place):40s} {state(run)}" for run in runs))
+        return []
+    todo = [run for run in runs if not run.is_finished]
+    print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished; output in {out / 'runs'}/*/log.txt")
+    if todo:
+        check_data(todo, starts)
+    write_whole(out / "starts.json", (json.dumps(digests, indent=1) + "\n").encode())
+    failed = run_jobs([job(run) for run in todo], num_at_once, lambda: make_report(runs, out, starts, digests))
+    make_report(runs, out, starts, digests)
+    print(f"report {out / 'benefit.md'}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return failed
+
+
+def read_starts(words: Sequence[str]) -> dict[str, str]:
+    """NAME=FILE words as a dictionary; a FILE of none is from scratch. Raises ValueError for what is not that."""
+    starts: dict[str, str] = {}
+    for word in words:
+        name, _, path = word.partition("=")
+        if not path or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError(
+                f"a start is NAME=FILE, or NAME=none for one from scratch, with a name of letters, digits, '.', '_' "
+                f"and '-'; got {word!r}"
+            )
+        if name in starts:
+            raise ValueError(f"two starts have the name {name!r}")
+        starts[name] = path
+    return starts
+
+
+def plan(
+    base: FinetuneConfig,
+    out: Path,
+    starts: Mapping[str, str],
+    num_labelled: Sequence[int],
+    seeds: Sequence[int],
+    num_at_once: int,
+) -> list[PlannedRun]:
+    """All runs in the order in which they tell most early: seed by seed, few labels first, the starts side by side.
+
+    Raises ValueError for settings that do not fit.
+    """
+    defaults = FinetuneConfig()
+    for name, flag in GIVEN.items():
+        if getattr(base, name) != getattr(defaults, name):
+            raise ValueError(f"{name} is given to each run of a comparison by --{flag}; take it out of the recipe")
+    if base.label_fraction != defaults.label_fraction:
+        raise ValueError("a comparison takes numbers of cases (--num_labelled), not label_fraction")
+    for flag, values in (("num_labelled", num_labelled), ("seeds", seeds), ("starts", list(starts))):
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"--{flag} takes one value or more, each once, but got {list(values)}")
+    if min(num_labelled) < 1 or num_at_once < 1:
+        raise ValueError(f"--num_labelled and --jobs are at least 1, but got {list(num_labelled)} and {num_at_once}")
+    if num_at_once > 1 and base.dataloader_workers < 0:
+        base = replace(base, dataloader_workers=max(1, min(8, available_cores() // num_at_once)))
+    places = [Place(start, n, seed) for seed in seeds for n in sorted(num_labelled) for start in starts]
+    return [PlannedRun(place, settings(base, out, place, starts[place.start])) for place in places]
+
+
+def settings(base: FinetuneConfig, out: Path, place: Place, weights: str) -> FinetuneConfig:
+    """The settings of one run."""
+    folder = str(out / "runs" / name_of(place))
+    return replace(base, logdir=folder, pretrained=weights, seed=place.seed, num_labelled=place.num_labelled)
+
+
+def check_folders(runs: Sequence[PlannedRun]) -> None:
+    """Raises ValueError where a run's folder holds weights or scores that were made with other settings."""
+    for run in runs:
+        folder = run.config.run_folder
+        is_used = last_file(run.config).is_file() or run.scores.is_dir()
+        if is_used and run.has_settings and run.changes():
+            raise ValueError(
+                f"{folder} holds a run with other settings; name another --out, or use the same to continue:\n  "
+                + "\n  ".join(run.changes())
+            )
+
+
+def check_weights(out: Path, starts: Mapping[str, str]) -> dict[str, str]:
+    """Digests of the starts' files, those that earlier calls noted in `out` included.
+
+    Raises FileNotFoundError for a missing file; ValueError where a file is not what it was in an earlier call.
+    """
+    noted = out / "starts.json"
+    digests: dict[str, str] = json.loads(noted.read_text()) if noted.is_file() else {}
+    for name, weights in starts.items():
+        if weights == "none":
+            continue
+        if not Path(weights).is_file():
+            raise FileNotFoundError(f"no weights at {weights}, named by --starts {name}={weights}")
+        digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+        if digests.setdefault(name, digest) != digest:
+            raise ValueError(
+                f"{weights} is not the file that runs of {name!r} in {out} were started from: its content has changed; "
+                "give it another name in --starts, or name another --out"
+            )
+    return digests
+
+
+def check_data(runs: Sequence[PlannedRun], starts: Mapping[str, str]) -> None:
+    """Look at the data and load each start once, and prepare the volumes, which runs side by side would all make.
+
+    Raises ValueError or FileNotFoundError for data or weights that do not fit.
+    """
+    largest = {run.config.seed: run.config for run in sorted(runs, key=lambda run: run.config.num_labelled)}
+    cases: dict[Path, Case] = {}
+    for config in largest.values():
+        training, validation, names = find_cases(config)
+        cases |= {case.image: case for case in (*training, *validation)}
+    if config.test_dir and not Path(config.test_dir).exists():
+        raise FileNotFoundError(f"test_dir {config.test_dir} is not there")
+    for name, weights in starts.items():
+        if weights != "none":
+            report = load_pretrained(build(config, len(names)), weights)
+            print(f"start {name}: {weights}\n{report}")
+    prepare_all(list(cases.values()), config, store_folder(config, Path(config.data_dir)), config.prepare_workers)
+
+
+def job(run: PlannedRun) -> Job:
+    """The process that makes a run, from the settings that it leaves in the run's folder."""
+    recipe = run.config.run_folder / "config.yaml"
+    write_yaml(run.config, recipe)
+    return Job(name_of(run.place), [*COMMAND, str(recipe)], run.config.run_folder, lambda: run.is_finished)
+
+
+def state(run: PlannedRun) -> str:
+    """How far a run is."""
+    step = last_step(run.config.run_folder / "metrics.jsonl")
+    return "finished" if run.is_finished else f"begun, at{step}" if step else "to do"
+
+
+def make_report(runs: Sequence[PlannedRun], out: Path, starts: Mapping[str, str], digests: Mapping[str, str]) -> None:
+    """Write the report of what is finished."""
+    base = runs[0].config
+    crops = base.batch_size * base.crops_per_volume
+    scored = {
+        run.place: read_run(run.scores, run.config.run_folder / "metrics.jsonl", crops)
+        for run in runs
+        if run.is_finished
+    }
+    defaults = as_plain(FinetuneConfig())
+    recipe = {k: v for k, v in as_plain(base).items() if k not in GIVEN and v != defaults[k]}
+    numbers = compare(scored, [run.place for run in runs], starts)
+    write_benefit(
+        out,
+        numbers
+        | {"scored_on": "test" if base.test_dir else "validation", "recipe": recipe}
+        | {"digests": {name: digests[name] for name in starts if name in digests}},
+    )
