@@ -161,8 +161,8 @@ def benefit_figure(numbers: Mapping[str, Any]) -> Figure:
         draw_line(left, cells, [cell["dice"] for cell in cells], shift, start, style)
         for cell in cells:
             values = 100 * np.array(list(cell["dice"]["by_seed"].values()))
-            x = np.full(len(values), cell["num_labelled"] * shift)
-            left.plot(x, values, ls="none", ms=4, mew=0, alpha=0.3, **style)
+            x = np.full(len(values), cell["num_labelled"] * shift * 0.985)  # to the left of the bar
+            left.plot(x, values, ls="none", ms=4.5, mew=0, alpha=0.4, **style)
         if index:
             draw_line(right, cells, [cell["difference"]["dice"] for cell in cells], shift, start, style)
     right.axhline(0, color=COLOURS[0], lw=1)

@@ -18,6 +18,7 @@ other data sets, recipes or pre-trainings.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -68,17 +69,26 @@ def interval(scores: np.ndarray, *, num_resamples: int = NUM_RESAMPLES, seed: in
     if np.isnan(scores).all():
         return Estimate(np.nan, np.nan, np.nan)
     means = seed_means(scores)
-    random = np.random.default_rng(seed)
-    seeds, cases = (random.multinomial(n, np.full(n, 1 / n), num_resamples) for n in (num_seeds, num_cases))
-    drawn = resampled_means(scores, seeds, cases)
+    drawn = resampled_means(scores, *draws(num_seeds, num_cases, num_resamples, seed))
     low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(float(np.nanmean(means)), float(low), float(high))
+
+
+@lru_cache(maxsize=4)  # a report asks for the same ones hundreds of times
+def draws(num_seeds: int, num_cases: int, num_resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each seed, (resamples, seeds), and each case, (resamples, cases), comes in each resample."""
+    random = np.random.default_rng(seed)
+    seeds, cases = (
+        random.multinomial(n, np.full(n, 1 / n), num_resamples).astype(float) for n in (num_seeds, num_cases)
+    )
+    seeds.flags.writeable = cases.flags.writeable = False
+    return seeds, cases
 
 
 def resampled_means(scores: np.ndarray, seeds: np.ndarray, cases: np.ndarray) -> np.ndarray:
     """The mean in each resample, (resamples,).
 
-    scores: (seeds, cases, organs). seeds (resamples, seeds), cases (resamples, cases): how often each was drawn.
+    scores: (seeds, cases, organs). seeds, cases: of `draws`.
     """
     held = ~np.isnan(scores)
     sums, counts = (np.einsum("rc,sco->rso", cases, x, optimize=True) for x in (np.where(held, scores, 0), held * 1.0))

@@ -107,7 +107,7 @@ def test_the_picture_shows_lines_seeds_and_differences(numbers):
     np.testing.assert_allclose(own.lines[0].get_ydata(), np.multiply(100, means))
     assert [c.get_label() for c in right.containers] == ["own", "other"]
     np.testing.assert_allclose(right.containers[0].lines[0].get_ydata(), 12.5)
-    dots = [line for line in left.lines if line.get_alpha() == 0.3]
+    dots = [line for line in left.lines if line.get_alpha() == 0.4]
     assert sorted(len(line.get_xdata()) for line in dots) == [1, 2, 2, 2, 2, 2]
     colours = {c.lines[0].get_color() for c in left.containers}
     assert len(colours) == len(STARTS)
