@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tap import Tap, to_tap_class
 
@@ -48,6 +48,18 @@ class WeightsArguments(Tap):
 
     def configure(self) -> None:
         self.add_argument("path")
+
+
+class ExportArguments(Tap):
+    """Write the encoder of a checkpoint as one small .safetensors file, to hand on."""
+
+    source: str  # A pre-training checkpoint or encoder file, or a fine-tuned network
+    out: str  # The .safetensors file to write
+    precision: Literal["fp16", "fp32"] = "fp16"  # Number format in the file
+
+    def configure(self) -> None:
+        self.add_argument("source")
+        self.add_argument("out")
 
 
 class PhantomArguments(Tap):
@@ -145,6 +157,19 @@ def weights(argv: Sequence[str]) -> None:
     print(load_pretrained(model, args.path))
 
 
+def export(argv: Sequence[str]) -> None:
+    """Write an encoder as one small .safetensors file."""
+    import torch
+
+    from hyspark.models.export import export_encoder
+
+    args = parse(ExportArguments(prog="hyspark export", allow_abbrev=False), argv)
+    dtype = {"fp16": torch.float16, "fp32": torch.float32}[args.precision]
+    weights = export_encoder(args.source, Path(args.out), dtype)
+    millions = sum(value.numel() for value in weights.values()) / 1e6
+    print(f"{args.out}: {len(weights)} tensors, {millions:.2f} M numbers, {Path(args.out).stat().st_size / 1e6:.2f} MB")
+
+
 def phantom(argv: Sequence[str]) -> None:
     """Write procedural CTs to try things with."""
     from hyspark.data.phantom import write_phantoms
@@ -198,6 +223,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "pretrain": pretrain,
     "finetune": finetune,
     "weights": weights,
+    "export": export,
     "phantom": phantom,
     "compare": compare,
     "benefit": benefit,

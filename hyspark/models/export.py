@@ -1,0 +1,54 @@
+"""An encoder to hand on: one small .safetensors file, which says how it was made and cannot execute anything."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from hyspark.atomic import write_whole
+from hyspark.models.weights import ENCODER, MASK_TOKEN, plain_key, read_contents, unwrap
+
+SHAPE = ("encoder_widths", "encoder_depths", "expansions", "vit_depth", "num_heads")
+"""Settings that a network must share to take the weights."""
+MADE_WITH = (*SHAPE, "spacing", "hu_min", "hu_max", "input_size", "mask", "hide")
+"""Settings of the pre-training that the file carries as its metadata, where the source knows them."""
+
+
+def export_encoder(source: str | Path, out: Path, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+    """Write the encoder of a checkpoint in the released key names; returns what was written.
+
+    source: a pre-training checkpoint or encoder file, or a fine-tuned network. Raises FileNotFoundError; ValueError
+    for another ending than .safetensors, for a source without an encoder, for weights that `dtype` cannot hold.
+    """
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out}: the file is written as .safetensors; give it that ending")
+    contents = read_contents(source)
+    weights = encoder_of(unwrap(contents, str(source)), str(source), dtype)
+    config = contents.get("config") if isinstance(contents, Mapping) else None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, save(weights, metadata=metadata_of(config)))
+    return weights
+
+
+def encoder_of(given: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The encoder's tensors by their released names, contiguous."""
+    weights = {}
+    for key, value in given.items():
+        own = plain_key(key, {}).removeprefix("encoder.")
+        if own.startswith(ENCODER) and own != MASK_TOKEN:
+            weights[own] = value.to(dtype).contiguous()
+            if not weights[own].isfinite().all():
+                raise ValueError(f"{name}: {key} has values that {dtype} cannot hold")
+    if not weights:
+        raise ValueError(f"{name} holds no encoder: none of its {len(given)} keys is of embeddings.* or mae.*")
+    return weights
+
+
+def metadata_of(config: Any) -> dict[str, str]:
+    """Settings as safetensors keeps them, text by name; each value is JSON."""
+    known = config if isinstance(config, Mapping) else {}
+    return {"format": "pt"} | {name: json.dumps(known[name]) for name in MADE_WITH if name in known}

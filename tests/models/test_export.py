@@ -1,0 +1,57 @@
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from hyspark import load_pretrained
+from hyspark.models.export import export_encoder
+
+
+def test_what_is_written_loads_and_computes_the_same(make_hyspark, make_hybird, tmp_path):
+    net = make_hyspark()
+    torch.save({"model": net.state_dict(), "config": {"mask": 0.75, "encoder_widths": [6, 12]}}, tmp_path / "run.pth")
+    written = export_encoder(tmp_path / "run.pth", tmp_path / "deep" / "e.safetensors", torch.float32)
+    assert set(written) == set(net.encoder.state_dict())
+    model = make_hybird()
+    report = load_pretrained(model, tmp_path / "deep" / "e.safetensors")
+    assert not report.unexpected
+    volumes = torch.rand(1, 1, 32, 32, 32)
+    with torch.no_grad():
+        *_, expected = net.encoder(volumes)
+        *_, deepest = model.embeddings(volumes)
+        assert torch.equal(model.mae(deepest), expected)
+    with safe_open(tmp_path / "deep" / "e.safetensors", "pt") as file:
+        about = file.metadata()
+    assert json.loads(about["mask"]) == 0.75
+    assert json.loads(about["encoder_widths"]) == [6, 12]
+
+
+def test_half_precision_halves_the_file_and_rounds(make_hyspark, make_hybird, tmp_path):
+    net = make_hyspark()
+    torch.save(net.encoder.state_dict(), tmp_path / "encoder.pth")
+    export_encoder(tmp_path / "encoder.pth", tmp_path / "full.safetensors", torch.float32)
+    export_encoder(tmp_path / "encoder.pth", tmp_path / "half.safetensors")
+    sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("full", "half")]
+    assert 0.45 < sizes[1] / sizes[0] < 0.6
+    model = make_hybird()
+    load_pretrained(model, tmp_path / "half.safetensors")
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    for own, mine in zip(net.encoder.embeddings.parameters(), model.embeddings.parameters(), strict=True):
+        torch.testing.assert_close(mine, own, rtol=1e-3, atol=1e-6)
+
+
+def test_what_cannot_be_handed_on_is_refused(make_hyspark, tmp_path):
+    net = make_hyspark()
+    torch.save(net.state_dict(), tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="give it that ending"):
+        export_encoder(tmp_path / "x.pth", tmp_path / "x.bin")
+    with pytest.raises(FileNotFoundError):
+        export_encoder(tmp_path / "y.pth", tmp_path / "x.safetensors")
+    torch.save({"decoder.out.conv.weight": torch.ones(1)}, tmp_path / "d.pth")
+    with pytest.raises(ValueError, match="holds no encoder"):
+        export_encoder(tmp_path / "d.pth", tmp_path / "x.safetensors")
+    torch.save({"embeddings.stem.bias": torch.tensor([1e6])}, tmp_path / "large.pth")
+    with pytest.raises(ValueError, match="cannot hold"):
+        export_encoder(tmp_path / "large.pth", tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
