@@ -84,6 +84,24 @@ def read_nifti(path: Path) -> SpatialImage:
     return unpacked
 
 
+def file_grid(path: Path) -> tuple[tuple[int, int, int], np.ndarray]:
+    """Shape (h, w, d) and affine (4, 4), RAS mm, of a NIfTI file, as preparation understands its header."""
+    image = NibabelReader().read(path)
+    h, w, d = image.shape[:3]
+    return (h, w, d), np.asarray(image.affine, dtype=np.float64)
+
+
+def read_label(path: Path, num_classes: int) -> np.ndarray:
+    """A label map as stored, uint8 (h, w, d); raises ValueError where a value is no class."""
+    image = read_nifti(path)
+    values = np.asanyarray(image.dataobj).reshape(image.shape[:3])
+    if not (values.min() >= 0 and values.max() < num_classes and (values == np.rint(values)).all()):
+        raise ValueError(
+            f"{path}: label values must be whole numbers from 0 to {num_classes - 1}, the classes of the network"
+        )
+    return values.astype(np.uint8)
+
+
 def target_grid(
     shape: Sequence[int], affine: np.ndarray, spacing: Sequence[float]
 ) -> tuple[np.ndarray, tuple[int, ...]]:

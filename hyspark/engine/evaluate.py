@@ -1,68 +1,242 @@
-"""Segment whole volumes by sliding window, bring predictions back to the input's own grid, and score them there."""
+"""Score a fine-tuned network on labelled cases: segment them, bring the label maps to the labels' own grid, write a
+folder of scores (see scorebook.py). In training, Dice alone.
+"""
 
 import json
+import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
-from monai.inferers import sliding_window_inference
-from monai.metrics import DiceMetric
-from monai.transforms import LoadImage, SpatialResample
-from torch import Tensor, nn
+from nibabel.affines import voxel_sizes
+from torch import nn
+from tqdm import tqdm
 
 from hyspark.atomic import write_whole
+from hyspark.config import FinetuneConfig
+from hyspark.data import datalist
+from hyspark.data.cases import Case, common_labels
+from hyspark.data.resample import file_grid, read_label
 from hyspark.data.store import StoredVolume
+from hyspark.engine import distributed, inference, scorebook
+from hyspark.engine.distributed import LOG, Processes
+from hyspark.engine.inference import Windows, class_scores, largest_components
+from hyspark.engine.metrics import OrganScores, score_case
+from hyspark.engine.run import prepared
+from hyspark.figures import save_figure, segmentation_panel
+
+TOLERANCE = 2.0
+"""Of the normalised surface Dice, in mm."""
 
 
-def segment(
-    model: nn.Module,
+@dataclass(frozen=True)
+class Scoring:
+    """How cases are segmented and scored. overlap: of windows; that of the network's settings where it is None. flips:
+    see `Windows`. tolerance: of the normalised surface Dice, in mm.
+    """
+
+    overlap: float | None = None
+    flips: tuple[int, ...] = ()
+    largest_component: bool = False
+    tolerance: float = TOLERANCE
+
+    def windows(self, config: FinetuneConfig, names: Sequence[str]) -> Windows:
+        """The windows for a network with these settings and classes; raises ValueError for what does not fit it."""
+        overlap = config.infer_overlap if self.overlap is None else self.overlap
+        return inference.windows_of(config, names, overlap, self.flips)
+
+    def protocol(self, config: FinetuneConfig, names: Sequence[str], weights: str, precision: str) -> dict[str, Any]:
+        """All of it in plain values, with what the network's settings decide."""
+        windows = self.windows(config, names)
+        return {
+            "weights": weights,
+            "spacing_mm": list(config.spacing),
+            "hu_window": [config.hu_min, config.hu_max],
+            "window_size": list(windows.size),
+            "overlap": windows.overlap,
+            "blending": "Gaussian",
+            "flips": list(windows.flips) or "none",
+            "post_processing": "largest component of each class" if self.largest_component else "none",
+            "precision": precision,
+            "scored_on": "the label's own grid",
+            "resampling": "class scores linearly, then the likeliest class",
+            "nsd_tolerance_mm": self.tolerance,
+        }
+
+
+class Segmented(NamedTuple):
+    """Label maps of a case, uint8: on the prepared grid, and on the grid of its file."""
+
+    prepared: np.ndarray
+    on_file: np.ndarray
+
+
+def segment_case(
+    network: nn.Module,
     volume: StoredVolume,
-    device: torch.device,
-    crop_size: Sequence[int],
-    overlap: float,
-    windows_per_pass: int,
-) -> Tensor:
-    """Label map of a prepared volume, uint8 (h, w, d) on the CPU, on the prepared grid: Gaussian-blended windows,
-    likeliest class.
-    """
+    case: Case,
+    windows: Windows,
+    processes: Processes,
+    precision: str,
+    largest_component: bool = False,
+) -> Segmented:
+    """Segment a prepared volume. network: on the processes' device, in evaluation mode."""
     shape = volume.entry.shape
-    image = torch.from_numpy(volume.read("image", (0,) * len(shape), shape))[None, None]
-    scores = sliding_window_inference(
-        image.to(device), crop_size, windows_per_pass, model, overlap=overlap, mode="gaussian"
-    )
-    assert isinstance(scores, Tensor)
-    return scores[0].argmax(0).to(torch.uint8).cpu()
+    image = torch.from_numpy(volume.read("image", (0,) * len(shape), shape))
+    with distributed.autocast(processes, precision):
+        scores = class_scores(network, image, windows, processes.device)
+    labels = scores.max(0).indices.to(torch.uint8).numpy()
+    on_file = inference.to_grid(scores, np.asarray(volume.entry.affine), *file_grid(case.image))
+    if largest_component:
+        return Segmented(*(largest_components(part, len(scores)) for part in (labels, on_file)))
+    return Segmented(labels, on_file)
 
 
-def load_label(path: Path) -> MetaTensor:
-    """A label map as stored, (1, h, w, d), with its affine."""
-    label: MetaTensor = LoadImage(reader="NibabelReader", image_only=True, ensure_channel_first=True)(path)
-    return label
+@dataclass(frozen=True)
+class Scored:
+    """What is kept of a case: its place in the list, its scores, its label map on the prepared grid, compressed."""
+
+    index: int
+    organs: list[OrganScores]
+    packed: bytes
 
 
-def to_grid(prediction: Tensor, affine: Sequence[Sequence[float]], reference: MetaTensor) -> Tensor:
-    """A label map carried to the grid of `reference`, nearest voxel, background outside: uint8 (1, *shape of the
-    reference).
+def score_cases(
+    network: nn.Module,
+    config: FinetuneConfig,
+    names: Sequence[str],
+    volumes: Sequence[StoredVolume],
+    cases: Sequence[Case],
+    out: Path,
+    processes: Processes,
+    *,
+    weights: str,
+    scoring: Scoring | None = None,
+) -> dict[str, Any]:
+    """Score labelled cases, each process its share; the main one writes the folder `out`. Returns the summary.
 
-    prediction: (h, w, d). affine: of its grid, to RAS mm. reference: (1, *shape) with its affine.
+    network: on the processes' device, in evaluation mode; config, names: its settings and classes. volumes: the cases,
+    prepared. weights: what the protocol calls them. Raises ValueError where a label holds a value that is no class.
     """
-    moving = MetaTensor(prediction[None].float(), affine=torch.tensor(affine, dtype=torch.float64))
-    resample = SpatialResample(mode="nearest", padding_mode="zeros", dtype="float64")
-    out = resample(moving, dst_affine=reference.affine, spatial_size=reference.shape[1:])
-    return torch.as_tensor(out).to(torch.uint8)
+    scoring = scoring or Scoring()
+    windows, precision = scoring.windows(config, names), inference.precision_on(processes, config)
+    mine = range(processes.rank, len(cases), processes.world_size)
+    done: list[Scored] = []
+    for i in tqdm(mine, desc="score", unit="case", disable=not processes.is_main):
+        label = cases[i].label
+        assert label is not None
+        truth = read_label(label, len(names))
+        found = segment_case(network, volumes[i], cases[i], windows, processes, precision, scoring.largest_component)
+        organs = score_case(found.on_file, truth, len(names), voxel_sizes(file_grid(label)[1]), scoring.tolerance)
+        done.append(Scored(i, organs, zlib.compress(found.prepared.tobytes(), 1)))
+    done = sorted(distributed.gather(done, processes), key=lambda one: one.index)
+    rows = {cases[one.index].name: one.organs for one in done}
+    protocol = scoring.protocol(config, names, weights, precision)
+    if not processes.is_main:
+        return scorebook.summarise(rows, names[1:], protocol)
+    for title, name in scorebook.best_median_worst(rows).items():
+        one = next(one for one in done if cases[one.index].name == name)
+        draw(volumes[one.index], one, names, config.spacing, out / f"{title}_{name}.png", title)
+    return scorebook.write_folder(out, rows, names[1:], protocol)
 
 
-def dice(prediction: Tensor, truth: Tensor, num_classes: int) -> list[float]:
-    """Dice of each class but the background; NaN for a class that the truth does not hold. Both (1, h, w, d), whole
-    numbers.
+def draw(
+    volume: StoredVolume, one: Scored, names: Sequence[str], spacing: tuple[float, float, float], path: Path, title: str
+) -> None:
+    """Picture of a scored case: image, truth, prediction, on the prepared grid."""
+    shape = volume.entry.shape
+    image, truth = (volume.read(array, (0,) * len(shape), shape) for array in ("image", "label"))
+    prediction = np.frombuffer(zlib.decompress(one.packed), np.uint8).reshape(shape)
+    mean = scorebook.mean_of([row.dice for row in one.organs])
+    heading = f"{volume.name}, {title} case: mean Dice {mean:.3f}"
+    save_figure(segmentation_panel(image, truth, prediction, names, title=heading, spacing=spacing), path)
+
+
+def evaluate(
+    weights: Path,
+    data: Path,
+    out: Path,
+    *,
+    part: str = "all",
+    scoring: Scoring | None = None,
+    device: str = "auto",
+    store_dir: str = "",
+    prepare_workers: int = 0,
+) -> dict[str, Any]:
+    """Score a fine-tuned network on labelled cases that lie on the disk; writes the folder `out`, returns the summary.
+
+    weights: best.pth or its run folder. data, part: see `find_labelled`. store_dir: of prepared volumes, by default
+    `prepared` in the data's folder. Raises ValueError, FileNotFoundError, PermissionError for what does not fit.
     """
-    metric = DiceMetric(include_background=False, reduction="none", num_classes=num_classes, ignore_empty=True)
-    values = metric(torch.as_tensor(prediction)[None].long(), torch.as_tensor(truth)[None].long())
-    assert isinstance(values, Tensor)
-    return [float(v) for v in values[0]]
+    network, config, names = inference.load_network(weights)
+    scoring = scoring or Scoring()
+    scoring.windows(config, names)
+    cases, labels = find_labelled(data, part)
+    check_classes(names, labels, data)
+    processes = distributed.find_processes(device)
+    LOG.info("%d cases of %s, %d organs, on %s", len(cases), data, len(names) - 1, processes.device)
+    settings = replace(config, store_dir=store_dir, prepare_workers=prepare_workers)
+    volumes, _ = prepared(settings, processes, data, cases, [])
+    check_values(names, volumes)
+    network = network.to(processes.device)
+    with distributed.connected(processes):
+        return score_cases(
+            network, config, names, volumes, cases, out, processes, weights=str(weights), scoring=scoring
+        )
+
+
+def find_labelled(data: Path, part: str = "all") -> tuple[list[Case], dict[str, int] | None]:
+    """Labelled cases and, where the data names them, class names with their values.
+
+    data: an nnU-Net data set (imagesTr, labelsTr) or a folder of such, of which all labelled cases are taken; or a
+    decathlon JSON. part: of a JSON, "training", "validation" or "all". Raises ValueError, FileNotFoundError.
+    """
+    if data.is_file():
+        listed = datalist.read(data, require_labels=True)
+        parts = {"training": listed.training, "validation": listed.validation}
+        cases = [case for name, found in parts.items() if part in (name, "all") for case in found]
+        if not cases:
+            raise ValueError(f"{data} lists no {part} cases")
+        return cases, listed.labels
+    if part != "all":
+        raise ValueError(f"{data} is a folder, whose labelled cases are all scored; a {part} part is what a JSON has")
+    if (data / "imagesTr").is_dir():
+        found = datalist.dataset_cases(data.absolute(), labels=True, channel="0000")
+        cases = datalist.only_labelled(found, data)
+    else:
+        cases = datalist.scan(data, labels=True)
+    if len({case.name for case in cases}) < len(cases):
+        raise ValueError(f"{data} holds data sets with cases of one name; score one data set at a time")
+    return cases, common_labels(sorted({case.image.parent.parent for case in cases}))
+
+
+def check_classes(names: Sequence[str], labels: dict[str, int] | None, data: Path) -> None:
+    """Raises ValueError where the data gives another name to a value than the network; class_N is no name."""
+    for name, value in (labels or {}).items():
+        own = names[value] if value < len(names) else "none"
+        if plain(own) != plain(name) and f"class_{value}" not in (own, name):
+            raise ValueError(
+                f"{data}: the value {value} is {name!r} there, but {own!r} for the network, whose classes are "
+                f"{', '.join(names)}"
+            )
+
+
+def check_values(names: Sequence[str], volumes: Sequence[StoredVolume]) -> None:
+    """Raises ValueError where a label holds a value that is no class of the network."""
+    for volume in volumes:
+        if volume.entry.max_label >= len(names):
+            raise ValueError(
+                f"{volume.name}: its label holds the value {volume.entry.max_label}, but the network's classes go from "
+                f"0 to {len(names) - 1}: {', '.join(names)}"
+            )
+
+
+def plain(name: str) -> str:
+    """A class name in lower case, with spaces for - and _."""
+    return name.lower().replace("_", " ").replace("-", " ")
 
 
 def mean_dice(rows: Sequence[Sequence[float]], names: Sequence[str]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from monai.losses import DiceCELoss
 from torch import Tensor
@@ -19,15 +20,18 @@ from hyspark.config import FinetuneConfig
 from hyspark.data.cases import Case
 from hyspark.data.crops import seed_at
 from hyspark.data.loading import Batch, FinetuneBatches, Share
+from hyspark.data.resample import read_label
 from hyspark.data.store import StoredVolume
 from hyspark.engine import checkpoint, distributed, optim
 from hyspark.engine.distributed import LOG, Processes
-from hyspark.engine.evaluate import Scores, dice, load_label, mean_dice, read_scores, segment, to_grid, write_scores
+from hyspark.engine.evaluate import Scores, Segmented, mean_dice, read_scores, segment_case, write_scores
+from hyspark.engine.inference import network_of, windows_of
 from hyspark.engine.labelled import check_labels, find_cases, left_right_pairs, one_sided
 from hyspark.engine.loop import Run, start_run, train
+from hyspark.engine.metrics import dice
 from hyspark.engine.run import RunLog, data_text, prepared, saved_state, settings_text
 from hyspark.figures import save_figure, segmentation_panel
-from hyspark.models.segmentation import Hybird, build_hybird
+from hyspark.models.segmentation import Hybird
 from hyspark.models.weights import load_pretrained
 from hyspark.recipes import as_plain
 
@@ -116,16 +120,7 @@ def build(config: FinetuneConfig, num_classes: int) -> Hybird:
     """The network with its seeded fresh weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_at(config.seed, "weights"))
-        return build_hybird(
-            config.in_channels,
-            num_classes,
-            config.crop_size,
-            widths=config.encoder_widths,
-            depths=config.encoder_depths,
-            expansions=config.expansions,
-            vit_depth=config.vit_depth,
-            num_heads=config.num_heads,
-        )
+        return network_of(config, num_classes)
 
 
 def split_crops(batch: Batch, num: int) -> list[Batch]:
@@ -195,13 +190,13 @@ class Finetuning:
 
     def review(self, run: Run, log: RunLog | None, step: int, epoch: int) -> None:
         """Validate; keep the weights where they are the best so far; write the scores, a picture and the page."""
-        by_case = self.validate(run)
+        by_case, first = self.validate(run)
         organs = mean_dice(list(by_case.values()), self.names[1:])
         held = {name: value for name, value in organs.items() if not math.isnan(value)}
         mean = sum(held.values()) / len(held) if held else 0.0
         is_best = mean > self.best
         self.best = max(self.best, mean)
-        if log is None:
+        if log is None or first is None:
             return
         log.write(step, epoch, dice_mean=mean, dice=held)
         LOG.info("epoch %d: mean Dice %.4f on %d cases%s", epoch, mean, len(by_case), " (best)" if is_best else "")
@@ -211,36 +206,40 @@ class Finetuning:
             checkpoint.save(weights, self.config.run_folder / "best.pth")
             write_scores(self.config.run_folder, best=scores)
         write_scores(self.config.run_folder, last=scores)
-        self.draw_picture(run, log, step, epoch)
+        self.draw_picture(log, step, epoch, first)
         self.write_report(run)
 
-    def segment(self, run: Run, index: int) -> Tensor:
-        """Label map of a validation case on the prepared grid, uint8 (h, w, d)."""
-        c, device = self.config, run.processes.device
-        with distributed.autocast(run.processes, c.precision):
-            return segment(run.network, self.validation[index], device, c.crop_size, c.infer_overlap, c.sw_batch_size)
+    def segment(self, run: Run, index: int) -> Segmented:
+        """Label maps of a validation case."""
+        c = self.config
+        windows = windows_of(c, self.names, c.infer_overlap)
+        volume, case = self.validation[index], self.cases[index]
+        return segment_case(run.network, volume, case, windows, run.processes, c.precision)
 
-    def validate(self, run: Run) -> dict[str, list[float]]:
-        """Dice per class of each validation case, on the label's own grid."""
+    def validate(self, run: Run) -> tuple[dict[str, list[float]], np.ndarray | None]:
+        """Dice per class of each validation case, on the label's own grid; on the main process also the label map of
+        the first on the prepared grid.
+        """
         processes = run.processes
         mine = range(processes.rank, len(self.validation), processes.world_size)
         rows: list[tuple[int, list[float]]] = []
+        first = None
         for i in tqdm(mine, desc="validate", unit="case", leave=False, disable=not processes.is_main):
-            volume, label = self.validation[i], self.cases[i].label
+            label = self.cases[i].label
             assert label is not None
-            truth = load_label(label)
-            prediction = to_grid(self.segment(run, i), volume.entry.affine, truth)
-            rows.append((i, dice(prediction, truth, len(self.names))))
-        return {self.cases[i].name: values for i, values in sorted(distributed.gather(rows, processes))}
+            found = self.segment(run, i)
+            first = found.prepared if i == 0 else first
+            rows.append((i, dice(found.on_file, read_label(label, len(self.names)), len(self.names))))
+        return {self.cases[i].name: values for i, values in sorted(distributed.gather(rows, processes))}, first
 
-    def draw_picture(self, run: Run, log: RunLog, step: int, epoch: int) -> None:
-        """The first validation case: image, truth, prediction, on the prepared grid."""
+    def draw_picture(self, log: RunLog, step: int, epoch: int, prediction: np.ndarray) -> None:
+        """The first validation case: image, truth, prediction, uint8 (h, w, d) on the prepared grid."""
         volume = self.validation[0]
         image, truth = (volume.read(array, (0, 0, 0), volume.entry.shape) for array in ("image", "label"))
         figure = segmentation_panel(
             image,
             truth,
-            self.segment(run, 0).numpy(),
+            prediction,
             self.names,
             title=f"{volume.name}, epoch {epoch}",
             spacing=self.config.spacing,

@@ -17,6 +17,8 @@ from scipy.ndimage import affine_transform, find_objects, label
 from torch import Tensor, nn
 
 from hyspark.config import FinetuneConfig
+from hyspark.engine.distributed import Processes
+from hyspark.engine.labelled import left_right_pairs, one_sided
 from hyspark.models.segmentation import Hybird, build_hybird
 from hyspark.models.weights import read_contents
 from hyspark.recipes import typed_values
@@ -82,6 +84,32 @@ def network_of(config: FinetuneConfig, num_classes: int) -> Hybird:
         vit_depth=config.vit_depth,
         num_heads=config.num_heads,
     )
+
+
+def windows_of(config: FinetuneConfig, names: Sequence[str], overlap: float, flips: tuple[int, ...] = ()) -> Windows:
+    """The windows of a network with these settings and classes.
+
+    Raises ValueError for an overlap or axes that there are not, and for flips of left and right where the settings do
+    not say which classes change places.
+    """
+    if not 0 <= overlap < 1:
+        raise ValueError(f"overlap must be at least 0 and below 1, but it is {overlap}")
+    if len(set(flips)) < len(flips) or not set(flips) <= {0, 1, 2}:
+        raise ValueError(f"flips takes axes, each once: 0 left-right, 1 back-front, 2 foot-head; it is {list(flips)}")
+    swaps = left_right_pairs(config, names)
+    if 0 in flips and not swaps and one_sided(names):
+        raise ValueError(
+            f"a flip of axis 0 would mix up {', '.join(one_sided(names))}: the network was trained without left_right, "
+            "which names the classes that change places; leave axis 0 out of flips"
+        )
+    return Windows(config.crop_size, overlap, config.sw_batch_size, flips, swaps)
+
+
+def precision_on(processes: Processes, config: FinetuneConfig) -> str:
+    """The number format of the forward pass: the one that the network was trained in; on a CPU, where the short ones
+    may be slow, fp32.
+    """
+    return "fp32" if processes.device.type == "cpu" else config.precision
 
 
 def class_scores(model: nn.Module, image: Tensor, windows: Windows, device: torch.device) -> Tensor:

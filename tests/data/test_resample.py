@@ -245,3 +245,21 @@ def test_compressed_in_several_members(tmp_path):
 
 def test_nifti_2(tmp_path):
     assert_same(write(tmp_path, nib.Nifti2Image(body((30, 26, 17)), np.diag([-0.7, 0.7, 2.5, 1]))))
+
+
+def test_a_label_as_stored_and_the_grid_of_its_file(tmp_path):
+    path = tmp_path / "label.nii.gz"
+    values = np.arange(24).reshape(2, 3, 4, 1) % 5
+    affine = np.array([[-2.0, 0, 0, 5], [0, 0, 3, 6], [0, 4, 0, 7], [0, 0, 0, 1]])
+    nib.save(nib.Nifti1Image(values.astype(np.float32), affine), path)
+    label = resample.read_label(path, 5)
+    assert label.dtype == np.uint8
+    assert np.array_equal(label, values[..., 0])
+    shape, own = resample.file_grid(path)
+    assert shape == (2, 3, 4)
+    assert np.array_equal(own, affine)
+    with pytest.raises(ValueError, match=r"label\.nii\.gz: label values must be whole numbers from 0 to 3"):
+        resample.read_label(path, 4)
+    nib.save(nib.Nifti1Image(values.astype(np.float32) / 2, affine), path)
+    with pytest.raises(ValueError, match="whole numbers"):
+        resample.read_label(path, 5)

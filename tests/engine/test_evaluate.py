@@ -1,56 +1,35 @@
+import csv
+import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 import torch
+from nibabel.orientations import axcodes2ornt, ornt_transform
 
-from hyspark.data.cases import Case
-from hyspark.data.phantom import LABELS, make_phantom
+from hyspark.config import FinetuneConfig
+from hyspark.data import datalist
 from hyspark.data.prepare import prepare_all
-from hyspark.data.settings import PrepareSettings
-from hyspark.engine.evaluate import Scores, dice, load_label, mean_dice, read_scores, segment, to_grid, write_scores
+from hyspark.engine import checkpoint
+from hyspark.engine.distributed import find_processes
+from hyspark.engine.evaluate import (
+    Scores,
+    Scoring,
+    check_classes,
+    evaluate,
+    find_labelled,
+    mean_dice,
+    read_scores,
+    score_cases,
+    write_scores,
+)
+from hyspark.engine.inference import network_of
+from hyspark.recipes import as_plain
 
-
-def save_phantom(folder, orientation, spacing):
-    phantom = make_phantom(3, spacing=spacing, orientation=orientation)
-    image, label = folder / "x_0000.nii.gz", folder / "x.nii.gz"
-    nibabel.save(nibabel.Nifti1Image(phantom.image, phantom.affine), image)
-    nibabel.save(nibabel.Nifti1Image(phantom.label, phantom.affine), label)
-    return Case("x", "Dataset001_X", image, label)
-
-
-@pytest.mark.parametrize("orientation", ["RAS", "LPS", "SAR"])
-def test_a_prediction_returns_to_the_grid_of_its_input(tmp_path, orientation):
-    spacing = (6.0, 5.0, 4.0)
-    case = save_phantom(tmp_path, orientation, spacing)
-    (volume,) = prepare_all([case], PrepareSettings(spacing=spacing), tmp_path / "store", 1, progress=False)
-    prepared = torch.from_numpy(volume.read("label", (0, 0, 0), volume.entry.shape))
-    truth = load_label(case.label)
-    back = to_grid(prepared, volume.entry.affine, truth)
-    assert back.shape == truth.shape
-    assert torch.equal(back, torch.as_tensor(truth).to(torch.uint8))
-
-
-def test_a_prediction_at_another_spacing_returns_to_about_the_same_organs(tmp_path):
-    case = save_phantom(tmp_path, "LAS", (5.0, 5.0, 5.0))
-    (volume,) = prepare_all([case], PrepareSettings(spacing=(3.0, 3.0, 4.0)), tmp_path / "store", 1, progress=False)
-    prepared = torch.from_numpy(volume.read("label", (0, 0, 0), volume.entry.shape))
-    truth = load_label(case.label)
-    values = dice(to_grid(prepared, volume.entry.affine, truth), truth, len(LABELS))
-    assert min(values) > 0.85
-
-
-def test_dice_is_twice_the_overlap_over_the_sum():
-    truth = torch.zeros(1, 4, 4, 4)
-    truth[0, :2] = 1
-    prediction = torch.zeros(1, 4, 4, 4)
-    prediction[0, 1:3] = 1
-    prediction[0, 3] = 2
-    values = dice(prediction, truth, 4)
-    assert values[0] == pytest.approx(2 * 16 / (32 + 32))
-    assert math.isnan(values[1])
-    assert math.isnan(values[2])
+TINY = {"encoder_widths": (6, 6, 12, 12, 24), "encoder_depths": (1,) * 5, "expansions": (2,) * 5, "vit_depth": 1}
 
 
 def test_mean_dice_leaves_out_cases_without_the_organ():
@@ -61,25 +40,148 @@ def test_mean_dice_leaves_out_cases_without_the_organ():
     assert math.isnan(means["aorta"])
 
 
-class Brightness(torch.nn.Module):
-    """Class 1 where a voxel is bright: a network whose right answer is known."""
-
-    def forward(self, x):
-        return torch.cat([0.5 - x, x - 0.5], dim=1)
-
-
-def test_windows_cover_the_whole_volume(tmp_path):
-    case = save_phantom(tmp_path, "RAS", (6.0, 6.0, 6.0))
-    (volume,) = prepare_all([case], PrepareSettings(spacing=(6.0, 6.0, 6.0)), tmp_path / "store", 1, progress=False)
-    image = volume.read("image", (0, 0, 0), volume.entry.shape)
-    labels = segment(Brightness(), volume, torch.device("cpu"), (32, 32, 16), 0.5, 2)
-    sure = np.abs(image - 0.5) > 1e-4
-    assert np.array_equal(labels.numpy()[sure], (image > 0.5)[sure])
-
-
 def test_scores_of_best_and_last_live_side_by_side(tmp_path):
     write_scores(tmp_path, best=Scores(3, 0.5, {"liver": 0.5}, {"x": [0.5]}))
     write_scores(tmp_path, last=Scores(9, 0.4, {"liver": 0.4}, {"x": [0.4]}))
     assert read_scores(tmp_path) == {"best": {"liver": 0.5}, "last": {"liver": 0.4}}
     with pytest.raises(FileNotFoundError, match=r"dice\.json"):
         read_scores(tmp_path / "other")
+
+
+# Scoring
+
+
+class Levels(torch.nn.Module):
+    """The class whose level the voxel's brightness is nearest to: right wherever `write_case` wrote the image."""
+
+    def forward(self, x):
+        return torch.cat([-((x - (hu + 175) / 425).abs()) for hu in (-50, 80, 200)], dim=1)
+
+
+def write_case(folder, name, orientation="RAS", missing=0, truth_shift=0):
+    """A box of body (-50 HU) with two organs (80 and 200 HU), voxels of 2 x 2 x 3 mm."""
+    for part in ("imagesTr", "labelsTr"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    label = np.zeros((24, 22, 20), np.uint8)
+    label[6:14, 6:14, 6:14] = 1
+    label[16:20, 8:12, 4:16] = 2
+    image = np.full(label.shape, -1000, np.int16)
+    image[2:22, 2:20, 2:18] = -50
+    image[label == 1], image[label == 2] = 80, 200
+    if missing:
+        image[label == missing] = -50
+    label = np.roll(label, truth_shift, 0)
+    affine = np.diag([2.0, 2.0, 3.0, 1.0])
+    for part, array in (("imagesTr", image), ("labelsTr", label)):
+        turned = nibabel.Nifti1Image(array, affine).as_reoriented(
+            ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(orientation))
+        )
+        ending = "_0000.nii.gz" if part == "imagesTr" else ".nii.gz"
+        nibabel.save(turned, folder / part / f"{name}{ending}")
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """A data set of three cases in three orientations."""
+    folder = tmp_path / "Dataset001_Boxes"
+    write_case(folder, "good", "LPS")
+    write_case(folder, "shifted", "RAS", truth_shift=1)
+    write_case(folder, "missed", "SAL", missing=2)
+    (folder / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "liver": 1, "aorta": 2}}))
+    return folder
+
+
+NAMES = ["background", "liver", "aorta"]
+BOXES = FinetuneConfig(spacing=(2.0, 2.0, 3.0), roi_x=16, roi_y=16, roi_z=16, device="cpu", prepare_workers=1)
+
+
+def scored(folder, out, config=BOXES, **options):
+    cases, _ = find_labelled(folder)
+    volumes = prepare_all(cases, config, folder.parent / "store", 1, progress=False)
+    processes = find_processes("cpu")
+    return score_cases(Levels(), config, NAMES, volumes, cases, out, processes, weights="levels", **options)
+
+
+def test_scores_of_a_network_that_is_right_but_for_known_faults(labelled, tmp_path):
+    summary = scored(labelled, tmp_path / "scores", scoring=Scoring(tolerance=2.1))
+    assert (tmp_path / "scores" / "table.md").is_file()
+    with (tmp_path / "scores" / "cases.csv").open() as file:
+        rows = {(row["case"], row["organ"]): row for row in csv.DictReader(file)}
+    for organ in ("liver", "aorta"):
+        assert [rows["good", organ][k] for k in ("dice", "hd95_mm", "nsd")] == ["1.0", "0.0", "1.0"]
+    assert float(rows["shifted", "liver"]["dice"]) == pytest.approx(7 / 8)
+    assert float(rows["shifted", "liver"]["hd95_mm"]) == pytest.approx(2)
+    assert float(rows["shifted", "aorta"]["nsd"]) == pytest.approx(1)
+    assert [rows["missed", "aorta"][k] for k in ("dice", "hd95_mm", "nsd")] == ["0.0", "", "0.0"]
+    assert summary["organs"]["aorta"]["num_missed"] == 1
+    assert summary["organs"]["aorta"]["dice"] == pytest.approx((1 + 0.75 + 0) / 3)
+    assert summary["protocol"]["num_cases"] == 3
+    assert summary["protocol"]["window_size"] == [16, 16, 16]
+    assert summary["protocol"]["nsd_tolerance_mm"] == 2.1
+    pictures = sorted(path.name for path in (tmp_path / "scores").glob("*.png"))
+    assert pictures == ["best_good.png", "median_shifted.png", "worst_missed.png"]
+
+
+def test_flips_change_nothing_for_a_network_that_does_not_look_around(labelled, tmp_path):
+    plain = scored(labelled, tmp_path / "plain")
+    flipped = scored(labelled, tmp_path / "flipped", scoring=Scoring(flips=(0, 2), overlap=0.25))
+    assert plain["organs"] == flipped["organs"]
+    assert (flipped["protocol"]["flips"], flipped["protocol"]["overlap"]) == ([0, 2], 0.25)
+
+
+def test_flips_of_sides_need_their_pairs(labelled, tmp_path):
+    sided = ["background", "left kidney", "right kidney"]
+    with pytest.raises(ValueError, match="leave axis 0 out of flips"):
+        Scoring(flips=(0,)).windows(BOXES, sided)
+    pairs = replace(BOXES, left_right=("left kidney=right kidney",))
+    assert Scoring(flips=(0,)).windows(pairs, sided).swaps == ((1, 2),)
+    assert Scoring(flips=(1, 2)).windows(BOXES, sided).flips == (1, 2)
+    with pytest.raises(ValueError, match="flips takes axes"):
+        Scoring(flips=(3,)).windows(BOXES, NAMES)
+    with pytest.raises(ValueError, match="overlap must be"):
+        Scoring(overlap=1.0).windows(BOXES, NAMES)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """best.pth of an untrained network for the boxes."""
+    config = replace(BOXES, **TINY)
+    contents = {"model": network_of(config, 3).state_dict(), "config": as_plain(config), "classes": NAMES}
+    checkpoint.save(contents, tmp_path / "run" / "best.pth")
+    return tmp_path / "run"
+
+
+def test_a_folder_and_a_list_of_unseen_cases(labelled, weights, tmp_path):
+    options = {"device": "cpu", "store_dir": str(tmp_path / "store"), "prepare_workers": 1}
+    by_folder = evaluate(weights, labelled, tmp_path / "folder", **options)
+    assert by_folder["protocol"]["num_cases"] == 3
+    listed = datalist.build(labelled, labels=True)
+    parts = datalist.Datalist(listed.training[:2], listed.training[2:], listed.labels)
+    datalist.write(parts, tmp_path / "list.json")
+    by_list = evaluate(weights / "best.pth", tmp_path / "list.json", tmp_path / "list", **options)
+    assert by_list["organs"] == by_folder["organs"]
+    one = evaluate(weights, tmp_path / "list.json", tmp_path / "one", part="validation", **options)
+    assert one["protocol"]["num_cases"] == 1
+    assert list((tmp_path / "one").glob("best_*.png"))
+
+
+def test_data_that_do_not_fit_the_network(labelled, weights, tmp_path):
+    with pytest.raises(ValueError, match="is a folder, whose labelled cases are all scored"):
+        find_labelled(labelled, "validation")
+    content = {"labels": {"background": 0, "aorta": 1, "liver": 2}}
+    (labelled / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="the value 1 is 'aorta' there, but 'liver' for the network"):
+        evaluate(weights, labelled, tmp_path / "out", device="cpu")
+    (labelled / "dataset.json").unlink()
+    write_case(labelled, "more")
+    path = labelled / "labelsTr" / "more.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.full((24, 22, 20), 3, np.uint8), np.diag([2, 2, 3, 1])), path)
+    with pytest.raises(ValueError, match="more: its label holds the value 3"):
+        evaluate(weights, labelled, tmp_path / "out", device="cpu", store_dir=str(tmp_path / "s"), prepare_workers=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_class_names_are_compared_by_what_they_say():
+    check_classes(["background", "Left Kidney", "class_2"], {"background": 0, "left_kidney": 1, "liver": 2}, Path("x"))
+    with pytest.raises(ValueError, match="the value 3 is 'spleen' there, but 'none'"):
+        check_classes(["background", "liver", "aorta"], {"spleen": 3}, Path("x"))

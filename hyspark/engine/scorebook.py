@@ -1,0 +1,137 @@
+"""The scores of a set of cases as a folder: cases.csv (one row per case and organ), summary.json (means, with the
+protocol that they were measured by), table.md. Which cases are the best, the median and the worst, for pictures.
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hyspark.atomic import write_whole
+from hyspark.engine.metrics import METRICS, OrganScores
+
+Cases = Mapping[str, Sequence[OrganScores]]
+"""Name of a case -> scores of its organs, in the order of the classes, without background."""
+COLUMNS = ("case", "organ", *METRICS, "truth_voxels", "predicted_voxels")
+COUNTS = ("num_cases", "num_missed", "num_absent", "num_absent_predicted")
+HEADINGS = ("organ", "Dice", "HD95 (mm)", "NSD", "cases", "missed", "absent", "absent, yet predicted")
+MEAN = "over organs of the mean over the cases that hold the organ"
+
+
+def summarise(cases: Cases, organs: Sequence[str], protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """What summary.json holds: {"protocol": ..., "organs": {name: see `summary_of`}, "mean": {metric: ...}}; None where
+    a value is undefined.
+
+    protocol: how the scores were measured, in plain values; the number of cases and the meaning of the mean are added.
+    """
+    protocol = {**protocol, "mean": MEAN, "background": "excluded", "num_cases": len(cases)}
+    by_organ = {organ: summary_of([rows[i] for rows in cases.values()]) for i, organ in enumerate(organs)}
+    mean = {metric: mean_of([row[metric] for row in by_organ.values()]) for metric in METRICS}
+    summary: dict[str, Any] = without_nan({"protocol": protocol, "organs": by_organ, "mean": mean})
+    return summary
+
+
+def write_folder(folder: Path, cases: Cases, organs: Sequence[str], protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """Write cases.csv, summary.json and table.md; returns the summary (see `summarise`)."""
+    summary = summarise(cases, organs, protocol)
+    write_whole(folder / "cases.csv", csv_text(cases, organs).encode())
+    write_whole(folder / "summary.json", (json.dumps(summary, indent=1, allow_nan=False) + "\n").encode())
+    write_whole(folder / "table.md", markdown(summary).encode())
+    return summary
+
+
+def summary_of(rows: Sequence[OrganScores]) -> dict[str, float]:
+    """One organ over cases: means over those where a score is defined (NaN: none), and counts.
+
+    num_cases: cases that hold the organ; num_missed: of these, without a voxel of it predicted; num_absent: cases
+    without it; num_absent_predicted: of these, with voxels of it predicted all the same.
+    """
+    present = [row for row in rows if row.truth_voxels]
+    absent = [row for row in rows if not row.truth_voxels]
+    means = {metric: mean_of([getattr(row, metric) for row in present]) for metric in METRICS}
+    return means | {
+        "num_cases": len(present),
+        "num_missed": sum(not row.predicted_voxels for row in present),
+        "num_absent": len(absent),
+        "num_absent_predicted": sum(row.predicted_voxels > 0 for row in absent),
+    }
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """Mean of the values that are not NaN; NaN where there is none."""
+    held = [value for value in values if not math.isnan(value)]
+    return float(np.mean(held)) if held else math.nan
+
+
+def without_nan(value: Any) -> Any:
+    """Nested dictionaries, as JSON can hold them: None in place of NaN."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def csv_text(cases: Cases, organs: Sequence[str]) -> str:
+    """One row per case and organ; a field is empty where the score is undefined."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for name, rows in cases.items():
+        for organ, row in zip(organs, rows, strict=True):
+            values = asdict(row).values()
+            writer.writerow([name, organ, *("" if isinstance(v, float) and math.isnan(v) else v for v in values)])
+    return text.getvalue()
+
+
+def table_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """The cells of the table of a summary: a heading, a row per organ, the mean."""
+    rows = [list(HEADINGS)]
+    for organ, row in summary["organs"].items():
+        rows.append([organ, *numbers(row), *(str(row[count]) for count in COUNTS)])
+    return [*rows, ["mean", *numbers(summary["mean"]), *("" for _ in COUNTS)]]
+
+
+def numbers(row: Mapping[str, float | None]) -> list[str]:
+    """Dice and surface Dice to three digits, HD95 to a tenth of a mm; "-" where undefined."""
+    formats = dict(zip(METRICS, ("{:.3f}", "{:.1f}", "{:.3f}"), strict=True))
+    return ["-" if row[metric] is None else formats[metric].format(row[metric]) for metric in METRICS]
+
+
+def protocol_text(protocol: Mapping[str, Any]) -> str:
+    """The protocol in one line."""
+    return "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in protocol.items())
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """The table of a summary, and the protocol below it."""
+    heading, *rows = [[cell.replace("|", "\\|") for cell in row] for row in table_rows(summary)]
+    rows[-1] = [f"**{cell}**" if cell else "" for cell in rows[-1]]
+    ruler = [":--", *("--:" for _ in heading[1:])]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in [heading, ruler, *rows])
+    return f"{table}\n\nProtocol: {protocol_text(summary['protocol'])}.\n"
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What summary.json of a scores folder holds; raises FileNotFoundError where there is none."""
+    path = folder / "summary.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no scores (summary.json); were its cases scored?")
+    summary: dict[str, Any] = json.loads(path.read_text())
+    return summary
+
+
+def best_median_worst(cases: Cases) -> dict[str, str]:
+    """Which case is the best, the median and the worst by mean Dice; fewer where there are fewer cases with a score."""
+    means = {name: mean_of([row.dice for row in rows]) for name, rows in cases.items()}
+    ranked = sorted((name for name in means if not math.isnan(means[name])), key=lambda name: -means[name])
+    places = {"best": 0, "worst": len(ranked) - 1, "median": (len(ranked) - 1) // 2}
+    chosen: dict[str, str] = {}
+    for title, place in places.items():
+        if ranked and ranked[place] not in chosen.values():
+            chosen[title] = ranked[place]
+    return chosen
