@@ -83,6 +83,11 @@ def page(numbers: Mapping[str, Any]) -> str:
     parts += ["## Surfaces, and organs not found", table(surface_rows(numbers))]
     parts += ["## Budgets and times", table(budget_rows(numbers))]
     parts += ["Minutes are those of the training steps; preparing data, validation and scoring come on top."]
+    if len({tuple(cell["steps"]) for cell in numbers["cells"] if cell["steps"]}) > 1:
+        parts += [
+            "The budget is not the same in all rows: more labelled cases make longer epochs. With one number of labels, "
+            "all starts have the same; for the same with all numbers, set --steps_per_epoch."
+        ]
     parts += ["## Protocol", bullets({k: "; ".join(map(str, v)) for k, v in numbers["protocol"].items()})]
     parts += ["Starts:", bullets({k: start_text(numbers, k) for k in numbers["starts"]})]
     parts += ["Recipe of all runs, where it is not the default:", bullets(numbers["recipe"])]

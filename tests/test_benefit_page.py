@@ -71,6 +71,12 @@ def test_organs_surfaces_budgets_and_protocol(numbers):
     assert "- max_epochs: 4" in text
 
 
+def test_budgets_that_differ_are_pointed_out(numbers):
+    assert "not the same in all rows" not in page(numbers)
+    cells = [cell | {"steps": [2 * cell["num_labelled"]]} for cell in numbers["cells"]]
+    assert "not the same in all rows" in page(numbers | {"cells": cells})
+
+
 def test_published_figures_come_last_and_are_marked(numbers):
     before, after = page(numbers).split("## Published elsewhere: not comparable")
     for what, figures, source in PUBLISHED:

@@ -33,7 +33,7 @@ def commands():
 
 def test_the_pages_show_commands():
     verbs = {verb for verb, _ in commands()}
-    assert {"datalist", "pretrain", "finetune", "weights"} <= verbs
+    assert {"datalist", "pretrain", "finetune", "weights", "benefit"} <= verbs
 
 
 @pytest.mark.parametrize(("verb", "argv"), commands())
@@ -43,6 +43,9 @@ def test_every_command_shown_has_flags_that_exist(verb, argv, monkeypatch):
         cli.read_config(PretrainConfig, verb, argv)
     elif verb == "finetune":
         cli.read_config(FinetuneConfig, verb, argv)
+    elif verb == "benefit":
+        args = cli.BenefitArguments(allow_abbrev=False).parse_args(argv, known_only=True)
+        cli.read_config(FinetuneConfig, verb, args.extra_args)
     elif verb == "datalist":
         cli.parse(cli.DatalistArguments(allow_abbrev=False), argv)
     else:

@@ -59,7 +59,8 @@ class PlannedRun:
         """Settings of its folder that differ from those wanted now."""
         old = FinetuneConfig(**read_yaml(self.config.run_folder / "config.yaml", FinetuneConfig))
         fixed = [(name, getattr(old, name), getattr(self.config, name)) for name in FIXED]
-        return differences(as_plain(old), self.config) + [f"{n}: was {a}, is {b}" for n, a, b in fixed if a != b]
+        found = differences(as_plain(old), self.config) + [f"{n}: was {a}, is {b}" for n, a, b in fixed if a != b]
+        return list(dict.fromkeys(found))
 
 
 def benefit(
