@@ -85,7 +85,7 @@ def page(numbers: Mapping[str, Any]) -> str:
     parts += ["Minutes are those of the training steps; preparing data, validation and scoring come on top."]
     if len({tuple(cell["steps"]) for cell in numbers["cells"] if cell["steps"]}) > 1:
         parts += [
-            "The budget is not the same in all rows: more labelled cases make longer epochs. With one number of labels, "
+            "The budget is not the same in all rows: more labelled cases make longer epochs. With one number of labels "
             "all starts have the same; for the same with all numbers, set --steps_per_epoch."
         ]
     parts += ["## Protocol", bullets({k: "; ".join(map(str, v)) for k, v in numbers["protocol"].items()})]
