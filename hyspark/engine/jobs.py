@@ -51,7 +51,7 @@ def run_jobs(jobs: Sequence[Job], num_at_once: int, after_each: Callable[[], Non
     """
     waiting, slots, failed = list(jobs), list(range(num_at_once)), []
     running: dict[int, Running] = {}
-    gpus = visible_gpus()
+    gpus, now = visible_gpus(), ""
     with ends_on_signals(), tqdm(total=len(jobs), desc="runs", unit="run") as bar:
         try:
             while waiting or running:
@@ -68,7 +68,8 @@ def run_jobs(jobs: Sequence[Job], num_at_once: int, after_each: Callable[[], Non
                     else:
                         failed.append(ended.job.name)
                         bar.write(failure(ended))
-                bar.set_postfix_str(state(running.values(), len(failed)))
+                shown, now = now, state(running.values(), len(failed))
+                bar.set_postfix_str(now, refresh=now != shown)
                 time.sleep(LOOK_EVERY if running else 0)
         finally:
             stop(list(running.values()))
