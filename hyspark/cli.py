@@ -10,87 +10,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from tap import Tap, to_tap_class
+from tap import to_tap_class
 
 from hyspark.config import FinetuneConfig, PretrainConfig, nearest
+from hyspark.flags import (
+    BenefitArguments,
+    CompareArguments,
+    DatalistArguments,
+    EvaluateArguments,
+    ExportArguments,
+    PhantomArguments,
+    PredictArguments,
+    WeightsArguments,
+)
 from hyspark.recipes import ConfigT, field_help, read_yaml
-
-
-class DatalistArguments(Tap):
-    """Write dataset.json for every Dataset*/imagesTr below a folder."""
-
-    data_path: str = "data"  # Folder with nnU-Net data sets (DatasetXXX_Name/imagesTr), or one of them
-    output: str = ""  # Where to write; by default <data_path>/dataset.json
-    labels: bool = False  # Labelled cases only, each with its label, for fine-tuning
-    splits: str = ""  # A splits.json, or auto: each data set's own splits.json, else a seeded split by subject
-    val_fraction: float = 0.2  # Share of subjects in the validation part of a seeded split
-    seed: int = 0  # Seed of the split
-    channel: str = "0000"  # Which channel's files to list
-    organize_from: str = ""  # First link the NIfTI files below this folder into --organize_to
-    organize_to: str = ""  # nnU-Net data set folder to make, e.g. data/Dataset042_Mine
-    copy: bool = False  # Copy files instead of linking them
-
-
-class WeightsArguments(Tap):
-    """Load weights into the segmentation network and print what matched."""
-
-    path: str  # A .pth, .pt or .safetensors file
-    in_channel: int = 1  # Input channels
-    n_classes: int = 14  # Classes, background included
-    img_size: tuple[int, ...] = (96,)  # Crop size, one number or one per axis
-    encoder_widths: tuple[int, ...] = PretrainConfig.encoder_widths  # Channels of the five stages
-    encoder_depths: tuple[int, ...] = PretrainConfig.encoder_depths  # Blocks in the five stages
-    expansions: tuple[int, ...] = PretrainConfig.expansions  # Expansion in the five stages
-    vit_depth: int = PretrainConfig.vit_depth  # Transformer blocks
-    num_heads: int = PretrainConfig.num_heads  # Attention heads
-
-    def configure(self) -> None:
-        self.add_argument("path")
-
-
-class ExportArguments(Tap):
-    """Write the encoder of a checkpoint as one small .safetensors file, to hand on."""
-
-    source: str  # A pre-training checkpoint or encoder file, or a fine-tuned network
-    out: str  # The .safetensors file to write
-    precision: Literal["fp16", "fp32"] = "fp16"  # Number format in the file
-
-    def configure(self) -> None:
-        self.add_argument("source")
-        self.add_argument("out")
-
-
-class PhantomArguments(Tap):
-    """Write procedural labelled and unlabelled CTs in nnU-Net layout, to try things with."""
-
-    out: str = "data/demo"  # Folder to write to
-    num_labelled: int = 6  # Cases with labels
-    num_unlabelled: int = 12  # Cases without
-    seed: int = 0  # Seed of the anatomy
-
-
-class CompareArguments(Tap):
-    """Print the Dice of fine-tuning runs side by side."""
-
-    folders: list[str]  # Run folders
-
-    def configure(self) -> None:
-        self.add_argument("folders", nargs="+")
-
-
-class BenefitArguments(Tap):
-    """Does pre-training pay? Fine-tune from several starts with the same seeds, cases and budget, and report what
-    differs. Flags of `hyspark finetune` (--config, --data_dir, --max_steps, ...) go to all runs.
-    """
-
-    out: str  # Folder of the runs and the report; the same command on it continues
-    starts: list[str]  # NAME=FILE, or NAME=none for one from scratch; the others are compared with the first
-    num_labelled: list[int]  # Numbers of labelled training cases
-    seeds: tuple[int, ...] = (0, 1, 2)  # Seeds; each draws its labelled cases, batches and fresh weights
-    jobs: int = 1  # Runs side by side
-    plan: bool = False  # Print the runs and which are finished; run nothing
 
 
 def datalist(argv: Sequence[str]) -> None:
@@ -193,6 +128,47 @@ def compare(argv: Sequence[str]) -> None:
         print(f"{titles[folder]}: report {folder / 'report.html'}, pictures {folder / 'pictures'}")
 
 
+def evaluate(argv: Sequence[str]) -> None:
+    """Score a fine-tuned network on labelled cases."""
+    args = parse(EvaluateArguments(prog="hyspark evaluate", allow_abbrev=False), argv)
+    from hyspark.engine import evaluate as engine
+    from hyspark.engine.scorebook import text_table
+
+    summary = engine.evaluate(
+        Path(args.weights),
+        Path(args.data),
+        Path(args.out),
+        part=args.part,
+        scoring=engine.Scoring(args.overlap, args.flips, args.largest_component, args.tolerance),
+        device=args.device,
+        store_dir=args.store_dir,
+        prepare_workers=args.prepare_workers,
+    )
+    print(text_table(summary))
+    print(f"scores of each case, table, protocol and pictures: {args.out}")
+
+
+def predict(argv: Sequence[str]) -> None:
+    """Write label maps for volumes."""
+    args = parse(PredictArguments(prog="hyspark predict", allow_abbrev=False), argv)
+    from hyspark.engine import predict as engine
+    from hyspark.engine.evaluate import Scoring
+
+    failures = engine.predict(
+        Path(args.weights),
+        [Path(path) for path in args.inputs],
+        Path(args.out),
+        scoring=Scoring(args.overlap, args.flips, args.largest_component),
+        device=args.device,
+        num_workers=args.prepare_workers,
+        overwrite=args.overwrite,
+    )
+    for why in failures.values():
+        print(f"not predicted: {why}", file=sys.stderr)
+    if failures:
+        sys.exit(1)
+
+
 def benefit(argv: Sequence[str]) -> None:
     """Fine-tune from several starts at several numbers of labels, and report what pre-training gives."""
     parser = BenefitArguments(prog="hyspark benefit", allow_abbrev=False)
@@ -225,6 +201,8 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "weights": weights,
     "export": export,
     "phantom": phantom,
+    "evaluate": evaluate,
+    "predict": predict,
     "compare": compare,
     "benefit": benefit,
 }

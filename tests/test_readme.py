@@ -33,7 +33,7 @@ def commands():
 
 def test_the_pages_show_commands():
     verbs = {verb for verb, _ in commands()}
-    assert {"datalist", "pretrain", "finetune", "weights", "benefit"} <= verbs
+    assert {"datalist", "pretrain", "finetune", "weights", "evaluate", "predict", "benefit"} <= verbs
 
 
 @pytest.mark.parametrize(("verb", "argv"), commands())
@@ -46,10 +46,14 @@ def test_every_command_shown_has_flags_that_exist(verb, argv, monkeypatch):
     elif verb == "benefit":
         args = cli.BenefitArguments(allow_abbrev=False).parse_args(argv, known_only=True)
         cli.read_config(FinetuneConfig, verb, args.extra_args)
-    elif verb == "datalist":
-        cli.parse(cli.DatalistArguments(allow_abbrev=False), argv)
     else:
-        cli.parse(cli.WeightsArguments(allow_abbrev=False), argv)
+        arguments = {
+            "datalist": cli.DatalistArguments,
+            "weights": cli.WeightsArguments,
+            "evaluate": cli.EvaluateArguments,
+            "predict": cli.PredictArguments,
+        }
+        cli.parse(arguments[verb](allow_abbrev=False), argv)
 
 
 def test_the_python_shown_runs(capsys):

@@ -30,6 +30,8 @@ from hyspark.data.resample import region_above, whole_grid
 from hyspark.data.settings import PrepareSettings
 from hyspark.data.store import StoredVolume, entry_folder, is_complete, steps_of, write_entry
 
+UNPREPARABLE = (ValueError, RuntimeError, OSError, EOFError)
+"""What preparing a broken file raises."""
 MAX_LISTED = 20
 """Broken cases named in full in one error message."""
 
@@ -110,12 +112,16 @@ def prepare_into(case: Case, settings: PrepareSettings, folder: Path) -> str | N
     try:
         prepared = prepare_case(case, settings)
         write_entry(folder, source=str(case.image), steps=steps_of(settings), **prepared)
-    except (ValueError, RuntimeError, OSError, EOFError) as error:
-        cause: BaseException = error
-        while isinstance(cause, RuntimeError) and cause.__cause__:  # MONAI's own message does not hold the reason
-            cause = cause.__cause__
-        return f"{case.image}: {str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__}"
+    except UNPREPARABLE as error:
+        return f"{case.image}: {reason(error)}"
     return None
+
+
+def reason(error: BaseException) -> str:
+    """Why a case cannot be prepared, in one line."""
+    while isinstance(error, RuntimeError) and error.__cause__:  # MONAI's own message does not hold the reason
+        error = error.__cause__
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def prepare_all(

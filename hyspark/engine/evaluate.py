@@ -43,6 +43,10 @@ class Scoring:
     largest_component: bool = False
     tolerance: float = TOLERANCE
 
+    def __post_init__(self) -> None:
+        if not 0 < self.tolerance < np.inf:
+            raise ValueError(f"tolerance must be above 0 mm, but it is {self.tolerance}")
+
     def windows(self, config: FinetuneConfig, names: Sequence[str]) -> Windows:
         """The windows for a network with these settings and classes; raises ValueError for what does not fit it."""
         overlap = config.infer_overlap if self.overlap is None else self.overlap

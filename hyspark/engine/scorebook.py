@@ -102,6 +102,14 @@ def numbers(row: Mapping[str, float | None]) -> list[str]:
     return ["-" if row[metric] is None else formats[metric].format(row[metric]) for metric in METRICS]
 
 
+def text_table(summary: Mapping[str, Any]) -> str:
+    """The table of a summary as aligned text, with the protocol below it."""
+    rows = table_rows(summary)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "\n".join(["  ".join(row).rstrip() for row in cells]) + f"\n\n{protocol_text(summary['protocol'])}"
+
+
 def protocol_text(protocol: Mapping[str, Any]) -> str:
     """The protocol in one line."""
     return "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in protocol.items())
