@@ -108,12 +108,22 @@ class PretrainConfig(RunSettings, PrepareSettings, EncoderSettings):
     """Probability of a flip on each axis."""
     picture_every: int = 5
     """Epochs between reconstruction pictures; 0 makes them after the last epoch only."""
+    probe_data: str = ""
+    """Labelled data (an nnU-Net data set folder, or a decathlon JSON) that the features are tried on while they are
+    learned: Dice of a linear classifier of voxels. Only training cases of it are used; empty for none.
+    """
+    probe_every: int = 1
+    """Epochs between such probes; one is always taken before the first step and after the last."""
+    probe_cases: int = 8
+    """Labelled volumes of the probe: half of them fit the classifier, the others score it."""
 
     def __post_init__(self) -> None:
         check_run(self)
         check_encoder(self)
-        positive(self, "bs", "ep", "crops_per_volume", "decoder_width")
+        positive(self, "bs", "ep", "crops_per_volume", "decoder_width", "probe_every")
         not_negative(self, "wp_ep", "wd", "wde", "clip", "picture_every")
+        if self.probe_cases < 2:
+            raise ValueError(f"probe_cases is at least 2, to fit on one and score on another; it is {self.probe_cases}")
         between(self, "val_fraction", 0, 1)
         if len(self.input_size) not in (1, 3):
             raise ValueError(f"input_size takes one number or three, but got {list(self.input_size)}")

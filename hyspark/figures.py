@@ -33,11 +33,13 @@ MAX_POINTS = 2000  # of a curve; more cannot be seen
 
 CURVES = {
     "Loss": ["loss", "val_loss"],
+    "Probe Dice": ["probe_dice"],
     "Learning rate": ["lr", "wd"],
     "Gradient norm": ["grad_norm"],
     "Samples per second": ["samples_per_second"],
     "Dice": ["dice_mean"],
 }
+ORGANS = {"Dice": "dice.", "Probe Dice": "probe."}  # panels that also show organs, by the beginning of their names
 
 
 def reconstruction_panel(
@@ -134,14 +136,15 @@ def segmentation_panel(
 
 
 def curves_figure(curves: Mapping[str, Curve], *, dark: bool) -> Figure | None:
-    """Loss, learning rate, gradient norm, speed and Dice over the step; None when none was measured.
+    """Loss, probe, learning rate, gradient norm, speed and Dice over the step; None when none was measured.
 
-    `curves`: metric -> steps and values; the Dice of an organ is named "dice.ORGAN". `dark`: for a dark page.
+    `curves`: metric -> steps and values; the Dice of an organ is named "dice.ORGAN", that of the probe "probe.ORGAN".
+    `dark`: for a dark page.
     """
-    organs = [key for key in curves if key.startswith("dice.")]
     panels = []
     for title, keys in CURVES.items():
-        shown = {key: curves[key] for key in (keys + organs if title == "Dice" else keys) if key in curves}
+        organs = [key for key in curves if title in ORGANS and key.startswith(ORGANS[title])]
+        shown = {key: curves[key] for key in [*keys, *organs] if key in curves}
         if shown:
             panels.append((title, shown))
     if not panels:
@@ -250,10 +253,10 @@ def draw_curves(axes: Axes, title: str, curves: Mapping[str, Curve], ink: str) -
         dot = "." if len(steps) == 1 else None
         if key == "val_loss":
             axes.plot(steps, values, "o", ms=4, mew=0, color=colour, label="validation", zorder=3)
-        elif key == "dice_mean":
+        elif key in ("dice_mean", "probe_dice"):
             axes.plot(steps, values, ".-", lw=2.2, color=ink, label="mean", zorder=3)
-        elif key.startswith("dice."):
-            axes.plot(steps, values, ".-", lw=0.9, ms=3, color=colour, label=key.removeprefix("dice."))
+        elif title in ORGANS:
+            axes.plot(steps, values, ".-", lw=0.9, ms=3, color=colour, label=key.removeprefix(ORGANS[title]))
         elif key == "lr":
             axes.plot(steps, values, marker=dot, color=colour, label="learning rate (left)")
         elif key == "wd":
@@ -275,9 +278,9 @@ def draw_curves(axes: Axes, title: str, curves: Mapping[str, Curve], ink: str) -
         axes.legend(
             handles=lines,
             # Dice has many names: beside the axes; the others go above, opposite the title
-            loc="upper left" if title == "Dice" else "lower right",
-            bbox_to_anchor=(1, 1) if title == "Dice" else (1, 0.98),
-            ncols=1 + len(curves) // 12 if title == "Dice" else 2,
+            loc="upper left" if title in ORGANS else "lower right",
+            bbox_to_anchor=(1, 1) if title in ORGANS else (1, 0.98),
+            ncols=1 + len(curves) // 12 if title in ORGANS else 2,
             fontsize=7,
             labelcolor=ink,
             frameon=False,

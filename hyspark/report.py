@@ -168,10 +168,14 @@ def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def measured_curves(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
-    """Of each metric that is drawn and was measured, steps and values; the Dice of an organ is "dice.ORGAN"."""
+    """Of each metric that is drawn and was measured, steps and values; the Dice of an organ is "dice.ORGAN", that of
+    the probe "probe.ORGAN".
+    """
     entries = [flat(line) for line in metrics]
     drawn = {key for keys in CURVES.values() for key in keys}
-    keys = dict.fromkeys(key for entry in entries for key in entry if key in drawn or key.startswith("dice."))
+    keys = dict.fromkeys(
+        key for entry in entries for key in entry if key in drawn or key.startswith(("dice.", "probe."))
+    )
     curves = {key: series(entries, key) for key in keys}
     return {key: curve for key, curve in curves.items() if curve[0].size}
 

@@ -181,6 +181,17 @@ def test_curves_show_what_was_measured_and_nothing_else(run_folder):
     assert curve_titles([{"step": 0, "epoch": 0}], dark=False) is None
 
 
+def test_the_probe_stands_beside_the_loss_with_its_organs_and_its_start():
+    lines = [{"step": s, "epoch": 0, "probe_dice": 0.4, "probe": {"liver": 0.3, "aorta": 0.5}} for s in (-1, 4)]
+    curves = report.measured_curves([*lines, {"step": 0, "epoch": 0, "loss": 1.0, "lr": 0.1}])
+    assert curves["probe_dice"][0].tolist() == [-1, 4]
+    figure = figures.curves_figure(curves, dark=False)
+    loss, probe, rate = figure.axes
+    assert [axes.get_title(loc="left") for axes in (loss, probe, rate)] == ["Loss", "Probe Dice", "Learning rate"]
+    assert [text.get_text() for text in probe.get_legend().get_texts()] == ["mean", "liver", "aorta"]
+    assert [line.get_label() for line in loss.lines + rate.lines if line.get_label() in ("liver", "aorta")] == []
+
+
 def test_environment_names_the_versions():
     found = report.environment()
     assert found["numpy"] == np.__version__

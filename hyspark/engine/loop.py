@@ -6,7 +6,7 @@ that makes a run resumable lies here: step t sees batch t, rates t, and the stat
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -117,8 +117,10 @@ def start_run(
     return Run(config, data, processes, model, optimizer, scaler, steps_per_epoch, total_steps, first_step)
 
 
-def train(run: Run, task: Task) -> None:
+def train(run: Run, task: Task, before: Callable[[RunLog | None], None] | None = None) -> None:
     """Do the steps from `run.first_step` to `run.last_step`.
+
+    before: called once, before the first of them; the log is None on other processes than the main one.
 
     Raises FloatingPointError, with the weights as the step before left them, where a loss or gradient is not finite.
     """
@@ -126,6 +128,8 @@ def train(run: Run, task: Task) -> None:
         stack.enter_context(logging_redirect_tqdm())  # log lines above the bar, not in it
         bar = stack.enter_context(progress_bar(run))
         log = stack.enter_context(closing(RunLog(run.config, run.first_step))) if run.processes.is_main else None
+        if before:
+            before(log)
         take_steps(run, task, log, bar)
 
 

@@ -24,6 +24,7 @@ from hyspark.engine import checkpoint, distributed, optim
 from hyspark.engine.distributed import LOG, Processes
 from hyspark.engine.loop import Run, start_run, train
 from hyspark.engine.planner import count_flops, crops_per_process, plan_text
+from hyspark.engine.probe import Probe, find_probe_cases, make_probe, take_probe
 from hyspark.engine.run import RunLog, data_text, prepared, saved_state, settings_text, store_folder
 from hyspark.engine.storage import survey
 from hyspark.engine.trial import try_steps
@@ -59,6 +60,7 @@ def pretrain(config: PretrainConfig) -> Path:
     processes = distributed.find_processes(config.device)
     share = Share(config.bs, processes.rank, processes.world_size)
     cases = find_cases(config)
+    probe_cases = find_probe_cases(Path(config.probe_data), config.probe_cases) if config.probe_data else None
     data = data_text(*cases)
     model = build(config)
     LOG.info("%s", describe(config, processes, model, *cases))
@@ -69,13 +71,14 @@ def pretrain(config: PretrainConfig) -> Path:
         if processes.is_main:
             LOG.info("%s", plan(config, processes, model, *cases, first_step=state["step"] if state else 0))
         return config.run_folder
-    task = Pretraining(config, share, *prepared(config, processes, Path(config.data_path), *cases))
+    volumes = prepared(config, processes, Path(config.data_path), *cases)
+    task = Pretraining(config, share, *volumes, make_probe(config, processes, probe_cases) if probe_cases else None)
     with distributed.connected(processes):
         run = start_run(config, data, processes, model, steps_per_epoch(config, cases[0]), config.ep, state)
         if run.first_step >= run.last_step:
             LOG.info("nothing to do: %s has done %d steps", config.run_folder, run.first_step)
             return config.run_folder
-        train(run, task)
+        train(run, task, before=partial(task.probe_fresh, run))
     if processes.is_main:
         LOG.info("encoder  %s", encoder_file(config))
         LOG.info("report   %s", task.write_report(run))
@@ -112,12 +115,14 @@ def describe(
 ) -> str:
     """The run in a few lines, for the terminal."""
     steps = steps_per_epoch(config, training)
+    probe = f"{config.probe_cases} labelled volumes of {config.probe_data}, epochs between probes: {config.probe_every}"
     return settings_text(
         config,
         processes,
         data=f"{len(training)} training and {len(validation)} validation volumes from {config.data_path}",
         model=f"{config.model}, {num_parameters(model)} parameters, crops of {' x '.join(map(str, config.crop_size))}",
         steps=f"{config.ep} epochs of {steps}, {config.bs * config.crops_per_volume} crops each",
+        probe=probe if config.probe_data else "none",
     )
 
 
@@ -173,12 +178,13 @@ def build(config: PretrainConfig) -> HySparK:
 
 @dataclass(frozen=True)
 class Pretraining:
-    """The task for the loop."""
+    """The task for the loop. probe: None where there is none, and on other processes than the main one."""
 
     config: PretrainConfig
     share: Share
     training: Sequence[StoredVolume]
     validation: Sequence[StoredVolume]
+    probe: Probe | None = None
 
     @property
     def batches(self) -> PretrainBatches:
@@ -219,15 +225,18 @@ class Pretraining:
         return done % run.steps_per_epoch == 0
 
     def review(self, run: Run, log: RunLog | None, step: int, epoch: int) -> None:
-        """Validation loss, and pictures where they are due."""
+        """Validation loss; the probe, and pictures with the report, where they are due."""
         val_loss = self.validate(run)
         if log is None:
             return
         if val_loss is not None:
             log.write(step, epoch, val_loss=val_loss)
             LOG.info("epoch %d: validation loss %.4f after %d steps", epoch, val_loss, step + 1)
+        is_last = step + 1 == run.last_step
+        if self.probe and (epoch % self.config.probe_every == 0 or is_last):
+            take_probe(run.network.encoder, self.probe, log, step, epoch)
         every = self.config.picture_every
-        if (every and epoch % every == 0) or step + 1 == run.last_step:
+        if (every and epoch % every == 0) or is_last:
             self.draw_pictures(run, log, step, epoch)
             self.write_report(run)
 
@@ -248,6 +257,11 @@ class Pretraining:
                 losses.append(run.network(volumes, visible).loss.item())
         everyone = distributed.gather(losses, processes)
         return math.fsum(everyone) / len(everyone)
+
+    def probe_fresh(self, run: Run, log: RunLog | None) -> None:
+        """The probe of the weights that the first step finds: what later ones are to be compared with."""
+        if self.probe and log and run.first_step == 0:
+            take_probe(run.network.encoder, self.probe, log, step=-1, epoch=0)
 
     def fixed_crops(self, volumes: Sequence[StoredVolume]) -> ValidationCrops:
         """The same crops and masks in every epoch."""

@@ -18,6 +18,7 @@ run does, so a run with and without it is the same.
 """
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hyspark.config import PretrainConfig
 from hyspark.data import datalist
 from hyspark.data.cases import Case
 from hyspark.data.crops import place
 from hyspark.data.splits import split_by_subject
 from hyspark.data.store import StoredVolume
+from hyspark.engine.distributed import LOG, Processes
+from hyspark.engine.run import RunLog, prepared
 from hyspark.models.encoder import HybridEncoder
 
 CROPS_PER_VOLUME = 2
@@ -99,6 +103,16 @@ def find_probe_cases(path: Path, num_cases: int) -> ProbeCases:
     return ProbeCases(fit, score, {value: name for name, value in (listed.labels or {}).items()})
 
 
+def make_probe(config: PretrainConfig, processes: Processes, cases: ProbeCases) -> Probe | None:
+    """The probe of a run, prepared by the run's settings; None on other processes than the main one, which do not
+    probe. Raises what preparation and `cut_probe` raise.
+    """
+    if not processes.is_main:
+        return None
+    fit, score = prepared(config, processes, Path(config.probe_data), cases.fit, cases.score)
+    return cut_probe(fit, score, cases.names, config.crop_size)
+
+
 def cut_probe(
     fit: Sequence[StoredVolume], score: Sequence[StoredVolume], names: dict[int, str], crop_size: Sequence[int]
 ) -> Probe:
@@ -151,6 +165,15 @@ def probe_crop(image: np.ndarray, label: np.ndarray) -> ProbeCrop:
         found = np.flatnonzero(label == number)
         voxels.append(rng.choice(found, min(VOXELS_PER_CLASS, len(found)), replace=False))
     return ProbeCrop(torch.from_numpy(image)[None], torch.from_numpy(label), torch.from_numpy(np.concatenate(voxels)))
+
+
+def take_probe(encoder: HybridEncoder, probe: Probe, log: RunLog, step: int, epoch: int) -> None:
+    """Probe the encoder as step `step` left it, and write what came out."""
+    clock = time.perf_counter()
+    dice = probe_encoder(encoder, probe)
+    log.write(step, epoch, probe_dice=mean(dice), probe=dice)
+    seconds = time.perf_counter() - clock
+    LOG.info("epoch %d: probe Dice %.4f after %d steps (%.1f s)", epoch, mean(dice), step + 1, seconds)
 
 
 @torch.no_grad()

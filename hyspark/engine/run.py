@@ -105,8 +105,10 @@ class RunLog:
 
 
 def keeps(line: str, first_step: int) -> bool:
-    """Whether a line of metrics is whole and from before `first_step`."""
+    """Whether a line of metrics is whole and from before `first_step`. What was measured before all steps has the step
+    -1 and is made again with step 0.
+    """
     try:
-        return bool(json.loads(line)["step"] < first_step)
+        return bool(max(json.loads(line)["step"], 0) < first_step)
     except (ValueError, KeyError, TypeError):
         return False

@@ -1,6 +1,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ import hyspark
 from hyspark.data import datalist
 from hyspark.engine import loop
 from hyspark.engine.distributed import Processes
-from hyspark.engine.pretrain import Pretraining, encoder_file, find_cases, pretrain, training_file
+from hyspark.engine.pretrain import Pretraining, build, encoder_file, find_cases, pretrain, training_file
+from hyspark.engine.probe import find_probe_cases, make_probe, probe_encoder
 from hyspark.engine.run import keeps
 
 
@@ -178,4 +180,73 @@ def test_no_data_list_says_how_to_make_one(pretraining, tmp_path):
 def test_torn_metrics_lines_are_dropped():
     assert keeps('{"step": 1}', 2)
     assert not keeps('{"step": 2}', 2)
+    assert keeps('{"step": -1}', 2)
+    assert not keeps('{"step": -1}', 0)
     assert not keeps('{"step": 1, "lo', 2)
+
+
+@pytest.fixture
+def probing(pretraining, phantoms):
+    """The pre-training of these tests with a probe on two labelled phantoms."""
+    labelled = str(phantoms / "Dataset900_PhantomLabelled")
+    return replace(pretraining, probe_data=labelled, probe_cases=2, store_dir=str(phantoms / "prepared"))
+
+
+def probes(config):
+    return [m for m in metrics(config) if "probe_dice" in m]
+
+
+def test_a_probe_is_taken_before_the_first_step_and_with_the_epochs(probing):
+    config = replace(probing, ep=4, probe_every=2)
+    folder = pretrain(config)
+    taken = probes(config)
+    assert [(m["step"], m["epoch"]) for m in taken] == [(-1, 0), (2, 0), (8, 2), (11, 3)]
+    for line in taken:
+        assert line["probe_dice"] == pytest.approx(sum(line["probe"].values()) / len(line["probe"]))
+        assert "background" not in line["probe"]
+        assert "liver" in line["probe"]
+    assert len({m["probe_dice"] for m in taken}) == 4
+    fresh = build(config).encoder
+    assert taken[0]["probe"] == probe_encoder(fresh, probe_of(config))
+    trained = build(config).encoder
+    trained.load_state_dict(torch.load(folder / "hyspark_1kpretrained_timm_style.pth", weights_only=True))
+    assert taken[-1]["probe"] == probe_encoder(trained, probe_of(config))
+
+
+def probe_of(config):
+    cases = find_probe_cases(Path(config.probe_data), config.probe_cases)
+    return make_probe(config, Processes(torch.device("cpu")), cases)
+
+
+def test_a_run_with_a_probe_and_one_without_are_the_same(pretraining, probing, tmp_path):
+    without = replace(pretraining, exp_dir=str(tmp_path / "without"))
+    pretrain(without)
+    assert not probes(without)
+    pretrain(probing)
+    assert len(probes(probing)) == 3
+    assert losses(probing) == losses(without)
+    a, b = weights(probing), weights(without)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_an_interrupted_run_probes_as_an_uninterrupted_one(probing, tmp_path):
+    whole = replace(probing, exp_dir=str(tmp_path / "whole"))
+    parts = replace(probing, exp_dir=str(tmp_path / "parts"))
+    pretrain(whole)
+    parts.run_folder.mkdir()
+    # What a run killed before its first checkpoint leaves behind; and a probe may come and go between the parts.
+    (parts.run_folder / "metrics.jsonl").write_text('{"step": -1, "epoch": 0, "probe_dice": 9.0, "probe": {}}\n')
+    pretrain(replace(parts, max_steps=3))
+    pretrain(replace(parts, max_steps=4, probe_data=""))
+    pretrain(replace(parts, probe_every=2))
+    assert probes(whole) == probes(parts)
+    assert losses(whole) == losses(parts)
+
+
+def test_probe_data_that_does_not_fit_is_noticed_before_preparation(probing, tmp_path):
+    config = replace(probing, store_dir=str(tmp_path / "store"), probe_cases=9)
+    with pytest.raises(ValueError, match=r"probe_cases is 9, but .* has \d labelled training cases"):
+        pretrain(config)
+    with pytest.raises(FileNotFoundError, match="nowhere has no imagesTr"):
+        pretrain(replace(config, probe_data=str(tmp_path / "nowhere")))
+    assert not (tmp_path / "store").exists()
