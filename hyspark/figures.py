@@ -94,7 +94,8 @@ def segmentation_panel(
     title: str,
     spacing: tuple[float, float, float] = (1, 1, 1),
 ) -> Figure:
-    """Three planes (rows) through the centre of mass of the true labels: input, truth, prediction; a legend.
+    """Three planes (rows) through the centre of mass of the true labels: input, truth, prediction with the outlines of
+    the truth; a legend.
 
     `volume`: float (h, w, d), shown in the window 0..1. `truth`, `prediction`: labels (h, w, d); label i is
     named `class_names[i]`; label 0 is the background, which is not painted. `spacing`: mm per voxel.
@@ -120,6 +121,8 @@ def segmentation_panel(
         if column != "input":
             labels = display_plane(truth if column == "truth" else prediction, plane, centre).astype(int)
             axes.imshow(colours[labels.clip(min=0)], aspect=aspect, interpolation="nearest")
+        if column == "prediction":
+            outline(axes, display_plane(truth, plane, centre), colours)
     figure.legend(
         [Patch(facecolor=tuple(colour[:3])) for colour in colours[1:]],
         names,
@@ -133,6 +136,15 @@ def segmentation_panel(
         columnspacing=1.2,
     )
     return figure
+
+
+def outline(axes: Axes, labels: np.ndarray, colours: np.ndarray) -> None:
+    """Draw the borders of the labels of one plane as displayed, each in the opaque colour of its class."""
+    axes.autoscale(False)
+    for value in np.unique(labels[labels > 0]):
+        edge = np.pad(labels == value, 1).astype(float)  # so that an organ at the picture's edge is closed
+        rows, columns = (np.arange(size) - 1 for size in edge.shape)
+        axes.contour(columns, rows, edge, levels=[0.5], colors=[colours[int(value), :3]], linewidths=0.9)
 
 
 def curves_figure(curves: Mapping[str, Curve], *, dark: bool) -> Figure | None:

@@ -18,6 +18,14 @@ import torch
 from hyspark.atomic import write_whole
 from hyspark.figures import CURVES, Curve, curves_figure, png
 
+SCORES = {"dice": ("Dice", "{:.3f}"), "hd95_mm": ("HD95 (mm)", "{:.1f}"), "nsd": ("NSD", "{:.3f}")}
+COUNTS = {
+    "num_cases": "cases",
+    "num_missed": "missed",
+    "num_absent": "absent",
+    "num_absent_predicted": "absent, yet predicted",
+}
+
 STYLE = """
 :root{color-scheme:light dark;--page:#f4f5f7;--card:#fff;--text:#1d2330;--soft:#5d6675;--line:#dfe3e8}
 @media(prefers-color-scheme:dark){:root{--page:#101216;--card:#1b1f26;--text:#e3e7ed;--soft:#98a2b0;--line:#323843}}
@@ -85,12 +93,14 @@ def write_report(
     environment: Mapping[str, str],
     summary: Mapping[str, str],
     dice: Mapping[str, Mapping[str, float]] | None = None,
+    scores: Mapping[str, Path] | None = None,
 ) -> Path:
     """Write `run_folder`/report.html and return its path: one file that needs no script and no other file.
 
-    It shows `summary` as cards at the top, `dice` (run -> organ -> Dice) as in `dice_table`, curves from
-    metrics.jsonl, the pictures of the last three epochs and the first (pictures/epoch_0010_NAME.png) and
-    those named otherwise, `config` (may be nested) and `environment`. Metrics and pictures may be missing.
+    It shows `summary` as cards at the top, `dice` (run -> organ -> Dice) as in `dice_table`, `scores` (heading ->
+    folder of scores: table, protocol, pictures), curves from metrics.jsonl, the pictures of the last three epochs
+    and the first (pictures/epoch_0010_NAME.png) and those named otherwise, `config` (may be nested) and
+    `environment`. Metrics and pictures may be missing.
     Raises FileNotFoundError when there is no such folder, ValueError when metrics.jsonl is damaged.
     """
     run_folder = Path(run_folder)
@@ -100,6 +110,8 @@ def write_report(
     body = [f"<h1>{escape(title)}</h1>", f'<dl class="cards">{cards}</dl>']
     if dice:
         body += ["<h2>Dice</h2>", table(dice_rows(dice, difference=False), "numbers", header=True)]
+    for heading, folder in (scores or {}).items():
+        body += [f"<h2>{escape(heading)}</h2>", *scores_html(folder)]
     body += ["<h2>Curves</h2>", curves_html(run_folder / "metrics.jsonl")]
     body += ["<h2>Pictures</h2>", *pictures_html(run_folder / "pictures")]
     for name, mapping in (("Configuration", config), ("Environment", environment)):
@@ -154,6 +166,35 @@ def dice_rows(columns: Mapping[str, Mapping[str, float]], difference: bool) -> l
         cells = [f.format(v) if math.isfinite(v) else "-" for f, v in zip(formats, rounded, strict=True)]
         rows.append([name, *cells])
     return rows
+
+
+def score_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """The cells of the table of a scores' summary (summary.json): a heading, a row per organ, the mean; "-" where there
+    is no value.
+    """
+
+    def scores(row: Mapping[str, float | None]) -> list[str]:
+        return ["-" if row[key] is None else form.format(row[key]) for key, (_, form) in SCORES.items()]
+
+    organs = [[organ, *scores(row), *(str(row[key]) for key in COUNTS)] for organ, row in summary["organs"].items()]
+    heading = ["organ", *(title for title, _ in SCORES.values()), *COUNTS.values()]
+    return [heading, *organs, ["mean", *scores(summary["mean"]), *("" for _ in COUNTS)]]
+
+
+def protocol_text(protocol: Mapping[str, Any]) -> str:
+    """How scores were measured, in one line."""
+    return "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in protocol.items())
+
+
+def scores_html(folder: Path) -> list[str]:
+    """Table, protocol and pictures of a folder of scores."""
+    summary = json.loads((folder / "summary.json").read_text())
+    parts = [table(score_rows(summary), "numbers", header=True)]
+    parts.append(f'<p class="note">{escape(protocol_text(summary["protocol"]))}</p>')
+    pictures = [figure_html(path) for path in sorted(folder.glob("*.png"))]
+    if pictures:
+        parts.append(f"<details><summary>Best, median and worst case</summary>{''.join(pictures)}</details>")
+    return parts
 
 
 def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -218,17 +259,19 @@ def pictures_html(folder: Path) -> list[str]:
         groups.append(("Other", others))
     parts: list[str] = []
     for heading, paths in groups:
-        figures = "".join(
-            f'<figure><img alt="{escape(path.stem)}" src="{data_url(path.read_bytes())}">'
-            f"<figcaption>{escape(path.stem)}</figcaption></figure>"
-            for path in paths
-        )
+        figures = "".join(figure_html(path) for path in paths)
         state = "" if parts else " open"  # the latest epoch is shown, the others at a click
         parts.append(f"<details{state}><summary>{heading}</summary>{figures}</details>")
     if len(shown) < len(numbers):
         count = f"{len(shown)} of {len(numbers)} epochs"
         parts.append(f'<p class="note">{count}; the rest is in the folder pictures.</p>')
     return parts
+
+
+def figure_html(path: Path) -> str:
+    """A picture with its name below."""
+    name = escape(path.stem)
+    return f'<figure><img alt="{name}" src="{data_url(path.read_bytes())}"><figcaption>{name}</figcaption></figure>'
 
 
 def table(rows: Sequence[Sequence[str]], kind: str, *, header: bool = False) -> str:

@@ -119,6 +119,22 @@ def test_segmentation_shows_truth_and_prediction_through_the_centre_of_mass():
         np.testing.assert_allclose(painted[inside][:, :3], np.tile(colour, (25, 1)))
 
 
+def test_the_prediction_has_the_outlines_of_the_truth():
+    truth = np.zeros((12, 10, 8), int)
+    truth[0:4, 3:7, 2:6] = 1
+    figure = figures.segmentation_panel(
+        np.zeros(truth.shape), truth, np.zeros_like(truth), ["background", "liver"], title="t", spacing=(1, 1, 1)
+    )
+    axes = {axes.get_label(): axes for axes in figure.axes}
+    assert not axes["axial truth"].collections
+    (lines,) = axes["axial prediction"].collections
+    points = np.concatenate([path.vertices for path in lines.get_paths()])
+    # as displayed, both axes are reversed: columns 8 to 11 of 12, rows 3 to 6 of 10, to half a voxel around them
+    np.testing.assert_allclose(points.min(0), [7.5, 2.5])
+    np.testing.assert_allclose(points.max(0), [11.5, 6.5])
+    assert axes["axial prediction"].get_xlim() == axes["axial truth"].get_xlim() == (-0.5, 11.5)
+
+
 def test_segmentation_without_any_label_shows_the_centre():
     volume = random_volume()
     empty = np.zeros(SHAPE, int)

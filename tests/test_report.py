@@ -192,6 +192,29 @@ def test_the_probe_stands_beside_the_loss_with_its_organs_and_its_start():
     assert [line.get_label() for line in loss.lines + rate.lines if line.get_label() in ("liver", "aorta")] == []
 
 
+def test_the_page_shows_scores_with_their_protocol_and_pictures(run_folder):
+    row = {"dice": 0.9, "hd95_mm": 3.21, "nsd": 0.75}
+    counts = {"num_cases": 4, "num_missed": 1, "num_absent": 2, "num_absent_predicted": 0}
+    nothing = dict.fromkeys(row)
+    summary = {
+        "protocol": {"scored_on": "the label's own grid"},
+        "organs": {"<liver>": row | counts, "aorta": nothing | counts},
+        "mean": row,
+    }
+    scores = run_folder / "scores"
+    scores.mkdir()
+    (scores / "summary.json").write_text(json.dumps(summary))
+    figures.save_figure(figures.Figure(figsize=(1, 1)), scores / "best_caseA.png")
+    text = write(run_folder, scores={"Scores of validation cases": scores})
+    assert "<h2>Scores of validation cases</h2>" in text
+    assert (
+        "<td>&lt;liver&gt;</td><td>0.900</td><td>3.2</td><td>0.750</td><td>4</td><td>1</td><td>2</td><td>0</td>" in text
+    )
+    assert "<td>aorta</td><td>-</td><td>-</td><td>-</td>" in text
+    assert "scored on: the label&#x27;s own grid" in text
+    assert 'alt="best_caseA"' in text
+
+
 def test_environment_names_the_versions():
     found = report.environment()
     assert found["numpy"] == np.__version__

@@ -15,12 +15,11 @@ import numpy as np
 
 from hyspark.atomic import write_whole
 from hyspark.engine.metrics import METRICS, OrganScores
+from hyspark.report import protocol_text, score_rows
 
 Cases = Mapping[str, Sequence[OrganScores]]
 """Name of a case -> scores of its organs, in the order of the classes, without background."""
 COLUMNS = ("case", "organ", *METRICS, "truth_voxels", "predicted_voxels")
-COUNTS = ("num_cases", "num_missed", "num_absent", "num_absent_predicted")
-HEADINGS = ("organ", "Dice", "HD95 (mm)", "NSD", "cases", "missed", "absent", "absent, yet predicted")
 MEAN = "over organs of the mean over the cases that hold the organ"
 
 
@@ -88,36 +87,17 @@ def csv_text(cases: Cases, organs: Sequence[str]) -> str:
     return text.getvalue()
 
 
-def table_rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    """The cells of the table of a summary: a heading, a row per organ, the mean."""
-    rows = [list(HEADINGS)]
-    for organ, row in summary["organs"].items():
-        rows.append([organ, *numbers(row), *(str(row[count]) for count in COUNTS)])
-    return [*rows, ["mean", *numbers(summary["mean"]), *("" for _ in COUNTS)]]
-
-
-def numbers(row: Mapping[str, float | None]) -> list[str]:
-    """Dice and surface Dice to three digits, HD95 to a tenth of a mm; "-" where undefined."""
-    formats = dict(zip(METRICS, ("{:.3f}", "{:.1f}", "{:.3f}"), strict=True))
-    return ["-" if row[metric] is None else formats[metric].format(row[metric]) for metric in METRICS]
-
-
 def text_table(summary: Mapping[str, Any]) -> str:
     """The table of a summary as aligned text, with the protocol below it."""
-    rows = table_rows(summary)
+    rows = score_rows(summary)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     cells = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
     return "\n".join(["  ".join(row).rstrip() for row in cells]) + f"\n\n{protocol_text(summary['protocol'])}"
 
 
-def protocol_text(protocol: Mapping[str, Any]) -> str:
-    """The protocol in one line."""
-    return "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in protocol.items())
-
-
 def markdown(summary: Mapping[str, Any]) -> str:
     """The table of a summary, and the protocol below it."""
-    heading, *rows = [[cell.replace("|", "\\|") for cell in row] for row in table_rows(summary)]
+    heading, *rows = [[cell.replace("|", "\\|") for cell in row] for row in score_rows(summary)]
     rows[-1] = [f"**{cell}**" if cell else "" for cell in rows[-1]]
     ruler = [":--", *("--:" for _ in heading[1:])]
     table = "\n".join(f"| {' | '.join(row)} |" for row in [heading, ruler, *rows])
