@@ -108,6 +108,7 @@ MAY_CHANGE = {
         "val_every",
         "data_path",
         "data_dir",
+        "test_dir",
         "sw_batch_size",
     ),
 }

@@ -15,7 +15,7 @@ from hyspark.config import FinetuneConfig, PretrainConfig, nearest
 from hyspark.recipes import MAY_CHANGE, as_plain, differences, field_help, read_yaml, write_yaml
 
 PACKAGE = Path(hyspark.config.__file__).parent
-RECIPES = sorted((PACKAGE.parent / "configs").glob("*.yaml"))
+RECIPES = sorted((PACKAGE.parent / "configs").rglob("*.yaml"))
 CLASSES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 OTHER_ENGINE = {PretrainConfig: ("finetune.py", "evaluate.py"), FinetuneConfig: ("pretrain.py",)}
 CONFIG_NAMES = ("config", "settings")

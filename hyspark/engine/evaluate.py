@@ -119,8 +119,9 @@ def score_cases(
     *,
     weights: str,
     scoring: Scoring | None = None,
-) -> dict[str, Any]:
-    """Score labelled cases, each process its share; the main one writes the folder `out`. Returns the summary.
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Score labelled cases, each process its share; the main one writes the folder `out`. Returns the summary, and the
+    Dice of each case in the organs' order.
 
     network: on the processes' device, in evaluation mode; config, names: its settings and classes. volumes: the cases,
     prepared. weights: what the protocol calls them. Raises ValueError where a label holds a value that is no class.
@@ -139,12 +140,13 @@ def score_cases(
     done = sorted(distributed.gather(done, processes), key=lambda one: one.index)
     rows = {cases[one.index].name: one.organs for one in done}
     protocol = scoring.protocol(config, names, weights, precision)
+    dice_of = {name: [organ.dice for organ in organs] for name, organs in rows.items()}
     if not processes.is_main:
-        return scorebook.summarise(rows, names[1:], protocol)
+        return scorebook.summarise(rows, names[1:], protocol), dice_of
     for title, name in scorebook.best_median_worst(rows).items():
         one = next(one for one in done if cases[one.index].name == name)
         draw(volumes[one.index], one, names, config.spacing, out / f"{title}_{name}.png", title)
-    return scorebook.write_folder(out, rows, names[1:], protocol)
+    return scorebook.write_folder(out, rows, names[1:], protocol), dice_of
 
 
 def draw(
@@ -187,9 +189,9 @@ def evaluate(
     check_values(names, volumes)
     network = network.to(processes.device)
     with distributed.connected(processes):
-        return score_cases(
-            network, config, names, volumes, cases, out, processes, weights=str(weights), scoring=scoring
-        )
+        where = (network, config, names, volumes, cases, out, processes)
+        summary, _ = score_cases(*where, weights=str(weights), scoring=scoring)
+    return summary
 
 
 def find_labelled(data: Path, part: str = "all") -> tuple[list[Case], dict[str, int] | None]:

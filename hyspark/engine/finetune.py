@@ -24,7 +24,16 @@ from hyspark.data.resample import read_label
 from hyspark.data.store import StoredVolume
 from hyspark.engine import checkpoint, distributed, optim
 from hyspark.engine.distributed import LOG, Processes
-from hyspark.engine.evaluate import Scores, Segmented, mean_dice, read_scores, segment_case, write_scores
+from hyspark.engine.evaluate import (
+    Scores,
+    Segmented,
+    mean_dice,
+    read_scores,
+    score_cases,
+    segment_case,
+    write_scores,
+)
+from hyspark.engine.held_out import prepare_held_out, score_held_out
 from hyspark.engine.inference import network_of, windows_of
 from hyspark.engine.labelled import check_labels, find_cases, left_right_pairs, one_sided
 from hyspark.engine.loop import Run, start_run, train
@@ -61,6 +70,7 @@ def finetune(config: FinetuneConfig) -> Path:
         )
     volumes = prepared(config, processes, Path(config.data_dir), training, validation)
     check_labels([*volumes[0], *volumes[1]], names)
+    held_out = prepare_held_out(config, processes, names)
     with distributed.connected(processes):
         task = Finetuning(config, share, *volumes, validation, names, best=state["best"] if state else -1.0)
         steps = steps_per_epoch(config, len(training))
@@ -75,14 +85,22 @@ def finetune(config: FinetuneConfig) -> Path:
             layer_decay=config.layer_decay,
             freezes=config.freeze_epochs > 0,
         )
-        if run.first_step >= run.last_step:
+        if run.first_step < run.last_step:
+            train(run, task)
+        else:
             LOG.info("nothing to do: %s has done %d steps", config.run_folder, run.first_step)
-            return config.run_folder
-        train(run, task)
+        run.model.eval()
+        score_held_out(run.network, config, names, *held_out, processes, last_weights(config, run))
     if processes.is_main:
         LOG.info("%s", report.dice_table(read_scores(config.run_folder)))
         LOG.info("report   %s", task.write_report(run))
+        LOG.info("scores   %s", config.run_folder / "scores")
     return config.run_folder
+
+
+def last_weights(config: FinetuneConfig, run: Run) -> str:
+    """What a protocol calls the weights that a run ends with."""
+    return f"{last_file(config).name} after {max(run.first_step, run.last_step)} steps"
 
 
 def last_file(config: FinetuneConfig) -> Path:
@@ -189,14 +207,17 @@ class Finetuning:
         return done % (run.steps_per_epoch * self.config.val_every) == 0
 
     def review(self, run: Run, log: RunLog | None, step: int, epoch: int) -> None:
-        """Validate; keep the weights where they are the best so far; write the scores, a picture and the page."""
-        by_case, first = self.validate(run)
+        """Validate, at the end of the run with all scores; keep the weights where they are the best so far; write the
+        Dice, a picture and the page.
+        """
+        is_last = step + 1 == run.last_step
+        by_case, first = self.score(run) if is_last else self.validate(run)
         organs = mean_dice(list(by_case.values()), self.names[1:])
         held = {name: value for name, value in organs.items() if not math.isnan(value)}
         mean = sum(held.values()) / len(held) if held else 0.0
         is_best = mean > self.best
         self.best = max(self.best, mean)
-        if log is None or first is None:
+        if log is None:
             return
         log.write(step, epoch, dice_mean=mean, dice=held)
         LOG.info("epoch %d: mean Dice %.4f on %d cases%s", epoch, mean, len(by_case), " (best)" if is_best else "")
@@ -206,8 +227,17 @@ class Finetuning:
             checkpoint.save(weights, self.config.run_folder / "best.pth")
             write_scores(self.config.run_folder, best=scores)
         write_scores(self.config.run_folder, last=scores)
-        self.draw_picture(log, step, epoch, first)
+        if first is not None:
+            self.draw_picture(log, step, epoch, first)
         self.write_report(run)
+
+    def score(self, run: Run) -> tuple[dict[str, list[float]], None]:
+        """All scores of the validation cases, written to the folder `scores`; returns what `validate` does, but no
+        label map.
+        """
+        c = self.config
+        where = (c, self.names, self.validation, self.cases, c.run_folder / "scores", run.processes)
+        return score_cases(run.network, *where, weights=last_weights(c, run))[1], None
 
     def segment(self, run: Run, index: int) -> Segmented:
         """Label maps of a validation case."""

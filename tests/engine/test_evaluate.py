@@ -99,7 +99,7 @@ def scored(folder, out, config=BOXES, **options):
     cases, _ = find_labelled(folder)
     volumes = prepare_all(cases, config, folder.parent / "store", 1, progress=False)
     processes = find_processes("cpu")
-    return score_cases(Levels(), config, NAMES, volumes, cases, out, processes, weights="levels", **options)
+    return score_cases(Levels(), config, NAMES, volumes, cases, out, processes, weights="levels", **options)[0]
 
 
 def test_scores_of_a_network_that_is_right_but_for_known_faults(labelled, tmp_path):

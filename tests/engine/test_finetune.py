@@ -23,7 +23,13 @@ def test_from_pretraining_to_a_table(pretraining, finetuning, capsys):
     folder = finetune(config)
     for name in ("config.yaml", "metrics.jsonl", "best.pth", "last.pth", "dice.json", "report.html", "pictures"):
         assert (folder / name).exists(), name
+    for name in ("cases.csv", "summary.json", "table.md"):
+        assert (folder / "scores" / name).is_file(), name
+    assert len(list((folder / "scores").glob("*.png"))) == 1  # one validation case is the best, the median and the worst
+    summary = json.loads((folder / "scores" / "summary.json").read_text())
+    assert summary["protocol"]["weights"] == "last.pth after 4 steps"
     scores = read_scores(folder)
+    assert {name: row["dice"] for name, row in summary["organs"].items()} == pytest.approx(scores["last"])
     assert list(scores["best"]) == list(scores["last"]) == ORGANS
     assert [m["epoch"] for m in metrics(config) if "dice_mean" in m] == [1, 3]
     scratch = replace(finetuning, logdir=str(folder.parent / "scratch"))
@@ -124,3 +130,20 @@ def test_epochs_of_a_set_length(finetuning):
     config = replace(finetuning, steps_per_epoch=3, max_epochs=2, num_labelled=1)
     finetune(config)
     assert [m["epoch"] for m in metrics(config) if "loss" in m] == [0, 0, 0, 1, 1, 1]
+
+
+def test_further_cases_are_scored_once_by_the_last_weights(finetuning, tmp_path):
+    config = replace(finetuning, max_epochs=2, test_dir=finetuning.data_dir)
+    finetune(config)
+    path = config.run_folder / "scores_test" / "summary.json"
+    summary = json.loads(path.read_text())
+    assert summary["protocol"]["num_cases"] == 3
+    assert summary["protocol"]["weights"] == "last.pth after 2 steps"
+    before = path.stat().st_mtime_ns
+    finetune(config)  # nothing to do
+    assert path.stat().st_mtime_ns == before
+    path.unlink()
+    finetune(config)  # the scores alone
+    assert json.loads(path.read_text()) == summary
+    with pytest.raises(FileNotFoundError):
+        finetune(replace(config, test_dir=str(tmp_path / "none"), logdir=str(tmp_path / "other")))
