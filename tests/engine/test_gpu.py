@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import hyspark
+from hyspark.engine.inference import Windows, class_scores
 from hyspark.engine.pretrain import pretrain
 from hyspark.recipes import write_yaml
 
@@ -35,6 +36,15 @@ def test_cuda_repeats_the_cpu_run(pretraining, tmp_path):
 def test_mixed_precision_trains(pretraining, precision):
     config = replace(pretraining, device="cuda", precision=precision)
     assert all(math.isfinite(v) for v in losses(pretrain(config)))
+
+
+def test_windows_go_through_the_gpu_and_scores_lie_in_main_memory():
+    model = hyspark.build_hybird(1, 3, 32, widths=(6, 6, 12, 12, 24)).eval()
+    image, windows = torch.rand(40, 33, 32), Windows((32, 32, 32), per_pass=2, flips=(1,))
+    wanted = class_scores(model, image, windows, torch.device("cpu"))
+    scores = class_scores(model.cuda(), image, windows, torch.device("cuda"))
+    assert scores.device.type == "cpu"
+    assert torch.allclose(scores, wanted, atol=1e-2 * float(wanted.abs().max()))
 
 
 def test_hidden_voxels_never_change_features_under_autocast():
