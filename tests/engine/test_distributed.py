@@ -56,13 +56,16 @@ def check_same_training(one, two, fresh, weights):
     assert apart < 0.05 * moved
 
 
-def test_two_processes_equal_one_in_pretraining(pretraining, tmp_path):
-    one = replace(pretraining, exp_dir=str(tmp_path / "one"), max_steps=2)
+def test_two_processes_equal_one_in_pretraining(pretraining, phantoms, tmp_path):
+    probe = {"probe_data": str(phantoms / "Dataset900_PhantomLabelled"), "probe_cases": 2}
+    one = replace(pretraining, exp_dir=str(tmp_path / "one"), max_steps=2, **probe)
     two = replace(one, exp_dir=str(tmp_path / "two"))
     pretrain(one)
     torchrun("train.py", two, tmp_path)
     check_same_training(one, two, dict(build_pretraining(one).named_parameters()), training_file)
     assert measured(two, "val_loss") == pytest.approx(measured(one, "val_loss"), rel=1e-3)
+    assert measured(two, "probe_dice") == pytest.approx(measured(one, "probe_dice"), abs=0.05)
+    assert len(measured(two, "probe_dice")) == 2  # of the main process, the other waits
 
 
 def test_two_processes_equal_one_in_finetuning(finetuning, tmp_path):
