@@ -44,6 +44,9 @@ from hyspark.models.segmentation import Hybird
 from hyspark.models.weights import load_pretrained
 from hyspark.recipes import as_plain
 
+SCORES = {"Validation cases, last weights": "scores", "Further cases, last weights": "scores_test"}
+"""Folders of scores in a run, by what the report calls them."""
+
 
 def finetune(config: FinetuneConfig) -> Path:
     """Fine-tune as the settings say, or continue; returns the run folder.
@@ -297,4 +300,9 @@ class Finetuning:
                 "device": run.processes.text(c.precision),
             },
             dice=read_scores(c.run_folder),
+            scores={
+                heading: c.run_folder / name
+                for heading, name in SCORES.items()
+                if (c.run_folder / name / "summary.json").is_file()
+            },
         )

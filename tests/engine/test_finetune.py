@@ -25,7 +25,8 @@ def test_from_pretraining_to_a_table(pretraining, finetuning, capsys):
         assert (folder / name).exists(), name
     for name in ("cases.csv", "summary.json", "table.md"):
         assert (folder / "scores" / name).is_file(), name
-    assert len(list((folder / "scores").glob("*.png"))) == 1  # one validation case is the best, the median and the worst
+    # The one validation case is the best, the median and the worst.
+    assert len(list((folder / "scores").glob("*.png"))) == 1
     summary = json.loads((folder / "scores" / "summary.json").read_text())
     assert summary["protocol"]["weights"] == "last.pth after 4 steps"
     scores = read_scores(folder)
