@@ -13,15 +13,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from hyspark.atomic import write_whole
 from hyspark.benefit_page import write_benefit
 from hyspark.comparison import SCORE_FILES, Place, compare, name_of, read_run
 from hyspark.config import FinetuneConfig
-from hyspark.data.cases import Case
-from hyspark.data.prepare import available_cores, prepare_all
-from hyspark.engine.finetune import build, find_cases, last_file
+from hyspark.data.prepare import available_cores
+from hyspark.engine.distributed import Processes
+from hyspark.engine.finetune import build, last_file
+from hyspark.engine.held_out import prepare_held_out
 from hyspark.engine.jobs import Job, last_step, run_jobs
-from hyspark.engine.run import store_folder
+from hyspark.engine.labelled import find_cases
+from hyspark.engine.run import prepared
 from hyspark.models.weights import load_pretrained
 from hyspark.recipes import as_plain, differences, read_yaml, write_yaml
 
@@ -186,17 +190,15 @@ def check_data(runs: Sequence[PlannedRun], starts: Mapping[str, str]) -> None:
     Raises ValueError or FileNotFoundError for data or weights that do not fit.
     """
     largest = {run.config.seed: run.config for run in sorted(runs, key=lambda run: run.config.num_labelled)}
-    cases: dict[Path, Case] = {}
-    for config in largest.values():
-        training, validation, names = find_cases(config)
-        cases |= {case.image: case for case in (*training, *validation)}
-    if config.test_dir and not Path(config.test_dir).exists():
-        raise FileNotFoundError(f"test_dir {config.test_dir} is not there")
+    found = [(config, *find_cases(config)) for config in largest.values()]
+    config, _, _, names = found[0]
     for name, weights in starts.items():
         if weights != "none":
-            report = load_pretrained(build(config, len(names)), weights)
-            print(f"start {name}: {weights}\n{report}")
-    prepare_all(list(cases.values()), config, store_folder(config, Path(config.data_dir)), config.prepare_workers)
+            print(f"start {name}: {weights}\n{load_pretrained(build(config, len(names)), weights)}")
+    here = Processes(torch.device("cpu"))
+    for config, training, validation, _ in found:
+        prepared(config, here, Path(config.data_dir), training, validation)
+    prepare_held_out(config, here, names)
 
 
 def job(run: PlannedRun) -> Job:
