@@ -31,17 +31,6 @@ class ChannelNorm(nn.LayerNorm):
         return x.movedim(-1, 1)
 
 
-def pointwise(layer: nn.Module, x: Tensor) -> Tensor:
-    """A convolution of kernel 1 as a product with the rows of channels: (b, c, *size) -> (b, c_out, *size).
-
-    Channels last, as maps are kept in training, this is a matrix product without a copy; on a CPU, torch's
-    convolution takes up to twice as long for it, mostly for its gradients.
-    """
-    assert isinstance(layer.weight, Tensor)
-    assert isinstance(layer.bias, Tensor)
-    return F.linear(x.movedim(1, -1), layer.weight.flatten(1), layer.bias).movedim(-1, 1)
-
-
 class MedNeXtBlock(nn.Module):
     """Depthwise 3^n convolution, norm, expansion by `expansion`, GELU, back; plus the input. (b, c, *size) -> same."""
 
@@ -59,7 +48,8 @@ class MedNeXtBlock(nn.Module):
 
     def pointwise(self, x: Tensor) -> Tensor:
         """What follows the depthwise convolution, position by position."""
-        return pointwise(self.conv3, F.gelu(pointwise(self.conv2, self.norm(x))))
+        out: Tensor = self.conv3(F.gelu(self.conv2(self.norm(x))))
+        return out
 
     def depthwise(self, x: Tensor, patches: Patches | None) -> Tensor:
         """`conv1`, in fp32 on a CPU where an axis has fewer than 3 positions.
@@ -90,7 +80,7 @@ class MedNeXtUpBlock(nn.Module):
         self.front = (1, 0) * axes
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = pointwise(self.conv3, F.gelu(pointwise(self.conv2, self.norm(self.conv1(x)))))
+        branch = self.conv3(F.gelu(self.conv2(self.norm(self.conv1(x)))))
         return F.pad(branch, self.front) + F.pad(self.res_conv(x), self.front)
 
 

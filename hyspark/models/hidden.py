@@ -1,10 +1,10 @@
 """`with hidden(visible):` a network computes as if hidden positions did not exist. The readable reference of masking.
 
 The context intercepts torch functions, so the network inside needs no special layers and its weights are its own.
-After every convolution and pool the output is set to zero at hidden positions; LayerNorm over channels and products
-with rows of channels act position by position and are zeroed in the same way. Other pointwise functions need nothing:
-what they make of a hidden position is never read before the next zeroing. A function that would mix or shift positions
-in another way is refused by name rather than computed wrongly.
+After every convolution and pool the output is set to zero at hidden positions; LayerNorm over channels acts position
+by position and is zeroed in the same way. Pointwise functions need nothing: what they make of a hidden position is
+never read before the next zeroing. A function that would mix or shift positions in another way is refused by name
+rather than computed wrongly.
 
 The mask belongs to the context object. Nothing stays behind when the block ends, and activation checkpointing is
 right as long as the block lies inside the checkpointed function.
@@ -36,8 +36,8 @@ ZERO_AFTER = {
 }
 """Functions of channels-first maps (b, c, *size) whose output is zeroed at hidden positions."""
 
-ZERO_AFTER_LAST = {F.layer_norm, torch.layer_norm, F.linear}
-"""Functions of channels-last maps (b, *size, c), position by position, whose output is zeroed in the same way."""
+CHANNEL_NORMS = {F.layer_norm, torch.layer_norm}
+"""LayerNorm over the last axis of a channels-last map (b, *size, c)."""
 
 MIXES_POSITIONS = {
     F.batch_norm,
@@ -107,7 +107,7 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
         out = func(*args, **(kwargs or {}))
         if func in ZERO_AFTER:
             return torch.where(self.mask(tuple(out.shape[2:])), out, out.new_zeros(()))
-        if func in ZERO_AFTER_LAST:
+        if func in CHANNEL_NORMS:
             mask = self.mask(tuple(out.shape[1:-1])).movedim(1, -1)
             return torch.where(mask, out, out.new_zeros(()))
         return out
