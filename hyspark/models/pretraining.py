@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyspark.models.blocks import BATCH_NORM, CONV, CONV_TRANSPOSE
+from hyspark.models.blocks import BATCH_NORM, CONV, CONV_TRANSPOSE, ChannelNorm
 from hyspark.models.encoder import DEPTHS, EXPANSIONS, WIDTHS, HybridEncoder
 from hyspark.models.masking import draw_visible, grid_of, num_visible, patchify, unpatchify
 from hyspark.models.packed import CONV_FUNCTION, Patches
@@ -42,18 +42,28 @@ class PretrainingOutput:
 
 
 class Densify(nn.Module):
-    """Fills the hidden positions of one feature map with a learned token and convolves to the decoder's width: visible
-    patches (p, c_in, *edges) -> (b, c_out, *size). Only the patches are kept for the backward pass.
+    """Normalises the visible positions of one feature map over its channels, fills the hidden ones with a learned token
+    and convolves to the decoder's width: visible patches (p, c_in, *edges) -> (b, c_out, *size). Only the patches are
+    kept for the backward pass.
+
+    Without the norm, which the paper does not name and SparK has, the decoder's BatchNorms reward an encoder that makes
+    its features ever larger; beside those, what its later layers add vanishes, and they are not trained.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, axes: int) -> None:
         super().__init__()
+        self.norm = ChannelNorm(in_channels)
         self.mask_token = nn.Parameter(torch.zeros(1, in_channels, *(1,) * axes))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.project = CONV[axes](in_channels, out_channels, kernel, padding=kernel // 2)
 
     def forward(self, x: Tensor, patches: Patches) -> Tensor:
-        out: Tensor = recomputed(lambda x, token: self.project(patches.unpack(x, token)), x, self.mask_token)
+        out: Tensor = recomputed(self.fill, x, self.mask_token, patches)
+        return out
+
+    def fill(self, x: Tensor, token: Tensor, patches: Patches) -> Tensor:
+        """The whole of `forward`."""
+        out: Tensor = self.project(patches.unpack(self.norm(x), token))
         return out
 
 

@@ -149,11 +149,19 @@ def test_densify_fills_hidden_positions_with_its_token(make_hyspark, make_visibl
     visible = make_visible(2, (2, 2, 2))
     x = torch.randn(2, 24, 8, 8, 8)
     mask = visible_at(visible, (8, 8, 8))
-    filled = x.clone()
+    filled = fill.norm(x)
     for sample, voxels in enumerate(mask[:, 0]):
         filled[sample][:, ~voxels] = fill.mask_token.view(24, 1)
     patches = Patches(visible)
     torch.testing.assert_close(fill(patches.pack(x), patches), fill.project(filled))
+
+
+def test_the_size_of_features_is_no_way_to_a_lower_loss(make_hyspark, make_visible):
+    """The decoder sees each position's features at one size, so that the encoder gains nothing from larger ones."""
+    patches = Patches(make_visible(2, (2, 2, 2)))
+    for fill in make_hyspark().densify:
+        x = torch.randn(len(patches.token), fill.norm.normalized_shape[0], 4, 4, 4)
+        torch.testing.assert_close(fill(100 * x, patches), fill(x, patches), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("size", [(3, 4), (2, 3, 4), (1, 1, 2)])
