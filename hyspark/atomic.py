@@ -1,7 +1,11 @@
 """Files that appear whole or not at all."""
 
+import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -13,3 +17,17 @@ def write_whole(path: Path, content: bytes) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain values as JSON, at once."""
+    write_whole(path, (json.dumps(to_json(value), indent=1, allow_nan=False) + "\n").encode())
+
+
+def to_json(value: Any) -> Any:
+    """Nested plain values as JSON can hold them: None in place of NaN and infinity."""
+    if isinstance(value, Mapping):
+        return {key: to_json(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

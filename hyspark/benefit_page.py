@@ -1,6 +1,5 @@
 """The benefit report: the numbers of `hyspark.comparison.compare` as Markdown, picture and JSON."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hyspark.atomic import write_whole
-from hyspark.comparison import to_json
+from hyspark.atomic import write_json, write_whole
 from hyspark.figures import DPI, save_figure
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: for all eyes
@@ -57,7 +55,7 @@ def write_benefit(out: Path, numbers: Mapping[str, Any]) -> Path:
     """
     published = [dict(zip(("what", "dice_percent", "source"), row, strict=True)) for row in PUBLISHED]
     content = dict(numbers) | {"published_elsewhere_not_comparable": published}
-    write_whole(out / "benefit.json", (json.dumps(to_json(content), indent=1) + "\n").encode())
+    write_json(out / "benefit.json", content)
     save_figure(benefit_figure(numbers), out / "benefit.png")
     write_whole(out / "benefit.md", page(numbers).encode())
     return out / "benefit.md"

@@ -162,12 +162,3 @@ def merged(protocols: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
 def name_of(place: Place) -> str:
     """The name of a run's folder."""
     return f"{place.start}_{place.num_labelled}_seed{place.seed}"
-
-
-def to_json(value: Any) -> Any:
-    """NaN becomes None, for JSON."""
-    if isinstance(value, Mapping):
-        return {key: to_json(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_json(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from hyspark.comparison import Place, ScoredRun, compare, name_of, read_run, to_json
+from hyspark.atomic import to_json
+from hyspark.comparison import Place, ScoredRun, compare, name_of, read_run
 
 HEADER = "case,organ,dice,hd95_mm,nsd,truth_voxels,predicted_voxels\n"
 STARTS = {"scratch": "none", "own": "own.pth"}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from hyspark.atomic import write_whole
+from hyspark.atomic import write_json
 from hyspark.benefit_page import write_benefit
 from hyspark.comparison import SCORE_FILES, Place, compare, name_of, read_run
 from hyspark.config import FinetuneConfig
@@ -93,7 +93,7 @@ def benefit(
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished; output in {out / 'runs'}/*/log.txt")
     if todo:
         check_data(todo, starts)
-    write_whole(out / "starts.json", (json.dumps(digests, indent=1) + "\n").encode())
+    write_json(out / "starts.json", digests)
     failed = run_jobs([job(run) for run in todo], num_at_once, lambda: make_report(runs, out, starts, digests))
     make_report(runs, out, starts, digests)
     print(f"report {out / 'benefit.md'}" + (f"; failed: {', '.join(failed)}" if failed else ""))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from nibabel.affines import voxel_sizes
 from torch import nn
 from tqdm import tqdm
@@ -24,6 +25,7 @@ from hyspark.data.store import StoredVolume
 from hyspark.engine import distributed, inference, scorebook
 from hyspark.engine.distributed import LOG, Processes
 from hyspark.engine.inference import Windows, class_scores, largest_components
+from hyspark.engine.labelled import check_labels
 from hyspark.engine.metrics import OrganScores, score_case
 from hyspark.engine.run import prepared
 from hyspark.figures import save_figure, segmentation_panel
@@ -152,13 +154,20 @@ def score_cases(
 def draw(
     volume: StoredVolume, one: Scored, names: Sequence[str], spacing: tuple[float, float, float], path: Path, title: str
 ) -> None:
-    """Picture of a scored case: image, truth, prediction, on the prepared grid."""
-    shape = volume.entry.shape
-    image, truth = (volume.read(array, (0,) * len(shape), shape) for array in ("image", "label"))
-    prediction = np.frombuffer(zlib.decompress(one.packed), np.uint8).reshape(shape)
+    """Picture of a scored case."""
+    prediction = np.frombuffer(zlib.decompress(one.packed), np.uint8).reshape(volume.entry.shape)
     mean = scorebook.mean_of([row.dice for row in one.organs])
     heading = f"{volume.name}, {title} case: mean Dice {mean:.3f}"
-    save_figure(segmentation_panel(image, truth, prediction, names, title=heading, spacing=spacing), path)
+    save_figure(case_panel(volume, prediction, names, spacing, heading), path)
+
+
+def case_panel(
+    volume: StoredVolume, prediction: np.ndarray, names: Sequence[str], spacing: tuple[float, float, float], title: str
+) -> Figure:
+    """Image, truth and prediction, uint8 (h, w, d), of a labelled volume on its prepared grid."""
+    shape = volume.entry.shape
+    image, truth = (volume.read(array, (0,) * len(shape), shape) for array in ("image", "label"))
+    return segmentation_panel(image, truth, prediction, names, title=title, spacing=spacing)
 
 
 def evaluate(
@@ -186,7 +195,7 @@ def evaluate(
     LOG.info("%d cases of %s, %d organs, on %s", len(cases), data, len(names) - 1, processes.device)
     settings = replace(config, store_dir=store_dir, prepare_workers=prepare_workers)
     volumes, _ = prepared(settings, processes, data, cases, [])
-    check_values(names, volumes)
+    check_labels(volumes, names)
     network = network.to(processes.device)
     with distributed.connected(processes):
         where = (network, config, names, volumes, cases, out, processes)
@@ -227,16 +236,6 @@ def check_classes(names: Sequence[str], labels: dict[str, int] | None, data: Pat
             raise ValueError(
                 f"{data}: the value {value} is {name!r} there, but {own!r} for the network, whose classes are "
                 f"{', '.join(names)}"
-            )
-
-
-def check_values(names: Sequence[str], volumes: Sequence[StoredVolume]) -> None:
-    """Raises ValueError where a label holds a value that is no class of the network."""
-    for volume in volumes:
-        if volume.entry.max_label >= len(names):
-            raise ValueError(
-                f"{volume.name}: its label holds the value {volume.entry.max_label}, but the network's classes go from "
-                f"0 to {len(names) - 1}: {', '.join(names)}"
             )
 
 

@@ -27,6 +27,7 @@ from hyspark.engine.distributed import LOG, Processes
 from hyspark.engine.evaluate import (
     Scores,
     Segmented,
+    case_panel,
     mean_dice,
     read_scores,
     score_cases,
@@ -39,7 +40,7 @@ from hyspark.engine.labelled import check_labels, find_cases, left_right_pairs, 
 from hyspark.engine.loop import Run, start_run, train
 from hyspark.engine.metrics import dice
 from hyspark.engine.run import RunLog, data_text, prepared, saved_state, settings_text
-from hyspark.figures import save_figure, segmentation_panel
+from hyspark.figures import save_figure
 from hyspark.models.segmentation import Hybird
 from hyspark.models.weights import load_pretrained
 from hyspark.recipes import as_plain
@@ -58,19 +59,20 @@ def finetune(config: FinetuneConfig) -> Path:
     share = Share(config.batch_size, processes.rank, processes.world_size)
     training, validation, names = find_cases(config)
     data = data_text(training, validation)
+    swaps = left_right_pairs(config, names)
     model = build(config, len(names))
     LOG.info("%s", describe(config, processes, model, len(training), len(validation), names))
     state = saved_state(config, data, last_file(config))
     if not state and config.pretrained != "none":
         LOG.info("weights of %s\n%s", config.pretrained, load_pretrained(model, config.pretrained))
-    if config.dry_run:
-        return config.run_folder
-    if config.flip_prob[0] and not config.left_right and one_sided(names):
+    if config.flip_prob[0] and not swaps and one_sided(names):
         LOG.warning(
             "crops are flipped left to right, and these classes say left or right: %s; name the pairs in left_right, "
             "or set the first of flip_prob to 0",
             ", ".join(one_sided(names)),
         )
+    if config.dry_run:
+        return config.run_folder
     volumes = prepared(config, processes, Path(config.data_dir), training, validation)
     check_labels([*volumes[0], *volumes[1]], names)
     held_out = prepare_held_out(config, processes, names)
@@ -268,15 +270,7 @@ class Finetuning:
     def draw_picture(self, log: RunLog, step: int, epoch: int, prediction: np.ndarray) -> None:
         """The first validation case: image, truth, prediction, uint8 (h, w, d) on the prepared grid."""
         volume = self.validation[0]
-        image, truth = (volume.read(array, (0, 0, 0), volume.entry.shape) for array in ("image", "label"))
-        figure = segmentation_panel(
-            image,
-            truth,
-            prediction,
-            self.names,
-            title=f"{volume.name}, epoch {epoch}",
-            spacing=self.config.spacing,
-        )
+        figure = case_panel(volume, prediction, self.names, self.config.spacing, f"{volume.name}, epoch {epoch}")
         save_figure(figure, self.config.run_folder / "pictures" / f"epoch_{epoch:04d}_{volume.name}.png")
         log.board.add_figure(f"segmentation/{volume.name}", figure, step, close=False)
 

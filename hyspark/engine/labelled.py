@@ -95,6 +95,6 @@ def check_labels(volumes: Sequence[StoredVolume], names: Sequence[str]) -> None:
         if volume.entry.max_label >= len(names):
             raise ValueError(
                 f"{volume.name}: its label holds the value {volume.entry.max_label}, but the classes go from 0 to "
-                f"{len(names) - 1} ({', '.join(names)}); name all classes in the data set's dataset.json, "
-                "or set --out_channels where it names none"
+                f"{len(names) - 1} ({', '.join(names)}); they are those that the training data's dataset.json names, "
+                "or as many as --out_channels says where it names none"
             )

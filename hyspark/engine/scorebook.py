@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hyspark.atomic import write_whole
+from hyspark.atomic import to_json, write_json, write_whole
 from hyspark.engine.metrics import METRICS, OrganScores
 from hyspark.report import protocol_text, score_rows
 
@@ -32,7 +32,7 @@ def summarise(cases: Cases, organs: Sequence[str], protocol: Mapping[str, Any]) 
     protocol = {**protocol, "mean": MEAN, "background": "excluded", "num_cases": len(cases)}
     by_organ = {organ: summary_of([rows[i] for rows in cases.values()]) for i, organ in enumerate(organs)}
     mean = {metric: mean_of([row[metric] for row in by_organ.values()]) for metric in METRICS}
-    summary: dict[str, Any] = without_nan({"protocol": protocol, "organs": by_organ, "mean": mean})
+    summary: dict[str, Any] = to_json({"protocol": protocol, "organs": by_organ, "mean": mean})
     return summary
 
 
@@ -40,7 +40,7 @@ def write_folder(folder: Path, cases: Cases, organs: Sequence[str], protocol: Ma
     """Write cases.csv, summary.json and table.md; returns the summary (see `summarise`)."""
     summary = summarise(cases, organs, protocol)
     write_whole(folder / "cases.csv", csv_text(cases, organs).encode())
-    write_whole(folder / "summary.json", (json.dumps(summary, indent=1, allow_nan=False) + "\n").encode())
+    write_json(folder / "summary.json", summary)
     write_whole(folder / "table.md", markdown(summary).encode())
     return summary
 
@@ -66,13 +66,6 @@ def mean_of(values: Sequence[float]) -> float:
     """Mean of the values that are not NaN; NaN where there is none."""
     held = [value for value in values if not math.isnan(value)]
     return float(np.mean(held)) if held else math.nan
-
-
-def without_nan(value: Any) -> Any:
-    """Nested dictionaries, as JSON can hold them: None in place of NaN."""
-    if isinstance(value, Mapping):
-        return {key: without_nan(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def csv_text(cases: Cases, organs: Sequence[str]) -> str:

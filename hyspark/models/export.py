@@ -12,10 +12,13 @@ from torch import Tensor
 from hyspark.atomic import write_whole
 from hyspark.models.weights import ENCODER, MASK_TOKEN, plain_key, read_contents, unwrap
 
-SHAPE = ("encoder_widths", "encoder_depths", "expansions", "vit_depth", "num_heads")
-"""Settings that a network must share to take the weights."""
-MADE_WITH = (*SHAPE, "spacing", "hu_min", "hu_max", "input_size", "mask", "hide")
-"""Settings of the pre-training that the file carries as its metadata, where the source knows them."""
+MADE_WITH = (
+    *("encoder_widths", "encoder_depths", "expansions", "vit_depth", "num_heads"),
+    *("spacing", "hu_min", "hu_max", "input_size", "mask", "hide"),
+)
+"""Settings that the file carries as its metadata, where the source knows them: those that a network must share to take
+the weights, and those of the pre-training.
+"""
 
 
 def export_encoder(source: str | Path, out: Path, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:

@@ -148,3 +148,8 @@ def test_further_cases_are_scored_once_by_the_last_weights(finetuning, tmp_path)
     assert json.loads(path.read_text()) == summary
     with pytest.raises(FileNotFoundError):
         finetune(replace(config, test_dir=str(tmp_path / "none"), logdir=str(tmp_path / "other")))
+
+
+def test_a_left_right_pair_that_is_no_class_is_found_at_once(finetuning):
+    with pytest.raises(ValueError, match="'left_kidny', which is no class; did you mean left_kidney"):
+        finetune(replace(finetuning, left_right=("left_kidny=right_kidney",), dry_run=True))
