@@ -208,6 +208,12 @@ class FinetuneConfig(RunSettings, PrepareSettings, EncoderSettings):
     """Image channels."""
     out_channels: int = 0
     """Classes with background; 0 takes the number from the data set's labels, or 14 where it names none."""
+    labelled_prob: float = 0.5
+    """Probability that a crop is centred on a voxel of an organ; otherwise on another voxel of the foreground."""
+    background_weight: float = 1.0
+    """Weight of the background in the loss, beside 1 for each organ. Below 1, networks that start from nothing find
+    small organs much sooner: with equal weights they first learn to call everything background.
+    """
     val_fraction: float = 0.2
     """Share of cases held out where neither the data list nor a splits.json names validation cases."""
     flip_prob: tuple[float, float, float] = (0.2, 0.2, 0.2)
@@ -226,7 +232,7 @@ class FinetuneConfig(RunSettings, PrepareSettings, EncoderSettings):
         check_run(self)
         check_encoder(self)
         positive(self, "max_epochs", "val_every", "batch_size", "crops_per_volume", "sw_batch_size", "in_channels")
-        positive(self, "accumulate", "label_fraction", "layer_decay")
+        positive(self, "accumulate", "label_fraction", "layer_decay", "background_weight")
         not_negative(self, "warmup_epochs", "reg_weight", "clip", "out_channels")
         not_negative(self, "num_labelled", "steps_per_epoch", "freeze_epochs")
         if max(self.label_fraction, self.layer_decay) > 1:
@@ -254,7 +260,8 @@ class FinetuneConfig(RunSettings, PrepareSettings, EncoderSettings):
         if self.optim_lr <= 0:
             raise ValueError(f"optim_lr must be above 0, but it is {self.optim_lr}")
         check_probabilities("flip_prob", self.flip_prob)
-        check_probabilities("rot90_prob, intensity_prob", (self.rot90_prob, self.intensity_prob))
+        others = (self.rot90_prob, self.intensity_prob, self.labelled_prob)
+        check_probabilities("rot90_prob, intensity_prob, labelled_prob", others)
         if self.rot90_prob and self.roi_x != self.roi_y:
             raise ValueError(
                 f"quarter turns need roi_x equal to roi_y, but they are {self.roi_x} and {self.roi_y}; "

@@ -260,6 +260,8 @@ WRONG_FINETUNE = [
     ({"roi_z": 90}, "multiple of 16"),
     ({"rot90_prob": 2.0}, "must be probabilities"),
     ({"intensity_prob": -1.0}, "must be probabilities"),
+    ({"labelled_prob": 1.1}, "must be probabilities"),
+    ({"background_weight": 0.0}, "background_weight must be above 0"),
     ({"accumulate": 0}, "accumulate must be above 0"),
     ({"accumulate": 3}, "accumulate=3 does not divide a step's 4 crops"),
     ({"num_labelled": -1}, "num_labelled must not be negative"),

@@ -73,12 +73,15 @@ def image_crop(
     return out
 
 
-def labelled_crop(volume: StoredVolume, size: Sequence[int], rng: np.random.Generator) -> dict[str, torch.Tensor]:
-    """A crop with its label, centred on a labelled or an unlabelled foreground voxel with equal chance.
+def labelled_crop(
+    volume: StoredVolume, size: Sequence[int], labelled_prob: float, rng: np.random.Generator
+) -> dict[str, torch.Tensor]:
+    """A crop with its label, centred on a labelled voxel with the probability given, else on an unlabelled foreground
+    voxel; on the other kind where the volume has none of the one drawn.
 
     Returns image float32 (1, *size) in [0, 1], label int64 (1, *size).
     """
-    kinds = ("labelled", "unlabelled") if rng.random() < 0.5 else ("unlabelled", "labelled")
+    kinds = ("labelled", "unlabelled") if rng.random() < labelled_prob else ("unlabelled", "labelled")
     centre = volume.draw_voxel(kinds[0], rng) or volume.draw_voxel(kinds[1], rng)
     assert centre is not None
     start = place(centre, volume.entry.shape, size)

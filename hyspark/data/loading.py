@@ -108,6 +108,7 @@ class FinetuneBatches(Dataset[Batch]):
     flip_prob: tuple[float, ...]
     rot90_prob: float
     intensity_prob: float
+    labelled_prob: float
     seed: int
     swaps: tuple[tuple[int, int], ...] = ()
 
@@ -118,7 +119,7 @@ class FinetuneBatches(Dataset[Batch]):
             volume = self.volumes[volume_at(step * self.share.bs + slot, len(self.volumes), self.seed)]
             for number in range(self.crops_per_volume):
                 rng = rng_at(self.seed, "crop", step, slot, number)
-                sample = labelled_crop(volume, self.crop_size, rng)
+                sample = labelled_crop(volume, self.crop_size, self.labelled_prob, rng)
                 samples.append(augment.set_random_state(int(rng.integers(2**32)))(sample))
                 cases.append(volume.name)
         # MONAI hands out its MetaTensor; what it records is not needed from here on and slows every operation.

@@ -6,7 +6,7 @@ Source of the recipe: UNETR's BTCV example (Project-MONAI/research-contributions
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +77,9 @@ def finetune(config: FinetuneConfig) -> Path:
     check_labels([*volumes[0], *volumes[1]], names)
     held_out = prepare_held_out(config, processes, names)
     with distributed.connected(processes):
-        task = Finetuning(config, share, *volumes, validation, names, best=state["best"] if state else -1.0)
+        criterion = dice_and_cross_entropy(len(names), config.background_weight).to(processes.device)
+        best = state["best"] if state else -1.0
+        task = Finetuning(config, share, *volumes, validation, names, criterion, best)
         steps = steps_per_epoch(config, len(training))
         run = start_run(
             config,
@@ -157,9 +159,12 @@ def split_crops(batch: Batch, num: int) -> list[Batch]:
     return [{name: values[i : i + size] for name, values in batch.items()} for i in range(0, crops, size)]
 
 
-def dice_and_cross_entropy() -> DiceCELoss:
-    """The recipe's loss: class scores (b, n, *size), labels (b, 1, *size) -> scalar."""
-    return DiceCELoss(to_onehot_y=True, softmax=True, squared_pred=True, smooth_nr=0.0, smooth_dr=1e-6)
+def dice_and_cross_entropy(num_classes: int, background_weight: float = 1.0) -> DiceCELoss:
+    """The recipe's loss: class scores (b, num_classes, *size), labels (b, 1, *size) -> scalar. The background counts
+    `background_weight` times as much as an organ in both parts.
+    """
+    weight = torch.tensor([background_weight] + [1.0] * (num_classes - 1)) if background_weight != 1 else None
+    return DiceCELoss(to_onehot_y=True, softmax=True, squared_pred=True, smooth_nr=0.0, smooth_dr=1e-6, weight=weight)
 
 
 @dataclass
@@ -172,16 +177,16 @@ class Finetuning:
     validation: Sequence[StoredVolume]
     cases: Sequence[Case]
     names: Sequence[str]
+    criterion: DiceCELoss
     best: float
-    criterion: DiceCELoss = field(default_factory=dice_and_cross_entropy)
 
     @property
     def batches(self) -> FinetuneBatches:
         """Augmented crops with their labels."""
         c = self.config
-        augmentation = (c.flip_prob, c.rot90_prob, c.intensity_prob)
+        drawing = (c.flip_prob, c.rot90_prob, c.intensity_prob, c.labelled_prob)
         swaps = left_right_pairs(c, self.names)
-        return FinetuneBatches(self.training, self.share, c.crop_size, c.crops_per_volume, *augmentation, c.seed, swaps)
+        return FinetuneBatches(self.training, self.share, c.crop_size, c.crops_per_volume, *drawing, c.seed, swaps)
 
     def begin(self, run: Run, step: int) -> None:
         """Leave the encoder out of the first epochs, where the settings say so."""

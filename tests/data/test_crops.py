@@ -163,22 +163,23 @@ def test_flips_come_as_often_as_asked_for_on_their_axis(tmp_path, flip_prob):
 # Crops with a label
 
 
-def test_half_of_the_labelled_crops_are_centred_on_a_label(tmp_path):
+@pytest.mark.parametrize("prob", [0.0, 0.5, 0.8, 1.0])
+def test_so_many_labelled_crops_are_centred_on_a_label(tmp_path, prob):
     image, label = np.zeros((60, 60, 60)), np.zeros((60, 60, 60), np.uint8)
     image[15:45, 15:45, 15:45] = 0.5
     label[20:23, 30:33, 40:42] = 3
     volume = make(tmp_path / "e", image, label)
     num = 200
-    crops = [labelled_crop(volume, (16, 16, 16), rng_at(0, "crop", t)) for t in range(num)]
+    crops = [labelled_crop(volume, (16, 16, 16), prob, rng_at(0, "crop", t)) for t in range(num)]
     assert all(crop["image"][0, 8, 8, 8] > 0 for crop in crops)
     on_label = sum(int(crop["label"][0, 8, 8, 8]) == 3 for crop in crops)
-    assert abs(on_label / num - 0.5) < 0.12
+    assert on_label == prob * num if prob in (0, 1) else abs(on_label / num - prob) < 0.12
 
 
 def test_labelled_crops_are_reproducible_and_aligned(tmp_path):
     volume = make(tmp_path / "e", *striped((40, 20, 12)))
     for t in range(20):
-        one, two = (labelled_crop(volume, (16, 32, 16), rng_at(0, "crop", t)) for _ in range(2))
+        one, two = (labelled_crop(volume, (16, 32, 16), 0.5, rng_at(0, "crop", t)) for _ in range(2))
         assert torch.equal(one["image"], two["image"])
         assert torch.equal(one["label"], two["label"])
         assert one["image"].shape == one["label"].shape == (1, 16, 32, 16)
@@ -191,7 +192,7 @@ def test_a_volume_all_or_nothing_labelled_still_gives_crops(tmp_path, value):
     ones = np.ones((20, 20, 20))
     volume = make(tmp_path / "e", ones, np.full(ones.shape, value, np.uint8))
     for t in range(10):
-        crop = labelled_crop(volume, (16, 16, 16), rng_at(0, "crop", t))
+        crop = labelled_crop(volume, (16, 16, 16), 0.5, rng_at(0, "crop", t))
         assert (crop["label"] == value).all()
 
 

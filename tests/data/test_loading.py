@@ -31,7 +31,7 @@ def pretrain_batches(volumes: Sequence[StoredVolume], share: Share, seed: int = 
 
 
 def finetune_batches(volumes: Sequence[StoredVolume], share: Share, seed: int = 0) -> FinetuneBatches:
-    return FinetuneBatches(volumes, share, SIZE, 2, (0.5, 0.5, 0.5), 0.5, 0.5, seed)
+    return FinetuneBatches(volumes, share, SIZE, 2, (0.5, 0.5, 0.5), 0.5, 0.5, 0.5, seed)
 
 
 def load(dataset, items: Sequence[int], num_workers: int = 0) -> list[Batch]:

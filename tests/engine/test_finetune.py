@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hyspark.cli import main
 from hyspark.data import datalist
 from hyspark.engine.evaluate import read_scores
-from hyspark.engine.finetune import build, finetune, split_crops
+from hyspark.engine.finetune import build, dice_and_cross_entropy, finetune, split_crops
 from hyspark.engine.pretrain import encoder_file, pretrain
 
 ORGANS = ["liver", "spleen", "right_kidney", "left_kidney", "aorta", "spine", "right_lung", "left_lung"]
@@ -60,6 +61,23 @@ def test_the_organs_are_learnt(finetuning):
     finetune(config)
     values = [m["loss"] for m in metrics(config) if "loss" in m]
     assert sum(values[-5:]) < 0.8 * sum(values[:5])
+
+
+def test_the_background_counts_less_where_the_settings_say_so():
+    scores, labels = torch.zeros(1, 3, 4, 4, 4), torch.zeros(1, 1, 4, 4, 4, dtype=torch.int64)
+    labels[0, 0, 0, 0, 0] = 2  # 63 voxels of background, one of an organ
+    # All classes are equally likely everywhere, so each Dice is 2 * (voxels / 3) / (64 / 9 + voxels).
+    dice = [1 - 2 * (n / 3) / (64 / 9 + n) for n in (63, 0, 1)]
+    for weight in (1.0, 0.2):
+        loss = dice_and_cross_entropy(3, weight)
+        expected = (weight * dice[0] + dice[1] + dice[2]) / 3 + math.log(3)
+        assert loss(scores, labels).item() == pytest.approx(expected, rel=1e-5), weight
+    wrong = scores.clone()
+    wrong[:, 0] = -5.0  # the background's voxels are all wrong, the organ's is half right
+    kept, less = (dice_and_cross_entropy(3, weight).ce(wrong, labels).item() for weight in (1.0, 0.2))
+    a, b = (torch.nn.functional.cross_entropy(wrong, torch.full((1, 4, 4, 4), c)).item() for c in (0, 2))
+    assert kept == pytest.approx((63 * a + b) / 64, rel=1e-5)
+    assert less == pytest.approx((0.2 * 63 * a + b) / (0.2 * 63 + 1), rel=1e-5)
 
 
 def test_a_label_value_that_is_no_class_stops_before_the_first_step(finetuning, tmp_path):
