@@ -42,6 +42,11 @@ class RunSettings:
     """Number format of the forward pass (autocast); weights stay fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is one."""
+    encoder_lr_share: float = 1.0
+    """Learning rate of the encoder, as a share of that of the rest. Nothing normalises the encoder's features on their
+    way down, so that large steps of its wide convolutions make a few directions grow until they drown all others;
+    decoders bear much larger steps.
+    """
     max_steps: int = 0
     """Stop after this many steps, without changing the schedule; 0 runs to the end."""
     save_every: int = 0
@@ -289,6 +294,8 @@ def check_run(config: Any) -> None:
         if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
             raise ValueError(f"{name} must be finite, but it is {value}")
     not_negative(config, "seed", "max_steps", "save_every", "prepare_workers")
+    if not 0 < config.encoder_lr_share <= 1:
+        raise ValueError(f"encoder_lr_share must be above 0 and at most 1, but it is {config.encoder_lr_share}")
     if config.dataloader_workers < -1:
         raise ValueError(f"dataloader_workers is a count, or -1 for automatic; it is {config.dataloader_workers}")
     if min(config.spacing) <= 0:

@@ -203,6 +203,8 @@ WRONG_RUN = [
     ({"device": "tpu"}, "device must be one of auto, cpu, cuda"),
     ({"seed": -1}, "seed must not be negative"),
     ({"max_steps": -1}, "max_steps must not be negative"),
+    ({"encoder_lr_share": 0.0}, "encoder_lr_share must be above 0 and at most 1"),
+    ({"encoder_lr_share": 2.0}, "encoder_lr_share must be above 0 and at most 1"),
     ({"save_every": -1}, "save_every must not be negative"),
     ({"prepare_workers": -1}, "prepare_workers must not be negative"),
     ({"dataloader_workers": -2}, "dataloader_workers is a count, or -1"),

@@ -105,8 +105,9 @@ def start_run(
     if state:
         model.load_state_dict(state["model"])
     model = distributed.share_gradients(model, processes, some_unused=freezes)
+    groups = optim.parameter_groups(model, layer_decay, config.encoder_lr_share)
     # Its rates are set at every step. Fused: one pass over the weights.
-    optimizer = torch.optim.AdamW(optim.parameter_groups(model, layer_decay), fused=True)
+    optimizer = torch.optim.AdamW(groups, fused=True)
     scaler = distributed.loss_scaler(processes, config.precision)
     if state:
         optimizer.load_state_dict(state["optimizer"])

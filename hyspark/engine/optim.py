@@ -27,11 +27,12 @@ def weight_decay(step: int, *, start: float, end: float, total: int) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def parameter_groups(model: nn.Module, layer_decay: float = 1.0) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, layer_decay: float = 1.0, encoder_share: float = 1.0) -> list[dict[str, object]]:
     """Groups of parameters with one weight decay and one learning rate: norms, biases and tokens are spared the decay.
 
-    layer_decay: below 1, each layer of the encoder learns that much more slowly than the one above it; the decoder
-    at the full rate (layer-wise decay, as usual in fine-tuning; Clark et al., "ELECTRA", ICLR 2020).
+    encoder_share: learning rate of the encoder as a share of that of the rest. layer_decay: below 1, each layer of the
+    encoder learns that much more slowly than the one above it (layer-wise decay, as usual in fine-tuning; Clark et al.,
+    "ELECTRA", ICLR 2020).
     """
     named = list(model.named_parameters())
     layers = {name: encoder_layer(name) for name, _ in named}
@@ -39,7 +40,9 @@ def parameter_groups(model: nn.Module, layer_decay: float = 1.0) -> list[dict[st
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in named:
         layer = layers[name]
-        share = 1.0 if layer is None else layer_decay ** (num - layer)
+        share = encoder_share if re.search(r"\b(embeddings|mae)\.", name) else 1.0
+        if layer is not None:
+            share *= layer_decay ** (num - layer)
         decays = parameter.ndim > 1 and not name.endswith("mask_token")
         groups.setdefault((decays, share), []).append(parameter)
     return [{"params": parameters, "decays": decays, "share": share} for (decays, share), parameters in groups.items()]

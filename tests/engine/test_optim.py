@@ -55,6 +55,20 @@ def test_rates_fall_from_layer_to_layer_and_the_decoder_has_the_full_one():
     assert by_name["embeddings.stem.weight"] == by_name["embeddings.expend1.bias"] == 1 / 128
 
 
+@pytest.mark.parametrize("build", [hyspark.build_hyspark, hyspark.build_hybird])
+def test_the_encoder_has_a_rate_of_its_own(build):
+    model = build(img_size=32, widths=(6, 6, 12, 12, 24))
+    groups = parameter_groups(model, layer_decay=0.5, encoder_share=0.1)
+    share = {id(p): g["share"] for g in groups for p in g["params"]}
+    by_name = {name.removeprefix("encoder."): share[id(p)] for name, p in model.named_parameters()}
+    assert by_name["mae.norm.weight"] == pytest.approx(0.1)
+    assert by_name["mae.blocks.2.mlp.fc1.weight"] == pytest.approx(0.05)
+    assert by_name["embeddings.stem.weight"] == pytest.approx(0.1 / 256)
+    rest = {name: value for name, value in by_name.items() if not name.startswith(("mae.", "embeddings."))}
+    assert rest
+    assert set(rest.values()) == {1.0}
+
+
 def test_place_in_the_encoder():
     assert encoder_layer("module.embeddings.expend3.weight") == 2
     assert encoder_layer("encoder.mae.blocks.2.norm1.weight") == 7
