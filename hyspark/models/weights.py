@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from hyspark.models.encoder import NUM_STAGES
+
 CONTAINERS = ("model", "state_dict", "module")
 """Keys under which checkpoints keep their weights."""
 WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes left by DistributedDataParallel and torch.compile."""
 MASK_TOKEN = "mae.mask_token"
 ENCODER = ("embeddings.", "mae.")
-SAME_SHAPE = "build the model as the weights were (--encoder_widths, --encoder_depths, --expansions, --vit_depth)"
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor])
     for key, value in given.items():
         own = plain_key(key, wanted)
         if own not in wanted:
-            unexpected[key] = why_unexpected(own, name)
+            unexpected[key] = why_unexpected(own, name, as_built(given))
         elif own in loaded:
             raise ValueError(f"{name}: two keys stand for {own}; it mixes more than one network")
         elif own.endswith("mae.pos_embed") and not same_positions(value, wanted[own]):
@@ -154,7 +155,7 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor])
         else:
             raise ValueError(
                 f"{name}: {key} has shape {tuple(value.shape)}, the model wants {tuple(wanted[own].shape)}; "
-                f"{SAME_SHAPE}"
+                f"{as_built(given)}"
             )
     if not matched:
         raise ValueError(
@@ -162,11 +163,34 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor])
             f"the model with {next(iter(wanted))!r})"
         )
     missing = tuple(key for key in wanted if key not in loaded)
-    check_missing(missing, name)
+    check_missing(missing, name, as_built(given))
     model.load_state_dict({**wanted, **loaded})
     numbers = {key: p.numel() for key, p in model.named_parameters()}
     coverage = sum(n for key, n in numbers.items() if key in loaded) / sum(numbers.values())
     return LoadReport(tuple(matched), adapted, missing, unexpected, coverage)
+
+
+def as_built(weights: Mapping[str, Tensor]) -> str:
+    """What to do where a model has another shape than these weights, with the flags for the shape that they show."""
+    layers: dict[tuple[int, int], dict[str, int]] = {}
+    blocks = set()
+    for key, value in weights.items():
+        if (found := re.search(r"\bembeddings\.layer(\d)\.(\d+)\.(conv[13])\.weight$", key)) and value.ndim > 1:
+            width = value.shape[0 if found[3] == "conv1" else 1]  # of the block, and of its expansion
+            layers.setdefault((int(found[1]), int(found[2])), {})[found[3]] = width
+        elif found := re.search(r"\bmae\.blocks\.(\d+)\.", key):
+            blocks.add(found[1])
+    first = [layers.get((stage, 0), {}) for stage in range(1, NUM_STAGES + 1)]
+    if not blocks or any(len(sizes) != 2 for sizes in first):
+        return "build the model as the weights were (--encoder_widths, --encoder_depths, --expansions, --vit_depth)"
+    numbers = {
+        "encoder_widths": [sizes["conv1"] for sizes in first],
+        "encoder_depths": [sum(s == stage for s, _ in layers) for stage in range(1, NUM_STAGES + 1)],
+        "expansions": [sizes["conv3"] // sizes["conv1"] for sizes in first],
+        "vit_depth": [len(blocks)],
+    }
+    flags = " ".join(f"--{name} {' '.join(map(str, values))}" for name, values in numbers.items())
+    return f"build the model as the weights were: {flags}"
 
 
 def same_positions(value: Tensor, own: Tensor) -> bool:
@@ -176,7 +200,7 @@ def same_positions(value: Tensor, own: Tensor) -> bool:
     return value.shape == own.shape and torch.allclose(value.to(own), own, atol=1e-2)
 
 
-def why_unexpected(key: str, name: str) -> str:
+def why_unexpected(key: str, name: str, advice: str) -> str:
     """Why a key may be left aside; raises ValueError where there is no reason."""
     if key.removeprefix("encoder.") == MASK_TOKEN:
         return "stored by the release, never trained, not used"
@@ -185,17 +209,17 @@ def why_unexpected(key: str, name: str) -> str:
     if key.startswith("densify.") or key.startswith(("decoder.levels.", "decoder.out.")):
         return "decoder of pre-training, not part of this model"
     if re.match(r"(encoder\.)?(mae\.blocks|embeddings\.layer\d)\.\d+\.", key):
-        raise ValueError(f"{name}: {key} is beyond the depth of the model; {SAME_SHAPE}")
+        raise ValueError(f"{name}: {key} is beyond the depth of the model; {advice}")
     raise ValueError(f"{name}: key {key!r} is not explained: no network of this package has it")
 
 
-def check_missing(missing: tuple[str, ...], name: str) -> None:
+def check_missing(missing: tuple[str, ...], name: str, advice: str) -> None:
     """Raises ValueError where part of the encoder has no weights; fixed positions need none."""
     part = [k for k in missing if k.removeprefix("encoder.").startswith(ENCODER) and not k.endswith("pos_embed")]
     if part:
         raise ValueError(
             f"{name} lacks {len(part)} keys of the encoder ({', '.join(part[:3])}, ...); "
-            f"it is cut short, or from another network; {SAME_SHAPE}"
+            f"it is cut short, or from another network; {advice}"
         )
 
 

@@ -324,6 +324,15 @@ def test_weights_of_other_widths_are_refused_with_advice(make_encoder, model):
         load_pretrained(model, weights)
 
 
+def test_the_advice_names_the_shape_that_the_weights_show(model, make_hyspark):
+    shape = {"widths": (4, 6, 6, 12, 24), "depths": (1, 2, 1, 1, 3), "expansions": (2, 3, 4, 2, 1), "vit_depth": 2}
+    for source in (make_hyspark(**shape).state_dict(), make_hyspark(**shape).encoder.state_dict()):
+        with pytest.raises(ValueError) as error:
+            load_pretrained(model, source)
+        flags = "--encoder_widths 4 6 6 12 24 --encoder_depths 1 2 1 1 3 --expansions 2 3 4 2 1 --vit_depth 2"
+        assert str(error.value).endswith(flags)
+
+
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
 def test_a_file_cut_short_is_refused_by_name(weights, model, tmp_path, suffix, share):
