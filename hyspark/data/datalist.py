@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -168,18 +168,12 @@ def dataset_cases(folder: Path, *, labels: bool, channel: str) -> list[Case]:
     """The cases of one data set folder by name; labels are looked for in labelsTr, if asked for."""
     images: dict[str, Path] = {}
     for file in nifti_files(folder / "imagesTr"):
-        stem = nifti_stem(file)
-        if len(stem) > 5 and stem.endswith(f"_{channel}"):
-            add_once(images, stem[:-5], file)
-        elif channel == "0000" and re.fullmatch(r"img\d+", stem):  # BTCV
-            add_once(images, stem, file)
+        if name := name_of_image(file, channel):
+            add_once(images, name, file)
     paired: dict[str, Path] = {}
     orphans: list[str] = []
     for file in nifti_files(folder / "labelsTr") if labels and (folder / "labelsTr").is_dir() else []:
-        name = nifti_stem(file)
-        if name not in images:
-            name = re.sub(r"^label(?=\d+$)", "img", name)  # BTCV's label0001 belongs to img0001
-        if name in images:
+        if name := name_of_label(file, images):
             add_once(paired, name, file)
         else:
             orphans.append(file.name)
@@ -189,6 +183,21 @@ def dataset_cases(folder: Path, *, labels: bool, channel: str) -> list[Case]:
             "add the images or move these labels away"
         )
     return [Case(name, folder.name, images[name], paired.get(name)) for name in sorted(images)]
+
+
+def name_of_image(file: Path, channel: str) -> str | None:
+    """The case that an image of imagesTr belongs to; None where its name is not one of this channel."""
+    stem = nifti_stem(file)
+    if len(stem) > 5 and stem.endswith(f"_{channel}"):
+        return stem[:-5]
+    return stem if channel == "0000" and re.fullmatch(r"img\d+", stem) else None  # BTCV
+
+
+def name_of_label(file: Path, images: Container[str]) -> str | None:
+    """The case that a label of labelsTr belongs to; None where no image is its."""
+    stem = nifti_stem(file)
+    names = (stem, re.sub(r"^label(?=\d+$)", "img", stem))  # BTCV's label0001 belongs to img0001
+    return next((name for name in names if name in images), None)
 
 
 def add_once(files: dict[str, Path], name: str, file: Path) -> None:
