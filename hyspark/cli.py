@@ -17,6 +17,7 @@ from tap import to_tap_class
 from hyspark.config import FinetuneConfig, PretrainConfig, nearest
 from hyspark.flags import (
     BenefitArguments,
+    CheckArguments,
     CompareArguments,
     DatalistArguments,
     EvaluateArguments,
@@ -54,6 +55,23 @@ def datalist(argv: Sequence[str]) -> None:
     for dataset, numbers in lists.counts(found).items():
         print(f"{dataset}: " + ", ".join(f"{num} {kind.replace('_', ' ')}" for kind, num in numbers.items()))
     print(f"written to {path}")
+
+
+def check(argv: Sequence[str]) -> None:
+    """Look for everything that is wrong with a data set."""
+    args = parse(CheckArguments(prog="hyspark check", allow_abbrev=False), argv)
+    from hyspark import check_page
+    from hyspark.data.check import check as look
+    from hyspark.data.estimate import estimate
+    from hyspark.data.settings import PrepareSettings
+
+    examined, found = look(Path(args.data), hu_min=args.hu_min, num_workers=args.prepare_workers)
+    cost = estimate(examined, PrepareSettings(spacing=args.spacing, hu_min=args.hu_min))
+    lines = check_page.facts(examined, cost, args.spacing)
+    print(check_page.text(examined, found.findings, lines))
+    print(f"\nreport {check_page.write(Path(args.out), args.data, examined, found.findings, lines, cost)}")
+    if any(finding.severity != "note" for finding in check_page.all_findings(examined, found.findings)):
+        sys.exit(1)
 
 
 def pretrain(argv: Sequence[str]) -> None:
@@ -196,6 +214,7 @@ def benefit(argv: Sequence[str]) -> None:
 
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "datalist": datalist,
+    "check": check,
     "pretrain": pretrain,
     "finetune": finetune,
     "weights": weights,

@@ -22,6 +22,23 @@ class DatalistArguments(Tap):
     copy: bool = False  # Copy files instead of linking them
 
 
+class CheckArguments(Tap):
+    """Look for everything that is wrong with a data set. Exit code 0: neither error nor warning; 1: some; 2: it could
+    not be checked.
+    """
+
+    data: str  # nnU-Net data set, a folder that holds some, or a decathlon JSON
+    out: str = "check"  # Folder for check.html and check.json
+    spacing: tuple[float, float, float] = (
+        PretrainConfig.spacing
+    )  # mm that volumes will be prepared at, for the estimates
+    hu_min: float = PretrainConfig.hu_min  # HU up to which all is air to training
+    prepare_workers: int = 0  # Processes; 0 takes one per core
+
+    def configure(self) -> None:
+        self.add_argument("data")
+
+
 class WeightsArguments(Tap):
     """Load weights into the segmentation network and print what matched."""
 

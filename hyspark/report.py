@@ -106,8 +106,7 @@ def write_report(
     run_folder = Path(run_folder)
     if not run_folder.is_dir():
         raise FileNotFoundError(f"expected the folder of a run, got {run_folder}, which is not a folder")
-    cards = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in summary.items())
-    body = [f"<h1>{escape(title)}</h1>", f'<dl class="cards">{cards}</dl>']
+    body = [cards(summary)]
     if dice:
         body += ["<h2>Dice</h2>", table(dice_rows(dice, difference=False), "numbers", header=True)]
     for heading, folder in (scores or {}).items():
@@ -117,15 +116,25 @@ def write_report(
     for name, mapping in (("Configuration", config), ("Environment", environment)):
         rows = [[key, str(value)] for key, value in flat(mapping).items()]
         body += [f"<h2>{name}</h2>", table(rows, "text")]
-    page = (
+    path = run_folder / "report.html"
+    write_whole(path, page(title, body).encode())
+    return path
+
+
+def cards(summary: Mapping[str, str]) -> str:
+    """A few figures with their names, side by side."""
+    boxes = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in summary.items())
+    return f'<dl class="cards">{boxes}</dl>'
+
+
+def page(title: str, body: Sequence[str]) -> str:
+    """A whole HTML page of parts that are HTML already; `title` is not."""
+    head = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n<h1>{escape(title)}</h1>\n"
     )
-    page += "\n".join(body) + "\n</body></html>\n"
-    path = run_folder / "report.html"
-    write_whole(path, page.encode())
-    return path
+    return head + "\n".join(body) + "\n</body></html>\n"
 
 
 def environment() -> dict[str, str]:

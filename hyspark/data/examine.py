@@ -17,6 +17,7 @@ import nibabel
 import numpy as np
 from nibabel import as_closest_canonical
 from nibabel.affines import apply_affine, voxel_sizes
+from nibabel.openers import ImageOpener
 from nibabel.spatialimages import HeaderDataError, SpatialImage
 
 from hyspark.data.cases import Case
@@ -82,7 +83,7 @@ def examine(case: Case, hu_min: float, declared: frozenset[int] | None) -> Exami
     label = open_volume(case.label, seen.findings) if case.label else None
     if image is not None:
         seen.shape, seen.spacing = image.shape[:3], tuple(float(edge) for edge in voxel_sizes(image.affine))
-        seen.findings += [Finding(kind, str(case.image), found) for kind, found in header_faults(image)]
+        seen.findings += [Finding(kind, str(case.image), found) for kind, found in header_faults(image, case.image)]
         voxels = load_voxels(image, case.image, seen.findings)
         if voxels is not None:
             look_at_voxels(voxels, hu_min, seen)
@@ -148,9 +149,11 @@ def format_fault(image: Any) -> tuple[str, str] | None:
     return None
 
 
-def header_faults(image: Any) -> Iterator[tuple[str, str]]:
+def header_faults(image: Any, path: Path) -> Iterator[tuple[str, str]]:
     """Kinds of fault in a header that can be read, each with what was found."""
-    shape, affine, header = image.shape[:3], image.affine, image.header
+    shape, affine = image.shape[:3], image.affine
+    with ImageOpener(str(path)) as file:
+        header = type(image.header).from_fileobj(file, check=False)  # as it stands; on loading, nibabel mends it
     edges = [float(edge) for edge in header["pixdim"][1:4]]
     if not all(np.isfinite(edge) and edge > 0 for edge in edges):
         yield "impossible spacing", f"{list_of(edges)} mm"
