@@ -49,6 +49,7 @@ def test_every_command_shown_has_flags_that_exist(verb, argv, monkeypatch):
     else:
         arguments = {
             "datalist": cli.DatalistArguments,
+            "check": cli.CheckArguments,
             "weights": cli.WeightsArguments,
             "evaluate": cli.EvaluateArguments,
             "predict": cli.PredictArguments,
