@@ -116,8 +116,13 @@ def extrapolated(points: Sequence[tuple[float, float]], x: float) -> float:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch says that memory ran out; on the CPU it has no class of its own."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "alloc" in str(error)
+    """Whether an error of torch says that memory ran out; on the CPU it has no class of its own.
+
+    The second text is what oneDNN says where it gets no memory for the code or the tables of a kernel.
+    """
+    message = str(error)
+    without_class = "alloc" in message or message == "could not create a primitive"
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or without_class
 
 
 def in_fresh_process(*args: Any) -> list[Trial]:

@@ -182,6 +182,19 @@ def test_memory_that_runs_out_ends_the_trials_without_an_error(pretraining):
     assert len(try_in(pretraining, free=10 * 2**20)) < 2
 
 
+@pytest.mark.parametrize(
+    ("message", "is_memory"),
+    [
+        ("DefaultCPUAllocator: can't allocate memory", True),
+        ("std::bad_alloc", True),
+        ("could not create a primitive", True),
+        ("could not create a primitive descriptor for a convolution", False),
+    ],
+)
+def test_errors_of_torch_without_a_class_are_told_by_their_text(message, is_memory):
+    assert trial.is_out_of_memory(RuntimeError(message)) == is_memory
+
+
 def test_another_error_is_not_taken_for_missing_memory(pretraining):
     def broken():
         raise RuntimeError("wrong shape")
