@@ -51,6 +51,20 @@ class RunSettings:
     """Stop after this many steps, without changing the schedule; 0 runs to the end."""
     save_every: int = 0
     """Also save a checkpoint every so many steps; 0 saves at the end of epochs only."""
+    keep_last: int = 2
+    """Resumable states that are kept: the newest, and older ones for the case that it gets damaged."""
+    on_bad_case: Literal["stop", "skip"] = "stop"
+    """What a case that cannot be used does before the first step: stop the run with a list of all such, or be left out
+    of it and counted in the report. It is never replaced by another.
+    """
+    deterministic: bool = False
+    """Only kernels on CUDA whose results do not change from run to run, so that a resumed run repeats an uninterrupted
+    one bit for bit there, too. Slower; on the CPU it changes nothing.
+    """
+    replay: str = ""
+    """Repeat one step, that a run of this kind stopped at for a loss or gradient that is not finite, on the CPU in
+    fp32, from the file that it left (nonfinite_step_N.pth); all other settings come from there.
+    """
     dataloader_workers: int = -1
     """Loader processes per rank; -1 takes one per available core, at most 8; 0 loads in the main process."""
     prepare_workers: int = 0
@@ -294,6 +308,7 @@ def check_run(config: Any) -> None:
         if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
             raise ValueError(f"{name} must be finite, but it is {value}")
     not_negative(config, "seed", "max_steps", "save_every", "prepare_workers")
+    positive(config, "keep_last")
     if not 0 < config.encoder_lr_share <= 1:
         raise ValueError(f"encoder_lr_share must be above 0 and at most 1, but it is {config.encoder_lr_share}")
     if config.dataloader_workers < -1:

@@ -96,6 +96,7 @@ def as_plain(config: PretrainConfig | FinetuneConfig) -> dict[str, Any]:
 
 MAY_CHANGE = {
     *("max_steps", "save_every", "dataloader_workers", "prepare_workers", "store_dir", "device", "dry_run"),
+    *("keep_last", "on_bad_case", "deterministic", "replay"),
     *(
         "exp_name",
         "exp_dir",

@@ -3,17 +3,14 @@
 Everything is looked at and nothing raises, so that one call tells all there is to mend.
 """
 
-import multiprocessing
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from hyspark.data.cases import Case, class_values, common_labels
@@ -22,6 +19,7 @@ from hyspark.data.examine import Examined, examine
 from hyspark.data.files import NIFTI, load_json, nifti_stem, walk_folders
 from hyspark.data.findings import Finding
 from hyspark.data.prepare import available_cores
+from hyspark.data.workers import pool
 
 
 @dataclass
@@ -152,16 +150,15 @@ def enter(files: dict[str, Path], name: str, file: Path, found: DataSet) -> None
 def examine_all(
     cases: Sequence[Case], hu_min: float, declared: frozenset[int] | None, num_workers: int, progress: bool
 ) -> Iterator[Examined]:
-    """What `examine` says of each case, in their order. A process that dies takes its case alone with it."""
+    """What `examine` says of each case, in their order."""
     with tqdm(total=len(cases), desc="check", unit="case", disable=not progress) as bar:
         if num_workers == 1 or len(cases) < 2:
             for case in cases:
                 yield examine(case, hu_min, declared)
                 bar.update()
             return
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(num_workers, len(cases)), context, torch.set_num_threads, (1,)) as pool:
-            for seen in pool.map(partial(examine, hu_min=hu_min, declared=declared), cases):
+        with pool(min(num_workers, len(cases))) as processes:
+            for seen in processes.map(partial(examine, hu_min=hu_min, declared=declared), cases):
                 yield seen
                 bar.update()
 

@@ -1,19 +1,18 @@
 """What preparing a data set will take, measured on one of its cases in a process of its own."""
 
 import math
-import multiprocessing
 import resource
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from hyspark.data.examine import Examined
 from hyspark.data.prepare import prepare_into
 from hyspark.data.settings import PrepareSettings
+from hyspark.data.workers import pool
 
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 """Bytes in which the system counts memory."""
@@ -37,8 +36,8 @@ def estimate(examined: Sequence[Examined], settings: PrepareSettings) -> Estimat
     if not usable:
         return None
     largest = max(usable, key=volume)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        seconds, stored, memory = pool.submit(measure, largest, settings).result()
+    with pool(1) as process:
+        seconds, stored, memory = process.submit(measure, largest, settings).result()
     share = sum(map(volume, usable)) / volume(largest)
     return Estimate(stored * share, seconds * share, memory, largest.case.name)
 
@@ -54,9 +53,9 @@ def measure(seen: Examined, settings: PrepareSettings) -> tuple[float, int, int]
     """Prepare a case and throw it away: seconds, bytes it took in the store, bytes of memory at the peak."""
     with tempfile.TemporaryDirectory() as folder:
         clock = time.perf_counter()
-        failed = prepare_into(seen.case, settings, Path(folder) / "entry")
+        outcome = prepare_into(seen.case, settings, Path(folder) / "entry")
         seconds = time.perf_counter() - clock
-        if failed:
-            raise ValueError(failed)
+        if outcome.errors:
+            raise ValueError("; ".join(outcome.errors))
         stored = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     return seconds, stored, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT

@@ -44,7 +44,7 @@ KINDS: dict[str, Kind] = {
     "no orientation": Kind(
         "warning", "a header that says where the patient lies", "check left and right, and the spacing"
     ),
-    "localiser": Kind("error", "at least 4 voxels on each axis", "it is a scout view; remove it"),
+    "localiser": Kind("warning", "at least 4 voxels on each axis", "if it is a scout view, remove it"),
     "thin": Kind("warning", "at least 16 voxels and 32 mm on each axis", "most of its crops will be padding"),
     "text that may name a patient": Kind("warning", "no personal data", "clear the header's texts before you share it"),
     # The voxels

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from hyspark.data.crops import augmentation, image_crop, labelled_crop, rng_at, seed_at, volume_at
 from hyspark.data.prepare import available_cores
 from hyspark.data.store import StoredVolume
+from hyspark.data.workers import ignore_signals
 
 Batch = dict[str, Any]
 
@@ -132,4 +133,11 @@ def make_loader(dataset: Dataset[Batch], items: Sequence[int], num_workers: int,
     if num_workers < 0:
         num_workers = min(8, available_cores())
     num_workers = min(num_workers, len(items))
-    return DataLoader(dataset, batch_size=None, sampler=items, num_workers=num_workers, pin_memory=pin_memory)
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=items,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=ignore_signals,
+    )

@@ -5,18 +5,18 @@ MONAI's transforms of these names give. Padding to the crop size happens when a 
 one prepared volume serves every crop size.
 """
 
-import multiprocessing
+import logging
 import os
-import time
+import shutil
 import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
-import torch
 from monai.transforms import (
     Compose,
     CropForegroundd,
@@ -26,14 +26,17 @@ from nibabel.affines import apply_affine, voxel_sizes
 from tqdm import tqdm
 
 from hyspark.data.cases import Case
+from hyspark.data.examine import examine
 from hyspark.data.resample import region_above, whole_grid
 from hyspark.data.settings import PrepareSettings
-from hyspark.data.store import StoredVolume, entry_folder, is_complete, steps_of, write_entry
+from hyspark.data.store import StoredVolume, entry_folder, is_complete, is_whole, steps_of, write_entry
+from hyspark.data.workers import pool
 
 UNPREPARABLE = (ValueError, RuntimeError, OSError, EOFError)
 """What preparing a broken file raises."""
-MAX_LISTED = 20
-"""Broken cases named in full in one error message."""
+MAX_LISTED = 5
+"""Warnings that are shown in full."""
+LOG = logging.getLogger("hyspark")
 
 
 def to_unit_range_and_foreground(settings: PrepareSettings, keys: Sequence[str]) -> Compose:
@@ -107,14 +110,27 @@ def prepare_case(case: Case, settings: PrepareSettings) -> dict[str, Any]:
     return {"image": array, "label": label, "affine": np.asarray(data["image"].affine, dtype=np.float64)}
 
 
-def prepare_into(case: Case, settings: PrepareSettings, folder: Path) -> str | None:
-    """Prepare one case into its store entry. Returns None, or why it failed."""
-    try:
-        prepared = prepare_case(case, settings)
-        write_entry(folder, source=str(case.image), steps=steps_of(settings), **prepared)
-    except UNPREPARABLE as error:
-        return f"{case.image}: {reason(error)}"
-    return None
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case: why it cannot be prepared, one line per reason, and what someone should look at."""
+
+    case: Case
+    errors: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def prepare_into(case: Case, settings: PrepareSettings, folder: Path) -> Outcome:
+    """Look at one case and prepare it into its store entry."""
+    findings = examine(case, settings.hu_min, declared=None).findings
+    errors = [str(f) for f in findings if f.severity == "error"]
+    warned = tuple(str(f) for f in findings if f.severity == "warning")
+    if not errors:
+        try:
+            prepared = prepare_case(case, settings)
+            write_entry(folder, source=str(case.image), steps=steps_of(settings), **prepared)
+        except UNPREPARABLE as error:
+            errors.append(f"{case.image}: {reason(error)}")
+    return Outcome(case, tuple(errors), warned)
 
 
 def reason(error: BaseException) -> str:
@@ -131,25 +147,82 @@ def prepare_all(
     num_workers: int = 0,
     progress: bool = True,
 ) -> list[StoredVolume]:
-    """Prepared volumes of the cases, in their order; what the store lacks is made first, in `num_workers` processes
-    (0: one per core).
+    """Prepared volumes of the cases, in their order; what the store lacks is made first.
 
-    Raises ValueError that lists the cases that cannot be prepared and why; PermissionError where the store cannot be
-    written.
+    Raises ValueError that lists the cases that cannot be prepared and why; what `prepare_missing` raises.
     """
-    folders = [entry_folder(store_dir, settings, c.image, c.label) for c in cases]
-    todo = [(c, settings, f) for c, f in zip(cases, folders, strict=True) if not is_complete(f)]
+    failed = prepare_missing(cases, settings, store_dir, num_workers, progress)
+    if failed:
+        raise ValueError(unusable(failed, len(cases)))
+    return stored(cases, settings, store_dir)
+
+
+def unusable(failed: Mapping[str, Sequence[str]], num: int) -> str:
+    """One message for all broken cases, of `num`."""
+    lines = "\n  ".join(line for lines in failed.values() for line in lines)
+    return (
+        f"{len(failed)} of {num} volumes cannot be used; mend them, take them out of the data list, or leave them out "
+        f"of training with --on_bad_case skip:\n  {lines}"
+    )
+
+
+def stored(cases: Sequence[Case], settings: PrepareSettings, store_dir: Path) -> list[StoredVolume]:
+    """Where the prepared volumes of the cases lie."""
+    return [StoredVolume(entry_folder(store_dir, settings, c.image, c.label), c.name) for c in cases]
+
+
+def prepare_missing(
+    cases: Sequence[Case],
+    settings: PrepareSettings,
+    store_dir: Path,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> dict[str, tuple[str, ...]]:
+    """Make what the store lacks, in `num_workers` processes (0: one per core); entries that are there are compared with
+    their checksums first, and damaged ones made again.
+
+    Returns, by image, why cases cannot be prepared. Raises PermissionError where the store cannot be written.
+    """
+    folders = {c: entry_folder(store_dir, settings, c.image, c.label) for c in cases if is_there(c)}
+    missing = [str(c.image) for c in cases if c not in folders]
+    failed: dict[str, tuple[str, ...]] = {image: (f"{image}: it or its label is missing",) for image in missing}
+    there = [folder for folder in folders.values() if folder.exists()]
+    for folder in damaged(there, num_workers or available_cores(), progress):
+        LOG.warning("%s does not fit its checksum and is prepared again", folder)
+        shutil.rmtree(folder)
+    todo = [(c, settings, folder) for c, folder in folders.items() if not is_complete(folder)]
     if todo:
         make_writable(store_dir)
-        failures = run_pool(todo, num_workers or available_cores(), progress)
-        if failures:
-            shown = "\n  ".join(failures[:MAX_LISTED])
-            more = f"\n  and {len(failures) - MAX_LISTED} more" if len(failures) > MAX_LISTED else ""
-            raise ValueError(
-                f"{len(failures)} of {len(cases)} volumes cannot be prepared; "
-                f"mend them or take them out of the data list:\n  {shown}{more}"
-            )
-    return [StoredVolume(f, c.name) for c, f in zip(cases, folders, strict=True)]
+        outcomes = run_pool(todo, num_workers or available_cores(), progress)
+        failed |= {str(o.case.image): o.errors for o in outcomes if o.errors}
+        log_warnings([line for o in outcomes for line in o.warnings])
+    return dict(sorted(failed.items()))
+
+
+def is_there(case: Case) -> bool:
+    """Whether a case's files exist."""
+    return all(path.exists() for path in (case.image, case.label) if path is not None)
+
+
+def damaged(folders: Sequence[Path], num_workers: int, progress: bool) -> list[Path]:
+    """Entries whose files are not what was written."""
+    with ThreadPoolExecutor(num_workers) as threads:
+        bar = tqdm(total=len(folders), desc="check store", unit="volume", disable=not (progress and folders))
+        with bar:
+            found = []
+            for folder, whole in zip(folders, threads.map(is_whole, folders), strict=True):
+                bar.update()
+                if not whole:
+                    found.append(folder)
+    return found
+
+
+def log_warnings(lines: Sequence[str]) -> None:
+    """Say what the user should look at, in a few lines."""
+    if lines:
+        more = [f"and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
+        shown = "\n  ".join([*lines[:MAX_LISTED], *more])
+        LOG.warning("%d things to look at in the data; `hyspark check` shows all of them:\n  %s", len(lines), shown)
 
 
 def make_writable(store_dir: Path) -> None:
@@ -164,44 +237,26 @@ def make_writable(store_dir: Path) -> None:
         ) from None
 
 
-def run_pool(todo: Sequence[tuple[Case, PrepareSettings, Path]], num_workers: int, progress: bool) -> list[str]:
-    """Messages of the cases that failed."""
-    bar = tqdm(total=len(todo), desc="prepare", unit="volume", disable=not progress)
-    failures: list[str | None] = []
-    num_workers = min(num_workers, len(todo))
-    with bar:
-        for outcome in outcomes(todo, num_workers):
-            failures.append(outcome)
+def run_pool(todo: Sequence[tuple[Case, PrepareSettings, Path]], num_workers: int, progress: bool) -> list[Outcome]:
+    """What became of each case, by image."""
+    with tqdm(total=len(todo), desc="prepare", unit="volume", disable=not progress) as bar:
+        found = []
+        for outcome in outcomes(todo, min(num_workers, len(todo))):
+            found.append(outcome)
             bar.update()
-    return sorted(filter(None, failures))
+    return sorted(found, key=lambda outcome: str(outcome.case.image))
 
 
-def outcomes(todo: Sequence[tuple[Case, PrepareSettings, Path]], num_workers: int) -> Iterator[str | None]:
+def outcomes(todo: Sequence[tuple[Case, PrepareSettings, Path]], num_workers: int) -> Iterator[Outcome]:
     """What `prepare_into` returns for each case, as they get done; one worker is this process itself."""
     if num_workers == 1:
         yield from (prepare_into(*job) for job in todo)
         return
-    # spawn: a forked child of a process with OpenMP threads may hang in its first parallel region.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, torch.set_num_threads, (1,)) as pool:
-        for future in as_completed([pool.submit(prepare_into, *job) for job in todo]):
+    with pool(num_workers) as processes:
+        for future in as_completed([processes.submit(prepare_into, *job) for job in todo]):
             yield future.result()
 
 
 def available_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def wait_for_all(
-    cases: Sequence[Case],
-    settings: PrepareSettings,
-    store_dir: Path,
-    num_workers: int = 0,
-    progress: bool = True,
-) -> list[StoredVolume]:
-    """As `prepare_all`, for a process beside the one that prepares: waits until every entry is there."""
-    folders = [entry_folder(store_dir, settings, c.image, c.label) for c in cases]
-    while not all(is_complete(f) for f in folders):
-        time.sleep(0.5)
-    return [StoredVolume(f, c.name) for c, f in zip(cases, folders, strict=True)]

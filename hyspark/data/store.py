@@ -1,9 +1,9 @@
 """Prepared volumes in compressed chunks; a crop is read without reading its volume.
 
 One folder per volume: `image.b2nd` (uint16, see below), `label.b2nd` (uint8, where there is one), `counts.npy` (the
-foreground index), `entry.json` (shape, affine, source, steps). The folder's name is a hash of file path, size,
-modification time and the settings of preparation, so changed settings or files never read old voxels. An entry appears
-by renaming a finished folder: what exists is whole.
+foreground index), `entry.json` (shape, affine, source, steps, checksums). The folder's name is a hash of file path,
+size, modification time and the settings of preparation, so changed settings or files never read old voxels. An entry
+appears by renaming a finished folder; `is_whole` tells whether its bytes are still those that were written.
 
 0..1 is stored as 0..steps. Preparation takes as many steps per HU as fit, but a power of two (128 for the usual
 window): CT comes in whole HU, so voxels that were not interpolated, or half-way, end in zero bits, which compress to
@@ -19,7 +19,8 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -30,7 +31,7 @@ import numpy as np
 
 from hyspark.data.settings import PrepareSettings
 
-FORMAT = 3
+FORMAT = 4
 CHUNK, CELL = 64, 32
 BLOCK = (16, 32, 32)
 MOST = 65535
@@ -69,6 +70,24 @@ def is_complete(folder: Path) -> bool:
     return (folder / "entry.json").is_file()
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether the files of an entry are those that were written, by their checksums (CRC-32)."""
+    try:
+        loaded = json.loads((folder / "entry.json").read_bytes())
+        known = loaded.pop("checksums")
+        return bool(known == checksums(folder, known, loaded))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+
+
+def checksums(folder: Path, names: Iterable[str], entry: Mapping[str, Any]) -> dict[str, int]:
+    """CRC-32 of files of an entry, and of the rest of entry.json under that name."""
+    return {
+        name: zlib.crc32(json.dumps(entry).encode() if name == "entry.json" else (folder / name).read_bytes())
+        for name in names
+    }
+
+
 @dataclass(frozen=True)
 class Entry:
     """What entry.json holds: shape in voxels, affine of the prepared grid (RAS mm), the file it was made from, the
@@ -101,7 +120,10 @@ def write_entry(
         counts = np.stack([cell_counts(where(quantised, label)).ravel() for where in KINDS.values()])
         np.save(temporary / "counts.npy", counts.astype(np.uint32))
         entry = Entry(image.shape, affine.tolist(), source, 0 if label is None else int(label.max()), steps)
-        (temporary / "entry.json").write_text(json.dumps(asdict(entry)))
+        names = sorted(path.name for path in temporary.iterdir())
+        content = json.loads(json.dumps(asdict(entry)))
+        content["checksums"] = checksums(temporary, [*names, "entry.json"], content)
+        (temporary / "entry.json").write_text(json.dumps(content))
         try:
             os.replace(temporary, folder)
         except OSError:

@@ -197,7 +197,7 @@ def check_data(runs: Sequence[PlannedRun], starts: Mapping[str, str]) -> None:
             print(f"start {name}: {weights}\n{load_pretrained(build(config, len(names)), weights)}")
     here = Processes(torch.device("cpu"))
     for config, training, validation, _ in found:
-        prepared(config, here, Path(config.data_dir), training, validation)
+        prepared(config, here, Path(config.data_dir), [*training, *validation])
     prepare_held_out(config, here, names)
 
 

@@ -7,11 +7,12 @@ would with the same global batch.
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 LOG = logging.getLogger("hyspark")
+T = TypeVar("T")
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -165,6 +167,35 @@ def gather(values: Sequence[Any], processes: Processes) -> list[Any]:
     parts: list[Any] = [None] * processes.world_size
     dist.all_gather_object(parts, list(values))
     return [v for part in parts for v in part]
+
+
+def once_per_machine(work: Callable[[], T], processes: Processes) -> list[T]:
+    """What `work` gives on one process of each machine, on every process; the others wait as long as it takes."""
+    if processes.world_size == 1:
+        return [work()]
+    # A group of its own, made before the work, since others give up on a process that lets them wait half an hour.
+    group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    parts: list[Any] = [None] * processes.world_size
+    dist.all_gather_object(parts, [work()] if processes.local_rank == 0 else [], group=group)
+    dist.destroy_process_group(group)
+    return [result for part in parts for result in part]
+
+
+def any_of(flag: bool, processes: Processes) -> bool:
+    """Whether a flag is set on any process."""
+    if processes.world_size == 1:
+        return flag
+    found = torch.tensor(float(flag), device=processes.device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
+
+
+def make_deterministic() -> None:
+    """Have torch take kernels only whose results do not change from run to run; has to come before the first one."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
 
 
 def barrier(processes: Processes) -> None:

@@ -194,10 +194,10 @@ def evaluate(
     processes = distributed.find_processes(device)
     LOG.info("%d cases of %s, %d organs, on %s", len(cases), data, len(names) - 1, processes.device)
     settings = replace(config, store_dir=store_dir, prepare_workers=prepare_workers)
-    volumes, _ = prepared(settings, processes, data, cases, [])
-    check_labels(volumes, names)
-    network = network.to(processes.device)
     with distributed.connected(processes):
+        volumes = prepared(settings, processes, data, cases)
+        check_labels(volumes, names)
+        network = network.to(processes.device)
         where = (network, config, names, volumes, cases, out, processes)
         summary, _ = score_cases(*where, weights=str(weights), scoring=scoring)
     return summary

@@ -7,6 +7,7 @@ Source of the recipe: UNETR's BTCV example (Project-MONAI/research-contributions
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +37,11 @@ from hyspark.engine.evaluate import (
 )
 from hyspark.engine.held_out import prepare_held_out, score_held_out
 from hyspark.engine.inference import network_of, windows_of
-from hyspark.engine.labelled import check_labels, find_cases, left_right_pairs, one_sided
+from hyspark.engine.labelled import find_cases, label_fault, left_right_pairs, one_sided
 from hyspark.engine.loop import Run, start_run, train
 from hyspark.engine.metrics import dice
-from hyspark.engine.run import RunLog, data_text, prepared, saved_state, settings_text
+from hyspark.engine.replay import repeat, stopped_run
+from hyspark.engine.run import RunLog, begun, data_text, left_out_text, saved_state, settings_text, usable
 from hyspark.figures import save_figure
 from hyspark.models.segmentation import Hybird
 from hyspark.models.weights import load_pretrained
@@ -52,17 +54,20 @@ SCORES = {"Validation cases, last weights": "scores", "Further cases, last weigh
 def finetune(config: FinetuneConfig) -> Path:
     """Fine-tune as the settings say, or continue; returns the run folder.
 
-    Raises ValueError or FileNotFoundError for settings, weights and data that do not fit, FloatingPointError where
-    the loss is not finite.
+    Raises ValueError or FileNotFoundError for settings, weights and data that do not fit, OSError for a full disk,
+    FloatingPointError where the loss is not finite, AskedToStop (a SystemExit) after SIGTERM or SIGUSR1.
     """
-    processes = distributed.find_processes(config.device)
+    processes = distributed.find_processes("cpu" if config.replay else config.device)
+    stopped = None
+    if config.replay:
+        config, stopped = stopped_run(config, processes)
     share = Share(config.batch_size, processes.rank, processes.world_size)
     training, validation, names = find_cases(config)
     data = data_text(training, validation)
     swaps = left_right_pairs(config, names)
     model = build(config, len(names))
     LOG.info("%s", describe(config, processes, model, len(training), len(validation), names))
-    state = saved_state(config, data, last_file(config))
+    state = stopped or saved_state(config, last_file(config))
     if not state and config.pretrained != "none":
         LOG.info("weights of %s\n%s", config.pretrained, load_pretrained(model, config.pretrained))
     if config.flip_prob[0] and not swaps and one_sided(names):
@@ -73,14 +78,15 @@ def finetune(config: FinetuneConfig) -> Path:
         )
     if config.dry_run:
         return config.run_folder
-    volumes = prepared(config, processes, Path(config.data_dir), training, validation)
-    check_labels([*volumes[0], *volumes[1]], names)
-    held_out = prepare_held_out(config, processes, names)
-    with distributed.connected(processes):
+    with begun(config, processes, model, last_file(config)) as asked:
+        where = (config, processes, Path(config.data_dir), training, validation, state)
+        found = usable(*where, fault=partial(label_fault, names=names))
+        held_out = prepare_held_out(config, processes, names)
         criterion = dice_and_cross_entropy(len(names), config.background_weight).to(processes.device)
         best = state["best"] if state else -1.0
-        task = Finetuning(config, share, *volumes, validation, names, criterion, best)
-        steps = steps_per_epoch(config, len(training))
+        data_of = (found.training, found.validation, found.validation_cases)
+        task = Finetuning(config, share, *data_of, names, criterion, best)
+        steps = steps_per_epoch(config, len(found.training))
         run = start_run(
             config,
             data,
@@ -89,11 +95,15 @@ def finetune(config: FinetuneConfig) -> Path:
             steps,
             config.max_epochs,
             state,
+            left_out=found.left_out,
             layer_decay=config.layer_decay,
             freezes=config.freeze_epochs > 0,
         )
-        if run.first_step < run.last_step:
-            train(run, task)
+        if stopped:
+            LOG.info("%s", repeat(run, task, stopped["stopped_by"]))
+            return config.run_folder
+        if run.first_step < run.last_step or not run.is_reviewed:
+            train(run, task, asked)
         else:
             LOG.info("nothing to do: %s has done %d steps", config.run_folder, run.first_step)
         run.model.eval()
@@ -279,9 +289,17 @@ class Finetuning:
         save_figure(figure, self.config.run_folder / "pictures" / f"epoch_{epoch:04d}_{volume.name}.png")
         log.board.add_figure(f"segmentation/{volume.name}", figure, step, close=False)
 
-    def save(self, run: Run, done: int) -> None:
-        """The resumable state."""
-        checkpoint.save(run.state(done) | {"best": self.best}, last_file(self.config))
+    @property
+    def state_file(self) -> Path:
+        """Last, beside best.pth."""
+        return last_file(self.config)
+
+    def notes(self) -> dict[str, float]:
+        """The best Dice."""
+        return {"best": self.best}
+
+    def export(self, run: Run) -> None:
+        """The best weights are kept by the review, and no others."""
 
     def write_report(self, run: Run) -> Path:
         """The run's HTML page."""
@@ -295,6 +313,7 @@ class Finetuning:
                 "start": "from scratch" if c.pretrained == "none" else f"weights of {c.pretrained}",
                 "training cases": str(len(self.training)),
                 "validation cases": str(len(self.validation)),
+                "left out": left_out_text(run.left_out),
                 "scored on": "the label's own grid, mean over cases that hold the organ, background excluded",
                 "device": run.processes.text(c.precision),
             },

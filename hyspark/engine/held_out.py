@@ -27,7 +27,7 @@ def prepare_held_out(
     folder = Path(config.test_dir)
     cases, labels = find_labelled(folder)
     check_classes(names, labels, folder)
-    volumes, _ = prepared(config, processes, folder, cases, [])
+    volumes = prepared(config, processes, folder, cases)
     check_labels(volumes, names)
     return volumes, cases
 

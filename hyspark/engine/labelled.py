@@ -89,12 +89,18 @@ def one_sided(names: Sequence[str]) -> list[str]:
     return [name for name in names if "left" in name.lower() or "right" in name.lower()]
 
 
+def label_fault(volume: StoredVolume, names: Sequence[str]) -> str:
+    """What is wrong with a label whose values go beyond the classes; nothing where all is well."""
+    if volume.entry.max_label < len(names):
+        return ""
+    return (
+        f"its label holds the value {volume.entry.max_label}, but the classes go from 0 to {len(names) - 1} "
+        f"({', '.join(names)}); they are those that the training data's dataset.json names, or as many as "
+        "--out_channels says where it names none"
+    )
+
+
 def check_labels(volumes: Sequence[StoredVolume], names: Sequence[str]) -> None:
-    """Raises ValueError where a label holds a value that is no class."""
-    for volume in volumes:
-        if volume.entry.max_label >= len(names):
-            raise ValueError(
-                f"{volume.name}: its label holds the value {volume.entry.max_label}, but the classes go from 0 to "
-                f"{len(names) - 1} ({', '.join(names)}); they are those that the training data's dataset.json names, "
-                "or as many as --out_channels says where it names none"
-            )
+    """Raises ValueError where labels hold values that are no class."""
+    if wrong := [f"{v.name}: {why}" for v in volumes if (why := label_fault(v, names))]:
+        raise ValueError("\n".join(wrong))

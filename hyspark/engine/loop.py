@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +22,11 @@ from hyspark.data.loading import Batch, make_loader
 from hyspark.engine import checkpoint, distributed, optim
 from hyspark.engine.distributed import LOG, Processes
 from hyspark.engine.run import Config, RunLog
+from hyspark.engine.signals import AskedToStop, Requests
 from hyspark.recipes import as_plain
+
+LEAST_SCALE = 1.0
+"""Of fp16's losses; what is not finite at this scale is not finite because of it."""
 
 
 @dataclass
@@ -29,6 +34,8 @@ class Run:
     """What the loop works with. `model` is the network as trained, wrapped where there are several processes.
 
     data: of `data_text`. total_steps: of the whole schedule. first_step, last_step: what this call does of it.
+    is_reviewed: whether the review that is due after the step before the first, if one is, has been done. saved_step:
+    that the newest state is of. left_out: names of cases that could not be used.
     """
 
     config: Config
@@ -40,6 +47,9 @@ class Run:
     steps_per_epoch: int
     total_steps: int
     first_step: int
+    is_reviewed: bool
+    saved_step: int
+    left_out: list[str]
 
     @property
     def last_step(self) -> int:
@@ -51,10 +61,13 @@ class Run:
         """The bare network."""
         return distributed.bare(self.model)
 
-    def state(self, done: int) -> dict[str, Any]:
-        """The resumable state after `done` steps."""
+    def state(self, done: int, is_reviewed: bool, **more: Any) -> dict[str, Any]:
+        """The resumable state after `done` steps, with or without the review that is due then, and what the task
+        adds.
+        """
         parts = {"model": self.network, "optimizer": self.optimizer, "scaler": self.scaler}
-        return checkpoint.training_state(done, as_plain(self.config), self.data, **parts)
+        state = checkpoint.training_state(done, as_plain(self.config), self.data, **parts)
+        return checkpoint.sealed(state | {"is_reviewed": is_reviewed, "left_out": self.left_out} | more)
 
 
 class Task(Protocol):
@@ -82,8 +95,15 @@ class Task(Protocol):
     def review(self, run: Run, log: RunLog | None, step: int, epoch: int) -> None:
         """Validate and draw; `log` is None on other processes than the main one."""
 
-    def save(self, run: Run, done: int) -> None:
-        """Write the checkpoints; called on the main process."""
+    @property
+    def state_file(self) -> Path:
+        """Where the resumable state is saved."""
+
+    def notes(self) -> dict[str, Any]:
+        """What the task itself has to remember in the state."""
+
+    def export(self, run: Run) -> None:
+        """Write the weights alone, where they are released so; called on the main process when a state is saved."""
 
 
 def start_run(
@@ -95,6 +115,7 @@ def start_run(
     epochs: int,
     state: dict[str, Any] | None,
     *,
+    left_out: Sequence[str] = (),
     layer_decay: float = 1.0,
     freezes: bool = False,
 ) -> Run:
@@ -114,27 +135,41 @@ def start_run(
         scaler.load_state_dict(state["scaler"])
         LOG.info("continuing at step %d", state["step"])
     first_step = state["step"] if state else 0
-    total_steps = epochs * steps_per_epoch
-    return Run(config, data, processes, model, optimizer, scaler, steps_per_epoch, total_steps, first_step)
+    starts = set(distributed.gather([first_step], processes))
+    if len(starts) > 1:
+        raise ValueError(
+            f"the processes would continue at different steps: {sorted(starts)}; do all machines see the run folder "
+            f"{config.run_folder}?"
+        )
+    is_reviewed = state["is_reviewed"] if state else True
+    total = epochs * steps_per_epoch
+    where = (steps_per_epoch, total, first_step, is_reviewed, first_step, list(left_out))
+    return Run(config, data, processes, model, optimizer, scaler, *where)
 
 
-def train(run: Run, task: Task, before: Callable[[RunLog | None], None] | None = None) -> None:
+def train(run: Run, task: Task, asked: Requests, before: Callable[[RunLog | None], None] | None = None) -> None:
     """Do the steps from `run.first_step` to `run.last_step`.
 
     before: called once, before the first of them; the log is None on other processes than the main one.
 
-    Raises FloatingPointError, with the weights as the step before left them, where a loss or gradient is not finite.
+    Raises FloatingPointError, with the weights as the step before left them, where a loss or gradient is not finite;
+    AskedToStop, with all saved, where a signal says so.
     """
     with ExitStack() as stack:
         stack.enter_context(logging_redirect_tqdm())  # log lines above the bar, not in it
         bar = stack.enter_context(progress_bar(run))
-        log = stack.enter_context(closing(RunLog(run.config, run.first_step))) if run.processes.is_main else None
+        log = None
+        if run.processes.is_main:
+            log = stack.enter_context(closing(RunLog(run.config, run.first_step, run.is_reviewed)))
         if before:
             before(log)
-        take_steps(run, task, log, bar)
+        if not run.is_reviewed:
+            review(run, task, log, run.first_step)
+        with asked.stops(at_once=False):
+            take_steps(run, task, log, bar, asked)
 
 
-def take_steps(run: Run, task: Task, log: RunLog | None, bar: Any) -> None:
+def take_steps(run: Run, task: Task, log: RunLog | None, bar: Any, asked: Requests) -> None:
     """The loop itself."""
     config, processes = run.config, run.processes
     steps = range(run.first_step, run.last_step)
@@ -147,7 +182,7 @@ def take_steps(run: Run, task: Task, log: RunLog | None, bar: Any) -> None:
         rates = task.rates(run, step)
         optim.set_rates(run.optimizer, **rates)
         task.begin(run, step)
-        loss, grad_norm = update(run, task, batch, step)
+        loss, grad_norm = update_or_keep(run, task, batch, step)
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
         done, epoch = step + 1, step // run.steps_per_epoch
         if log:
@@ -157,16 +192,50 @@ def take_steps(run: Run, task: Task, log: RunLog | None, bar: Any) -> None:
             bar.set_postfix(loss=f"{loss:.4f}", crops_per_s=f"{speed:.1f}", epoch=epoch)
             bar.update()
         due = done == run.last_step or task.is_due(run, done)
+        stop = distributed.any_of(bool(asked.pending), processes)
+        if due or stop or (config.save_every and done % config.save_every == 0):
+            save(run, task, log, done, is_reviewed=not due)
+        if stop:
+            raise AskedToStop(
+                f"stopped by {asked.pending or 'a signal to another process'} after {done} steps; "
+                f"what was done is saved in {config.run_folder}, and the same command continues"
+            )
         if due:
-            run.model.eval()
-            with torch.no_grad():
-                task.review(run, log, step, epoch)
-            run.model.train()
+            with asked.stops(at_once=True):
+                review(run, task, log, done)
         if due or (config.save_every and done % config.save_every == 0):
-            if processes.is_main:
-                task.save(run, done)
-            distributed.barrier(processes)
             clock = time.perf_counter()  # reviews and checkpoints are not part of a step
+
+
+def review(run: Run, task: Task, log: RunLog | None, done: int) -> None:
+    """The review that is due after `done` steps, and the state that knows of it."""
+    run.model.eval()
+    with torch.no_grad():
+        task.review(run, log, done - 1, (done - 1) // run.steps_per_epoch)
+    run.model.train()
+    save(run, task, log, done, is_reviewed=True)
+
+
+def save(run: Run, task: Task, log: RunLog | None, done: int, is_reviewed: bool) -> None:
+    """Write the checkpoints after `done` steps; the state comes last, so that it never promises what is not there."""
+    if log:
+        log.sync()
+        task.export(run)
+        keep = run.config.keep_last if done != run.saved_step else 1  # a second state of one step replaces the first
+        checkpoint.save(run.state(done, is_reviewed, **task.notes()), task.state_file, keep)
+    run.saved_step = done
+    distributed.barrier(run.processes)
+
+
+def update_or_keep(run: Run, task: Task, batch: Batch, step: int) -> tuple[float, float]:
+    """What `update` does; where it stops at a number that is not finite, the step is kept for a replay."""
+    try:
+        return update(run, task, batch, step)
+    except FloatingPointError as error:
+        path = run.config.run_folder / f"nonfinite_step_{step}.pth"
+        if run.processes.is_main:
+            checkpoint.save(run.state(step, is_reviewed=True, stopped_by=str(error), **task.notes()), path)
+        raise FloatingPointError(f"{error}. The step is kept: repeat it in fp32 with --replay {path}") from None
 
 
 def progress_bar(run: Run) -> Any:
@@ -183,6 +252,19 @@ def progress_bar(run: Run) -> Any:
 
 def update(run: Run, task: Task, batch: Batch, step: int) -> tuple[float, float]:
     """One step of the optimizer: the loss over the global batch, and the gradient's norm before clipping."""
+    mean_loss = distributed.mean_over(gradient(run, task, batch), run.processes)
+    check_finite("loss", mean_loss, step, batch, run.processes)
+    norm = gradient_norm(run)
+    # With fp16 the scaler skips such a step and lowers its scale, which helps only where the scale was to blame.
+    if not run.scaler.is_enabled() or run.scaler.get_scale() <= LEAST_SCALE:
+        check_finite("gradient norm", norm, step, batch, run.processes)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    return mean_loss, norm
+
+
+def gradient(run: Run, task: Task, batch: Batch) -> Tensor:
+    """Forward and backward: the loss over this process's share, with the scaled gradient left in the weights."""
     run.optimizer.zero_grad(set_to_none=True)
     parts = task.parts(batch)
     total = torch.zeros((), device=run.processes.device)
@@ -192,15 +274,13 @@ def update(run: Run, task: Task, batch: Batch, step: int) -> tuple[float, float]
                 loss = task.loss(run, part) / len(parts)
             run.scaler.scale(loss).backward()
         total += loss.detach()
-    mean_loss = distributed.mean_over(total, run.processes)
-    check_finite("loss", mean_loss, step, batch, run.processes)
+    return total
+
+
+def gradient_norm(run: Run) -> float:
+    """The gradient's norm, after which it is clipped; at its true size, also with fp16's scaled losses."""
     run.scaler.unscale_(run.optimizer)
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip or math.inf).item()
-    if not run.scaler.is_enabled():  # with fp16 the scaler skips such a step and lowers its scale
-        check_finite("gradient norm", norm, step, batch, run.processes)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    return mean_loss, norm
+    return nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip or math.inf).item()
 
 
 def check_finite(what: str, value: float, step: int, batch: Batch, processes: Processes) -> None:

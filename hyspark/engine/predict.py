@@ -4,10 +4,9 @@ Three things go on at once: worker processes prepare the next volumes, the netwo
 one before to its own grid and writes it.
 """
 
-import multiprocessing
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from hyspark.data.files import NIFTI, listing, nifti_files, nifti_stem
 from hyspark.data.prepare import UNPREPARABLE, available_cores, prepare_case, reason
 from hyspark.data.resample import file_grid
 from hyspark.data.settings import PrepareSettings
+from hyspark.data.workers import pool
 from hyspark.engine import distributed
 from hyspark.engine.distributed import LOG
 from hyspark.engine.evaluate import Scoring
@@ -132,15 +132,15 @@ def prepare_ahead(
     if num_workers == 1:
         yield from ((case, prepared_or_reason(case, settings)) for case in cases)
         return
-    # spawn: a forked child of a process with OpenMP threads may hang in its first parallel region.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, torch.set_num_threads, (1,)) as pool:
+    with pool(num_workers) as processes:
         todo = iter(cases)
-        waiting = deque((case, pool.submit(prepared_or_reason, case, settings)) for case in islice(todo, num_workers))
+        waiting = deque(
+            (case, processes.submit(prepared_or_reason, case, settings)) for case in islice(todo, num_workers)
+        )
         while waiting:
             case, future = waiting.popleft()
             prepared = future.result()
-            waiting.extend((case, pool.submit(prepared_or_reason, case, settings)) for case in islice(todo, 1))
+            waiting.extend((case, processes.submit(prepared_or_reason, case, settings)) for case in islice(todo, 1))
             yield case, prepared
 
 

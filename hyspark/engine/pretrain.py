@@ -25,7 +25,17 @@ from hyspark.engine.distributed import LOG, Processes
 from hyspark.engine.loop import Run, start_run, train
 from hyspark.engine.planner import count_flops, crops_per_process, plan_text
 from hyspark.engine.probe import Probe, find_probe_cases, make_probe, take_probe
-from hyspark.engine.run import RunLog, data_text, prepared, saved_state, settings_text, store_folder
+from hyspark.engine.replay import repeat, stopped_run
+from hyspark.engine.run import (
+    RunLog,
+    begun,
+    data_text,
+    left_out_text,
+    saved_state,
+    settings_text,
+    store_folder,
+    usable,
+)
 from hyspark.engine.storage import survey
 from hyspark.engine.trial import try_steps
 from hyspark.figures import reconstruction_panel, save_figure
@@ -46,6 +56,11 @@ def encoder_file(config: PretrainConfig) -> Path:
     return config.run_folder / f"{config.model}_1kpretrained_timm_style.pth"
 
 
+def best_file(config: PretrainConfig) -> Path:
+    """Encoder weights of the lowest validation loss, in the released format."""
+    return config.run_folder / f"{config.model}_best_timm_style.pth"
+
+
 def training_file(config: PretrainConfig) -> Path:
     """Everything: encoder, decoder, optimizer, step. The run continues from it."""
     return config.run_folder / f"{config.model}_withdecoder_1kpretrained_hyspark_style.pth"
@@ -54,31 +69,40 @@ def training_file(config: PretrainConfig) -> Path:
 def pretrain(config: PretrainConfig) -> Path:
     """Pre-train as the settings say, or continue; returns the run folder.
 
-    Raises ValueError or FileNotFoundError for settings and data that do not fit, FloatingPointError where the loss
-    is not finite.
+    Raises ValueError or FileNotFoundError for settings and data that do not fit, OSError for a full disk,
+    FloatingPointError where the loss is not finite, AskedToStop (a SystemExit) after SIGTERM or SIGUSR1.
     """
-    processes = distributed.find_processes(config.device)
+    processes = distributed.find_processes("cpu" if config.replay else config.device)
+    stopped = None
+    if config.replay:
+        config, stopped = stopped_run(config, processes)
     share = Share(config.bs, processes.rank, processes.world_size)
     cases = find_cases(config)
     probe_cases = find_probe_cases(Path(config.probe_data), config.probe_cases) if config.probe_data else None
     data = data_text(*cases)
     model = build(config)
     LOG.info("%s", describe(config, processes, model, *cases))
-    state = saved_state(config, data, training_file(config), config.resume_from)
+    state = stopped or saved_state(config, training_file(config), config.resume_from)
     if not state and config.init_weight:
         LOG.info("weights of %s\n%s", config.init_weight, load_pretrained(model, config.init_weight))
     if config.dry_run:
         if processes.is_main:
             LOG.info("%s", plan(config, processes, model, *cases, first_step=state["step"] if state else 0))
         return config.run_folder
-    volumes = prepared(config, processes, Path(config.data_path), *cases)
-    task = Pretraining(config, share, *volumes, make_probe(config, processes, probe_cases) if probe_cases else None)
-    with distributed.connected(processes):
-        run = start_run(config, data, processes, model, steps_per_epoch(config, cases[0]), config.ep, state)
-        if run.first_step >= run.last_step:
+    with begun(config, processes, model, training_file(config)) as asked:
+        found = usable(config, processes, Path(config.data_path), *cases, state)
+        probe = make_probe(config, processes, probe_cases) if probe_cases else None
+        best = state["best"] if state else math.inf
+        task = Pretraining(config, share, found.training, found.validation, probe, best)
+        steps = steps_per_epoch(config, found.training)
+        run = start_run(config, data, processes, model, steps, config.ep, state, left_out=found.left_out)
+        if stopped:
+            LOG.info("%s", repeat(run, task, stopped["stopped_by"]))
+            return config.run_folder
+        if run.first_step >= run.last_step and run.is_reviewed:
             LOG.info("nothing to do: %s has done %d steps", config.run_folder, run.first_step)
             return config.run_folder
-        train(run, task, before=partial(task.probe_fresh, run))
+        train(run, task, asked, before=partial(task.probe_fresh, run))
     if processes.is_main:
         LOG.info("encoder  %s", encoder_file(config))
         LOG.info("report   %s", task.write_report(run))
@@ -101,7 +125,7 @@ def find_cases(config: PretrainConfig) -> tuple[list[Case], list[Case]]:
     return training, validation
 
 
-def steps_per_epoch(config: PretrainConfig, training: Sequence[Case]) -> int:
+def steps_per_epoch(config: PretrainConfig, training: Sequence[Case | StoredVolume]) -> int:
     """Steps in which every volume comes at least once."""
     return math.ceil(len(training) / config.bs)
 
@@ -176,15 +200,18 @@ def build(config: PretrainConfig) -> HySparK:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pretraining:
-    """The task for the loop. probe: None where there is none, and on other processes than the main one."""
+    """The task for the loop. probe: None where there is none, and on other processes than the main one. best: lowest
+    validation loss so far.
+    """
 
     config: PretrainConfig
     share: Share
     training: Sequence[StoredVolume]
     validation: Sequence[StoredVolume]
     probe: Probe | None = None
+    best: float = math.inf
 
     @property
     def batches(self) -> PretrainBatches:
@@ -231,7 +258,12 @@ class Pretraining:
             return
         if val_loss is not None:
             log.write(step, epoch, val_loss=val_loss)
-            LOG.info("epoch %d: validation loss %.4f after %d steps", epoch, val_loss, step + 1)
+            is_best = val_loss < self.best
+            best = " (best)" if is_best else ""
+            LOG.info("epoch %d: validation loss %.4f after %d steps%s", epoch, val_loss, step + 1, best)
+            if is_best:
+                self.best = val_loss
+                checkpoint.save(run.network.encoder.state_dict(), best_file(self.config))
         is_last = step + 1 == run.last_step
         if self.probe and (epoch % self.config.probe_every == 0 or is_last):
             take_probe(run.network.encoder, self.probe, log, step, epoch)
@@ -285,9 +317,17 @@ class Pretraining:
             save_figure(figure, self.config.run_folder / "pictures" / f"epoch_{epoch:04d}_{name}.png")
             log.board.add_figure(f"reconstruction/{name}", figure, step, close=False)
 
-    def save(self, run: Run, done: int) -> None:
-        """Both files of the release."""
-        checkpoint.save(run.state(done), training_file(self.config))
+    @property
+    def state_file(self) -> Path:
+        """Of the release."""
+        return training_file(self.config)
+
+    def notes(self) -> dict[str, float]:
+        """The lowest validation loss."""
+        return {"best": self.best}
+
+    def export(self, run: Run) -> None:
+        """The encoder's file of the release."""
         checkpoint.save(run.network.encoder.state_dict(), encoder_file(self.config))
 
     def write_report(self, run: Run) -> Path:
@@ -300,6 +340,7 @@ class Pretraining:
             summary={
                 "training volumes": str(len(self.training)),
                 "validation volumes": str(len(self.validation)),
+                "left out": left_out_text(run.left_out),
                 "parameters": num_parameters(run.network),
                 "device": run.processes.text(self.config.precision),
             },

@@ -107,10 +107,11 @@ def make_probe(config: PretrainConfig, processes: Processes, cases: ProbeCases) 
     """The probe of a run, prepared by the run's settings; None on other processes than the main one, which do not
     probe. Raises what preparation and `cut_probe` raise.
     """
+    volumes = prepared(config, processes, Path(config.probe_data), [*cases.fit, *cases.score])
     if not processes.is_main:
         return None
-    fit, score = prepared(config, processes, Path(config.probe_data), cases.fit, cases.score)
-    return cut_probe(fit, score, cases.names, config.crop_size)
+    num = len(cases.fit)
+    return cut_probe(volumes[:num], volumes[num:], cases.names, config.crop_size)
 
 
 def cut_probe(

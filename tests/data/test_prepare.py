@@ -13,9 +13,9 @@ from monai.transforms import CropForeground, LoadImage, Orientation, ScaleIntens
 from hyspark.data.crops import place
 from hyspark.data.datalist import Case
 from hyspark.data.phantom import make_phantom
-from hyspark.data.prepare import prepare_all, wait_for_all
+from hyspark.data.prepare import prepare_all, prepare_missing
 from hyspark.data.settings import PrepareSettings
-from hyspark.data.store import StoredVolume
+from hyspark.data.store import StoredVolume, is_whole, opened
 
 COARSE = PrepareSettings(spacing=(6.0, 6.0, 6.0))
 RNG = np.random.default_rng(0)
@@ -131,22 +131,24 @@ def test_one_error_lists_every_broken_file_with_its_reason(tmp_path):
     good = noise(12, 12, 12)
     nan = good.copy()
     nan[6, 6, 6] = np.nan
+    darkest = np.full((9, 9, 9), -174.9999, np.float32)  # above the window's edge, but stored as 0
+    darkest[0, 0, 0] = -500
     label = (good > 0).astype(np.int16)
     cases = {
-        "holds NaN": write_case(tmp_path, "nan", nan),
-        r"no voxel lies above -175.0 HU": write_case(tmp_path, "air", np.full((12, 12, 12), -1000, np.int16)),
-        r"no voxel lies above .*Hounsfield": write_case(tmp_path, "darkest", np.full((9, 9, 9), -174.9999, np.float32)),
-        r"3D volume.*\(12, 12, 12, 2\)": write_case(tmp_path, "4d", noise(12, 12, 12, 2)),
-        r"3D volume.*\(12, 12\)": write_case(tmp_path, "2d", noise(12, 12)),
-        "not readable as NIfTI": write_case(tmp_path, "unreadable", good),
-        "not readable as NIfTI .*[Ee]mpty": write_case(tmp_path, "empty", good),
+        "1 voxels that are no number": write_case(tmp_path, "nan", nan),
+        "the value -1000 everywhere": write_case(tmp_path, "air", np.full((12, 12, 12), -1000, np.int16)),
+        r"no voxel lies above .*Hounsfield": write_case(tmp_path, "darkest", darkest),
+        r"shape \(12, 12, 12, 2\)": write_case(tmp_path, "4d", noise(12, 12, 12, 2)),
+        r"shape \(12, 12\)": write_case(tmp_path, "2d", noise(12, 12)),
+        "a file that is not compressed": write_case(tmp_path, "unreadable", good),
+        "no bytes": write_case(tmp_path, "empty", good),
         "ended before": write_case(tmp_path, "truncated", good),
-        r"differ in shape: \(12, 12, 12\) and \(12, 12, 6\)": write_case(tmp_path, "other", good, label[..., :6]),
-        "whole numbers.*fraction.nii.gz": write_case(tmp_path, "fraction", good, label * 0.5),
-        "whole numbers.*negative.nii.gz": write_case(tmp_path, "negative", good, -label),
-        "whole numbers.*large.nii.gz": write_case(tmp_path, "large", good, label * 300),
-        "mm apart.*mirrored.nii.gz": write_case(tmp_path, "mirrored", good, label),
-        "mm apart.*stretched.nii.gz": write_case(tmp_path, "stretched", good, label),
+        "12, 12, 6 voxels, the image 12, 12, 12": write_case(tmp_path, "other", good, label[..., :6]),
+        "values 0.5.*whole numbers": write_case(tmp_path, "fraction", good, label * 0.5),
+        "values -1.*whole numbers": write_case(tmp_path, "negative", good, -label),
+        "values 300.*whole numbers": write_case(tmp_path, "large", good, label * 300),
+        "corners up to 33 mm": write_case(tmp_path, "mirrored", good, label),
+        "corners up to 16.5 mm": write_case(tmp_path, "stretched", good, label),
     }
     by_name = {case.name: case for case in cases.values()}
     by_name["unreadable"].image.write_bytes(b"this is no volume")
@@ -157,20 +159,20 @@ def test_one_error_lists_every_broken_file_with_its_reason(tmp_path):
     write_nifti(by_name["stretched"].label, label, np.diag([1.5, 1.5, 3, 1]))
 
     store = tmp_path / "store"
-    with pytest.raises(ValueError, match="mend them or take them out") as error:
+    with pytest.raises(ValueError, match=r"mend them, take them out .* --on_bad_case skip") as error:
         prepare([write_case(tmp_path, "good", good), *cases.values()], store, PrepareSettings())
     lines = str(error.value).splitlines()
-    assert lines[0].startswith(f"{len(cases)} of {len(cases) + 1} volumes cannot be prepared")
+    assert lines[0].startswith(f"{len(cases)} of {len(cases) + 1} volumes cannot be used")
     assert len(lines) == 1 + len(cases)
     for reason, case in cases.items():
-        line = next(line for line in lines if str(case.image) in line)
+        line = next(line for line in lines if re.search(rf"/{case.name}(_0000)?\.nii\.gz: ", line))
         assert re.search(reason, line), line
     entries = [path for path in store.iterdir()]
     assert len(entries) == 1  # the good one, whole; nothing is left of the others
     assert {path.name for path in entries[0].iterdir()} == {"image.b2nd", "counts.npy", "entry.json"}
 
 
-def test_many_broken_files_are_counted(tmp_path):
+def test_all_of_many_broken_files_are_named(tmp_path):
     cases = []
     for number in range(23):
         path = tmp_path / f"case{number:02d}_0000.nii.gz"
@@ -178,8 +180,46 @@ def test_many_broken_files_are_counted(tmp_path):
         cases.append(Case(f"case{number:02d}", "D", path))
     with pytest.raises(ValueError, match="23 of 23 volumes") as error:
         prepare(cases, tmp_path / "store")
-    lines = str(error.value).splitlines()
-    assert sum("_0000.nii.gz: " in line for line in lines) + int(re.findall(r"\d+", lines[-1])[0]) == 23
+    assert all(f"{case.image}: " in str(error.value) for case in cases)
+
+
+def test_what_cannot_be_prepared_is_told_apart_from_the_rest(tmp_path, caplog):
+    good = write_phantom(tmp_path, "good", spacing=(8.0, 8.0, 8.0))
+    bad = write_case(tmp_path, "bad", np.full((12, 12, 12), 7, np.int16))
+    gone = Case("gone", "D", tmp_path / "gone_0000.nii.gz")
+    thin = write_case(tmp_path, "thin", noise(20, 20, 2))
+    failed = prepare_missing([good, bad, gone, thin], COARSE, tmp_path / "store", 1, progress=False)
+    assert list(failed) == [str(bad.image), str(gone.image)]
+    assert "the value 7 everywhere" in failed[str(bad.image)][0]
+    assert "missing" in failed[str(gone.image)][0]
+    assert str(thin.image) in caplog.text  # a warning, and prepared
+    assert not prepare_missing([good, thin], COARSE, tmp_path / "store", 1, progress=False)
+
+
+@pytest.mark.parametrize("name", ["image.b2nd", "label.b2nd", "counts.npy", "entry.json"])
+@pytest.mark.parametrize("fault", ["flipped", "cut short", "gone"])
+def test_a_damaged_entry_is_made_again(tmp_path, caplog, name, fault):
+    cases = [write_phantom(tmp_path, f"case{n}", seed=n, spacing=(8.0, 8.0, 8.0)) for n in range(2)]
+    volumes = prepare(cases, tmp_path / "store")
+    sound = files_below(volumes[1].folder)
+    image = whole(volumes[0], "image")
+    path = volumes[0].folder / name
+    content = bytearray(path.read_bytes())
+    if fault == "flipped":
+        place = content.index(b'"max_label"') + 13 if name == "entry.json" else len(content) // 2
+        content[place] ^= 1
+        path.write_bytes(content)
+    elif fault == "cut short":
+        path.write_bytes(content[:-1])
+    else:
+        path.unlink()
+    opened.cache_clear()
+    again = prepare(cases, tmp_path / "store")
+    assert again == volumes
+    assert "does not fit its checksum" in caplog.text
+    assert is_whole(volumes[0].folder)
+    assert np.array_equal(whole(again[0], "image"), image)
+    assert files_below(volumes[1].folder) == sound
 
 
 def test_two_workers_give_what_one_gives(tmp_path):
@@ -204,7 +244,6 @@ def test_second_call_prepares_nothing(tmp_path):
         os.utime(case.image, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert prepare(cases, tmp_path / "store") == first
     assert prepare(cases[::-1], tmp_path / "store") == first[::-1]
-    assert wait_for_all(cases, COARSE, tmp_path / "store") == first
     assert files_below(tmp_path / "store") == before
 
 

@@ -178,11 +178,18 @@ def test_no_data_list_says_how_to_make_one(pretraining, tmp_path):
 
 
 def test_torn_metrics_lines_are_dropped():
-    assert keeps('{"step": 1}', 2)
-    assert not keeps('{"step": 2}', 2)
-    assert keeps('{"step": -1}', 2)
-    assert not keeps('{"step": -1}', 0)
-    assert not keeps('{"step": 1, "lo', 2)
+    assert keeps('{"step": 1}', 2, True)
+    assert not keeps('{"step": 2}', 2, True)
+    assert keeps('{"step": -1}', 2, True)
+    assert not keeps('{"step": -1}', 0, True)
+    assert not keeps('{"step": 1, "lo', 2, True)
+
+
+def test_metrics_of_a_review_that_is_done_again_are_dropped():
+    assert keeps('{"step": 1, "loss": 1}', 2, False)
+    assert not keeps('{"step": 1, "val_loss": 1}', 2, False)
+    assert keeps('{"step": 0, "val_loss": 1}', 2, False)
+    assert keeps('{"step": -1, "probe_dice": 1}', 1, False)
 
 
 @pytest.fixture

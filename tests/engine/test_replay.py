@@ -1,0 +1,99 @@
+"""A step that is not finite is kept, and can be repeated."""
+
+import json
+import logging
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hyspark.engine import loop
+from hyspark.engine.checkpoint import read_training_state
+from hyspark.engine.finetune import finetune
+from hyspark.engine.pretrain import pretrain
+
+
+def stop_at_overflow(config, run):
+    """Let a run go until its weights overflow; the file of the step that stopped it."""
+    with pytest.raises(FloatingPointError, match="--replay") as error:
+        run(config)
+    (file,) = config.run_folder.glob("nonfinite_step_*.pth")
+    assert str(file) in str(error.value)
+    return file
+
+
+def test_a_step_of_pretraining_is_repeated(pretraining, caplog):
+    file = stop_at_overflow(replace(pretraining, base_lr=1e18, clip=0.0), pretrain)
+    step = int(file.stem.rpartition("_")[2])
+    assert step > 0
+    lines = (pretraining.run_folder / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == step - 1
+    before = file.read_bytes()
+    with caplog.at_level(logging.INFO, "hyspark"):
+        pretrain(replace(pretraining, exp_dir="elsewhere", replay=str(file)))
+    assert f"step {step} stopped the run: the " in caplog.text
+    assert "not finite in fp32 either, first in the output of " in caplog.text or "itself is not finite" in caplog.text
+    assert caplog.text.count("values 0 to ") == pretraining.bs * pretraining.crops_per_volume
+    assert file.read_bytes() == before
+    assert len((pretraining.run_folder / "metrics.jsonl").read_text().splitlines()) == len(lines)
+
+
+def test_a_step_of_finetuning_is_repeated(finetuning, caplog, monkeypatch):
+    """Sound weights, and a number format that is to blame: here, losses that are made infinite."""
+    found = loop.gradient
+    monkeypatch.setattr(loop, "gradient", lambda run, task, batch: found(run, task, batch) * math.inf)
+    file = stop_at_overflow(finetuning, finetune)
+    assert read_training_state(file)["step"] == 0
+    monkeypatch.undo()
+    with caplog.at_level(logging.INFO, "hyspark"):
+        finetune(replace(finetuning, replay=str(file)))
+    assert "both are finite, so the number format was to blame" in caplog.text
+
+
+def test_another_file_is_no_step_to_repeat(pretraining, tmp_path):
+    path = tmp_path / "last.pth"
+    torch.save({"optimizer": {}, "format": 1}, path)
+    with pytest.raises(ValueError, match="no step that a run stopped at"):
+        pretrain(replace(pretraining, replay=str(path)))
+
+
+def test_the_scale_of_fp16_has_a_floor(pretraining, monkeypatch):
+    """A gradient that is never finite halves the scale 16 times, to 1, and then stops the run."""
+    norms = []
+
+    def nowhere_finite(run):
+        run.scaler.unscale_(run.optimizer)
+        for parameter in run.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.fill_(math.nan)
+        for state in run.scaler._per_optimizer_states.values():
+            state["found_inf_per_device"] = {torch.device("cpu"): torch.ones(())}
+        norms.append(run.scaler.get_scale())
+        return math.nan
+
+    monkeypatch.setattr(loop, "gradient_norm", nowhere_finite)
+    with pytest.raises(FloatingPointError, match="gradient norm is nan at step 16"):
+        pretrain(replace(pretraining, precision="fp16", ep=20))
+    assert norms == [2.0**k for k in range(16, -1, -1)]
+
+
+def test_gradients_are_clipped_at_their_true_size_under_a_loss_scale(pretraining, monkeypatch):
+    """Clipped weights move as in fp32 although the loss was multiplied by 65536."""
+    clipped = []
+    found = loop.gradient_norm
+
+    def note(run):
+        norm = found(run)
+        grads = [p.grad for p in run.model.parameters() if p.grad is not None]
+        clipped.append((norm, float(torch.linalg.vector_norm(torch.cat([g.flatten() for g in grads])))))
+        return norm
+
+    monkeypatch.setattr(loop, "gradient_norm", note)
+    pretrain(replace(pretraining, clip=1e-3, max_steps=1))
+    pretrain(replace(pretraining, clip=1e-3, max_steps=1, precision="fp16", exp_dir=pretraining.exp_dir + "16"))
+    (norm, size), (norm16, size16) = clipped
+    assert norm > 2e-3
+    assert norm16 == pytest.approx(norm, rel=0.05)
+    assert size == pytest.approx(1e-3, rel=1e-3)
+    assert size16 == pytest.approx(1e-3, rel=1e-3)
