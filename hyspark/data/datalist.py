@@ -107,12 +107,12 @@ def is_datalist(path: Path) -> bool:
     return isinstance(loaded, dict) and isinstance(loaded.get("training"), list)
 
 
-def read(path: Path, *, require_labels: bool = False) -> Datalist:
+def read(path: Path, *, require_labels: bool = False, require_files: bool = True) -> Datalist:
     """Read a decathlon JSON; paths in it are relative to its folder. Other keys ("test", ...) are allowed.
 
     An entry is {"image": ..., "label": ...} or the image's path alone. ValueError if the shape is wrong, an
     image comes twice, or, with `require_labels`, a label is missing; FileNotFoundError if files are
-    missing.
+    missing, unless `require_files` is False.
     """
     path = Path(os.path.abspath(path))
     content = load_json(path)
@@ -130,7 +130,8 @@ def read(path: Path, *, require_labels: bool = False) -> Datalist:
     if twice := {str(image) for image, times in Counter(images).items() if times > 1}:
         raise ValueError(f"{path}: images listed more than once: {listing(twice)}")
     files = [file for pair in pairs for file in pair if file is not None]
-    if missing := [str(file) for file in files if not file.is_file()]:
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing and require_files:
         raise FileNotFoundError(f"{path}: {len(missing)} of {len(files)} files are missing: {listing(missing)}")
 
     names = case_names(images)

@@ -5,6 +5,7 @@ On CUDA batch statistics are shared by torch's SyncBatchNorm. That class refuses
 would with the same global batch.
 """
 
+import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 LOG = logging.getLogger("hyspark")
@@ -72,7 +72,13 @@ def connected(processes: Processes) -> Iterator[None]:
     if processes.world_size == 1:
         yield
         return
-    dist.init_process_group("nccl" if processes.device.type == "cuda" else "gloo")
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+        # What processes wrote there before torchrun started them again would be taken for what they write now, see
+        # https://github.com/pytorch/pytorch/issues/135712. On several machines their counts may differ.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if processes.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
         yield
     finally:
@@ -88,7 +94,9 @@ def share_gradients(model: nn.Module, processes: Processes, some_unused: bool = 
     model = model.to(processes.device).to(memory_format=torch.channels_last_3d)
     if processes.world_size == 1:
         return model
-    options: dict[str, Any] = {"broadcast_buffers": False, "find_unused_parameters": some_unused}
+    is_new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch 2.13 renamed it
+    sync_buffers = "forward_sync_buffers" if is_new else "broadcast_buffers"
+    options: dict[str, Any] = {sync_buffers: False, "find_unused_parameters": some_unused}
     if processes.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return DistributedDataParallel(model, device_ids=[processes.local_rank], **options)
@@ -98,6 +106,26 @@ def share_gradients(model: nn.Module, processes: Processes, some_unused: bool = 
 def gradients_shared(model: nn.Module, now: bool) -> AbstractContextManager[Any]:
     """Whether the backward pass inside averages gradients over the processes; if not, a later one does it for both."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext()
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """Sum of a tensor over all processes; gradients flow back to each of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return SumOverProcesses.forward(ctx, grad)
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """See `SumOverProcesses`."""
+    total: Tensor = SumOverProcesses.apply(x)
+    return total
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -114,11 +142,11 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         shape = (1, -1, *(1,) * (input.ndim - 2))
         x = input.float()
         count = x.new_tensor([x.numel() / x.shape[1]])
-        total = all_reduce(torch.cat([x.sum(axes), count]))
+        total = sum_over_processes(torch.cat([x.sum(axes), count]))
         num = total[-1].detach()
         mean = total[:-1] / num
         centred = x - mean.view(shape)
-        variance = all_reduce(centred.square().sum(axes)) / num
+        variance = sum_over_processes(centred.square().sum(axes)) / num
         self.remember(mean.detach(), variance.detach() * (num / (num - 1)))
         out = centred * (variance + self.eps).rsqrt().view(shape)
         return (out * self.weight.view(shape) + self.bias.view(shape)).to(input.dtype)

@@ -1,6 +1,7 @@
 """The labelled data of a fine-tuning run: which cases it trains and is validated on, and what their classes are."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from hyspark.config import FinetuneConfig, nearest
@@ -33,12 +34,13 @@ def find_cases(config: FinetuneConfig) -> tuple[list[Case], list[Case], list[str
 def read_cases(config: FinetuneConfig) -> Datalist:
     """The JSON that the settings name; else data_dir/dataset.json where it is a data list; else the nnU-Net folders."""
     folder = Path(config.data_dir)
+    read = partial(datalist.read, require_labels=True, require_files=config.on_bad_case == "stop")
     if config.json_list:
         inside = folder / config.json_list
-        return datalist.read(inside if inside.is_file() else Path(config.json_list), require_labels=True)
+        return read(inside if inside.is_file() else Path(config.json_list))
     default = folder / "dataset.json"
     if default.is_file() and datalist.is_datalist(default):
-        return datalist.read(default, require_labels=True)
+        return read(default)
     return datalist.read_folder(folder, seed=config.seed, val_fraction=config.val_fraction)
 
 

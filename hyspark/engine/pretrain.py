@@ -118,7 +118,7 @@ def find_cases(config: PretrainConfig) -> tuple[list[Case], list[Case]]:
     path = path if path.suffix == ".json" else path / "dataset.json"
     if not path.is_file():
         raise FileNotFoundError(f"no data list at {path}; make it by: python generate_js.py --data_path {path.parent}")
-    listed = datalist.read(path)
+    listed = datalist.read(path, require_files=config.on_bad_case == "stop")
     training, validation = list(listed.training), list(listed.validation)
     if not validation:
         training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=VALIDATION_SEED)

@@ -62,7 +62,7 @@ def watch(name: str, first: list[str]) -> Any:
     """A hook that notes the first module whose output is not finite."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        if not first and isinstance(output, Tensor) and not bool(output.isfinite().all()):
+        if not first and isinstance(output, Tensor) and not bool(output.detach().isfinite().all()):
             first.append(f"{name} ({type(module).__name__})")
 
     return hook
