@@ -39,6 +39,9 @@ MOST = 65535
 MAX_OPEN = 8
 """Arrays that a process keeps open; the crops of one volume come one after the other."""
 
+COMPUTING = (b"LazyArray", b"b2o", b"proxy-source")
+"""Marks of files that blosc2 would compute an array from, running code in them; before 4.14 it does so unasked."""
+
 KINDS: Mapping[str, Callable[[np.ndarray, np.ndarray | None], np.ndarray]] = {
     "foreground": lambda image, label: image > 0,
     "labelled": lambda image, label: np.zeros(image.shape, bool) if label is None else label > 0,
@@ -215,7 +218,14 @@ class StoredVolume:
 
 @lru_cache(MAX_OPEN)
 def opened(path: Path) -> Any:
-    """A stored array, mapped into memory; entries never change once they exist."""
+    """A stored array, mapped into memory; entries never change once they exist.
+
+    Raises ValueError for a file that is more than numbers.
+    """
+    with path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(15)[11:], "big"))
+    if any(name in header for name in COMPUTING):
+        raise ValueError(f"{path} holds a program, not an array; delete the folder it lies in")
     return blosc2.open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
 
 

@@ -233,7 +233,7 @@ def test_broken_cases_stop_the_run_with_one_message(pretraining, with_broken, ph
 def test_broken_cases_are_left_out_where_the_settings_say_so(pretraining, with_broken, phantoms, whole, caplog):
     store = str(phantoms / "prepared")
     config = replace(pretraining, data_path=str(with_broken), store_dir=store, on_bad_case="skip")
-    pretrain(replace(config, max_steps=2))
+    pretrain(replace(config, max_steps=3))
     assert "2 of 9 volumes cannot be used and are left out" in caplog.text
     assert "2: bad1, bad2" in (config.run_folder / "report.html").read_text()
     pretrain(config)
