@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FORMAT = 1
+FORMAT = 2
 MB = 10**6
 
 
@@ -128,8 +128,7 @@ def read_training_state(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} holds weights only and cannot be continued from; start from it with --init_weight")
     if state.get("format") != FORMAT:
         raise ValueError(f"{path} has format {state.get('format')}, this version reads {FORMAT}")
-    expected = state.pop("checksum", None)
-    if expected not in (None, checksum(state)):  # None: of a version that wrote none
+    if state.pop("checksum", "") != checksum(state):
         raise DamagedError(f"{path} is damaged: its checksum is not that of what it holds")
     return state
 
@@ -156,6 +155,16 @@ def read_newest(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
             f"no state of this run is whole; delete them to start anew, or name another run folder:\n  {listed}"
         )
     return None, wrong
+
+
+def set_damaged_aside(path: Path) -> None:
+    """Rename the damaged states that are newer than the newest whole one, so that they never push that one out."""
+    for file in states(path):
+        try:
+            read_training_state(file)
+            return
+        except DamagedError:
+            os.replace(file, file.with_name(f"{file.name}.damaged"))
 
 
 def states(path: Path) -> list[Path]:

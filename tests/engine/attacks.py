@@ -2,10 +2,12 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,8 +27,11 @@ def command(config, *flags, processes=1, restarts=0):
     return [sys.executable, *([*run, f"--max-restarts={restarts}"] if processes > 1 else []), *script]
 
 
-def start(config, *flags, **kwargs):
-    """A run in a session of its own, with its output in a file beside its folder."""
+def start(config, *flags, limit=None, **kwargs):
+    """A run in a session of its own, with its output in a file beside its folder.
+
+    limit: bytes that a file of it may have, in place of a full disk.
+    """
     with config.run_folder.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(
             command(config, *flags, **kwargs),
@@ -34,7 +39,14 @@ def start(config, *flags, **kwargs):
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=None if limit is None else partial(limit_files, limit),
         )
+
+
+def limit_files(size):
+    """In the new process: writing beyond the limit is an error, not the end."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def output(config):

@@ -138,6 +138,7 @@ def test_a_damaged_newest_state_is_told_and_the_one_before_it_used(pretraining, 
         pretrain(pretraining)
     assert f"{newest} is damaged: its checksum" in caplog.text
     assert "continuing at step 3" in caplog.text
+    assert newest.with_name(f"{newest.name}.damaged").read_bytes() == content
     assert same_pretraining(pretraining, whole)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hyspark.engine import loop
+from hyspark.engine import checkpoint, loop
 from hyspark.engine.checkpoint import read_training_state
 from hyspark.engine.finetune import finetune
 from hyspark.engine.pretrain import pretrain
@@ -53,7 +53,7 @@ def test_a_step_of_finetuning_is_repeated(finetuning, caplog, monkeypatch):
 
 def test_another_file_is_no_step_to_repeat(pretraining, tmp_path):
     path = tmp_path / "last.pth"
-    torch.save({"optimizer": {}, "format": 1}, path)
+    checkpoint.save(checkpoint.sealed({"optimizer": {}, "format": checkpoint.FORMAT}), path)
     with pytest.raises(ValueError, match="no step that a run stopped at"):
         pretrain(replace(pretraining, replay=str(path)))
 
