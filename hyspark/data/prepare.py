@@ -157,13 +157,11 @@ def prepare_all(
     return stored(cases, settings, store_dir)
 
 
-def unusable(failed: Mapping[str, Sequence[str]], num: int) -> str:
-    """One message for all broken cases, of `num`."""
+def unusable(failed: Mapping[str, Sequence[str]], num: int, or_else: str = "") -> str:
+    """One message for all broken cases, of `num`. or_else: what else can be done about them."""
     lines = "\n  ".join(line for lines in failed.values() for line in lines)
-    return (
-        f"{len(failed)} of {num} volumes cannot be used; mend them, take them out of the data list, or leave them out "
-        f"of training with --on_bad_case skip:\n  {lines}"
-    )
+    advice = ", ".join(filter(None, ["mend them or take them out of the data list", or_else]))
+    return f"{len(failed)} of {num} volumes cannot be used; {advice}:\n  {lines}"
 
 
 def stored(cases: Sequence[Case], settings: PrepareSettings, store_dir: Path) -> list[StoredVolume]:

@@ -25,7 +25,7 @@ from hyspark.engine.finetune import build, last_file
 from hyspark.engine.held_out import prepare_held_out
 from hyspark.engine.jobs import Job, last_step, run_jobs
 from hyspark.engine.labelled import find_cases
-from hyspark.engine.run import prepared
+from hyspark.engine.prepared import prepared
 from hyspark.models.weights import load_pretrained
 from hyspark.recipes import as_plain, differences, read_yaml, write_yaml
 

@@ -27,7 +27,7 @@ from hyspark.engine.distributed import LOG, Processes
 from hyspark.engine.inference import Windows, class_scores, largest_components
 from hyspark.engine.labelled import check_labels
 from hyspark.engine.metrics import OrganScores, score_case
-from hyspark.engine.run import prepared
+from hyspark.engine.prepared import prepared
 from hyspark.figures import save_figure, segmentation_panel
 
 TOLERANCE = 2.0

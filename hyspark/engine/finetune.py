@@ -40,8 +40,9 @@ from hyspark.engine.inference import network_of, windows_of
 from hyspark.engine.labelled import find_cases, label_fault, left_right_pairs, one_sided
 from hyspark.engine.loop import Run, start_run, train
 from hyspark.engine.metrics import dice
+from hyspark.engine.prepared import data_text, left_out_text, usable
 from hyspark.engine.replay import repeat, stopped_run
-from hyspark.engine.run import RunLog, begun, data_text, left_out_text, saved_state, settings_text, usable
+from hyspark.engine.run import RunLog, begun, saved_state, settings_text
 from hyspark.figures import save_figure
 from hyspark.models.segmentation import Hybird
 from hyspark.models.weights import load_pretrained

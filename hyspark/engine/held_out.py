@@ -12,7 +12,7 @@ from hyspark.engine import scorebook
 from hyspark.engine.distributed import Processes
 from hyspark.engine.evaluate import check_classes, find_labelled, score_cases
 from hyspark.engine.labelled import check_labels
-from hyspark.engine.run import prepared
+from hyspark.engine.prepared import prepared
 
 
 def prepare_held_out(

@@ -24,18 +24,10 @@ from hyspark.engine import checkpoint, distributed, optim
 from hyspark.engine.distributed import LOG, Processes
 from hyspark.engine.loop import Run, start_run, train
 from hyspark.engine.planner import count_flops, crops_per_process, plan_text
+from hyspark.engine.prepared import data_text, left_out_text, store_folder, usable
 from hyspark.engine.probe import Probe, find_probe_cases, make_probe, take_probe
 from hyspark.engine.replay import repeat, stopped_run
-from hyspark.engine.run import (
-    RunLog,
-    begun,
-    data_text,
-    left_out_text,
-    saved_state,
-    settings_text,
-    store_folder,
-    usable,
-)
+from hyspark.engine.run import RunLog, begun, saved_state, settings_text
 from hyspark.engine.storage import survey
 from hyspark.engine.trial import try_steps
 from hyspark.figures import reconstruction_panel, save_figure

@@ -35,7 +35,8 @@ from hyspark.data.crops import place
 from hyspark.data.splits import split_by_subject
 from hyspark.data.store import StoredVolume
 from hyspark.engine.distributed import LOG, Processes
-from hyspark.engine.run import RunLog, prepared
+from hyspark.engine.prepared import prepared
+from hyspark.engine.run import RunLog
 from hyspark.models.encoder import HybridEncoder
 
 CROPS_PER_VOLUME = 2

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from hyspark.data import datalist
 from hyspark.data.cases import Datalist
-from hyspark.engine import checkpoint, run
+from hyspark.engine import checkpoint, run, storage
 from hyspark.engine.checkpoint import older, states
 from hyspark.engine.finetune import Finetuning, finetune, last_file
 from hyspark.engine.pretrain import Pretraining, best_file, encoder_file, find_cases, pretrain, training_file
@@ -227,6 +227,7 @@ def test_broken_cases_stop_the_run_with_one_message(pretraining, with_broken, ph
     message = done.stderr[done.stderr.index("error: ") :]
     assert message.startswith("error: 2 of 9 volumes cannot be used")
     assert all(f"{name}_0000.nii.gz: a file that is not compressed" in message for name in ("bad1", "bad2"))
+    assert "--on_bad_case skip" in message
     assert "Traceback" not in done.stderr
     assert not training_file(config).exists()
 
@@ -285,3 +286,15 @@ def test_deterministic_kernels_train_both_tasks(pretraining, finetuning, whole):
     finally:
         torch.use_deterministic_algorithms(False)
     assert same_pretraining(pretraining, whole)
+
+
+def test_a_disk_without_room_for_the_volumes_is_told_before_they_are_prepared(
+    pretraining, tmp_path, monkeypatch, caplog
+):
+    used = shutil.disk_usage(tmp_path)
+    config = replace(pretraining, store_dir=str(tmp_path / "store"), max_steps=1)
+    small = storage.survey(config, find_cases(config)[0], tmp_path / "store").missing_bytes // 10
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: used._replace(free=small))
+    monkeypatch.setattr(checkpoint, "check_space", lambda *args: None)
+    pretrain(config)
+    assert "the 7 volumes to prepare will take about" in caplog.text
