@@ -65,10 +65,11 @@ def older(path: Path, number: int) -> Path:
     return path.with_suffix(f".{number}{path.suffix}") if number else path
 
 
-def remove_unfinished(path: Path) -> None:
-    """Delete what killed processes have left of files that they were writing to `path`."""
-    for file in path.parent.glob(f".{path.name}-*"):
-        file.unlink(missing_ok=True)
+def remove_unfinished(folder: Path) -> None:
+    """Delete what killed processes have left of files that they were writing to a folder."""
+    for pattern in (".*.pth-*", ".*.tmp"):
+        for file in folder.glob(pattern):
+            file.unlink(missing_ok=True)
 
 
 def training_state(step: int, config: dict[str, Any], data: str, **parts: Any) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def begun(config: Config, processes: Processes, model: nn.Module, state_file: Pa
         distributed.make_deterministic()
     with requests() as asked, locked(config, processes), distributed.connected(processes):
         if processes.is_main:
-            checkpoint.remove_unfinished(state_file)
+            checkpoint.remove_unfinished(config.run_folder)
             checkpoint.set_damaged_aside(state_file)
             checkpoint.check_space(state_file, model.parameters(), config.keep_last)
         yield asked

@@ -197,10 +197,11 @@ def test_a_disk_that_gets_full_keeps_what_was_saved(pretraining, whole):
 
 def test_what_a_killed_writer_left_is_removed(pretraining):
     pretraining.run_folder.mkdir(parents=True)
-    left = pretraining.run_folder / f".{training_file(pretraining).name}-abc"
-    left.write_bytes(b"half")
+    files = (training_file(pretraining).name + "-abc", best_file(pretraining).name + "-abc", "report.html.123.tmp")
+    for name in files:
+        (pretraining.run_folder / f".{name}").write_bytes(b"half")
     pretrain(replace(pretraining, max_steps=1))
-    assert not left.exists()
+    assert [path.name for path in pretraining.run_folder.glob(".*")] == [".lock"]
 
 
 # Data

@@ -74,7 +74,7 @@ def test_a_run_to_which_everything_happens_ends_as_an_undisturbed_one(pretrainin
     assert losses[0] == losses[1]
     assert same_weights(training_file(config), training_file(whole))
     assert same_weights(encoder_file(config), encoder_file(whole))
-    assert not list(config.run_folder.glob(".*.pth-*"))
+    assert [path.name for path in config.run_folder.glob(".*")] == [".lock"]
 
 
 def inject(fault, config, cases, data, rng):
