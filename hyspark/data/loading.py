@@ -5,7 +5,8 @@ of workers. A global batch has `bs` volumes with `crops_per_volume` crops each; 
 equal runs of volumes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,3 +142,16 @@ def make_loader(dataset: Dataset[Batch], items: Sequence[int], num_workers: int,
         pin_memory=pin_memory,
         worker_init_fn=ignore_signals,
     )
+
+
+@contextmanager
+def loading(loader: DataLoader[Batch]) -> Iterator[Iterator[Batch]]:
+    """The batches of a loader, whose processes end with the block, also by an error: they leave signals alone, so that
+    nothing else would end them.
+    """
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        if shut_down := getattr(batches, "_shutdown_workers", None):  # there is none where the main process loads
+            shut_down()

@@ -7,10 +7,10 @@ one prepared volume serves every crop size.
 
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,16 @@ from hyspark.data.cases import Case
 from hyspark.data.examine import examine
 from hyspark.data.resample import region_above, whole_grid
 from hyspark.data.settings import PrepareSettings
-from hyspark.data.store import StoredVolume, entry_folder, is_complete, is_whole, steps_of, write_entry
+from hyspark.data.store import (
+    StoredVolume,
+    entry_folder,
+    is_complete,
+    is_whole,
+    remove_entry,
+    remove_unfinished,
+    steps_of,
+    write_entry,
+)
 from hyspark.data.workers import pool
 
 UNPREPARABLE = (ValueError, RuntimeError, OSError, EOFError)
@@ -127,10 +136,22 @@ def prepare_into(case: Case, settings: PrepareSettings, folder: Path) -> Outcome
     if not errors:
         try:
             prepared = prepare_case(case, settings)
-            write_entry(folder, source=str(case.image), steps=steps_of(settings), **prepared)
         except UNPREPARABLE as error:
             errors.append(f"{case.image}: {reason(error)}")
+        else:
+            write(folder, prepared, case, settings)
     return Outcome(case, tuple(errors), warned)
+
+
+def write(folder: Path, prepared: dict[str, Any], case: Case, settings: PrepareSettings) -> None:
+    """Write an entry; OSError where that fails, which is no fault of the case."""
+    try:
+        write_entry(folder, source=str(case.image), steps=steps_of(settings), **prepared)
+    except (OSError, RuntimeError) as error:  # RuntimeError: blosc2's
+        raise OSError(
+            f"cannot write prepared volumes to {folder.parent} ({reason(error)}); make room, or name another folder "
+            "with --store_dir"
+        ) from error
 
 
 def reason(error: BaseException) -> str:
@@ -187,7 +208,8 @@ def prepare_missing(
     there = [folder for folder in folders.values() if folder.exists()]
     for folder in damaged(there, num_workers or available_cores(), progress):
         LOG.warning("%s does not fit its checksum and is prepared again", folder)
-        shutil.rmtree(folder)
+        make_writable(store_dir)
+        remove_entry(folder)
     todo = [(c, settings, folder) for c, folder in folders.items() if not is_complete(folder)]
     if todo:
         make_writable(store_dir)
@@ -229,6 +251,7 @@ def make_writable(store_dir: Path) -> None:
         store_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(store_dir, os.W_OK):
             raise PermissionError
+        remove_unfinished(store_dir)
     except OSError:
         raise PermissionError(
             f"cannot write prepared volumes to {store_dir}; name another folder with --store_dir"
@@ -252,7 +275,12 @@ def outcomes(todo: Sequence[tuple[Case, PrepareSettings, Path]], num_workers: in
         return
     with pool(num_workers) as processes:
         for future in as_completed([processes.submit(prepare_into, *job) for job in todo]):
-            yield future.result()
+            try:
+                yield future.result()
+            except BrokenProcessPool as error:
+                raise OSError(
+                    "a process that prepared volumes was killed, perhaps for its memory; lower --prepare_workers"
+                ) from error
 
 
 def available_cores() -> int:

@@ -19,8 +19,10 @@ import math
 import os
 import shutil
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -36,6 +38,8 @@ CHUNK, CELL = 64, 32
 BLOCK = (16, 32, 32)
 MOST = 65535
 """Largest number in 16 bits."""
+UNFINISHED, ABANDONED = ".writing-", 86400.0
+"""How folders are called that are being written, and seconds from which on they are taken for left behind."""
 MAX_OPEN = 8
 """Arrays that a process keeps open; the crops of one volume come one after the other."""
 
@@ -83,6 +87,21 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
+def remove_entry(folder: Path) -> None:
+    """Delete an entry; out of the way first, since another run may be making it again."""
+    doomed = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
+    with suppress(FileNotFoundError):
+        os.replace(folder, doomed / folder.name)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_unfinished(store_dir: Path) -> None:
+    """Delete what killed processes have left, once it is so old that none can be writing it."""
+    for folder in store_dir.glob(f"{UNFINISHED}*"):
+        if time.time() - folder.stat().st_mtime > ABANDONED:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def checksums(folder: Path, names: Iterable[str], entry: Mapping[str, Any]) -> dict[str, int]:
     """CRC-32 of files of an entry, and of the rest of entry.json under that name."""
     return {
@@ -114,7 +133,7 @@ def write_entry(
     steps: int = MOST,
 ) -> None:
     """Write one entry: image float32 (h, w, d) in [0, 1], label uint8 of the same shape or None, affine (4, 4)."""
-    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
     try:
         quantised = np.rint(image * steps).astype(np.uint16)
         write_array(temporary / "image.b2nd", quantised)

@@ -4,12 +4,13 @@ A file appears whole or not at all, older states are kept beside the newest, eve
 holds, and reading one never executes anything in it.
 """
 
+import errno
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ import torch
 from torch import Tensor, nn
 
 FORMAT = 2
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNREADABLE = (errno.EIO, errno.ESTALE, errno.ENOMEM)
+"""Errors of the system in reading a file that says nothing about the file."""
 MB = 10**6
 
 
@@ -50,6 +54,20 @@ def save(state: Mapping[str, Any], path: Path, keep: int = 1) -> None:
         raise
 
 
+@contextmanager
+def full_disk_explained(folder: Path) -> Iterator[None]:
+    """Say what a full disk means for the run in a folder, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(
+            f"cannot write to {folder}: {error.strerror}; what was saved before is as it was. "
+            "Make room, and the same command continues from there"
+        ) from error
+
+
 def sync_folder(folder: Path) -> None:
     """Have the disk hold the names in a folder too; a renamed file may otherwise be lost with the power."""
     if os.name == "posix":
@@ -68,7 +86,7 @@ def older(path: Path, number: int) -> Path:
 def remove_unfinished(folder: Path) -> None:
     """Delete what killed processes have left of files that they were writing to a folder."""
     for pattern in (".*.pth-*", ".*.tmp"):
-        for file in folder.glob(pattern):
+        for file in folder.rglob(pattern):
             file.unlink(missing_ok=True)
 
 
@@ -120,7 +138,11 @@ def read_training_state(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
         except Exception as error:  # of many kinds, as many as there are ways to damage a file
+            if isinstance(error, OSError) and error.errno in UNREADABLE:
+                raise
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise DamagedError(
                 f"{path} cannot be read as a checkpoint; is it damaged or cut short? ({first})"
@@ -158,14 +180,21 @@ def read_newest(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
     return None, wrong
 
 
-def set_damaged_aside(path: Path) -> None:
-    """Rename the damaged states that are newer than the newest whole one, so that they never push that one out."""
+def set_damaged_aside(path: Path) -> list[str]:
+    """Rename the damaged states that are newer than the newest whole one, so that they never push that one out; what
+    was wrong with them. Where none is whole, nothing is renamed.
+    """
+    wrong: dict[Path, str] = {}
     for file in states(path):
         try:
             read_training_state(file)
-            return
-        except DamagedError:
-            os.replace(file, file.with_name(f"{file.name}.damaged"))
+        except DamagedError as error:
+            wrong[file] = str(error)
+            continue
+        for bad in wrong:
+            os.replace(bad, bad.with_name(f"{bad.name}.damaged"))
+        return list(wrong.values())
+    return []
 
 
 def states(path: Path) -> list[Path]:

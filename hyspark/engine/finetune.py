@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,9 +69,6 @@ def finetune(config: FinetuneConfig) -> Path:
     swaps = left_right_pairs(config, names)
     model = build(config, len(names))
     LOG.info("%s", describe(config, processes, model, len(training), len(validation), names))
-    state = stopped or saved_state(config, last_file(config))
-    if not state and config.pretrained != "none":
-        LOG.info("weights of %s\n%s", config.pretrained, load_pretrained(model, config.pretrained))
     if config.flip_prob[0] and not swaps and one_sided(names):
         LOG.warning(
             "crops are flipped left to right, and these classes say left or right: %s; name the pairs in left_right, "
@@ -78,8 +76,10 @@ def finetune(config: FinetuneConfig) -> Path:
             ", ".join(one_sided(names)),
         )
     if config.dry_run:
+        start(config, model)
         return config.run_folder
     with begun(config, processes, model, last_file(config)) as asked:
+        state = stopped or start(config, model)
         where = (config, processes, Path(config.data_dir), training, validation, state)
         found = usable(*where, fault=partial(label_fault, names=names))
         held_out = prepare_held_out(config, processes, names)
@@ -114,6 +114,14 @@ def finetune(config: FinetuneConfig) -> Path:
         LOG.info("report   %s", task.write_report(run))
         LOG.info("scores   %s", config.run_folder / "scores")
     return config.run_folder
+
+
+def start(config: FinetuneConfig, model: Hybird) -> dict[str, Any] | None:
+    """The state that a run continues from; where there is none, the pre-trained weights are loaded."""
+    state = saved_state(config, last_file(config))
+    if not state and config.pretrained != "none":
+        LOG.info("weights of %s\n%s", config.pretrained, load_pretrained(model, config.pretrained))
+    return state
 
 
 def last_weights(config: FinetuneConfig, run: Run) -> str:

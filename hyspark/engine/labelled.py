@@ -34,7 +34,7 @@ def find_cases(config: FinetuneConfig) -> tuple[list[Case], list[Case], list[str
 def read_cases(config: FinetuneConfig) -> Datalist:
     """The JSON that the settings name; else data_dir/dataset.json where it is a data list; else the nnU-Net folders."""
     folder = Path(config.data_dir)
-    read = partial(datalist.read, require_labels=True, require_files=config.on_bad_case == "stop")
+    read = partial(datalist.read, require_labels=True, require_files=False)
     if config.json_list:
         inside = folder / config.json_list
         return read(inside if inside.is_file() else Path(config.json_list))

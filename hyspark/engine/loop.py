@@ -6,7 +6,7 @@ that makes a run resumable lies here: step t sees batch t, rates t, and the stat
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from hyspark.data.loading import Batch, make_loader
+from hyspark.data.loading import Batch, loading, make_loader
 from hyspark.engine import checkpoint, distributed, optim
+from hyspark.engine.checkpoint import full_disk_explained
 from hyspark.engine.distributed import LOG, Processes
 from hyspark.engine.run import Config, RunLog
 from hyspark.engine.signals import AskedToStop, Requests
@@ -153,9 +154,10 @@ def train(run: Run, task: Task, asked: Requests, before: Callable[[RunLog | None
     before: called once, before the first of them; the log is None on other processes than the main one.
 
     Raises FloatingPointError, with the weights as the step before left them, where a loss or gradient is not finite;
-    AskedToStop, with all saved, where a signal says so.
+    AskedToStop, with all saved, where a signal says so; OSError where the disk is full.
     """
     with ExitStack() as stack:
+        stack.enter_context(full_disk_explained(run.config.run_folder))
         stack.enter_context(logging_redirect_tqdm())  # log lines above the bar, not in it
         bar = stack.enter_context(progress_bar(run))
         log = None
@@ -165,15 +167,17 @@ def train(run: Run, task: Task, asked: Requests, before: Callable[[RunLog | None
             before(log)
         if not run.is_reviewed:
             review(run, task, log, run.first_step)
-        with asked.stops(at_once=False):
-            take_steps(run, task, log, bar, asked)
+        steps = range(run.first_step, run.last_step)
+        workers = run.config.dataloader_workers
+        loader = make_loader(task.batches, steps, workers, pin_memory=run.processes.device.type != "cpu")
+        with asked.stops(at_once=False), loading(loader) as batches:
+            take_steps(run, task, batches, log, bar, asked)
 
 
-def take_steps(run: Run, task: Task, log: RunLog | None, bar: Any, asked: Requests) -> None:
+def take_steps(run: Run, task: Task, batches: Iterator[Batch], log: RunLog | None, bar: Any, asked: Requests) -> None:
     """The loop itself."""
     config, processes = run.config, run.processes
     steps = range(run.first_step, run.last_step)
-    batches = iter(make_loader(task.batches, steps, config.dataloader_workers, processes.device.type != "cpu"))
     run.model.train()
     clock = time.perf_counter()
     for step in steps:
@@ -229,13 +233,21 @@ def save(run: Run, task: Task, log: RunLog | None, done: int, is_reviewed: bool)
 
 def update_or_keep(run: Run, task: Task, batch: Batch, step: int) -> tuple[float, float]:
     """What `update` does; where it stops at a number that is not finite, the step is kept for a replay."""
+    statistics = [(buffer, buffer.clone()) for buffer in run.network.buffers()]  # a forward pass moves them
     try:
         return update(run, task, batch, step)
     except FloatingPointError as error:
+        for buffer, before in statistics:
+            buffer.copy_(before)
         path = run.config.run_folder / f"nonfinite_step_{step}.pth"
+        kept = f"The step is kept: repeat it in fp32 with --replay {path}"
         if run.processes.is_main:
-            checkpoint.save(run.state(step, is_reviewed=True, stopped_by=str(error), **task.notes()), path)
-        raise FloatingPointError(f"{error}. The step is kept: repeat it in fp32 with --replay {path}") from None
+            try:
+                checkpoint.save(run.state(step, is_reviewed=True, stopped_by=str(error), **task.notes()), path)
+            except OSError as full:
+                kept = f"The step could not be kept ({full})"
+        distributed.barrier(run.processes)  # torchrun ends all processes when the first one has ended
+        raise FloatingPointError(f"{error}. {kept}") from None
 
 
 def progress_bar(run: Run) -> Any:

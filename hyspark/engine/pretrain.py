@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,14 +75,13 @@ def pretrain(config: PretrainConfig) -> Path:
     data = data_text(*cases)
     model = build(config)
     LOG.info("%s", describe(config, processes, model, *cases))
-    state = stopped or saved_state(config, training_file(config), config.resume_from)
-    if not state and config.init_weight:
-        LOG.info("weights of %s\n%s", config.init_weight, load_pretrained(model, config.init_weight))
     if config.dry_run:
+        state = start(config, model)
         if processes.is_main:
             LOG.info("%s", plan(config, processes, model, *cases, first_step=state["step"] if state else 0))
         return config.run_folder
     with begun(config, processes, model, training_file(config)) as asked:
+        state = stopped or start(config, model)
         found = usable(config, processes, Path(config.data_path), *cases, state)
         probe = make_probe(config, processes, probe_cases) if probe_cases else None
         best = state["best"] if state else math.inf
@@ -102,6 +102,14 @@ def pretrain(config: PretrainConfig) -> Path:
     return config.run_folder
 
 
+def start(config: PretrainConfig, model: HySparK) -> dict[str, Any] | None:
+    """The state that a run continues from; where there is none, the weights that the settings name are loaded."""
+    state = saved_state(config, training_file(config), config.resume_from)
+    if not state and config.init_weight:
+        LOG.info("weights of %s\n%s", config.init_weight, load_pretrained(model, config.init_weight))
+    return state
+
+
 def find_cases(config: PretrainConfig) -> tuple[list[Case], list[Case]]:
     """Training and validation cases; where the list names no validation part, the same share of the volumes is
     always held out.
@@ -110,7 +118,7 @@ def find_cases(config: PretrainConfig) -> tuple[list[Case], list[Case]]:
     path = path if path.suffix == ".json" else path / "dataset.json"
     if not path.is_file():
         raise FileNotFoundError(f"no data list at {path}; make it by: python generate_js.py --data_path {path.parent}")
-    listed = datalist.read(path, require_files=config.on_bad_case == "stop")
+    listed = datalist.read(path, require_files=False)
     training, validation = list(listed.training), list(listed.validation)
     if not validation:
         training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=VALIDATION_SEED)

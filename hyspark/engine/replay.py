@@ -37,6 +37,7 @@ def stopped_run(config: ConfigT, processes: Processes) -> tuple[ConfigT, dict[st
 def repeat(run: Run, task: Task, stopped_by: str) -> str:
     """Do the run's first step, without changing its weights; what was found, in a few lines."""
     step = run.first_step
+    broken = [name for name, value in run.network.state_dict().items() if not bool(torch.isfinite(value).all())]
     batch = task.batches[step]
     first: list[str] = []
     handles = [m.register_forward_hook(watch(name, first)) for name, m in run.network.named_modules() if name]
@@ -53,7 +54,7 @@ def repeat(run: Run, task: Task, stopped_by: str) -> str:
             f"step {step} stopped the run: {stopped_by}",
             *(f"  {line}" for line in batch_lines(batch)),
             f"in fp32 on the CPU: loss {loss:.6g}, gradient norm {norm:.6g}",
-            f"  {conclusion(loss, norm, first, run.network)}",
+            f"  {conclusion(loss, norm, first, broken)}",
         ]
     )
 
@@ -77,9 +78,8 @@ def batch_lines(batch: Batch) -> list[str]:
     ]
 
 
-def conclusion(loss: float, norm: float, first: list[str], network: nn.Module) -> str:
+def conclusion(loss: float, norm: float, first: list[str], broken: list[str]) -> str:
     """What follows from the repeated step."""
-    broken = [name for name, weight in network.state_dict().items() if not bool(torch.isfinite(weight).all())]
     if broken:
         return f"the state itself is not finite: {', '.join(broken[:5])}; go back to an older one"
     if math.isfinite(loss) and math.isfinite(norm):

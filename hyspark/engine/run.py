@@ -19,8 +19,8 @@ from hyspark.engine.signals import Requests, requests
 from hyspark.recipes import as_plain, differences, write_yaml
 
 Config = PretrainConfig | FinetuneConfig
-WAIT_FOR_LOCK = 3.0
-"""Seconds that a killed process of the same run has to end."""
+WAIT_FOR_LOCK = 10.0
+"""Seconds that a stopped process of the same run, or the loader processes of a killed one, have to end."""
 
 
 @contextmanager
@@ -36,7 +36,11 @@ def locked(config: Config, processes: Processes) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=WAIT_FOR_LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            LOG.info("another process is writing to %s; waiting up to %.0f s for its end", folder, WAIT_FOR_LOCK)
+            lock.acquire(timeout=WAIT_FOR_LOCK)
     except Timeout:
         raise ValueError(f"another process is writing to {folder}; wait for it, or name another run folder") from None
     try:
@@ -78,17 +82,24 @@ def settings_text(config: Config, processes: Processes, **lines: str) -> str:
 @contextmanager
 def begun(config: Config, processes: Processes, model: nn.Module, state_file: Path) -> Iterator[Requests]:
     """What a run needs around it: its folder for itself, room on the disk, the other processes, an ear for signals.
+    A replay, which writes nothing, needs none of it.
 
     Raises ValueError or OSError for a folder that is taken, or too full a disk.
     """
     if config.deterministic:
         distributed.make_deterministic()
-    with requests() as asked, locked(config, processes), distributed.connected(processes):
-        if processes.is_main:
-            checkpoint.remove_unfinished(config.run_folder)
-            checkpoint.set_damaged_aside(state_file)
-            checkpoint.check_space(state_file, model.parameters(), config.keep_last)
-        yield asked
+    with requests() as asked:
+        if config.replay:
+            yield asked
+            return
+        with locked(config, processes), distributed.connected(processes):
+            if processes.is_main:
+                checkpoint.remove_unfinished(config.run_folder)
+                for reason in checkpoint.set_damaged_aside(state_file):
+                    LOG.warning("%s; going on from the state before it", reason)
+                checkpoint.check_space(state_file, model.parameters(), config.keep_last)
+            distributed.barrier(processes)
+            yield asked
 
 
 class RunLog:

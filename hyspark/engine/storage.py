@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from hyspark.data.cases import Case
-from hyspark.data.prepare import check_header
+from hyspark.data.prepare import check_header, is_there
 from hyspark.data.settings import PrepareSettings
 from hyspark.data.store import entry_folder, is_complete
 
@@ -40,7 +40,7 @@ class Storage:
 
 def survey(settings: PrepareSettings, cases: Sequence[Case], folder: Path) -> Storage:
     """What the store in this folder holds of the cases, and an estimate of what is missing."""
-    entries = [(c, entry_folder(folder, settings, c.image, c.label)) for c in cases]
+    entries = [(c, entry_folder(folder, settings, c.image, c.label)) for c in cases if is_there(c)]
     prepared = [(c, entry) for c, entry in entries if is_complete(entry)]
     missing = [c for c, entry in entries if not is_complete(entry)]
     sampled = evenly(prepared)
@@ -56,7 +56,7 @@ def survey(settings: PrepareSettings, cases: Sequence[Case], folder: Path) -> St
         missing_bytes=round(voxels * per_voxel * len(missing) / max(1, len(evenly(missing)))),
         bytes_per_voxel=per_voxel,
         is_assumed=not source,
-        unreadable=unreadable,
+        unreadable=unreadable + len(cases) - len(entries),
         free=shutil.disk_usage(next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())).free,
     )
 

@@ -1,5 +1,6 @@
 """A crash costs nothing: runs that are killed, stopped, crowded out and damaged end as undisturbed ones."""
 
+import errno
 import json
 import logging
 import os
@@ -7,19 +8,21 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from filelock import FileLock
 
-from hyspark.data import datalist
+from hyspark.data import datalist, prepare
 from hyspark.data.cases import Datalist
 from hyspark.engine import checkpoint, run, storage
 from hyspark.engine.checkpoint import older, states
 from hyspark.engine.finetune import Finetuning, finetune, last_file
 from hyspark.engine.pretrain import Pretraining, best_file, encoder_file, find_cases, pretrain, training_file
 from hyspark.engine.signals import EXIT_CODE
+from hyspark.recipes import write_yaml
 from tests.engine.attacks import command, end, output, results, same_weights, start, wait_for_step
 
 
@@ -82,6 +85,31 @@ def test_a_killed_process_of_two_is_started_again_by_torchrun(pretraining, tmp_p
     found, expected = ([r["loss"] for r in results(c) if "loss" in r] for c in (two, one))
     assert found == pytest.approx(expected, rel=1e-2)
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
+
+
+def test_a_run_whose_loader_processes_outlive_it_for_a_while_continues(pretraining, whole):
+    """The main process alone is killed; its loader's processes notice that after seconds."""
+    process = start(pretraining, "--dataloader_workers", "2", "--save_every", "1")
+    wait_for_step(pretraining, process, 1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    pretrain(pretraining)
+    assert same_pretraining(pretraining, whole)
+
+
+def test_a_crash_ends_the_process_though_its_loader_processes_leave_signals_alone(pretraining):
+    write_yaml(pretraining, pretraining.run_folder.with_suffix(".yaml"))
+    code = (
+        "import sys; from hyspark import cli; from hyspark.engine import loop\n"
+        "def update(*args): raise RuntimeError('out of something')\n"
+        "if __name__ == '__main__': loop.update = update; cli.run(cli.pretrain, sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, "--dataloader_workers", "2", "--config"]
+    done = subprocess.run(
+        [*command, str(pretraining.run_folder.with_suffix(".yaml"))], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "out of something" in done.stderr
 
 
 def test_a_review_that_was_cut_off_is_done_again(pretraining, whole, monkeypatch):
@@ -149,6 +177,19 @@ def test_where_all_states_are_damaged_the_run_does_not_begin_anew(pretraining):
     with pytest.raises(ValueError, match="no state of this run is whole") as error:
         pretrain(pretraining)
     assert all(str(path) in str(error.value) for path in states(training_file(pretraining)))
+
+
+def test_a_read_error_is_not_taken_for_damage(pretraining, monkeypatch):
+    pretrain(replace(pretraining, max_steps=4))
+    before = states(training_file(pretraining))
+
+    def failing(*args, **kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(torch, "load", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        pretrain(pretraining)
+    assert states(training_file(pretraining)) == before
 
 
 def test_so_many_states_are_kept(pretraining):
@@ -221,6 +262,15 @@ def with_broken(pretraining, tmp_path):
     return path
 
 
+def test_a_disk_that_is_full_is_no_fault_of_a_case(pretraining, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(prepare, "write_entry", full)
+    with pytest.raises(OSError, match=r"cannot write prepared volumes to .* make room"):
+        pretrain(replace(pretraining, store_dir=str(tmp_path / "store"), on_bad_case="skip"))
+
+
 def test_broken_cases_stop_the_run_with_one_message(pretraining, with_broken, phantoms):
     config = replace(pretraining, data_path=str(with_broken), store_dir=str(phantoms / "prepared"))
     done = subprocess.run(command(config), capture_output=True, text=True, timeout=240)
@@ -252,8 +302,11 @@ def test_a_run_does_not_go_on_without_a_case_that_it_began_with(pretraining, pha
     image.unlink()
     with pytest.raises(ValueError, match=r"begun without the cases \[\], now those that cannot be used are \['"):
         pretrain(config)
-    with pytest.raises(FileNotFoundError, match=image.name):
+    with pytest.raises(
+        ValueError, match=f"1 of 7 volumes cannot be used.*\n.*{image.name}: it or its label is missing"
+    ):
         pretrain(replace(config, on_bad_case="stop"))
+    pretrain(replace(config, dry_run=True))
 
 
 def test_labels_beyond_the_classes_are_broken_cases_too(finetuning, phantoms, tmp_path, caplog):
