@@ -253,7 +253,8 @@ def run(function: Callable[[Sequence[str]], None], argv: Sequence[str] | None = 
     except (ValueError, OSError, FloatingPointError) as error:
         if not isinstance(error, OSError) and not raised_here(error):
             raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # of each machine one, whose disk or data may be the cause
+        # One of each machine speaks, whose disk or data may be the cause.
+        if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
 

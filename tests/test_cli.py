@@ -342,6 +342,9 @@ def test_one_of_several_processes_speaks(monkeypatch, capsys):
     assert fails(["pretrain", "--mask", "2"], capsys) == ""
     monkeypatch.setenv("RANK", "0")
     assert fails(["pretrain", "--mask", "2"], capsys) != ""
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")  # the first of the second machine
+    assert fails(["pretrain", "--mask", "2"], capsys) != ""
 
 
 def test_the_scripts_show_their_help(tmp_path):
