@@ -50,7 +50,7 @@ def trap(tmp_path):
     assert not path.exists()
 
 
-def readers(folder):
+def readers():
     """Everything that reads weights or states."""
     small = {"widths": (6, 6, 12, 12, 24), "depths": (1,) * 5, "expansions": (2,) * 5, "vit_depth": 1}
     model = build_hyspark(32, decoder_width=16, **small)
@@ -67,7 +67,7 @@ def test_no_pickle_in_a_checkpoint_is_executed(tmp_path, trap, reader, form):
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
     with pytest.raises((ValueError, pickle.UnpicklingError)):
-        readers(tmp_path)[reader](path)
+        readers()[reader](path)
 
 
 def test_no_pickle_in_a_run_folder_is_executed(pretraining, trap):
@@ -115,7 +115,7 @@ def test_a_data_list_cannot_have_files_written_elsewhere(pretraining, tmp_path):
     outside = tmp_path / "outside"
     data = tmp_path / "data"
     data.mkdir()
-    names = ["..", "..nii", "a;rm -rf x", "<script>alert(1)</script>".replace("/", "_"), "-flag"]
+    names = ["..", "..nii", "a;rm -rf x", "<script>alert(1)<", "-flag"]
     for name in names:
         write_case(outside, name)
     images = [f"../outside/Dataset001_Evil/imagesTr/{name}_0000.nii.gz" for name in names]

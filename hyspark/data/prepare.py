@@ -32,7 +32,6 @@ from hyspark.data.settings import PrepareSettings
 from hyspark.data.store import (
     StoredVolume,
     entry_folder,
-    is_complete,
     is_whole,
     remove_entry,
     remove_unfinished,
@@ -206,13 +205,13 @@ def prepare_missing(
     missing = [str(c.image) for c in cases if c not in folders]
     failed: dict[str, tuple[str, ...]] = {image: (f"{image}: it or its label is missing",) for image in missing}
     there = [folder for folder in folders.values() if folder.exists()]
-    for folder in damaged(there, num_workers or available_cores(), progress):
-        LOG.warning("%s does not fit its checksum and is prepared again", folder)
-        make_writable(store_dir)
-        remove_entry(folder)
-    todo = [(c, settings, folder) for c, folder in folders.items() if not is_complete(folder)]
+    bad = damaged(there, num_workers or available_cores(), progress)
+    todo = [(c, settings, folder) for c, folder in folders.items() if folder in bad or not folder.exists()]
     if todo:
         make_writable(store_dir)
+        for folder in bad:
+            LOG.warning("%s does not fit its checksum and is prepared again", folder)
+            remove_entry(folder)
         outcomes = run_pool(todo, num_workers or available_cores(), progress)
         failed |= {str(o.case.image): o.errors for o in outcomes if o.errors}
         log_warnings([line for o in outcomes for line in o.warnings])
@@ -227,14 +226,10 @@ def is_there(case: Case) -> bool:
 def damaged(folders: Sequence[Path], num_workers: int, progress: bool) -> list[Path]:
     """Entries whose files are not what was written."""
     with ThreadPoolExecutor(num_workers) as threads:
-        bar = tqdm(total=len(folders), desc="check store", unit="volume", disable=not (progress and folders))
-        with bar:
-            found = []
-            for folder, whole in zip(folders, threads.map(is_whole, folders), strict=True):
-                bar.update()
-                if not whole:
-                    found.append(folder)
-    return found
+        looked_at = zip(folders, threads.map(is_whole, folders), strict=True)
+        hide = not (progress and folders)
+        bar = tqdm(looked_at, total=len(folders), desc="check store", unit="volume", disable=hide)
+        return [folder for folder, whole in bar if not whole]
 
 
 def log_warnings(lines: Sequence[str]) -> None:

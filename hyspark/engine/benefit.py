@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,8 +25,8 @@ from hyspark.engine.distributed import Processes
 from hyspark.engine.finetune import build, last_file
 from hyspark.engine.held_out import prepare_held_out
 from hyspark.engine.jobs import Job, last_step, run_jobs
-from hyspark.engine.labelled import find_cases
-from hyspark.engine.prepared import prepared
+from hyspark.engine.labelled import find_cases, label_fault
+from hyspark.engine.prepared import usable
 from hyspark.models.weights import load_pretrained
 from hyspark.recipes import as_plain, differences, read_yaml, write_yaml
 
@@ -197,7 +198,7 @@ def check_data(runs: Sequence[PlannedRun], starts: Mapping[str, str]) -> None:
             print(f"start {name}: {weights}\n{load_pretrained(build(config, len(names)), weights)}")
     here = Processes(torch.device("cpu"))
     for config, training, validation, _ in found:
-        prepared(config, here, Path(config.data_dir), [*training, *validation])
+        usable(config, here, Path(config.data_dir), training, validation, None, partial(label_fault, names=names))
     prepare_held_out(config, here, names)
 
 

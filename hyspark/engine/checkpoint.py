@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hyspark.engine.distributed import LOG
+
 FORMAT = 2
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNREADABLE = (errno.EIO, errno.ESTALE, errno.ENOMEM)
@@ -31,39 +33,35 @@ def save(state: Mapping[str, Any], path: Path, keep: int = 1) -> None:
     Raises OSError, with the older files as they were, where the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        for number in range(keep - 1, 0, -1):
-            with suppress(FileNotFoundError):
-                os.replace(older(path, number - 1), older(path, number))
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        reason = error if isinstance(error, OSError) else error.__context__  # torch's own error hides the system's
-        if isinstance(error, OSError | RuntimeError) and isinstance(reason, OSError):
-            raise OSError(
-                f"cannot write {path}: {reason.strerror}; what was saved before is as it was. "
-                "Make room, and the same command continues from there"
-            ) from error
-        raise
+    with full_disk_explained(path):
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            for number in range(keep - 1, 0, -1):
+                with suppress(FileNotFoundError):
+                    os.replace(older(path, number - 1), older(path, number))
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
-def full_disk_explained(folder: Path) -> Iterator[None]:
-    """Say what a full disk means for the run in a folder, and what to do."""
+def full_disk_explained(path: Path) -> Iterator[None]:
+    """Say what a full disk means for a run that writes to a file or folder, and what to do."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in FULL:
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__  # torch's own error hides the system's
+        if not isinstance(reason, OSError) or reason.errno not in FULL:
             raise
         raise OSError(
-            f"cannot write to {folder}: {error.strerror}; what was saved before is as it was. "
+            f"cannot write {path}: {reason.strerror}; what was saved before is as it was. "
             "Make room, and the same command continues from there"
         ) from error
 
@@ -128,7 +126,7 @@ def add(value: Any, digest: Any) -> None:
 
 
 def read_training_state(path: Path) -> dict[str, Any]:
-    """A state written by `save`, on the CPU.
+    """A state as `sealed` made it, on the CPU.
 
     Raises FileNotFoundError; DamagedError where the file is cut short or altered; ValueError where it is of another
     format, or holds weights only.
@@ -160,41 +158,34 @@ class DamagedError(ValueError):
     """A file that was whole once."""
 
 
-def read_newest(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest state that is whole, of `path` and the older ones beside it; None where there is none. And what is
-    wrong with those newer than it.
+def read_newest(path: Path) -> tuple[dict[str, Any] | None, dict[Path, str]]:
+    """The newest state that is whole, of `path` and the older ones beside it; None where there is none. And the damaged
+    ones newer than it, with what is wrong with them.
 
     Raises DamagedError where there are states, but all of them are damaged; what `read_training_state` raises.
     """
-    wrong: list[str] = []
+    wrong: dict[Path, str] = {}
     for file in states(path):
         try:
             return read_training_state(file), wrong
         except DamagedError as error:
-            wrong.append(str(error))
+            wrong[file] = str(error)
     if wrong:
-        listed = "\n  ".join(wrong)
+        listed = "\n  ".join(wrong.values())
         raise DamagedError(
             f"no state of this run is whole; delete them to start anew, or name another run folder:\n  {listed}"
         )
     return None, wrong
 
 
-def set_damaged_aside(path: Path) -> list[str]:
-    """Rename the damaged states that are newer than the newest whole one, so that they never push that one out; what
-    was wrong with them. Where none is whole, nothing is renamed.
+def set_damaged_aside(path: Path) -> None:
+    """Rename damaged states that are newer than the newest whole one, so that they never push that one out, and say so.
+
+    Raises what `read_newest` raises; then nothing is renamed.
     """
-    wrong: dict[Path, str] = {}
-    for file in states(path):
-        try:
-            read_training_state(file)
-        except DamagedError as error:
-            wrong[file] = str(error)
-            continue
-        for bad in wrong:
-            os.replace(bad, bad.with_name(f"{bad.name}.damaged"))
-        return list(wrong.values())
-    return []
+    for file, reason in read_newest(path)[1].items():
+        LOG.warning("%s; it is set aside as .damaged, and the state before it is used", reason)
+        os.replace(file, file.with_name(f"{file.name}.damaged"))
 
 
 def states(path: Path) -> list[Path]:

@@ -122,12 +122,6 @@ class SumOverProcesses(torch.autograd.Function):
         return SumOverProcesses.forward(ctx, grad)
 
 
-def sum_over_processes(x: Tensor) -> Tensor:
-    """See `SumOverProcesses`."""
-    total: Tensor = SumOverProcesses.apply(x)
-    return total
-
-
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm whose statistics are those of the global batch, on any device: (b, c, *size) -> same."""
 
@@ -142,11 +136,11 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         shape = (1, -1, *(1,) * (input.ndim - 2))
         x = input.float()
         count = x.new_tensor([x.numel() / x.shape[1]])
-        total = sum_over_processes(torch.cat([x.sum(axes), count]))
+        total = SumOverProcesses.apply(torch.cat([x.sum(axes), count]))
         num = total[-1].detach()
         mean = total[:-1] / num
         centred = x - mean.view(shape)
-        variance = sum_over_processes(centred.square().sum(axes)) / num
+        variance = SumOverProcesses.apply(centred.square().sum(axes)) / num
         self.remember(mean.detach(), variance.detach() * (num / (num - 1)))
         out = centred * (variance + self.eps).rsqrt().view(shape)
         return (out * self.weight.view(shape) + self.bias.view(shape)).to(input.dtype)

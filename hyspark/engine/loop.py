@@ -142,10 +142,20 @@ def start_run(
             f"the processes would continue at different steps: {sorted(starts)}; do all machines see the run folder "
             f"{config.run_folder}?"
         )
-    is_reviewed = state["is_reviewed"] if state else True
-    total = epochs * steps_per_epoch
-    where = (steps_per_epoch, total, first_step, is_reviewed, first_step, list(left_out))
-    return Run(config, data, processes, model, optimizer, scaler, *where)
+    return Run(
+        config=config,
+        data=data,
+        processes=processes,
+        model=model,
+        optimizer=optimizer,
+        scaler=scaler,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=epochs * steps_per_epoch,
+        first_step=first_step,
+        is_reviewed=state["is_reviewed"] if state else True,
+        saved_step=first_step,
+        left_out=list(left_out),
+    )
 
 
 def train(run: Run, task: Task, asked: Requests, before: Callable[[RunLog | None], None] | None = None) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hyspark.data.cases import Case
-from hyspark.data.prepare import prepare_missing, stored, unusable
-from hyspark.data.store import StoredVolume
+from hyspark.data.prepare import is_there, prepare_missing, stored, unusable
+from hyspark.data.store import StoredVolume, is_complete
 from hyspark.engine import distributed
 from hyspark.engine.distributed import LOG, Processes
 from hyspark.engine.run import Config
@@ -46,7 +46,9 @@ def prepare_once(config: Config, processes: Processes, data: Path, cases: Sequen
     store = store_folder(config, data)
 
     def work() -> dict[str, tuple[str, ...]]:
-        warn_of_full_disk(config, store, cases)
+        whole = [case for case in cases if is_there(case)]
+        if not all(is_complete(volume.folder) for volume in stored(whole, config, store)):
+            warn_of_full_disk(config, store, cases)
         return prepare_missing(cases, config, store, config.prepare_workers, processes.is_main)
 
     return {image: why for failed in distributed.once_per_machine(work, processes) for image, why in failed.items()}

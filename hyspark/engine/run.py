@@ -55,9 +55,7 @@ def saved_state(config: Config, own: Path, other: str = "") -> dict[str, Any] | 
 
     Raises ValueError where the state belongs to other settings, and what `read_newest` raises.
     """
-    state, damaged = checkpoint.read_newest(own)
-    for reason in damaged:
-        LOG.warning("%s; going on from the state before it", reason)
+    state, _ = checkpoint.read_newest(own)
     if state is None and not other:
         return None
     path = own
@@ -95,8 +93,7 @@ def begun(config: Config, processes: Processes, model: nn.Module, state_file: Pa
         with locked(config, processes), distributed.connected(processes):
             if processes.is_main:
                 checkpoint.remove_unfinished(config.run_folder)
-                for reason in checkpoint.set_damaged_aside(state_file):
-                    LOG.warning("%s; going on from the state before it", reason)
+                checkpoint.set_damaged_aside(state_file)
                 checkpoint.check_space(state_file, model.parameters(), config.keep_last)
             distributed.barrier(processes)
             yield asked

@@ -89,7 +89,7 @@ def lines(config):
 
 def results(config):
     """What must not depend on what happened to a run: all measured values but its speed."""
-    speed = ("samples_per_second", "data_wait", "probe_seconds")
+    speed = ("samples_per_second", "data_wait")
     return [{k: v for k, v in line.items() if k not in speed} for line in lines(config)]
 
 

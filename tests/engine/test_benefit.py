@@ -4,6 +4,7 @@ Fine-tuning itself is a stand-in here, a script that leaves scores, but for the 
 """
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -270,6 +271,18 @@ def test_weights_and_data_that_do_not_fit_stop_before_the_first_run(base, tmp_pa
 
 
 # The command
+
+
+@pytest.mark.usefixtures("_stand_in")
+def test_a_comparison_does_with_broken_cases_what_its_runs_do(base, tmp_path):
+    data = tmp_path / "Dataset900_PhantomLabelled"
+    shutil.copytree(base.data_dir, data)
+    for folder, ending in (("imagesTr", "_0000"), ("labelsTr", "")):
+        (data / folder / f"bad{ending}.nii.gz").write_bytes(b"no volume")
+    base = replace(base, data_dir=str(data), store_dir="")
+    with pytest.raises(ValueError, match=r"1 of 4 volumes cannot be used; .*--on_bad_case skip"):
+        engine.benefit(base, tmp_path, {"scratch": "none"}, [3], [0])
+    assert engine.benefit(replace(base, on_bad_case="skip"), tmp_path, {"scratch": "none"}, [3], [0]) == []
 
 
 def test_the_command_line_reaches_the_engine(monkeypatch, tmp_path):

@@ -3,9 +3,7 @@
 import json
 import os
 import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,17 +13,12 @@ from hyspark.engine.finetune import build as build_finetuning
 from hyspark.engine.finetune import finetune, last_file
 from hyspark.engine.pretrain import build as build_pretraining
 from hyspark.engine.pretrain import pretrain, training_file
-from hyspark.recipes import write_yaml
-
-ROOT = Path(__file__).parents[2]
+from tests.engine.attacks import command
 
 
-def torchrun(script, config, folder):
-    recipe = folder / "recipe.yaml"
-    write_yaml(config, recipe)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+def torchrun(config):
     done = subprocess.run(
-        [*command, str(ROOT / script), "--config", str(recipe)],
+        command(config, processes=2),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -61,7 +54,7 @@ def test_two_processes_equal_one_in_pretraining(pretraining, phantoms, tmp_path)
     one = replace(pretraining, exp_dir=str(tmp_path / "one"), max_steps=2, **probe)
     two = replace(one, exp_dir=str(tmp_path / "two"))
     pretrain(one)
-    torchrun("train.py", two, tmp_path)
+    torchrun(two)
     check_same_training(one, two, dict(build_pretraining(one).named_parameters()), training_file)
     assert measured(two, "val_loss") == pytest.approx(measured(one, "val_loss"), rel=1e-3)
     assert measured(two, "probe_dice") == pytest.approx(measured(one, "probe_dice"), abs=0.05)
@@ -72,7 +65,7 @@ def test_two_processes_equal_one_in_finetuning(finetuning, tmp_path):
     one = replace(finetuning, logdir=str(tmp_path / "one"), max_steps=2)
     two = replace(one, logdir=str(tmp_path / "two"))
     finetune(one)
-    torchrun("finetune_btcv.py", two, tmp_path)
+    torchrun(two)
     check_same_training(one, two, dict(build_finetuning(one, 9).named_parameters()), last_file)
 
 

@@ -50,9 +50,7 @@ def test_twenty_kills_leave_the_losses_of_none(pretraining, finetuning, tmp_path
 def test_a_run_to_which_everything_happens_ends_as_an_undisturbed_one(pretraining, phantoms, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(phantoms, data, ignore=shutil.ignore_patterns("prepared"))
-    config = replace(
-        pretraining, data_path=str(data), ep=1000, save_every=3, keep_last=3, exp_dir=str(tmp_path / "run")
-    )
+    config = replace(pretraining, data_path=str(data), ep=1000, save_every=3, exp_dir=str(tmp_path / "run"))
     cases = datalist.read(data / "dataset.json").training
     rng = random.Random(1)
     faults: Counter[str] = Counter()
