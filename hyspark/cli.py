@@ -106,19 +106,21 @@ def weights(argv: Sequence[str]) -> None:
         expansions=args.expansions,
         vit_depth=args.vit_depth,
         num_heads=args.num_heads,
+        decoder=args.decoder,
+        decoder_width=args.decoder_width,
     )
     print(load_pretrained(model, args.path))
 
 
 def export(argv: Sequence[str]) -> None:
-    """Write an encoder as one small .safetensors file."""
+    """Write pre-trained weights as one small .safetensors file."""
     import torch
 
-    from hyspark.models.export import export_encoder
+    from hyspark.models.export import export_weights
 
     args = parse(ExportArguments(prog="hyspark export", allow_abbrev=False), argv)
     dtype = {"fp16": torch.float16, "fp32": torch.float32}[args.precision]
-    weights = export_encoder(args.source, Path(args.out), dtype)
+    weights = export_weights(args.source, Path(args.out), dtype, decoder=args.decoder)
     millions = sum(value.numel() for value in weights.values()) / 1e6
     print(f"{args.out}: {len(weights)} tensors, {millions:.2f} M numbers, {Path(args.out).stat().st_size / 1e6:.2f} MB")
 

@@ -178,6 +178,12 @@ class FinetuneConfig(RunSettings, PrepareSettings, EncoderSettings):
     """Run folder. The same command on it continues the run."""
     pretrained: str = "none"
     """Weights to start from: a checkpoint's path, or none to train from scratch."""
+    decoder: Literal["released", "light"] = "released"
+    """The released network's decoder, which always starts fresh, or the light one of pre-training: weights with a
+    decoder then start all of the network but its last layer, in fewer steps and labels.
+    """
+    decoder_width: int = 768
+    """Channels of the light decoder at its deepest level, as in pre-training; a multiple of 16."""
     num_labelled: int = 0
     """Train on so many of the training cases, drawn by the seed: those of 5 are among those of 10. 0 takes all."""
     label_fraction: float = 1.0
@@ -251,7 +257,7 @@ class FinetuneConfig(RunSettings, PrepareSettings, EncoderSettings):
         check_run(self)
         check_encoder(self)
         positive(self, "max_epochs", "val_every", "batch_size", "crops_per_volume", "sw_batch_size", "in_channels")
-        positive(self, "accumulate", "label_fraction", "layer_decay", "background_weight")
+        positive(self, "accumulate", "label_fraction", "layer_decay", "background_weight", "decoder_width")
         not_negative(self, "warmup_epochs", "reg_weight", "clip", "out_channels")
         not_negative(self, "num_labelled", "steps_per_epoch", "freeze_epochs")
         if max(self.label_fraction, self.layer_decay) > 1:

@@ -51,17 +51,20 @@ class WeightsArguments(Tap):
     expansions: tuple[int, ...] = PretrainConfig.expansions  # Expansion in the five stages
     vit_depth: int = PretrainConfig.vit_depth  # Transformer blocks
     num_heads: int = PretrainConfig.num_heads  # Attention heads
+    decoder: Literal["released", "light"] = "released"  # Decoder of the network
+    decoder_width: int = PretrainConfig.decoder_width  # Channels of the light decoder at its deepest level
 
     def configure(self) -> None:
         self.add_argument("path")
 
 
 class ExportArguments(Tap):
-    """Write the encoder of a checkpoint as one small .safetensors file, to hand on."""
+    """Write the encoder of a checkpoint, or all of it, as one small .safetensors file, to hand on."""
 
     source: str  # A pre-training checkpoint or encoder file, or a fine-tuned network
     out: str  # The .safetensors file to write
     precision: Literal["fp16", "fp32"] = "fp16"  # Number format in the file
+    decoder: bool = False  # The light decoder of pre-training too, for fine-tuning with --decoder light
 
     def configure(self) -> None:
         self.add_argument("source")

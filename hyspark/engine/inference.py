@@ -83,6 +83,8 @@ def network_of(config: FinetuneConfig, num_classes: int) -> Hybird:
         expansions=config.expansions,
         vit_depth=config.vit_depth,
         num_heads=config.num_heads,
+        decoder=config.decoder,
+        decoder_width=config.decoder_width,
     )
 
 

@@ -1,4 +1,4 @@
-"""An encoder to hand on: one small .safetensors file, which says how it was made and cannot execute anything."""
+"""Weights to hand on: one small .safetensors file, which says how it was made and cannot execute anything."""
 
 import json
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hyspark.atomic import write_whole
-from hyspark.models.weights import ENCODER, MASK_TOKEN, plain_key, read_contents, unwrap
+from hyspark.models.weights import ENCODER, LIGHT_DECODER, MASK_TOKEN, plain_key, read_contents, unwrap
 
 MADE_WITH = (
-    *("encoder_widths", "encoder_depths", "expansions", "vit_depth", "num_heads"),
+    *("encoder_widths", "encoder_depths", "expansions", "vit_depth", "num_heads", "decoder_width"),
     *("spacing", "hu_min", "hu_max", "input_size", "mask", "hide"),
 )
 """Settings that the file carries as its metadata, where the source knows them: those that a network must share to take
@@ -21,33 +21,41 @@ the weights, and those of the pre-training.
 """
 
 
-def export_encoder(source: str | Path, out: Path, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
-    """Write the encoder of a checkpoint in the released key names; returns what was written.
+def export_weights(
+    source: str | Path, out: Path, dtype: torch.dtype = torch.float16, *, decoder: bool = False
+) -> dict[str, Tensor]:
+    """Write the encoder of a checkpoint in the released key names, and the light decoder where asked for; returns what
+    was written.
 
     source: a pre-training checkpoint or encoder file, or a fine-tuned network. Raises FileNotFoundError; ValueError
-    for another ending than .safetensors, for a source without an encoder, for weights that `dtype` cannot hold.
+    for another ending than .safetensors, for a source without an encoder or light decoder, for weights that `dtype`
+    cannot hold.
     """
     if out.suffix != ".safetensors":
         raise ValueError(f"{out}: the file is written as .safetensors; give it that ending")
     contents = read_contents(source)
-    weights = encoder_of(unwrap(contents, str(source)), str(source), dtype)
+    weights = parts_of(unwrap(contents, str(source)), str(source), dtype, decoder)
     config = contents.get("config") if isinstance(contents, Mapping) else None
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, save(weights, metadata=metadata_of(config)))
     return weights
 
 
-def encoder_of(given: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The encoder's tensors by their released names, contiguous."""
+def parts_of(given: Mapping[str, Tensor], name: str, dtype: torch.dtype, decoder: bool) -> dict[str, Tensor]:
+    """The encoder's tensors by their released names, and those of the light decoder where asked for, contiguous."""
+    parts = {"encoder": ENCODER} | ({"light decoder": LIGHT_DECODER} if decoder else {})
     weights = {}
     for key, value in given.items():
         own = plain_key(key, {}).removeprefix("encoder.")
-        if own.startswith(ENCODER) and own != MASK_TOKEN:
-            weights[own] = value.to(dtype).contiguous()
+        if own.startswith(sum(parts.values(), ())) and own != MASK_TOKEN:
+            weights[own] = value.to(dtype) if value.is_floating_point() else value  # BatchNorm counts its batches
+            weights[own] = weights[own].contiguous()
             if not weights[own].isfinite().all():
                 raise ValueError(f"{name}: {key} has values that {dtype} cannot hold")
-    if not weights:
-        raise ValueError(f"{name} holds no encoder: none of its {len(given)} keys is of embeddings.* or mae.*")
+    for part, prefixes in parts.items():
+        if not any(own.startswith(prefixes) for own in weights):
+            which = " or ".join(f"{prefix}*" for prefix in prefixes)
+            raise ValueError(f"{name} holds no {part}: none of its {len(given)} keys is of {which}")
     return weights
 
 

@@ -1,4 +1,5 @@
-"""Segmentation network: the hybrid encoder, dense, and a decoder of MedNeXt up-blocks.
+"""Segmentation networks: the hybrid encoder, dense, and a decoder: the release's, of MedNeXt up-blocks, or the light
+one of pre-training, whose weights are then taken over too.
 
 Attribute names, and the spelling `build_hybird`, are those of the public release: its encoder weights load by name.
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from hyspark.models.blocks import CONV, FusionBlock, MedNeXtBlock, MedNeXtUpBlock
 from hyspark.models.encoder import DEPTHS, EXPANSIONS, NUM_STAGES, WIDTHS, HybridEncoder
+from hyspark.models.light import LightDecoder, Projection, projections
 from hyspark.models.masking import grid_of
 
 UP_EXPANSION = 4
@@ -64,15 +66,14 @@ class SegmentationDecoder(nn.Module):
 
 
 class Hybird(nn.Module):
-    """The segmentation network of the release. Build it with `build_hybird`."""
+    """A segmentation network; the decoder of the subclass takes the five maps to class scores."""
 
-    def __init__(self, encoder: HybridEncoder, decoder: SegmentationDecoder) -> None:
+    def __init__(self, encoder: HybridEncoder) -> None:
         super().__init__()
         # The released names put the encoder's two parts at the top level.
         self.img_size = encoder.img_size
         self.embeddings = encoder.embeddings
         self.mae = encoder.mae
-        self.decoder = decoder
 
     def encoder_learns(self, learns: bool) -> None:
         """Whether the encoder's weights get gradients."""
@@ -86,7 +87,40 @@ class Hybird(nn.Module):
         """
         grid_of(volumes.shape[2:])
         *skips, deepest = self.embeddings(volumes)
-        out: Tensor = self.decoder([*skips, self.mae(deepest)])
+        return self.decode([*skips, self.mae(deepest)])
+
+    def decode(self, features: list[Tensor]) -> Tensor:
+        """Five maps, finest first -> class scores (b, n_classes, *size)."""
+        raise NotImplementedError
+
+
+class ReleasedHybird(Hybird):
+    """The segmentation network of the release. Build it with `build_hybird`."""
+
+    def __init__(self, encoder: HybridEncoder, decoder: SegmentationDecoder) -> None:
+        super().__init__(encoder)
+        self.decoder = decoder
+
+    def decode(self, features: list[Tensor]) -> Tensor:
+        out: Tensor = self.decoder(features)
+        return out
+
+
+class LightHybird(Hybird):
+    """The network of pre-training, dense, its last layer exchanged for class scores. Build it with `build_hybird`.
+
+    Nothing but its last layer starts fresh, where the weights have a decoder.
+    """
+
+    def __init__(self, encoder: HybridEncoder, n_classes: int, decoder_width: int) -> None:
+        super().__init__(encoder)
+        axes = len(encoder.img_size)
+        self.densify = projections(Projection, encoder.widths, decoder_width, axes)
+        self.decoder = LightDecoder(decoder_width, axes, n_classes)
+
+    def decode(self, features: list[Tensor]) -> Tensor:
+        deepest_first = features[:0:-1]
+        out: Tensor = self.decoder([project(x) for project, x in zip(self.densify, deepest_first, strict=True)])
         return out
 
 
@@ -101,11 +135,18 @@ def build_hybird(
     vit_depth: int = 3,
     num_heads: int = 12,
     axes: int = 3,
+    decoder: str = "released",
+    decoder_width: int = 768,
 ) -> Hybird:
-    """The segmentation network; the defaults are those of the release.
+    """A segmentation network; the defaults are those of the release.
 
     in_channel: input channels. n_classes: classes, background included. img_size: voxels per axis, one number or one
-    per axis, each a multiple of 16. Raises ValueError otherwise.
+    per axis, each a multiple of 16. decoder: "released", or "light" for that of pre-training, with its `decoder_width`.
+    Raises ValueError otherwise.
     """
     encoder = HybridEncoder(in_channel, img_size, widths, depths, expansions, vit_depth, num_heads, axes)
-    return Hybird(encoder, SegmentationDecoder(n_classes, widths, expansions, axes))
+    if decoder == "light":
+        return LightHybird(encoder, n_classes, decoder_width)
+    if decoder != "released":
+        raise ValueError(f'decoder must be "released" or "light", not {decoder!r}')
+    return ReleasedHybird(encoder, SegmentationDecoder(n_classes, widths, expansions, axes))

@@ -23,6 +23,7 @@ WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes left by DistributedDataParallel and torch.compile."""
 MASK_TOKEN = "mae.mask_token"
 ENCODER = ("embeddings.", "mae.")
+LIGHT_DECODER = ("densify.", "decoder.levels.", "decoder.out.")
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,9 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor])
         elif own.endswith("embeddings.stem.weight") and value.shape[2:] == wanted[own].shape[2:]:
             loaded[own] = adapt_channels(value, wanted[own].shape[1])
             adapted[own] = f"{value.shape[1]} -> {wanted[own].shape[1]} input channels"
-        elif own.startswith("decoder.out.conv."):
-            unexpected[key] = f"head for {value.shape[0]} classes, the model has {wanted[own].shape[0]}"
+        elif own.startswith("decoder.out.") and value.shape[1:] == wanted[own].shape[1:]:
+            head = "head of pre-training" if len(value) == 1 else f"head for {len(value)} classes"
+            unexpected[key] = f"{head}, the model has {len(wanted[own])}"
         else:
             raise ValueError(
                 f"{name}: {key} has shape {tuple(value.shape)}, the model wants {tuple(wanted[own].shape)}; "
@@ -189,6 +191,9 @@ def as_built(weights: Mapping[str, Tensor]) -> str:
         "expansions": [sizes["conv3"] // sizes["conv1"] for sizes in first],
         "vit_depth": [len(blocks)],
     }
+    deepest = next((v for k, v in weights.items() if k.endswith("densify.0.project.weight")), None)
+    if deepest is not None:
+        numbers["decoder_width"] = [len(deepest)]
     flags = " ".join(f"--{name} {' '.join(map(str, values))}" for name, values in numbers.items())
     return f"build the model as the weights were: {flags}"
 
@@ -206,7 +211,9 @@ def why_unexpected(key: str, name: str, advice: str) -> str:
         return "stored by the release, never trained, not used"
     if key.startswith(("decoder.decoder", "decoder.out.conv.")):
         return "decoder of segmentation, not part of this model"
-    if key.startswith("densify.") or key.startswith(("decoder.levels.", "decoder.out.")):
+    if re.match(r"densify\.\d\.mask_token$", key):
+        return "stands for hidden patches, of which this model has none"
+    if key.startswith(LIGHT_DECODER):
         return "decoder of pre-training, not part of this model"
     if re.match(r"(encoder\.)?(mae\.blocks|embeddings\.layer\d)\.\d+\.", key):
         raise ValueError(f"{name}: {key} is beyond the depth of the model; {advice}")

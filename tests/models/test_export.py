@@ -5,13 +5,13 @@ import torch
 from safetensors import safe_open
 
 from hyspark import load_pretrained
-from hyspark.models.export import export_encoder
+from hyspark.models.export import export_weights
 
 
 def test_what_is_written_loads_and_computes_the_same(make_hyspark, make_hybird, tmp_path):
     net = make_hyspark()
     torch.save({"model": net.state_dict(), "config": {"mask": 0.75, "encoder_widths": [6, 12]}}, tmp_path / "run.pth")
-    written = export_encoder(tmp_path / "run.pth", tmp_path / "deep" / "e.safetensors", torch.float32)
+    written = export_weights(tmp_path / "run.pth", tmp_path / "deep" / "e.safetensors", torch.float32)
     assert set(written) == set(net.encoder.state_dict())
     model = make_hybird()
     report = load_pretrained(model, tmp_path / "deep" / "e.safetensors")
@@ -27,11 +27,26 @@ def test_what_is_written_loads_and_computes_the_same(make_hyspark, make_hybird, 
     assert json.loads(about["encoder_widths"]) == [6, 12]
 
 
+def test_the_light_decoder_goes_along_where_asked_for(make_hyspark, make_hybird, tmp_path):
+    net = make_hyspark()
+    torch.save({"model": net.state_dict(), "config": {"decoder_width": 32}}, tmp_path / "run.pth")
+    export_weights(tmp_path / "run.pth", tmp_path / "all.safetensors", decoder=True)
+    model = make_hybird(1, 4, decoder="light", decoder_width=32)
+    assert set(load_pretrained(model, tmp_path / "all.safetensors").missing) == {
+        "decoder.out.weight",
+        "decoder.out.bias",
+    }
+    torch.testing.assert_close(model.decoder.levels[3].up.weight, net.decoder.levels[3].up.weight, rtol=1e-3, atol=1e-6)
+    torch.save(net.encoder.state_dict(), tmp_path / "encoder.pth")
+    with pytest.raises(ValueError, match=r"holds no light decoder.*densify\.\* or decoder\.levels"):
+        export_weights(tmp_path / "encoder.pth", tmp_path / "x.safetensors", decoder=True)
+
+
 def test_half_precision_halves_the_file_and_rounds(make_hyspark, make_hybird, tmp_path):
     net = make_hyspark()
     torch.save(net.encoder.state_dict(), tmp_path / "encoder.pth")
-    export_encoder(tmp_path / "encoder.pth", tmp_path / "full.safetensors", torch.float32)
-    export_encoder(tmp_path / "encoder.pth", tmp_path / "half.safetensors")
+    export_weights(tmp_path / "encoder.pth", tmp_path / "full.safetensors", torch.float32)
+    export_weights(tmp_path / "encoder.pth", tmp_path / "half.safetensors")
     sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("full", "half")]
     assert 0.45 < sizes[1] / sizes[0] < 0.6
     model = make_hybird()
@@ -45,13 +60,13 @@ def test_what_cannot_be_handed_on_is_refused(make_hyspark, tmp_path):
     net = make_hyspark()
     torch.save(net.state_dict(), tmp_path / "x.pth")
     with pytest.raises(ValueError, match="give it that ending"):
-        export_encoder(tmp_path / "x.pth", tmp_path / "x.bin")
+        export_weights(tmp_path / "x.pth", tmp_path / "x.bin")
     with pytest.raises(FileNotFoundError):
-        export_encoder(tmp_path / "y.pth", tmp_path / "x.safetensors")
+        export_weights(tmp_path / "y.pth", tmp_path / "x.safetensors")
     torch.save({"decoder.out.conv.weight": torch.ones(1)}, tmp_path / "d.pth")
     with pytest.raises(ValueError, match="holds no encoder"):
-        export_encoder(tmp_path / "d.pth", tmp_path / "x.safetensors")
+        export_weights(tmp_path / "d.pth", tmp_path / "x.safetensors")
     torch.save({"embeddings.stem.bias": torch.tensor([1e6])}, tmp_path / "large.pth")
     with pytest.raises(ValueError, match="cannot hold"):
-        export_encoder(tmp_path / "large.pth", tmp_path / "x.safetensors")
+        export_weights(tmp_path / "large.pth", tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()

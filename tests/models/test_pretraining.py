@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hyspark import build_hyspark
-from hyspark.models import pretraining
+from hyspark.models import light
 from hyspark.models.masking import patchify, visible_at
 from hyspark.models.packed import Patches
 from hyspark.models.pretraining import PretrainingOutput, patch_statistics, reconstruct, reconstruction_loss
@@ -172,8 +172,8 @@ def test_the_composed_up_convolution_equals_its_two_steps(monkeypatch, size):
     conv = torch.randn(4, 8, *(3,) * axes, dtype=torch.float64, requires_grad=True)
     results = []
     for threshold in (0, 10**9):
-        monkeypatch.setattr(pretraining, "COMPOSE_FROM", threshold)
-        out = pretraining.up_convolution(x, up, conv)
+        monkeypatch.setattr(light, "COMPOSE_FROM", threshold)
+        out = light.up_convolution(x, up, conv)
         results.append(
             (
                 out,

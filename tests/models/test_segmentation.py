@@ -4,24 +4,30 @@ import pytest
 import torch
 from torch import nn
 
-from hyspark import build_hybird
+from hyspark import build_hybird, load_pretrained
+
+LIGHT = {"decoder": "light", "decoder_width": 32}
+both_decoders = pytest.mark.parametrize("decoder", [{}, LIGHT], ids=["released", "light"])
 
 
+@both_decoders
 @pytest.mark.parametrize(("in_channel", "n_classes"), [(1, 14), (2, 3), (1, 1)])
 @pytest.mark.parametrize("size", [(32, 32, 32), (16, 48, 32), (16, 16, 16)])
-def test_scores_have_the_size_of_the_volume(make_hybird, in_channel, n_classes, size):
-    net = make_hybird(in_channel, n_classes, size)
+def test_scores_have_the_size_of_the_volume(make_hybird, in_channel, n_classes, size, decoder):
+    net = make_hybird(in_channel, n_classes, size, **decoder)
     scores = net(torch.rand(2, in_channel, *size))
     assert scores.shape == (2, n_classes, *size)
     assert scores.dtype == torch.float32
 
 
-def test_two_axes(make_hybird):
-    assert make_hybird(1, 5, (48, 32), axes=2)(torch.rand(2, 1, 48, 32)).shape == (2, 5, 48, 32)
+@both_decoders
+def test_two_axes(make_hybird, decoder):
+    assert make_hybird(1, 5, (48, 32), axes=2, **decoder)(torch.rand(2, 1, 48, 32)).shape == (2, 5, 48, 32)
 
 
-def test_every_parameter_gets_a_gradient(make_hybird):
-    net = make_hybird(2, 5)
+@both_decoders
+def test_every_parameter_gets_a_gradient(make_hybird, decoder):
+    net = make_hybird(2, 5, **decoder)
     scores = net(torch.rand(2, 2, 32, 32, 32))
     (scores * torch.randn_like(scores)).sum().backward()
     unused = [name for name, p in net.named_parameters() if p.grad is None]
@@ -29,7 +35,7 @@ def test_every_parameter_gets_a_gradient(make_hybird):
     # A bias in front of an instance norm cannot have one; the released key names hold such biases.
     idle = {f"decoder.decoder{level}.fusion.conv{i}.bias" for level in range(1, 5) for i in range(1, 4)}
     still = [name for name, p in net.named_parameters() if not p.grad.any()]
-    assert set(still) <= idle
+    assert set(still) <= (set() if decoder else idle)
 
 
 def test_the_same_volumes_give_the_same_scores_in_training_and_evaluation(make_hybird):
@@ -38,26 +44,52 @@ def test_the_same_volumes_give_the_same_scores_in_training_and_evaluation(make_h
         torch.testing.assert_close(net.train()(volumes), net.eval()(volumes))
 
 
-def test_a_batch_equals_its_samples_one_by_one(make_hybird):
-    net, volumes = make_hybird(), torch.rand(3, 1, 32, 48, 16)
+@both_decoders
+def test_a_batch_equals_its_samples_one_by_one(make_hybird, decoder):
+    net, volumes = make_hybird(**decoder).eval(), torch.rand(3, 1, 32, 48, 16)
     with torch.no_grad():
         together = net(volumes)
         alone = torch.cat([net(volumes[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-4 * together.std().item())
 
 
-def test_the_encoder_is_that_of_pre_training(make_hybird, make_encoder):
+@both_decoders
+def test_the_encoder_is_that_of_pre_training(make_hybird, make_encoder, monkeypatch, decoder):
     """Same names and, with the same weights, the same maps going into the decoder."""
-    net, encoder = make_hybird(), make_encoder(32)
+    net, encoder = make_hybird(**decoder), make_encoder(32)
     net.load_state_dict(encoder.state_dict(), strict=False)
     seen = {}
-    net.decoder.register_forward_hook(lambda _module, args, _out: seen.update(maps=args[0]))
+    monkeypatch.setattr(net, "decode", lambda maps: seen.update(maps=maps))
     volumes = torch.rand(2, 1, 32, 32, 32)
     with torch.no_grad():
         net(volumes)
         expected = encoder(volumes)
     assert len(seen["maps"]) == 5
     assert all(torch.equal(x, y) for x, y in zip(seen["maps"], expected, strict=True))
+
+
+def test_with_the_light_decoder_it_is_the_network_of_pre_training(make_hybird, make_hyspark):
+    """All its weights are taken over but what stands for hidden patches; with nothing hidden both compute the same."""
+    pretraining, volumes = make_hyspark().eval(), torch.rand(2, 1, 32, 32, 32)
+    net = make_hybird(1, 1, **LIGHT).eval()
+    report = load_pretrained(net, pretraining.state_dict())
+    assert not report.missing
+    assert not report.adapted
+    assert set(report.unexpected) == {f"densify.{level}.mask_token" for level in range(4)}
+    with torch.no_grad():
+        expected = pretraining(volumes, torch.ones(2, 1, 2, 2, 2, dtype=torch.bool)).prediction
+        torch.testing.assert_close(net(volumes), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_classes_start_fresh_above_the_light_decoder(make_hybird, make_hyspark):
+    net = make_hybird(1, 5, **LIGHT)
+    before = net.decoder.out.weight.clone()
+    report = load_pretrained(net, make_hyspark().state_dict())
+    assert set(report.missing) == {"decoder.out.weight", "decoder.out.bias"}
+    assert report.unexpected["decoder.out.weight"] == "head of pre-training, the model has 5"
+    assert torch.equal(net.decoder.out.weight, before)
+    with pytest.raises(ValueError, match="--decoder_width 32"):
+        load_pretrained(make_hybird(1, 5, decoder="light", decoder_width=16), make_hyspark().state_dict())
 
 
 def test_every_skip_and_the_deepest_map_reach_the_scores(make_hybird, make_encoder):
@@ -94,3 +126,10 @@ def test_sizes_that_do_not_fit_are_refused(make_hybird):
         build_hybird(img_size=90)
     with pytest.raises(ValueError, match="multiple of 16"):
         make_hybird()(torch.rand(1, 1, 32, 32, 24))
+
+
+def test_decoders_that_there_are_not_are_refused(make_hybird):
+    with pytest.raises(ValueError, match='"released" or "light", not \'heavy\''):
+        make_hybird(decoder="heavy")
+    with pytest.raises(ValueError, match="must be a multiple of 16"):
+        make_hybird(decoder="light", decoder_width=24)
