@@ -159,14 +159,18 @@ def up_convolution(x: Tensor, up: Tensor, conv: Tensor) -> Tensor:
 class LightDecoder(nn.Module):
     """Four levels from 1/16 of the resolution back to all of it, then the channels asked for. Maps deepest first ->
     (b, out_channels, *size).
+
+    finest: channels of a last map, of full resolution, that is fused before the output; 0 for none.
     """
 
-    def __init__(self, width: int, axes: int, out_channels: int = 1) -> None:
+    def __init__(self, width: int, axes: int, out_channels: int = 1, finest: int = 0) -> None:
         super().__init__()
+        last = width >> NUM_LEVELS
         self.levels = nn.ModuleList(
             DecoderLevel(width >> level, fuses=level > 0, axes=axes) for level in range(NUM_LEVELS)
         )
-        self.out = CONV[axes](width >> NUM_LEVELS, out_channels, 1)
+        self.fuse = double_conv((last + finest, 2 * last, 2 * last), axes) if finest else None
+        self.out = CONV[axes](2 * last if finest else last, out_channels, 1)
         for layer in self.modules():
             if isinstance(layer, (CONV[axes], CONV_TRANSPOSE[axes])):
                 # Variances near 1 agree with BatchNorm's fresh running statistics, whatever the width.
@@ -176,7 +180,13 @@ class LightDecoder(nn.Module):
         nn.init.trunc_normal_(self.out.weight, std=0.02)  # a fresh network predicts about 0, the mean of a patch
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        x, norm = maps[0], None
-        for level, skip in zip(self.levels, [None, *maps[1:]], strict=True):
+        deepest, *skips = maps
+        finest = [skips.pop()] if self.fuse is not None else []
+        x, norm = deepest, None
+        for level, skip in zip(self.levels, [None, *skips], strict=True):
             x, norm = level(x, norm, skip)
+        if self.fuse is not None:
+            x = normed(self.fuse[0], x, norm, *finest)
+            x = normed(self.fuse[3], x, self.fuse[1])
+            norm = self.fuse[4]
         return normed(self.out, x, norm)

@@ -107,20 +107,20 @@ class ReleasedHybird(Hybird):
 
 
 class LightHybird(Hybird):
-    """The network of pre-training, dense, its last layer exchanged for class scores. Build it with `build_hybird`.
-
-    Nothing but its last layer starts fresh, where the weights have a decoder.
+    """The network of pre-training, dense, its last layer exchanged: the encoder's map of full resolution, which
+    pre-training does not use, is fused, and class scores follow. Build it with `build_hybird`.
     """
 
     def __init__(self, encoder: HybridEncoder, n_classes: int, decoder_width: int) -> None:
         super().__init__(encoder)
         axes = len(encoder.img_size)
         self.densify = projections(Projection, encoder.widths, decoder_width, axes)
-        self.decoder = LightDecoder(decoder_width, axes, n_classes)
+        self.decoder = LightDecoder(decoder_width, axes, n_classes, finest=encoder.widths[1])
 
     def decode(self, features: list[Tensor]) -> Tensor:
-        deepest_first = features[:0:-1]
-        out: Tensor = self.decoder([project(x) for project, x in zip(self.densify, deepest_first, strict=True)])
+        finest, *deeper = features
+        maps = [project(x) for project, x in zip(self.densify, reversed(deeper), strict=True)]
+        out: Tensor = self.decoder([*maps, finest])
         return out
 
 

@@ -23,7 +23,7 @@ WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes left by DistributedDataParallel and torch.compile."""
 MASK_TOKEN = "mae.mask_token"
 ENCODER = ("embeddings.", "mae.")
-LIGHT_DECODER = ("densify.", "decoder.levels.", "decoder.out.")
+LIGHT_DECODER = ("densify.", "decoder.levels.", "decoder.fuse.", "decoder.out.")
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor])
         elif own.endswith("embeddings.stem.weight") and value.shape[2:] == wanted[own].shape[2:]:
             loaded[own] = adapt_channels(value, wanted[own].shape[1])
             adapted[own] = f"{value.shape[1]} -> {wanted[own].shape[1]} input channels"
-        elif own.startswith("decoder.out.") and value.shape[1:] == wanted[own].shape[1:]:
+        elif own.startswith("decoder.out."):
             head = "head of pre-training" if len(value) == 1 else f"head for {len(value)} classes"
             unexpected[key] = f"{head}, the model has {len(wanted[own])}"
         else:
