@@ -250,6 +250,13 @@ class FinetuneConfig(RunSettings, PrepareSettings, EncoderSettings):
     """
     rot90_prob: float = 0.2
     """Probability of one to three quarter turns in the axial plane; 0 where roi_x and roi_y differ."""
+    affine_prob: float = 0.0
+    """Probability of a random turn and stretch. With few labelled cases it keeps a network from learning them by heart.
+    """
+    affine_degrees: float = 15.0
+    """Largest such turn about each axis, in degrees."""
+    affine_scale: float = 0.2
+    """Largest such stretch along each axis, as a share of its size; below 1."""
     intensity_prob: float = 0.1
     """Probability of scaling intensities by up to 10 %, and of shifting them by up to .1."""
 
@@ -285,8 +292,10 @@ class FinetuneConfig(RunSettings, PrepareSettings, EncoderSettings):
         if self.optim_lr <= 0:
             raise ValueError(f"optim_lr must be above 0, but it is {self.optim_lr}")
         check_probabilities("flip_prob", self.flip_prob)
-        others = (self.rot90_prob, self.intensity_prob, self.labelled_prob)
-        check_probabilities("rot90_prob, intensity_prob, labelled_prob", others)
+        others = (self.rot90_prob, self.affine_prob, self.intensity_prob, self.labelled_prob)
+        check_probabilities("rot90_prob, affine_prob, intensity_prob, labelled_prob", others)
+        between(self, "affine_degrees", 0, 180)
+        between(self, "affine_scale", 0, 1)
         if self.rot90_prob and self.roi_x != self.roi_y:
             raise ValueError(
                 f"quarter turns need roi_x equal to roi_y, but they are {self.roi_x} and {self.roi_y}; "

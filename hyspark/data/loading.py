@@ -14,7 +14,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from hyspark.data.crops import augmentation, image_crop, labelled_crop, rng_at, seed_at, volume_at
+from hyspark.data.crops import (
+    NO_AFFINE,
+    AffineRange,
+    augmentation,
+    image_crop,
+    labelled_crop,
+    rng_at,
+    seed_at,
+    volume_at,
+)
 from hyspark.data.prepare import available_cores
 from hyspark.data.store import StoredVolume
 from hyspark.data.workers import ignore_signals
@@ -113,9 +122,10 @@ class FinetuneBatches(Dataset[Batch]):
     labelled_prob: float
     seed: int
     swaps: tuple[tuple[int, int], ...] = ()
+    affine: AffineRange = NO_AFFINE
 
     def __getitem__(self, step: int) -> Batch:
-        augment = augmentation(self.flip_prob, self.rot90_prob, self.intensity_prob, self.swaps)
+        augment = augmentation(self.flip_prob, self.rot90_prob, self.intensity_prob, self.swaps, self.affine)
         samples, cases = [], []
         for slot in self.share.slots:
             volume = self.volumes[volume_at(step * self.share.bs + slot, len(self.volumes), self.seed)]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from hyspark import report
 from hyspark.config import FinetuneConfig
 from hyspark.data.cases import Case
-from hyspark.data.crops import seed_at
+from hyspark.data.crops import AffineRange, seed_at
 from hyspark.data.loading import Batch, FinetuneBatches, Share
 from hyspark.data.resample import read_label
 from hyspark.data.store import StoredVolume
@@ -205,7 +205,9 @@ class Finetuning:
         c = self.config
         drawing = (c.flip_prob, c.rot90_prob, c.intensity_prob, c.labelled_prob)
         swaps = left_right_pairs(c, self.names)
-        return FinetuneBatches(self.training, self.share, c.crop_size, c.crops_per_volume, *drawing, c.seed, swaps)
+        affine = AffineRange(c.affine_prob, c.affine_degrees, c.affine_scale)
+        where = (self.training, self.share, c.crop_size, c.crops_per_volume)
+        return FinetuneBatches(*where, *drawing, c.seed, swaps, affine)
 
     def begin(self, run: Run, step: int) -> None:
         """Leave the encoder out of the first epochs, where the settings say so."""

@@ -13,6 +13,7 @@ from monai.transforms import SpatialPad
 
 from hyspark.data.crops import (
     STREAMS,
+    AffineRange,
     augmentation,
     image_crop,
     labelled_crop,
@@ -257,6 +258,53 @@ def test_quarter_turns_are_in_the_axial_plane():
         turns[k] += 1
     assert turns[0] == 0
     assert all(turns[k] > 8 for k in (1, 2, 3))
+
+
+def rod_of(size: int) -> dict[str, torch.Tensor]:
+    """A bar along the first axis through the middle of a cube, as bright as it is labelled."""
+    bar = torch.zeros(1, size, size, size)
+    bar[:, size // 4 : -size // 4, size // 2 - 4 : size // 2 + 4, size // 2 - 4 : size // 2 + 4] = 1
+    return {"image": bar, "label": bar.long()}
+
+
+@pytest.mark.parametrize(("degrees", "scale"), [(20.0, 0.0), (0.0, 0.2)])
+def test_turns_and_stretches_stay_in_their_range_and_keep_image_and_label_together(degrees, scale):
+    sample = rod_of(40)
+    still = np.argwhere(sample["label"][0].numpy())[:, 0].std()
+    augment = augmentation(NO_FLIPS, 0.0, 0.0, affine=AffineRange(1.0, degrees, scale))
+    angles, lengths = [], []
+    for seed in range(40):
+        out = augmented(augment, sample, seed)
+        assert out["image"].dtype == np.float32
+        assert set(np.unique(out["label"])) == {0, 1}
+        assert ((out["image"] > 0.5) == (out["label"] == 1)).mean() > 0.995
+        where = np.argwhere(out["label"])
+        assert np.abs(where.mean(0) - 19.5).max() < 1
+        _, spread, directions = np.linalg.svd(where - where.mean(0), full_matrices=False)
+        angles.append(np.degrees(np.arccos(abs(directions[0, 0]))))
+        lengths.append(spread[0] / np.sqrt(len(where)) / still)
+    if degrees:
+        assert 10 < max(angles) < 20 * 2**0.5 + 1  # about two axes across the bar
+        assert 0.97 < min(lengths) <= max(lengths) < 1.03
+    else:
+        assert max(angles) < 1
+        assert 0.75 < min(lengths) < 0.93  # to a voxel at each end of the 20
+        assert 1.07 < max(lengths) < 1.28
+
+
+def test_what_comes_from_beyond_the_crop_is_air_and_background():
+    full = {"image": torch.ones(1, 24, 24, 24), "label": torch.ones(1, 24, 24, 24, dtype=torch.int64)}
+    augment = augmentation(NO_FLIPS, 0.0, 0.0, affine=AffineRange(1.0, 15.0, 0.2))
+    outs = [augmented(augment, full, seed) for seed in range(20)]
+    assert any((out["label"] == 0).mean() > 0.05 for out in outs)
+    assert all((out["image"][out["label"] == 0] < 0.6).all() for out in outs)
+
+
+def test_turns_and_stretches_come_as_often_as_told():
+    sample = rod_of(24)
+    augment = augmentation(NO_FLIPS, 0.0, 0.0, affine=AffineRange(0.3, 15.0, 0.2))
+    same = sum(np.array_equal(augmented(augment, sample, seed)["label"], sample["label"][0]) for seed in range(100))
+    assert 50 < same < 90
 
 
 def test_intensities_change_by_a_tenth_and_labels_do_not():
