@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hyspark.models.blocks import CONV, MedNeXtBlock
 from hyspark.models.hidden import hidden
-from hyspark.models.masking import grid_of, visible_at
+from hyspark.models.masking import PATCH, grid_of, visible_at
 from hyspark.models.packed import Patches, same_conv
 from hyspark.models.vit import TokenTransformer
 
@@ -103,6 +103,7 @@ class HybridEncoder(nn.Module):
             raise ValueError(f'hide must be "everywhere", "convolutions" or "input", not {hide!r}')
         self.compute = compute
         self.hide = hide
+        self.in_channels = in_channels
         for name, values in (("widths", widths), ("depths", depths), ("expansions", expansions)):
             if len(values) != NUM_STAGES:
                 raise ValueError(f"{name} must have {NUM_STAGES} entries, one per stage, but got {tuple(values)}")
@@ -112,6 +113,14 @@ class HybridEncoder(nn.Module):
         self.widths = tuple(widths)
         self.embeddings = ConvStages(in_channels, widths, depths, expansions, axes)
         self.mae = TokenTransformer(widths[-1], vit_depth, num_heads, grid_of(self.img_size))
+
+    patch = PATCH
+    """Edge of a mask unit in voxels."""
+
+    @property
+    def maps(self) -> list[tuple[int, int]]:
+        """Channels and stride of the maps that a light decoder takes, deepest first: all but the finest."""
+        return [(self.widths[-1], 16), (self.widths[-1], 8), (self.widths[-2], 4), (self.widths[-3], 2)]
 
     def forward(self, volumes: Tensor, visible: Tensor | None = None) -> list[Tensor]:
         """Features, finest first: x_1..x_4 (skips) and x_5 (tokens back on the grid).

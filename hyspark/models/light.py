@@ -16,7 +16,8 @@ from hyspark.models.packed import CONV_FUNCTION, Patches
 from hyspark.models.recompute import recomputed
 
 CONV_TRANSPOSE_FUNCTION = {2: F.conv_transpose2d, 3: F.conv_transpose3d}
-NUM_LEVELS = 4
+Maps = Sequence[tuple[int, int]]
+"""What the decoder takes: channels and stride of each map, deepest first."""
 COMPOSE_FROM = 16
 """Positions (samples times voxels of the coarse map) per channel from which one composed up-convolution is faster than
 two steps; measured at 384 channels, where both take about as long at 9 positions per channel.
@@ -64,21 +65,32 @@ class Densify(nn.Module):
         return out
 
 
-def projections(kind: type[nn.Module], widths: Sequence[int], decoder_width: int, axes: int) -> nn.ModuleList:
-    """One Projection or Densify for each map that the decoder takes, deepest first; `widths` are the encoder's.
+def projections(kind: type[nn.Module], maps: Maps, decoder_width: int, axes: int) -> nn.ModuleList:
+    """One Projection or Densify for each map that the decoder takes.
 
-    Raises ValueError for a decoder's width that does not halve four times.
+    Raises ValueError for a decoder's width that does not halve as often as the resolution doubles.
     """
-    if decoder_width < 1 << NUM_LEVELS or decoder_width % (1 << NUM_LEVELS):
+    deepest = maps[0][1]
+    if decoder_width < deepest or decoder_width % deepest:
         raise ValueError(
-            f"the decoder width must be a multiple of {1 << NUM_LEVELS}, since it halves {NUM_LEVELS} times; "
+            f"the decoder width must be a multiple of {deepest}, since it halves {levels_of(maps)} times; "
             f"it is {decoder_width}"
         )
-    deepest_first = (widths[-1], *widths[:1:-1])
     return nn.ModuleList(
-        kind(channels, decoder_width >> level, 1 if level == 0 else 3, axes)
-        for level, channels in enumerate(deepest_first)
+        kind(channels, decoder_width * stride // deepest, 1 if stride == deepest else 3, axes)
+        for channels, stride in maps
     )
+
+
+def levels_of(maps: Maps) -> int:
+    """Doublings of the resolution from the deepest map to the input.
+
+    Raises ValueError where strides are no powers of two.
+    """
+    strides = [stride for _, stride in maps]
+    if any(s < 1 or s & (s - 1) for s in strides):
+        raise ValueError(f"the light decoder doubles resolutions, so strides are powers of two, but they are {strides}")
+    return strides[0].bit_length() - 1
 
 
 def double_conv(widths: Sequence[int], axes: int) -> nn.Sequential:
@@ -157,17 +169,19 @@ def up_convolution(x: Tensor, up: Tensor, conv: Tensor) -> Tensor:
 
 
 class LightDecoder(nn.Module):
-    """Four levels from 1/16 of the resolution back to all of it, then the channels asked for. Maps deepest first ->
+    """Levels from the deepest map back to all of the resolution, then the channels asked for. Maps deepest first ->
     (b, out_channels, *size).
 
     finest: channels of a last map, of full resolution, that is fused before the output; 0 for none.
     """
 
-    def __init__(self, width: int, axes: int, out_channels: int = 1, finest: int = 0) -> None:
+    def __init__(self, maps: Maps, width: int, axes: int, out_channels: int = 1, finest: int = 0) -> None:
         super().__init__()
-        last = width >> NUM_LEVELS
+        num_levels = levels_of(maps)
+        last = width >> num_levels
+        fused = {maps[0][1] // stride for _, stride in maps[1:]}
         self.levels = nn.ModuleList(
-            DecoderLevel(width >> level, fuses=level > 0, axes=axes) for level in range(NUM_LEVELS)
+            DecoderLevel(width >> level, fuses=1 << level in fused, axes=axes) for level in range(num_levels)
         )
         self.fuse = double_conv((last + finest, 2 * last, 2 * last), axes) if finest else None
         self.out = CONV[axes](2 * last if finest else last, out_channels, 1)
@@ -183,8 +197,8 @@ class LightDecoder(nn.Module):
         deepest, *skips = maps
         finest = [skips.pop()] if self.fuse is not None else []
         x, norm = deepest, None
-        for level, skip in zip(self.levels, [None, *skips], strict=True):
-            x, norm = level(x, norm, skip)
+        for level in self.levels:
+            x, norm = level(x, norm, skips.pop(0) if level.fuse is not None else None)
         if self.fuse is not None:
             x = normed(self.fuse[0], x, norm, *finest)
             x = normed(self.fuse[3], x, self.fuse[1])

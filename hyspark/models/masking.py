@@ -1,9 +1,11 @@
 """Which patches the encoder sees, and what that means at each resolution.
 
-A mask unit is one patch of 16 voxels per axis (`PATCH`), which is also one transformer token. One polarity
-everywhere: `visible` is True where the encoder sees. All functions work for any number of spatial axes.
+A mask unit is one patch: of 16 voxels per axis (`PATCH`) for HySparK, where it is also one transformer token, of the
+total stride for other networks. One polarity everywhere: `visible` is True where the encoder sees. All functions work
+for any number of spatial axes.
 
-Shapes: b batch, c channels, *size voxels per axis, *grid patches per axis (grid = size / 16), n = prod(grid) patches.
+Shapes: b batch, c channels, *size voxels per axis, *grid patches per axis (grid = size / patch), n = prod(grid)
+patches.
 """
 
 import math
@@ -17,18 +19,18 @@ PATCH = 16
 """Edge of a mask unit in voxels: four halvings of the resolution."""
 
 
-def grid_of(size: Sequence[int]) -> tuple[int, ...]:
+def grid_of(size: Sequence[int], patch: int = PATCH) -> tuple[int, ...]:
     """Patches per axis for a crop of `size` voxels per axis.
 
-    Raises ValueError where an axis is not a positive multiple of 16.
+    Raises ValueError where an axis is not a positive multiple of the patch.
     """
-    if any(s < PATCH or s % PATCH for s in size):
-        nearest = tuple(max(PATCH, round(s / PATCH) * PATCH) for s in size)
+    if any(s < patch or s % patch for s in size):
+        nearest = tuple(max(patch, round(s / patch) * patch) for s in size)
         raise ValueError(
-            f"every axis of a crop must be a positive multiple of {PATCH} voxels, "
+            f"every axis of a crop must be a positive multiple of {patch} voxels, "
             f"but the size is {tuple(size)}; the nearest that fits is {nearest}"
         )
-    return tuple(s // PATCH for s in size)
+    return tuple(s // patch for s in size)
 
 
 def num_visible(grid: Sequence[int], mask_ratio: float) -> int:
@@ -64,23 +66,23 @@ def visible_at(visible: Tensor, size: Sequence[int]) -> Tensor:
     return visible
 
 
-def patchify(volumes: Tensor) -> Tensor:
-    """Cut into patches: (b, c, *size) -> (b, n, c * 16^axes), patches in row-major order of the grid."""
+def patchify(volumes: Tensor, patch: int = PATCH) -> Tensor:
+    """Cut into patches: (b, c, *size) -> (b, n, c * patch^axes), patches in row-major order of the grid."""
     axes = "hwd"[: volumes.ndim - 2] if volumes.ndim <= 5 else None
     if axes is None:
         raise ValueError(f"expected up to three spatial axes, got a tensor of shape {tuple(volumes.shape)}")
-    grid_of(volumes.shape[2:])
+    grid_of(volumes.shape[2:], patch)
     outer = " ".join(f"({a} p{a})" for a in axes)
     inner = " ".join(f"p{a}" for a in axes)
     pattern = f"b c {outer} -> b ({' '.join(axes)}) ({inner} c)"
-    return rearrange(volumes, pattern, **{f"p{a}": PATCH for a in axes})
+    return rearrange(volumes, pattern, **{f"p{a}": patch for a in axes})
 
 
-def unpatchify(patches: Tensor, grid: Sequence[int]) -> Tensor:
-    """The inverse of `patchify` for one channel: (b, n, 16^axes) -> (b, 1, *size)."""
+def unpatchify(patches: Tensor, grid: Sequence[int], patch: int = PATCH) -> Tensor:
+    """The inverse of `patchify`: (b, n, c * patch^axes) -> (b, c, *size)."""
     axes = "hwd"[: len(grid)]
     outer = " ".join(f"({a} p{a})" for a in axes)
     inner = " ".join(f"p{a}" for a in axes)
-    pattern = f"b ({' '.join(axes)}) ({inner}) -> b 1 {outer}"
-    sizes = dict(zip(axes, grid, strict=True)) | {f"p{a}": PATCH for a in axes}
+    pattern = f"b ({' '.join(axes)}) ({inner} c) -> b c {outer}"
+    sizes = dict(zip(axes, grid, strict=True)) | {f"p{a}": patch for a in axes}
     return rearrange(patches, pattern, **sizes)

@@ -8,6 +8,7 @@ densify branch is not built.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 from hyspark.models.encoder import DEPTHS, EXPANSIONS, WIDTHS, HybridEncoder
 from hyspark.models.light import Densify, LightDecoder, projections
 from hyspark.models.masking import draw_visible, grid_of, num_visible, patchify, unpatchify
+from hyspark.models.packed import Patches
 
 
 @dataclass
 class PretrainingOutput:
     """What one pass gives.
 
-    loss: scalar. visible: bool (b, 1, *grid), the mask used. prediction: (b, 1, *size), in units of each target
+    loss: scalar. visible: bool (b, 1, *grid), the mask used. prediction: (b, c, *size), in units of each target
     patch's own mean and standard deviation; `reconstruct` turns it into intensities.
     """
 
@@ -30,12 +32,35 @@ class PretrainingOutput:
     prediction: Tensor
 
 
-class HySparK(nn.Module):
-    """Encoder and light decoder with the masked reconstruction loss. Build it with `build_hyspark`."""
+class MaskedEncoder(Protocol):
+    """What the pre-training network asks of an encoder.
 
-    def __init__(self, encoder: HybridEncoder, mask_ratio: float, decoder_width: int) -> None:
+    img_size: voxels per axis of a crop. in_channels: its channels. patch: edge of a mask unit. maps: channels and stride
+    of the maps that the decoder takes, deepest first.
+    """
+
+    img_size: tuple[int, ...]
+    in_channels: int
+    patch: int
+
+    @property
+    def maps(self) -> list[tuple[int, int]]: ...
+
+    def patches(self, volumes: Tensor, visible: Tensor) -> Patches:
+        """Geometry of a mask (b, 1, *grid) for volumes (b, c, *size)."""
+
+    def encode(self, volumes: Tensor, patches: Patches) -> list[Tensor]:
+        """Maps at visible patches alone, (p, c, *edges), finest first; the last are those of `maps`."""
+
+
+class HySparK(nn.Module):
+    """Encoder and light decoder with the masked reconstruction loss. Build it with `build_hyspark`, or, around another
+    network, with `build_spark`.
+    """
+
+    def __init__(self, encoder: MaskedEncoder, mask_ratio: float, decoder_width: int) -> None:
         super().__init__()
-        grid = grid_of(encoder.img_size)
+        grid = grid_of(encoder.img_size, encoder.patch)
         if num_visible(grid, mask_ratio) == math.prod(grid):
             raise ValueError(
                 f"a mask ratio of {mask_ratio} hides no patch of the {math.prod(grid)} in a crop of "
@@ -44,24 +69,25 @@ class HySparK(nn.Module):
         axes = len(encoder.img_size)
         self.mask_ratio = mask_ratio
         self.encoder = encoder
-        self.densify = projections(Densify, encoder.widths, decoder_width, axes)
-        self.decoder = LightDecoder(decoder_width, axes)
+        self.densify = projections(Densify, encoder.maps, decoder_width, axes)
+        self.decoder = LightDecoder(encoder.maps, decoder_width, axes, encoder.in_channels)
 
     def forward(self, volumes: Tensor, visible: Tensor | None = None) -> PretrainingOutput:
-        """volumes: (b, 1, *size) in [0, 1]. visible: bool (b, 1, *grid), or None to draw one from torch's global
+        """volumes: (b, c, *size) in [0, 1]. visible: bool (b, 1, *grid), or None to draw one from torch's global
         generator.
         """
         if visible is None:
             visible = self.draw_visible(len(volumes), volumes.shape[2:])
         patches = self.encoder.patches(volumes, visible)
-        features = self.encoder.encode(volumes, patches)[:0:-1]
+        features = self.encoder.encode(volumes, patches)[: -len(self.densify) - 1 : -1]
         prediction = self.decoder([fill(x, patches) for fill, x in zip(self.densify, features, strict=True)])
         return PretrainingOutput(reconstruction_loss(volumes, prediction, patches.visible), patches.visible, prediction)
 
     def draw_visible(self, num_samples: int, size: Sequence[int]) -> Tensor:
         """A mask (num_samples, 1, *grid) seeded from torch's global generator."""
         seeds = torch.randint(2**62, (num_samples,)).tolist()
-        return draw_visible(grid_of(size), self.mask_ratio, [torch.Generator().manual_seed(s) for s in seeds])
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        return draw_visible(grid_of(size, self.encoder.patch), self.mask_ratio, generators)
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,24 +99,26 @@ def reconstruction_loss(volumes: Tensor, prediction: Tensor, visible: Tensor) ->
     """Mean squared error against patches normalised by their own mean and deviation, averaged over hidden patches;
     scalar, float32.
 
-    volumes, prediction: (b, 1, *size). visible: bool (b, 1, *grid), at least one hidden patch in the batch for a
+    volumes, prediction: (b, c, *size). visible: bool (b, 1, *grid), at least one hidden patch in the batch for a
     finite result.
     """
-    target = patchify(volumes.float())
+    patch = volumes.shape[2] // visible.shape[2]
+    target = patchify(volumes.float(), patch)
     mean, deviation = patch_statistics(target)
-    error = (patchify(prediction.float()) - (target - mean) / deviation).square().mean(-1)  # (b, n)
+    error = (patchify(prediction.float(), patch) - (target - mean) / deviation).square().mean(-1)  # (b, n)
     is_hidden = (~visible).flatten(1)
     return (error * is_hidden).sum() / is_hidden.sum()
 
 
 def reconstruct(volumes: Tensor, output: PretrainingOutput) -> Tensor:
-    """The prediction in intensities, (b, 1, *size): each patch scaled back with the mean and deviation of its target.
+    """The prediction in intensities, (b, c, *size): each patch scaled back with the mean and deviation of its target.
 
     Those two numbers per patch come from the target, as is usual when showing models trained on normalised patches.
     """
-    mean, deviation = patch_statistics(patchify(volumes.float()))
-    grid = grid_of(volumes.shape[2:])
-    return unpatchify(patchify(output.prediction.float()) * deviation + mean, grid)
+    grid = tuple(output.visible.shape[2:])
+    patch = volumes.shape[2] // grid[0]
+    mean, deviation = patch_statistics(patchify(volumes.float(), patch))
+    return unpatchify(patchify(output.prediction.float(), patch) * deviation + mean, grid, patch)
 
 
 def build_hyspark(

@@ -114,8 +114,8 @@ class LightHybird(Hybird):
     def __init__(self, encoder: HybridEncoder, n_classes: int, decoder_width: int) -> None:
         super().__init__(encoder)
         axes = len(encoder.img_size)
-        self.densify = projections(Projection, encoder.widths, decoder_width, axes)
-        self.decoder = LightDecoder(decoder_width, axes, n_classes, finest=encoder.widths[1])
+        self.densify = projections(Projection, encoder.maps, decoder_width, axes)
+        self.decoder = LightDecoder(encoder.maps, decoder_width, axes, n_classes, finest=encoder.widths[1])
 
     def decode(self, features: list[Tensor]) -> Tensor:
         finest, *deeper = features
