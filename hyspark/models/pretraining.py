@@ -35,8 +35,8 @@ class PretrainingOutput:
 class MaskedEncoder(Protocol):
     """What the pre-training network asks of an encoder.
 
-    img_size: voxels per axis of a crop. in_channels: its channels. patch: edge of a mask unit. maps: channels and stride
-    of the maps that the decoder takes, deepest first.
+    img_size: voxels per axis of a crop. in_channels: its channels. patch: edge of a mask unit. maps: channels and
+    stride of the maps that the decoder takes, deepest first.
     """
 
     img_size: tuple[int, ...]

@@ -72,8 +72,8 @@ class PyramidEncoder(nn.Module):
                 by_stride[stride] = (name, x.shape[1])
         if not by_stride:
             raise ValueError(
-                f"{type(self.backbone).__name__} gives no map at stride 2, 4, 8, ... of a crop of {self.img_size}; name "
-                "the modules that do (taps), or make the crop larger"
+                f"{type(self.backbone).__name__} gives no map at stride 2, 4, 8, ... of a crop of {self.img_size}; "
+                "name the modules that do (taps), or make the crop larger"
             )
         return {name: (channels, stride) for stride, (name, channels) in sorted(by_stride.items())}
 

@@ -63,23 +63,33 @@ def avg_pool(context: hidden, func: Function, input: Tensor, *args: Any, **kwarg
     return context.filled(func(context.filled(input), *args, **kwargs) / share)
 
 
-def global_pool(context: hidden, func: Function, input: Tensor, output_size: Any, *args: Any, **kwargs: Any) -> Tensor:
+def global_pool(
+    context: hidden, func: Function, input: Tensor, output_size: Any, return_indices: bool = False
+) -> Tensor:
     """To one position, or to the size that it has."""
     size = tuple(input.shape[2:])
     asked = (output_size,) * context.axes if isinstance(output_size, int) else tuple(output_size)
-    if not context.is_map(input) or args or kwargs:
+    if not context.is_map(input) or return_indices:
         raise mixes(func)
     if asked == (1,) * context.axes:
-        reduce = mean if "avg" in (resolve_name(func) or "") else extreme
-        torch_func = torch.mean if reduce is mean else torch.amax
-        return reduce(context, torch_func, input, tuple(range(2, input.ndim)), True)
+        over = tuple(range(2, input.ndim))
+        is_max = func in (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)
+        out: Tensor = (
+            extreme(context, torch.amax, input, over, True) if is_max else mean(context, torch.mean, input, over, True)
+        )
+        return out
     if all(a in (None, s) for a, s in zip(asked, size, strict=True)):
         return context.filled(input)
     raise mixes(func)
 
 
 def pad(
-    context: hidden, func: Function, input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
+    context: hidden,
+    func: Function,
+    input: Tensor,
+    pad: Sequence[int],
+    mode: str = "constant",
+    value: float | None = None,
 ) -> Tensor:
     """With a constant: hidden positions get it too, as a convolution or pool follows."""
     spatial = list(pad)[: 2 * context.axes]
@@ -227,7 +237,9 @@ def positions(context: hidden, func: Function, x: Tensor, dims: Dims) -> range |
     return None
 
 
-def mean(context: hidden, func: Function, input: Tensor, dim: Dims = None, keepdim: bool = False, **kwargs: Any) -> Tensor:
+def mean(
+    context: hidden, func: Function, input: Tensor, dim: Dims = None, keepdim: bool = False, **kwargs: Any
+) -> Tensor:
     """Over the visible positions."""
     where = positions(context, func, input, dim)
     if where is None:
@@ -247,7 +259,9 @@ def sum_or_norm(context: hidden, func: Function, input: Tensor, *args: Any, **kw
     return out
 
 
-def extreme(context: hidden, func: Function, input: Tensor, dim: Dims = None, keepdim: bool = False, **kwargs: Any) -> Any:
+def extreme(
+    context: hidden, func: Function, input: Tensor, dim: Dims = None, keepdim: bool = False, **kwargs: Any
+) -> Any:
     """The largest, or smallest, of the visible positions."""
     where = positions(context, func, input, dim)
     if where is not None:

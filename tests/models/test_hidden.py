@@ -83,7 +83,7 @@ def test_convolution_and_pool_in_any_number_of_axes(make_visible, axes):
     x = torch.randn(1, 1, *(6,) * axes)
     with hidden(visible):
         convolved, pooled = conv(x), pool(x)
-    assert torch.equal(convolved, masked(conv(x), visible))
+    assert torch.equal(convolved, masked(conv(masked(x, visible)), visible))
     assert torch.equal(pooled, masked(pool(x), visible))
 
 
@@ -119,42 +119,44 @@ def test_an_inner_block_does_not_disturb_the_outer_one(images, visible):
 
 
 REFUSED = {
-    "batch_norm": lambda x: nn.BatchNorm2d(2)(x),
-    "group_norm": lambda x: nn.GroupNorm(1, 2)(x),
-    "instance_norm": lambda x: nn.InstanceNorm2d(2)(x),
+    "instance_norm": lambda x: nn.InstanceNorm2d(2, track_running_stats=True)(x),
     "interpolate": lambda x: nn.Upsample(scale_factor=2)(x),
+    "grid_sample": lambda x: F.grid_sample(x, torch.zeros(2, 4, 4, 2), align_corners=False),
     "scaled_dot_product_attention": lambda x: F.scaled_dot_product_attention(x, x, x),
+    "multi_head_attention_forward": lambda x: nn.MultiheadAttention(48, 2)(x[:, 0], x[:, 0], x[:, 0]),
+    "matmul": lambda x: x.flatten(2).transpose(1, 2) @ x.flatten(2),
+    "einsum": lambda x: torch.einsum("bchw,bdhw->bcd", x, x),
+    "softmax": lambda x: x.flatten(2).softmax(-1),
+    "linear": lambda x: nn.Linear(32 * 48, 8)(x.flatten(2)),
+    "flatten": lambda x: x.flatten(1),
+    "view": lambda x: x.view(2, -1),
+    "conv1d": lambda x: nn.Conv1d(2, 2, 3, padding=1)(x.flatten(2)),
     "conv_transpose2d": lambda x: nn.ConvTranspose2d(2, 2, 2, stride=2)(x),
     "conv_transpose3d": lambda x: nn.ConvTranspose3d(2, 2, 2, stride=2)(x[..., None]),
-    "avg_pool2d": lambda x: nn.AvgPool2d(2)(x),
-    "avg_pool3d": lambda x: nn.AvgPool3d((2, 2, 1))(x[..., None]),
-    "adaptive_avg_pool2d": lambda x: nn.AdaptiveAvgPool2d(1)(x),
-    "adaptive_avg_pool3d": lambda x: nn.AdaptiveAvgPool3d(1)(x[..., None]),
-    "pad": lambda x: F.pad(x, (1, 1)),
+    "adaptive_avg_pool2d": lambda x: nn.AdaptiveAvgPool2d(2)(x),
+    "adaptive_max_pool2d": lambda x: nn.AdaptiveMaxPool2d(2)(x),
+    "max_pool2d_with_indices": lambda x: nn.MaxPool2d(2, return_indices=True)(x),
+    "pad": lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
+    "pixel_shuffle": lambda x: F.pixel_shuffle(x.repeat(1, 2, 1, 1), 2),
     "roll": lambda x: torch.roll(x, 1, dims=2),
     "Tensor.roll": lambda x: x.roll(1, dims=2),
     "flip": lambda x: torch.flip(x, (2,)),
-    "Tensor.flip": lambda x: x.flip(2),
-    "avg_pool1d": lambda x: nn.AvgPool1d(2)(x[:, 0]),
-    "adaptive_max_pool2d": lambda x: nn.AdaptiveMaxPool2d(1)(x),
-    "max_pool2d_with_indices": lambda x: nn.MaxPool2d(2, return_indices=True)(x),
-    "multi_head_attention_forward": lambda x: nn.MultiheadAttention(48, 2)(x[:, 0], x[:, 0], x[:, 0]),
+    "Tensor.cumsum": lambda x: x.cumsum(3),
+    "cat": lambda x: torch.cat([x, x], dim=2),
+    "mean": lambda x: x.mean(2),
+    "var": lambda x: x.var((2, 3)),
+    "layer_norm": lambda x: F.layer_norm(x, (32, 48)),
 }
+"""What mixes positions with no known form; the map was met by a convolution before."""
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_functions_with_no_known_masked_form_are_refused_by_name(images, visible, name):
-    with pytest.raises(NotImplementedError, match=rf"\b{name}\b.* mixes positions"), hidden(visible):
-        REFUSED[name](images)
+    with hidden(visible):
+        F.conv2d(images, torch.ones(1, 2, 1, 1))
+        with pytest.raises(NotImplementedError, match=rf"\b{name}\b.* mixes positions"):
+            REFUSED[name](images)
     REFUSED[name](images)  # outside it is welcome
-
-
-def test_a_refused_norm_has_not_touched_its_statistics(images, visible):
-    mean, var = torch.zeros(2), torch.ones(2)
-    with pytest.raises(NotImplementedError), hidden(visible):
-        F.batch_norm(images, mean, var, training=True)
-    assert mean.tolist() == [0, 0]
-    assert var.tolist() == [1, 1]
 
 
 def test_a_map_that_the_grid_does_not_divide_is_refused(visible):
