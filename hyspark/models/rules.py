@@ -185,7 +185,7 @@ def layer_norm(
     out: Tensor = func(input, normalized_shape, *args, **kwargs)
     if len(normalized_shape) > 1 and context.spatial(input):
         raise mixes(func)
-    if context.is_map(input) and len(normalized_shape) == 1:
+    if len(normalized_shape) == 1 and context.is_map(input.movedim(-1, 1)):
         mask = context.mask(tuple(input.shape[1:-1])).movedim(1, -1)
         return torch.where(mask, out, out.new_zeros(()))
     return out
@@ -319,7 +319,7 @@ def reshape(context: hidden, func: Function, input: Tensor, *args: Any, **kwargs
     return out
 
 
-SUMS = {torch.sum, Tensor.sum}
+SUMS: set[Function] = {torch.sum, Tensor.sum}
 
 RULES: dict[Function, Function] = {
     **dict.fromkeys([torch.conv1d, torch.conv2d, torch.conv3d], convolution),
