@@ -98,9 +98,10 @@ def share_gradients(model: nn.Module, processes: Processes, some_unused: bool = 
     sync_buffers = "forward_sync_buffers" if is_new else "broadcast_buffers"
     options: dict[str, Any] = {sync_buffers: False, "find_unused_parameters": some_unused}
     if processes.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        share_statistics(model, nn.SyncBatchNorm.convert_sync_batchnorm)
         return DistributedDataParallel(model, device_ids=[processes.local_rank], **options)
-    return DistributedDataParallel(share_statistics(model), **options)
+    share_statistics(model, global_batch_norm)
+    return DistributedDataParallel(model, **options)
 
 
 def gradients_shared(model: nn.Module, now: bool) -> AbstractContextManager[Any]:
@@ -156,16 +157,24 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.running_var.lerp_(variance, self.momentum)
 
 
-def share_statistics(module: nn.Module) -> nn.Module:
-    """Replace every BatchNorm by GlobalBatchNorm, keeping names, weights and statistics."""
+def global_batch_norm(norm: nn.modules.batchnorm._BatchNorm) -> GlobalBatchNorm:
+    """The same with the statistics of the global batch."""
+    new = GlobalBatchNorm(norm.num_features, norm.eps, norm.momentum)
+    new.load_state_dict(norm.state_dict())
+    return new
+
+
+def share_statistics(module: nn.Module, shared: Callable[[Any], nn.Module]) -> None:
+    """Put `shared(norm)` in the place of every BatchNorm, keeping names, weights and statistics. A pyramid's network
+    stays as it is, which is what it is for: its statistics are taken, and shared, by the mask's context.
+    """
     for name, child in module.named_children():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            new = GlobalBatchNorm(child.num_features, child.eps, child.momentum)
-            new.load_state_dict(child.state_dict())
-            module.add_module(name, new)
+        if isinstance(child, PyramidEncoder):
+            child.total = SumOverProcesses.apply
+        elif isinstance(child, nn.modules.batchnorm._BatchNorm):
+            module.add_module(name, shared(child))
         else:
-            share_statistics(child)
-    return module
+            share_statistics(child, shared)
 
 
 def bare(model: nn.Module) -> Any:
