@@ -9,7 +9,8 @@ from hyspark.cli import main
 from hyspark.data import datalist
 from hyspark.engine.evaluate import read_scores
 from hyspark.engine.finetune import build, dice_and_cross_entropy, finetune, split_crops
-from hyspark.engine.pretrain import encoder_file, pretrain
+from hyspark.engine.inference import load_network
+from hyspark.engine.pretrain import encoder_file, pretrain, training_file
 
 ORGANS = ["liver", "spleen", "right_kidney", "left_kidney", "aorta", "spine", "right_lung", "left_lung"]
 
@@ -42,6 +43,31 @@ def test_from_pretraining_to_a_table(pretraining, finetuning, capsys):
     table = capsys.readouterr().out
     assert all(organ in table for organ in ORGANS)
     assert "scratch" in table
+
+
+def test_the_decoder_of_pre_training_comes_along(pretraining, finetuning, tmp_path):
+    """With turns and stretches, interrupted and continued, and read back for prediction."""
+    pretrain(replace(pretraining, ep=1))
+    source = training_file(pretraining)
+    light = replace(
+        finetuning,
+        decoder="light",
+        decoder_width=16,
+        affine_prob=0.7,
+        pretrained=str(source),
+        optim_lr=1e-9,
+        reg_weight=0,
+    )
+    whole, parts = (replace(light, logdir=str(tmp_path / name)) for name in ("whole", "parts"))
+    finetune(whole)
+    finetune(replace(parts, max_steps=1))
+    finetune(parts)
+    a, b = ([m["loss"] for m in metrics(c) if "loss" in m] for c in (whole, parts))
+    assert a == b
+    network, config, names = load_network(whole.run_folder)
+    assert (config.decoder, names[1:]) == ("light", ORGANS)
+    before = torch.load(source, weights_only=True)["model"]["decoder.levels.0.up.weight"]
+    torch.testing.assert_close(network.decoder.levels[0].up.weight, before, rtol=0, atol=1e-6)
 
 
 def test_an_interrupted_run_continues_as_if_nothing_had_happened(finetuning, tmp_path):
