@@ -89,8 +89,18 @@ class PretrainConfig(RunSettings, PrepareSettings, EncoderSettings):
     """Run folder; by default ckpt/<exp_name>. The same command on it continues the run."""
     data_path: str = "data"
     """Folder with dataset.json, or the path of such a JSON."""
-    model: Literal["hyspark"] = "hyspark"
-    """Network to pre-train."""
+    model: str = "hyspark"
+    """Network to pre-train: hyspark; or spark/ and a backbone, as spark/timm/resnet50, spark/torchvision/resnet50,
+    spark/monai/segresnet (in 3D too), or spark/mypackage.module:factory for one of your own.
+    """
+    slices: Literal["none", "sagittal", "coronal", "axial"] = "none"
+    """Take planes of the prepared volumes instead of crops, for networks of two axes."""
+    slice_stride: int = 1
+    """Planes whose number is a multiple of this."""
+    slice_scaling: Literal["window", "minmax"] = "window"
+    """Intensities of planes: the window of preparation to 0..1, or each plane's own smallest to largest value."""
+    channels: int = 1
+    """Times that the image is given to the network, one beside the other; networks made for photographs take 3."""
     compute: Literal["packed", "masked"] = "packed"
     """How hidden voxels are left out: packed, or the readable reference."""
     hide: Literal["everywhere", "convolutions", "input"] = "everywhere"
@@ -139,14 +149,27 @@ class PretrainConfig(RunSettings, PrepareSettings, EncoderSettings):
     def __post_init__(self) -> None:
         check_run(self)
         check_encoder(self)
-        positive(self, "bs", "ep", "crops_per_volume", "decoder_width", "probe_every")
+        positive(self, "bs", "ep", "crops_per_volume", "decoder_width", "probe_every", "slice_stride", "channels")
         not_negative(self, "wp_ep", "wd", "wde", "clip", "picture_every")
         if self.probe_cases < 2:
             raise ValueError(f"probe_cases is at least 2, to fit on one and score on another; it is {self.probe_cases}")
         between(self, "val_fraction", 0, 1)
-        if len(self.input_size) not in (1, 3):
-            raise ValueError(f"input_size takes one number or three, but got {list(self.input_size)}")
-        grid_of(self.crop_size)
+        axes = 3 if self.slices == "none" else 2
+        if len(self.input_size) not in (1, axes):
+            raise ValueError(f"input_size takes one number or {axes}, but got {list(self.input_size)}")
+        if self.model == "hyspark":
+            grid_of(self.crop_size)
+            if self.channels != 1:
+                raise ValueError(f"hyspark takes one channel, but channels is {self.channels}")
+        elif not self.model.startswith("spark/"):
+            raise ValueError(
+                f"model must be hyspark, or spark/ and a backbone (spark/timm/resnet50), not {self.model!r}"
+                + nearest(self.model, ["hyspark", "spark/"])
+            )
+        if self.slices == "none" and (self.slice_stride != 1 or self.slice_scaling != "window"):
+            raise ValueError("slice_stride and slice_scaling are for planes; name them by slices, or leave these out")
+        if self.probe_data and (self.slices != "none" or self.model != "hyspark"):
+            raise ValueError("the probe is of hyspark's crops; leave out probe_data for planes and other networks")
         if not 0 < self.mask < 1:
             raise ValueError(f"mask must lie between 0 and 1 (the share of hidden patches), but it is {self.mask}")
         if self.base_lr <= 0:
@@ -155,8 +178,9 @@ class PretrainConfig(RunSettings, PrepareSettings, EncoderSettings):
 
     @property
     def crop_size(self) -> tuple[int, ...]:
-        """Voxels per axis, always three."""
-        return self.input_size * 3 if len(self.input_size) == 1 else self.input_size
+        """Voxels per axis of what the network sees: three, or two of a plane."""
+        axes = 3 if self.slices == "none" else 2
+        return self.input_size * axes if len(self.input_size) == 1 else self.input_size
 
     @property
     def run_folder(self) -> Path:

@@ -49,12 +49,13 @@ def reconstruction_panel(
     *,
     title: str,
     spacing: tuple[float, float, float] = (1, 1, 1),
+    planes: Sequence[str] = tuple(PLANES),
 ) -> Figure:
-    """Three centre planes (rows) of: input, masked input, reconstruction, absolute error.
+    """Centre planes (rows) of: input, masked input, reconstruction, absolute error.
 
     `volume`, `reconstruction`: float (h, w, d), shown in the fixed window 0..1. `visible`: bool (h, w, d),
     True where the encoder saw the voxel: there the third column repeats the input and the error is zero.
-    `spacing`: mm per voxel. Raises ValueError when the three shapes differ or are not 3D.
+    `spacing`: mm per voxel. `planes`: those to show. Raises ValueError when the three shapes differ or are not 3D.
     """
     check_shapes(volume=volume, visible=visible, reconstruction=reconstruction)
     seen = visible.astype(bool)
@@ -67,7 +68,7 @@ def reconstruction_panel(
     }
     centre = [size // 2 for size in volume.shape]
     grey = colormaps["gray"].with_extremes(bad=HIDDEN)
-    figure, grid = plane_grid(list(columns), volume.shape, spacing, title=title, right=48)
+    figure, grid = plane_grid(list(columns), volume.shape, spacing, title=title, right=48, planes=planes)
     for (plane, column), axes in grid.items():
         is_error = column == "absolute error"
         image = axes.imshow(
@@ -78,7 +79,7 @@ def reconstruction_panel(
             aspect=pixel_aspect(plane, spacing),
             interpolation="nearest",
         )
-    box, pixel = grid["axial", "absolute error"].get_position(), 1 / (figure.get_figwidth() * DPI)
+    box, pixel = grid[planes[0], "absolute error"].get_position(), 1 / (figure.get_figwidth() * DPI)
     bar = figure.add_axes((box.x1 + 8 * pixel, box.y0, 9 * pixel, box.height), label="scale")
     figure.colorbar(image, cax=bar, ticks=[0, MAX_ERROR / 2, MAX_ERROR])  # the last image drawn is an error
     bar.tick_params(colors=TEXT, labelsize=6.5, length=2, pad=2)
@@ -206,17 +207,19 @@ def plane_grid(
     title: str,
     right: int = 8,
     bottom: int = 8,
+    planes: Sequence[str] = tuple(PLANES),
 ) -> tuple[Figure, dict[tuple[str, str], Axes]]:
     """A figure with one frameless axes per (plane, column), each as high as its plane needs.
 
     Laid out in whole pixels. Very flat and very tall planes get a readable height and are letter-boxed.
     """
     heights = {}
-    for plane, (across, up) in PLANES.items():
+    for plane in planes:
+        across, up = PLANES[plane]
         ratio = shape[up] * spacing[up] / (shape[across] * spacing[across])
         heights[plane] = round(min(max(COLUMN * ratio, 60), 2.5 * COLUMN))
     width = LEFT + len(columns) * (COLUMN + GAP) - GAP + right
-    height = TOP + sum(heights.values()) + GAP * (len(PLANES) - 1) + bottom
+    height = TOP + sum(heights.values()) + GAP * (len(planes) - 1) + bottom
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=BACKGROUND)
     heading = figure.text(LEFT / width, 1 - 19 / height, title, color=TEXT, size=10, weight="bold", va="center")
     heading.set_parse_math(False)  # a "$" in the name of a case is a dollar sign

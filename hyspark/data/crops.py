@@ -55,23 +55,45 @@ def place(centre: Sequence[int], shape: Sequence[int], size: Sequence[int]) -> l
     return start
 
 
+class Planes(NamedTuple):
+    """Planes of a volume in place of crops. axis: the one they lie across. stride: planes whose number is a multiple of
+    it. own_range: whether each is scaled by its own smallest and largest value.
+    """
+
+    axis: int
+    stride: int = 1
+    own_range: bool = False
+
+
 def image_crop(
     volume: StoredVolume,
     size: Sequence[int],
     flip_prob: Sequence[float],
     rng: np.random.Generator,
     out: np.ndarray | None = None,
+    planes: Planes | None = None,
 ) -> np.ndarray:
     """A crop centred on a random foreground voxel, flipped at random: float32 (1, *size) in [0, 1].
 
-    out: array of this shape and type to write to and return, in place of a new one.
+    flip_prob: for each axis of the volume. out: array of this shape and type to write to and return, in place of a new
+    one. planes: take a part of a plane, of two axes, instead.
     """
     out = np.empty((1, *size), np.float32) if out is None else out
     centre = volume.draw_voxel("foreground", rng)
     assert centre is not None  # preparation refuses volumes without foreground
     flips = [axis for axis, (p, u) in enumerate(zip(flip_prob, rng.random(len(flip_prob)), strict=True)) if u < p]
+    box, to = list(size), out[0]
+    if planes:
+        box.insert(planes.axis, 1)
+        to = np.expand_dims(to, planes.axis)
+    start = place(centre, volume.entry.shape, box)
+    if planes:
+        start[planes.axis] -= start[planes.axis] % planes.stride
     # Written through a flipped view, which flips the crop without a copy of it.
-    volume.read("image", place(centre, volume.entry.shape, size), size, out=np.flip(out[0], tuple(flips)))
+    volume.read("image", start, box, out=np.flip(to, tuple(flips)))
+    if planes and planes.own_range:
+        low, high = out.min(), out.max()
+        np.divide(out - low, max(high - low, np.finfo(np.float32).tiny), out=out)
     return out
 
 

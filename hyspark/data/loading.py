@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from hyspark.data.crops import (
     NO_AFFINE,
     AffineRange,
+    Planes,
     augmentation,
     image_crop,
     labelled_crop,
@@ -29,6 +30,7 @@ from hyspark.data.store import StoredVolume
 from hyspark.data.workers import ignore_signals
 
 Batch = dict[str, Any]
+NO_FLIPS = (0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class PretrainBatches(Dataset[Batch]):
     crops_per_volume: int
     flip_prob: tuple[float, ...]
     seed: int
+    planes: Planes | None = None
 
     def __getitem__(self, step: int) -> Batch:
         crops = np.empty((len(self.share.slots) * self.crops_per_volume, 1, *self.crop_size), np.float32)
@@ -73,7 +76,7 @@ class PretrainBatches(Dataset[Batch]):
             volume = self.volumes[volume_at(step * self.share.bs + slot, len(self.volumes), self.seed)]
             for number in range(self.crops_per_volume):
                 rng = rng_at(self.seed, "crop", step, slot, number)
-                image_crop(volume, self.crop_size, self.flip_prob, rng, out=crops[len(cases)])
+                image_crop(volume, self.crop_size, self.flip_prob, rng, crops[len(cases)], self.planes)
                 mask_seeds.append(seed_at(self.seed, "mask", step, slot, number))
                 cases.append(volume.name)
         return {"volumes": torch.from_numpy(crops), "mask_seeds": mask_seeds, "cases": cases}
@@ -89,6 +92,7 @@ class ValidationCrops(Dataset[Batch]):
     crop_size: tuple[int, ...]
     crops_per_volume: int
     seed: int
+    planes: Planes | None = None
 
     def __len__(self) -> int:
         return len(self.volumes)
@@ -96,11 +100,8 @@ class ValidationCrops(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         volume = self.volumes[index]
         numbers = range(self.crops_per_volume)
-        no_flips = (0.0,) * len(self.crop_size)
-        crops = [
-            image_crop(volume, self.crop_size, no_flips, rng_at(self.seed, "validation-crop", index, n))
-            for n in numbers
-        ]
+        rngs = [rng_at(self.seed, "validation-crop", index, n) for n in numbers]
+        crops = [image_crop(volume, self.crop_size, NO_FLIPS, rng, planes=self.planes) for rng in rngs]
         return {
             "volumes": torch.from_numpy(np.stack(crops)),
             "mask_seeds": [seed_at(self.seed, "validation-mask", index, n) for n in numbers],

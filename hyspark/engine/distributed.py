@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hyspark.models.pyramid import PyramidEncoder
+
 LOG = logging.getLogger("hyspark")
 T = TypeVar("T")
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -91,7 +93,9 @@ def share_gradients(model: nn.Module, processes: Processes, some_unused: bool = 
     some_unused: whether there are steps in which some weights get no gradient. Weights lie channels last, so that
     pointwise layers and LayerNorm read contiguous rows.
     """
-    model = model.to(processes.device).to(memory_format=torch.channels_last_3d)
+    is_volumetric = any(p.ndim == 5 for p in model.parameters())
+    channels_last = torch.channels_last_3d if is_volumetric else torch.channels_last
+    model = model.to(processes.device).to(memory_format=channels_last)
     if processes.world_size == 1:
         return model
     is_new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch 2.13 renamed it

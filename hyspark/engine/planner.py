@@ -17,6 +17,7 @@ from hyspark.engine.distributed import Processes
 from hyspark.engine.storage import Storage
 from hyspark.engine.trial import Trial, extrapolated
 from hyspark.models.cost import by_part, flops_by_layer, flops_of_step
+from hyspark.models.encoder import HybridEncoder
 from hyspark.models.masking import draw_visible, grid_of
 from hyspark.models.pretraining import HySparK
 
@@ -87,17 +88,19 @@ def crops_per_process(config: PretrainConfig, processes: Processes) -> int:
 
 def count_flops(config: PretrainConfig, model: HySparK, crops: int) -> Flops:
     """FLOPs of a step of so many crops."""
-    size = config.crop_size
-    visible = draw_visible(grid_of(size), config.mask, [torch.Generator().manual_seed(i) for i in range(crops)])
-    _, backward = flops_of_step(model, size, crops, visible)
+    size, channels = config.crop_size, config.channels
+    grid = grid_of(size, model.encoder.patch)
+    visible = draw_visible(grid, config.mask, [torch.Generator().manual_seed(i) for i in range(crops)])
+    _, backward = flops_of_step(model, size, crops, visible, channels)
     encoder = {}
-    chosen = model.encoder.compute
-    try:
-        for model.encoder.compute in ("packed", "masked"):
-            encoder[model.encoder.compute] = sum(flops_by_layer(model.encoder, size, crops, visible).values())
-    finally:
-        model.encoder.compute = chosen
-    return Flops(by_part(flops_by_layer(model, size, crops, visible)), encoder, backward)
+    if isinstance(model.encoder, HybridEncoder):
+        chosen = model.encoder.compute
+        try:
+            for model.encoder.compute in ("packed", "masked"):
+                encoder[model.encoder.compute] = sum(flops_by_layer(model.encoder, size, crops, visible).values())
+        finally:
+            model.encoder.compute = chosen
+    return Flops(by_part(flops_by_layer(model, size, crops, visible, channels)), encoder, backward)
 
 
 def estimate_memory(trials: Sequence[Trial], free: int | None) -> Memory:
@@ -124,14 +127,16 @@ def network_lines(model: HySparK, flops: Flops, crops: int) -> list[tuple[str, s
     parts = ", ".join(f"{name} {scaled(number)}" for name, number in parameters.items())
     forward = ", ".join(f"{name} {scaled(number)}" for name, number in flops.forward.items())
     total = scaled(sum(flops.forward.values()))
-    saved = flops.encoder["masked"] / flops.encoder["packed"]
-    return [
+    lines = [
         ("network", f"{scaled(sum(parameters.values()))} parameters: {parts}"),
         ("FLOPs", f"per step of {crops} crops in a process: {total} forward ({forward}),"),
         ("", f"{scaled(flops.backward)} backward, with what it computes again (counted)"),
-        ("", f"encoder forward: packed {scaled(flops.encoder['packed'])}, masked {scaled(flops.encoder['masked'])}, "
-             f"{saved:.1f} times as much"),
-    ]  # fmt: skip
+    ]
+    if flops.encoder:
+        packed, masked = flops.encoder["packed"], flops.encoder["masked"]
+        times = f"{masked / packed:.1f} times as much"
+        lines.append(("", f"encoder forward: packed {scaled(packed)}, masked {scaled(masked)}, {times}"))
+    return lines
 
 
 def memory_lines(

@@ -4,12 +4,14 @@ Source of the recipe: Tang et al., "HySparK", MICCAI 2024, and its public releas
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from hyspark import report
 from hyspark.config import PretrainConfig
 from hyspark.data import datalist
 from hyspark.data.cases import Case
-from hyspark.data.crops import seed_at
+from hyspark.data.crops import Planes, seed_at
 from hyspark.data.loading import Batch, PretrainBatches, Share, ValidationCrops, make_loader
 from hyspark.data.splits import split_by_subject
 from hyspark.data.store import StoredVolume
@@ -34,7 +36,9 @@ from hyspark.engine.trial import try_steps
 from hyspark.figures import reconstruction_panel, save_figure
 from hyspark.models.masking import draw_visible, grid_of, visible_at
 from hyspark.models.pretraining import HySparK, build_hyspark, reconstruct
+from hyspark.models.pyramid import build_spark
 from hyspark.models.weights import load_pretrained
+from hyspark.models.zoo import build_backbone
 from hyspark.recipes import as_plain
 
 START_FACTOR, END_FACTOR = 0.005, 0.001
@@ -44,19 +48,24 @@ VALIDATION_SEED = 0
 """Held-out volumes, their crops and masks do not depend on the seed of a run, so that runs can be compared."""
 
 
+def file_name(config: PretrainConfig) -> str:
+    """The model's name as the beginning of a file's: spark/timm/resnet50 -> spark_timm_resnet50."""
+    return re.sub(r"\W+", "_", config.model)
+
+
 def encoder_file(config: PretrainConfig) -> Path:
     """Encoder weights alone, in the released format."""
-    return config.run_folder / f"{config.model}_1kpretrained_timm_style.pth"
+    return config.run_folder / f"{file_name(config)}_1kpretrained_timm_style.pth"
 
 
 def best_file(config: PretrainConfig) -> Path:
     """Encoder weights of the lowest validation loss, in the released format."""
-    return config.run_folder / f"{config.model}_best_timm_style.pth"
+    return config.run_folder / f"{file_name(config)}_best_timm_style.pth"
 
 
 def training_file(config: PretrainConfig) -> Path:
     """Everything: encoder, decoder, optimizer, step. The run continues from it."""
-    return config.run_folder / f"{config.model}_withdecoder_1kpretrained_hyspark_style.pth"
+    return config.run_folder / f"{file_name(config)}_withdecoder_1kpretrained_hyspark_style.pth"
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -177,15 +186,34 @@ def plan(
     return plan_text(config, processes, model, flops, trials, free, storage, **steps)
 
 
+def planes_of(config: PretrainConfig) -> Planes | None:
+    """The planes that the settings ask for."""
+    if config.slices == "none":
+        return None
+    axis = ("sagittal", "coronal", "axial").index(config.slices)
+    return Planes(axis, config.slice_stride, config.slice_scaling == "minmax")
+
+
 def random_batch(size: Sequence[int], crops: int) -> Batch:
     """A batch of so many crops of noise."""
     return {"volumes": torch.rand(crops, 1, *size), "mask_seeds": range(crops), "cases": ["noise"] * crops}
 
 
 def build(config: PretrainConfig) -> HySparK:
-    """The network with its seeded fresh weights."""
+    """The network with its seeded fresh weights; raises ValueError where its settings do not fit together."""
+    axes = len(config.crop_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_at(config.seed, "weights"))
+        if config.model != "hyspark":
+            backbone = build_backbone(config.model.removeprefix("spark/"), config.channels, axes)
+            return build_spark(
+                backbone.network,
+                config.crop_size,
+                config.mask,
+                in_channels=config.channels,
+                decoder_width=config.decoder_width,
+                run=backbone.run,
+            )
         return build_hyspark(
             config.crop_size,
             config.mask,
@@ -197,6 +225,7 @@ def build(config: PretrainConfig) -> HySparK:
             vit_depth=config.vit_depth,
             num_heads=config.num_heads,
             decoder_width=config.decoder_width,
+            axes=axes,
         )
 
 
@@ -217,7 +246,8 @@ class Pretraining:
     def batches(self) -> PretrainBatches:
         """Crops with the seeds of their masks."""
         c = self.config
-        return PretrainBatches(self.training, self.share, c.crop_size, c.crops_per_volume, c.flip_prob, c.seed)
+        how = (c.crop_size, c.crops_per_volume, c.flip_prob, c.seed, planes_of(c))
+        return PretrainBatches(self.training, self.share, *how)
 
     def begin(self, run: Run, step: int) -> None:
         """Nothing changes between steps but the rates."""
@@ -236,8 +266,10 @@ class Pretraining:
         worked out there, so that CUDA need not be waited for.
         """
         generators = [torch.Generator().manual_seed(seed) for seed in batch["mask_seeds"]]
-        visible = draw_visible(grid_of(self.config.crop_size), self.config.mask, generators)
-        return batch["volumes"].to(run.processes.device, non_blocking=True), visible
+        grid = grid_of(self.config.crop_size, run.network.encoder.patch)
+        volumes = batch["volumes"].to(run.processes.device, non_blocking=True)
+        shape = (-1, self.config.channels, *(-1,) * (volumes.ndim - 2))
+        return volumes.expand(shape), draw_visible(grid, self.config.mask, generators)
 
     def rates(self, run: Run, step: int) -> dict[str, float]:
         """Warm-up and cosine of the learning rate, cosine of the weight decay."""
@@ -263,7 +295,7 @@ class Pretraining:
             LOG.info("epoch %d: validation loss %.4f after %d steps%s", epoch, val_loss, step + 1, best)
             if is_best:
                 self.best = val_loss
-                checkpoint.save(run.network.encoder.state_dict(), best_file(self.config))
+                checkpoint.save(run.network.encoder.weights(), best_file(self.config))
         is_last = step + 1 == run.last_step
         if self.probe and (epoch % self.config.probe_every == 0 or is_last):
             take_probe(run.network.encoder, self.probe, log, step, epoch)
@@ -297,7 +329,8 @@ class Pretraining:
 
     def fixed_crops(self, volumes: Sequence[StoredVolume]) -> ValidationCrops:
         """The same crops and masks in every epoch."""
-        return ValidationCrops(volumes, self.config.crop_size, self.config.crops_per_volume, VALIDATION_SEED)
+        c = self.config
+        return ValidationCrops(volumes, c.crop_size, c.crops_per_volume, VALIDATION_SEED, planes_of(c))
 
     def draw_pictures(self, run: Run, log: RunLog, step: int, epoch: int) -> None:
         """Reconstructions of the first held-out volumes (of training volumes where none are held out): PNG and
@@ -313,7 +346,13 @@ class Pretraining:
             seen = visible_at(visible, volumes.shape[2:])
             image, mask, result = (x[0, 0].cpu().numpy() for x in (volumes, seen, reconstruct(volumes, output)))
             title = f"{name}, epoch {epoch}"
-            figure = reconstruction_panel(image, mask, result.clip(0, 1), title=title, spacing=self.config.spacing)
+            shown_planes: dict[str, Any] = {}
+            if planes := planes_of(self.config):
+                image, mask, result = (np.expand_dims(x, planes.axis) for x in (image, mask, result))
+                shown_planes["planes"] = [self.config.slices]
+            figure = reconstruction_panel(
+                image, mask, result.clip(0, 1), title=title, spacing=self.config.spacing, **shown_planes
+            )
             save_figure(figure, self.config.run_folder / "pictures" / f"epoch_{epoch:04d}_{name}.png")
             log.board.add_figure(f"reconstruction/{name}", figure, step, close=False)
 
@@ -328,7 +367,7 @@ class Pretraining:
 
     def export(self, run: Run) -> None:
         """The encoder's file of the release."""
-        checkpoint.save(run.network.encoder.state_dict(), encoder_file(self.config))
+        checkpoint.save(run.network.encoder.weights(), encoder_file(self.config))
 
     def write_report(self, run: Run) -> Path:
         """The run's HTML page."""

@@ -19,7 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 
-def flops_by_layer(net: nn.Module, size: Sequence[int], num_crops: int, visible: Tensor | None) -> dict[str, int]:
+def flops_by_layer(
+    net: nn.Module, size: Sequence[int], num_crops: int, visible: Tensor | None, channels: int = 1
+) -> dict[str, int]:
     """FLOPs of one forward pass by the layer that spends them, as {name of the submodule: FLOPs}, in the order of the
     pass.
 
@@ -27,19 +29,19 @@ def flops_by_layer(net: nn.Module, size: Sequence[int], num_crops: int, visible:
     volumes alone. What is computed without a weight of its own (attention, the composed up-convolution) stands under
     the module that computes it. The sum is the whole pass; the network itself stays as it is.
     """
-    twin, volumes = without_numbers(net, size, num_crops)
+    twin, volumes = without_numbers(net, (num_crops, channels, *size))
     with torch.no_grad(), counting() as counter, ByLayer(twin, counter) as layers:
         run(twin, volumes, visible)
     return layers.flops
 
 
 def flops_of_step(
-    net: nn.Module, size: Sequence[int], num_crops: int, visible: Tensor | None = None
+    net: nn.Module, size: Sequence[int], num_crops: int, visible: Tensor | None = None, channels: int = 1
 ) -> tuple[int, int]:
     """FLOPs of the forward and of the backward pass of a network whose output has a `loss`; what the backward pass
     computes again belongs to it. Arguments as in `flops_by_layer`.
     """
-    twin, volumes = without_numbers(net, size, num_crops)
+    twin, volumes = without_numbers(net, (num_crops, channels, *size))
     with counting() as forward:
         loss = run(twin, volumes, visible).loss
     with counting() as backward:
@@ -62,13 +64,13 @@ def run(net: nn.Module, volumes: Tensor, visible: Tensor | None) -> Any:
         return net(volumes) if visible is None else net(volumes, visible)
 
 
-def without_numbers(net: nn.Module, size: Sequence[int], num_crops: int) -> tuple[nn.Module, Tensor]:
-    """A copy of the network and volumes (num_crops, 1, *size), both of fake tensors on the CPU."""
+def without_numbers(net: nn.Module, shape: Sequence[int]) -> tuple[nn.Module, Tensor]:
+    """A copy of the network and volumes of this shape, both of fake tensors on the CPU."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)  # the geometry of a mask is worked out with its real numbers
     with fake:
         memo: dict[int, Any] = {id(b): torch.empty_like(b, device="cpu") for b in net.buffers()}
         memo |= {id(p): nn.Parameter(torch.empty_like(p, device="cpu"), p.requires_grad) for p in net.parameters()}
-        volumes = torch.empty(num_crops, 1, *size)
+        volumes = torch.empty(*shape)
     return copy.deepcopy(net, memo), volumes
 
 

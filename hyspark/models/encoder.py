@@ -122,6 +122,10 @@ class HybridEncoder(nn.Module):
         """Channels and stride of the maps that a light decoder takes, deepest first: all but the finest."""
         return [(self.widths[-1], 16), (self.widths[-1], 8), (self.widths[-2], 4), (self.widths[-3], 2)]
 
+    def weights(self) -> dict[str, Tensor]:
+        """What is handed on, in the released key names."""
+        return self.state_dict()
+
     def forward(self, volumes: Tensor, visible: Tensor | None = None) -> list[Tensor]:
         """Features, finest first: x_1..x_4 (skips) and x_5 (tokens back on the grid).
 

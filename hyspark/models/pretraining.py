@@ -46,6 +46,9 @@ class MaskedEncoder(Protocol):
     @property
     def maps(self) -> list[tuple[int, int]]: ...
 
+    def weights(self) -> dict[str, Tensor]:
+        """What is handed on."""
+
     def patches(self, volumes: Tensor, visible: Tensor) -> Patches:
         """Geometry of a mask (b, 1, *grid) for volumes (b, c, *size)."""
 

@@ -77,6 +77,10 @@ class PyramidEncoder(nn.Module):
             )
         return {name: (channels, stride) for stride, (name, channels) in sorted(by_stride.items())}
 
+    def weights(self) -> dict[str, Tensor]:
+        """What is handed on: the network's own, in its own key names."""
+        return self.backbone.state_dict()
+
     def forward(self, volumes: Tensor, visible: Tensor | None = None) -> list[Tensor]:
         """(b, in_channels, *size) -> maps, finest first. With a mask (bool (b, 1, *grid), True where the network sees)
         they are exactly zero at hidden positions, and no value at a visible one depends on any hidden voxel.
