@@ -242,7 +242,11 @@ WRONG_PRETRAIN = [
     ({"mask": 1.0}, "mask must lie between 0 and 1"),
     ({"base_lr": 0.0}, "base_lr must be above 0"),
     ({"base_lr": float("nan")}, "base_lr must be finite"),
-    ({"model": "hyspark2"}, "model must be one of hyspark, not 'hyspark2'"),
+    ({"model": "hyspark2"}, "model must be hyspark, or spark/ and a backbone .* not 'hyspark2'; did you mean hyspark"),
+    ({"channels": 3}, "hyspark takes one channel, but channels is 3"),
+    ({"slice_stride": 2}, "slice_stride and slice_scaling are for planes"),
+    ({"slices": "axial", "input_size": (96, 96, 96)}, "input_size takes one number or 2"),
+    ({"slices": "axial", "probe_data": "data"}, "the probe is of hyspark's crops"),
     ({"compute": "sparse"}, "compute must be one of packed, masked"),
 ]
 WRONG_FINETUNE = [

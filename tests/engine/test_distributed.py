@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hyspark.engine.distributed import GlobalBatchNorm, find_processes, share_statistics
+from hyspark.engine.distributed import GlobalBatchNorm, find_processes, global_batch_norm, share_statistics
 from hyspark.engine.finetune import build as build_finetuning
 from hyspark.engine.finetune import finetune, last_file
 from hyspark.engine.pretrain import build as build_pretraining
@@ -61,6 +61,16 @@ def test_two_processes_equal_one_in_pretraining(pretraining, phantoms, tmp_path)
     assert len(measured(two, "probe_dice")) == 2  # of the main process, the other waits
 
 
+def test_two_processes_equal_one_around_a_network_of_others(pretraining, tmp_path):
+    """Its BatchNorms take the statistics of the global batch over visible positions, though it is not touched."""
+    planes = {"model": "spark/timm/resnet10t", "slices": "axial", "channels": 3, "input_size": (64,), "mask": 0.5}
+    one = replace(pretraining, exp_dir=str(tmp_path / "one"), max_steps=2, **(planes | {"decoder_width": 32}))
+    two = replace(one, exp_dir=str(tmp_path / "two"))
+    pretrain(one)
+    torchrun(two)
+    check_same_training(one, two, dict(build_pretraining(one).named_parameters()), training_file)
+
+
 def test_two_processes_equal_one_in_finetuning(finetuning, tmp_path):
     one = replace(finetuning, logdir=str(tmp_path / "one"), max_steps=2)
     two = replace(one, logdir=str(tmp_path / "two"))
@@ -102,7 +112,7 @@ def test_share_statistics_keeps_weights_and_names():
     model = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 1), torch.nn.Sequential(torch.nn.BatchNorm3d(2)))
     model[1][0].running_mean.fill_(3.0)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    share_statistics(model)
+    share_statistics(model, global_batch_norm)
     assert isinstance(model[1][0], GlobalBatchNorm)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
