@@ -216,8 +216,8 @@ def find_labelled(data: Path, part: str = "all") -> tuple[list[Case], dict[str, 
         if not cases:
             raise ValueError(f"{data} lists no {part} cases")
         return cases, listed.labels
-    if not data.is_dir():
-        raise FileNotFoundError(f"no labelled cases at {data}; give an nnU-Net data set, a folder of such, or a JSON")
+    if data.suffix == ".json":
+        raise FileNotFoundError(f"no data list at {data}; expected a decathlon JSON")
     if part != "all":
         raise ValueError(f"{data} is a folder, whose labelled cases are all scored; a {part} part is what a JSON has")
     if (data / "imagesTr").is_dir():

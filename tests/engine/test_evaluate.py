@@ -168,7 +168,7 @@ def test_a_folder_and_a_list_of_unseen_cases(labelled, weights, tmp_path):
 def test_data_that_do_not_fit_the_network(labelled, weights, tmp_path):
     with pytest.raises(ValueError, match="is a folder, whose labelled cases are all scored"):
         find_labelled(labelled, "validation")
-    with pytest.raises(FileNotFoundError, match=r"no labelled cases at .*gone\.json"):
+    with pytest.raises(FileNotFoundError, match=r"no data list at .*gone\.json"):
         find_labelled(tmp_path / "gone.json", "validation")
     content = {"labels": {"background": 0, "aorta": 1, "liver": 2}}
     (labelled / "dataset.json").write_text(json.dumps(content))
