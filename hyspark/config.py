@@ -156,7 +156,8 @@ class PretrainConfig(RunSettings, PrepareSettings, EncoderSettings):
         between(self, "val_fraction", 0, 1)
         axes = 3 if self.slices == "none" else 2
         if len(self.input_size) not in (1, axes):
-            raise ValueError(f"input_size takes one number or {axes}, but got {list(self.input_size)}")
+            several = "three" if axes == 3 else "two"
+            raise ValueError(f"input_size takes one number or {several}, but got {list(self.input_size)}")
         if self.model == "hyspark":
             grid_of(self.crop_size)
             if self.channels != 1:

@@ -245,7 +245,7 @@ WRONG_PRETRAIN = [
     ({"model": "hyspark2"}, "model must be hyspark, or spark/ and a backbone .* not 'hyspark2'; did you mean hyspark"),
     ({"channels": 3}, "hyspark takes one channel, but channels is 3"),
     ({"slice_stride": 2}, "slice_stride and slice_scaling are for planes"),
-    ({"slices": "axial", "input_size": (96, 96, 96)}, "input_size takes one number or 2"),
+    ({"slices": "axial", "input_size": (96, 96, 96)}, "input_size takes one number or two"),
     ({"slices": "axial", "probe_data": "data"}, "the probe is of hyspark's crops"),
     ({"compute": "sparse"}, "compute must be one of packed, masked"),
 ]

@@ -14,6 +14,7 @@ from monai.transforms import SpatialPad
 from hyspark.data.crops import (
     STREAMS,
     AffineRange,
+    Planes,
     augmentation,
     image_crop,
     labelled_crop,
@@ -159,6 +160,52 @@ def test_flips_come_as_often_as_asked_for_on_their_axis(tmp_path, flip_prob):
             assert counts[axis] == p * num
         else:
             assert abs(counts[axis] / num - p) < 4 * (p * (1 - p) / num) ** 0.5
+
+
+@pytest.mark.parametrize("axis", range(3))
+@pytest.mark.parametrize("stride", [1, 4])
+def test_planes_are_those_of_the_volume(tmp_path, axis, stride):
+    """Across each axis, at multiples of the stride, at the place that a crop would have in the plane."""
+    image = np.random.default_rng(0).uniform(0.1, 1, (40, 36, 30)).astype(np.float32)
+    volume = make(tmp_path / "e", image)
+    stored = volume.read("image", (0, 0, 0), image.shape)
+    found = set()
+    for t in range(40):
+        plane = image_crop(volume, (16, 24), NO_FLIPS, rng_at(0, "crop", t), planes=Planes(axis, stride))
+        assert plane.shape == (1, 16, 24)
+        places = np.argwhere(stored == plane[0, 0, 0])
+        (start,) = [p for p in places if p[axis] % stride == 0 and fits(stored, p, plane[0], axis)]
+        found.add(int(start[axis]))
+    assert len(found) > (20 if stride == 1 else 5)
+
+
+def fits(stored, start, plane, axis):
+    """Whether the plane lies in the volume at this voxel."""
+    size = np.insert(plane.shape, axis, 1)
+    box = stored[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))]
+    return box.shape == tuple(size) and np.array_equal(box.squeeze(axis), plane)
+
+
+def test_planes_are_flipped_as_their_volume_is(tmp_path):
+    image = np.random.default_rng(0).uniform(0.1, 1, (24, 20, 12)).astype(np.float32)
+    volume = make(tmp_path / "e", image)
+    rngs = [rng_at(0, "crop", 3) for _ in range(2)]
+    plain = image_crop(volume, (24, 20), NO_FLIPS, rngs[0], planes=Planes(2))
+    flipped = image_crop(volume, (24, 20), (1.0, 0.0, 1.0), rngs[1], planes=Planes(2))
+    assert np.array_equal(flipped, plain[:, ::-1])
+
+
+def test_planes_may_be_scaled_by_their_own_range(tmp_path):
+    image = np.random.default_rng(0).uniform(0.2, 0.7, (20, 20, 20)).astype(np.float32)
+    volume = make(tmp_path / "e", image)
+    plain, own = (
+        image_crop(volume, (16, 16), NO_FLIPS, rng_at(0, "crop", 0), planes=Planes(2, own_range=own))
+        for own in (False, True)
+    )
+    assert (own.min(), own.max()) == (0, 1)
+    np.testing.assert_allclose(own, (plain - plain.min()) / np.ptp(plain), atol=1e-6)
+    flat = make(tmp_path / "flat", np.full((20, 20, 20), 0.5))
+    assert (image_crop(flat, (16, 16), NO_FLIPS, rng_at(0, "crop", 0), planes=Planes(2, own_range=True)) == 0).all()
 
 
 # Crops with a label

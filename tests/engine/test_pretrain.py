@@ -4,7 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from monai.networks.nets import SegResNet
 
 import hyspark
 from hyspark.data import datalist
@@ -170,6 +172,30 @@ def test_non_cubic_crops_train(pretraining):
     config = replace(pretraining, input_size=(32, 16, 48), max_steps=1)
     pretrain(config)
     assert len(losses(config)) == 1
+
+
+def test_a_network_of_others_is_trained_on_planes_and_continues(pretraining, tmp_path):
+    """The files bear its name, the one to hand on its own keys; an interrupted run is the same run."""
+    planes = {"model": "spark/timm/resnet10t", "slices": "coronal", "slice_stride": 2, "slice_scaling": "minmax"}
+    config = replace(pretraining, **planes, channels=3, input_size=(64,), mask=0.6, decoder_width=32)
+    whole, parts = (replace(config, exp_dir=str(tmp_path / name)) for name in ("whole", "parts"))
+    folder = pretrain(whole)
+    pretrain(replace(parts, max_steps=1))
+    pretrain(parts)
+    assert losses(whole) == losses(parts)
+    report = timm.create_model("resnet10t").load_state_dict(
+        torch.load(folder / "spark_timm_resnet10t_1kpretrained_timm_style.pth", weights_only=True), strict=False
+    )
+    assert set(report.missing_keys) == {"fc.weight", "fc.bias"}
+    assert report.unexpected_keys == []
+    assert list((folder / "pictures").glob("*.png"))
+
+
+def test_volumes_may_train_a_network_of_monai(pretraining):
+    folder = pretrain(replace(pretraining, model="spark/monai/segresnet", decoder_width=16, ep=1))
+    SegResNet(3, 16, 1).load_state_dict(
+        torch.load(folder / "spark_monai_segresnet_best_timm_style.pth", weights_only=True), strict=True
+    )
 
 
 def test_no_data_list_says_how_to_make_one(pretraining, tmp_path):
