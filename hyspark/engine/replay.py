@@ -22,7 +22,8 @@ from hyspark.recipes import ConfigT, typed_values
 def stopped_run(config: ConfigT, processes: Processes) -> tuple[ConfigT, dict[str, Any]]:
     """The settings of the run that left the file config.replay, for the CPU and fp32, and the state before its step.
 
-    Raises ValueError for a file of another kind and for several processes; what `read_training_state` raises.
+    Raises ValueError for a file of another kind, for several processes, and where it names a function to build its
+    network by that the user did not name too: a file may not choose what is run. And what `read_training_state` raises.
     """
     path = Path(config.replay)
     state = checkpoint.read_training_state(path)
@@ -31,6 +32,9 @@ def stopped_run(config: ConfigT, processes: Processes) -> tuple[ConfigT, dict[st
     if processes.world_size > 1:
         raise ValueError("--replay repeats the step of all processes in one; start it without torchrun")
     settings = type(config)(**typed_values(state["config"], type(config), str(path)))
+    factory = getattr(settings, "model", "")
+    if ":" in factory and factory != getattr(config, "model", ""):
+        raise ValueError(f"{path} builds its network by {factory!r}; if you trust that, say so: --model {factory}")
     return replace(settings, device="cpu", precision="fp32", dataloader_workers=0, replay=config.replay), state
 
 

@@ -66,6 +66,22 @@ def test_another_file_is_no_step_to_repeat(pretraining, tmp_path):
         pretrain(replace(pretraining, replay=str(path)))
 
 
+def test_a_file_does_not_choose_what_is_run(pretraining, tmp_path, monkeypatch):
+    """A function to build the network by is called where the user names it, not where a file does."""
+    (tmp_path / "planted.py").write_text("def make(in_channels, axes):\n    raise RuntimeError('called')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    file = stop_at_overflow(replace(pretraining, base_lr=1e18, clip=0.0), pretrain)
+    state = torch.load(file, weights_only=True)
+    del state["checksum"]
+    state["config"]["model"] = "spark/planted:make"
+    checkpoint.save(checkpoint.sealed(state), file)
+    asked = replace(pretraining, replay=str(file))
+    with pytest.raises(ValueError, match="builds its network by 'spark/planted:make'; if you trust that"):
+        pretrain(asked)
+    with pytest.raises(RuntimeError, match="called"):
+        pretrain(replace(asked, model="spark/planted:make"))
+
+
 def test_the_scale_of_fp16_has_a_floor(pretraining, monkeypatch):
     """A gradient that is never finite halves the scale 16 times, to 1, and then stops the run."""
     norms = []
