@@ -7,7 +7,7 @@ command lines (`bs`, `ep`, `wd`, `max_epochs`, `optim_lr`, ...) are kept. The do
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -167,6 +167,11 @@ class PretrainConfig(RunSettings, PrepareSettings, EncoderSettings):
                 f"model must be hyspark, or spark/ and a backbone (spark/timm/resnet50), not {self.model!r}"
                 + nearest(self.model, ["hyspark", "spark/"])
             )
+        else:
+            names = ("compute", "hide", *(field.name for field in fields(EncoderSettings)))
+            default = {field.name: field.default for field in fields(self)}
+            if given := [name for name in names if getattr(self, name) != default[name]]:
+                raise ValueError(f"{', '.join(given)}: of hyspark's own encoder; leave out for {self.model}")
         if self.slices == "none" and (self.slice_stride != 1 or self.slice_scaling != "window"):
             raise ValueError("slice_stride and slice_scaling are for planes; name them by slices, or leave these out")
         if self.probe_data and (self.slices != "none" or self.model != "hyspark"):

@@ -40,7 +40,7 @@ def parameter_groups(model: nn.Module, layer_decay: float = 1.0, encoder_share: 
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in named:
         layer = layers[name]
-        share = encoder_share if re.search(r"\b(embeddings|mae)\.", name) else 1.0
+        share = encoder_share if re.search(r"\b(embeddings|mae|backbone)\.", name) else 1.0
         if layer is not None:
             share *= layer_decay ** (num - layer)
         decays = parameter.ndim > 1 and not name.endswith("mask_token")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hyspark.models.blocks import CONV, MedNeXtBlock
 from hyspark.models.hidden import hidden
 from hyspark.models.masking import PATCH, grid_of, visible_at
-from hyspark.models.packed import Patches, same_conv
+from hyspark.models.packed import Patches, patches_of, same_conv
 from hyspark.models.vit import TokenTransformer
 
 WIDTHS = (32, 64, 128, 256, 384)
@@ -142,13 +142,7 @@ class HybridEncoder(nn.Module):
 
     def patches(self, volumes: Tensor, visible: Tensor) -> Patches:
         """Geometry of a mask for these volumes; raises ValueError for a mask of another shape."""
-        expected = (len(volumes), 1, *grid_of(volumes.shape[2:]))
-        if tuple(visible.shape) != expected:
-            raise ValueError(
-                f"visible must be bool {expected} for volumes of shape {tuple(volumes.shape)}, "
-                f"but its shape is {tuple(visible.shape)}"
-            )
-        return Patches(visible, volumes.device)
+        return patches_of(volumes, visible, self.patch)
 
     def encode(self, volumes: Tensor, patches: Patches) -> list[Tensor]:
         """The five maps at visible patches alone, (p, c, *edges), finest first; what `forward` spreads out."""

@@ -117,7 +117,7 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
         """A map (b, c, *size) with a value at hidden positions. What was padded has the right one already."""
         if self.padded is not None and x is self.padded[0]:
             return x
-        return torch.where(self.mask(tuple(x.shape[2:])), x, x.new_tensor(value))
+        return torch.where(self.mask(tuple(x.shape[2:])), x, value)
 
     def is_map(self, x: Tensor) -> bool:
         """Whether it has the axes of a map (b, c, *size), and more than one position where the grid has."""

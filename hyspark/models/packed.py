@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyspark.models.masking import PATCH
+from hyspark.models.masking import PATCH, grid_of
 from hyspark.models.recompute import recomputed
 
 EDGES = (16, 8, 4, 2, 1)
@@ -143,6 +143,19 @@ class Halo(torch.autograd.Function):
 def inner(axes: int) -> tuple[slice, ...]:
     """Index of what a border of one voxel surrounds, behind the batch axis."""
     return (slice(None),) + (slice(1, -1),) * axes
+
+
+def patches_of(volumes: Tensor, visible: Tensor, patch: int) -> Patches:
+    """Geometry of a mask for volumes (b, c, *size) and patches of this edge; raises ValueError for a mask of another
+    shape.
+    """
+    expected = (len(volumes), 1, *grid_of(volumes.shape[2:], patch))
+    if tuple(visible.shape) != expected:
+        raise ValueError(
+            f"visible must be bool {expected} for volumes of shape {tuple(volumes.shape)}, "
+            f"but its shape is {tuple(visible.shape)}"
+        )
+    return Patches(visible, volumes.device)
 
 
 def number_neighbours(visible: Tensor, place: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hyspark.models.hidden import hidden, of_one_process
 from hyspark.models.masking import grid_of
-from hyspark.models.packed import Patches
+from hyspark.models.packed import Patches, patches_of
 from hyspark.models.pretraining import HySparK
 
 
@@ -92,13 +92,7 @@ class PyramidEncoder(nn.Module):
 
     def patches(self, volumes: Tensor, visible: Tensor) -> Patches:
         """Geometry of a mask for these volumes; raises ValueError for a mask of another shape."""
-        expected = (len(volumes), 1, *grid_of(volumes.shape[2:], self.patch))
-        if tuple(visible.shape) != expected:
-            raise ValueError(
-                f"visible must be bool {expected} for volumes of shape {tuple(volumes.shape)}, "
-                f"but its shape is {tuple(visible.shape)}"
-            )
-        return Patches(visible, volumes.device)
+        return patches_of(volumes, visible, self.patch)
 
     def encode(self, volumes: Tensor, patches: Patches) -> list[Tensor]:
         """The maps at visible patches alone, (p, c, *edges), finest first."""

@@ -187,7 +187,7 @@ def layer_norm(
         raise mixes(func)
     if len(normalized_shape) == 1 and context.is_map(input.movedim(-1, 1)):
         mask = context.mask(tuple(input.shape[1:-1])).movedim(1, -1)
-        return torch.where(mask, out, out.new_zeros(()))
+        return torch.where(mask, out, 0.0)
     return out
 
 
@@ -245,7 +245,7 @@ def mean(
     if where is None:
         return plainly(func, input, dim, keepdim, kwargs)
     mask = context.over(input, where)
-    total = plainly(func, torch.where(mask, input, input.new_zeros(())), dim, keepdim, kwargs)
+    total = plainly(func, torch.where(mask, input, 0.0), dim, keepdim, kwargs)
     return total / plainly(torch.mean, mask.to(total.dtype), dim, keepdim, {})
 
 
@@ -254,7 +254,7 @@ def sum_or_norm(context: hidden, func: Function, input: Tensor, *args: Any, **kw
     dims = kwargs.get("dim", args[0] if args else None) if func in SUMS else kwargs.get("dim", (args + (None,) * 2)[1])
     where = positions(context, func, input, dims)
     if where is not None:
-        input = torch.where(context.over(input, where), input, input.new_zeros(()))
+        input = torch.where(context.over(input, where), input, 0.0)
     out: Tensor = func(input, *args, **kwargs)
     return out
 
@@ -266,7 +266,7 @@ def extreme(
     where = positions(context, func, input, dim)
     if where is not None:
         worst = math.inf if "min" in (resolve_name(func) or "") else -math.inf
-        input = torch.where(context.over(input, where), input, input.new_tensor(worst))
+        input = torch.where(context.over(input, where), input, worst)
     return plainly(func, input, dim, keepdim, kwargs)
 
 
@@ -293,12 +293,17 @@ def along(argument: str, place: int, default: Dims = None) -> Function:
 
 def linear(context: hidden, func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Along the last axis, if that is not one of positions."""
-    spatial = context.spatial(input)
-    is_mixer = input.ndim == 3 and context.is_row(input, 2) and not context.is_row(input, 1)
-    if is_mixer or (spatial and all(dims.stop == input.ndim for dims in spatial)):
-        raise mixes(func)
+    refuse_rows(context, func, input)
     out: Tensor = func(input, *args, **kwargs)
     return out
+
+
+def refuse_rows(context: hidden, func: Function, x: Tensor) -> None:
+    """Raises where the last axis is one of positions."""
+    spatial = context.spatial(x)
+    is_mixer = x.ndim == 3 and context.is_row(x, 2) and not context.is_row(x, 1)
+    if is_mixer or (spatial and all(dims.stop == x.ndim for dims in spatial)):
+        raise mixes(func)
 
 
 def product(context: hidden, func: Function, *args: Any, **kwargs: Any) -> Any:
@@ -307,7 +312,7 @@ def product(context: hidden, func: Function, *args: Any, **kwargs: Any) -> Any:
     if sum(x.ndim >= 3 for x in tensors) > 1:
         raise mixes(func)
     if tensors and tensors[0].ndim >= 3:
-        linear(context, lambda x: x, tensors[0])
+        refuse_rows(context, func, tensors[0])
     return func(*args, **kwargs)
 
 

@@ -3,11 +3,12 @@
 import json
 import os
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
+from hyspark.config import EncoderSettings
 from hyspark.engine.distributed import GlobalBatchNorm, find_processes, global_batch_norm, share_statistics
 from hyspark.engine.finetune import build as build_finetuning
 from hyspark.engine.finetune import finetune, last_file
@@ -63,7 +64,8 @@ def test_two_processes_equal_one_in_pretraining(pretraining, phantoms, tmp_path)
 
 def test_two_processes_equal_one_around_a_network_of_others(pretraining, tmp_path):
     """Its BatchNorms take the statistics of the global batch over visible positions, though it is not touched."""
-    planes = {"model": "spark/timm/resnet10t", "slices": "axial", "channels": 3, "input_size": (64,), "mask": 0.5}
+    pretraining = replace(pretraining, **asdict(EncoderSettings()), model="spark/timm/resnet10t")
+    planes = {"slices": "axial", "channels": 3, "input_size": (64,), "mask": 0.5}
     one = replace(pretraining, exp_dir=str(tmp_path / "one"), max_steps=2, **(planes | {"decoder_width": 32}))
     two = replace(one, exp_dir=str(tmp_path / "two"))
     pretrain(one)

@@ -1,10 +1,12 @@
 from itertools import pairwise
 
 import pytest
+import timm
 import torch
 
 import hyspark
 from hyspark.engine.optim import encoder_layer, learning_rate, parameter_groups, set_rates, weight_decay
+from hyspark.models.pyramid import build_spark
 
 
 def test_learning_rate_starts_peaks_and_ends_where_the_recipe_says():
@@ -67,6 +69,14 @@ def test_the_encoder_has_a_rate_of_its_own(build):
     rest = {name: value for name, value in by_name.items() if not name.startswith(("mae.", "embeddings."))}
     assert rest
     assert set(rest.values()) == {1.0}
+
+
+def test_a_network_of_others_has_the_encoders_rate():
+    model = build_spark(timm.create_model("resnet10t", num_classes=0), 64, decoder_width=32)
+    groups = parameter_groups(model, encoder_share=0.1)
+    share = {id(p): g["share"] for g in groups for p in g["params"]}
+    assert {share[id(p)] for p in model.encoder.parameters()} == {0.1}
+    assert {share[id(p)] for part in (model.densify, model.decoder) for p in part.parameters()} == {1.0}
 
 
 def test_place_in_the_encoder():

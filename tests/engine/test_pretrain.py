@@ -1,6 +1,6 @@
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 from monai.networks.nets import SegResNet
 
 import hyspark
+from hyspark.config import EncoderSettings
 from hyspark.data import datalist
 from hyspark.engine import loop
 from hyspark.engine.distributed import Processes
@@ -177,7 +178,9 @@ def test_non_cubic_crops_train(pretraining):
 def test_a_network_of_others_is_trained_on_planes_and_continues(pretraining, tmp_path):
     """The files bear its name, the one to hand on its own keys; an interrupted run is the same run."""
     planes = {"model": "spark/timm/resnet10t", "slices": "coronal", "slice_stride": 2, "slice_scaling": "minmax"}
-    config = replace(pretraining, **planes, channels=3, input_size=(64,), mask=0.6, decoder_width=32)
+    config = replace(
+        pretraining, **asdict(EncoderSettings()), **planes, channels=3, input_size=(64,), mask=0.6, decoder_width=32
+    )
     whole, parts = (replace(config, exp_dir=str(tmp_path / name)) for name in ("whole", "parts"))
     folder = pretrain(whole)
     pretrain(replace(parts, max_steps=1))
@@ -192,7 +195,8 @@ def test_a_network_of_others_is_trained_on_planes_and_continues(pretraining, tmp
 
 
 def test_volumes_may_train_a_network_of_monai(pretraining):
-    folder = pretrain(replace(pretraining, model="spark/monai/segresnet", decoder_width=16, ep=1))
+    shape = asdict(EncoderSettings())  # of hyspark's own encoder
+    folder = pretrain(replace(pretraining, **shape, model="spark/monai/segresnet", decoder_width=16, ep=1))
     SegResNet(3, 16, 1).load_state_dict(
         torch.load(folder / "spark_monai_segresnet_best_timm_style.pth", weights_only=True), strict=True
     )

@@ -3,11 +3,12 @@
 import json
 import logging
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
+from hyspark.config import EncoderSettings
 from hyspark.engine import checkpoint, loop
 from hyspark.engine.checkpoint import read_training_state
 from hyspark.engine.finetune import finetune
@@ -73,13 +74,13 @@ def test_a_file_does_not_choose_what_is_run(pretraining, tmp_path, monkeypatch):
     file = stop_at_overflow(replace(pretraining, base_lr=1e18, clip=0.0), pretrain)
     state = torch.load(file, weights_only=True)
     del state["checksum"]
-    state["config"]["model"] = "spark/planted:make"
+    state["config"] |= {"model": "spark/planted:make", **asdict(EncoderSettings())}
     checkpoint.save(checkpoint.sealed(state), file)
     asked = replace(pretraining, replay=str(file))
     with pytest.raises(ValueError, match="builds its network by 'spark/planted:make'; if you trust that"):
         pretrain(asked)
     with pytest.raises(RuntimeError, match="called"):
-        pretrain(replace(asked, model="spark/planted:make"))
+        pretrain(replace(asked, **asdict(EncoderSettings()), model="spark/planted:make"))
 
 
 def test_the_scale_of_fp16_has_a_floor(pretraining, monkeypatch):

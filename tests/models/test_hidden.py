@@ -153,7 +153,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_functions_with_no_known_masked_form_are_refused_by_name(images, visible, name):
     with hidden(visible):
-        F.conv2d(images, torch.ones(1, 2, 1, 1))
+        F.conv2d(images, torch.ones(1, 2, 1, 1))  # so that the map is known
         with pytest.raises(NotImplementedError, match=rf"\b{name}\b.* mixes positions"):
             REFUSED[name](images)
     REFUSED[name](images)  # outside it is welcome
