@@ -13,7 +13,8 @@ import pytest
 from hyspark.data import datalist
 from hyspark.engine.evaluate import read_scores
 from hyspark.engine.finetune import finetune
-from hyspark.engine.pretrain import encoder_file, pretrain
+from hyspark.engine.pretrain import pretrain
+from hyspark.engine.pretraining import encoder_file
 
 REAL = os.environ.get("HYSPARK_REAL_DATA", "")
 pytestmark = pytest.mark.skipif(not REAL, reason="HYSPARK_REAL_DATA is not set")

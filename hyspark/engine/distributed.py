@@ -165,7 +165,7 @@ def global_batch_norm(norm: nn.modules.batchnorm._BatchNorm) -> GlobalBatchNorm:
     """The same with the statistics of the global batch."""
     new = GlobalBatchNorm(norm.num_features, norm.eps, norm.momentum)
     new.load_state_dict(norm.state_dict())
-    return new
+    return new.requires_grad_(norm.weight.requires_grad)
 
 
 def share_statistics(module: nn.Module, shared: Callable[[Any], nn.Module]) -> None:

@@ -62,7 +62,7 @@ class PyramidEncoder(nn.Module):
         names = {name for name, _ in self.backbone.named_modules() if name} if taps is None else set(taps)
         was_training = self.backbone.training
         self.backbone.eval()
-        with torch.no_grad(), outputs(self.backbone, names) as seen:
+        with torch.enable_grad(), outputs(self.backbone, names) as seen:
             like = next(self.backbone.parameters())
             self.run(self.backbone, like.new_zeros(1, self.in_channels, *self.img_size))
         self.backbone.train(was_training)
@@ -75,6 +75,7 @@ class PyramidEncoder(nn.Module):
                 f"{type(self.backbone).__name__} gives no map at stride 2, 4, 8, ... of a crop of {self.img_size}; "
                 "name the modules that do (taps), or make the crop larger"
             )
+        leave_out_unused(self.backbone, [seen[name] for name, _ in by_stride.values()])
         return {name: (channels, stride) for stride, (name, channels) in sorted(by_stride.items())}
 
     def weights(self) -> dict[str, Tensor]:
@@ -104,6 +105,24 @@ class PyramidEncoder(nn.Module):
         with outputs(self.backbone, self.taps) as seen:
             self.run(self.backbone, volumes)
         return [seen[name] for name in self.taps]
+
+
+def leave_out_unused(network: nn.Module, maps: Sequence[Tensor]) -> None:
+    """Take the weights of a network that have no part in these outputs of it, as those of a classifier, out of
+    training: DistributedDataParallel waits for a gradient of all others.
+    """
+    nodes: list[Any] = [x.grad_fn for x in maps]
+    seen = set(nodes)
+    used = set()
+    while nodes:
+        node = nodes.pop()
+        used.add(id(getattr(node, "variable", None)))
+        following = {child for child, _ in getattr(node, "next_functions", ())} - seen
+        seen |= following
+        nodes += following
+    for parameter in network.parameters():
+        if id(parameter) not in used:
+            parameter.requires_grad_(False)
 
 
 def run_features(backbone: nn.Module, x: Tensor) -> Any:

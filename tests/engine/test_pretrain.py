@@ -13,7 +13,8 @@ from hyspark.config import EncoderSettings
 from hyspark.data import datalist
 from hyspark.engine import loop
 from hyspark.engine.distributed import Processes
-from hyspark.engine.pretrain import Pretraining, build, encoder_file, find_cases, pretrain, training_file
+from hyspark.engine.pretrain import build, find_cases, pretrain
+from hyspark.engine.pretraining import Pretraining, encoder_file, training_file
 from hyspark.engine.probe import find_probe_cases, make_probe, probe_encoder
 from hyspark.engine.run import keeps
 
