@@ -29,7 +29,7 @@ SETTINGS = ("config",)
 """What SparK's own files keep among the tensors."""
 HEADS = (
     *("fc", "_fc", "classifier", "head", "heads", "head_dist", "class_layers", "last_linear", "classification_head"),
-    *("aux1", "aux2", "AuxLogits", "segmentation_head", "conv_final", "output_block"),
+    *("aux1", "aux2", "AuxLogits", "segmentation_head", "conv_final", "output_block", "deep_supervision_heads"),
 )
 """Modules that give class scores in networks of torchvision and MONAI; those of timm say which it is."""
 DECODERS = ("decoder", "up_layers", "up_samples", "upsamples")
@@ -112,27 +112,27 @@ def fit(model: nn.Module, given: Mapping[str, Tensor], name: str) -> Fit:
 
 
 def prefixes(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> tuple[str, str]:
-    """The prefix of the backbone in the file, and in the network.
+    """The prefix of the backbone in the file, and in the network: those under which most names agree, and of several
+    such those under which most shapes do.
 
     Raises ValueError where no key matches, or where the weights fit two parts of the network equally well.
     """
-    names = {without_wrappers(key) for key in given}
-    first = {key.split(".")[0] for key in names}
-    sources = (*SOURCES, *(f"{part}." for part in first)) if len(first) == 1 else SOURCES
-    under: dict[str, set[str]] = {}  # the network's prefixes, and the keys below each
-    for key in wanted:
-        parts = key.split(".")
-        for depth in range(len(parts)):
-            under.setdefault("".join(f"{p}." for p in parts[:depth]), set()).add(".".join(parts[depth:]))
-    most = 0
+    shapes = {without_wrappers(key): value.shape for key, value in given.items()}
+    first = {f"{key.split('.')[0]}." for key in shapes}
+    sources = (*SOURCES, *(first.difference(SOURCES) if len(first) == 1 else ()))
+    below = keys_below(wanted)
+    best = (0, 0)
     found: dict[frozenset[tuple[str, int]], tuple[str, str]] = {}
     for source in sources:
-        rests = {key.removeprefix(source) for key in names if key.startswith(source)}
-        for own, own_rests in under.items():
+        rests = {key.removeprefix(source) for key in shapes if key.startswith(source)}
+        for own, own_rests in below.items():
             shared = rests & own_rests
-            if len(shared) > most:
-                most, found = len(shared), {}
-            if shared and len(shared) == most:
+            if len(shared) < best[0] or not shared or (source not in SOURCES and own.endswith(source)):
+                continue
+            fits = (len(shared), sum(shapes[source + rest] == wanted[own + rest].shape for rest in shared))
+            if fits > best:
+                best, found = fits, {}
+            if fits == best:
                 # One meaning may be written in several ways (encoder.backbone.* is backbone.* of encoder.*), and a
                 # module may stand at two places: what counts is which value goes into which tensor.
                 meaning = frozenset((source + rest, wanted[own + rest].data_ptr()) for rest in shared)
@@ -146,6 +146,16 @@ def prefixes(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: st
             "load_pretrained(model.part, ...)"
         )
     return next(iter(found.values()))
+
+
+def keys_below(wanted: Iterable[str]) -> dict[str, set[str]]:
+    """The prefixes of a network's keys, and the rest of the keys below each."""
+    below: dict[str, set[str]] = {}
+    for key in wanted:
+        parts = key.split(".")
+        for depth in range(len(parts)):
+            below.setdefault("".join(f"{part}." for part in parts[:depth]), set()).add(".".join(parts[depth:]))
+    return below
 
 
 def nothing_matches(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> ValueError:
