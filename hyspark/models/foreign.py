@@ -70,26 +70,10 @@ def fit(model: nn.Module, given: Mapping[str, Tensor], name: str) -> Fit:
     """
     wanted = model.state_dict()
     source, own = prefixes(given, wanted, name)
+    pairs, unexpected = pair(given, wanted, source, own, name)
     heads = tops_of(model, own, HEADS)
-    pairs, unexpected, unexplained = {}, {}, []
-    for key in given:
-        rest = without_wrappers(key)
-        target = own + rest.removeprefix(source)
-        if rest.startswith(source) and target in wanted:
-            if target in pairs:
-                raise ValueError(f"{name}: two keys stand for {target}; it mixes more than one network")
-            pairs[target] = key
-        elif why := why_left_aside(rest.removeprefix(source), target, wanted):
-            unexpected[key] = why
-        else:
-            unexplained.append(key)
-    if unexplained:
-        raise ValueError(
-            f"{name}: {len(unexplained)} keys are not explained ({', '.join(unexplained[:3])}, ...); {len(pairs)} are "
-            f"the model's {own}*. Is it of another network?"
-        )
+    channels = stem_channels((given[pairs[key]], want) for key, want in wanted.items() if key in pairs)
     loaded, matched, adapted = {}, [], {}
-    channels = stem_channels((given[key], wanted[target]) for target, key in pairs.items())
     for target, key in pairs.items():
         value, want = given[key], wanted[target]
         if value.shape == want.shape:
@@ -109,6 +93,32 @@ def fit(model: nn.Module, given: Mapping[str, Tensor], name: str) -> Fit:
     tops = (*heads, *tops_of(model, own, DECODERS))
     check_missing([key for key in missing if key.startswith(own)], pairs, tops, wanted, name)
     return Fit(loaded, tuple(matched), adapted, missing, unexpected)
+
+
+def pair(
+    given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str, own: str, name: str
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The network's keys with those of the file, and the other keys of the file with the reasons for which they may be
+    left aside. Raises ValueError where there is none, or where two keys stand for one.
+    """
+    pairs, unexpected, unexplained = {}, {}, []
+    for key in given:
+        rest = without_wrappers(key)
+        target = own + rest.removeprefix(source)
+        if rest.startswith(source) and target in wanted:
+            if target in pairs:
+                raise ValueError(f"{name}: two keys stand for {target}; it mixes more than one network")
+            pairs[target] = key
+        elif why := why_left_aside(rest.removeprefix(source), target, wanted):
+            unexpected[key] = why
+        else:
+            unexplained.append(key)
+    if unexplained:
+        raise ValueError(
+            f"{name}: {len(unexplained)} keys are not explained ({', '.join(unexplained[:3])}, ...); {len(pairs)} are "
+            f"the model's {own}*. Is it of another network?"
+        )
+    return pairs, unexpected
 
 
 def prefixes(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> tuple[str, str]:
@@ -196,7 +206,7 @@ def is_stem(value: Tensor, want: Tensor) -> bool:
 
 
 def stem_channels(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[int, int] | None:
-    """Input channels of the first convolution in the file and in the network; None where they agree, or more differs
+    """Input channels of the network's first convolution in the file and in the network; None where they agree, or more differs
     than these.
     """
     value, want = next(((v, w) for v, w in pairs if v.ndim >= 4), (None, None))

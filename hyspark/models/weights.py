@@ -93,7 +93,9 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor])
     settings = () if own else SETTINGS
     given = unwrap(source, name, settings) if isinstance(source, Mapping) else read_weights(source, settings)
     found = fit_own(model, given, name) if own else fit(model, given, name)
-    model.load_state_dict({**model.state_dict(), **found.loaded})
+    state = model.state_dict()  # its own, for the versions that some networks keep beside the values
+    state.update(found.loaded)
+    model.load_state_dict(state)
     numbers = {key: p.numel() for key, p in model.named_parameters()}
     coverage = 1 - sum(n for key, n in numbers.items() if key in found.missing) / sum(numbers.values())
     return LoadReport(found.matched, found.adapted, found.missing, found.unexpected, coverage)
