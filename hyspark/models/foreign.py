@@ -35,9 +35,9 @@ HEADS = (
 DECODERS = ("decoder", "up_layers", "up_samples", "upsamples")
 """Modules behind the encoder in MONAI's FlexibleUNet, SegResNet and DynUNet."""
 EXTRAS = {
-    r"encoder_k\.": "momentum encoder of MoCo; encoder_q is taken",
+    r"encoder_k\.": "momentum encoder of MoCo, encoder_q is taken",
     r"(val_)?queue(_ptr)?$": "queue of MoCo",
-    r"target_network\.": "momentum encoder of BYOL; online_network is taken",
+    r"target_network\.": "momentum encoder of BYOL, online_network is taken",
     r"online_network\.projector\.": "projection head of BYOL",
     r"online_network\.predictor\.": "predictor of BYOL",
     r"projection_head\.|projection\.": "projection head of pre-training",
@@ -206,8 +206,8 @@ def is_stem(value: Tensor, want: Tensor) -> bool:
 
 
 def stem_channels(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[int, int] | None:
-    """Input channels of the network's first convolution in the file and in the network; None where they agree, or more differs
-    than these.
+    """Input channels of a network's first convolution, in the file and in the network; None where they agree, or more
+    differs than these. pairs: the two's values, in the network's order.
     """
     value, want = next(((v, w) for v, w in pairs if v.ndim >= 4), (None, None))
     if value is None or want is None or not is_stem(value, want) or value.shape == want.shape:

@@ -107,12 +107,12 @@ KINDS = {
     moco: {
         "head of 128 outputs, the model's has 1000": {"encoder_q.fc.weight", "encoder_q.fc.bias"},
         "queue of MoCo": {"queue", "queue_ptr", "val_queue", "val_queue_ptr"},
-        "momentum encoder of MoCo; encoder_q is taken": 74,
+        "momentum encoder of MoCo, encoder_q is taken": 74,
     },
     byol: {
         "projection head of BYOL": {"online_network.projector.model.0.weight"},
         "predictor of BYOL": {"online_network.predictor.model.0.weight"},
-        "momentum encoder of BYOL; online_network is taken": 73,
+        "momentum encoder of BYOL, online_network is taken": 73,
     },
     swav: {
         "projection head of pre-training": {
