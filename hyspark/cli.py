@@ -91,16 +91,21 @@ def finetune(argv: Sequence[str]) -> None:
 
 
 def weights(argv: Sequence[str]) -> None:
-    """Print what of a weights file fits the segmentation network."""
-    from hyspark.models.segmentation import build_hybird
+    """Print what of a weights file fits the segmentation network, or another one."""
     from hyspark.models.weights import load_pretrained
 
     args = parse(WeightsArguments(prog="hyspark weights", allow_abbrev=False), argv)
-    size = args.img_size[0] if len(args.img_size) == 1 else args.img_size
-    model = build_hybird(
-        args.in_channel,
+    print(load_pretrained(other_network(args) if args.model else segmentation_network(args), args.path))
+
+
+def segmentation_network(args: WeightsArguments) -> Any:
+    """The segmentation network that the flags describe."""
+    from hyspark.models.segmentation import build_hybird
+
+    return build_hybird(
+        args.in_channel or 1,
         args.n_classes,
-        size,
+        args.img_size[0] if len(args.img_size) == 1 else args.img_size,
         widths=args.encoder_widths,
         depths=args.encoder_depths,
         expansions=args.expansions,
@@ -109,18 +114,38 @@ def weights(argv: Sequence[str]) -> None:
         decoder=args.decoder,
         decoder_width=args.decoder_width,
     )
-    print(load_pretrained(model, args.path))
+
+
+def other_network(args: WeightsArguments) -> Any:
+    """The network of others that the flags name; raises ValueError for flags of the segmentation network."""
+    from hyspark.models.zoo import build_backbone
+
+    own = [
+        *("n_classes", "encoder_widths", "encoder_depths", "expansions", "vit_depth", "num_heads"),
+        *("decoder", "decoder_width"),
+    ]
+    if given := [name for name in own if getattr(args, name) != getattr(WeightsArguments, name)]:
+        raise ValueError(f"{', '.join(given)}: of the segmentation network; leave out for {args.model}")
+    of_images = args.model.startswith(("timm/", "torchvision/"))
+    axes = len(args.img_size) if len(args.img_size) > 1 else 2 if of_images else 3
+    return build_backbone(args.model, args.in_channel or (3 if of_images else 1), axes).network
 
 
 def export(argv: Sequence[str]) -> None:
-    """Write pre-trained weights as one small .safetensors file."""
+    """Write pre-trained weights as one small .safetensors file, or a ResNet for detectron2."""
     import torch
 
+    from hyspark.models.detection import write_detectron2
     from hyspark.models.export import export_weights
 
     args = parse(ExportArguments(prog="hyspark export", allow_abbrev=False), argv)
+    if args.detectron2 and args.decoder:
+        raise ValueError("--decoder is of pre-training; detectron2 has none, leave it out")
     dtype = {"fp16": torch.float16, "fp32": torch.float32}[args.precision]
-    weights = export_weights(args.source, Path(args.out), dtype, decoder=args.decoder)
+    if args.detectron2:
+        weights = write_detectron2(args.source, Path(args.out), dtype)
+    else:
+        weights = export_weights(args.source, Path(args.out), dtype, decoder=args.decoder)
     millions = sum(value.numel() for value in weights.values()) / 1e6
     print(f"{args.out}: {len(weights)} tensors, {millions:.2f} M numbers, {Path(args.out).stat().st_size / 1e6:.2f} MB")
 

@@ -154,7 +154,9 @@ class PretrainConfig(RunSettings, PrepareSettings, EncoderSettings):
     clip: float = 5.0
     """Largest norm of the gradient; 0 does not clip."""
     init_weight: str = ""
-    """Weights to start from: an encoder or pre-training checkpoint. The optimizer starts fresh."""
+    """Weights to start from: an encoder or pre-training checkpoint, or a published file for a network of others. The
+    optimizer starts fresh.
+    """
     resume_from: str = ""
     """Checkpoint (with decoder) of another run folder to continue from; a run's own folder is continued without it."""
     val_fraction: float = 0.02

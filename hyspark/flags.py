@@ -40,10 +40,11 @@ class CheckArguments(Tap):
 
 
 class WeightsArguments(Tap):
-    """Load weights into the segmentation network and print what matched."""
+    """Load weights into the segmentation network, or another one, and print what matched."""
 
     path: str  # A .pth, .pt or .safetensors file
-    in_channel: int = 1  # Input channels
+    model: str = ""  # Another network, as in pre-training: timm/resnet50, torchvision/resnet50, monai/segresnet
+    in_channel: int = 0  # Input channels; 0 takes one, or three for a network of timm or torchvision
     n_classes: int = 14  # Classes, background included
     img_size: tuple[int, ...] = (96,)  # Crop size, one number or one per axis
     encoder_widths: tuple[int, ...] = PretrainConfig.encoder_widths  # Channels of the five stages
@@ -59,12 +60,15 @@ class WeightsArguments(Tap):
 
 
 class ExportArguments(Tap):
-    """Write the encoder of a checkpoint, or all of it, as one small .safetensors file, to hand on."""
+    """Write the encoder of a checkpoint, or all of it, as one small .safetensors file, to hand on; or a ResNet for
+    detectron2.
+    """
 
     source: str  # A pre-training checkpoint or encoder file, or a fine-tuned network
-    out: str  # The .safetensors file to write
+    out: str  # The .safetensors file to write; for detectron2, a .pkl
     precision: Literal["fp16", "fp32"] = "fp16"  # Number format in the file
     decoder: bool = False  # The light decoder of pre-training too, for fine-tuning with --decoder light
+    detectron2: bool = False  # A ResNet in detectron2's names, for its MODEL.WEIGHTS
 
     def configure(self) -> None:
         self.add_argument("source")

@@ -81,7 +81,8 @@ def test_two_processes_equal_one_around_a_network_of_others(pretraining, tmp_pat
     two = replace(one, exp_dir=str(tmp_path / "two"))
     pretrain(one)
     torchrun(two)
-    check_same_training(one, two, dict(build_pretraining(one).named_parameters()), training_file)
+    rel = 1e-3 if model.startswith("swav") else 1e-4  # assignments are of exp(20 x), and rounding with them
+    check_same_training(one, two, dict(build_pretraining(one).named_parameters()), training_file, rel)
 
 
 def test_two_processes_equal_one_in_finetuning(finetuning, tmp_path):
