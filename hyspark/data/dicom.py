@@ -157,7 +157,7 @@ def same_plane(headers: Sequence[Header]) -> None:
         raise ValueError("no valid pixel spacing or orientation")
     sizes = Counter(f"{rows:g} x {columns:g}" for rows, columns in planes[:, :2])
     if len(sizes) > 1:
-        raise ValueError("slices of different sizes: " + ", ".join(f"{n} of {size}" for size, n in sizes.items()))
+        raise ValueError("slices of different sizes: " + ", ".join(f"{n} of {size}" for size, n in sizes.most_common()))
     if np.abs(planes[:, 2:4] / planes[0, 2:4] - 1).max() > 0.01:
         raise ValueError("slices of different pixel spacing")
     if np.abs(planes[:, 4:] - planes[0, 4:]).max() > 0.01:

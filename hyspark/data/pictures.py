@@ -91,7 +91,7 @@ def why_skewed(affine: np.ndarray, axis: Axis) -> str:
 def picture(plane: np.ndarray, spacing: tuple[float, float], settings: PictureSettings) -> np.ndarray | None:
     """A plane (rows, columns), of a spacing in mm, as uint8 (rows, columns); None where all of it is one grey.
 
-    It is clipped and resampled, linearly and without aliasing, and scaled last: with minmax every picture reaches from 0
+    It is clipped, then resampled, linearly and without aliasing, then scaled: with minmax every picture reaches from 0
     to 255.
     """
     values = np.ascontiguousarray(plane, dtype=np.float32).clip(*settings.bounds)

@@ -164,7 +164,8 @@ def files_there(out: Path) -> dict[str, list[Path]]:
 
 def is_done(entry: dict[str, Any], volume: Volume, there: Sequence[Path]) -> bool:
     """Whether the pictures of an entry are all there, and its files those they were made from."""
-    return len(there) == entry["slices"] and entry["state"] == state_of(volume)
+    num_whole = sum(path.suffix == ".png" for path in there)
+    return num_whole == len(there) == entry["slices"] and entry["state"] == state_of(volume)
 
 
 def state_of(volume: Volume) -> list[int]:
