@@ -51,6 +51,7 @@ def test_every_command_shown_has_flags_that_exist(verb, argv, monkeypatch):
             "datalist": cli.DatalistArguments,
             "check": cli.CheckArguments,
             "weights": cli.WeightsArguments,
+            "slices": cli.SlicesArguments,
             "evaluate": cli.EvaluateArguments,
             "predict": cli.PredictArguments,
         }

@@ -150,9 +150,9 @@ def test_other_settings_on_a_folder_are_refused(visits, capsys):
 def test_a_patient_does_not_change_sides_between_commands(visits, capsys):
     sliced(visits, "--val_fraction=0.5")
     before = written(visits)
-    for number in range(6, 30):
+    for number in range(6, 10):
         write_nifti(visits / f"p{number}.nii.gz")
-    assert re.search(r"patients change between train and val: p[0-5]", refused(visits, capsys, "--val_fraction=0.5"))
+    assert re.search(r"patients change between train and val: p0;", refused(visits, capsys, "--val_fraction=0.5"))
     for path in visits.glob("*.nii.gz"):
         path.unlink()
     gone = visits / "deep" / "p1.nii.gz"
