@@ -138,7 +138,7 @@ def slices(argv: Sequence[str]) -> None:
     """Write CTs, NIfTI or DICOM, as folders of PNG slices."""
     args = parse(SlicesArguments(prog="hyspark slices", allow_abbrev=False), argv)
     from hyspark.data import slices as data
-    from hyspark.data.pictures import PictureSettings
+    from hyspark.data.settings import PictureSettings
 
     low, high = args.hu_min, args.hu_max
     if args.scaling == "window":

@@ -5,7 +5,7 @@ from typing import Literal, get_args, get_type_hints
 from tap import Tap
 
 from hyspark.config import PretrainConfig, RunSettings
-from hyspark.data.pictures import Axis, Scaling
+from hyspark.data.settings import Axis, Scaling
 
 
 class DatalistArguments(Tap):

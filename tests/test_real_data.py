@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from hyspark.data import datalist
-from hyspark.data.pictures import PictureSettings
+from hyspark.data.settings import PictureSettings
 from hyspark.data.slices import write_slices
 from hyspark.engine.evaluate import read_scores
 from hyspark.engine.finetune import finetune

@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from hyspark.atomic import write_json, write_whole
 from hyspark.data.files import listing, load_json
-from hyspark.data.pictures import Axis, PictureSettings, axes_of, pictures, why_skewed
+from hyspark.data.pictures import axes_of, pictures, why_skewed
 from hyspark.data.prepare import MAX_LISTED, UNPREPARABLE, available_cores, reason
+from hyspark.data.settings import Axis, PictureSettings
 from hyspark.data.splits import held_out_subjects
 from hyspark.data.volumes import Volume, find_volumes, read_volume
 from hyspark.data.workers import as_done
@@ -90,7 +91,7 @@ def write_slices(
     volumes = {volume.name: volume for volume in found.volumes}
     done = {name: entry for name, entry in known.items() if is_done(entry, volumes[name], there[name])}
     todo = [volume for volume in found.volumes if volume.name not in done]
-    record = {
+    record: dict[str, Any] = {
         "settings": chosen,
         "volumes": done,
         "failed": [{"source": source, "why": why} for source, why in found.damaged],
@@ -105,6 +106,9 @@ def write_slices(
     try:
         do_all(jobs, record, out, num_workers, progress)
     finally:
+        record["volumes"] = dict(sorted(record["volumes"].items()))
+        for kind in ("failed", "skipped"):
+            record[kind].sort(key=lambda item: item["source"])
         with writing(out):
             write_json(out / RECORD, record)
     return record
@@ -263,6 +267,8 @@ def summary(record: dict[str, Any]) -> str:
         patients = {entry["patient"] for entry in here}
         num_slices = sum(entry["slices"] for entry in here)
         lines.append(f"{part}: {num_slices} slices of {len(here)} volumes, {len(patients)} patients")
+    if record["settings"]["val_fraction"] and volumes and all(entry["part"] == "train" for entry in volumes):
+        lines[-1] += "; it takes two patients to hold one out"
     if num_blank := sum(entry["blank"] for entry in volumes):
         lines.append(f"left out: {num_blank} blank slices")
     if others := record["files_of_other_kinds"]:

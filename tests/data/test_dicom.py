@@ -56,6 +56,14 @@ def test_any_orientation_gives_the_same_body(tmp_path, directions, stored):
     assert np.allclose(affine[:3, :3], np.eye(3))
 
 
+def test_one_slice_is_as_thick_as_it_says(tmp_path):
+    write_series(tmp_path, HU[:, :, :1], SliceThickness=3)
+    (volume,) = find(tmp_path, min_slices=1).volumes
+    voxels, affine = read_volume(volume)
+    assert np.array_equal(voxels, RAS[:, :, :1])
+    assert np.allclose(affine[:, 2], [0, 0, 3, 0])
+
+
 def test_rescaling_that_gives_no_whole_numbers(tmp_path):
     write_series(tmp_path, HU, RescaleSlope=0.25, RescaleIntercept=-1000)
     voxels, _ = read_volume(only(tmp_path))

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from nibabel.orientations import axcodes2ornt, ornt_transform
 
-from hyspark.data.pictures import PictureSettings, picture, pictures, why_skewed
+from hyspark.data.pictures import picture, pictures, why_skewed
+from hyspark.data.settings import PictureSettings
 from hyspark.data.volumes import Volume, read_volume
 
 PLAIN = PictureSettings()

@@ -14,7 +14,7 @@ from torchvision.datasets import ImageFolder
 
 from hyspark.cli import main
 from hyspark.data import slices
-from hyspark.data.pictures import PictureSettings
+from hyspark.data.settings import PictureSettings
 from hyspark.data.volumes import find_volumes
 from tests.data.dicom_files import write_dicom, write_series
 
@@ -89,12 +89,13 @@ def test_a_picture_is_the_slice_that_its_name_says(tmp_path):
         assert np.abs(np.asarray(picture) - expected).max() <= 1
 
 
-def test_settings_reach_the_pictures(tmp_path):
+def test_settings_reach_the_pictures(tmp_path, capsys):
     write_nifti(tmp_path / "in" / "a.nii")
     record = sliced(tmp_path / "in", "--axis=sagittal", "--size=8", "--scaling=window", "--hu_max=100")
     assert record["settings"]["hu_min"] == -175
     assert record["settings"]["hu_max"] == 100
     assert record["settings"]["source"] == [str(tmp_path / "in")]
+    assert "it takes two patients" in capsys.readouterr().out
     (path, *others) = (tmp_path / "out").rglob("*.png")
     assert len(others) == 4
     with Image.open(path) as picture:
