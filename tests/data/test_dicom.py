@@ -56,6 +56,11 @@ def test_any_orientation_gives_the_same_body(tmp_path, directions, stored):
     assert np.allclose(affine[:3, :3], np.eye(3))
 
 
+def test_spacing_is_between_rows_first(tmp_path):
+    write_series(tmp_path, HU, PixelSpacing=[0.5, 0.75])
+    assert np.allclose(np.diag(only(tmp_path).series.affine)[:3], [-0.75, -0.5, 2])
+
+
 def test_one_slice_is_as_thick_as_it_says(tmp_path):
     write_series(tmp_path, HU[:, :, :1], SliceThickness=3)
     (volume,) = find(tmp_path, min_slices=1).volumes
