@@ -268,7 +268,7 @@ def summary(record: dict[str, Any]) -> str:
         num_slices = sum(entry["slices"] for entry in here)
         lines.append(f"{part}: {num_slices} slices of {len(here)} volumes, {len(patients)} patients")
     if record["settings"]["val_fraction"] and volumes and all(entry["part"] == "train" for entry in volumes):
-        lines[-1] += "; it takes two patients to hold one out"
+        lines[-1] += "; nothing is held out"
     if num_blank := sum(entry["blank"] for entry in volumes):
         lines.append(f"left out: {num_blank} blank slices")
     if others := record["files_of_other_kinds"]:

@@ -95,7 +95,7 @@ def test_settings_reach_the_pictures(tmp_path, capsys):
     assert record["settings"]["hu_min"] == -175
     assert record["settings"]["hu_max"] == 100
     assert record["settings"]["source"] == [str(tmp_path / "in")]
-    assert "it takes two patients" in capsys.readouterr().out
+    assert "nothing is held out" in capsys.readouterr().out
     (path, *others) = (tmp_path / "out").rglob("*.png")
     assert len(others) == 4
     with Image.open(path) as picture:
