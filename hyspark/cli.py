@@ -24,6 +24,7 @@ from hyspark.flags import (
     ExportArguments,
     PhantomArguments,
     PredictArguments,
+    SlicesArguments,
     WeightsArguments,
 )
 from hyspark.recipes import ConfigT, field_help, read_yaml
@@ -158,6 +159,39 @@ def phantom(argv: Sequence[str]) -> None:
     write_phantoms(Path(args.out), num_labelled=args.num_labelled, num_unlabelled=args.num_unlabelled, seed=args.seed)
 
 
+def slices(argv: Sequence[str]) -> None:
+    """Write CTs, NIfTI or DICOM, as folders of PNG slices."""
+    args = parse(SlicesArguments(prog="hyspark slices", allow_abbrev=False), argv)
+    from hyspark.data import slices as data
+    from hyspark.data.settings import PictureSettings
+
+    low, high = args.hu_min, args.hu_max
+    if args.scaling == "window":
+        low = PretrainConfig.hu_min if low is None else low
+        high = PretrainConfig.hu_max if high is None else high
+    try:
+        record = data.write_slices(
+            [Path(source) for source in args.source],
+            Path(args.out),
+            PictureSettings(
+                axis=args.axis, stride=args.stride, scaling=args.scaling, hu_min=low, hu_max=high, size=args.size
+            ),
+            val_fraction=args.val_fraction,
+            seed=args.seed,
+            min_slices=args.min_slices,
+            num_workers=args.prepare_workers,
+        )
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        sys.exit(130)
+    print(data.summary(record))
+    print(f"written to {args.out}; every volume: {Path(args.out) / data.RECORD}")
+    for failed in record["failed"]:
+        print(f"not read: {failed['source']}: {failed['why']}", file=sys.stderr)
+    if record["failed"]:
+        sys.exit(1)
+
+
 def compare(argv: Sequence[str]) -> None:
     """Print the Dice of fine-tuning runs side by side."""
     args = parse(CompareArguments(prog="hyspark compare", allow_abbrev=False), argv)
@@ -247,6 +281,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "weights": weights,
     "export": export,
     "phantom": phantom,
+    "slices": slices,
     "evaluate": evaluate,
     "predict": predict,
     "compare": compare,

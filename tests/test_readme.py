@@ -52,6 +52,7 @@ def test_every_command_shown_has_flags_that_exist(verb, argv, monkeypatch):
             "check": cli.CheckArguments,
             "weights": cli.WeightsArguments,
             "export": cli.ExportArguments,
+            "slices": cli.SlicesArguments,
             "evaluate": cli.EvaluateArguments,
             "predict": cli.PredictArguments,
         }
