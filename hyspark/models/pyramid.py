@@ -164,19 +164,20 @@ def outputs(network: nn.Module, names: Collection[str]) -> Iterator[dict[str, Te
 def stride_of(x: Tensor, size: Sequence[int]) -> int | None:
     """Of a map (b, c, *size / stride) of more than one position: a power of two above one, else None.
 
-    Raises ValueError for a map whose positions are no whole number of voxels apart.
+    Raises ValueError for a map whose positions are no such number of voxels apart: a network rounds up, so that it
+    would have a last map that fits no grid of patches.
     """
     own = x.shape[2:]
     if x.ndim != len(size) + 2 or max(own) == 1:
         return None
-    if any(s % o for s, o in zip(size, own, strict=True)):
+    strides = {s / o for s, o in zip(size, own, strict=True)}
+    if any(stride not in (2.0**k for k in range(12)) for stride in strides):
         raise ValueError(
             f"a crop of {tuple(size)} becomes a map of {tuple(own)} in this network, which is no whole stride; take a "
             "crop whose axes are multiples of its total stride, usually 32"
         )
-    strides = {s // o for s, o in zip(size, own, strict=True)}
     stride = strides.pop()
-    return stride if not strides and stride > 1 and not stride & (stride - 1) else None
+    return int(stride) if not strides and stride > 1 else None
 
 
 def build_spark(
