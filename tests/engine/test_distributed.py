@@ -131,6 +131,24 @@ def test_share_statistics_keeps_weights_and_names():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("device", "machine", "capability", "precision", "warns"),
+    [
+        ("cpu", "x86_64", "AVX2", "bf16", True),
+        ("cpu", "x86_64", "AVX2", "fp32", False),
+        ("cpu", "x86_64", "AVX512", "bf16", False),
+        ("cpu", "aarch64", "DEFAULT", "bf16", False),
+        ("cuda:0", "x86_64", "AVX2", "bf16", False),
+    ],
+)
+def test_a_number_format_that_the_processor_emulates_is_warned_of(
+    monkeypatch, device, machine, capability, precision, warns
+):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert ("WARNING" in Processes(torch.device(device)).text(precision)) == warns
+
+
 def test_cuda_that_is_not_there_is_refused_with_advice(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match="--device cpu"):
