@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from hyspark.config import EncoderSettings
-from hyspark.engine.distributed import GlobalBatchNorm, find_processes, global_batch_norm, share_statistics
+from hyspark.engine.distributed import GlobalBatchNorm, Processes, find_processes, global_batch_norm, share_statistics
 from hyspark.engine.finetune import build as build_finetuning
 from hyspark.engine.finetune import finetune, last_file
 from hyspark.engine.pretrain import build as build_pretraining
-from hyspark.engine.pretrain import pretrain, training_file
+from hyspark.engine.pretrain import pretrain
+from hyspark.engine.pretraining import training_file
 from tests.engine.attacks import command
 
 
