@@ -164,20 +164,20 @@ def outputs(network: nn.Module, names: Collection[str]) -> Iterator[dict[str, Te
 def stride_of(x: Tensor, size: Sequence[int]) -> int | None:
     """Of a map (b, c, *size / stride) of more than one position: a power of two above one, else None.
 
-    Raises ValueError for a map whose positions are no such number of voxels apart: a network rounds up, so that it
-    would have a last map that fits no grid of patches.
+    Raises ValueError for a map of a size that was rounded: its positions would fit no grid of patches.
     """
-    own = x.shape[2:]
+    own = tuple(x.shape[2:])
     if x.ndim != len(size) + 2 or max(own) == 1:
         return None
-    strides = {s / o for s, o in zip(size, own, strict=True)}
-    if any(stride not in (2.0**k for k in range(12)) for stride in strides):
-        raise ValueError(
-            f"a crop of {tuple(size)} becomes a map of {tuple(own)} in this network, which is no whole stride; take a "
-            "crop whose axes are multiples of its total stride, usually 32"
-        )
-    stride = strides.pop()
-    return int(stride) if not strides and stride > 1 else None
+    for stride in (2**k for k in range(1, max(size).bit_length())):
+        if own == tuple(s / stride for s in size):
+            return stride
+        if all(o in (s // stride, -(-s // stride)) for o, s in zip(own, size, strict=True)):
+            raise ValueError(
+                f"a crop of {tuple(size)} becomes a map of {own} in this network, which is no whole stride; take a "
+                "crop whose axes are multiples of its total stride, usually 32"
+            )
+    return None
 
 
 def build_spark(

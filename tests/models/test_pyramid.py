@@ -20,6 +20,7 @@ PYRAMIDS = {
     "timm/densenet121": [(1024, 32), (1024, 16), (512, 8), (256, 4), (64, 2)],
     "timm/regnety_002": [(368, 32), (152, 16), (56, 8), (24, 4), (32, 2)],
     "timm/mobilenetv3_small_050": [(288, 32), (24, 16), (16, 8), (8, 4), (16, 2)],
+    "torchvision/convnext_tiny": [(768, 32), (384, 16), (192, 8), (96, 4)],
     "torchvision/resnet18": [(512, 32), (256, 16), (128, 8), (64, 4), (64, 2)],
     "monai/resnet10": [(512, 32), (256, 16), (128, 8), (64, 4), (64, 2)],
     "monai/segresnet": [(128, 8), (64, 4), (32, 2)],
@@ -63,7 +64,19 @@ def test_everything_below_the_head_is_trained(named):
     assert 0.5 < out.loss.item() < 2
     out.loss.backward()
     still = [key for key, p in net.named_parameters() if p.grad is None]
-    heads = ("head", "fc.", "conv_head", "bn2", "up", "out", "conv_final", "output_block", "skip_layers", "heads")
+    heads = (
+        "head",
+        "classifier",
+        "fc.",
+        "conv_head",
+        "bn2",
+        "up",
+        "out",
+        "conv_final",
+        "output_block",
+        "skip_layers",
+        "heads",
+    )
     assert all(key.removeprefix("encoder.backbone.").startswith(heads) for key in still), still
     # Several processes wait for the gradients of all others.
     assert still == [key for key, p in net.named_parameters() if not p.requires_grad]
@@ -103,6 +116,7 @@ ORIGINALS = {
         lambda: timm.create_model("mobilenetv3_small_050"),
         {"classifier.weight", "classifier.bias"},
     ),
+    "torchvision/convnext_tiny": (torchvision.models.convnext_tiny, set()),
     "torchvision/resnet18": (torchvision.models.resnet18, set()),
     "monai/resnet10": (lambda: FlexibleUNet(1, 2, "resnet10", spatial_dims=3).encoder, set()),
     "monai/segresnet": (lambda: SegResNet(3, 16, 1, 2), set()),
