@@ -112,6 +112,22 @@ class PredictArguments(SegmentArguments):
         self.add_argument("inputs", nargs="+")
 
 
+class ClassifyArguments(Tap):
+    """Write predictions.csv for the images below a folder; where its folders are the classes, cases.csv, summary.json
+    and the most confident mistakes, too.
+    """
+
+    weights: str  # best.pth of a run of finetune_classify, or its run folder
+    images: str  # Folder with images
+    out: str  # Folder to write to
+    device: str = "auto"  # auto takes a GPU where there is one
+
+    def configure(self) -> None:
+        self.add_argument("weights")
+        self.add_argument("images")
+        self.add_argument("--device", choices=get_args(get_type_hints(RunSettings)["device"]))
+
+
 class PhantomArguments(Tap):
     """Write procedural labelled and unlabelled CTs in nnU-Net layout, to try things with."""
 

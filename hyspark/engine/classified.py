@@ -1,0 +1,137 @@
+"""Class probabilities of images by a trained network: the network from its file, folders scored, and predictions."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hyspark import class_scores
+from hyspark.class_page import mistakes_figure
+from hyspark.class_scores import Classified
+from hyspark.config_classify import ClassifyConfig
+from hyspark.data.image_batches import MARGIN, Scaling, centre_crop
+from hyspark.data.images import FoundImages, ImageSet, class_folders, decode, find_classes, image_files
+from hyspark.engine import distributed
+from hyspark.engine.distributed import Processes
+from hyspark.figures import save_figure
+from hyspark.models.classifier import build_classifier
+from hyspark.models.weights import read_contents
+from hyspark.recipes import typed_values
+
+
+def load_classifier(path: Path) -> tuple[nn.Module, ClassifyConfig, tuple[str, ...], str]:
+    """A fine-tuned network on the CPU, in evaluation mode, its settings, its class names, and what its weights are.
+
+    path: best.pth of a run of `finetune_classify`, or the run's folder. Nothing stored in it is executed. Raises
+    FileNotFoundError; ValueError where the file is damaged or is no such network.
+    """
+    if path.is_dir() and not (path / "best.pth").is_file():
+        raise FileNotFoundError(f"{path} holds no best.pth; is it a fine-tuning run that was validated?")
+    path = path / "best.pth" if path.is_dir() else path
+    contents = read_contents(path)
+    if not isinstance(contents, Mapping) or not {"model", "config", "classes", "weights"} <= set(contents):
+        raise ValueError(f"{path} is no fine-tuned classifier; give the best.pth of such a run, or its folder")
+    config = ClassifyConfig(**typed_values(contents["config"], ClassifyConfig, str(path)))
+    classes = tuple(str(name) for name in contents["classes"])
+    network = network_of(config, len(classes))
+    try:
+        network.load_state_dict(contents["model"])
+    except RuntimeError as error:
+        raise ValueError(f"{path}: its weights are not those of the network that its settings say ({error})") from error
+    return network.eval(), config, classes, str(contents["weights"])
+
+
+def network_of(config: ClassifyConfig, num_classes: int) -> nn.Module:
+    """The network that the settings say, with fresh weights from torch's generator."""
+    return build_classifier(config.model, config.channels, num_classes, config.drop_path)
+
+
+def short_side(config: ClassifyConfig) -> int:
+    """Pixels of an image's shorter side, as images are kept."""
+    return round(MARGIN * config.input_size)
+
+
+def scaling_of(config: ClassifyConfig) -> Scaling:
+    """From pixels to what the network sees."""
+    return Scaling(config.channels, config.mean, config.std)
+
+
+def probabilities(network: nn.Module, images: ImageSet, config: ClassifyConfig, processes: Processes) -> np.ndarray:
+    """Probabilities float64 (n, classes) of images, each process doing its share; the network in evaluation mode."""
+    mine = range(processes.rank, len(images), processes.world_size)
+    rows: list[tuple[int, list[float]]] = []
+    with torch.no_grad():
+        for start in range(0, len(mine), config.batch_size):
+            indices = mine[start : start + config.batch_size]
+            crops = [centre_crop(images.images[i], config.input_size, scaling_of(config)) for i in indices]
+            with distributed.autocast(processes, config.precision):
+                scores = network(torch.stack(crops).to(processes.device))
+            rows += zip(indices, scores.double().softmax(1).tolist(), strict=True)
+    return np.array([row for _, row in sorted(distributed.gather(rows, processes))])
+
+
+def protocol_of(config: ClassifyConfig, weights: str, images: str, selection: str) -> dict[str, Any]:
+    """How images are scored, in plain values. selection: what the weights were chosen by."""
+    edge = config.input_size
+    return {
+        "weights": weights,
+        "images": images,
+        "selection": selection,
+        "input": f"shorter side {short_side(config)}, {edge} x {edge} from the centre",
+        "auc": "of the second class in sorted order; with more than two, mean over each against the rest",
+    }
+
+
+def write_scores(folder: Path, images: ImageSet, scored: Classified, protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the folder of scores, its picture first; returns its summary."""
+    figure = mistakes_figure(scored, images.images)
+    (folder / "mistakes.png").unlink(missing_ok=True)
+    if figure:
+        save_figure(figure, folder / "mistakes.png")
+    return class_scores.write_folder(folder, scored, protocol)
+
+
+def decoded(found: FoundImages, config: ClassifyConfig) -> ImageSet:
+    """Images in memory; raises ValueError that lists all that cannot be used."""
+    images, wrong = decode(found, short_side(config))
+    if wrong:
+        raise ValueError(unusable(wrong, len(found.names)))
+    return images
+
+
+def unusable(wrong: Mapping[str, str], num: int, advice: str = "") -> str:
+    """The message on images that cannot be used."""
+    lines = "\n  ".join(wrong.values())
+    return f"{len(wrong)} of {num} images cannot be used; repair or remove them{advice}:\n  {lines}"
+
+
+def classify(weights: Path, folder: Path, out: Path, device: str = "auto") -> dict[str, Any] | None:
+    """Write predictions.csv for the images below a folder; where its folders are named as the classes are, scores, too,
+    whose summary is returned.
+
+    weights: of `load_classifier`, whose errors are raised. Raises FileNotFoundError and ValueError where there are no
+    images, or some cannot be used.
+    """
+    network, config, classes, what = load_classifier(weights)
+    processes = distributed.find_processes(device)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}; give one that holds images")
+    is_labelled = bool(class_folders(folder)) and set(class_folders(folder)) <= set(classes)
+    if is_labelled:
+        found = find_classes(folder, classes)
+    else:
+        files = image_files(folder)
+        found = FoundImages(tuple(f.relative_to(folder).as_posix() for f in files), (0,) * len(files), files)
+    if not found.names:
+        raise ValueError(f"{folder} holds no images (.png, .jpg, .tif, ...)")
+    images = decoded(found, config)
+    values = probabilities(network.to(processes.device), images, config, processes)
+    predicted = {"predicted": [classes[i] for i in values.argmax(1)]}
+    class_scores.write_table(out / "predictions.csv", images.names, predicted, classes, values)
+    if not is_labelled:
+        return None
+    scored = Classified(images.names, np.array(images.labels), values, classes)
+    return write_scores(out, images, scored, protocol_of(config, what, str(folder), "not on these images"))
