@@ -10,7 +10,7 @@ from typing import Literal
 
 from hyspark.config import RunSettings, between, check_probabilities, check_run, nearest, not_negative, positive
 
-LIBRARIES = ("timm/", "torchvision/")
+LIBRARIES = ("timm", "torchvision")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +104,11 @@ class ClassifyConfig(RunSettings):
             )
         if self.num_labelled and self.label_fraction != 1:
             raise ValueError("num_labelled and label_fraction say the same in two ways; name one of them")
-        if not self.model.startswith(LIBRARIES):
+        library, slash, _ = self.model.partition("/")
+        if not slash or library not in LIBRARIES:
             raise ValueError(
                 f"model must be timm/NAME or torchvision/NAME (timm/resnet50), not {self.model!r}"
-                + nearest(self.model, LIBRARIES)
+                + nearest(library, LIBRARIES)
             )
         if self.channels not in (1, 3):
             raise ValueError(f"channels must be 1 or 3, but it is {self.channels}")

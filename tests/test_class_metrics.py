@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
 from hyspark.class_metrics import METRICS, class_scores, confusion, resampled
+from hyspark.class_page import mistakes_figure
 from hyspark.class_scores import Classified, read_cases, write_folder
 
 
@@ -92,3 +94,14 @@ def test_scores_are_written_and_read_back(tmp_path):
     (tmp_path / "cases.csv").write_text("file,truth,probability of a\nx,c,0.5\n")
     with pytest.raises(ValueError, match=r"cases\.csv: expected file, truth"):
         read_cases(tmp_path / "cases.csv")
+
+
+def test_the_picture_of_mistakes_shows_the_most_confident_first():
+    truth = np.array([0, 1, 1, 0])
+    scored = Classified(("a/$x$.png", "b/1.png", "b/2.png", "a/3.png"), truth, two([0.8, 0.1, 0.9, 0.4]), ("a", "b"))
+    images = [torch.zeros(1, 4, 6, dtype=torch.uint8)] * 3 + [torch.zeros(3, 4, 6, dtype=torch.uint8)]
+    figure = mistakes_figure(scored, images)
+    assert figure is not None
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["1.png\nb, taken for a (90%)", "$x$.png\na, taken for b (80%)"]
+    assert mistakes_figure(Classified(("a",), np.array([1]), two([0.8]), ("a", "b")), images) is None

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hyspark import cli
+from hyspark import cli, report
 from hyspark.config_classify import ClassifyConfig
+from hyspark.engine import classified
 from hyspark.engine.classified import load_classifier
 from hyspark.engine.classify import build, finetune_classify, make_optimizer
 from hyspark.engine.optim import set_rates
@@ -38,8 +39,8 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def config(data, tmp_path):
-    """A run that takes seconds: 2 steps an epoch, 2 epochs."""
+def drawn(data, tmp_path):
+    """A run that takes seconds: 2 steps an epoch, 2 epochs; with its pictures, which take longer than the rest."""
     return ClassifyConfig(
         data_dir=str(data),
         logdir=str(tmp_path / "run"),
@@ -53,6 +54,14 @@ def config(data, tmp_path):
         device="cpu",
         dataloader_workers=0,
     )
+
+
+@pytest.fixture
+def config(drawn, monkeypatch):
+    """The same without pictures."""
+    monkeypatch.setattr(report, "curves_figure", lambda curves, dark: None)
+    monkeypatch.setattr(classified, "mistakes_figure", lambda scored, images: None)
+    return drawn
 
 
 def metrics(config):
@@ -75,8 +84,8 @@ def same(a, b):
     return all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_it_learns_and_leaves_a_run(config):
-    config = replace(config, max_epochs=12, optim_lr=3e-3, val_every=4)
+def test_it_learns_and_leaves_a_run(drawn):
+    config = replace(drawn, max_epochs=12, optim_lr=3e-3, val_every=4)
     folder = finetune_classify(config)
     for name in ("config.yaml", "best.pth", "last.pth", "report.html", "scores/cases.csv", "scores_test/cases.csv"):
         assert (folder / name).is_file(), name
@@ -92,6 +101,9 @@ def test_it_learns_and_leaves_a_run(config):
     assert summary_of(config)["metrics"]["accuracy"] == best
     page = (folder / "report.html").read_text()
     assert "taken for light" in page
+    assert ("Most confident mistakes" in page) == any(
+        (folder / n / "mistakes.png").exists() for n in ("scores", "scores_test")
+    )
     assert "Test images, best weights" in page
 
 
