@@ -215,7 +215,8 @@ def benefit(argv: Sequence[str]) -> None:
     """Fine-tune from several starts at several numbers of labels, and report what pre-training gives."""
     parser = BenefitArguments(prog="hyspark benefit", allow_abbrev=False)
     args = parser.parse_args(list(argv), known_only=True)
-    base = read_config(FinetuneConfig, "hyspark benefit", args.extra_args, also=options(parser))
+    config_class: Any = {"segment": FinetuneConfig, "classify": ClassifyConfig}[args.task]
+    base = read_config(config_class, "hyspark benefit", args.extra_args, also=options(parser))
     from hyspark.engine import benefit as engine
 
     starts = engine.read_starts(args.starts)
@@ -224,7 +225,7 @@ def benefit(argv: Sequence[str]) -> None:
             base,
             Path(args.out),
             starts,
-            args.num_labelled,
+            engine.numbers_of(base, args.num_labelled, args.label_fractions),
             args.seeds,
             num_at_once=args.jobs,
             plan_only=args.plan,

@@ -148,12 +148,15 @@ class CompareArguments(Tap):
 
 class BenefitArguments(Tap):
     """Does pre-training pay? Fine-tune from several starts with the same seeds, cases and budget, and report what
-    differs. Flags of `hyspark finetune` (--config, --data_dir, --max_steps, ...) go to all runs.
+    differs. Flags of `hyspark finetune` (--config, --data_dir, --max_steps, ...), or with --task classify those of
+    `hyspark finetune_classify`, go to all runs.
     """
 
     out: str  # Folder of the runs and the report; the same command on it continues
     starts: list[str]  # NAME=FILE, or NAME=none for one from scratch; the others are compared with the first
-    num_labelled: list[int]  # Numbers of labelled training cases
+    task: Literal["segment", "classify"] = "segment"  # What is fine-tuned for
+    num_labelled: list[int] = []  # Numbers of labelled training cases  # noqa: RUF012
+    label_fractions: list[float] = []  # Shares of the training cases, in place of their numbers  # noqa: RUF012
     seeds: tuple[int, ...] = (0, 1, 2)  # Seeds; each draws its labelled cases, batches and fresh weights
     jobs: int = 1  # Runs side by side
     plan: bool = False  # Print the runs and which are finished; run nothing

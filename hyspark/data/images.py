@@ -79,6 +79,16 @@ def find_images(data: Path) -> tuple[dict[str, FoundImages], tuple[str, ...]]:
     return parts, classes
 
 
+def has_test_part(data: Path) -> bool:
+    """Whether a data set has one, without a look at its images."""
+    if data.suffix != ".npz":
+        return (data / "test").is_dir()
+    if not data.is_file():
+        return False
+    with np.load(data, allow_pickle=False) as file:
+        return "test_images" in file.files
+
+
 def find_classes(folder: Path, classes: Sequence[str]) -> FoundImages:
     """The images below CLASS folders, by class and name; a class may have none.
 
