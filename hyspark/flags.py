@@ -155,8 +155,8 @@ class BenefitArguments(Tap):
     out: str  # Folder of the runs and the report; the same command on it continues
     starts: list[str]  # NAME=FILE, or NAME=none for one from scratch; the others are compared with the first
     task: Literal["segment", "classify"] = "segment"  # What is fine-tuned for
-    num_labelled: list[int] = []  # Numbers of labelled training cases  # noqa: RUF012
-    label_fractions: list[float] = []  # Shares of the training cases, in place of their numbers  # noqa: RUF012
+    num_labelled: tuple[int, ...] = ()  # Numbers of labelled training cases
+    label_fractions: tuple[float, ...] = ()  # Shares of the training cases, in place of their numbers
     seeds: tuple[int, ...] = (0, 1, 2)  # Seeds; each draws its labelled cases, batches and fresh weights
     jobs: int = 1  # Runs side by side
     plan: bool = False  # Print the runs and which are finished; run nothing

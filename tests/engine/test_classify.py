@@ -9,59 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from hyspark import cli, report
-from hyspark.config_classify import ClassifyConfig
-from hyspark.engine import classified
+from hyspark import cli
 from hyspark.engine.classified import load_classifier
 from hyspark.engine.classify import build, finetune_classify, make_optimizer
 from hyspark.engine.optim import set_rates
 from hyspark.models.classifier import build_classifier, head_of, layers_of
 
 
-def write_images(folder, counts, seed=0):
-    """Noise in a folder for each class, a bright corner in those of the second."""
-    rng = np.random.default_rng(seed)
-    for label, (name, num) in enumerate(counts.items()):
-        (folder / name).mkdir(parents=True)
-        for i in range(num):
-            pixels = rng.integers(0, 120, (36, 40), dtype=np.uint8)
-            pixels[:20, :20] += 130 * label
-            Image.fromarray(pixels).save(folder / name / f"{i:02d}.png")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    write_images(folder / "train", {"dark": 10, "light": 6}, 0)
-    write_images(folder / "val", {"dark": 4, "light": 4}, 1)
-    write_images(folder / "test", {"dark": 3, "light": 3}, 2)
-    return folder
-
-
 @pytest.fixture
-def drawn(data, tmp_path):
-    """A run that takes seconds: 2 steps an epoch, 2 epochs; with its pictures, which take longer than the rest."""
-    return ClassifyConfig(
-        data_dir=str(data),
-        logdir=str(tmp_path / "run"),
-        model="timm/test_resnet",
-        channels=1,
-        input_size=32,
-        batch_size=8,
-        max_epochs=2,
-        freeze_epochs=0,
-        optim_lr=1e-3,
-        device="cpu",
-        dataloader_workers=0,
-    )
-
-
-@pytest.fixture
-def config(drawn, monkeypatch):
-    """The same without pictures."""
-    monkeypatch.setattr(report, "curves_figure", lambda curves, dark: None)
-    monkeypatch.setattr(classified, "mistakes_figure", lambda scored, images: None)
-    return drawn
+def config(classifying):
+    """A run that takes seconds: 2 steps an epoch, 2 epochs."""
+    return classifying
 
 
 def metrics(config):
@@ -84,8 +42,8 @@ def same(a, b):
     return all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_it_learns_and_leaves_a_run(drawn):
-    config = replace(drawn, max_epochs=12, optim_lr=3e-3, val_every=4)
+def test_it_learns_and_leaves_a_run(classifying_drawn):
+    config = replace(classifying_drawn, max_epochs=12, optim_lr=3e-3, val_every=4)
     folder = finetune_classify(config)
     for name in ("config.yaml", "best.pth", "last.pth", "report.html", "scores/cases.csv", "scores_test/cases.csv"):
         assert (folder / name).is_file(), name
@@ -189,7 +147,7 @@ def test_scores_are_made_once_and_again_where_they_are_missing(config):
     assert first["protocol"]["num_images"] == 6
 
 
-def test_images_of_another_folder_are_scored_in_place_of_the_test_part(config, tmp_path):
+def test_images_of_another_folder_are_scored_in_place_of_the_test_part(config, write_images, tmp_path):
     write_images(tmp_path / "more", {"dark": 2, "light": 1}, 3)
     config = replace(config, max_epochs=1, test_dir=str(tmp_path / "more"))
     finetune_classify(config)
@@ -209,11 +167,11 @@ def test_fewer_labels_and_pretrained_weights(config, tmp_path):
     torch.testing.assert_close(state_of(small)["model"]["conv1.0.weight"], given["conv1.0.weight"], rtol=0, atol=1e-6)
 
 
-def test_other_images_or_settings_do_not_continue_a_run(config, data):
+def test_other_images_or_settings_do_not_continue_a_run(config, image_data):
     finetune_classify(replace(config, max_steps=1))
     with pytest.raises(ValueError, match="num_labelled: was 0, is 4"):
         finetune_classify(replace(config, num_labelled=4))
-    extra = data / "train" / "dark" / "99.png"
+    extra = image_data / "train" / "dark" / "99.png"
     Image.new("L", (40, 36)).save(extra)
     try:
         with pytest.raises(ValueError, match=r"begun on other images(.|\n)*was 16 training .* is 17 training"):
@@ -222,8 +180,8 @@ def test_other_images_or_settings_do_not_continue_a_run(config, data):
         extra.unlink()
 
 
-def test_images_that_cannot_be_used_stop_the_run_or_are_left_out(config, data):
-    broken = data / "val" / "dark" / "broken.png"
+def test_images_that_cannot_be_used_stop_the_run_or_are_left_out(config, image_data):
+    broken = image_data / "val" / "dark" / "broken.png"
     broken.write_bytes(b"no image")
     try:
         with pytest.raises(
@@ -296,14 +254,16 @@ def test_decay_is_in_the_gradient_of_all_weights_or_apart_from_it(config):
 # The trained network on other images
 
 
-def test_images_without_classes_get_probabilities_and_those_with_get_scores(config, data, tmp_path, capsys):
+def test_images_without_classes_get_probabilities_and_those_with_get_scores(config, image_data, tmp_path, capsys):
     finetune_classify(config)
-    cli.main(["classify", str(config.run_folder), str(data / "val"), "--out", str(tmp_path / "val"), "--device", "cpu"])
+    cli.main(
+        ["classify", str(config.run_folder), str(image_data / "val"), "--out", str(tmp_path / "val"), "--device", "cpu"]
+    )
     assert "on 8 images" in capsys.readouterr().out
     scored = json.loads((tmp_path / "val" / "summary.json").read_text())
     assert scored["metrics"] == summary_of(config)["metrics"]
     # No folder of a class there, so that nothing is known of the truth.
-    cli.main(["classify", str(config.run_folder), str(data / "val" / "light"), "--out", str(tmp_path / "new")])
+    cli.main(["classify", str(config.run_folder), str(image_data / "val" / "light"), "--out", str(tmp_path / "new")])
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"predictions.csv"}
     with (tmp_path / "new" / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
