@@ -36,7 +36,9 @@ class ClassifyConfig(RunSettings):
     channels: int = 3
     """Channels of the network: 3, for which grey images are repeated, or 1, for which colours become grey."""
     input_size: int = 224
-    """Edge of what the network sees, in pixels. Images are kept with their shorter side 8/7 as long."""
+    """Edge of what the network sees, in pixels; outside of training, of the centre of an image whose shorter side is
+    8/7 as long.
+    """
     mean: tuple[float, ...] = (0.0,)
     """Taken off pixels in 0..1; one number, or one per channel. As in pre-training."""
     std: tuple[float, ...] = (1.0,)

@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from hyspark.data.crops import rng_at, volume_at
-from hyspark.data.images import ImageSet
+from hyspark.data.images import ImageSet, with_short_side
 from hyspark.data.loading import Batch, Share
 
 MARGIN = 8 / 7
@@ -99,7 +99,13 @@ def random_box(shape: Sequence[int], scale: tuple[float, float], rng: np.random.
 
 def centre_crop(image: Tensor, size: int, scaling: Scaling) -> Tensor:
     """What the network sees of a uint8 image (c, h, w) outside of training: float (channels, size, size)."""
+    image = with_short_side(image, short_side(size))
     return scaled(transforms.center_crop(image, [size, size]).float() / 255, scaling)
+
+
+def short_side(size: int) -> int:
+    """Pixels of an image's shorter side, of which the network sees `size` outside of training."""
+    return round(MARGIN * size)
 
 
 def scaled(image: Tensor, scaling: Scaling) -> Tensor:

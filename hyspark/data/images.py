@@ -1,6 +1,7 @@
 """Labelled images for classification: folders of classes, or a MedMNIST file. Found first, then decoded into memory.
 
-An image is a uint8 tensor (c, h, w), c = 1 for grey and 3 for colour, its shorter side as long as the caller says.
+An image is a uint8 tensor (c, h, w), c = 1 for grey and 3 for colour, its shorter side at most as long as the caller
+says.
 """
 
 from collections.abc import Sequence
@@ -185,11 +186,12 @@ def nested_subset(found: FoundImages, num: int, seed: int) -> list[int]:
 
 
 def decode(found: FoundImages, short_side: int) -> tuple[ImageSet, dict[str, str]]:
-    """The images in memory, each with its shorter side so long, and why others cannot be used, by name."""
+    """The images in memory, larger ones with their shorter side so long, and why others cannot be used, by name."""
 
     def one(source: Path | np.ndarray) -> Tensor | str:
         try:
-            return with_short_side(read_image(source) if isinstance(source, Path) else as_tensor(source), short_side)
+            image = read_image(source) if isinstance(source, Path) else as_tensor(source)
+            return image if min(image.shape[1:]) <= short_side else with_short_side(image, short_side)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             reason = "it is no image, or of an unknown kind" if isinstance(error, UnidentifiedImageError) else error
             return f"{source}: {reason}" if isinstance(source, Path) else str(reason)

@@ -12,7 +12,7 @@ from hyspark import class_scores
 from hyspark.class_page import mistakes_figure
 from hyspark.class_scores import Classified
 from hyspark.config_classify import ClassifyConfig
-from hyspark.data.image_batches import MARGIN, Scaling, centre_crop
+from hyspark.data.image_batches import Scaling, centre_crop, short_side
 from hyspark.data.images import FoundImages, ImageSet, class_folders, decode, find_classes, image_files
 from hyspark.engine import distributed
 from hyspark.engine.distributed import Processes
@@ -49,11 +49,6 @@ def network_of(config: ClassifyConfig, num_classes: int) -> nn.Module:
     return build_classifier(config.model, config.channels, num_classes, config.drop_path)
 
 
-def short_side(config: ClassifyConfig) -> int:
-    """Pixels of an image's shorter side, as images are kept."""
-    return round(MARGIN * config.input_size)
-
-
 def scaling_of(config: ClassifyConfig) -> Scaling:
     """From pixels to what the network sees."""
     return Scaling(config.channels, config.mean, config.std)
@@ -80,7 +75,7 @@ def protocol_of(config: ClassifyConfig, weights: str, images: str, selection: st
         "weights": weights,
         "images": images,
         "selection": selection,
-        "input": f"shorter side {short_side(config)}, {edge} x {edge} from the centre",
+        "input": f"shorter side {short_side(edge)}, {edge} x {edge} from the centre",
         "auc": "of the second class in sorted order; with more than two, mean over each against the rest",
     }
 
@@ -96,7 +91,7 @@ def write_scores(folder: Path, images: ImageSet, scored: Classified, protocol: M
 
 def decoded(found: FoundImages, config: ClassifyConfig) -> ImageSet:
     """Images in memory; raises ValueError that lists all that cannot be used."""
-    images, wrong = decode(found, short_side(config))
+    images, wrong = decode(found, short_side(config.input_size))
     if wrong:
         raise ValueError(unusable(wrong, len(found.names)))
     return images

@@ -24,7 +24,7 @@ from hyspark.class_page import score_parts
 from hyspark.class_scores import Classified
 from hyspark.config_classify import ClassifyConfig
 from hyspark.data.crops import seed_at
-from hyspark.data.image_batches import Augmentation, ImageBatches
+from hyspark.data.image_batches import Augmentation, ImageBatches, short_side
 from hyspark.data.images import FoundImages, ImageSet, decode, find_classes, find_images, nested_subset
 from hyspark.data.loading import Batch, Share
 from hyspark.engine import checkpoint, distributed, optim
@@ -34,7 +34,6 @@ from hyspark.engine.classified import (
     probabilities,
     protocol_of,
     scaling_of,
-    short_side,
     unusable,
     write_scores,
 )
@@ -137,7 +136,7 @@ def read_images(config: ClassifyConfig) -> Images:
     sets: dict[str, ImageSet] = {}
     wrong: dict[str, str] = {}
     for part, listed in found.items():
-        sets[part], faults = decode(listed, short_side(config))
+        sets[part], faults = decode(listed, short_side(config.input_size))
         wrong |= {f"{part}/{name}": why for name, why in faults.items()}
     num = sum(len(listed.names) for listed in found.values())
     if wrong and config.on_bad_case == "stop":

@@ -15,6 +15,7 @@ from hyspark.data.image_batches import (
     centre_crop,
     random_box,
     scaled,
+    short_side,
     training_crop,
 )
 from hyspark.data.images import FoundImages, decode, find_classes, find_images, image_files, nested_subset
@@ -180,9 +181,10 @@ def test_modes_of_image_files(tmp_path):
 
 
 def test_the_shorter_side_is_as_asked(tmp_path):
-    files = [save(tmp_path / "wide.png", (10, 25)), save(tmp_path / "high.png", (60, 20))]
-    images, _ = decode(FoundImages(("wide", "high"), (0, 1), files), 40)
-    assert [tuple(image.shape) for image in images.images] == [(1, 40, 100), (1, 120, 40)]
+    files = [save(tmp_path / name, shape) for name, shape in (("wide.png", (20, 50)), ("high.png", (60, 20)))]
+    files.append(save(tmp_path / "small.png", (8, 9)))
+    images, _ = decode(FoundImages(("wide", "high", "small"), (0, 1, 0), files), 10)
+    assert [tuple(image.shape) for image in images.images] == [(1, 10, 25), (1, 30, 10), (1, 8, 9)]
 
 
 # Batches
@@ -255,6 +257,15 @@ def test_channels_and_scaling():
     colour = torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1)
     assert scaled(colour, AS_IT_IS).shape == (1, 1, 1)
     assert scaled(colour, AS_IT_IS).item() == pytest.approx(0.2989, abs=1e-3)
+
+
+def test_outside_of_training_it_is_the_middle_of_the_image():
+    assert (short_side(224), short_side(7)) == (256, 8)
     image = torch.zeros(1, 8, 12, dtype=torch.uint8)
-    image[:, 2:6, 4:8] = 255
-    assert centre_crop(image, 4, AS_IT_IS).min() == 1
+    image[:, :7, 2:9] = 255
+    assert centre_crop(image, 7, AS_IT_IS).mean() == pytest.approx(1)
+    image[:] = 0
+    image[:, :, 2:10] = 255
+    small = centre_crop(image[:, ::2, ::2], 14, AS_IT_IS)
+    assert small.shape == (1, 14, 14)
+    assert small.mean() == pytest.approx(1, abs=0.05)
