@@ -6,7 +6,7 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
 from hyspark.class_metrics import METRICS, class_scores, confusion, resampled
-from hyspark.class_page import mistakes_figure
+from hyspark.class_page import mistakes_figure, score_parts
 from hyspark.class_scores import Classified, read_cases, write_folder
 
 
@@ -83,14 +83,21 @@ def test_a_resample_of_one_class_has_no_auc():
 
 def test_scores_are_written_and_read_back(tmp_path):
     scored = Classified(("a/0.png", "b/1.png", "b/2.png"), np.array([0, 1, 1]), two([0.9, 0.1, 1 / 3]), ("a", "b"))
-    summary = write_folder(tmp_path, scored, {"weights": "w"})
-    assert summary["protocol"] == {"weights": "w", "num_images": 3}
+    summary = write_folder(tmp_path, scored, {"weights": "<w>"})
+    assert summary["protocol"] == {"weights": "<w>", "num_images": 3}
     assert summary["metrics"]["accuracy"] == 0
     assert scored.mistakes == [0, 1, 2]
     read = read_cases(tmp_path / "cases.csv")
     assert (read.names, read.classes) == (scored.names, scored.classes)
     assert np.array_equal(read.truth, scored.truth)
     assert np.array_equal(read.probabilities, scored.probabilities)
+    shown = "".join(score_parts(tmp_path))
+    assert "weights: &lt;w&gt;; num images: 3" in shown
+    assert "<td>accuracy</td><td>0.000</td>" in shown
+    assert "<td>true b</td><td>2</td><td>0</td>" in shown
+    assert "mistakes" not in shown
+    (tmp_path / "mistakes.png").write_bytes(b"picture")
+    assert "Most confident mistakes" in "".join(score_parts(tmp_path))
     (tmp_path / "cases.csv").write_text("file,truth,probability of a\nx,c,0.5\n")
     with pytest.raises(ValueError, match=r"cases\.csv: expected file, truth"):
         read_cases(tmp_path / "cases.csv")

@@ -20,7 +20,7 @@ PACKAGE = Path(hyspark.config.__file__).parent
 RECIPES = sorted((PACKAGE.parent / "configs").rglob("*.yaml"))
 VOLUMES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 CLASSES = VOLUMES | {"finetune_classify": ClassifyConfig}
-CLASSIFYING = ("classify.py", "classified.py")
+CLASSIFYING = ("classify.py", "classified.py", "labelled_images.py")
 OTHER_ENGINE = {
     PretrainConfig: ("finetune.py", "evaluate.py", *CLASSIFYING),
     FinetuneConfig: ("pretrain.py", *CLASSIFYING),

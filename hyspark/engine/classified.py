@@ -15,11 +15,20 @@ from hyspark.config_classify import ClassifyConfig
 from hyspark.data.image_batches import Scaling, centre_crop, short_side
 from hyspark.data.images import FoundImages, ImageSet, class_folders, decode, find_classes, image_files
 from hyspark.engine import distributed
-from hyspark.engine.distributed import Processes
+from hyspark.engine.distributed import LOG, Processes
+from hyspark.engine.labelled_images import Images, unusable
 from hyspark.figures import save_figure
 from hyspark.models.classifier import build_classifier
 from hyspark.models.weights import read_contents
 from hyspark.recipes import typed_values
+
+SCORES = {"val": "scores", "test": "scores_test"}
+"""Folders of scores in a run, by the part that is scored."""
+HEADINGS = {"val": "Validation images, best weights", "test": "Test images, best weights"}
+SELECTION = {
+    "val": "weights chosen by the accuracy on these same images, which is optimistic",
+    "test": "weights chosen by the accuracy on the validation images",
+}
 
 
 def load_classifier(path: Path) -> tuple[nn.Module, ClassifyConfig, tuple[str, ...], str]:
@@ -89,18 +98,39 @@ def write_scores(folder: Path, images: ImageSet, scored: Classified, protocol: M
     return class_scores.write_folder(folder, scored, protocol)
 
 
+def scored_parts(parts: Mapping[str, Any]) -> list[str]:
+    """The parts that a run ends with the scores of."""
+    return [part for part in SCORES if part in parts]
+
+
+def score_best(config: ClassifyConfig, images: Images, processes: Processes) -> None:
+    """Write the scores of the best weights, unless they are there: of the validation images, then of the test images,
+    which are looked at here alone.
+    """
+    network, _, classes, weights = load_classifier(config.run_folder)
+    network.to(processes.device)
+    for part in scored_parts(images.parts):
+        out = config.run_folder / SCORES[part]
+        where = config.test_dir if part == "test" and config.test_dir else f"{part} of {config.data_dir}"
+        protocol = protocol_of(config, weights, where, SELECTION[part])
+        is_there = (out / "summary.json").is_file() and (out / "cases.csv").is_file()
+        if is_there and class_scores.read_summary(out)["protocol"] == protocol | {
+            "num_images": len(images.parts[part])
+        }:
+            continue
+        values = probabilities(network, images.parts[part], config, processes)
+        if processes.is_main:
+            scored = Classified(images.parts[part].names, np.array(images.parts[part].labels), values, classes)
+            summary = write_scores(out, images.parts[part], scored, protocol)
+            LOG.info("%s: %s", HEADINGS[part], class_scores.metrics_text(summary["metrics"]))
+
+
 def decoded(found: FoundImages, config: ClassifyConfig) -> ImageSet:
     """Images in memory; raises ValueError that lists all that cannot be used."""
     images, wrong = decode(found, short_side(config.input_size))
     if wrong:
         raise ValueError(unusable(wrong, len(found.names)))
     return images
-
-
-def unusable(wrong: Mapping[str, str], num: int, advice: str = "") -> str:
-    """The message on images that cannot be used."""
-    lines = "\n  ".join(wrong.values())
-    return f"{len(wrong)} of {num} images cannot be used; repair or remove them{advice}:\n  {lines}"
 
 
 def classify(weights: Path, folder: Path, out: Path, device: str = "auto") -> dict[str, Any] | None:

@@ -3,9 +3,8 @@
 Source of the recipe that the settings default to: Wolf et al., Scientific Reports 13, 20260 (2023).
 """
 
-import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,59 +20,21 @@ from torch import Tensor, nn
 from hyspark import class_scores, report
 from hyspark.class_metrics import class_scores as measured
 from hyspark.class_page import score_parts
-from hyspark.class_scores import Classified
 from hyspark.config_classify import ClassifyConfig
 from hyspark.data.crops import seed_at
-from hyspark.data.image_batches import Augmentation, ImageBatches, short_side
-from hyspark.data.images import FoundImages, ImageSet, decode, find_classes, find_images, nested_subset
+from hyspark.data.image_batches import Augmentation, ImageBatches
 from hyspark.data.loading import Batch, Share
 from hyspark.engine import checkpoint, distributed, optim
-from hyspark.engine.classified import (
-    load_classifier,
-    network_of,
-    probabilities,
-    protocol_of,
-    scaling_of,
-    unusable,
-    write_scores,
-)
+from hyspark.engine.classified import HEADINGS, SCORES, network_of, probabilities, scaling_of, score_best, scored_parts
 from hyspark.engine.distributed import LOG, Processes
+from hyspark.engine.labelled_images import Images, read_images
 from hyspark.engine.loop import Run, start_run, train
-from hyspark.engine.prepared import SKIP, left_out_text
+from hyspark.engine.prepared import left_out_text
 from hyspark.engine.replay import repeat, stopped_run
 from hyspark.engine.run import RunLog, begun, saved_state, settings_text
 from hyspark.models.classifier import backbone_learns, layers_of
 from hyspark.models.weights import load_pretrained
 from hyspark.recipes import as_plain
-
-SCORES = {"val": "scores", "test": "scores_test"}
-"""Folders of scores in a run, by the part that is scored."""
-HEADINGS = {"val": "Validation images, best weights", "test": "Test images, best weights"}
-SELECTION = {
-    "val": "weights chosen by the accuracy on these same images, which is optimistic",
-    "test": "weights chosen by the accuracy on the validation images",
-}
-
-
-@dataclass(frozen=True)
-class Images:
-    """The images of a run, by part (train, val, test), its class names, and the names of those left out."""
-
-    parts: Mapping[str, ImageSet]
-    classes: tuple[str, ...]
-    left_out: list[str]
-
-    @property
-    def text(self) -> str:
-        """Training and validation images in a few words, with a digest of names and classes: the order of batches is a
-        function of them.
-        """
-        lines = ["\n".join(self.classes)]
-        for part in ("train", "val"):
-            images = self.parts[part]
-            lines += [f"{name}\t{label}" for name, label in zip(images.names, images.labels, strict=True)]
-        digest = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()[:12]
-        return f"{len(self.parts['train'])} training and {len(self.parts['val'])} validation images ({digest})"
 
 
 def finetune_classify(config: ClassifyConfig) -> Path:
@@ -124,45 +85,6 @@ def finetune_classify(config: ClassifyConfig) -> Path:
         LOG.info("report   %s", task.write_report(run))
         LOG.info("scores   %s", ", ".join(str(config.run_folder / SCORES[part]) for part in scored_parts(images.parts)))
     return config.run_folder
-
-
-def read_images(config: ClassifyConfig) -> Images:
-    """The images of the settings' parts, in memory; of the training part those that the settings ask for.
-
-    Raises ValueError or FileNotFoundError for data that do not fit, and, unless on_bad_case says skip, where images
-    cannot be used.
-    """
-    found, classes = find_parts(config)
-    sets: dict[str, ImageSet] = {}
-    wrong: dict[str, str] = {}
-    for part, listed in found.items():
-        sets[part], faults = decode(listed, short_side(config.input_size))
-        wrong |= {f"{part}/{name}": why for name, why in faults.items()}
-    num = sum(len(listed.names) for listed in found.values())
-    if wrong and config.on_bad_case == "stop":
-        raise ValueError(unusable(wrong, num, f", {SKIP}"))
-    if wrong:
-        LOG.warning("%s", unusable(wrong, num))
-    if empty := [part for part, images in sets.items() if not len(images)]:
-        raise ValueError(f"{config.data_dir}: no image that can be used is left in {', '.join(empty)}")
-    return Images(sets, classes, list(wrong))
-
-
-def find_parts(config: ClassifyConfig) -> tuple[dict[str, FoundImages], tuple[str, ...]]:
-    """The images of each part, not decoded yet, and the classes. Raises as `read_images`."""
-    found, classes = find_images(Path(config.data_dir))
-    training = found["train"]
-    if config.num_labelled or config.label_fraction < 1:
-        share = max(len(set(training.labels)), round(config.label_fraction * len(training.names)))
-        found["train"] = training.take(nested_subset(training, config.num_labelled or share, config.seed))
-    if config.test_dir:
-        found["test"] = find_classes(Path(config.test_dir), classes)
-    return found, classes
-
-
-def scored_parts(parts: Mapping[str, Any]) -> list[str]:
-    """The parts that a run ends with the scores of."""
-    return [part for part in SCORES if part in parts]
 
 
 def build(config: ClassifyConfig, num_classes: int) -> nn.Module:
@@ -236,33 +158,6 @@ def make_average(run: Run, config: ClassifyConfig, state: Mapping[str, Any] | No
 def best_of(state: Mapping[str, Any] | None) -> tuple[float, int]:
     """The best accuracy so far and the steps done then."""
     return (state["best"], state["best_after"]) if state else (-1.0, 0)
-
-
-def score_best(config: ClassifyConfig, images: Images, processes: Processes) -> None:
-    """Write the scores of the best weights, unless they are there: of the validation images, then of the test images,
-    which are looked at here alone.
-    """
-    network, _, classes, weights = load_classifier(config.run_folder)
-    network.to(processes.device)
-    for part in scored_parts(images.parts):
-        out = config.run_folder / SCORES[part]
-        where = config.test_dir if part == "test" and config.test_dir else f"{part} of {config.data_dir}"
-        protocol = protocol_of(config, weights, where, SELECTION[part])
-        is_there = (out / "summary.json").is_file() and (out / "cases.csv").is_file()
-        if is_there and class_scores.read_summary(out)["protocol"] == protocol | {
-            "num_images": len(images.parts[part])
-        }:
-            continue
-        values = probabilities(network, images.parts[part], config, processes)
-        if processes.is_main:
-            scored = classified(images.parts[part], values, classes)
-            summary = write_scores(out, images.parts[part], scored, protocol)
-            LOG.info("%s: %s", HEADINGS[part], class_scores.metrics_text(summary["metrics"]))
-
-
-def classified(images: ImageSet, values: np.ndarray, classes: Sequence[str]) -> Classified:
-    """Images with their truth and probabilities."""
-    return Classified(images.names, np.array(images.labels), values, tuple(classes))
 
 
 @contextmanager

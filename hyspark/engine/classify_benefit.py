@@ -9,8 +9,10 @@ from hyspark.class_comparison import compare_classified, read_classified
 from hyspark.comparison import Place
 from hyspark.config_classify import ClassifyConfig
 from hyspark.data.images import has_test_part
-from hyspark.engine.classify import SCORES, build, find_parts, read_images
+from hyspark.engine.classified import SCORES
+from hyspark.engine.classify import build
 from hyspark.engine.compared import Kind
+from hyspark.engine.labelled_images import find_parts, read_images
 from hyspark.models.weights import load_pretrained
 
 
