@@ -26,6 +26,7 @@ from hyspark.flags import (
     ExportArguments,
     PhantomArguments,
     PredictArguments,
+    SlicesArguments,
     WeightsArguments,
 )
 from hyspark.recipes import ConfigT, field_help, read_yaml
@@ -101,16 +102,21 @@ def finetune_classify(argv: Sequence[str]) -> None:
 
 
 def weights(argv: Sequence[str]) -> None:
-    """Print what of a weights file fits the segmentation network."""
-    from hyspark.models.segmentation import build_hybird
+    """Print what of a weights file fits the segmentation network, or another one."""
     from hyspark.models.weights import load_pretrained
 
     args = parse(WeightsArguments(prog="hyspark weights", allow_abbrev=False), argv)
-    size = args.img_size[0] if len(args.img_size) == 1 else args.img_size
-    model = build_hybird(
-        args.in_channel,
+    print(load_pretrained(other_network(args) if args.model else segmentation_network(args), args.path))
+
+
+def segmentation_network(args: WeightsArguments) -> Any:
+    """The segmentation network that the flags describe."""
+    from hyspark.models.segmentation import build_hybird
+
+    return build_hybird(
+        args.in_channel or 1,
         args.n_classes,
-        size,
+        args.img_size[0] if len(args.img_size) == 1 else args.img_size,
         widths=args.encoder_widths,
         depths=args.encoder_depths,
         expansions=args.expansions,
@@ -119,18 +125,38 @@ def weights(argv: Sequence[str]) -> None:
         decoder=args.decoder,
         decoder_width=args.decoder_width,
     )
-    print(load_pretrained(model, args.path))
+
+
+def other_network(args: WeightsArguments) -> Any:
+    """The network of others that the flags name; raises ValueError for flags of the segmentation network."""
+    from hyspark.models.zoo import build_backbone
+
+    own = [
+        *("n_classes", "encoder_widths", "encoder_depths", "expansions", "vit_depth", "num_heads"),
+        *("decoder", "decoder_width"),
+    ]
+    if given := [name for name in own if getattr(args, name) != getattr(WeightsArguments, name)]:
+        raise ValueError(f"{', '.join(given)}: of the segmentation network; leave out for {args.model}")
+    of_images = args.model.startswith(("timm/", "torchvision/"))
+    axes = len(args.img_size) if len(args.img_size) > 1 else 2 if of_images else 3
+    return build_backbone(args.model, args.in_channel or (3 if of_images else 1), axes).network
 
 
 def export(argv: Sequence[str]) -> None:
-    """Write pre-trained weights as one small .safetensors file."""
+    """Write pre-trained weights as one small .safetensors file, or a ResNet for detectron2."""
     import torch
 
+    from hyspark.models.detection import write_detectron2
     from hyspark.models.export import export_weights
 
     args = parse(ExportArguments(prog="hyspark export", allow_abbrev=False), argv)
+    if args.detectron2 and args.decoder:
+        raise ValueError("--decoder is of pre-training; detectron2 has none, leave it out")
     dtype = {"fp16": torch.float16, "fp32": torch.float32}[args.precision]
-    weights = export_weights(args.source, Path(args.out), dtype, decoder=args.decoder)
+    if args.detectron2:
+        weights = write_detectron2(args.source, Path(args.out), dtype)
+    else:
+        weights = export_weights(args.source, Path(args.out), dtype, decoder=args.decoder)
     millions = sum(value.numel() for value in weights.values()) / 1e6
     print(f"{args.out}: {len(weights)} tensors, {millions:.2f} M numbers, {Path(args.out).stat().st_size / 1e6:.2f} MB")
 
@@ -141,6 +167,39 @@ def phantom(argv: Sequence[str]) -> None:
 
     args = parse(PhantomArguments(prog="hyspark phantom", allow_abbrev=False), argv)
     write_phantoms(Path(args.out), num_labelled=args.num_labelled, num_unlabelled=args.num_unlabelled, seed=args.seed)
+
+
+def slices(argv: Sequence[str]) -> None:
+    """Write CTs, NIfTI or DICOM, as folders of PNG slices."""
+    args = parse(SlicesArguments(prog="hyspark slices", allow_abbrev=False), argv)
+    from hyspark.data import slices as data
+    from hyspark.data.settings import PictureSettings
+
+    low, high = args.hu_min, args.hu_max
+    if args.scaling == "window":
+        low = PretrainConfig.hu_min if low is None else low
+        high = PretrainConfig.hu_max if high is None else high
+    try:
+        record = data.write_slices(
+            [Path(source) for source in args.source],
+            Path(args.out),
+            PictureSettings(
+                axis=args.axis, stride=args.stride, scaling=args.scaling, hu_min=low, hu_max=high, size=args.size
+            ),
+            val_fraction=args.val_fraction,
+            seed=args.seed,
+            min_slices=args.min_slices,
+            num_workers=args.prepare_workers,
+        )
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        sys.exit(130)
+    print(data.summary(record))
+    print(f"written to {args.out}; every volume: {Path(args.out) / data.RECORD}")
+    for failed in record["failed"]:
+        print(f"not read: {failed['source']}: {failed['why']}", file=sys.stderr)
+    if record["failed"]:
+        sys.exit(1)
 
 
 def compare(argv: Sequence[str]) -> None:
@@ -246,6 +305,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "weights": weights,
     "export": export,
     "phantom": phantom,
+    "slices": slices,
     "evaluate": evaluate,
     "predict": predict,
     "classify": classify,

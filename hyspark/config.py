@@ -73,6 +73,19 @@ class RunSettings:
     """
 
 
+METHODS = ("hyspark", "spark", "moco", "byol", "swav")
+"""Of pre-training."""
+VIEW_METHODS = METHODS[2:]
+READ_BY = {
+    **dict.fromkeys((field.name for field in fields(EncoderSettings)), METHODS[:1]),
+    **dict.fromkeys(("compute", "hide"), METHODS[:1]),
+    **dict.fromkeys(("mask", "decoder_width"), METHODS[:2]),
+    **dict.fromkeys(("view_scale", "head_width"), VIEW_METHODS),
+    **{"local_views": ("swav",), "prototypes": ("swav",), "queue_size": ("moco",), "momentum": ("moco", "byol")},
+}
+"""Settings that not all methods read, with those that do."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class VolumeSettings(RunSettings, PrepareSettings):
     """What every training run on volumes has."""
@@ -96,8 +109,9 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
     data_path: str = "data"
     """Folder with dataset.json, or the path of such a JSON."""
     model: str = "hyspark"
-    """Network to pre-train: hyspark; or spark/ and a backbone, as spark/timm/resnet50, spark/torchvision/resnet50,
-    spark/monai/segresnet (in 3D too), or spark/mypackage.module:factory for one of your own.
+    """Network to pre-train: hyspark; or a method and a backbone, as spark/timm/resnet50, spark/torchvision/resnet50,
+    spark/monai/segresnet (in 3D too), or spark/mypackage.module:factory for one of your own. Methods: spark masks;
+    moco, byol and swav compare views of the same crop.
     """
     slices: Literal["none", "sagittal", "coronal", "axial"] = "none"
     """Take planes of the prepared volumes instead of crops, for networks of two axes."""
@@ -117,6 +131,18 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
     """Volumes per step, over all processes; each gives crops_per_volume crops."""
     mask: float = 0.75
     """Share of patches that are hidden."""
+    view_scale: float = 0.6
+    """Of moco, byol and swav: shortest edge of the part of a crop that becomes a view, as a share of the crop's."""
+    local_views: int = 0
+    """Of swav: further views, of small parts and half the size."""
+    head_width: int = 2048
+    """Of moco, byol and swav: hidden features of the projection that the loss sees."""
+    momentum: float = 0.99
+    """Of moco and byol: how slowly the copy that gives the targets follows; it rises to 1 by a cosine."""
+    queue_size: int = 4096
+    """Of moco: earlier crops that a crop is told from."""
+    prototypes: int = 300
+    """Of swav: clusters."""
     input_size: tuple[int, ...] = (96,)
     """Edge of a crop in voxels, one number or one per axis; multiples of 16."""
     decoder_width: int = 768
@@ -134,7 +160,9 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
     clip: float = 5.0
     """Largest norm of the gradient; 0 does not clip."""
     init_weight: str = ""
-    """Weights to start from: an encoder or pre-training checkpoint. The optimizer starts fresh."""
+    """Weights to start from: an encoder or pre-training checkpoint, or a published file for a network of others. The
+    optimizer starts fresh.
+    """
     resume_from: str = ""
     """Checkpoint (with decoder) of another run folder to continue from; a run's own folder is continued without it."""
     val_fraction: float = 0.02
@@ -157,7 +185,8 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
         check_volumes(self)
         check_encoder(self)
         positive(self, "bs", "ep", "decoder_width", "probe_every", "slice_stride", "channels")
-        not_negative(self, "wp_ep", "wd", "wde", "clip", "picture_every")
+        positive(self, "head_width", "queue_size", "prototypes")
+        not_negative(self, "wp_ep", "wd", "wde", "clip", "picture_every", "local_views")
         if self.probe_cases < 2:
             raise ValueError(f"probe_cases is at least 2, to fit on one and score on another; it is {self.probe_cases}")
         between(self, "val_fraction", 0, 1)
@@ -169,16 +198,25 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
             grid_of(self.crop_size)
             if self.channels != 1:
                 raise ValueError(f"hyspark takes one channel, but channels is {self.channels}")
-        elif not self.model.startswith("spark/"):
+        elif self.method not in METHODS or not self.model.partition("/")[2]:
             raise ValueError(
-                f"model must be hyspark, or spark/ and a backbone (spark/timm/resnet50), not {self.model!r}"
-                + nearest(self.model, ["hyspark", "spark/"])
+                f"model must be hyspark, or a method and a backbone (spark/timm/resnet50), not {self.model!r}; methods "
+                f"are {', '.join(METHODS[1:])}" + nearest(self.method, METHODS)
             )
-        else:
-            names = ("compute", "hide", *(field.name for field in fields(EncoderSettings)))
-            default = {field.name: field.default for field in fields(self)}
-            if given := [name for name in names if getattr(self, name) != default[name]]:
-                raise ValueError(f"{', '.join(given)}: of hyspark's own encoder; leave out for {self.model}")
+        default = {field.name: field.default for field in fields(self)}
+        unread = [name for name, methods in READ_BY.items() if self.method not in methods]
+        if given := [name for name in unread if getattr(self, name) != default[name]]:
+            raise ValueError(f"{', '.join(given)}: not read by {self.method}; leave out for {self.model}")
+        between(self, "momentum", 0, 1)
+        if not 0 < self.view_scale <= 1:
+            raise ValueError(f"view_scale must be above 0 and at most 1, but it is {self.view_scale}")
+        if self.method in VIEW_METHODS and self.bs * self.crops_per_volume < 2:
+            raise ValueError(f"{self.method} compares images: a step takes two crops or more (bs, crops_per_volume)")
+        if self.method == "moco" and self.queue_size % (self.bs * self.crops_per_volume):
+            raise ValueError(
+                f"queue_size must be a multiple of the {self.bs * self.crops_per_volume} crops of a step, but it is "
+                f"{self.queue_size}"
+            )
         if self.slices == "none" and (self.slice_stride != 1 or self.slice_scaling != "window"):
             raise ValueError("slice_stride and slice_scaling are for planes; name them by slices, or leave these out")
         if self.probe_data and (self.slices != "none" or self.model != "hyspark"):
@@ -188,6 +226,11 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
         if self.base_lr <= 0:
             raise ValueError(f"base_lr must be above 0, but it is {self.base_lr}")
         check_probabilities("flip_prob", self.flip_prob)
+
+    @property
+    def method(self) -> str:
+        """The first part of the model's name."""
+        return self.model.partition("/")[0]
 
     @property
     def crop_size(self) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from typing import Literal, get_args, get_type_hints
 from tap import Tap
 
 from hyspark.config import PretrainConfig, RunSettings
+from hyspark.data.settings import Axis, Scaling
 
 
 class DatalistArguments(Tap):
@@ -40,10 +41,11 @@ class CheckArguments(Tap):
 
 
 class WeightsArguments(Tap):
-    """Load weights into the segmentation network and print what matched."""
+    """Load weights into the segmentation network, or another one, and print what matched."""
 
     path: str  # A .pth, .pt or .safetensors file
-    in_channel: int = 1  # Input channels
+    model: str = ""  # Another network, as in pre-training: timm/resnet50, torchvision/resnet50, monai/segresnet
+    in_channel: int = 0  # Input channels; 0 takes one, or three for a network of timm or torchvision
     n_classes: int = 14  # Classes, background included
     img_size: tuple[int, ...] = (96,)  # Crop size, one number or one per axis
     encoder_widths: tuple[int, ...] = PretrainConfig.encoder_widths  # Channels of the five stages
@@ -59,12 +61,15 @@ class WeightsArguments(Tap):
 
 
 class ExportArguments(Tap):
-    """Write the encoder of a checkpoint, or all of it, as one small .safetensors file, to hand on."""
+    """Write the encoder of a checkpoint, or all of it, as one small .safetensors file, to hand on; or a ResNet for
+    detectron2.
+    """
 
     source: str  # A pre-training checkpoint or encoder file, or a fine-tuned network
-    out: str  # The .safetensors file to write
+    out: str  # The .safetensors file to write; for detectron2, a .pkl
     precision: Literal["fp16", "fp32"] = "fp16"  # Number format in the file
     decoder: bool = False  # The light decoder of pre-training too, for fine-tuning with --decoder light
+    detectron2: bool = False  # A ResNet in detectron2's names, for its MODEL.WEIGHTS
 
     def configure(self) -> None:
         self.add_argument("source")
@@ -135,6 +140,25 @@ class PhantomArguments(Tap):
     num_labelled: int = 6  # Cases with labels
     num_unlabelled: int = 12  # Cases without
     seed: int = 0  # Seed of the anatomy
+
+
+class SlicesArguments(Tap):
+    """Write the slices of CTs, NIfTI or DICOM, as PNG files: OUT/train/1 and OUT/val/1, no patient in both. The same
+    command on the same folder continues. Exit code 1: some volume could not be read.
+    """
+
+    source: list[str]  # NIfTI files, and folders of NIfTI files, nnU-Net data sets or DICOM series, at any depth
+    out: str  # Folder to write to
+    axis: Axis = "axial"  # Planes to write
+    stride: int = 1  # Every so many-th slice
+    scaling: Scaling = "minmax"  # Black and white: the range of each slice, or a window
+    hu_min: float | None = None  # HU that lower values are set to; by default none, in a window as in pre-training
+    hu_max: float | None = None  # HU that higher values are set to; the same
+    size: int = 0  # Pixels of the short side; 0 keeps the resolution
+    val_fraction: float = 0.2  # Share of patients in val
+    seed: int = 0  # Seed of the split
+    min_slices: int = 8  # DICOM series of fewer slices are skipped, as localizers are
+    prepare_workers: int = 0  # Volumes at a time, a process each; 0 takes one per core
 
 
 class CompareArguments(Tap):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from hyspark import cli
@@ -291,6 +292,32 @@ def test_weights_that_do_not_fit(tmp_path, capsys):
     assert "other.pth" in fails(["weights", str(tmp_path / "other.pth"), *TINY_FLAGS], capsys)
     (tmp_path / "torn.pth").write_bytes(b"torn")
     assert "torn.pth" in fails(["weights", str(tmp_path / "torn.pth"), *TINY_FLAGS], capsys)
+
+
+def test_weights_of_networks_of_others(tmp_path, capsys):
+    path = str(tmp_path / "resnet.pth")
+    torch.save(timm.create_model("resnet18", num_classes=5).state_dict(), path)
+    cli.main(["weights", path, "--model", "timm/resnet18"])
+    report = capsys.readouterr().out
+    assert "matched     120 keys, covering 100.0% of the model's parameters" in report
+    assert "unexpected    2 (fc.weight, fc.bias: head of its own, not part of this model)" in report
+    cli.main(["weights", path, "--model", "torchvision/resnet18"])
+    assert "missing       2 (fresh: fc.* 2)" in capsys.readouterr().out
+    assert "n_classes, decoder_width: of the segmentation network; leave out for timm/resnet18" in fails(
+        ["weights", path, "--model", "timm/resnet18", "--n_classes", "3", "--decoder_width", "32"], capsys
+    )
+    assert "did you mean resnet18" in fails(["weights", path, "--model", "timm/resnet_18"], capsys)
+    assert "has shape" in fails(["weights", path, "--model", "monai/resnet18"], capsys)
+    assert "none of its 122 keys" in fails(["weights", path, "--model", "monai/segresnet"], capsys)
+
+
+def test_export_for_detectron2(tmp_path, capsys):
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "resnet.pth")
+    words = ["export", "--detectron2", str(tmp_path / "resnet.pth"), str(tmp_path / "resnet.pkl")]
+    cli.main(words)
+    assert "resnet.pkl: 100 tensors, 11.19 M numbers" in capsys.readouterr().out
+    assert "--decoder is of pre-training" in fails([*words, "--decoder"], capsys)
+    assert "give it that" in fails([*words[:-1], "x.safetensors"], capsys)
 
 
 def test_phantom_writes_both_datasets(tmp_path):

@@ -260,7 +260,7 @@ WRONG_PRETRAIN = [
     ({"model": "hyspark2"}, "model must be hyspark, or spark/ and a backbone .* not 'hyspark2'; did you mean hyspark"),
     (
         {"model": "spark/timm/resnet50", "hide": "input", "vit_depth": 2},
-        "hide, vit_depth: of hyspark's own encoder; leave out for spark/timm/resnet50",
+        "hide, vit_depth: not read by spark; leave out for spark/timm/resnet50",
     ),
     ({"channels": 3}, "hyspark takes one channel, but channels is 3"),
     ({"slice_stride": 2}, "slice_stride and slice_scaling are for planes"),

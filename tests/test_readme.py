@@ -68,6 +68,8 @@ def test_every_command_shown_has_flags_that_exist(verb, argv, monkeypatch):
             "datalist": cli.DatalistArguments,
             "check": cli.CheckArguments,
             "weights": cli.WeightsArguments,
+            "export": cli.ExportArguments,
+            "slices": cli.SlicesArguments,
             "evaluate": cli.EvaluateArguments,
             "predict": cli.PredictArguments,
             "classify": cli.ClassifyArguments,

@@ -6,14 +6,20 @@ import json
 import math
 import os
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from hyspark.data import datalist
+from hyspark.data.settings import PictureSettings
+from hyspark.data.slices import write_slices
 from hyspark.engine.evaluate import read_scores
 from hyspark.engine.finetune import finetune
-from hyspark.engine.pretrain import encoder_file, pretrain
+from hyspark.engine.pretrain import pretrain
+from hyspark.engine.pretraining import encoder_file
 
 REAL = os.environ.get("HYSPARK_REAL_DATA", "")
 pytestmark = pytest.mark.skipif(not REAL, reason="HYSPARK_REAL_DATA is not set")
@@ -45,3 +51,14 @@ def test_pretraining_and_finetuning_on_real_ct(pretraining, finetuning, tmp_path
     organs = read_scores(tuned.run_folder)["last"]
     assert list(organs) == ["Brainstem", "SpinalCord", "RightParotid", "LeftParotid", "Mandible"]
     assert all(math.isnan(v) or 0 <= v <= 1 for v in organs.values())
+
+
+def test_slices_of_a_raw_dicom_series(tmp_path):
+    settings = PictureSettings(hu_min=-1024.0, size=64)
+    record = write_slices([Path(REAL) / "dicom"], tmp_path, settings, num_workers=1, progress=False)
+    ((name, entry),) = record["volumes"].items()
+    assert (entry["patient"], entry["slices"], entry["notes"]) == ("C3L-00189", 35, [])
+    assert (record["failed"], record["skipped"], record["files_of_other_kinds"]) == ([], [], {})
+    shown = [np.asarray(Image.open(tmp_path / "train" / "1" / f"{name}_{k:04d}.png")).astype(float) for k in range(35)]
+    steps = [np.abs(a - b).mean() for a, b in pairwise(shown)]
+    assert max(steps) < np.abs(shown[0] - shown[-1]).mean()  # neighbours are alike: the files are in order

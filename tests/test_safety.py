@@ -21,7 +21,8 @@ from hyspark.data.settings import PrepareSettings
 from hyspark.data.store import cumulative_counts, is_whole, opened
 from hyspark.engine import checkpoint
 from hyspark.engine.inference import load_network
-from hyspark.engine.pretrain import pretrain, training_file
+from hyspark.engine.pretrain import pretrain
+from hyspark.engine.pretraining import training_file
 from hyspark.models.pretraining import build_hyspark
 from hyspark.models.weights import load_pretrained
 

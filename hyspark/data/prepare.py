@@ -8,9 +8,8 @@ one prepared volume serves every crop size.
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from hyspark.data.store import (
     steps_of,
     write_entry,
 )
-from hyspark.data.workers import pool
+from hyspark.data.workers import as_done
 
 UNPREPARABLE = (ValueError, RuntimeError, OSError, EOFError)
 """What preparing a broken file raises."""
@@ -257,25 +256,10 @@ def run_pool(todo: Sequence[tuple[Case, PrepareSettings, Path]], num_workers: in
     """What became of each case, by image."""
     with tqdm(total=len(todo), desc="prepare", unit="volume", disable=not progress) as bar:
         found = []
-        for outcome in outcomes(todo, min(num_workers, len(todo))):
+        for outcome in as_done(prepare_into, todo, num_workers):
             found.append(outcome)
             bar.update()
     return sorted(found, key=lambda outcome: str(outcome.case.image))
-
-
-def outcomes(todo: Sequence[tuple[Case, PrepareSettings, Path]], num_workers: int) -> Iterator[Outcome]:
-    """What `prepare_into` returns for each case, as they get done; one worker is this process itself."""
-    if num_workers == 1:
-        yield from (prepare_into(*job) for job in todo)
-        return
-    with pool(num_workers) as processes:
-        for future in as_completed([processes.submit(prepare_into, *job) for job in todo]):
-            try:
-                yield future.result()
-            except BrokenProcessPool as error:
-                raise OSError(
-                    "a process that prepared volumes was killed, perhaps for its memory; lower --prepare_workers"
-                ) from error
 
 
 def available_cores() -> int:

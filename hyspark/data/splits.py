@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hyspark.data.cases import Case
@@ -28,17 +28,22 @@ def split_by_subject(cases: Sequence[Case], *, seed: int, val_fraction: float) -
     Two or more subjects give at least one to each side, unless `val_fraction` is 0. Subjects are ranked by
     a hash of seed and name, so the split depends on neither order, folder nor library version.
     """
+    held_out = held_out_subjects((subject_of(case.name) for case in cases), seed=seed, val_fraction=val_fraction)
+    training = [case for case in cases if subject_of(case.name) not in held_out]
+    return training, [case for case in cases if subject_of(case.name) in held_out]
+
+
+def held_out_subjects(subjects: Iterable[str], *, seed: int, val_fraction: float) -> set[str]:
+    """Which subjects are for validation, as `split_by_subject` says; ValueError for a fraction that is none."""
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must be at least 0 and below 1, got {val_fraction}")
 
     def rank(subject: str) -> str:
         return hashlib.sha256(f"{seed}:{subject}".encode("utf-8", "surrogatepass")).hexdigest()
 
-    subjects = sorted({subject_of(case.name) for case in cases}, key=rank)
-    num_validation = max(1, round(val_fraction * len(subjects))) if val_fraction else 0
-    held_out = set(subjects[: max(0, min(num_validation, len(subjects) - 1))])
-    training = [case for case in cases if subject_of(case.name) not in held_out]
-    return training, [case for case in cases if subject_of(case.name) in held_out]
+    ranked = sorted(set(subjects), key=rank)
+    num_validation = max(1, round(val_fraction * len(ranked))) if val_fraction else 0
+    return set(ranked[: max(0, min(num_validation, len(ranked) - 1))])
 
 
 def split_by_file(cases: Sequence[Case], path: Path, *, labels: bool) -> tuple[list[Case], list[Case]]:

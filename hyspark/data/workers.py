@@ -4,12 +4,15 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 
+T = TypeVar("T")
 ASKING = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 """Signals that ask a run to stop. Schedulers send them to all processes of a job; only the run itself heeds them."""
 
@@ -24,6 +27,21 @@ def pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
         yield executor
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+def as_done(function: Callable[..., T], jobs: Sequence[tuple[Any, ...]], num_workers: int) -> Iterator[T]:
+    """What a function returns for each job, as they get done; one worker, or one job, is this process itself."""
+    if min(num_workers, len(jobs)) <= 1:
+        yield from (function(*job) for job in jobs)
+        return
+    with pool(min(num_workers, len(jobs))) as processes:
+        for future in as_completed([processes.submit(function, *job) for job in jobs]):
+            try:
+                yield future.result()
+            except BrokenProcessPool as error:
+                raise OSError(
+                    "a process that prepared volumes was killed, perhaps for its memory; lower --prepare_workers"
+                ) from error
 
 
 def be_helper() -> None:

@@ -19,7 +19,7 @@ from hyspark.engine.distributed import LOG, Processes
 from hyspark.engine.labelled_images import Images, unusable
 from hyspark.figures import save_figure
 from hyspark.models.classifier import build_classifier
-from hyspark.models.weights import read_contents
+from hyspark.models.weight_files import read_contents
 from hyspark.recipes import typed_values
 
 SCORES = {"val": "scores", "test": "scores_test"}

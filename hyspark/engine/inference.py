@@ -20,7 +20,7 @@ from hyspark.config import FinetuneConfig
 from hyspark.engine.distributed import Processes
 from hyspark.engine.labelled import left_right_pairs, one_sided
 from hyspark.models.segmentation import Hybird, build_hybird
-from hyspark.models.weights import read_contents
+from hyspark.models.weight_files import read_contents
 from hyspark.recipes import typed_values
 
 STRAIGHT = 0.05

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hyspark.config import PretrainConfig
+from hyspark.config import VIEW_METHODS, PretrainConfig
 from hyspark.engine.distributed import Processes
 from hyspark.engine.storage import Storage
 from hyspark.engine.trial import Trial, extrapolated
@@ -20,6 +20,7 @@ from hyspark.models.cost import by_part, flops_by_layer, flops_of_step
 from hyspark.models.encoder import HybridEncoder
 from hyspark.models.masking import draw_visible, grid_of
 from hyspark.models.pretraining import HySparK
+from hyspark.models.siamese import Siamese
 
 ADAM_STATE = 2
 """Numbers per parameter that AdamW keeps."""
@@ -61,8 +62,8 @@ class Memory:
 def plan_text(
     config: PretrainConfig,
     processes: Processes,
-    model: HySparK,
-    flops: Flops,
+    model: HySparK | Siamese,
+    flops: Flops | None,
     trials: Sequence[Trial],
     free: int | None,
     storage: Storage,
@@ -86,8 +87,10 @@ def crops_per_process(config: PretrainConfig, processes: Processes) -> int:
     return config.bs // processes.world_size * config.crops_per_volume
 
 
-def count_flops(config: PretrainConfig, model: HySparK, crops: int) -> Flops:
-    """FLOPs of a step of so many crops."""
+def count_flops(config: PretrainConfig, model: HySparK | Siamese, crops: int) -> Flops | None:
+    """FLOPs of a step of so many crops; None for networks that compare views, which are not counted."""
+    if isinstance(model, Siamese):
+        return None
     size, channels = config.crop_size, config.channels
     grid = grid_of(size, model.encoder.patch)
     visible = draw_visible(grid, config.mask, [torch.Generator().manual_seed(i) for i in range(crops)])
@@ -114,21 +117,25 @@ def estimate_memory(trials: Sequence[Trial], free: int | None) -> Memory:
 
 def state_bytes(model: nn.Module) -> tuple[int, int, int]:
     """Bytes of weights (with buffers), gradients and optimizer state."""
-    trained = sum(p.numel() * p.element_size() for p in model.parameters())
-    return trained + sum(b.numel() * b.element_size() for b in model.buffers()), trained, ADAM_STATE * trained
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    weights = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
+    return weights, trained, ADAM_STATE * trained
 
 
 # Text
 
 
-def network_lines(model: HySparK, flops: Flops, crops: int) -> list[tuple[str, str]]:
+def network_lines(model: nn.Module, flops: Flops | None, crops: int) -> list[tuple[str, str]]:
     """Parameters and operations."""
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    parts = ", ".join(f"{name} {scaled(number)}" for name, number in parameters.items())
+    parts = ", ".join(f"{name} {scaled(number)}" for name, number in parameters.items() if number)
+    network = ("network", f"{scaled(sum(parameters.values()))} parameters: {parts}")
+    if flops is None:
+        return [network]
     forward = ", ".join(f"{name} {scaled(number)}" for name, number in flops.forward.items())
     total = scaled(sum(flops.forward.values()))
     lines = [
-        ("network", f"{scaled(sum(parameters.values()))} parameters: {parts}"),
+        network,
         ("FLOPs", f"per step of {crops} crops in a process: {total} forward ({forward}),"),
         ("", f"{scaled(flops.backward)} backward, with what it computes again (counted)"),
     ]
@@ -142,7 +149,7 @@ def network_lines(model: HySparK, flops: Flops, crops: int) -> list[tuple[str, s
 def memory_lines(
     config: PretrainConfig,
     processes: Processes,
-    model: HySparK,
+    model: nn.Module,
     memory: Memory,
     crops: int,
     trials: Sequence[Trial],
@@ -180,7 +187,7 @@ def shortage(config: PretrainConfig, processes: Processes, most: int, crops: int
         change.append(f"--bs {processes.world_size} --crops_per_volume {most}")
     if config.precision == "fp32":
         change.append("--precision bf16")
-    if config.decoder_width > 16:
+    if config.method not in VIEW_METHODS and config.decoder_width > 16:
         change.append(f"--decoder_width {max(16, config.decoder_width // 32 * 16)}")
     if not most:
         change.append("a smaller --input_size")

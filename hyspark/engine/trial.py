@@ -24,9 +24,9 @@ from hyspark.recipes import Config
 REPEATS, SHORT = 3, 1.0
 """The fastest of so many steps counts, where a step takes less than so many seconds."""
 PATIENCE = 5.0
-"""More than two crops are tried where a step is expected to take at most so many seconds."""
+"""More crops than in the first two trials are tried where a step is expected to take at most so many seconds."""
 RESERVE = 0.2
-"""Share of the free memory that steps of more than two crops leave alone."""
+"""Share of the free memory that steps of more crops than those leave alone."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,14 @@ def try_steps(
     make_batch: Callable[[int], Batch],
     most: int,
     free: int | None,
+    least: int = 1,
 ) -> list[Trial]:
-    """Trials of 1, 2, 4, ... crops up to `most`, at least of 1 and 2; fewer than two where memory ran out.
+    """Trials of 1, 2, 4, ... crops up to `most`, from `least` on, at least of two numbers; fewer where memory ran out.
 
     make: the model, fresh. make_batch: a batch of so many crops. All of this must be picklable. free: bytes that may be
-    taken. Raises RuntimeError where a step fails for another reason than memory.
+    taken. least: crops that a step needs. Raises RuntimeError where a step fails for another reason than memory.
     """
-    args = (config, processes, make, task, make_batch, most, free)
+    args = (config, processes, make, task, make_batch, most, free, least)
     return list(trials(*args)) if processes.device.type != "cpu" else in_fresh_process(*args)
 
 
@@ -64,6 +65,7 @@ def trials(
     make_batch: Callable[[int], Batch],
     most: int,
     free: int | None,
+    least: int = 1,
 ) -> Iterator[Trial]:
     """The trials, in this process; they end where memory runs out."""
     found: list[Trial] = []
@@ -79,9 +81,9 @@ def trials(
             distributed.synchronise(alone)
             return time.perf_counter() - start
 
-        seconds(make_batch(1))  # the first step of all makes the optimizer's state
-        for crops in sizes(most):
-            if crops > 2 and not is_cheap(found, crops, free):
+        seconds(make_batch(least))  # the first step of all makes the optimizer's state
+        for number, crops in enumerate(sizes(most, least)):
+            if number > 1 and not is_cheap(found, crops, free):
                 return
             batch = make_batch(crops)
             if processes.device.type != "cpu":
@@ -96,10 +98,10 @@ def trials(
             raise
 
 
-def sizes(most: int) -> list[int]:
-    """1, 2, 4, ... and `most` itself; always 1 and 2."""
-    powers = [2**k for k in range(2, most.bit_length()) if 2**k < most]
-    return sorted({1, 2, *powers, max(most, 1)})
+def sizes(most: int, least: int = 1) -> list[int]:
+    """`least`, twice that and so on, and `most` itself; always the first two."""
+    doubled = [least * 2**k for k in range(2, most.bit_length()) if least * 2**k < most]
+    return sorted({least, 2 * least, *doubled, max(most, least)})
 
 
 def is_cheap(found: Sequence[Trial], crops: int, free: int | None) -> bool:
@@ -145,7 +147,7 @@ def in_fresh_process(*args: Any) -> list[Trial]:
 def send_trials(sender: Connection, threads: int, *args: Any) -> None:
     """Work of the new process: each trial is sent as soon as it is done."""
     torch.set_num_threads(threads)
-    limit_memory(args[-1])
+    limit_memory(args[-2])
     with sender:
         for trial in trials(*args):
             sender.send(trial)

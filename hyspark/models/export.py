@@ -10,7 +10,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hyspark.atomic import write_whole
-from hyspark.models.weights import ENCODER, LIGHT_DECODER, MASK_TOKEN, plain_key, read_contents, unwrap
+from hyspark.models.weight_files import read_contents, unwrap, without_wrappers
+from hyspark.models.weights import ENCODER, LIGHT_DECODER, MASK_TOKEN
 
 MADE_WITH = (
     *("encoder_widths", "encoder_depths", "expansions", "vit_depth", "num_heads", "decoder_width"),
@@ -46,17 +47,22 @@ def parts_of(given: Mapping[str, Tensor], name: str, dtype: torch.dtype, decoder
     parts = {"encoder": ENCODER} | ({"light decoder": LIGHT_DECODER} if decoder else {})
     weights = {}
     for key, value in given.items():
-        own = plain_key(key, {}).removeprefix("encoder.")
+        own = without_wrappers(key).removeprefix("encoder.")
         if own.startswith(sum(parts.values(), ())) and own != MASK_TOKEN:
-            weights[own] = value.to(dtype) if value.is_floating_point() else value  # BatchNorm counts its batches
-            weights[own] = weights[own].contiguous()
-            if not weights[own].isfinite().all():
-                raise ValueError(f"{name}: {key} has values that {dtype} cannot hold")
+            weights[own] = as_dtype(value, dtype, f"{name}: {key}")
     for part, prefixes in parts.items():
         if not any(own.startswith(prefixes) for own in weights):
             which = " or ".join(f"{prefix}*" for prefix in prefixes)
             raise ValueError(f"{name} holds no {part}: none of its {len(given)} keys is of {which}")
     return weights
+
+
+def as_dtype(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """A tensor in another number format, contiguous; raises ValueError, naming it, for values that this cannot hold."""
+    value = value.to(dtype) if value.is_floating_point() else value  # BatchNorm counts its batches
+    if not value.isfinite().all():
+        raise ValueError(f"{name} has values that {dtype} cannot hold")
+    return value.contiguous()
 
 
 def metadata_of(config: Any) -> dict[str, str]:

@@ -62,7 +62,7 @@ class PyramidEncoder(nn.Module):
         names = {name for name, _ in self.backbone.named_modules() if name} if taps is None else set(taps)
         was_training = self.backbone.training
         self.backbone.eval()
-        with torch.no_grad(), outputs(self.backbone, names) as seen:
+        with torch.enable_grad(), outputs(self.backbone, names) as seen:
             like = next(self.backbone.parameters())
             self.run(self.backbone, like.new_zeros(1, self.in_channels, *self.img_size))
         self.backbone.train(was_training)
@@ -75,6 +75,7 @@ class PyramidEncoder(nn.Module):
                 f"{type(self.backbone).__name__} gives no map at stride 2, 4, 8, ... of a crop of {self.img_size}; "
                 "name the modules that do (taps), or make the crop larger"
             )
+        leave_out_unused(self.backbone, [seen[name] for name, _ in by_stride.values()])
         return {name: (channels, stride) for stride, (name, channels) in sorted(by_stride.items())}
 
     def weights(self) -> dict[str, Tensor]:
@@ -104,6 +105,24 @@ class PyramidEncoder(nn.Module):
         with outputs(self.backbone, self.taps) as seen:
             self.run(self.backbone, volumes)
         return [seen[name] for name in self.taps]
+
+
+def leave_out_unused(network: nn.Module, maps: Sequence[Tensor]) -> None:
+    """Take the weights of a network that have no part in these outputs of it, as those of a classifier, out of
+    training: DistributedDataParallel waits for a gradient of all others.
+    """
+    nodes: list[Any] = [x.grad_fn for x in maps]
+    seen = set(nodes)
+    used = set()
+    while nodes:
+        node = nodes.pop()
+        used.add(id(getattr(node, "variable", None)))
+        following = {child for child, _ in getattr(node, "next_functions", ())} - seen
+        seen |= following
+        nodes += following
+    for parameter in network.parameters():
+        if id(parameter) not in used:
+            parameter.requires_grad_(False)
 
 
 def run_features(backbone: nn.Module, x: Tensor) -> Any:
@@ -145,19 +164,20 @@ def outputs(network: nn.Module, names: Collection[str]) -> Iterator[dict[str, Te
 def stride_of(x: Tensor, size: Sequence[int]) -> int | None:
     """Of a map (b, c, *size / stride) of more than one position: a power of two above one, else None.
 
-    Raises ValueError for a map whose positions are no whole number of voxels apart.
+    Raises ValueError for a map whose positions are no such number of voxels apart: a network rounds up, so that it
+    would have a last map that fits no grid of patches.
     """
     own = x.shape[2:]
     if x.ndim != len(size) + 2 or max(own) == 1:
         return None
-    if any(s % o for s, o in zip(size, own, strict=True)):
+    strides = {s / o for s, o in zip(size, own, strict=True)}
+    if any(stride not in (2.0**k for k in range(12)) for stride in strides):
         raise ValueError(
             f"a crop of {tuple(size)} becomes a map of {tuple(own)} in this network, which is no whole stride; take a "
             "crop whose axes are multiples of its total stride, usually 32"
         )
-    strides = {s // o for s, o in zip(size, own, strict=True)}
     stride = strides.pop()
-    return stride if not strides and stride > 1 and not stride & (stride - 1) else None
+    return int(stride) if not strides and stride > 1 else None
 
 
 def build_spark(

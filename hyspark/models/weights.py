@@ -1,26 +1,23 @@
 """Loading weights is a report: what matched, what was adapted, what is missing, what was left aside, and why.
 
 Understands the released encoder file (a plain state dict), this project's pre-training and fine-tuning checkpoints,
-state dicts in memory, key prefixes of DistributedDataParallel and torch.compile, `.pth`/`.pt` (read with
-weights_only) and `.safetensors`.
+state dicts in memory, and key prefixes of DistributedDataParallel and torch.compile. The rules for networks of others
+are in foreign.py.
 """
 
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hyspark.models.encoder import NUM_STAGES
+from hyspark.models.encoder import NUM_STAGES, HybridEncoder
+from hyspark.models.foreign import SETTINGS, Fit, adapt_channels, fit, nothing_matches
+from hyspark.models.segmentation import Hybird
+from hyspark.models.weight_files import read_weights, unwrap, without_wrappers
 
-CONTAINERS = ("model", "state_dict", "module")
-"""Keys under which checkpoints keep their weights."""
-WRAPPERS = ("module.", "_orig_mod.")
-"""Prefixes left by DistributedDataParallel and torch.compile."""
 MASK_TOKEN = "mae.mask_token"
 ENCODER = ("embeddings.", "mae.")
 LIGHT_DECODER = ("densify.", "decoder.levels.", "decoder.fuse.", "decoder.out.")
@@ -71,52 +68,9 @@ def groups(keys: tuple[str, ...]) -> str:
     return ", ".join(f"{head}.* {num}" for head, num in counts.items())
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file, without executing anything stored in it.
-
-    Raises FileNotFoundError; ValueError, naming the file, where it is damaged, holds other objects than plain data,
-    or no weights.
-    """
-    return unwrap(read_contents(path), str(path))
-
-
-def read_contents(path: str | Path) -> object:
-    """All that a file of weights holds, on the CPU; raises as `read_weights`, but for what it is."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}; give the path of a .pth, .pt or .safetensors file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} was not opened: it is damaged, or holds Python objects other than tensors, which could run code. "
-            "Ask its author for a plain state dict or a .safetensors file"
-        ) from error
-    except Exception as error:  # torch raises many kinds for a torn file, and safetensors its own
-        raise ValueError(f"{path} cannot be read as weights; is it damaged or cut short? ({error})") from error
-
-
-def unwrap(loaded: object, name: str) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint; raises ValueError where there is none."""
-    while isinstance(loaded, Mapping):
-        inner = next((loaded[c] for c in CONTAINERS if isinstance(loaded.get(c), Mapping)), None)
-        if inner is None:
-            break
-        loaded = inner
-    if not isinstance(loaded, Mapping) or not loaded:
-        raise ValueError(f"{name} holds no weights: expected a state dict, or one under {' / '.join(CONTAINERS)}")
-    odd = [str(k) for k, v in loaded.items() if not isinstance(v, Tensor)]
-    if odd:
-        raise ValueError(f"{name} is no state dict: {', '.join(odd[:3])} {'is' if len(odd) == 1 else 'are'} no tensor")
-    return dict(loaded)
-
-
 def plain_key(key: str, wanted: Mapping[str, Tensor]) -> str:
     """A source key in the model's terms: wrappers' prefixes off, `encoder.` off or on as the model has it."""
-    while key.startswith(WRAPPERS):
-        key = key.removeprefix("module.").removeprefix("_orig_mod.")
+    key = without_wrappers(key)
     for candidate in (key, key.removeprefix("encoder."), f"encoder.{key}"):
         if candidate in wanted:
             return candidate
@@ -124,16 +78,37 @@ def plain_key(key: str, wanted: Mapping[str, Tensor]) -> str:
 
 
 def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> LoadReport:
-    """Load weights into a network of this package (pre-training, encoder or segmentation) and say what happened.
+    """Load weights into a network and say what happened.
 
-    source: a file's path or a state dict. Positions are recomputed where the crop size differs; the stem is adapted
-    where the number of input channels differs; a segmentation head with another number of classes stays fresh.
+    source: a file's path or a state dict. Into a network of this package (pre-training, encoder or segmentation):
+    positions are recomputed where the crop size differs; the stem is adapted where the number of input channels
+    differs; a segmentation head with another number of classes stays fresh. Into any other network: published files
+    of SparK, MoCo, BYOL and SwAV, this project's, and those of the network's own library; see foreign.py.
 
     Raises FileNotFoundError for a missing file; ValueError where nothing matches, where a key is unexplained, where
     shapes do not fit or where part of the encoder is missing. The model is unchanged then.
     """
     name = "the state dict" if isinstance(source, Mapping) else str(source)
-    given = unwrap(source, name) if isinstance(source, Mapping) else read_weights(source)
+    own = is_own(model)
+    settings = () if own else SETTINGS
+    given = unwrap(source, name, settings) if isinstance(source, Mapping) else read_weights(source, settings)
+    found = fit_own(model, given, name) if own else fit(model, given, name)
+    state = model.state_dict()  # its own, for the versions that some networks keep beside the values
+    state.update(found.loaded)
+    model.load_state_dict(state)
+    numbers = {key: p.numel() for key, p in model.named_parameters()}
+    coverage = 1 - sum(n for key, n in numbers.items() if key in found.missing) / sum(numbers.values())
+    return LoadReport(found.matched, found.adapted, found.missing, found.unexpected, coverage)
+
+
+def is_own(model: nn.Module) -> bool:
+    """Whether a network is one of this package, around its own encoder."""
+    encoder = getattr(model, "encoder", model)
+    return isinstance(encoder, HybridEncoder) or isinstance(model, Hybird)
+
+
+def fit_own(model: nn.Module, given: Mapping[str, Tensor], name: str) -> Fit:
+    """The keys and values of a network of this package in a state dict; raises as `load_pretrained`."""
     wanted = model.state_dict()
     matched, adapted, unexpected, loaded = [], {}, {}, {}
     for key, value in given.items():
@@ -160,16 +135,10 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor])
                 f"{as_built(given)}"
             )
     if not matched:
-        raise ValueError(
-            f"{name}: none of its {len(given)} keys is one of the model's (it begins with {next(iter(given))!r}, "
-            f"the model with {next(iter(wanted))!r})"
-        )
+        raise nothing_matches(given, wanted, name)
     missing = tuple(key for key in wanted if key not in loaded)
     check_missing(missing, name, as_built(given))
-    model.load_state_dict({**wanted, **loaded})
-    numbers = {key: p.numel() for key, p in model.named_parameters()}
-    coverage = sum(n for key, n in numbers.items() if key in loaded) / sum(numbers.values())
-    return LoadReport(tuple(matched), adapted, missing, unexpected, coverage)
+    return Fit(loaded, tuple(matched), adapted, missing, unexpected)
 
 
 def as_built(weights: Mapping[str, Tensor]) -> str:
@@ -228,11 +197,3 @@ def check_missing(missing: tuple[str, ...], name: str, advice: str) -> None:
             f"{name} lacks {len(part)} keys of the encoder ({', '.join(part[:3])}, ...); "
             f"it is cut short, or from another network; {advice}"
         )
-
-
-def adapt_channels(weight: Tensor, num_channels: int) -> Tensor:
-    """Stem weight (c, n_in, *k) for another number of input channels: the mean over the old ones, scaled to keep the
-    response's size.
-    """
-    mean = weight.sum(dim=1, keepdim=True) / num_channels
-    return mean.expand(-1, num_channels, *mean.shape[2:]).clone()

@@ -10,7 +10,8 @@ from hyspark.data import datalist
 from hyspark.engine.evaluate import read_scores
 from hyspark.engine.finetune import build, dice_and_cross_entropy, finetune, split_crops
 from hyspark.engine.inference import load_network
-from hyspark.engine.pretrain import encoder_file, pretrain, training_file
+from hyspark.engine.pretrain import pretrain
+from hyspark.engine.pretraining import encoder_file, training_file
 
 ORGANS = ["liver", "spleen", "right_kidney", "left_kidney", "aorta", "spine", "right_lung", "left_lung"]
 

@@ -14,7 +14,8 @@ from hyspark.data.loading import Share
 from hyspark.data.prepare import prepare_all
 from hyspark.engine import planner, storage, trial
 from hyspark.engine.distributed import Processes
-from hyspark.engine.pretrain import Pretraining, build, find_cases, pretrain, random_batch
+from hyspark.engine.pretrain import build, find_cases, pretrain
+from hyspark.engine.pretraining import Pretraining
 from hyspark.engine.trial import Trial
 
 GB = 10**9
@@ -40,7 +41,7 @@ def text(config, store, trials=TRIALS, free=100 * GB, processes=CPU):
 
 def try_in(config, free, most=4, process=trial.try_steps):
     task = Pretraining(config, Share(config.bs), [], [])
-    return list(process(config, CPU, partial(build, config), task, partial(random_batch, (32,) * 3), most, free))
+    return list(process(config, CPU, partial(build, config), task, task.random_batch, most, free))
 
 
 # The text
@@ -199,7 +200,8 @@ def test_another_error_is_not_taken_for_missing_memory(pretraining):
     def broken():
         raise RuntimeError("wrong shape")
 
-    args = (pretraining, CPU, broken, Pretraining(pretraining, Share(2), [], []), partial(random_batch, (32,) * 3))
+    task = Pretraining(pretraining, Share(2), [], [])
+    args = (pretraining, CPU, broken, task, task.random_batch)
     with pytest.raises(RuntimeError, match="wrong shape"):
         list(trial.trials(*args, 1, None))
 

@@ -13,7 +13,8 @@ from hyspark.config import EncoderSettings
 from hyspark.data import datalist
 from hyspark.engine import loop
 from hyspark.engine.distributed import Processes
-from hyspark.engine.pretrain import Pretraining, build, encoder_file, find_cases, pretrain, training_file
+from hyspark.engine.pretrain import build, find_cases, pretrain, start
+from hyspark.engine.pretraining import Pretraining, encoder_file, training_file
 from hyspark.engine.probe import find_probe_cases, make_probe, probe_encoder
 from hyspark.engine.run import keeps
 
@@ -192,6 +193,27 @@ def test_a_network_of_others_is_trained_on_planes_and_continues(pretraining, tmp
     assert set(report.missing_keys) == {"fc.weight", "fc.bias"}
     assert report.unexpected_keys == []
     assert list((folder / "pictures").glob("*.png"))
+
+
+def test_a_network_of_others_starts_from_weights(pretraining, tmp_path, caplog):
+    """From its backbone alone, whatever its head, or with the decoder too."""
+    planes = {"model": "spark/timm/resnet10t", "slices": "axial", "channels": 3, "input_size": (64,)}
+    config = replace(pretraining, **asdict(EncoderSettings()), **planes, decoder_width=32)
+    other = build(replace(config, seed=1))
+    head = {"fc.weight": torch.zeros(5, 512), "fc.bias": torch.zeros(5)}
+    torch.save({"state_dict": other.encoder.weights() | head}, tmp_path / "backbone.pth")
+    torch.save({"model": other.state_dict(), "step": 7}, tmp_path / "all.pth")
+    for name, keys in (("backbone.pth", other.encoder.state_dict()), ("all.pth", other.state_dict())):
+        model = build(config)
+        with caplog.at_level("INFO"):
+            assert start(replace(config, init_weight=str(tmp_path / name)), model) is None
+        own = model.encoder.state_dict() if name == "backbone.pth" else model.state_dict()
+        assert own.keys() == keys.keys()
+        assert all(torch.equal(own[key], keys[key]) for key in keys)
+    assert "fc.weight, fc.bias: head of its own, not part of this model" in caplog.text
+    torch.save({"conv1.0.weight": torch.zeros(24, 3, 3, 3)}, tmp_path / "cut.pth")
+    with pytest.raises(ValueError, match=r"cut\.pth lacks"):
+        start(replace(config, init_weight=str(tmp_path / "cut.pth")), build(config))
 
 
 def test_volumes_may_train_a_network_of_monai(pretraining):

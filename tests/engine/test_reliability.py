@@ -20,7 +20,8 @@ from hyspark.data.cases import Datalist
 from hyspark.engine import checkpoint, run, storage
 from hyspark.engine.checkpoint import older, states
 from hyspark.engine.finetune import Finetuning, finetune, last_file
-from hyspark.engine.pretrain import Pretraining, best_file, encoder_file, find_cases, pretrain, training_file
+from hyspark.engine.pretrain import find_cases, pretrain
+from hyspark.engine.pretraining import Pretraining, best_file, encoder_file, training_file
 from hyspark.engine.signals import EXIT_CODE
 from hyspark.recipes import write_yaml
 from tests.engine.attacks import command, end, output, results, same_weights, start, wait_for_step

@@ -16,7 +16,8 @@ import pytest
 from hyspark.data import datalist
 from hyspark.engine.checkpoint import states
 from hyspark.engine.finetune import finetune, last_file
-from hyspark.engine.pretrain import encoder_file, pretrain, training_file
+from hyspark.engine.pretrain import pretrain
+from hyspark.engine.pretraining import encoder_file, training_file
 from hyspark.engine.signals import EXIT_CODE
 from tests.engine.attacks import end, last_step, output, results, same_weights, start, wait_for_step
 

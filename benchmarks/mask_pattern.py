@@ -1,0 +1,42 @@
+"""Why masking needs more than zeros in the input: which positions a network works on, layer by layer.
+
+    python benchmarks/mask_pattern.py docs/mask_pattern.png
+
+Convolutions of ones in place of trained ones, so that a position is not zero where it has seen anything.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hyspark.figures import save_figure
+from hyspark.figures_2d import mask_figure
+from hyspark.models.hidden import hidden
+from hyspark.models.masking import draw_visible, visible_at
+
+PATCH, GRID, SHARE = 16, (6, 6), 0.6
+LAYERS = (0, 2, 4, 8, 12)
+
+
+def patterns(x: Tensor, most: int) -> list[Tensor]:
+    """Where a map (1, 1, h, w) is not zero: as it is, and after each of `most` convolutions."""
+    found = [x != 0]
+    for _ in range(most):
+        x = (F.conv2d(x, torch.ones(1, 1, 3, 3), padding=1) != 0).float()
+        found.append(x != 0)
+    return found
+
+
+if __name__ == "__main__":
+    visible = draw_visible(GRID, SHARE, [torch.Generator().manual_seed(3)])
+    image = visible_at(visible, tuple(PATCH * n for n in GRID)).float()
+    ordinary = patterns(image, max(LAYERS))
+    with hidden(visible):
+        kept = patterns(image, max(LAYERS))
+    rows = {"zeros in the input alone": ordinary, "hidden in every layer": kept}
+    chosen = {name: [found[n][0, 0].numpy() for n in LAYERS] for name, found in rows.items()}
+    titles = ["input" if n == 0 else f"after {n} convolutions" for n in LAYERS]
+    save_figure(mask_figure(chosen, titles), Path(sys.argv[1]))

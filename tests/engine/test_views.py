@@ -1,0 +1,76 @@
+"""Pre-training by comparing views: the same run folder, continuation and processes as for masking."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import timm
+import torch
+
+from hyspark.config import EncoderSettings
+from hyspark.engine.pretrain import pretrain
+from hyspark.engine.pretraining import training_file
+
+METHODS = {
+    "moco": {"queue_size": 8, "momentum": 0.9},
+    "byol": {"momentum": 0.9},
+    "swav": {"prototypes": 6, "local_views": 1},
+}
+
+
+@pytest.fixture
+def comparing(pretraining):
+    """make(method) -> a run of seconds: axial planes, 3 steps an epoch, 2 epochs."""
+
+    def make(method):
+        return replace(
+            pretraining,
+            **asdict(EncoderSettings()),
+            **METHODS[method],
+            model=f"{method}/timm/resnet10t",
+            slices="axial",
+            input_size=(64,),
+            decoder_width=768,
+            head_width=16,
+        )
+
+    return make
+
+
+def metrics(config):
+    return [json.loads(line) for line in (config.run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_leaves_the_networks_own_keys_and_a_report(comparing, method):
+    folder = pretrain(replace(comparing(method), ep=1))
+    network = timm.create_model("resnet10t", num_classes=0, in_chans=1)
+    for kind in ("1kpretrained", "best"):
+        path = folder / f"{method}_timm_resnet10t_{kind}_timm_style.pth"
+        network.load_state_dict(torch.load(path, weights_only=True))
+    assert '<img alt="views"' in (folder / "report.html").read_text()
+
+
+def test_an_interrupted_run_continues_bit_for_bit(comparing, tmp_path):
+    """With the slow copy and the queue where they were."""
+    whole, parts = (replace(comparing("moco"), exp_dir=str(tmp_path / name)) for name in ("whole", "parts"))
+    pretrain(whole)
+    pretrain(replace(parts, max_steps=2))
+    pretrain(replace(parts, dataloader_workers=1))
+    assert [m["loss"] for m in metrics(whole) if "loss" in m] == [m["loss"] for m in metrics(parts) if "loss" in m]
+    a, b = (torch.load(training_file(config), weights_only=True)["model"] for config in (whole, parts))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    reviews = [m for m in metrics(whole) if "val_loss" in m]
+    assert [m["epoch"] for m in reviews] == [0, 1]
+    assert all(0 < m["projection_std"] <= 1 for m in reviews)
+
+
+def test_a_dry_run_tells_time_and_memory(comparing, caplog):
+    """Its smallest step has two images: heads normalise over them."""
+    config = replace(comparing("byol"), dry_run=True)
+    with caplog.at_level("INFO", "hyspark"):
+        pretrain(config)
+    for word in ("network", "per step of 4 crops", "at the peak of 4 crops", "for the run, 6 steps"):
+        assert word in caplog.text
+    assert not config.run_folder.exists()
