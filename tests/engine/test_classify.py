@@ -168,6 +168,19 @@ def test_fewer_labels_and_pretrained_weights(config, tmp_path):
     torch.testing.assert_close(state_of(small)["model"]["conv1.0.weight"], given["conv1.0.weight"], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("num_classes", [0, 5])
+def test_the_last_layer_starts_fresh_where_the_weights_have_none_that_fits(config, tmp_path, num_classes):
+    """A pre-trained backbone, and a classifier of other classes."""
+    weights = tmp_path / "other.pth"
+    given = build_classifier("timm/test_resnet", 1, num_classes).state_dict()
+    torch.save(given, weights)
+    config = replace(config, pretrained=str(weights), optim_lr=1e-9, reg_weight=0.0, max_epochs=1)
+    finetune_classify(config)
+    found, fresh = state_of(config)["model"], build(config, 2).state_dict()
+    torch.testing.assert_close(found["conv1.0.weight"], given["conv1.0.weight"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found["fc.weight"], fresh["fc.weight"], rtol=0, atol=1e-6)
+
+
 def test_other_images_or_settings_do_not_continue_a_run(config, image_data):
     finetune_classify(replace(config, max_steps=1))
     with pytest.raises(ValueError, match="num_labelled: was 0, is 4"):
