@@ -71,7 +71,7 @@ def page(numbers: Mapping[str, Any]) -> str:
         + (f" Not finished: {', '.join(missing)}." if missing else ""),
         "![Dice against the number of labelled cases, and differences to the baseline](benefit.png)",
         "## Dice, %",
-        table(dice_rows(numbers)),
+        table(metric_rows(numbers)),
         *left_out(numbers),
         READING,
         "## Organs",
@@ -79,16 +79,7 @@ def page(numbers: Mapping[str, Any]) -> str:
     for count in numbers["num_labelled"]:
         parts += [f"Dice, %, with {count} labelled cases:", table(organ_rows(numbers, count))]
     parts += ["## Surfaces, and organs not found", table(surface_rows(numbers))]
-    parts += ["## Budgets and times", table(budget_rows(numbers))]
-    parts += ["Minutes are those of the training steps; preparing data, validation and scoring come on top."]
-    if len({tuple(cell["steps"]) for cell in numbers["cells"] if cell["steps"]}) > 1:
-        parts += [
-            "The budget is not the same in all rows: more labelled cases make longer epochs. With one number of labels "
-            "all starts have the same; for the same with all numbers, set --steps_per_epoch."
-        ]
-    parts += ["## Protocol", bullets({k: "; ".join(map(str, v)) for k, v in numbers["protocol"].items()})]
-    parts += ["Starts:", bullets({k: start_text(numbers, k) for k in numbers["starts"]})]
-    parts += ["Recipe of all runs, where it is not the default:", bullets(numbers["recipe"])]
+    parts += common(numbers)
     parts += [
         "## Published elsewhere: not comparable",
         "Other data, splits, networks, budgets and ways to score: quoted to know the field, not to be compared with "
@@ -98,15 +89,29 @@ def page(numbers: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def dice_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
+def common(numbers: Mapping[str, Any], samples: str = "cases") -> list[str]:
+    """What reports on all kinds of tasks end with: budgets, protocol, starts, recipe."""
+    parts = ["## Budgets and times", table(budget_rows(numbers, samples))]
+    parts += ["Minutes are those of the training steps; preparing data, validation and scoring come on top."]
+    if len({tuple(cell["steps"]) for cell in numbers["cells"] if cell["steps"]}) > 1:
+        parts += [
+            f"The budget is not the same in all rows: more labelled {samples} make longer epochs. With one number of "
+            "labels all starts have the same; for the same with all numbers, set --steps_per_epoch."
+        ]
+    parts += ["## Protocol", bullets({k: "; ".join(map(str, v)) for k, v in numbers["protocol"].items()})]
+    parts += ["Starts:", bullets({k: start_text(numbers, k) for k in numbers["starts"]})]
+    return [*parts, "Recipe of all runs, where it is not the default:", bullets(numbers["recipe"])]
+
+
+def metric_rows(numbers: Mapping[str, Any], metric: str = "dice", samples: str = "cases") -> list[list[str]]:
     """A row for each number of labels: each start, its difference to the baseline, and how many runs that rests on."""
     starts, baseline = list(numbers["starts"]), numbers["baseline"]
-    rows = [["labelled cases", *starts, *(f"{name} minus {baseline}, points" for name in starts[1:]), "runs"]]
+    rows = [[f"labelled {samples}", *starts, *(f"{name} minus {baseline}, points" for name in starts[1:]), "runs"]]
     for count in numbers["num_labelled"]:
         cells = [cell_of(numbers, start, count) for start in starts]
         done = sum(len(cell["seeds"]) for cell in cells)
-        row = [str(count), *(with_range(cell["dice"]) for cell in cells)]
-        row += [with_interval(cell["difference"]["dice"]) for cell in cells[1:]]
+        row = [str(count), *(with_range(cell[metric]) for cell in cells)]
+        row += [with_interval(cell["difference"][metric]) for cell in cells[1:]]
         rows.append([*row, f"{done} of {len(starts) * len(numbers['seeds'])}"])
     return rows
 
@@ -131,9 +136,9 @@ def surface_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def budget_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
+def budget_rows(numbers: Mapping[str, Any], samples: str = "cases") -> list[list[str]]:
     """Steps and minutes of each start and number of labels."""
-    rows = [["labelled cases", "start", "steps a run", "minutes a run"]]
+    rows = [[f"labelled {samples}", "start", "steps a run", "minutes a run"]]
     for cell in numbers["cells"]:
         steps = " or ".join(map(str, cell["steps"])) or "-"
         minutes = ", ".join(f"{m:.1f}" for m in cell["minutes"]) or "-"
@@ -141,19 +146,21 @@ def budget_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def left_out(numbers: Mapping[str, Any]) -> list[str]:
+def left_out(numbers: Mapping[str, Any], samples: str = "cases") -> list[str]:
     """Which pairs a difference could not use."""
     lines = []
     for cell in numbers["cells"]:
         if cell.get("left_out"):
             seeds = ", ".join(map(str, cell["left_out"]))
-            lines.append(f"{cell['start']} with {cell['num_labelled']} labelled cases: seed {seeds}")
+            lines.append(f"{cell['start']} with {cell['num_labelled']} labelled {samples}: seed {seeds}")
     note = "Left out of differences, because one side of the pair is not finished (means use what is there): "
     return [note + "; ".join(lines) + "."] if lines else []
 
 
-def benefit_figure(numbers: Mapping[str, Any]) -> Figure:
-    """Dice against the number of labels, a line per start; beside it the differences to the baseline."""
+def benefit_figure(
+    numbers: Mapping[str, Any], metric: str = "dice", title: str = "Dice", samples: str = "cases"
+) -> Figure:
+    """A metric against the number of labels, a line per start; beside it the differences to the baseline."""
     starts = list(numbers["starts"])
     figure = Figure(figsize=(10.5, 4.4), dpi=DPI, facecolor="white", layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -161,21 +168,21 @@ def benefit_figure(numbers: Mapping[str, Any]) -> Figure:
         cells = [cell_of(numbers, start, count) for count in numbers["num_labelled"]]
         shift = 1.025 ** (index - (len(starts) - 1) / 2)  # bars beside, not upon, each other
         style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-        draw_line(left, cells, [cell["dice"] for cell in cells], shift, start, style)
+        draw_line(left, cells, [cell[metric] for cell in cells], shift, start, style)
         for cell in cells:
-            values = 100 * np.array(list(cell["dice"]["by_seed"].values()))
+            values = 100 * np.array(list(cell[metric]["by_seed"].values()))
             x = np.full(len(values), cell["num_labelled"] * shift * 0.985)  # to the left of the bar
             left.plot(x, values, ls="none", ms=4.5, mew=0, alpha=0.4, **style)
         if index:
-            draw_line(right, cells, [cell["difference"]["dice"] for cell in cells], shift, start, style)
+            draw_line(right, cells, [cell["difference"][metric] for cell in cells], shift, start, style)
     right.axhline(0, color=COLOURS[0], lw=1)
-    left.set_title("Dice, %", loc="left", fontsize=10, weight="bold")
-    right.set_title(f"Dice minus that of {numbers['baseline']}, points", loc="left", fontsize=10, weight="bold")
+    left.set_title(f"{title}, %", loc="left", fontsize=10, weight="bold")
+    right.set_title(f"{title} minus that of {numbers['baseline']}, points", loc="left", fontsize=10, weight="bold")
     for axes in (left, right):
         axes.set_xscale("log")
         axes.set_xticks(numbers["num_labelled"], [str(count) for count in numbers["num_labelled"]])
         axes.set_xticks([], minor=True)
-        axes.set_xlabel("labelled cases; bars: 95 % interval over cases and seeds", fontsize=8.5)
+        axes.set_xlabel(f"labelled {samples}; bars: 95 % interval over {samples} and seeds", fontsize=8.5)
         axes.grid(alpha=0.2, lw=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     legend = left.legend(frameon=False, fontsize=8.5, loc="lower right")

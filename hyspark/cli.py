@@ -15,9 +15,11 @@ from typing import Any
 from tap import to_tap_class
 
 from hyspark.config import FinetuneConfig, PretrainConfig, nearest
+from hyspark.config_classify import ClassifyConfig
 from hyspark.flags import (
     BenefitArguments,
     CheckArguments,
+    ClassifyArguments,
     CompareArguments,
     DatalistArguments,
     EvaluateArguments,
@@ -87,6 +89,14 @@ def finetune(argv: Sequence[str]) -> None:
     """Fine-tune for segmentation (finetune_btcv.py)."""
     config = read_config(FinetuneConfig, "hyspark finetune", argv)
     from hyspark.engine.finetune import finetune as run
+
+    run(config)
+
+
+def finetune_classify(argv: Sequence[str]) -> None:
+    """Fine-tune for the classification of images (finetune_classify.py)."""
+    config = read_config(ClassifyConfig, "hyspark finetune_classify", argv)
+    from hyspark.engine.classify import finetune_classify as run
 
     run(config)
 
@@ -248,11 +258,24 @@ def predict(argv: Sequence[str]) -> None:
         sys.exit(1)
 
 
+def classify(argv: Sequence[str]) -> None:
+    """Write class probabilities for images, and scores where they lie in folders of the classes."""
+    args = parse(ClassifyArguments(prog="hyspark classify", allow_abbrev=False), argv)
+    from hyspark.class_scores import metrics_text
+    from hyspark.engine import classified as engine
+
+    summary = engine.classify(Path(args.weights), Path(args.images), Path(args.out), args.device)
+    if summary:
+        print(f"{metrics_text(summary['metrics'])} on {summary['protocol']['num_images']} images")
+    print(f"probabilities of each image: {Path(args.out) / 'predictions.csv'}")
+
+
 def benefit(argv: Sequence[str]) -> None:
     """Fine-tune from several starts at several numbers of labels, and report what pre-training gives."""
     parser = BenefitArguments(prog="hyspark benefit", allow_abbrev=False)
     args = parser.parse_args(list(argv), known_only=True)
-    base = read_config(FinetuneConfig, "hyspark benefit", args.extra_args, also=options(parser))
+    config_class: Any = {"segment": FinetuneConfig, "classify": ClassifyConfig}[args.task]
+    base = read_config(config_class, "hyspark benefit", args.extra_args, also=options(parser))
     from hyspark.engine import benefit as engine
 
     starts = engine.read_starts(args.starts)
@@ -261,7 +284,7 @@ def benefit(argv: Sequence[str]) -> None:
             base,
             Path(args.out),
             starts,
-            args.num_labelled,
+            engine.numbers_of(base, args.num_labelled, args.label_fractions),
             args.seeds,
             num_at_once=args.jobs,
             plan_only=args.plan,
@@ -278,12 +301,14 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "check": check,
     "pretrain": pretrain,
     "finetune": finetune,
+    "finetune_classify": finetune_classify,
     "weights": weights,
     "export": export,
     "phantom": phantom,
     "slices": slices,
     "evaluate": evaluate,
     "predict": predict,
+    "classify": classify,
     "compare": compare,
     "benefit": benefit,
 }
@@ -295,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: hyspark VERB [flags]; hyspark VERB --help lists the flags\n")
         for name, function in VERBS.items():
-            print(f"  {name:10s}{(function.__doc__ or '').strip()}")
+            print(f"  {name:19s}{(function.__doc__ or '').strip()}")
         sys.exit(0 if argv else 2)
     if argv[0] not in VERBS:
         print(

@@ -7,10 +7,11 @@ intervals. Distances are in mm, Dice and NSD shares of 1.
 import csv
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -42,6 +43,25 @@ class ScoredRun:
     seconds: float
 
 
+class AnyRun(Protocol):
+    """What comparisons ask of finished runs of all kinds."""
+
+    @property
+    def protocol(self) -> Mapping[str, Any]:
+        """How it was scored."""
+
+    @property
+    def steps(self) -> int:
+        """Of training."""
+
+    @property
+    def seconds(self) -> float:
+        """Of its training steps."""
+
+
+RunT = TypeVar("RunT", bound=AnyRun)
+
+
 def read_run(scores: Path, metrics: Path, crops_per_step: int) -> ScoredRun:
     """A run from its scores' folder (cases.csv, summary.json) and its metrics.jsonl. An organ that the truth of a case
     does not hold has no scores there.
@@ -66,8 +86,13 @@ def read_run(scores: Path, metrics: Path, crops_per_step: int) -> ScoredRun:
                     f"line, but {dict(row)} is not that ({error}); remove the run's folder to have it made again"
                 ) from error
     protocol = json.loads((scores / "summary.json").read_text())["protocol"]
+    return ScoredRun(found, protocol, *steps_and_seconds(metrics, crops_per_step))
+
+
+def steps_and_seconds(metrics: Path, samples_per_step: int) -> tuple[int, float]:
+    """Steps of a run and the seconds that they took, from its metrics.jsonl."""
     speeds = [line["samples_per_second"] for line in read_metrics(metrics) if line.get("samples_per_second")]
-    return ScoredRun(found, protocol, len(speeds), sum(crops_per_step / speed for speed in speeds))
+    return len(speeds), sum(samples_per_step / speed for speed in speeds)
 
 
 def compare(runs: Mapping[Place, ScoredRun], planned: Sequence[Place], starts: Mapping[str, str]) -> dict[str, Any]:
@@ -77,18 +102,34 @@ def compare(runs: Mapping[Place, ScoredRun], planned: Sequence[Place], starts: M
     with. A mean is over the seeds that are finished; a difference over those that are finished on both sides, and what
     that leaves out is named.
     """
+    keys = dict.fromkeys(key for run in runs.values() for key in run.scores["dice"])
+    cases, organs = (list(dict.fromkeys(key[i] for key in keys)) for i in (0, 1))
+    cells = partial(describe, cases=cases, organs=organs), partial(differ, cases=cases, organs=organs)
+    return tabulate(runs, planned, starts, *cells, cases=cases, organs=organs)
+
+
+def tabulate(
+    runs: Mapping[Place, RunT],
+    planned: Sequence[Place],
+    starts: Mapping[str, str],
+    describe: Callable[[Mapping[int, RunT]], dict[str, Any]],
+    differ: Callable[[Mapping[int, RunT], Mapping[int, RunT]], dict[str, Any]],
+    **more: Any,
+) -> dict[str, Any]:
+    """What comparisons of all kinds have in common: a cell for each start and number of labels, and what is missing.
+
+    describe: of the runs of a cell, by seed. differ: of such runs and those of the first start. more: goes along.
+    """
     baseline = next(iter(starts))
     names = [Place(*place) for place in planned]
     counts, seeds = (sorted({getattr(place, field) for place in names}) for field in ("num_labelled", "seed"))
-    keys = dict.fromkeys(key for run in runs.values() for key in run.scores["dice"])
-    cases, organs = (list(dict.fromkeys(key[i] for key in keys)) for i in (0, 1))
     cells = []
     for count in counts:
         for start in starts:
             own, other = ({s: runs[p] for s in seeds if (p := Place(n, count, s)) in runs} for n in (start, baseline))
-            cell = {"start": start, "num_labelled": count, "seeds": list(own)} | describe(own, cases, organs)
+            cell = {"start": start, "num_labelled": count, "seeds": list(own)} | describe(own)
             if start != baseline:
-                cell["difference"] = differ(own, other, cases, organs)
+                cell["difference"] = differ(own, other)
                 cell["pairs"] = [s for s in own if s in other]
                 cell["left_out"] = [s for s in seeds if (s in own) != (s in other)]
             cells.append(cell)
@@ -97,8 +138,7 @@ def compare(runs: Mapping[Place, ScoredRun], planned: Sequence[Place], starts: M
         "starts": dict(starts),
         "num_labelled": counts,
         "seeds": seeds,
-        "cases": cases,
-        "organs": organs,
+        **more,
         "planned": len(names),
         "finished": len(runs),
         "missing": [name_of(place) for place in names if place not in runs],
@@ -117,9 +157,13 @@ def describe(runs: Mapping[int, ScoredRun], cases: Sequence[str], organs: Sequen
             "by_seed": by_name(map(str, runs), seed_means(scores)),
             "by_organ": by_name(organs, organ_scores),
         }
-    found["steps"] = sorted({run.steps for run in runs.values()})
-    found["minutes"] = [round(run.seconds / 60, 2) for run in runs.values()]
-    return found
+    return found | budget(runs)
+
+
+def budget(runs: Mapping[int, AnyRun]) -> dict[str, Any]:
+    """Steps and minutes of runs."""
+    minutes = [round(run.seconds / 60, 2) for run in runs.values()]
+    return {"steps": sorted({run.steps for run in runs.values()}), "minutes": minutes}
 
 
 def differ(

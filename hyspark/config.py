@@ -67,12 +67,6 @@ class RunSettings:
     """
     dataloader_workers: int = -1
     """Loader processes per rank; -1 takes one per available core, at most 8; 0 loads in the main process."""
-    prepare_workers: int = 0
-    """Processes that prepare volumes; 0 takes one per available core."""
-    store_dir: str = ""
-    """Folder of prepared volumes, shared by all runs on the same data; by default `prepared` inside the data folder."""
-    crops_per_volume: int = 4
-    """Crops taken from each drawn volume."""
     dry_run: bool = False
     """Print the resolved settings, the data found and the size of the model, for pre-training also what the run will
     take in time, memory and disk (by short trial steps), then stop; nothing is written.
@@ -93,7 +87,19 @@ READ_BY = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(RunSettings, PrepareSettings, EncoderSettings):
+class VolumeSettings(RunSettings, PrepareSettings):
+    """What every training run on volumes has."""
+
+    prepare_workers: int = 0
+    """Processes that prepare volumes; 0 takes one per available core."""
+    store_dir: str = ""
+    """Folder of prepared volumes, shared by all runs on the same data; by default `prepared` inside the data folder."""
+    crops_per_volume: int = 4
+    """Crops taken from each drawn volume."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(VolumeSettings, EncoderSettings):
     """Masked pre-training (`train.py`, `hyspark pretrain`)."""
 
     exp_name: str = "debug"
@@ -176,8 +182,9 @@ class PretrainConfig(RunSettings, PrepareSettings, EncoderSettings):
 
     def __post_init__(self) -> None:
         check_run(self)
+        check_volumes(self)
         check_encoder(self)
-        positive(self, "bs", "ep", "crops_per_volume", "decoder_width", "probe_every", "slice_stride", "channels")
+        positive(self, "bs", "ep", "decoder_width", "probe_every", "slice_stride", "channels")
         positive(self, "head_width", "queue_size", "prototypes")
         not_negative(self, "wp_ep", "wd", "wde", "clip", "picture_every", "local_views")
         if self.probe_cases < 2:
@@ -238,7 +245,7 @@ class PretrainConfig(RunSettings, PrepareSettings, EncoderSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(RunSettings, PrepareSettings, EncoderSettings):
+class FinetuneConfig(VolumeSettings, EncoderSettings):
     """Fine-tuning for segmentation (`finetune_btcv.py`, `hyspark finetune`)."""
 
     data_dir: str = "data"
@@ -335,8 +342,9 @@ class FinetuneConfig(RunSettings, PrepareSettings, EncoderSettings):
 
     def __post_init__(self) -> None:
         check_run(self)
+        check_volumes(self)
         check_encoder(self)
-        positive(self, "max_epochs", "val_every", "batch_size", "crops_per_volume", "sw_batch_size", "in_channels")
+        positive(self, "max_epochs", "val_every", "batch_size", "sw_batch_size", "in_channels")
         positive(self, "accumulate", "label_fraction", "layer_decay", "background_weight", "decoder_width")
         not_negative(self, "warmup_epochs", "reg_weight", "clip", "out_channels")
         not_negative(self, "num_labelled", "steps_per_epoch", "freeze_epochs")
@@ -387,7 +395,7 @@ class FinetuneConfig(RunSettings, PrepareSettings, EncoderSettings):
 
 
 def check_run(config: Any) -> None:
-    """Checks of RunSettings and PrepareSettings; raises ValueError."""
+    """Checks of RunSettings; raises ValueError."""
     for name, hint in get_type_hints(type(config)).items():
         if get_origin(hint) is Literal:
             one_of(name, getattr(config, name), get_args(hint))
@@ -395,12 +403,18 @@ def check_run(config: Any) -> None:
         numbers = value if isinstance(value, tuple) else (value,)
         if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
             raise ValueError(f"{name} must be finite, but it is {value}")
-    not_negative(config, "seed", "max_steps", "save_every", "prepare_workers")
+    not_negative(config, "seed", "max_steps", "save_every")
     positive(config, "keep_last")
     if not 0 < config.encoder_lr_share <= 1:
         raise ValueError(f"encoder_lr_share must be above 0 and at most 1, but it is {config.encoder_lr_share}")
     if config.dataloader_workers < -1:
         raise ValueError(f"dataloader_workers is a count, or -1 for automatic; it is {config.dataloader_workers}")
+
+
+def check_volumes(config: VolumeSettings) -> None:
+    """Checks of VolumeSettings; raises ValueError."""
+    not_negative(config, "prepare_workers")
+    positive(config, "crops_per_volume")
     if min(config.spacing) <= 0:
         raise ValueError(f"spacing must be above 0 mm on each axis, but it is {config.spacing}")
     if config.hu_min >= config.hu_max:

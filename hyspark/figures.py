@@ -38,6 +38,7 @@ CURVES = {
     "Gradient norm": ["grad_norm"],
     "Samples per second": ["samples_per_second"],
     "Dice": ["dice_mean"],
+    "Classification": ["auc", "accuracy", "f1"],
 }
 ORGANS = {"Dice": "dice.", "Probe Dice": "probe."}  # panels that also show organs, by the beginning of their names
 
@@ -270,6 +271,8 @@ def draw_curves(axes: Axes, title: str, curves: Mapping[str, Curve], ink: str) -
             axes.plot(steps, values, "o", ms=4, mew=0, color=colour, label="validation", zorder=3)
         elif key in ("dice_mean", "probe_dice"):
             axes.plot(steps, values, ".-", lw=2.2, color=ink, label="mean", zorder=3)
+        elif title == "Classification":
+            axes.plot(steps, values, ".-", lw=1.4, color=colour, label=key)
         elif title in ORGANS:
             axes.plot(steps, values, ".-", lw=0.9, ms=3, color=colour, label=key.removeprefix(ORGANS[title]))
         elif key == "lr":

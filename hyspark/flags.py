@@ -117,6 +117,22 @@ class PredictArguments(SegmentArguments):
         self.add_argument("inputs", nargs="+")
 
 
+class ClassifyArguments(Tap):
+    """Write predictions.csv for the images below a folder; where its folders are the classes, cases.csv, summary.json
+    and the most confident mistakes, too.
+    """
+
+    weights: str  # best.pth of a run of finetune_classify, or its run folder
+    images: str  # Folder with images
+    out: str  # Folder to write to
+    device: str = "auto"  # auto takes a GPU where there is one
+
+    def configure(self) -> None:
+        self.add_argument("weights")
+        self.add_argument("images")
+        self.add_argument("--device", choices=get_args(get_type_hints(RunSettings)["device"]))
+
+
 class PhantomArguments(Tap):
     """Write procedural labelled and unlabelled CTs in nnU-Net layout, to try things with."""
 
@@ -156,12 +172,15 @@ class CompareArguments(Tap):
 
 class BenefitArguments(Tap):
     """Does pre-training pay? Fine-tune from several starts with the same seeds, cases and budget, and report what
-    differs. Flags of `hyspark finetune` (--config, --data_dir, --max_steps, ...) go to all runs.
+    differs. Flags of `hyspark finetune` (--config, --data_dir, --max_steps, ...), or with --task classify those of
+    `hyspark finetune_classify`, go to all runs.
     """
 
     out: str  # Folder of the runs and the report; the same command on it continues
     starts: list[str]  # NAME=FILE, or NAME=none for one from scratch; the others are compared with the first
-    num_labelled: list[int]  # Numbers of labelled training cases
+    task: Literal["segment", "classify"] = "segment"  # What is fine-tuned for
+    num_labelled: tuple[int, ...] = ()  # Numbers of labelled training cases
+    label_fractions: tuple[float, ...] = ()  # Shares of the training cases, in place of their numbers
     seeds: tuple[int, ...] = (0, 1, 2)  # Seeds; each draws its labelled cases, batches and fresh weights
     jobs: int = 1  # Runs side by side
     plan: bool = False  # Print the runs and which are finished; run nothing

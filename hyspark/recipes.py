@@ -13,8 +13,10 @@ from docstring_parser import parse_from_object
 
 from hyspark.atomic import write_whole
 from hyspark.config import FinetuneConfig, PretrainConfig, nearest
+from hyspark.config_classify import ClassifyConfig
 
-ConfigT = TypeVar("ConfigT", PretrainConfig, FinetuneConfig)
+Config = PretrainConfig | FinetuneConfig | ClassifyConfig
+ConfigT = TypeVar("ConfigT", PretrainConfig, FinetuneConfig, ClassifyConfig)
 
 
 def field_help(config_class: type) -> dict[str, str]:
@@ -84,12 +86,12 @@ def coerce(value: Any, hint: Any) -> Any:
     return value
 
 
-def write_yaml(config: PretrainConfig | FinetuneConfig, path: Path) -> None:
+def write_yaml(config: Config, path: Path) -> None:
     """Write every field, so that `--config` on the file gives the same settings."""
     write_whole(path, yaml.safe_dump(as_plain(config), sort_keys=False).encode())
 
 
-def as_plain(config: PretrainConfig | FinetuneConfig) -> dict[str, Any]:
+def as_plain(config: Config) -> dict[str, Any]:
     """The fields as plain values, tuples as lists."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
 
@@ -118,7 +120,7 @@ only move files.
 """
 
 
-def differences(old: Mapping[str, Any], config: PretrainConfig | FinetuneConfig) -> list[str]:
+def differences(old: Mapping[str, Any], config: Config) -> list[str]:
     """Settings that forbid continuing a run, one line each: 'name: was X, is Y'. A field that is not in `old` had
     its default.
     """

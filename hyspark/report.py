@@ -94,13 +94,14 @@ def write_report(
     summary: Mapping[str, str],
     dice: Mapping[str, Mapping[str, float]] | None = None,
     scores: Mapping[str, Path] | None = None,
+    sections: Mapping[str, Sequence[str]] | None = None,
 ) -> Path:
     """Write `run_folder`/report.html and return its path: one file that needs no script and no other file.
 
     It shows `summary` as cards at the top, `dice` (run -> organ -> Dice) as in `dice_table`, `scores` (heading ->
-    folder of scores: table, protocol, pictures), curves from metrics.jsonl, the pictures of the last three epochs
-    and the first (pictures/epoch_0010_NAME.png) and those named otherwise, `config` (may be nested) and
-    `environment`. Metrics and pictures may be missing.
+    folder of scores: table, protocol, pictures), `sections` (heading -> parts that are HTML), curves from
+    metrics.jsonl, the pictures of the last three epochs and the first (pictures/epoch_0010_NAME.png) and those named
+    otherwise, `config` (may be nested) and `environment`. Metrics and pictures may be missing.
     Raises FileNotFoundError when there is no such folder, ValueError when metrics.jsonl is damaged.
     """
     run_folder = Path(run_folder)
@@ -111,6 +112,8 @@ def write_report(
         body += ["<h2>Dice</h2>", table(dice_rows(dice, difference=False), "numbers", header=True)]
     for heading, folder in (scores or {}).items():
         body += [f"<h2>{escape(heading)}</h2>", *scores_html(folder)]
+    for heading, parts in (sections or {}).items():
+        body += [f"<h2>{escape(heading)}</h2>", *parts]
     body += ["<h2>Curves</h2>", curves_html(run_folder / "metrics.jsonl")]
     body += ["<h2>Pictures</h2>", *pictures_html(run_folder / "pictures")]
     for name, mapping in (("Configuration", config), ("Environment", environment)):

@@ -17,8 +17,9 @@ seeds); 99 % where neither does and only pairs scatter. With one seed it holds f
 other data sets, recipes or pre-trainings.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -66,12 +67,30 @@ def interval(scores: np.ndarray, *, num_resamples: int = NUM_RESAMPLES, seed: in
     if scores.ndim != 3:
         raise ValueError(f"expected (seeds, cases, organs), got shape {scores.shape}")
     num_seeds, num_cases, _ = scores.shape
-    if np.isnan(scores).all():
+    measure = partial(resampled_means, scores)
+    return estimate(measure, num_seeds, num_cases, num_resamples=num_resamples, seed=seed)
+
+
+def estimate(
+    measure: Callable[[np.ndarray], np.ndarray],
+    num_seeds: int,
+    num_cases: int,
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """Mean over seeds of any measure of cases with its bootstrap interval, as in `interval`.
+
+    measure: how often each case comes, (resamples, cases) -> the measure of each seed, (resamples, seeds); NaN where it
+    is not defined.
+    """
+    of_all = measure(np.ones((1, num_cases))) if num_seeds else np.full((1, 1), np.nan)
+    if np.isnan(of_all).all():
         return Estimate(np.nan, np.nan, np.nan)
-    means = seed_means(scores)
-    drawn = resampled_means(scores, *draws(num_seeds, num_cases, num_resamples, seed))
+    seeds, cases = draws(num_seeds, num_cases, num_resamples, seed)
+    drawn = weighted_mean(measure(cases), seeds)
     low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(float(np.nanmean(means)), float(low), float(high))
+    return Estimate(float(np.nanmean(of_all)), float(low), float(high))
 
 
 @lru_cache(maxsize=4)  # a report asks for the same ones hundreds of times
@@ -85,15 +104,15 @@ def draws(num_seeds: int, num_cases: int, num_resamples: int, seed: int) -> tupl
     return seeds, cases
 
 
-def resampled_means(scores: np.ndarray, seeds: np.ndarray, cases: np.ndarray) -> np.ndarray:
-    """The mean in each resample, (resamples,).
+def resampled_means(scores: np.ndarray, cases: np.ndarray) -> np.ndarray:
+    """The mean of each seed in each resample of the cases, (resamples, seeds).
 
-    scores: (seeds, cases, organs). seeds, cases: of `draws`.
+    scores: (seeds, cases, organs). cases: of `draws`.
     """
     held = ~np.isnan(scores)
     sums, counts = (np.einsum("rc,sco->rso", cases, x, optimize=True) for x in (np.where(held, scores, 0), held * 1.0))
     organs = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
-    return weighted_mean(weighted_mean(organs, np.ones(organs.shape[-1])), seeds)
+    return weighted_mean(organs, np.ones(organs.shape[-1]))
 
 
 def weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import inspect
 import re
 from pathlib import Path
 
@@ -12,15 +13,23 @@ from hypothesis import strategies as st
 
 import hyspark.config
 from hyspark.config import FinetuneConfig, PretrainConfig, nearest
+from hyspark.config_classify import ClassifyConfig
 from hyspark.recipes import MAY_CHANGE, as_plain, differences, field_help, read_yaml, write_yaml
 
 PACKAGE = Path(hyspark.config.__file__).parent
 RECIPES = sorted((PACKAGE.parent / "configs").rglob("*.yaml"))
-CLASSES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
-OTHER_ENGINE = {PretrainConfig: ("finetune.py", "evaluate.py"), FinetuneConfig: ("pretrain.py",)}
+VOLUMES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+CLASSES = VOLUMES | {"finetune_classify": ClassifyConfig}
+CLASSIFYING = ("classify.py", "classified.py", "labelled_images.py")
+OTHER_ENGINE = {
+    PretrainConfig: ("finetune.py", "evaluate.py", *CLASSIFYING),
+    FinetuneConfig: ("pretrain.py", *CLASSIFYING),
+    ClassifyConfig: ("finetune.py", "evaluate.py", "pretrain.py", "labelled.py", "inference.py", "prepared.py"),
+}
 CONFIG_NAMES = ("config", "settings")
 
-both = pytest.mark.parametrize("config_class", CLASSES.values(), ids=CLASSES)
+every = pytest.mark.parametrize("config_class", CLASSES.values(), ids=CLASSES)
+both = pytest.mark.parametrize("config_class", VOLUMES.values(), ids=VOLUMES)
 
 
 def recipe(folder: Path, text: str) -> Path:
@@ -47,7 +56,7 @@ def attributes_read(tree: ast.AST, names: tuple[str, ...]) -> set[str]:
 def properties_of(config_class: type) -> list[ast.FunctionDef]:
     (tree,) = (
         n
-        for n in ast.parse((PACKAGE / "config.py").read_text()).body
+        for n in ast.parse(inspect.getsource(inspect.getmodule(config_class))).body
         if getattr(n, "name", "") == config_class.__name__
     )
     return [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.decorator_list]
@@ -58,7 +67,8 @@ def properties_of(config_class: type) -> list[ast.FunctionDef]:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_loads(path):
-    config_class = CLASSES[path.stem.split("_")[0]]
+    is_classification = "finetune_classify.py --config" in path.read_text()
+    config_class = ClassifyConfig if is_classification else VOLUMES[path.stem.split("_")[0]]
     values = read_yaml(path, config_class)
     assert values
     config_class(**values)
@@ -69,12 +79,12 @@ def test_there_are_recipes():
     assert RECIPES
 
 
-@both
+@every
 def test_every_field_is_read(config_class):
     """A field that nothing outside validation reads would be accepted and ignored."""
     read: set[str] = set()
     for path in PACKAGE.rglob("*.py"):
-        if path.name != "config.py" and path.name not in OTHER_ENGINE[config_class]:
+        if path.name not in ("config.py", "config_classify.py") and path.name not in OTHER_ENGINE[config_class]:
             read |= attributes_read(ast.parse(path.read_text()), CONFIG_NAMES)
     for function in properties_of(config_class):
         if function.name in read:
@@ -82,14 +92,14 @@ def test_every_field_is_read(config_class):
     assert names_of(config_class) - read == set()
 
 
-@both
+@every
 def test_every_field_has_a_help_text(config_class):
     texts = field_help(config_class)
     assert set(texts) == names_of(config_class)
     assert [name for name, text in texts.items() if len(text.strip()) < 10] == []
 
 
-@both
+@every
 def test_defaults_are_valid_frozen_and_plain(config_class):
     config = config_class()
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -99,7 +109,7 @@ def test_defaults_are_valid_frozen_and_plain(config_class):
 
 
 def test_names_that_may_change_exist():
-    assert names_of(PretrainConfig) | names_of(FinetuneConfig) >= MAY_CHANGE
+    assert set().union(*map(names_of, CLASSES.values())) >= MAY_CHANGE
 
 
 def test_published_defaults():
@@ -110,6 +120,9 @@ def test_published_defaults():
     assert (config.spacing, config.hu_min, config.hu_max) == ((1.5, 1.5, 1.5), -175, 250)
     assert (config.flip_prob, config.crops_per_volume) == ((0.2, 0.2, 0.1), 4)
     fine = FinetuneConfig()
+    study = ClassifyConfig()
+    assert (study.optimizer, study.optim_lr, study.reg_weight, study.batch_size) == ("adam", 1e-4, 5e-4, 64)
+    assert (study.max_epochs, study.freeze_epochs, study.lrschedule) == (70, 10, "constant")
     assert (fine.optim_lr, fine.reg_weight, fine.warmup_epochs, fine.infer_overlap) == (1e-4, 1e-5, 50, 0.5)
     assert fine.crop_size == (96, 96, 96)
 
@@ -206,8 +219,11 @@ WRONG_RUN = [
     ({"encoder_lr_share": 0.0}, "encoder_lr_share must be above 0 and at most 1"),
     ({"encoder_lr_share": 2.0}, "encoder_lr_share must be above 0 and at most 1"),
     ({"save_every": -1}, "save_every must not be negative"),
-    ({"prepare_workers": -1}, "prepare_workers must not be negative"),
     ({"dataloader_workers": -2}, "dataloader_workers is a count, or -1"),
+    ({"clip": -1.0}, "clip must not be negative"),
+]
+WRONG_VOLUMES = [
+    ({"prepare_workers": -1}, "prepare_workers must not be negative"),
     ({"crops_per_volume": 0}, "crops_per_volume must be above 0"),
     ({"spacing": (1.5, 0.0, 1.5)}, "spacing must be above 0 mm"),
     ({"hu_min": 250.0}, "hu_min must lie below hu_max"),
@@ -220,7 +236,6 @@ WRONG_RUN = [
     ({"encoder_widths": (32, 64, 128, 256, 64), "num_heads": 8}, "multiple of 6"),
     ({"vit_depth": 0}, "vit_depth must be above 0"),
     ({"num_heads": 0}, "num_heads must be above 0"),
-    ({"clip": -1.0}, "clip must not be negative"),
     ({"val_fraction": 1.0}, "val_fraction must be at least 0 and below 1"),
     ({"val_fraction": -0.1}, "val_fraction must be at least 0 and below 1"),
     ({"flip_prob": (0.0, 0.5, 1.1)}, "flip_prob must be probabilities"),
@@ -285,7 +300,28 @@ WRONG_FINETUNE = [
     ({"left_right": ("a=",)}, "left_right takes pairs such as"),
     ({"roi_x": 64}, "roi_x equal to roi_y, but they are 64 and 96.*rot90_prob to 0"),
 ]
+WRONG_CLASSIFY = [
+    ({"model": "resnet50"}, "model must be timm/NAME or torchvision/NAME"),
+    ({"model": "tim/resnet50"}, "not 'tim/resnet50'; did you mean timm"),
+    ({"channels": 2}, "channels must be 1 or 3"),
+    ({"mean": (0.5, 0.5)}, "mean takes one number, or one per channel"),
+    ({"channels": 1, "std": (1.0, 1.0, 1.0)}, "std takes one number, or one per channel"),
+    ({"std": (0.0,)}, "std must be above 0"),
+    ({"num_labelled": 5, "label_fraction": 0.5}, "say the same in two ways"),
+    ({"label_fraction": 1.5}, "label_fraction and layer_decay are at most 1"),
+    ({"optimizer": "sgd"}, "optimizer must be one of adam, adamw"),
+    ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1"),
+    ({"ema_decay": 1.0}, "ema_decay must be at least 0 and below 1"),
+    ({"crop_scale": (0.9, 0.5)}, "crop_scale must be two rising shares"),
+    ({"crop_scale": (0.0, 0.5)}, "crop_scale must be two rising shares"),
+    ({"flip_prob": 1.5}, "flip_prob must be probabilities"),
+    ({"batch_size": 5, "mixup": 0.1}, "batch_size must be even"),
+    ({"mixup": -0.1}, "mixup must not be negative"),
+    ({"input_size": 0}, "input_size must be above 0"),
+]
 WRONG = [(c, *case) for c in CLASSES.values() for case in WRONG_RUN]
+WRONG += [(c, *case) for c in VOLUMES.values() for case in WRONG_VOLUMES]
+WRONG += [(ClassifyConfig, *case) for case in WRONG_CLASSIFY]
 WRONG += [(PretrainConfig, *case) for case in WRONG_PRETRAIN] + [(FinetuneConfig, *case) for case in WRONG_FINETUNE]
 
 
@@ -301,6 +337,7 @@ def test_settings_at_the_edge_are_accepted():
     )
     FinetuneConfig(infer_overlap=0.0, out_channels=2, warmup_epochs=0, rot90_prob=1.0, intensity_prob=0.0)
     FinetuneConfig(roi_x=64, rot90_prob=0.0)
+    ClassifyConfig(mean=(0.5, 0.5, 0.5), crop_scale=(1.0, 1.0), freeze_epochs=0, reg_weight=0.0, rotate_degrees=0.0)
 
 
 def test_nearest():
@@ -319,7 +356,7 @@ def test_differences_name_what_forbids_continuing():
     assert differences(old, changed) == ["input_size: was [96], is [48]", "base_lr: was 0.0001, is 0.0002"]
 
 
-@both
+@every
 def test_only_named_fields_may_change(config_class):
     old = as_plain(config_class())
     for name in names_of(config_class):

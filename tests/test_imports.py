@@ -10,7 +10,7 @@ import hyspark
 
 PACKAGE = Path(hyspark.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
-SCRIPTS = [PACKAGE.parent / name for name in ("generate_js.py", "train.py", "finetune_btcv.py")]
+SCRIPTS = [PACKAGE.parent / name for name in ("generate_js.py", "train.py", "finetune_btcv.py", "finetune_classify.py")]
 COMMAND_LINE = ("hyspark.cli", "argparse", "tap")
 CUDA_ALLOWED = {
     "engine/distributed.py": None,  # the one place that knows devices

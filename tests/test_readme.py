@@ -8,10 +8,16 @@ import pytest
 
 from hyspark import cli
 from hyspark.config import FinetuneConfig, PretrainConfig
+from hyspark.config_classify import ClassifyConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "data/README.md", "ckpt/README.md")]
-SCRIPTS = {"generate_js.py": "datalist", "train.py": "pretrain", "finetune_btcv.py": "finetune"}
+SCRIPTS = {
+    "generate_js.py": "datalist",
+    "train.py": "pretrain",
+    "finetune_btcv.py": "finetune",
+    "finetune_classify.py": "finetune_classify",
+}
 
 
 def commands():
@@ -33,7 +39,16 @@ def commands():
 
 def test_the_pages_show_commands():
     verbs = {verb for verb, _ in commands()}
-    assert {"datalist", "pretrain", "finetune", "weights", "evaluate", "predict", "benefit"} <= verbs
+    assert {
+        "datalist",
+        "pretrain",
+        "finetune",
+        "weights",
+        "evaluate",
+        "predict",
+        "benefit",
+        "finetune_classify",
+    } <= verbs
 
 
 @pytest.mark.parametrize(("verb", "argv"), commands())
@@ -43,9 +58,11 @@ def test_every_command_shown_has_flags_that_exist(verb, argv, monkeypatch):
         cli.read_config(PretrainConfig, verb, argv)
     elif verb == "finetune":
         cli.read_config(FinetuneConfig, verb, argv)
+    elif verb == "finetune_classify":
+        cli.read_config(ClassifyConfig, verb, argv)
     elif verb == "benefit":
         args = cli.BenefitArguments(allow_abbrev=False).parse_args(argv, known_only=True)
-        cli.read_config(FinetuneConfig, verb, args.extra_args)
+        cli.read_config({"segment": FinetuneConfig, "classify": ClassifyConfig}[args.task], verb, args.extra_args)
     else:
         arguments = {
             "datalist": cli.DatalistArguments,
@@ -55,6 +72,7 @@ def test_every_command_shown_has_flags_that_exist(verb, argv, monkeypatch):
             "slices": cli.SlicesArguments,
             "evaluate": cli.EvaluateArguments,
             "predict": cli.PredictArguments,
+            "classify": cli.ClassifyArguments,
         }
         cli.parse(arguments[verb](allow_abbrev=False), argv)
 

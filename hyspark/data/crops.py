@@ -22,7 +22,7 @@ from monai.transforms import (
 
 from hyspark.data.store import StoredVolume
 
-STREAMS = ("order", "crop", "mask", "validation-crop", "validation-mask", "weights", "labelled")
+STREAMS = ("order", "crop", "mask", "validation-crop", "validation-mask", "weights", "labelled", "step")
 """Independent sources of randomness in a run; a new one goes to the end, so that the others stay as they are."""
 
 

@@ -11,30 +11,28 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from hyspark.atomic import write_json
-from hyspark.benefit_page import write_benefit
-from hyspark.comparison import SCORE_FILES, Place, compare, name_of, read_run
+from hyspark.comparison import SCORE_FILES, Place, name_of
 from hyspark.config import FinetuneConfig
+from hyspark.config_classify import ClassifyConfig
 from hyspark.data.prepare import available_cores
-from hyspark.engine.distributed import Processes
-from hyspark.engine.finetune import build, last_file
-from hyspark.engine.held_out import prepare_held_out
+from hyspark.engine import classify_benefit, segment_benefit
+from hyspark.engine.compared import Kind
 from hyspark.engine.jobs import Job, last_step, run_jobs
-from hyspark.engine.labelled import find_cases, label_fault
-from hyspark.engine.prepared import usable
-from hyspark.models.weights import load_pretrained
 from hyspark.recipes import as_plain, differences, read_yaml, write_yaml
+
+Config = FinetuneConfig | ClassifyConfig
+KINDS: dict[type, Kind] = {FinetuneConfig: segment_benefit.KIND, ClassifyConfig: classify_benefit.KIND}
+"""What is compared, by the class of its settings."""
 
 GIVEN = {"logdir": "out", "pretrained": "starts", "seed": "seeds", "num_labelled": "num_labelled", "dry_run": "plan"}
 """Settings of a run that the comparison gives, and the flag that says them."""
 FIXED = ("max_steps", "test_dir")
 """Settings that a run may be continued with, but that must be the same in all runs of a comparison."""
-COMMAND = (sys.executable, "-c", "from hyspark.cli import main; main()", "finetune", "--config")
+COMMAND = (sys.executable, "-c", "from hyspark.cli import main; main()")
 
 
 @dataclass(frozen=True)
@@ -42,12 +40,17 @@ class PlannedRun:
     """A run of the comparison."""
 
     place: Place
-    config: FinetuneConfig
+    config: Any
+
+    @property
+    def kind(self) -> Kind:
+        """Segmentation or classification."""
+        return KINDS[type(self.config)]
 
     @property
     def scores(self) -> Path:
-        """Where its scores lie: of the cases in test_dir where there is one, else of the validation cases."""
-        return self.config.run_folder / ("scores_test" if self.config.test_dir else "scores")
+        """Where its scores lie: of the test part where there is one, else of the validation part."""
+        return self.kind.scores(self.config)
 
     @property
     def is_finished(self) -> bool:
@@ -62,14 +65,15 @@ class PlannedRun:
 
     def changes(self) -> list[str]:
         """Settings of its folder that differ from those wanted now."""
-        old = FinetuneConfig(**read_yaml(self.config.run_folder / "config.yaml", FinetuneConfig))
+        config_class = type(self.config)
+        old = config_class(**read_yaml(self.config.run_folder / "config.yaml", config_class))
         fixed = [(name, getattr(old, name), getattr(self.config, name)) for name in FIXED]
         found = differences(as_plain(old), self.config) + [f"{n}: was {a}, is {b}" for n, a, b in fixed if a != b]
         return list(dict.fromkeys(found))
 
 
 def benefit(
-    base: FinetuneConfig,
+    base: Config,
     out: Path,
     starts: Mapping[str, str],
     num_labelled: Sequence[int],
@@ -92,11 +96,19 @@ def benefit(
         return []
     todo = [run for run in runs if not run.is_finished]
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished; output in {out / 'runs'}/*/log.txt")
+    kind, defaults = KINDS[type(base)], as_plain(type(base)())
     if todo:
-        check_data(todo, starts)
+        kind.check_data([run.config for run in todo], starts)
     write_json(out / "starts.json", digests)
-    failed = run_jobs([job(run) for run in todo], num_at_once, lambda: make_report(runs, out, starts, digests))
-    make_report(runs, out, starts, digests)
+    recipe = {k: v for k, v in as_plain(runs[0].config).items() if k not in GIVEN and v != defaults[k]}
+    scored_on = "test" if runs[0].scores.name.endswith("test") else "validation"
+    more = {
+        "scored_on": scored_on,
+        "recipe": recipe,
+        "digests": {name: digests[name] for name in starts if name in digests},
+    }
+    failed = run_jobs([job(run) for run in todo], num_at_once, lambda: make_report(kind, runs, out, starts, more))
+    make_report(kind, runs, out, starts, more)
     print(f"report {out / 'benefit.md'}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return failed
 
@@ -117,8 +129,23 @@ def read_starts(words: Sequence[str]) -> dict[str, str]:
     return starts
 
 
+def numbers_of(base: Config, num_labelled: Sequence[int], fractions: Sequence[float]) -> list[int]:
+    """Numbers of labelled cases: as given, or those that are so large a share of the training cases.
+
+    Raises ValueError where both are given, or none, or a share is none.
+    """
+    if bool(num_labelled) == bool(fractions):
+        raise ValueError("name the numbers of labelled cases by one of --num_labelled and --label_fractions")
+    if not fractions:
+        return list(num_labelled)
+    if not 0 < min(fractions) <= max(fractions) <= 1:
+        raise ValueError(f"--label_fractions are above 0 and at most 1, but got {list(fractions)}")
+    num = KINDS[type(base)].num_training(base)
+    return [max(1, round(fraction * num)) for fraction in fractions]
+
+
 def plan(
-    base: FinetuneConfig,
+    base: Config,
     out: Path,
     starts: Mapping[str, str],
     num_labelled: Sequence[int],
@@ -129,7 +156,7 @@ def plan(
 
     Raises ValueError for settings that do not fit.
     """
-    defaults = FinetuneConfig()
+    defaults = type(base)()
     for name, flag in GIVEN.items():
         if getattr(base, name) != getattr(defaults, name):
             raise ValueError(f"{name} is given to each run of a comparison by --{flag}; take it out of the recipe")
@@ -146,7 +173,7 @@ def plan(
     return [PlannedRun(place, settings(base, out, place, starts[place.start])) for place in places]
 
 
-def settings(base: FinetuneConfig, out: Path, place: Place, weights: str) -> FinetuneConfig:
+def settings(base: Config, out: Path, place: Place, weights: str) -> Config:
     """The settings of one run."""
     folder = str(out / "runs" / name_of(place))
     return replace(base, logdir=folder, pretrained=weights, seed=place.seed, num_labelled=place.num_labelled)
@@ -156,7 +183,7 @@ def check_folders(runs: Sequence[PlannedRun]) -> None:
     """Raises ValueError where a run's folder holds weights or scores that were made with other settings."""
     for run in runs:
         folder = run.config.run_folder
-        is_used = last_file(run.config).is_file() or run.scores.is_dir()
+        is_used = (folder / "last.pth").is_file() or run.scores.is_dir()
         if is_used and run.has_settings and run.changes():
             raise ValueError(
                 f"{folder} holds a run with other settings; name another --out, or use the same to continue:\n  "
@@ -185,28 +212,12 @@ def check_weights(out: Path, starts: Mapping[str, str]) -> dict[str, str]:
     return digests
 
 
-def check_data(runs: Sequence[PlannedRun], starts: Mapping[str, str]) -> None:
-    """Look at the data and load each start once, and prepare the volumes, which runs side by side would all make.
-
-    Raises ValueError or FileNotFoundError for data or weights that do not fit.
-    """
-    largest = {run.config.seed: run.config for run in sorted(runs, key=lambda run: run.config.num_labelled)}
-    found = [(config, *find_cases(config)) for config in largest.values()]
-    config, _, _, names = found[0]
-    for name, weights in starts.items():
-        if weights != "none":
-            print(f"start {name}: {weights}\n{load_pretrained(build(config, len(names)), weights)}")
-    here = Processes(torch.device("cpu"))
-    for config, training, validation, _ in found:
-        usable(config, here, Path(config.data_dir), training, validation, None, partial(label_fault, names=names))
-    prepare_held_out(config, here, names)
-
-
 def job(run: PlannedRun) -> Job:
     """The process that makes a run, from the settings that it leaves in the run's folder."""
     recipe = run.config.run_folder / "config.yaml"
     write_yaml(run.config, recipe)
-    return Job(name_of(run.place), [*COMMAND, str(recipe)], run.config.run_folder, lambda: run.is_finished)
+    command = [*COMMAND, run.kind.verb, "--config", str(recipe)]
+    return Job(name_of(run.place), command, run.config.run_folder, lambda: run.is_finished)
 
 
 def state(run: PlannedRun) -> str:
@@ -215,21 +226,9 @@ def state(run: PlannedRun) -> str:
     return "finished" if run.is_finished else f"begun, at{step}" if step else "to do"
 
 
-def make_report(runs: Sequence[PlannedRun], out: Path, starts: Mapping[str, str], digests: Mapping[str, str]) -> None:
-    """Write the report of what is finished."""
-    base = runs[0].config
-    crops = base.batch_size * base.crops_per_volume
-    scored = {
-        run.place: read_run(run.scores, run.config.run_folder / "metrics.jsonl", crops)
-        for run in runs
-        if run.is_finished
-    }
-    defaults = as_plain(FinetuneConfig())
-    recipe = {k: v for k, v in as_plain(base).items() if k not in GIVEN and v != defaults[k]}
-    numbers = compare(scored, [run.place for run in runs], starts)
-    write_benefit(
-        out,
-        numbers
-        | {"scored_on": "test" if base.test_dir else "validation", "recipe": recipe}
-        | {"digests": {name: digests[name] for name in starts if name in digests}},
-    )
+def make_report(
+    kind: Kind, runs: Sequence[PlannedRun], out: Path, starts: Mapping[str, str], more: Mapping[str, Any]
+) -> None:
+    """Write the report of what is finished. more: goes along with the numbers."""
+    finished = {run.place: run.config for run in runs if run.is_finished}
+    kind.report(out, finished, [run.place for run in runs], starts, more)

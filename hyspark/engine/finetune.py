@@ -97,7 +97,7 @@ def finetune(config: FinetuneConfig) -> Path:
             config.max_epochs,
             state,
             left_out=found.left_out,
-            layer_decay=config.layer_decay,
+            make_optimizer=partial(optim.adamw, layer_decay=config.layer_decay, encoder_share=config.encoder_lr_share),
             freezes=config.freeze_epochs > 0,
         )
         if stopped:

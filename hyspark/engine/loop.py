@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,9 +23,9 @@ from hyspark.data.loading import Batch, loading, make_loader
 from hyspark.engine import checkpoint, distributed, optim
 from hyspark.engine.checkpoint import full_disk_explained
 from hyspark.engine.distributed import LOG, Processes
-from hyspark.engine.run import Config, RunLog
+from hyspark.engine.run import RunLog
 from hyspark.engine.signals import AskedToStop, Requests
-from hyspark.recipes import as_plain
+from hyspark.recipes import Config, as_plain
 
 LEAST_SCALE = 1.0
 """Of fp16's losses; what is not finite at this scale is not finite because of it."""
@@ -117,19 +118,19 @@ def start_run(
     state: dict[str, Any] | None,
     *,
     left_out: Sequence[str] = (),
-    layer_decay: float = 1.0,
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
     freezes: bool = False,
 ) -> Run:
     """Put the model on its device, make its optimizer, and continue from `state` where there is one.
 
-    layer_decay: of `optim.parameter_groups`. freezes: whether some weights stay as they are for a while.
+    make_optimizer: from the model, on its device and wrapped, in groups as `optim.parameter_groups` has them; AdamW by
+    default. freezes: whether some weights stay as they are for a while.
     """
     if state:
         model.load_state_dict(state["model"])
     model = distributed.share_gradients(model, processes, some_unused=freezes)
-    groups = optim.parameter_groups(model, layer_decay, config.encoder_lr_share)
-    # Its rates are set at every step. Fused: one pass over the weights.
-    optimizer = torch.optim.AdamW(groups, fused=True)
+    make_optimizer = make_optimizer or partial(optim.adamw, encoder_share=config.encoder_lr_share)
+    optimizer = make_optimizer(model)
     scaler = distributed.loss_scaler(processes, config.precision)
     if state:
         optimizer.load_state_dict(state["optimizer"])

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -27,20 +28,35 @@ def weight_decay(step: int, *, start: float, end: float, total: int) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def parameter_groups(model: nn.Module, layer_decay: float = 1.0, encoder_share: float = 1.0) -> list[dict[str, object]]:
+def adamw(model: nn.Module, layer_decay: float = 1.0, encoder_share: float = 1.0) -> torch.optim.Optimizer:
+    """AdamW over `parameter_groups`; its rates are set at every step. Fused: one pass over the weights."""
+    return torch.optim.AdamW(parameter_groups(model, layer_decay, encoder_share), fused=True)
+
+
+def parameter_groups(
+    model: nn.Module,
+    layer_decay: float = 1.0,
+    encoder_share: float = 1.0,
+    layers: Mapping[str, int | None] | None = None,
+) -> list[dict[str, object]]:
     """Groups of parameters with one weight decay and one learning rate: norms, biases and tokens are spared the decay.
 
     encoder_share: learning rate of the encoder as a share of that of the rest. layer_decay: below 1, each layer of the
     encoder learns that much more slowly than the one above it (layer-wise decay, as usual in fine-tuning; Clark et al.,
-    "ELECTRA", ICLR 2020).
+    "ELECTRA", ICLR 2020). layers: place of each parameter in the encoder, None where it is not of it; by default as in
+    this package's own networks.
     """
     named = list(model.named_parameters())
-    layers = {name: encoder_layer(name) for name, _ in named}
+    if layers is None:
+        layers = {name: encoder_layer(name) for name, _ in named}
+        encoder = {name for name, _ in named if re.search(r"\b(embeddings|mae|backbone)\.", name)}
+    else:
+        encoder = {name for name, layer in layers.items() if layer is not None}
     num = 1 + max((layer for layer in layers.values() if layer is not None), default=-1)
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in named:
         layer = layers[name]
-        share = encoder_share if re.search(r"\b(embeddings|mae|backbone)\.", name) else 1.0
+        share = encoder_share if name in encoder else 1.0
         if layer is not None:
             share *= layer_decay ** (num - layer)
         decays = parameter.ndim > 1 and not name.endswith("mask_token")

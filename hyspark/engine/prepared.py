@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hyspark.config import VolumeSettings
 from hyspark.data.cases import Case
 from hyspark.data.prepare import is_there, prepare_missing, stored, unusable
 from hyspark.data.store import StoredVolume, is_complete
 from hyspark.engine import distributed
 from hyspark.engine.distributed import LOG, Processes
-from hyspark.engine.run import Config
 from hyspark.engine.storage import survey
 
 GB = 10**9
@@ -25,12 +25,12 @@ def data_text(training: Sequence[Case], validation: Sequence[Case]) -> str:
     return f"{len(training)} training and {len(validation)} validation cases ({digest})"
 
 
-def store_folder(config: Config, data: Path) -> Path:
+def store_folder(config: VolumeSettings, data: Path) -> Path:
     """Where prepared volumes lie: in the data's folder, or beside its JSON, unless the settings name another place."""
     return Path(config.store_dir) if config.store_dir else (data if data.is_dir() else data.parent) / "prepared"
 
 
-def prepared(config: Config, processes: Processes, data: Path, cases: Sequence[Case]) -> list[StoredVolume]:
+def prepared(config: VolumeSettings, processes: Processes, data: Path, cases: Sequence[Case]) -> list[StoredVolume]:
     """Volumes of the cases in the store; one process of each machine makes what is missing.
 
     data: folder of the data, or its JSON. Raises ValueError that lists all cases that cannot be used.
@@ -41,7 +41,9 @@ def prepared(config: Config, processes: Processes, data: Path, cases: Sequence[C
     return stored(cases, config, store_folder(config, data))
 
 
-def prepare_once(config: Config, processes: Processes, data: Path, cases: Sequence[Case]) -> dict[str, tuple[str, ...]]:
+def prepare_once(
+    config: VolumeSettings, processes: Processes, data: Path, cases: Sequence[Case]
+) -> dict[str, tuple[str, ...]]:
     """Make what is missing in each machine's store; why cases cannot be used, by image, on any machine."""
     store = store_folder(config, data)
 
@@ -54,7 +56,7 @@ def prepare_once(config: Config, processes: Processes, data: Path, cases: Sequen
     return {image: why for failed in distributed.once_per_machine(work, processes) for image, why in failed.items()}
 
 
-def warn_of_full_disk(config: Config, store: Path, cases: Sequence[Case]) -> None:
+def warn_of_full_disk(config: VolumeSettings, store: Path, cases: Sequence[Case]) -> None:
     """Say so where the volumes that are to be prepared will probably not fit the disk."""
     found = survey(config, cases, store)
     if found.missing_bytes > found.free:
@@ -84,7 +86,7 @@ def left_out_text(names: Sequence[str]) -> str:
 
 
 def usable(
-    config: Config,
+    config: VolumeSettings,
     processes: Processes,
     data: Path,
     training: Sequence[Case],

@@ -12,13 +12,11 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from hyspark.atomic import write_whole
-from hyspark.config import FinetuneConfig, PretrainConfig
 from hyspark.engine import checkpoint, distributed
 from hyspark.engine.distributed import LOG, Processes
 from hyspark.engine.signals import Requests, requests
-from hyspark.recipes import as_plain, differences, write_yaml
+from hyspark.recipes import Config, as_plain, differences, write_yaml
 
-Config = PretrainConfig | FinetuneConfig
 WAIT_FOR_LOCK = 10.0
 """Seconds that a stopped process of the same run, or the loader processes of a killed one, have to end."""
 

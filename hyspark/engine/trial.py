@@ -19,7 +19,7 @@ from hyspark.data.loading import Batch
 from hyspark.engine import distributed, optim
 from hyspark.engine.distributed import Processes
 from hyspark.engine.loop import Task, start_run, update
-from hyspark.engine.run import Config
+from hyspark.recipes import Config
 
 REPEATS, SHORT = 3, 1.0
 """The fastest of so many steps counts, where a step takes less than so many seconds."""
