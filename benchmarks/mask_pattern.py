@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hyspark.figures import save_figure
-from hyspark.figures_2d import mask_figure
 from hyspark.models.hidden import hidden
 from hyspark.models.masking import draw_visible, visible_at
+from hyspark.plane_figures import mask_figure
 
 PATCH, GRID, SHARE = 16, (6, 6), 0.6
 LAYERS = (0, 2, 4, 8, 12)

@@ -269,7 +269,7 @@ WRONG_PRETRAIN = [
     ({"base_lr": float("nan")}, "base_lr must be finite"),
     (
         {"model": "hyspark2"},
-        "model must be hyspark, or a method and a backbone .* not 'hyspark2'; did you mean hyspark",
+        "model must be hyspark, or a method and a backbone .* not 'hyspark2'; methods .*; did you mean hyspark",
     ),
     (
         {"model": "spark/timm/resnet50", "hide": "input", "vit_depth": 2},

@@ -15,7 +15,7 @@ from hyspark.engine.loop import Run
 from hyspark.engine.pretraining import NUM_PICTURES, VALIDATION_SEED, Pretraining, planes_of
 from hyspark.engine.run import RunLog
 from hyspark.figures import save_figure
-from hyspark.figures_2d import views_panel
+from hyspark.plane_figures import views_panel
 
 
 class ViewPretraining(Pretraining):
