@@ -400,3 +400,7 @@ def test_the_state_of_pre_training_by_views_gives_its_network(method):
         reason.startswith(("projection", "predictor", "slow copy", "queue", "prototypes"))
         for reason in report.unexpected.values()
     )
+
+
+def test_keys_that_are_no_names_are_an_error(weights):
+    assert "its key 3 is no name" in refused(small_resnet(), {**weights, 3: torch.ones(1)})
