@@ -161,7 +161,7 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
     """Largest norm of the gradient; 0 does not clip."""
     init_weight: str = ""
     """Weights to start from: an encoder or pre-training checkpoint, or a published file for a network of others. The
-    optimizer starts fresh.
+    optimizer starts fresh, and so do the heads of moco, byol and swav.
     """
     resume_from: str = ""
     """Checkpoint (with decoder) of another run folder to continue from; a run's own folder is continued without it."""

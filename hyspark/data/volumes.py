@@ -101,7 +101,7 @@ def files_of(source: Path, skip: Path) -> Iterator[Path]:
                 below[:] = ["imagesTr"]
                 continue
             files = (file for file in sorted(folder.iterdir()) if not file.name.startswith("."))
-            yield from (file for file in files if file.is_file() or file.is_symlink())
+            yield from (file for file in files if file.is_file() or (file.is_symlink() and not file.exists()))
 
 
 def case_of(file: Path) -> str | None:

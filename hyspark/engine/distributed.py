@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm  # torch's own drops the activations in timm's norms
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -108,7 +109,7 @@ def share_gradients(model: nn.Module, processes: Processes, some_unused: bool = 
     sync_buffers = "forward_sync_buffers" if is_new else "broadcast_buffers"
     options: dict[str, Any] = {sync_buffers: False, "find_unused_parameters": some_unused}
     if processes.device.type == "cuda":
-        share_statistics(model, nn.SyncBatchNorm.convert_sync_batchnorm)
+        share_statistics(model, convert_sync_batchnorm)
         return DistributedDataParallel(model, device_ids=[processes.local_rank], **options)
     share_statistics(model, global_batch_norm)
     return DistributedDataParallel(model, **options)
@@ -142,7 +143,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
-            return super().forward(input)
+            return self.end(super().forward(input))
         axes = [0, *range(2, input.ndim)]
         shape = (1, -1, *(1,) * (input.ndim - 2))
         x = input.float()
@@ -154,7 +155,13 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         variance = SumOverProcesses.apply(centred.square().sum(axes)) / num
         self.remember(mean.detach(), variance.detach() * (num / (num - 1)))
         out = centred * (variance + self.eps).rsqrt().view(shape)
-        return (out * self.weight.view(shape) + self.bias.view(shape)).to(input.dtype)
+        return self.end((out * self.weight.view(shape) + self.bias.view(shape)).to(input.dtype))
+
+    def end(self, x: Tensor) -> Tensor:
+        """What timm's norms do besides: dropout, then the activation."""
+        for child in self.children():
+            x = child(x)
+        return x
 
     def remember(self, mean: Tensor, variance: Tensor) -> None:
         """Update the running statistics as torch's BatchNorm does."""
@@ -168,8 +175,10 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def global_batch_norm(norm: nn.modules.batchnorm._BatchNorm) -> GlobalBatchNorm:
-    """The same with the statistics of the global batch."""
+    """The same with the statistics of the global batch, and with the activation that norms of timm end with."""
     new = GlobalBatchNorm(norm.num_features, norm.eps, norm.momentum)
+    for name, child in norm.named_children():
+        new.add_module(name, child)
     new.load_state_dict(norm.state_dict())
     return new.requires_grad_(norm.weight.requires_grad)
 

@@ -81,7 +81,10 @@ def start(config: PretrainConfig, model: HySparK | Siamese) -> dict[str, Any] | 
     """The state that a run continues from; where there is none, the weights that the settings name are loaded."""
     state = saved_state(config, training_file(config), config.resume_from)
     if not state and config.init_weight:
-        LOG.info("weights of %s\n%s", config.init_weight, load_pretrained(model, config.init_weight))
+        part = model.encoder if isinstance(model, Siamese) else model
+        LOG.info("weights of %s\n%s", config.init_weight, load_pretrained(part, config.init_weight))
+        if isinstance(model, Siamese):
+            model.follow(0.0)
     return state
 
 

@@ -74,11 +74,11 @@ def watch(name: str, first: list[str]) -> Any:
 
 
 def batch_lines(batch: Batch) -> list[str]:
-    """The cases of a batch with the range of their crops."""
-    images = next(batch[key] for key in ("volumes", "image") if key in batch)
+    """The cases of a batch with the range of their crops, or of all views of these."""
+    images = batch["views"] if "views" in batch else [batch[key] for key in ("volumes", "image") if key in batch]
     return [
-        f"{case}: values {float(image.min()):.4g} to {float(image.max()):.4g}"
-        for case, image in zip(batch["cases"], images, strict=True)
+        f"{case}: values {min(float(x.min()) for x in own):.4g} to {max(float(x.max()) for x in own):.4g}"
+        for case, *own in zip(batch["cases"], *images, strict=True)
     ]
 
 

@@ -72,7 +72,9 @@ def unwrap(loaded: object, name: str, settings: Collection[str] = ()) -> dict[st
     if not isinstance(loaded, Mapping) or not loaded:
         raise ValueError(f"{name} holds no weights: expected a state dict, or one under {' / '.join(CONTAINERS)}")
     weights = {key: value for key, value in loaded.items() if key not in settings}
-    odd = [str(k) for k, v in weights.items() if not isinstance(v, Tensor)]
+    if unnamed := [key for key in weights if not isinstance(key, str)]:
+        raise ValueError(f"{name} is no state dict: its key {unnamed[0]!r} is no name")
+    odd = [k for k, v in weights.items() if not isinstance(v, Tensor)]
     if odd:
         raise ValueError(f"{name} is no state dict: {', '.join(odd[:3])} {'is' if len(odd) == 1 else 'are'} no tensor")
     return weights

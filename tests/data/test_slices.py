@@ -186,6 +186,17 @@ def test_a_damaged_volume_is_told_and_the_others_are_done(tmp_path, capsys):
     assert sliced(tmp_path / "in")["failed"] == []
 
 
+def test_linked_folders_are_looked_into_and_are_no_files_themselves(tmp_path, capsys):
+    write_nifti(tmp_path / "elsewhere" / "a.nii.gz")
+    source = tmp_path / "in"
+    write_nifti(source / "b.nii.gz")
+    (source / "linked").symlink_to(tmp_path / "elsewhere")
+    record = sliced(source)
+    assert sorted(entry["patient"] for entry in record["volumes"].values()) == ["a", "b"]
+    (source / "gone").symlink_to(tmp_path / "nowhere")
+    assert "gone: not readable" in refused(source, capsys, code=1)
+
+
 def test_blank_slices_are_left_out_and_counted(tmp_path, capsys):
     hu = HU.copy()
     hu[:, :, 1] = -1000

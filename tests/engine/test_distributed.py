@@ -7,9 +7,17 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d
 
 from hyspark.config import EncoderSettings
-from hyspark.engine.distributed import GlobalBatchNorm, Processes, find_processes, global_batch_norm, share_statistics
+from hyspark.engine.distributed import (
+    GlobalBatchNorm,
+    Processes,
+    convert_sync_batchnorm,
+    find_processes,
+    global_batch_norm,
+    share_statistics,
+)
 from hyspark.engine.finetune import build as build_finetuning
 from hyspark.engine.finetune import finetune, last_file
 from hyspark.engine.pretrain import build as build_pretraining
@@ -100,7 +108,7 @@ def run_ranks(rank, folder):
     x, target = torch.randn(6, 3, 4, 4, 4) * 3 + 1, torch.randn(6, 3, 4, 4, 4)
     part = slice(0, 4) if rank == 0 else slice(4, 6)  # unequal shares
     mine = x[part].clone().requires_grad_()
-    norm = GlobalBatchNorm(3)
+    norm = global_batch_norm(BatchNormAct2d(3))
     out = norm(mine)
     ((out - target[part]) ** 2).sum().backward()
     torch.save({"out": out, "grad": mine.grad, "state": norm.state_dict()}, f"{folder}/{rank}.pt")
@@ -113,7 +121,7 @@ def test_global_batch_norm_is_the_batch_norm_of_the_whole_batch(tmp_path):
     x, target = torch.randn(6, 3, 4, 4, 4) * 3 + 1, torch.randn(6, 3, 4, 4, 4)
     x.requires_grad_()
     norm = torch.nn.BatchNorm3d(3)
-    out = norm(x)
+    out = norm(x).relu()
     ((out - target) ** 2).sum().backward()
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     torch.testing.assert_close(torch.cat([p["out"] for p in parts]), out.detach(), rtol=1e-4, atol=1e-5)
@@ -130,6 +138,17 @@ def test_share_statistics_keeps_weights_and_names():
     assert isinstance(model[1][0], GlobalBatchNorm)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("shared", [global_batch_norm, convert_sync_batchnorm])
+def test_share_statistics_keeps_the_activation_that_norms_of_timm_end_with(shared):
+    torch.manual_seed(0)
+    norms = torch.nn.Sequential(BatchNormAct2d(3)).eval()
+    x = torch.randn(2, 3, 4, 4)
+    before = norms(x)
+    share_statistics(norms, shared)
+    assert not isinstance(norms[0], BatchNormAct2d)
+    torch.testing.assert_close(norms.eval()(x), before)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import timm
 import torch
 
 from hyspark.config import EncoderSettings
-from hyspark.engine.pretrain import pretrain
+from hyspark.engine.pretrain import build, pretrain, start
 from hyspark.engine.pretraining import training_file
 
 METHODS = {
@@ -64,6 +64,34 @@ def test_an_interrupted_run_continues_bit_for_bit(comparing, tmp_path):
     reviews = [m for m in metrics(whole) if "val_loss" in m]
     assert [m["epoch"] for m in reviews] == [0, 1]
     assert all(0 < m["projection_std"] <= 1 for m in reviews)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_starts_from_the_network_of_another(comparing, method, tmp_path):
+    """The slow copy does too; heads are fresh."""
+    torch.manual_seed(1)
+    given = timm.create_model("resnet10t", num_classes=0, in_chans=1)
+    torch.save(given.state_dict(), tmp_path / "network.pth")
+    config = comparing(method)
+    network, fresh = build(config), build(config)
+    assert start(replace(config, init_weight=str(tmp_path / "network.pth")), network) is None
+    assert all(torch.equal(value, given.state_dict()[key]) for key, value in network.encoder.weights().items())
+    torch.testing.assert_close(network.project.state_dict(), fresh.project.state_dict())
+    if method != "swav":
+        copied = network.teacher.network.state_dict()
+        own = torch.nn.Sequential(network.encoder, network.project).state_dict()
+        assert all(torch.equal(value, copied[key]) for key, value in own.items())
+
+
+def test_a_step_that_is_not_finite_is_repeated(comparing, tmp_path, caplog):
+    config = replace(comparing("moco"), base_lr=1e30, clip=0.0)
+    with pytest.raises(FloatingPointError, match="--replay"):
+        pretrain(config)
+    (file,) = config.run_folder.glob("nonfinite_step_*.pth")
+    with caplog.at_level("INFO", "hyspark"):
+        pretrain(replace(config, replay=str(file)))
+    assert caplog.text.count(": values 0") == config.bs * config.crops_per_volume
+    assert "not finite in fp32 either" in caplog.text
 
 
 def test_a_dry_run_tells_time_and_memory(comparing, caplog):

@@ -13,6 +13,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 from hyspark import build_spark, load_pretrained
+from hyspark.models.siamese import build_siamese
 from hyspark.models.zoo import build_backbone
 
 HEAD = {"fc.weight", "fc.bias"}
@@ -385,3 +386,21 @@ def test_python_objects_are_not_opened_but_the_way_out_is_named(weights, model, 
     assert line.startswith("torch.save(")
     exec(line.replace("plain.pth", str(tmp_path / "plain.pth")), {"torch": torch})
     assert set(load_pretrained(small_resnet(), tmp_path / "plain.pth").missing) == HEAD
+
+
+@pytest.mark.parametrize("method", ["moco", "byol", "swav"])
+def test_the_state_of_pre_training_by_views_gives_its_network(method):
+    sizes = {"head_width": 8, "queue_size": 8, "num_prototypes": 3}
+    given = build_siamese(method, small_resnet(), 64, **sizes)
+    given.load_state_dict(noise(given))
+    network = small_resnet()
+    report = load_pretrained(network, given.state_dict())
+    assert_loaded(network, given.encoder.weights())
+    assert all(
+        reason.startswith(("projection", "predictor", "slow copy", "queue", "prototypes"))
+        for reason in report.unexpected.values()
+    )
+
+
+def test_keys_that_are_no_names_are_an_error(weights):
+    assert "its key 3 is no name" in refused(small_resnet(), {**weights, 3: torch.ones(1)})
