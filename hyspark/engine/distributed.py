@@ -1,8 +1,8 @@
 """Processes and devices: one process or many under torchrun, CPU or CUDA. The only module that names a device.
 
-On CUDA batch statistics are shared by torch's SyncBatchNorm. That class refuses CPU tensors, so on the CPU
-`GlobalBatchNorm` below does the same with differentiable all-reduces: there, too, several processes compute what one
-would with the same global batch.
+On CUDA batch statistics are shared by torch's SyncBatchNorm, or timm's, which keeps the activation that timm's networks
+hold in their BatchNorms. Both refuse CPU tensors, so on the CPU `GlobalBatchNorm` below does the same with
+differentiable all-reduces: there, too, several processes compute what one would with the same global batch.
 """
 
 import inspect
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -108,7 +109,7 @@ def share_gradients(model: nn.Module, processes: Processes, some_unused: bool = 
     sync_buffers = "forward_sync_buffers" if is_new else "broadcast_buffers"
     options: dict[str, Any] = {sync_buffers: False, "find_unused_parameters": some_unused}
     if processes.device.type == "cuda":
-        share_statistics(model, nn.SyncBatchNorm.convert_sync_batchnorm)
+        share_statistics(model, convert_sync_batchnorm)
         return DistributedDataParallel(model, device_ids=[processes.local_rank], **options)
     share_statistics(model, global_batch_norm)
     return DistributedDataParallel(model, **options)
@@ -134,15 +135,22 @@ class SumOverProcesses(torch.autograd.Function):
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm whose statistics are those of the global batch, on any device: (b, c, *size) -> same."""
+    """BatchNorm whose statistics are those of the global batch, on any device: (b, c, *size) -> same. Its children, in
+    their order, do what is done after it.
+    """
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
             raise ValueError(f"expected (b, c, *size), got shape {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+        out = self.normalised(input) if self.training else super().forward(input)
+        for child in self.children():
+            out = child(out)
+        return out
+
+    def normalised(self, input: Tensor) -> Tensor:
+        """By the statistics of the global batch, which are remembered."""
         axes = [0, *range(2, input.ndim)]
         shape = (1, -1, *(1,) * (input.ndim - 2))
         x = input.float()
@@ -168,8 +176,12 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def global_batch_norm(norm: nn.modules.batchnorm._BatchNorm) -> GlobalBatchNorm:
-    """The same with the statistics of the global batch."""
+    """The same with the statistics of the global batch, and with the dropout and activation that timm's BatchNormAct2d
+    holds.
+    """
     new = GlobalBatchNorm(norm.num_features, norm.eps, norm.momentum)
+    for name, child in norm.named_children():
+        new.add_module(name, child)
     new.load_state_dict(norm.state_dict())
     return new.requires_grad_(norm.weight.requires_grad)
 
