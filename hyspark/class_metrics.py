@@ -69,8 +69,12 @@ def resampled_f1(truth: np.ndarray, probabilities: np.ndarray, weights: np.ndarr
 
 
 def resampled_auc(truth: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """AUC in each resample; with more than two classes over those that occur in it."""
+    """AUC in each resample; with more than two classes over those that occur in it. NaN where a class does not occur at
+    all, as in `class_scores`.
+    """
     num_classes = probabilities.shape[1]
+    if len(np.unique(truth)) < num_classes:
+        return np.full(len(weights), np.nan)
     classes = [1] if num_classes == 2 else range(num_classes)
     return mean_of_known(np.stack([binary_auc(truth == c, probabilities[:, c], weights) for c in classes], 1))
 

@@ -61,14 +61,16 @@ def write_table(
     classes: Sequence[str],
     probabilities: np.ndarray,
 ) -> None:
-    """Write a row for each image: its file, further columns, and the probability of each class in full precision."""
+    """Write a row for each image: its file, further columns, and the probability of each class in full precision. Names
+    that are no UTF-8 keep their bytes.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file", *columns, *(f"{PREFIX}{name}" for name in classes)])
     for index, name in enumerate(names):
         own = [values[index] for values in columns.values()]
         writer.writerow([name, *own, *(repr(float(p)) for p in probabilities[index])])
-    write_whole(path, text.getvalue().encode())
+    write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def read_cases(path: Path) -> Classified:
@@ -76,7 +78,7 @@ def read_cases(path: Path) -> Classified:
 
     Raises FileNotFoundError where there is none; ValueError, naming the file, where it is of another kind.
     """
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         header, *rows = csv.reader(file)
     classes = tuple(name.removeprefix(PREFIX) for name in header[2:])
     try:

@@ -44,6 +44,13 @@ def test_without_a_class_there_is_no_auc():
     assert scores["accuracy"] == 0.5
 
 
+def test_what_a_resample_says_of_a_set_without_a_class_is_what_its_scores_say():
+    three = np.array([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.3, 0.6, 0.1]])
+    truth = np.array([0, 1, 1])
+    assert np.isnan(class_scores(truth, three)["auc"])
+    assert np.isnan(resampled("auc", truth, three, np.ones((2, 3)))).all()
+
+
 @pytest.mark.parametrize("num_classes", [2, 4])
 def test_each_resample_is_what_scikit_learn_gives(num_classes):
     rng = np.random.default_rng(0)
@@ -82,7 +89,8 @@ def test_a_resample_of_one_class_has_no_auc():
 
 
 def test_scores_are_written_and_read_back(tmp_path):
-    scored = Classified(("a/0.png", "b/1.png", "b/2.png"), np.array([0, 1, 1]), two([0.9, 0.1, 1 / 3]), ("a", "b"))
+    """A name that is no UTF-8 comes back as it was."""
+    scored = Classified(("a/0.png", "b/\udcff.png", "b/2.png"), np.array([0, 1, 1]), two([0.9, 0.1, 1 / 3]), ("a", "b"))
     summary = write_folder(tmp_path, scored, {"weights": "<w>"})
     assert summary["protocol"] == {"weights": "<w>", "num_images": 3}
     assert summary["metrics"]["accuracy"] == 0

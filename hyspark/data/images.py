@@ -115,9 +115,9 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files below a folder, by their endings, sorted, without hidden ones."""
+    """The image files below a folder, by their endings, sorted, without hidden ones and those in hidden folders."""
     files = (path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
-    return sorted(path for path in files if not path.name.startswith("."))
+    return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def read_medmnist(path: Path) -> tuple[dict[str, FoundImages], tuple[str, ...]]:
@@ -142,6 +142,12 @@ def read_medmnist(path: Path) -> tuple[dict[str, FoundImages], tuple[str, ...]]:
             raise ValueError(f"{path} lacks {error}; it holds {listing(arrays)}") from None
         parts[part] = FoundImages(*check_medmnist(path, part, images, labels))
     num = 1 + max(label for found in parts.values() for label in found.labels)
+    missing = sorted(set(range(num)) - set(parts["train"].labels))
+    if num < 2 or missing:
+        raise ValueError(
+            f"{path}: expected two classes or more, 0 to the largest label, each with training images, but "
+            + (f"none has the label {', '.join(map(str, missing[:9]))}" if missing else "all labels are 0")
+        )
     return parts, tuple(map(str, range(num)))
 
 
@@ -209,10 +215,11 @@ def read_image(path: Path) -> Tensor:
     Raises OSError or ValueError for what cannot be read, and for more than 8 bits a channel.
     """
     with Image.open(path) as image:
-        if image.mode not in EIGHT_BIT:
-            raise ValueError(
-                f"its pixels are of the kind {image.mode}; expected 8 bits: choose a window and save it so"
-            )
+        # Of more bits, Pillow keeps grey values as they are, but cuts off colours.
+        layouts = {str(tile.args) for tile in getattr(image, "tile", ())}
+        if image.mode not in EIGHT_BIT or any(";16" in layout for layout in layouts):
+            kind = image.mode if image.mode not in EIGHT_BIT else f"{image.mode} with 16 bits"
+            raise ValueError(f"its pixels are of the kind {kind}; expected 8 bits: choose a window and save it so")
         return as_tensor(np.array(image.convert("L" if image.mode in GREY else "RGB")))
 
 

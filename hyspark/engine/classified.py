@@ -1,6 +1,6 @@
 """Class probabilities of images by a trained network: the network from its file, folders scored, and predictions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from hyspark import class_scores
 from hyspark.class_page import mistakes_figure
 from hyspark.class_scores import Classified
+from hyspark.comparison import SCORE_FILES
 from hyspark.config_classify import ClassifyConfig
 from hyspark.data.image_batches import Scaling, centre_crop, short_side
 from hyspark.data.images import FoundImages, ImageSet, class_folders, decode, find_classes, image_files
@@ -104,8 +105,8 @@ def scored_parts(parts: Mapping[str, Any]) -> list[str]:
 
 
 def score_best(config: ClassifyConfig, images: Images, processes: Processes) -> None:
-    """Write the scores of the best weights, unless they are there: of the validation images, then of the test images,
-    which are looked at here alone.
+    """Write the scores of the best weights, unless those of these images are there: of the validation images, then of
+    the test images, which are looked at here alone.
     """
     network, _, classes, weights = load_classifier(config.run_folder)
     network.to(processes.device)
@@ -113,16 +114,24 @@ def score_best(config: ClassifyConfig, images: Images, processes: Processes) -> 
         out = config.run_folder / SCORES[part]
         where = config.test_dir if part == "test" and config.test_dir else f"{part} of {config.data_dir}"
         protocol = protocol_of(config, weights, where, SELECTION[part])
-        is_there = (out / "summary.json").is_file() and (out / "cases.csv").is_file()
-        if is_there and class_scores.read_summary(out)["protocol"] == protocol | {
-            "num_images": len(images.parts[part])
-        }:
+        if is_scored(out, images.parts[part], classes, protocol):
             continue
         values = probabilities(network, images.parts[part], config, processes)
         if processes.is_main:
             scored = Classified(images.parts[part].names, np.array(images.parts[part].labels), values, classes)
             summary = write_scores(out, images.parts[part], scored, protocol)
             LOG.info("%s: %s", HEADINGS[part], class_scores.metrics_text(summary["metrics"]))
+
+
+def is_scored(out: Path, images: ImageSet, classes: Sequence[str], protocol: Mapping[str, Any]) -> bool:
+    """Whether a folder holds the scores of these images, with the same classes, by the same protocol."""
+    if not all((out / name).is_file() for name in SCORE_FILES):
+        return False
+    if class_scores.read_summary(out)["protocol"] != {**protocol, "num_images": len(images)}:
+        return False
+    scored = class_scores.read_cases(out / "cases.csv")
+    truth = [scored.classes[label] for label in scored.truth]
+    return scored.names == images.names and truth == [classes[label] for label in images.labels]
 
 
 def decoded(found: FoundImages, config: ClassifyConfig) -> ImageSet:

@@ -1,8 +1,8 @@
 """Processes and devices: one process or many under torchrun, CPU or CUDA. The only module that names a device.
 
-On CUDA batch statistics are shared by torch's SyncBatchNorm. That class refuses CPU tensors, so on the CPU
-`GlobalBatchNorm` below does the same with differentiable all-reduces: there, too, several processes compute what one
-would with the same global batch.
+On CUDA batch statistics are shared by torch's SyncBatchNorm, or timm's, which keeps the activation that timm's networks
+hold in their BatchNorms. Both refuse CPU tensors, so on the CPU `GlobalBatchNorm` below does the same with
+differentiable all-reduces: there, too, several processes compute what one would with the same global batch.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from timm.layers import convert_sync_batchnorm  # torch's own drops the activations in timm's norms
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -135,15 +135,22 @@ class SumOverProcesses(torch.autograd.Function):
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm whose statistics are those of the global batch, on any device: (b, c, *size) -> same."""
+    """BatchNorm whose statistics are those of the global batch, on any device: (b, c, *size) -> same. Its children, in
+    their order, do what is done after it.
+    """
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
             raise ValueError(f"expected (b, c, *size), got shape {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return self.end(super().forward(input))
+        out = self.normalised(input) if self.training else super().forward(input)
+        for child in self.children():
+            out = child(out)
+        return out
+
+    def normalised(self, input: Tensor) -> Tensor:
+        """By the statistics of the global batch, which are remembered."""
         axes = [0, *range(2, input.ndim)]
         shape = (1, -1, *(1,) * (input.ndim - 2))
         x = input.float()
@@ -155,13 +162,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         variance = SumOverProcesses.apply(centred.square().sum(axes)) / num
         self.remember(mean.detach(), variance.detach() * (num / (num - 1)))
         out = centred * (variance + self.eps).rsqrt().view(shape)
-        return self.end((out * self.weight.view(shape) + self.bias.view(shape)).to(input.dtype))
-
-    def end(self, x: Tensor) -> Tensor:
-        """What timm's norms do besides: dropout, then the activation."""
-        for child in self.children():
-            x = child(x)
-        return x
+        return (out * self.weight.view(shape) + self.bias.view(shape)).to(input.dtype)
 
     def remember(self, mean: Tensor, variance: Tensor) -> None:
         """Update the running statistics as torch's BatchNorm does."""
@@ -175,7 +176,9 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def global_batch_norm(norm: nn.modules.batchnorm._BatchNorm) -> GlobalBatchNorm:
-    """The same with the statistics of the global batch, and with the activation that norms of timm end with."""
+    """The same with the statistics of the global batch, and with the dropout and activation that timm's BatchNormAct2d
+    holds.
+    """
     new = GlobalBatchNorm(norm.num_features, norm.eps, norm.momentum)
     for name, child in norm.named_children():
         new.add_module(name, child)

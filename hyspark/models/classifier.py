@@ -44,8 +44,11 @@ def build_classifier(name: str, channels: int, num_classes: int, drop_path: floa
 
 
 def head_of(network: nn.Module) -> nn.Module:
-    """The last layer, which gives the class scores and starts fresh."""
-    if isinstance(head := getattr(network, "get_classifier", lambda: None)(), nn.Module):
+    """The last layer, which gives the class scores and starts fresh; the two of networks that were distilled."""
+    head = getattr(network, "get_classifier", lambda: None)()
+    if isinstance(head, tuple):
+        return nn.ModuleList(head)
+    if isinstance(head, nn.Module):
         return head
     return [module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
 

@@ -1,5 +1,7 @@
 """Images are found, drawn and decoded as promised, and what is wrong with them is said with their names."""
 
+import struct
+import zlib
 from dataclasses import replace
 from itertools import pairwise
 
@@ -57,6 +59,7 @@ def folder(tmp_path):
 def test_folders_of_classes(folder):
     save(folder / "train" / "a" / "deep" / "x.JPG")
     save(folder / "train" / "a" / ".hidden.png")
+    save(folder / "train" / "a" / ".ipynb_checkpoints" / "0-checkpoint.png")
     (folder / "train" / "a" / "notes.txt").write_text("no image")
     parts, classes = find_images(folder)
     assert classes == ("a", "b")
@@ -107,6 +110,8 @@ def test_a_medmnist_file(tmp_path):
         ({"train_images": np.zeros((6, 8, 8), np.float32)}, "train_images should be uint8"),
         ({"train_labels": np.zeros((5, 1), np.uint8)}, "train_labels do not fit"),
         ({"val_images": None}, "lacks 'val_images'"),
+        ({"val_labels": np.full((6, 1), 4, np.uint8)}, "none has the label 3, 4"),
+        ({f"{part}_labels": np.zeros((6, 1), np.uint8) for part in ("train", "val", "test")}, "all labels are 0"),
     ],
 )
 def test_medmnist_files_of_another_kind(tmp_path, changed, message):
@@ -156,12 +161,21 @@ def test_the_draw_depends_on_seed_and_names_not_on_order():
 # Decoding
 
 
+def write_deep_png(path):
+    """Colours of 16 bits, which Pillow does not write."""
+    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    chunks = {b"IHDR": header, b"IDAT": zlib.compress(bytes(4 * (1 + 4 * 3 * 2))), b"IEND": b""}
+    parts = [struct.pack(">I", len(v)) + k + v + struct.pack(">I", zlib.crc32(k + v)) for k, v in chunks.items()]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
 def test_modes_of_image_files(tmp_path):
     save(tmp_path / "grey.png")
     save(tmp_path / "grey_alpha.png", mode="LA", value=(100, 0))
     save(tmp_path / "colour.png", mode="RGB", value=(1, 2, 3))
     save(tmp_path / "alpha.png", mode="RGBA", value=(1, 2, 3, 0))
     save(tmp_path / "deep.png", mode="I;16", value=30000)
+    write_deep_png(tmp_path / "deep_colour.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "grey.png").read_bytes()[:45])
     (tmp_path / "text.png").write_text("no image")
     files = image_files(tmp_path)
@@ -175,8 +189,9 @@ def test_modes_of_image_files(tmp_path):
     }
     assert all(image.shape[1:] == (20, 30) for image in found.values())
     assert images.labels == tuple(i for i, f in enumerate(files) if f.name in found)
-    assert set(wrong) == {"deep.png", "broken.png", "text.png"}
+    assert set(wrong) == {"deep.png", "deep_colour.png", "broken.png", "text.png"}
     assert "expected 8 bits" in wrong["deep.png"]
+    assert "RGB with 16 bits; expected 8 bits" in wrong["deep_colour.png"]
     assert wrong["text.png"] == f"{tmp_path / 'text.png'}: it is no image, or of an unknown kind"
 
 

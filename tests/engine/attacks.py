@@ -15,7 +15,11 @@ import torch
 from hyspark.recipes import write_yaml
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = {"PretrainConfig": "train.py", "FinetuneConfig": "finetune_btcv.py"}
+SCRIPTS = {
+    "PretrainConfig": "train.py",
+    "FinetuneConfig": "finetune_btcv.py",
+    "ClassifyConfig": "finetune_classify.py",
+}
 
 
 def command(config, *flags, processes=1, restarts=0):

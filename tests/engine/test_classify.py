@@ -154,6 +154,11 @@ def test_images_of_another_folder_are_scored_in_place_of_the_test_part(config, w
     finetune_classify(config)
     protocol = summary_of(config, "scores_test")["protocol"]
     assert (protocol["images"], protocol["num_images"]) == (str(tmp_path / "more"), 3)
+    (tmp_path / "more" / "dark" / "00.png").rename(tmp_path / "more" / "light" / "99.png")
+    finetune_classify(config)
+    with (config.run_folder / "scores_test" / "cases.csv").open() as file:
+        found = {row["file"]: row["truth"] for row in csv.DictReader(file)}
+    assert found == {"dark/01.png": "dark", "light/00.png": "light", "light/99.png": "light"}
     with pytest.raises(FileNotFoundError, match="no folder nothing"):
         finetune_classify(replace(config, test_dir="nothing"))
 
@@ -237,6 +242,11 @@ def test_layers_are_counted_from_the_input():
 
 def test_networks_by_name():
     assert head_of(build_classifier("torchvision/squeezenet1_0", 3, 5)).out_channels == 5
+    with torch.device("meta"):
+        own = layers_of(build_classifier("timm/deit_tiny_distilled_patch16_224", 3, 5))
+    assert {name for name, layer in own.items() if layer is None} == {
+        f"{head}.{kind}" for head in ("head", "head_dist") for kind in ("weight", "bias")
+    }
     with pytest.raises(ValueError, match="timm has no 'test_resne' here; did you mean test_resnet"):
         build_classifier("timm/test_resne", 3, 2)
     with pytest.raises(ValueError, match="three channels"):

@@ -4,25 +4,23 @@ import json
 import os
 import subprocess
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 
 from hyspark.config import EncoderSettings
-from hyspark.engine.distributed import (
-    GlobalBatchNorm,
-    Processes,
-    convert_sync_batchnorm,
-    find_processes,
-    global_batch_norm,
-    share_statistics,
-)
+from hyspark.engine.classify import build as build_classification
+from hyspark.engine.classify import finetune_classify
+from hyspark.engine.classify import last_file as last_state
+from hyspark.engine.distributed import GlobalBatchNorm, Processes, find_processes, global_batch_norm, share_statistics
 from hyspark.engine.finetune import build as build_finetuning
 from hyspark.engine.finetune import finetune, last_file
 from hyspark.engine.pretrain import build as build_pretraining
 from hyspark.engine.pretrain import pretrain
 from hyspark.engine.pretraining import training_file
+from hyspark.models.classifier import build_classifier
 from tests.engine.attacks import command
 
 
@@ -101,6 +99,28 @@ def test_two_processes_equal_one_in_finetuning(finetuning, tmp_path):
     check_same_training(one, two, dict(build_finetuning(one, 9).named_parameters()), last_file)
 
 
+def test_two_processes_equal_one_in_classification(classifying, tmp_path):
+    """With a frozen backbone in the first step, activations inside norms, and a last batch that begins the images anew;
+    7 images to validate on do not divide between two.
+    """
+    (tmp_path / "data" / "val" / "light").mkdir(parents=True)
+    for source in ("train", "val/dark", *(f"val/light/{i:02d}.png" for i in range(3))):
+        (tmp_path / "data" / source).symlink_to(Path(classifying.data_dir) / source)
+    given = {
+        "model": "timm/test_efficientnet",
+        "freeze_epochs": 1,
+        "num_labelled": 6,
+        "data_dir": str(tmp_path / "data"),
+    }
+    one = replace(classifying, logdir=str(tmp_path / "one"), ema_decay=0.9, **given)
+    two = replace(one, logdir=str(tmp_path / "two"))
+    finetune_classify(one)
+    torchrun(two)
+    check_same_training(one, two, dict(build_classification(one, 2).named_parameters()), last_state)
+    assert measured(two, "val_loss") == pytest.approx(measured(one, "val_loss"), rel=1e-3)
+    assert (tmp_path / "two" / "scores" / "cases.csv").read_text().count("\n") == 8
+
+
 def run_ranks(rank, folder):
     """One of two processes: half of a batch through GlobalBatchNorm, forward and backward."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -141,14 +161,14 @@ def test_share_statistics_keeps_weights_and_names():
 
 
 @pytest.mark.parametrize("shared", [global_batch_norm, convert_sync_batchnorm])
-def test_share_statistics_keeps_the_activation_that_norms_of_timm_end_with(shared):
-    torch.manual_seed(0)
-    norms = torch.nn.Sequential(BatchNormAct2d(3)).eval()
-    x = torch.randn(2, 3, 4, 4)
-    before = norms(x)
-    share_statistics(norms, shared)
-    assert not isinstance(norms[0], BatchNormAct2d)
-    torch.testing.assert_close(norms.eval()(x), before)
+def test_share_statistics_keeps_activations_inside_norms(shared):
+    """As in timm's BatchNormAct2d; the second kind computes on the CPU in evaluation mode alone."""
+    network = build_classifier("timm/test_efficientnet", 3, 2).eval()
+    images = torch.rand(2, 3, 64, 64)
+    before, keys = network(images), network.state_dict().keys()
+    share_statistics(network, shared)
+    torch.testing.assert_close(network.eval()(images), before)
+    assert network.state_dict().keys() == keys
 
 
 @pytest.mark.parametrize(
