@@ -117,15 +117,29 @@ def describe(
 ) -> str:
     """The run in a few lines, for the terminal."""
     steps = steps_per_epoch(config, training)
+    encoder: Any = model.encoder
+    fixed = [] if config.method == "hyspark" else untrained(encoder.backbone)
     probe = f"{config.probe_cases} labelled volumes of {config.probe_data}, epochs between probes: {config.probe_every}"
     return settings_text(
         config,
         processes,
         data=f"{len(training)} training and {len(validation)} validation volumes from {config.data_path}",
-        model=f"{config.model}, {num_parameters(model)} parameters, crops of {' x '.join(map(str, config.crop_size))}",
+        model=f"{config.model}, {num_parameters(model)} parameters, crops of {' x '.join(map(str, config.crop_size))}"
+        + (f"; without part in what is learned, left as they are: {', '.join(fixed)}" if fixed else ""),
         steps=f"{config.ep} epochs of {steps}, {config.bs * config.crops_per_volume} crops each",
         probe=probe if config.probe_data else "none",
     )
+
+
+def untrained(network: Any) -> list[str]:
+    """The first parts of a network's names of which no weight is trained: its head; in crops as small as its stride,
+    also its last stage, which then has no map.
+    """
+    trained: dict[str, bool] = {}
+    for name, parameter in network.named_parameters():
+        top = name.partition(".")[0]
+        trained[top] = trained.get(top, False) or parameter.requires_grad
+    return [top for top, is_trained in trained.items() if not is_trained]
 
 
 def plan(

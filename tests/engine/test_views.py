@@ -8,7 +8,8 @@ import timm
 import torch
 
 from hyspark.config import EncoderSettings
-from hyspark.engine.pretrain import build, pretrain, start
+from hyspark.engine.distributed import find_processes
+from hyspark.engine.pretrain import build, describe, pretrain, start, untrained
 from hyspark.engine.pretraining import training_file
 
 METHODS = {
@@ -92,6 +93,16 @@ def test_a_step_that_is_not_finite_is_repeated(comparing, tmp_path, caplog):
         pretrain(replace(config, replay=str(file)))
     assert caplog.text.count(": values 0") == config.bs * config.crops_per_volume
     assert "not finite in fp32 either" in caplog.text
+
+
+@pytest.mark.parametrize(("size", "fixed"), [(32, ["layer4"]), (64, [])])
+def test_what_is_not_trained_is_told(comparing, size, fixed):
+    """In a crop of one position at its stride the last stage has no map."""
+    config = replace(comparing("moco"), input_size=(size,))
+    network = build(config)
+    assert untrained(network.encoder.backbone) == fixed
+    text = describe(config, find_processes("cpu"), network, [], [])
+    assert ("left as they are: layer4" in text) == bool(fixed)
 
 
 def test_a_dry_run_tells_time_and_memory(comparing, caplog):
