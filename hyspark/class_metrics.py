@@ -82,11 +82,17 @@ def resampled_auc(truth: np.ndarray, probabilities: np.ndarray, weights: np.ndar
 def binary_auc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """AUC of a score (n,) for what is positive, bool (n,), in each resample; NaN where one side is empty."""
     order = np.argsort(score, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(score[order]) > 0])  # equal scores stand together
-    sides = [np.add.reduceat(weights[:, order] * side[order], starts, axis=1) for side in (positive, ~positive)]
-    above, below = sides
-    pairs = (above * (np.cumsum(below, axis=1) - below / 2)).sum(1)
-    total = above.sum(1) * below.sum(1)
+    score, positive = score[order], positive[order]
+    drawn = np.take(weights, order, axis=1)
+    negative = np.zeros((len(weights), len(score) + 1))  # so many among the first 0, 1, 2, ...
+    np.cumsum(drawn * ~positive, axis=1, out=negative[:, 1:])
+    of_positive = np.take(drawn, np.flatnonzero(positive), axis=1)
+    # Of equal scores half count: the mean of the negative ones before the first of them, and up to the last.
+    below, upto = (
+        np.take(negative, np.searchsorted(score, score[positive], side), axis=1) for side in ("left", "right")
+    )
+    pairs = (of_positive * (below + upto)).sum(1) / 2
+    total = of_positive.sum(1) * negative[:, -1]
     return np.divide(pairs, total, out=np.full(len(weights), np.nan), where=total > 0)
 
 

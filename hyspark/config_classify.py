@@ -83,7 +83,9 @@ class ClassifyConfig(RunSettings):
     cutmix: float = 0.0
     """Alpha of cutmix; 0 for none."""
     ema_decay: float = 0.0
-    """Decay of a moving average of the weights, which is what is validated and kept then; 0 for none."""
+    """Decay of a moving average of the weights, which is what is validated and kept then; less in the first steps,
+    from 0 up. 0 for none.
+    """
     crop_scale: tuple[float, float] = (0.7, 1.0)
     """Smallest and largest share of the image's area that a training crop covers."""
     flip_prob: float = 0.5

@@ -18,7 +18,9 @@ from hyspark.data.loading import Batch, Share
 MARGIN = 8 / 7
 """Length of an image's shorter side over the edge of the crop from its centre, as usual (256 and 224)."""
 LONGEST = 1.25
-"""Longest side of a training crop over its shortest, in the image: anatomy is stretched a little only."""
+"""Longest side of a training crop over its shortest, in the image, unless the image is longer and the crop takes nearly
+all of it: anatomy is stretched a little only.
+"""
 
 
 class Augmentation(NamedTuple):
