@@ -53,12 +53,14 @@ class ViewPretraining(Pretraining):
 
     def summary(self, kept: Sequence[Any]) -> dict[str, float]:
         """The loss; and the deviation of projections over images, times the root of their features: 1 where they spread
-        evenly over the sphere, 0 where the network has collapsed.
+        evenly over the sphere, 0 where the network has collapsed; left out where there is one image.
         """
         losses, projections = zip(*kept, strict=True)
         together = torch.cat(projections)
-        spread = together.std(0, unbiased=False).mean() * together.shape[1] ** 0.5
-        return {"val_loss": math.fsum(losses) / len(losses), "projection_std": float(spread)}
+        numbers = {"val_loss": math.fsum(losses) / len(losses)}
+        if len(together) > 1:
+            numbers["projection_std"] = float(together.std(0, unbiased=False).mean() * together.shape[1] ** 0.5)
+        return numbers
 
     def fixed(self, volumes: Sequence[StoredVolume]) -> ValidationViews:
         """The same views in every epoch, of as many volumes at a time as there are in a step."""

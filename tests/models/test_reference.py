@@ -13,6 +13,8 @@ from hyspark import build_hybird, build_hyspark
 CASE = json.loads((Path(__file__).parents[1] / "fixtures" / "official_parity_96.json").read_text(encoding="utf-8"))
 SIZE = CASE["img_size"]
 TOLERANCE = 1e-4  # of a map's standard deviation
+SCORES_TOLERANCE = 2e-4
+"""After the decoder's further layers: 1.4e-4 was seen with the order of summation that torch takes without AVX-512."""
 
 
 def fill(module):
@@ -78,13 +80,13 @@ def logits(segmentation, volume):
         return segmentation(volume)
 
 
-def assert_agrees(tensor, expected):
+def assert_agrees(tensor, expected, tolerance=TOLERANCE):
     assert list(tensor.shape) == expected["shape"]
     values = tensor.flatten()[torch.tensor(expected["pos"])].numpy()
-    limit = TOLERANCE * expected["std"]
+    limit = tolerance * expected["std"]
     np.testing.assert_allclose(values, np.array(expected["val"]), rtol=0, atol=limit)
     assert tensor.double().mean().item() == pytest.approx(expected["mean"], abs=limit)
-    assert tensor.double().std().item() == pytest.approx(expected["std"], rel=TOLERANCE)
+    assert tensor.double().std().item() == pytest.approx(expected["std"], rel=tolerance)
 
 
 def test_encoder_has_the_released_keys_and_shapes(encoder):
@@ -109,4 +111,4 @@ def test_masked_features_have_the_released_values(masked_features, level):
 
 
 def test_class_scores_have_the_released_values(logits):
-    assert_agrees(logits, CASE["segmentation_logits"])
+    assert_agrees(logits, CASE["segmentation_logits"], SCORES_TOLERANCE)
