@@ -14,8 +14,10 @@ from typing import Any
 
 from tap import to_tap_class
 
-from hyspark.config import FinetuneConfig, PretrainConfig, nearest
+from hyspark.config import nearest
 from hyspark.config_classify import ClassifyConfig
+from hyspark.config_finetune import FinetuneConfig
+from hyspark.config_pretrain import PretrainConfig
 from hyspark.flags import (
     BenefitArguments,
     CheckArguments,

@@ -4,7 +4,8 @@ from typing import Literal, get_args, get_type_hints
 
 from tap import Tap
 
-from hyspark.config import PretrainConfig, RunSettings
+from hyspark.config import RunSettings
+from hyspark.config_pretrain import PretrainConfig
 from hyspark.data.settings import Axis, Scaling
 
 

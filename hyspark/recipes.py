@@ -12,8 +12,10 @@ import yaml
 from docstring_parser import parse_from_object
 
 from hyspark.atomic import write_whole
-from hyspark.config import FinetuneConfig, PretrainConfig, nearest
+from hyspark.config import nearest
 from hyspark.config_classify import ClassifyConfig
+from hyspark.config_finetune import FinetuneConfig
+from hyspark.config_pretrain import PretrainConfig
 
 Config = PretrainConfig | FinetuneConfig | ClassifyConfig
 ConfigT = TypeVar("ConfigT", PretrainConfig, FinetuneConfig, ClassifyConfig)

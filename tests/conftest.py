@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hyspark.config import FinetuneConfig, PretrainConfig
+from hyspark.config_finetune import FinetuneConfig
+from hyspark.config_pretrain import PretrainConfig
 from hyspark.data import datalist
 from hyspark.data.phantom import write_phantoms
 

@@ -10,7 +10,8 @@ import timm
 import torch
 
 from hyspark import cli
-from hyspark.config import FinetuneConfig, PretrainConfig
+from hyspark.config_finetune import FinetuneConfig
+from hyspark.config_pretrain import PretrainConfig
 from hyspark.models.encoder import HybridEncoder
 from hyspark.models.segmentation import build_hybird
 from hyspark.recipes import field_help

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hyspark.config
-from hyspark.config import FinetuneConfig, PretrainConfig, nearest
+from hyspark.config import nearest
 from hyspark.config_classify import ClassifyConfig
+from hyspark.config_finetune import FinetuneConfig
+from hyspark.config_pretrain import PretrainConfig
 from hyspark.recipes import MAY_CHANGE, as_plain, differences, field_help, read_yaml, write_yaml
 
 PACKAGE = Path(hyspark.config.__file__).parent
@@ -21,10 +23,11 @@ RECIPES = sorted((PACKAGE.parent / "configs").rglob("*.yaml"))
 VOLUMES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 CLASSES = VOLUMES | {"finetune_classify": ClassifyConfig}
 CLASSIFYING = ("classify.py", "classified.py", "labelled_images.py")
+PRETRAINING = ("pretrain.py", "pretraining.py", "views.py", "planner.py")
 OTHER_ENGINE = {
-    PretrainConfig: ("finetune.py", "evaluate.py", *CLASSIFYING),
-    FinetuneConfig: ("pretrain.py", *CLASSIFYING),
-    ClassifyConfig: ("finetune.py", "evaluate.py", "pretrain.py", "labelled.py", "inference.py", "prepared.py"),
+    PretrainConfig: ("finetune.py", "evaluate.py", "optim.py", *CLASSIFYING),
+    FinetuneConfig: (*PRETRAINING, *CLASSIFYING),
+    ClassifyConfig: (*PRETRAINING, "finetune.py", "evaluate.py", "labelled.py", "inference.py", "prepared.py"),
 }
 CONFIG_NAMES = ("config", "settings")
 
@@ -84,7 +87,7 @@ def test_every_field_is_read(config_class):
     """A field that nothing outside validation reads would be accepted and ignored."""
     read: set[str] = set()
     for path in PACKAGE.rglob("*.py"):
-        if path.name not in ("config.py", "config_classify.py") and path.name not in OTHER_ENGINE[config_class]:
+        if not path.name.startswith("config") and path.name not in OTHER_ENGINE[config_class]:
             read |= attributes_read(ast.parse(path.read_text()), CONFIG_NAMES)
     for function in properties_of(config_class):
         if function.name in read:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from hyspark import cli
-from hyspark.config import FinetuneConfig, PretrainConfig
 from hyspark.config_classify import ClassifyConfig
+from hyspark.config_finetune import FinetuneConfig
+from hyspark.config_pretrain import PretrainConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "data/README.md", "ckpt/README.md")]

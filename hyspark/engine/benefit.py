@@ -16,8 +16,8 @@ from typing import Any
 
 from hyspark.atomic import write_json
 from hyspark.comparison import SCORE_FILES, Place, name_of
-from hyspark.config import FinetuneConfig
 from hyspark.config_classify import ClassifyConfig
+from hyspark.config_finetune import FinetuneConfig
 from hyspark.data.prepare import available_cores
 from hyspark.engine import classify_benefit, segment_benefit
 from hyspark.engine.compared import Kind

@@ -225,12 +225,7 @@ class Classifying:
 
     def rates(self, run: Run, step: int) -> dict[str, float]:
         """Linear warm-up, then constant or a cosine."""
-        config = self.config
-        warmup = min(config.warmup_epochs * run.steps_per_epoch, run.total_steps - 1)
-        lr = optim.learning_rate(step, peak=config.optim_lr, warmup=warmup, total=run.total_steps)
-        if config.lrschedule == "constant" and step >= warmup:
-            lr = config.optim_lr
-        return {"lr": lr, "wd": config.reg_weight}
+        return optim.finetuning_rates(self.config, step, run.steps_per_epoch, run.total_steps)
 
     def is_due(self, run: Run, done: int) -> bool:
         """At the end of every val_every-th epoch."""

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from hyspark.atomic import write_whole
-from hyspark.config import FinetuneConfig
+from hyspark.config_finetune import FinetuneConfig
 from hyspark.data import datalist
 from hyspark.data.cases import Case, common_labels
 from hyspark.data.resample import file_grid, read_label

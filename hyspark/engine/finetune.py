@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hyspark import report
-from hyspark.config import FinetuneConfig
+from hyspark.config_finetune import FinetuneConfig
 from hyspark.data.cases import Case
 from hyspark.data.crops import AffineRange, seed_at
 from hyspark.data.loading import Batch, FinetuneBatches, Share
@@ -226,12 +226,7 @@ class Finetuning:
 
     def rates(self, run: Run, step: int) -> dict[str, float]:
         """Linear warm-up, then a cosine or constant."""
-        config = self.config
-        warmup = min(config.warmup_epochs * run.steps_per_epoch, run.total_steps - 1)
-        lr = optim.learning_rate(step, peak=config.optim_lr, warmup=warmup, total=run.total_steps)
-        if config.lrschedule == "constant" and step >= warmup:
-            lr = config.optim_lr
-        return {"lr": lr, "wd": config.reg_weight}
+        return optim.finetuning_rates(self.config, step, run.steps_per_epoch, run.total_steps)
 
     def is_due(self, run: Run, done: int) -> bool:
         """At the end of every val_every-th epoch."""

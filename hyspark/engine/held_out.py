@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from hyspark.config import FinetuneConfig
+from hyspark.config_finetune import FinetuneConfig
 from hyspark.data.cases import Case
 from hyspark.data.store import StoredVolume
 from hyspark.engine import scorebook

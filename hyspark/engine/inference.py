@@ -16,7 +16,7 @@ from monai.inferers import sliding_window_inference
 from scipy.ndimage import affine_transform, find_objects, label
 from torch import Tensor, nn
 
-from hyspark.config import FinetuneConfig
+from hyspark.config_finetune import FinetuneConfig
 from hyspark.engine.distributed import Processes
 from hyspark.engine.labelled import left_right_pairs, one_sided
 from hyspark.models.segmentation import Hybird, build_hybird

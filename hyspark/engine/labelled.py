@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from hyspark.config import FinetuneConfig, nearest
+from hyspark.config import nearest
+from hyspark.config_finetune import FinetuneConfig
 from hyspark.data import datalist
 from hyspark.data.cases import Case, Datalist
 from hyspark.data.crops import rng_at

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from hyspark.config_classify import ClassifyConfig
+from hyspark.config_finetune import FinetuneConfig
 from hyspark.models.encoder import NUM_STAGES
 
 
@@ -26,6 +28,16 @@ def weight_decay(step: int, *, start: float, end: float, total: int) -> float:
     """Half a cosine from start to end over `total` steps."""
     progress = min(1.0, step / max(1, total - 1))
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def finetuning_rates(
+    config: FinetuneConfig | ClassifyConfig, step: int, steps_per_epoch: int, total: int
+) -> dict[str, float]:
+    """Learning rate `lr` and weight decay `wd` of a step: a linear warm-up, then a cosine to 0 or a constant rate."""
+    warmup = min(config.warmup_epochs * steps_per_epoch, total - 1)
+    lr = learning_rate(step, peak=config.optim_lr, warmup=warmup, total=total)
+    is_constant = config.lrschedule == "constant" and step >= warmup
+    return {"lr": config.optim_lr if is_constant else lr, "wd": config.reg_weight}
 
 
 def adamw(model: nn.Module, layer_decay: float = 1.0, encoder_share: float = 1.0) -> torch.optim.Optimizer:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hyspark.config import VIEW_METHODS, PretrainConfig
+from hyspark.config_pretrain import VIEW_METHODS, PretrainConfig
 from hyspark.engine.distributed import Processes
 from hyspark.engine.storage import Storage
 from hyspark.engine.trial import Trial, extrapolated

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hyspark.config import VIEW_METHODS, PretrainConfig
+from hyspark.config_pretrain import VIEW_METHODS, PretrainConfig
 from hyspark.data import datalist
 from hyspark.data.cases import Case
 from hyspark.data.crops import seed_at

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hyspark import report
-from hyspark.config import PretrainConfig
+from hyspark.config_pretrain import PretrainConfig
 from hyspark.data.crops import Planes
 from hyspark.data.loading import Batch, PretrainBatches, Share, ValidationCrops, make_loader
 from hyspark.data.store import StoredVolume

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyspark.config import PretrainConfig
+from hyspark.config_pretrain import PretrainConfig
 from hyspark.data import datalist
 from hyspark.data.cases import Case
 from hyspark.data.crops import place

@@ -9,7 +9,7 @@ import torch
 
 from hyspark.benefit_page import write_benefit
 from hyspark.comparison import Place, compare, read_run
-from hyspark.config import FinetuneConfig
+from hyspark.config_finetune import FinetuneConfig
 from hyspark.engine.compared import Kind
 from hyspark.engine.distributed import Processes
 from hyspark.engine.finetune import build

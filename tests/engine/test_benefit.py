@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hyspark import benefit_page, cli
-from hyspark.config import FinetuneConfig
+from hyspark.config_finetune import FinetuneConfig
 from hyspark.engine import benefit as engine
 from hyspark.engine import jobs
 from hyspark.engine.finetune import build

@@ -10,7 +10,7 @@ import pytest
 import torch
 from nibabel.orientations import axcodes2ornt, ornt_transform
 
-from hyspark.config import FinetuneConfig
+from hyspark.config_finetune import FinetuneConfig
 from hyspark.data import datalist
 from hyspark.data.prepare import prepare_all
 from hyspark.engine import checkpoint

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hyspark.config import FinetuneConfig
+from hyspark.config_finetune import FinetuneConfig
 from hyspark.data import datalist
 from hyspark.data.cases import Case
 from hyspark.engine.labelled import choose_labelled, class_names, find_cases, left_right_pairs, one_sided

@@ -11,7 +11,7 @@ from nibabel.nifti1 import Nifti1Extension
 from nibabel.orientations import axcodes2ornt, ornt_transform
 
 from hyspark.cli import main
-from hyspark.config import FinetuneConfig
+from hyspark.config_finetune import FinetuneConfig
 from hyspark.engine import checkpoint, predict
 from hyspark.engine.evaluate import Scoring
 from hyspark.engine.inference import network_of
