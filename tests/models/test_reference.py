@@ -13,7 +13,7 @@ from hyspark import build_hybird, build_hyspark
 CASE = json.loads((Path(__file__).parents[1] / "fixtures" / "official_parity_96.json").read_text(encoding="utf-8"))
 SIZE = CASE["img_size"]
 TOLERANCE = 1e-4  # of a map's standard deviation
-SCORES_TOLERANCE = 2e-4
+SCORES_TOLERANCE = 2e-4 if torch.backends.cpu.get_cpu_capability() == "AVX2" else TOLERANCE
 """After the decoder's further layers: 1.4e-4 was seen with the order of summation that torch takes without AVX-512."""
 
 
