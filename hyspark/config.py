@@ -110,6 +110,17 @@ def check_volumes(config: VolumeSettings) -> None:
         raise ValueError(f"hu_min must lie below hu_max, but they are {config.hu_min} and {config.hu_max}")
 
 
+def check_shares(config: Any) -> None:
+    """Checks of how much a fine-tuning learns from and how fast its layers do; raises ValueError."""
+    if max(config.label_fraction, config.layer_decay) > 1:
+        raise ValueError(
+            f"label_fraction and layer_decay are at most 1, but they are {config.label_fraction} and "
+            f"{config.layer_decay}"
+        )
+    if config.num_labelled and config.label_fraction != 1:
+        raise ValueError("num_labelled and label_fraction say the same in two ways; name one of them")
+
+
 def check_encoder(config: EncoderSettings) -> None:
     """Checks of EncoderSettings that need no model; raises ValueError."""
     for name in ("encoder_widths", "encoder_depths", "expansions"):

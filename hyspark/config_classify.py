@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hyspark.config import RunSettings, between, check_probabilities, check_run, nearest, not_negative, positive
+from hyspark.config import (
+    RunSettings,
+    between,
+    check_probabilities,
+    check_run,
+    check_shares,
+    nearest,
+    not_negative,
+    positive,
+)
 
 LIBRARIES = ("timm", "torchvision")
 
@@ -101,13 +110,7 @@ class ClassifyConfig(RunSettings):
         positive(self, "layer_decay")
         not_negative(self, "num_labelled", "steps_per_epoch", "freeze_epochs", "warmup_epochs", "reg_weight", "clip")
         not_negative(self, "mixup", "cutmix")
-        if max(self.label_fraction, self.layer_decay) > 1:
-            raise ValueError(
-                f"label_fraction and layer_decay are at most 1, but they are {self.label_fraction} and "
-                f"{self.layer_decay}"
-            )
-        if self.num_labelled and self.label_fraction != 1:
-            raise ValueError("num_labelled and label_fraction say the same in two ways; name one of them")
+        check_shares(self)
         library, slash, _ = self.model.partition("/")
         if not slash or library not in LIBRARIES:
             raise ValueError(

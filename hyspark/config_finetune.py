@@ -11,6 +11,7 @@ from hyspark.config import (
     check_encoder,
     check_probabilities,
     check_run,
+    check_shares,
     check_volumes,
     not_negative,
     positive,
@@ -122,13 +123,7 @@ class FinetuneConfig(VolumeSettings, EncoderSettings):
         positive(self, "accumulate", "label_fraction", "layer_decay", "background_weight", "decoder_width")
         not_negative(self, "warmup_epochs", "reg_weight", "clip", "out_channels")
         not_negative(self, "num_labelled", "steps_per_epoch", "freeze_epochs")
-        if max(self.label_fraction, self.layer_decay) > 1:
-            raise ValueError(
-                f"label_fraction and layer_decay are at most 1, but they are {self.label_fraction} and "
-                f"{self.layer_decay}"
-            )
-        if self.num_labelled and self.label_fraction != 1:
-            raise ValueError("num_labelled and label_fraction say the same in two ways; name one of them")
+        check_shares(self)
         if self.batch_size * self.crops_per_volume % self.accumulate:
             raise ValueError(
                 f"accumulate={self.accumulate} does not divide a step's "

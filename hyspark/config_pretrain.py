@@ -17,10 +17,10 @@ from hyspark.config import (
     positive,
 )
 from hyspark.models.masking import grid_of
+from hyspark.models.siamese import METHODS as VIEW_METHODS
 
-METHODS = ("hyspark", "spark", "moco", "byol", "swav")
+METHODS = ("hyspark", "spark", *VIEW_METHODS)
 """Of pre-training."""
-VIEW_METHODS = METHODS[2:]
 READ_BY = {
     **dict.fromkeys((field.name for field in fields(EncoderSettings)), METHODS[:1]),
     **dict.fromkeys(("compute", "hide"), METHODS[:1]),

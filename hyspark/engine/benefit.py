@@ -22,6 +22,7 @@ from hyspark.data.prepare import available_cores
 from hyspark.engine import classify_benefit, segment_benefit
 from hyspark.engine.compared import Kind
 from hyspark.engine.jobs import Job, last_step, run_jobs
+from hyspark.engine.run import last_file
 from hyspark.recipes import as_plain, differences, read_yaml, write_yaml
 
 Config = FinetuneConfig | ClassifyConfig
@@ -183,7 +184,7 @@ def check_folders(runs: Sequence[PlannedRun]) -> None:
     """Raises ValueError where a run's folder holds weights or scores that were made with other settings."""
     for run in runs:
         folder = run.config.run_folder
-        is_used = (folder / "last.pth").is_file() or run.scores.is_dir()
+        is_used = last_file(run.config).is_file() or run.scores.is_dir()
         if is_used and run.has_settings and run.changes():
             raise ValueError(
                 f"{folder} holds a run with other settings; name another --out, or use the same to continue:\n  "

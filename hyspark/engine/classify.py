@@ -31,7 +31,7 @@ from hyspark.engine.labelled_images import Images, read_images
 from hyspark.engine.loop import Run, start_run, train
 from hyspark.engine.prepared import left_out_text
 from hyspark.engine.replay import repeat, stopped_run
-from hyspark.engine.run import RunLog, begun, saved_state, settings_text
+from hyspark.engine.run import RunLog, begun, last_file, saved_state, settings_text, steps_per_epoch
 from hyspark.models.classifier import backbone_learns, layers_of
 from hyspark.models.weights import load_pretrained
 from hyspark.recipes import as_plain
@@ -109,16 +109,6 @@ def start(config: ClassifyConfig, model: nn.Module, images: Images) -> dict[str,
     if not state and config.pretrained != "none":
         LOG.info("weights of %s\n%s", config.pretrained, load_pretrained(model, config.pretrained))
     return state
-
-
-def last_file(config: ClassifyConfig) -> Path:
-    """The state that the run continues from."""
-    return config.run_folder / "last.pth"
-
-
-def steps_per_epoch(config: ClassifyConfig, num_training: int) -> int:
-    """As set, or the steps in which every image comes at least once."""
-    return config.steps_per_epoch or math.ceil(num_training / config.batch_size)
 
 
 def describe(config: ClassifyConfig, processes: Processes, model: nn.Module, images: Images) -> str:

@@ -43,7 +43,7 @@ from hyspark.engine.loop import Run, start_run, train
 from hyspark.engine.metrics import dice
 from hyspark.engine.prepared import data_text, left_out_text, usable
 from hyspark.engine.replay import repeat, stopped_run
-from hyspark.engine.run import RunLog, begun, saved_state, settings_text
+from hyspark.engine.run import RunLog, begun, last_file, saved_state, settings_text, steps_per_epoch
 from hyspark.figures import save_figure
 from hyspark.models.segmentation import Hybird
 from hyspark.models.weights import load_pretrained
@@ -127,16 +127,6 @@ def start(config: FinetuneConfig, model: Hybird) -> dict[str, Any] | None:
 def last_weights(config: FinetuneConfig, run: Run) -> str:
     """What a protocol calls the weights that a run ends with."""
     return f"{last_file(config).name} after {max(run.first_step, run.last_step)} steps"
-
-
-def last_file(config: FinetuneConfig) -> Path:
-    """The state that the run continues from."""
-    return config.run_folder / "last.pth"
-
-
-def steps_per_epoch(config: FinetuneConfig, num_training: int) -> int:
-    """As set, or the steps in which every case comes at least once."""
-    return config.steps_per_epoch or math.ceil(num_training / config.batch_size)
 
 
 def describe(

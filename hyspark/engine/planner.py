@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hyspark.config_pretrain import VIEW_METHODS, PretrainConfig
+from hyspark.config_pretrain import PretrainConfig
 from hyspark.engine.distributed import Processes
 from hyspark.engine.storage import Storage
 from hyspark.engine.trial import Trial, extrapolated
@@ -20,6 +20,7 @@ from hyspark.models.cost import by_part, flops_by_layer, flops_of_step
 from hyspark.models.encoder import HybridEncoder
 from hyspark.models.masking import draw_visible, grid_of
 from hyspark.models.pretraining import HySparK
+from hyspark.models.siamese import METHODS as VIEW_METHODS
 from hyspark.models.siamese import Siamese
 
 ADAM_STATE = 2

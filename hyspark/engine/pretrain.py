@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hyspark.config_pretrain import VIEW_METHODS, PretrainConfig
+from hyspark.config_pretrain import PretrainConfig
 from hyspark.data import datalist
 from hyspark.data.cases import Case
 from hyspark.data.crops import seed_at
@@ -29,6 +29,7 @@ from hyspark.engine.trial import try_steps
 from hyspark.engine.views import ViewPretraining
 from hyspark.models.pretraining import HySparK, build_hyspark
 from hyspark.models.pyramid import build_spark
+from hyspark.models.siamese import METHODS as VIEW_METHODS
 from hyspark.models.siamese import Siamese, build_siamese
 from hyspark.models.weights import load_pretrained
 from hyspark.models.zoo import build_backbone

@@ -1,6 +1,7 @@
 """A run is a folder: resolved settings, metrics, TensorBoard; the same command on it continues."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from hyspark.atomic import write_whole
+from hyspark.config_classify import ClassifyConfig
+from hyspark.config_finetune import FinetuneConfig
 from hyspark.engine import checkpoint, distributed
 from hyspark.engine.distributed import LOG, Processes
 from hyspark.engine.signals import Requests, requests
@@ -45,6 +48,16 @@ def locked(config: Config, processes: Processes) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def last_file(config: FinetuneConfig | ClassifyConfig) -> Path:
+    """The state that a fine-tuning continues from."""
+    return config.run_folder / "last.pth"
+
+
+def steps_per_epoch(config: FinetuneConfig | ClassifyConfig, num_training: int) -> int:
+    """Of a fine-tuning: as set, or the steps in which every training case comes at least once."""
+    return config.steps_per_epoch or math.ceil(num_training / config.batch_size)
 
 
 def saved_state(config: Config, own: Path, other: str = "") -> dict[str, Any] | None:

@@ -88,9 +88,11 @@ def fit(model: nn.Module, given: Mapping[str, Tensor], name: str) -> Fit:
             loaded[target] = adapt_channels(value, channels[1])
             adapted[target] = f"{channels[0]} -> {channels[1]} input channels"
         else:
+            width = decoder_width(given)
+            flag = "" if width is None else f" (--decoder_width {width})"
             raise ValueError(
                 f"{name}: {key} has shape {tuple(value.shape)}, the model wants {tuple(want.shape)}; build the model "
-                f"as the weights were{decoder_flag(given)}"
+                f"as the weights were{flag}"
             )
     missing = without_values(wanted, loaded)
     tops = (*heads, *tops_of(model, own, DECODERS))
@@ -256,7 +258,6 @@ def check_missing(
         )
 
 
-def decoder_flag(given: Mapping[str, Tensor]) -> str:
-    """The width of the decoder of pre-training that the weights show, as a flag; nothing where they have none."""
-    deepest = next((value for key, value in given.items() if key.endswith("densify.0.project.weight")), None)
-    return "" if deepest is None else f" (--decoder_width {len(deepest)})"
+def decoder_width(given: Mapping[str, Tensor]) -> int | None:
+    """The width of the decoder of pre-training that weights show; None where they have none."""
+    return next((len(value) for key, value in given.items() if key.endswith("densify.0.project.weight")), None)

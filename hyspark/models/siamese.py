@@ -8,12 +8,11 @@ batch statistics (Cai et al., "Exponential moving average normalization", CVPR 2
 So MoCo's keys carry no trace of the batch they came in, without shuffling between GPUs, of which there may be one.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from hyspark.models.pyramid import PyramidEncoder, outputs
@@ -51,10 +50,9 @@ class PooledEncoder(nn.Module):
         taps = PyramidEncoder(backbone, img_size, in_channels, run=run).taps
         pyramid = PyramidEncoder(backbone, img_size, in_channels, taps[-1:], run)
         self.backbone = backbone
-        self.img_size, self.in_channels = pyramid.img_size, in_channels
         self.run = pyramid.run
         self.tap = pyramid.taps[-1]
-        self.width, self.stride = pyramid.maps[0]
+        self.width = pyramid.maps[0][0]
 
     def forward(self, images: Tensor) -> Tensor:
         with outputs(self.backbone, [self.tap]) as seen:
@@ -66,32 +64,21 @@ class PooledEncoder(nn.Module):
         return self.backbone.state_dict()
 
 
-class Teacher(nn.Module):
+class Teacher(ModelEmaV3):
     """A slow copy of a network: its weights and its running statistics are moving averages of the network's."""
 
     def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = copy.deepcopy(network).requires_grad_(False)
-        self.eval()
+        super().__init__(network)
+        self.module.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Teacher":
         """It never computes statistics of its own."""
         return super().train(False)
 
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        out: Tensor = self.network(images)
-        return out
-
-    @torch.no_grad()
     def follow(self, network: nn.Module, momentum: float) -> None:
         """Move towards the network: momentum 1 stays, 0 copies."""
-        own = [*self.network.parameters(), *self.network.buffers()]
-        for mine, value in zip(own, [*network.parameters(), *network.buffers()], strict=True):
-            if mine.is_floating_point():
-                mine.lerp_(value.to(mine.dtype), 1 - momentum)
-            else:
-                mine.copy_(value)
+        self.decay = momentum
+        self.update(network)
 
 
 class Siamese(nn.Module):
@@ -109,8 +96,8 @@ class Siamese(nn.Module):
         """Called before each step."""
 
 
-class MoCo(Siamese):
-    """MoCo v2: the first view must be found again, by its projection, between the second and keys of earlier images."""
+class Taught(Siamese):
+    """A method whose targets are projections by a slow copy of the network."""
 
     def __init__(self, encoder: PooledEncoder, head: nn.Module, criterion: nn.Module) -> None:
         super().__init__(encoder)
@@ -118,32 +105,30 @@ class MoCo(Siamese):
         self.teacher = Teacher(nn.Sequential(encoder, head))
         self.criterion = criterion
 
-    def forward(self, views: Sequence[Tensor]) -> SiameseOutput:
-        query = self.project(self.encoder(views[0])).float()
-        return SiameseOutput(self.criterion(query, self.teacher(views[1]).float()), unit(query))
-
     def follow(self, momentum: float) -> None:
         self.teacher.follow(nn.Sequential(self.encoder, self.project), momentum)
 
 
-class BYOL(Siamese):
+class MoCo(Taught):
+    """MoCo v2: the first view must be found again, by its projection, between the second and keys of earlier images."""
+
+    def forward(self, views: Sequence[Tensor]) -> SiameseOutput:
+        query = self.project(self.encoder(views[0])).float()
+        return SiameseOutput(self.criterion(query, self.teacher(views[1]).float()), unit(query))
+
+
+class BYOL(Taught):
     """BYOL: of each view the slow copy's projection of the other is predicted."""
 
-    def __init__(self, encoder: PooledEncoder, head: nn.Module, predictor: nn.Module, criterion: nn.Module) -> None:
-        super().__init__(encoder)
-        self.project = head
+    def __init__(self, encoder: PooledEncoder, head: nn.Module, criterion: nn.Module, predictor: nn.Module) -> None:
+        super().__init__(encoder, head, criterion)
         self.predict = predictor
-        self.teacher = Teacher(nn.Sequential(encoder, head))
-        self.criterion = criterion
 
     def forward(self, views: Sequence[Tensor]) -> SiameseOutput:
         found = [self.project(self.encoder(view)) for view in views[:2]]
         wanted = [self.teacher(view).float() for view in views[:2]]
         losses = [self.criterion(self.predict(a).float(), b) for a, b in zip(found, reversed(wanted), strict=True)]
         return SiameseOutput((losses[0] + losses[1]) / 2, unit(found[0]))
-
-    def follow(self, momentum: float) -> None:
-        self.teacher.follow(nn.Sequential(self.encoder, self.project), momentum)
 
 
 class SwAV(Siamese):
@@ -217,7 +202,7 @@ def build_siamese(
         return MoCo(encoder, heads.MoCoProjectionHead(*shape), criterion)
     if method == "byol":
         predictor = heads.BYOLPredictionHead(PROJECTION[method], head_width, PROJECTION[method])
-        return BYOL(encoder, heads.BYOLProjectionHead(*shape), predictor, loss.NegativeCosineSimilarity())
+        return BYOL(encoder, heads.BYOLProjectionHead(*shape), loss.NegativeCosineSimilarity(), predictor)
     prototypes = heads.SwaVPrototypes(PROJECTION[method], num_prototypes)
     return SwAV(encoder, heads.SwaVProjectionHead(*shape), prototypes, loss.SwaVLoss(), together)
 

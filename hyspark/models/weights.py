@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hyspark.models.encoder import NUM_STAGES, HybridEncoder
-from hyspark.models.foreign import SETTINGS, Fit, adapt_channels, fit, nothing_matches
+from hyspark.models.foreign import SETTINGS, Fit, adapt_channels, decoder_width, fit, nothing_matches
 from hyspark.models.segmentation import Hybird
 from hyspark.models.weight_files import read_weights, unwrap, without_wrappers
 
@@ -160,9 +160,8 @@ def as_built(weights: Mapping[str, Tensor]) -> str:
         "expansions": [sizes["conv3"] // sizes["conv1"] for sizes in first],
         "vit_depth": [len(blocks)],
     }
-    deepest = next((v for k, v in weights.items() if k.endswith("densify.0.project.weight")), None)
-    if deepest is not None:
-        numbers["decoder_width"] = [len(deepest)]
+    if (deepest := decoder_width(weights)) is not None:
+        numbers["decoder_width"] = [deepest]
     flags = " ".join(f"--{name} {' '.join(map(str, values))}" for name, values in numbers.items())
     return f"build the model as the weights were: {flags}"
 

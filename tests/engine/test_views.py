@@ -79,7 +79,7 @@ def test_a_run_starts_from_the_network_of_another(comparing, method, tmp_path):
     assert all(torch.equal(value, given.state_dict()[key]) for key, value in network.encoder.weights().items())
     torch.testing.assert_close(network.project.state_dict(), fresh.project.state_dict())
     if method != "swav":
-        copied = network.teacher.network.state_dict()
+        copied = network.teacher.module.state_dict()
         own = torch.nn.Sequential(network.encoder, network.project).state_dict()
         assert all(torch.equal(value, copied[key]) for key, value in own.items())
 

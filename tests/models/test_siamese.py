@@ -128,8 +128,8 @@ def test_the_slow_copy_moves_towards_the_network_with_its_statistics(method):
     net.follow(0.75)
     for own, copied in (("conv1.0.weight", "conv1.0.weight"), ("bn1.running_mean", "bn1.running_mean")):
         value = net.encoder.backbone.state_dict()[own]
-        old = before[f"network.0.backbone.{copied}"]
-        now = net.teacher.state_dict()[f"network.0.backbone.{copied}"]
+        old = before[f"module.0.backbone.{copied}"]
+        now = net.teacher.state_dict()[f"module.0.backbone.{copied}"]
         torch.testing.assert_close(now, 0.75 * old + 0.25 * value)
         assert not torch.equal(now, old)
 
