@@ -7,7 +7,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,6 +20,7 @@ from hyspark.data.prepare import available_cores
 
 LOOK_EVERY = 0.2  # seconds
 GRACE = 10.0  # seconds that a stopped process has to end
+WAIT = 0.02  # seconds between two looks whether it has
 TAIL = 15  # lines of a failed job's log that are shown
 DEVICES = "CUDA_VISIBLE_DEVICES"
 
@@ -144,15 +145,23 @@ def stop(running: Sequence[Running]) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + GRACE
         for r in running:
-            if r.process.poll() is None:
-                os.killpg(r.process.pid, number)
-        for r in running:
-            try:
-                r.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                continue
+            if has_processes(r):
+                with suppress(ProcessLookupError):
+                    os.killpg(r.process.pid, number)
+        while any(has_processes(r) for r in running) and time.monotonic() < deadline:
+            time.sleep(WAIT)
     for r in running:
         r.log.close()
+
+
+def has_processes(r: Running) -> bool:
+    """Whether a job has any process left, its own or one that it started."""
+    r.process.poll()  # else an ended one would count
+    try:
+        os.killpg(r.process.pid, 0)
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

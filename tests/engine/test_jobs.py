@@ -99,6 +99,19 @@ def test_a_job_that_does_not_listen_is_killed(tmp_path, monkeypatch):
     assert not alive(int((tmp_path / "b" / "pid").read_text()))
 
 
+def test_a_child_that_outlives_its_job_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "GRACE", 0.5)
+
+    def interrupt() -> None:
+        until((tmp_path / "b" / "pid").exists)
+        raise KeyboardInterrupt
+
+    deaf = "(trap '' TERM; sh -c 'echo $PPID' > pid.tmp; mv pid.tmp pid; while true; do sleep 0.05; done) & wait"
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs([job(tmp_path, "true", "a"), job(tmp_path, deaf, "b")], 2, interrupt)
+    assert not alive(int((tmp_path / "b" / "pid").read_text()))
+
+
 def test_sigterm_stops_the_jobs_and_handlers_are_put_back(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     assert before == signal.SIG_DFL
