@@ -82,7 +82,8 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor])
 
     source: a file's path or a state dict. Into a network of this package (pre-training, encoder or segmentation):
     positions are recomputed where the crop size differs; the stem is adapted where the number of input channels
-    differs; a segmentation head with another number of classes stays fresh. Into any other network: published files
+    differs; a segmentation head with another number of classes stays fresh, and so does the last level of a light
+    decoder that comes from pre-training. Into any other network: published files
     of SparK, MoCo, BYOL and SwAV, this project's, and those of the network's own library; see foreign.py.
 
     Raises FileNotFoundError for a missing file; ValueError where nothing matches, where a key is unexplained, where
@@ -110,11 +111,15 @@ def is_own(model: nn.Module) -> bool:
 def fit_own(model: nn.Module, given: Mapping[str, Tensor], name: str) -> Fit:
     """The keys and values of a network of this package in a state dict; raises as `load_pretrained`."""
     wanted = model.state_dict()
+    is_segmentation = any(without_wrappers(key).startswith("decoder.fuse.") for key in given)
+    fresh = model.starts_fresh if isinstance(model, Hybird) and not is_segmentation else ()
     matched, adapted, unexpected, loaded = [], {}, {}, {}
     for key, value in given.items():
         own = plain_key(key, wanted)
         if own not in wanted:
             unexpected[key] = why_unexpected(own, name, as_built(given))
+        elif own.startswith(fresh):
+            unexpected[key] = "paints grey values, classes are learned sooner from a fresh one"
         elif own in loaded:
             raise ValueError(f"{name}: two keys stand for {own}; it mixes more than one network")
         elif own.endswith("mae.pos_embed") and not same_positions(value, wanted[own]):

@@ -33,8 +33,10 @@ def test_the_light_decoder_goes_along_where_asked_for(make_hyspark, make_hybird,
     export_weights(tmp_path / "run.pth", tmp_path / "all.safetensors", decoder=True)
     model = make_hybird(1, 4, decoder="light", decoder_width=32)
     missing = load_pretrained(model, tmp_path / "all.safetensors").missing
-    assert all(key.startswith(("decoder.fuse.", "decoder.out.")) for key in missing)
-    torch.testing.assert_close(model.decoder.levels[3].up.weight, net.decoder.levels[3].up.weight, rtol=1e-3, atol=1e-6)
+    assert all(key.startswith(("decoder.levels.3.", "decoder.fuse.", "decoder.out.")) for key in missing)
+    torch.testing.assert_close(model.decoder.levels[2].up.weight, net.decoder.levels[2].up.weight, rtol=1e-3, atol=1e-6)
+    with safe_open(tmp_path / "all.safetensors", "pt") as file:
+        assert "decoder.levels.3.up.weight" in file.keys()  # noqa: SIM118
     torch.save(net.encoder.state_dict(), tmp_path / "encoder.pth")
     with pytest.raises(ValueError, match=r"holds no light decoder.*densify\.\* or decoder\.levels"):
         export_weights(tmp_path / "encoder.pth", tmp_path / "x.safetensors", decoder=True)

@@ -7,7 +7,7 @@ from torch import nn
 from hyspark import build_hybird, load_pretrained
 
 LIGHT = {"decoder": "light", "decoder_width": 32}
-LAST = ("decoder.fuse.", "decoder.out.")
+LAST = ("decoder.levels.3.", "decoder.fuse.", "decoder.out.")
 both_decoders = pytest.mark.parametrize("decoder", [{}, LIGHT], ids=["released", "light"])
 
 
@@ -70,8 +70,8 @@ def test_the_encoder_is_that_of_pre_training(make_hybird, make_encoder, monkeypa
 
 
 def test_with_the_light_decoder_it_is_the_network_of_pre_training(make_hybird, make_hyspark):
-    """All its weights are taken over but the last layer and what stands for hidden patches; with nothing hidden both
-    compute the same up to there.
+    """All its weights are taken over but those of the last level and what stands for hidden patches; with nothing
+    hidden both compute the same up to there.
     """
     pretraining, net = make_hyspark().eval(), make_hybird(1, 5, **LIGHT).eval()
     fresh = {key: value.clone() for key, value in net.state_dict().items() if key.startswith(LAST)}
@@ -80,16 +80,25 @@ def test_with_the_light_decoder_it_is_the_network_of_pre_training(make_hybird, m
     assert set(report.missing) == set(fresh)
     assert all(torch.equal(net.state_dict()[key], value) for key, value in fresh.items())
     tokens = {f"densify.{level}.mask_token" for level in range(4)}
-    assert set(report.unexpected) == {*tokens, "decoder.out.weight", "decoder.out.bias"}
+    last = {key for key in pretraining.state_dict() if key.startswith("decoder.levels.3.")}
+    assert set(report.unexpected) == {*tokens, *last, "decoder.out.weight", "decoder.out.bias"}
     assert report.unexpected["decoder.out.weight"] == "head of pre-training, the model has 5"
     seen = []
     for model in (pretraining, net):
-        model.decoder.levels[3].register_forward_hook(lambda _module, _args, out: seen.append(out[1](out[0])))
+        model.decoder.levels[2].register_forward_hook(lambda _module, _args, out: seen.append(out[1](out[0])))
     volumes = torch.rand(2, 1, 32, 32, 32)
     with torch.no_grad():
         pretraining(volumes, torch.ones(2, 1, 2, 2, 2, dtype=torch.bool))
         net(volumes)
     torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_fine_tuned_light_decoder_is_taken_over_whole(make_hybird):
+    tuned, net = make_hybird(1, 5, **LIGHT), make_hybird(1, 5, **LIGHT)
+    report = load_pretrained(net, {f"module.{key}": value for key, value in tuned.state_dict().items()})
+    assert not report.missing
+    assert not report.unexpected
+    assert all(torch.equal(value, tuned.state_dict()[key]) for key, value in net.state_dict().items())
 
 
 def test_a_light_decoder_of_another_width_is_refused(make_hybird, make_hyspark):
