@@ -55,11 +55,15 @@ def load_network(path: Path) -> tuple[Hybird, FinetuneConfig, list[str]]:
         raise FileNotFoundError(f"{path} holds no best.pth; is it a fine-tuning run that was validated?")
     path = path / "best.pth" if path.is_dir() else path
     contents = read_contents(path)
-    if not isinstance(contents, Mapping) or not {"model", "config", "classes"} <= set(contents):
-        is_state = isinstance(contents, Mapping) and "optimizer" in contents
-        what = "a state to continue training from" if is_state else "weights without settings and class names"
+    keys = set(contents) if isinstance(contents, Mapping) else set()
+    if not {"model", "config", "classes"} <= keys or "weights" in keys:
+        what = "weights without settings and class names"
+        if "optimizer" in keys:
+            what = "a state to continue training from"
+        elif "weights" in keys:
+            what = "a classifier of images (hyspark classify)"
         raise ValueError(
-            f"{path} is no fine-tuned network, but {what}; "
+            f"{path} is no fine-tuned network for segmentation, but {what}; "
             "give the best.pth that fine-tuning wrote (hyspark finetune), or its run folder"
         )
     config = FinetuneConfig(**typed_values(contents["config"], FinetuneConfig, str(path)))

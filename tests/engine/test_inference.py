@@ -8,6 +8,7 @@ from monai.data import MetaTensor
 from monai.transforms import SpatialResample
 from scipy.ndimage import map_coordinates
 
+from hyspark.config_classify import ClassifyConfig
 from hyspark.data.cases import Case
 from hyspark.data.phantom import make_phantom
 from hyspark.data.prepare import prepare_case
@@ -200,7 +201,7 @@ def test_files_that_are_no_fine_tuned_network(finetuning, tmp_path):
         load_network(tmp_path / "none.pth")
     path = tmp_path / "encoder.pth"
     torch.save({key: value for key, value in model.state_dict().items() if not key.startswith("decoder.")}, path)
-    with pytest.raises(ValueError, match=r"encoder\.pth is no fine-tuned network, but weights without settings"):
+    with pytest.raises(ValueError, match=r"no fine-tuned network for segmentation, but weights without"):
         load_network(path)
     torch.save({"model": model.state_dict(), "config": as_plain(finetuning), "optimizer": {}}, path)
     with pytest.raises(ValueError, match="a state to continue training from"):
@@ -208,6 +209,9 @@ def test_files_that_are_no_fine_tuned_network(finetuning, tmp_path):
     whole = {"model": model.state_dict(), "config": as_plain(finetuning), "classes": ["background", "liver"]}
     torch.save(whole, path)
     with pytest.raises(ValueError, match="its weights are not those of the network"):
+        load_network(path)
+    torch.save(whole | {"config": as_plain(ClassifyConfig()), "weights": "best"}, path)
+    with pytest.raises(ValueError, match=r"a classifier of images \(hyspark classify\)"):
         load_network(path)
     torch.save(whole | {"config": as_plain(finetuning) | {"colour": 3}}, path)
     with pytest.raises(ValueError, match=r"encoder\.pth: unknown key 'colour'"):
