@@ -33,6 +33,8 @@ GIVEN = {"logdir": "out", "pretrained": "starts", "seed": "seeds", "num_labelled
 """Settings of a run that the comparison gives, and the flag that says them."""
 FIXED = ("max_steps", "test_dir")
 """Settings that a run may be continued with, but that must be the same in all runs of a comparison."""
+OF_THE_MACHINE = ("store_dir", "dataloader_workers", "prepare_workers")
+"""Settings that say nothing of a result, which the report leaves out."""
 COMMAND = (sys.executable, "-c", "from hyspark.cli import main; main()")
 
 
@@ -101,7 +103,8 @@ def benefit(
     if todo:
         kind.check_data([run.config for run in todo], starts)
     write_json(out / "starts.json", digests)
-    recipe = {k: v for k, v in as_plain(runs[0].config).items() if k not in GIVEN and v != defaults[k]}
+    told = {k: v for k, v in as_plain(runs[0].config).items() if k not in (*GIVEN, *OF_THE_MACHINE)}
+    recipe = {k: v for k, v in told.items() if v != defaults[k]}
     scored_on = "test" if runs[0].scores.name.endswith("test") else "validation"
     more = {
         "scored_on": scored_on,

@@ -51,7 +51,8 @@ def _stand_in(tmp_path, monkeypatch):
 @pytest.fixture
 def base(finetuning):
     """What all runs share."""
-    return replace(finetuning, logdir=FinetuneConfig.logdir, max_epochs=1, val_every=1)
+    given = {"logdir": FinetuneConfig.logdir, "store_dir": str(Path(finetuning.data_dir) / "store")}
+    return replace(finetuning, **given, max_epochs=1, val_every=1)
 
 
 @pytest.fixture
@@ -149,6 +150,7 @@ def test_the_report_of_all_runs_and_nothing_is_run_twice(base, starts, tmp_path)
     assert scratch["dice"]["mean"] == pytest.approx(0.5 + 0.01 + 0.01 + 0.015)
     assert (scratch["num_labelled"], scratch["minutes"]) == (1, [0.1, 0.1])  # 3 steps of 2 crops
     assert numbers["recipe"]["max_epochs"] == 1
+    assert "store_dir" not in numbers["recipe"]
     assert (out / "benefit.md").exists()
     (out / "benefit.md").unlink()
     assert engine.benefit(base, out, starts, [2, 1], [0, 1]) == []
