@@ -162,28 +162,31 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         variance = SumOverProcesses.apply(centred.square().sum(axes)) / num
         self.remember(mean.detach(), variance.detach() * (num / (num - 1)))
         out = centred * (variance + self.eps).rsqrt().view(shape)
-        return (out * self.weight.view(shape) + self.bias.view(shape)).to(input.dtype)
+        if self.affine:
+            out = out * self.weight.view(shape) + self.bias.view(shape)
+        return out.to(input.dtype)
 
     def remember(self, mean: Tensor, variance: Tensor) -> None:
-        """Update the running statistics as torch's BatchNorm does."""
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        assert self.momentum is not None
+        """Update the running statistics, where there are such, as torch's BatchNorm does: without a momentum they are
+        means over all batches.
+        """
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
         self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance, self.momentum)
+        share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(variance, share)
 
 
 def global_batch_norm(norm: nn.modules.batchnorm._BatchNorm) -> GlobalBatchNorm:
     """The same with the statistics of the global batch, and with the dropout and activation that timm's BatchNormAct2d
     holds.
     """
-    new = GlobalBatchNorm(norm.num_features, norm.eps, norm.momentum)
+    new = GlobalBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     for name, child in norm.named_children():
         new.add_module(name, child)
     new.load_state_dict(norm.state_dict())
-    return new.requires_grad_(norm.weight.requires_grad)
+    return new.requires_grad_(all(p.requires_grad for p in norm.parameters()))
 
 
 def share_statistics(module: nn.Module, shared: Callable[[Any], nn.Module]) -> None:

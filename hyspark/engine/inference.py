@@ -55,12 +55,12 @@ def load_network(path: Path) -> tuple[Hybird, FinetuneConfig, list[str]]:
         raise FileNotFoundError(f"{path} holds no best.pth; is it a fine-tuning run that was validated?")
     path = path / "best.pth" if path.is_dir() else path
     contents = read_contents(path)
-    keys = set(contents) if isinstance(contents, Mapping) else set()
-    if not {"model", "config", "classes"} <= keys or "weights" in keys:
+    contents = contents if isinstance(contents, Mapping) else {}
+    if not {"model", "config", "classes"} <= set(contents) or "weights" in contents:
         what = "weights without settings and class names"
-        if "optimizer" in keys:
+        if "optimizer" in contents:
             what = "a state to continue training from"
-        elif "weights" in keys:
+        elif "weights" in contents:
             what = "a classifier of images (hyspark classify)"
         raise ValueError(
             f"{path} is no fine-tuned network for segmentation, but {what}; "

@@ -121,8 +121,13 @@ def test_two_processes_equal_one_in_classification(classifying, tmp_path):
     assert (tmp_path / "two" / "scores" / "cases.csv").read_text().count("\n") == 8
 
 
+KINDS_OF_NORM = ({"affine": False}, {"track_running_stats": False}, {"momentum": None})
+
+
 def run_ranks(rank, folder):
-    """One of two processes: half of a batch through GlobalBatchNorm, forward and backward."""
+    """One of two processes: a share of a batch through GlobalBatchNorm, forward and backward, then twice through other
+    kinds of it.
+    """
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.manual_seed(0)
     x, target = torch.randn(6, 3, 4, 4, 4) * 3 + 1, torch.randn(6, 3, 4, 4, 4)
@@ -131,7 +136,11 @@ def run_ranks(rank, folder):
     norm = global_batch_norm(BatchNormAct2d(3))
     out = norm(mine)
     ((out - target[part]) ** 2).sum().backward()
-    torch.save({"out": out, "grad": mine.grad, "state": norm.state_dict()}, f"{folder}/{rank}.pt")
+    others = [global_batch_norm(torch.nn.BatchNorm3d(3, **kind)) for kind in KINDS_OF_NORM]
+    outs = [[other(scale * x[part]).detach() for scale in (1, 2)] for other in others]
+    states = [other.state_dict() for other in others]
+    found = {"out": out, "grad": mine.grad, "state": norm.state_dict(), "others": list(zip(outs, states, strict=True))}
+    torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -148,6 +157,15 @@ def test_global_batch_norm_is_the_batch_norm_of_the_whole_batch(tmp_path):
     torch.testing.assert_close(torch.cat([p["grad"] for p in parts]), x.grad, rtol=1e-4, atol=1e-4)
     for key, value in norm.state_dict().items():
         torch.testing.assert_close(parts[1]["state"][key], value, rtol=1e-5, atol=1e-6)
+    for i, kind in enumerate(KINDS_OF_NORM):
+        other, mine = torch.nn.BatchNorm3d(3, **kind), [part["others"][i] for part in parts]
+        for number, scale in enumerate((1, 2)):
+            expected = other(scale * x).detach()
+            together = torch.cat([outs[number] for outs, _ in mine])
+            torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-5, msg=str(kind))
+        assert mine[0][1].keys() == other.state_dict().keys()
+        for key, value in other.state_dict().items():
+            torch.testing.assert_close(mine[0][1][key], value, rtol=1e-5, atol=1e-6, msg=f"{kind} {key}")
 
 
 def test_share_statistics_keeps_weights_and_names():
