@@ -126,6 +126,7 @@ def segmentation_network(args: WeightsArguments) -> Any:
         num_heads=args.num_heads,
         decoder=args.decoder,
         decoder_width=args.decoder_width,
+        decoder_min_width=args.decoder_min_width,
     )
 
 
@@ -135,7 +136,7 @@ def other_network(args: WeightsArguments) -> Any:
 
     own = [
         *("n_classes", "encoder_widths", "encoder_depths", "expansions", "vit_depth", "num_heads"),
-        *("decoder", "decoder_width"),
+        *("decoder", "decoder_width", "decoder_min_width"),
     ]
     if given := [name for name in own if getattr(args, name) != getattr(WeightsArguments, name)]:
         raise ValueError(f"{', '.join(given)}: of the segmentation network; leave out for {args.model}")

@@ -35,10 +35,16 @@ class FinetuneConfig(VolumeSettings, EncoderSettings):
     """Weights to start from: a checkpoint's path, or none to train from scratch."""
     decoder: Literal["released", "light"] = "released"
     """The released network's decoder, which always starts fresh, or the light one of pre-training, which takes over
-    its weights too where the file has them (hyspark export --decoder) and needs half the time a step.
+    its weights too, but for the last level, where the file has them (hyspark export --decoder), and needs half the
+    time a step.
     """
     decoder_width: int = 768
-    """Channels of the light decoder at its deepest level, as in pre-training; a multiple of 16."""
+    """Channels of the light decoder at its deepest level, as in pre-training; a multiple of 16. Each level halves them.
+    """
+    decoder_min_width: int = 0
+    """Channels that each level of the light decoder takes at least, up to decoder_width. Levels that pre-training has
+    narrower start fresh. With much less than 32, networks find small organs late or not at all.
+    """
     num_labelled: int = 0
     """Train on so many of the training cases, drawn by the seed: those of 5 are among those of 10. 0 takes all."""
     label_fraction: float = 1.0
@@ -122,7 +128,12 @@ class FinetuneConfig(VolumeSettings, EncoderSettings):
         positive(self, "max_epochs", "val_every", "batch_size", "sw_batch_size", "in_channels")
         positive(self, "accumulate", "label_fraction", "layer_decay", "background_weight", "decoder_width")
         not_negative(self, "warmup_epochs", "reg_weight", "clip", "out_channels")
-        not_negative(self, "num_labelled", "steps_per_epoch", "freeze_epochs")
+        not_negative(self, "num_labelled", "steps_per_epoch", "freeze_epochs", "decoder_min_width")
+        if self.decoder_min_width > self.decoder_width:
+            raise ValueError(
+                f"decoder_min_width={self.decoder_min_width} is above decoder_width={self.decoder_width}, "
+                "the width of the widest level"
+            )
         check_shares(self)
         if self.batch_size * self.crops_per_volume % self.accumulate:
             raise ValueError(

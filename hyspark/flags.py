@@ -56,6 +56,7 @@ class WeightsArguments(Tap):
     num_heads: int = PretrainConfig.num_heads  # Attention heads
     decoder: Literal["released", "light"] = "released"  # Decoder of the network
     decoder_width: int = PretrainConfig.decoder_width  # Channels of the light decoder at its deepest level
+    decoder_min_width: int = 0  # Channels that each of its levels takes at least
 
     def configure(self) -> None:
         self.add_argument("path")

@@ -89,6 +89,7 @@ def network_of(config: FinetuneConfig, num_classes: int) -> Hybird:
         num_heads=config.num_heads,
         decoder=config.decoder,
         decoder_width=config.decoder_width,
+        decoder_min_width=config.decoder_min_width,
     )
 
 

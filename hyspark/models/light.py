@@ -106,19 +106,20 @@ def double_conv(widths: Sequence[int], axes: int) -> nn.Sequential:
 
 
 class DecoderLevel(nn.Module):
-    """Doubles the resolution and halves the width, after fusing a skip where there is one: (b, c, *size) -> (b, c /
-    2, *(2 * size)).
+    """Doubles the resolution, after fusing a skip where there is one: (b, c, *size) -> (b, c_out, *(2 * size)).
+
+    skip: channels of the skip; 0 for none.
 
     It takes a map whose `norm` (and ReLU) is still to be done, None for none, and gives its own so. Each step thus
     ends in a convolution, and what stands before it can be made again in the backward pass at little cost.
     """
 
-    def __init__(self, width: int, fuses: bool, axes: int) -> None:
+    def __init__(self, width: int, out_width: int, skip: int, axes: int) -> None:
         super().__init__()
-        self.fuse = double_conv((2 * width, width, width), axes) if fuses else None
+        self.fuse = double_conv((width + skip, width, width), axes) if skip else None
         # No bias: but for the border, the convolution and the BatchNorm that follow would take it out again.
         self.up = CONV_TRANSPOSE[axes](width, width, 2, stride=2, bias=False)
-        self.refine = double_conv((width, width // 2, width // 2), axes)
+        self.refine = double_conv((width, out_width, out_width), axes)
 
     def forward(self, x: Tensor, norm: nn.Module | None, skip: Tensor | None) -> tuple[Tensor, nn.Module]:
         if self.fuse is not None and skip is not None:
@@ -170,18 +171,25 @@ def up_convolution(x: Tensor, up: Tensor, conv: Tensor) -> Tensor:
 
 class LightDecoder(nn.Module):
     """Levels from the deepest map back to all of the resolution, then the channels asked for. Maps deepest first ->
-    (b, out_channels, *size).
+    (b, out_channels, *size). The width halves from level to level; what the last gives is of half the width that it
+    takes.
 
-    finest: channels of a last map, of full resolution, that is fused before the output; 0 for none.
+    finest: channels of a last map, of full resolution, that is fused before the output; 0 for none. min_width: a level
+    takes at least so many channels, and the last gives at least half of them.
     """
 
-    def __init__(self, maps: Maps, width: int, axes: int, out_channels: int = 1, finest: int = 0) -> None:
+    def __init__(
+        self, maps: Maps, width: int, axes: int, out_channels: int = 1, finest: int = 0, min_width: int = 0
+    ) -> None:
         super().__init__()
         num_levels = levels_of(maps)
-        last = width >> num_levels
+        widths = [max(width >> level, min_width) for level in range(num_levels)]
+        widths.append(max(width >> num_levels, min_width // 2))
+        last = widths[-1]
         fused = {maps[0][1] // stride for _, stride in maps[1:]}
+        skips = [(width >> level) * (1 << level in fused) for level in range(num_levels)]
         self.levels = nn.ModuleList(
-            DecoderLevel(width >> level, fuses=1 << level in fused, axes=axes) for level in range(num_levels)
+            DecoderLevel(w_in, w_out, skip, axes) for (w_in, w_out), skip in zip(pairwise(widths), skips, strict=True)
         )
         self.fuse = double_conv((last + finest, 2 * last, 2 * last), axes) if finest else None
         self.out = CONV[axes](2 * last if finest else last, out_channels, 1)

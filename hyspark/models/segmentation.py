@@ -115,16 +115,19 @@ class LightHybird(Hybird):
     """The network of pre-training, dense, its end exchanged: the last level starts fresh, then the encoder's map of
     full resolution, which pre-training does not use, is fused, and class scores follow. Build it with `build_hybird`.
 
-    The few channels of the last level have learned to paint grey values. With five labelled CTs and 500 steps the rest
-    gave .653 Dice, all of it .497, no pre-training .634 (docs/reproduce.md).
+    The few channels of the last level have learned to paint grey values, and organs are learned sooner without them
+    (docs/reproduce.md). Levels that are narrower in pre-training than `decoder_min_width` start fresh too.
     """
 
-    def __init__(self, encoder: HybridEncoder, n_classes: int, decoder_width: int) -> None:
+    def __init__(self, encoder: HybridEncoder, n_classes: int, decoder_width: int, decoder_min_width: int = 0) -> None:
         super().__init__(encoder)
         axes = len(encoder.img_size)
         self.densify = projections(Projection, encoder.maps, decoder_width, axes)
-        self.decoder = LightDecoder(encoder.maps, decoder_width, axes, n_classes, finest=encoder.widths[1])
-        self.starts_fresh = (f"decoder.levels.{len(self.decoder.levels) - 1}.",)
+        finest = encoder.widths[1]
+        self.decoder = LightDecoder(encoder.maps, decoder_width, axes, n_classes, finest, decoder_min_width)
+        last = len(self.decoder.levels) - 1
+        narrow = (level for level in range(last) if decoder_width >> level + 1 < decoder_min_width)
+        self.starts_fresh = tuple(f"decoder.levels.{level}." for level in (*narrow, last))
 
     def decode(self, features: list[Tensor]) -> Tensor:
         finest, *deeper = features
@@ -146,16 +149,17 @@ def build_hybird(
     axes: int = 3,
     decoder: str = "released",
     decoder_width: int = 768,
+    decoder_min_width: int = 0,
 ) -> Hybird:
     """A segmentation network; the defaults are those of the release.
 
     in_channel: input channels. n_classes: classes, background included. img_size: voxels per axis, one number or one
-    per axis, each a multiple of 16. decoder: "released", or "light" for that of pre-training, with its `decoder_width`.
-    Raises ValueError otherwise.
+    per axis, each a multiple of 16. decoder: "released", or "light" for that of pre-training, with its `decoder_width`
+    and, for small networks, the `decoder_min_width` that its levels shall have. Raises ValueError otherwise.
     """
     encoder = HybridEncoder(in_channel, img_size, widths, depths, expansions, vit_depth, num_heads, axes)
     if decoder == "light":
-        return LightHybird(encoder, n_classes, decoder_width)
+        return LightHybird(encoder, n_classes, decoder_width, decoder_min_width)
     if decoder != "released":
         raise ValueError(f'decoder must be "released" or "light", not {decoder!r}')
     return ReleasedHybird(encoder, SegmentationDecoder(n_classes, widths, expansions, axes))

@@ -167,6 +167,9 @@ def as_built(weights: Mapping[str, Tensor]) -> str:
     }
     if (deepest := decoder_width(weights)) is not None:
         numbers["decoder_width"] = [deepest]
+        levels = [len(value) for key, value in weights.items() if re.search(r"\bdecoder\.levels\.\d\.up\.weight$", key)]
+        if levels and min(levels) > deepest >> len(levels) - 1:
+            numbers["decoder_min_width"] = [min(levels)]
     flags = " ".join(f"--{name} {' '.join(map(str, values))}" for name, values in numbers.items())
     return f"build the model as the weights were: {flags}"
 

@@ -101,6 +101,18 @@ def test_a_fine_tuned_light_decoder_is_taken_over_whole(make_hybird):
     assert all(torch.equal(value, tuned.state_dict()[key]) for key, value in net.state_dict().items())
 
 
+def test_levels_that_are_too_narrow_for_classes_are_widened_and_start_fresh(make_hybird, make_hyspark):
+    pretraining, net = make_hyspark(), make_hybird(1, 5, **LIGHT, decoder_min_width=8)
+    assert [level.up.weight.shape[0] for level in net.decoder.levels] == [32, 16, 8, 8]
+    assert net.decoder.fuse[0].weight.shape[0] == 8
+    report = load_pretrained(net, pretraining.state_dict())
+    assert {key[:17] for key in report.missing if ".levels." in key} == {"decoder.levels.2.", "decoder.levels.3."}
+    torch.testing.assert_close(net.decoder.levels[1].up.weight, pretraining.decoder.levels[1].up.weight)
+    assert net(torch.rand(1, 1, 32, 16, 32)).shape == (1, 5, 32, 16, 32)
+    with pytest.raises(ValueError, match="--decoder_width 32 --decoder_min_width 8"):
+        load_pretrained(make_hybird(1, 5, **LIGHT), net.state_dict())
+
+
 def test_a_light_decoder_of_another_width_is_refused(make_hybird, make_hyspark):
     with pytest.raises(ValueError, match="--decoder_width 32"):
         load_pretrained(make_hybird(1, 5, decoder="light", decoder_width=16), make_hyspark().state_dict())
