@@ -16,6 +16,7 @@ from hyspark.config import (
     not_negative,
     positive,
 )
+from hyspark.models.light import check_min_width
 from hyspark.models.masking import grid_of
 
 
@@ -129,11 +130,7 @@ class FinetuneConfig(VolumeSettings, EncoderSettings):
         positive(self, "accumulate", "label_fraction", "layer_decay", "background_weight", "decoder_width")
         not_negative(self, "warmup_epochs", "reg_weight", "clip", "out_channels")
         not_negative(self, "num_labelled", "steps_per_epoch", "freeze_epochs", "decoder_min_width")
-        if self.decoder_min_width > self.decoder_width:
-            raise ValueError(
-                f"decoder_min_width={self.decoder_min_width} is above decoder_width={self.decoder_width}, "
-                "the width of the widest level"
-            )
+        check_min_width(self.decoder_width, self.decoder_min_width)
         check_shares(self)
         if self.batch_size * self.crops_per_volume % self.accumulate:
             raise ValueError(

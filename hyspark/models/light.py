@@ -82,6 +82,15 @@ def projections(kind: type[nn.Module], maps: Maps, decoder_width: int, axes: int
     )
 
 
+def check_min_width(decoder_width: int, decoder_min_width: int) -> None:
+    """Raises ValueError for a least width that is above the width of the deepest level."""
+    if decoder_min_width > decoder_width:
+        raise ValueError(
+            f"decoder_min_width={decoder_min_width} is above decoder_width={decoder_width}, "
+            "the width of the widest level"
+        )
+
+
 def levels_of(maps: Maps) -> int:
     """Doublings of the resolution from the deepest map to the input.
 
@@ -175,21 +184,22 @@ class LightDecoder(nn.Module):
     takes.
 
     finest: channels of a last map, of full resolution, that is fused before the output; 0 for none. min_width: a level
-    takes at least so many channels, and the last gives at least half of them.
+    takes at least so many channels; ValueError where that is more than the deepest has.
     """
 
     def __init__(
         self, maps: Maps, width: int, axes: int, out_channels: int = 1, finest: int = 0, min_width: int = 0
     ) -> None:
         super().__init__()
+        check_min_width(width, min_width)
         num_levels = levels_of(maps)
         widths = [max(width >> level, min_width) for level in range(num_levels)]
-        widths.append(max(width >> num_levels, min_width // 2))
-        last = widths[-1]
+        last = max(width >> num_levels, min_width // 2)
         fused = {maps[0][1] // stride for _, stride in maps[1:]}
         skips = [(width >> level) * (1 << level in fused) for level in range(num_levels)]
         self.levels = nn.ModuleList(
-            DecoderLevel(w_in, w_out, skip, axes) for (w_in, w_out), skip in zip(pairwise(widths), skips, strict=True)
+            DecoderLevel(w_in, w_out, skip, axes)
+            for w_in, w_out, skip in zip(widths, [*widths[1:], last], skips, strict=True)
         )
         self.fuse = double_conv((last + finest, 2 * last, 2 * last), axes) if finest else None
         self.out = CONV[axes](2 * last if finest else last, out_channels, 1)

@@ -83,8 +83,8 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor])
     source: a file's path or a state dict. Into a network of this package (pre-training, encoder or segmentation):
     positions are recomputed where the crop size differs; the stem is adapted where the number of input channels
     differs; a segmentation head with another number of classes stays fresh, and so does the last level of a light
-    decoder that comes from pre-training. Into any other network: published files
-    of SparK, MoCo, BYOL and SwAV, this project's, and those of the network's own library; see foreign.py.
+    decoder that comes from pre-training, with those that the network has wider. Into any other network: published
+    files of SparK, MoCo, BYOL and SwAV, this project's, and those of the network's own library; see foreign.py.
 
     Raises FileNotFoundError for a missing file; ValueError where nothing matches, where a key is unexplained, where
     shapes do not fit or where part of the encoder is missing. The model is unchanged then.

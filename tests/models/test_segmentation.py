@@ -109,6 +109,8 @@ def test_levels_that_are_too_narrow_for_classes_are_widened_and_start_fresh(make
     assert {key[:17] for key in report.missing if ".levels." in key} == {"decoder.levels.2.", "decoder.levels.3."}
     torch.testing.assert_close(net.decoder.levels[1].up.weight, pretraining.decoder.levels[1].up.weight)
     assert net(torch.rand(1, 1, 32, 16, 32)).shape == (1, 5, 32, 16, 32)
+    with pytest.raises(ValueError, match="decoder_min_width=64 is above decoder_width=32"):
+        make_hybird(1, 5, **LIGHT, decoder_min_width=64)
     with pytest.raises(ValueError, match="--decoder_width 32 --decoder_min_width 8"):
         load_pretrained(make_hybird(1, 5, **LIGHT), net.state_dict())
 
