@@ -117,6 +117,8 @@ def check_shares(config: Any) -> None:
             f"label_fraction and layer_decay are at most 1, but they are {config.label_fraction} and "
             f"{config.layer_decay}"
         )
+    if not 0 < config.pretrained_lr_share <= 1:
+        raise ValueError(f"pretrained_lr_share must be above 0 and at most 1, but it is {config.pretrained_lr_share}")
     if config.num_labelled and config.label_fraction != 1:
         raise ValueError("num_labelled and label_fraction say the same in two ways; name one of them")
 

@@ -73,6 +73,8 @@ class ClassifyConfig(RunSettings):
     layer_decay: float = 1.0
     """Learning rate of each layer of the backbone, as a share of that of the layer above it; 1 for the same everywhere.
     """
+    pretrained_lr_share: float = 1.0
+    """Learning rate of a backbone that starts from pre-trained weights, as a share of what one from scratch has."""
     freeze_epochs: int = 10
     """Epochs at the start in which the classifier alone learns, and with it the weights and statistics of the
     backbone's BatchNorm layers, as in the study.

@@ -71,6 +71,10 @@ class FinetuneConfig(VolumeSettings, EncoderSettings):
     layer_decay: float = 1.0
     """Learning rate of each layer of the encoder, as a share of that of the layer above it; 1 for the same everywhere.
     """
+    pretrained_lr_share: float = 1.0
+    """Learning rate of an encoder that starts from pre-trained weights, as a share of what one from scratch has, so
+    that a comparison can give each start the rate that suits it.
+    """
     freeze_epochs: int = 0
     """Epochs at the start in which the encoder is left as it is and the decoder alone learns."""
     reg_weight: float = 1e-5

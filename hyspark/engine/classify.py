@@ -129,7 +129,7 @@ def describe(config: ClassifyConfig, processes: Processes, model: nn.Module, ima
 def make_optimizer(config: ClassifyConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Adam with weight decay in the gradient of all weights, or AdamW, over groups by layer."""
     network = distributed.bare(model)
-    groups = optim.parameter_groups(network, config.layer_decay, config.encoder_lr_share, layers_of(network))
+    groups = optim.parameter_groups(network, config.layer_decay, optim.encoder_share(config), layers_of(network))
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     return torch.optim.Adam([group | {"decays": True} for group in groups], fused=True)

@@ -88,6 +88,7 @@ def finetune(config: FinetuneConfig) -> Path:
         data_of = (found.training, found.validation, found.validation_cases)
         task = Finetuning(config, share, *data_of, names, criterion, best)
         steps = steps_per_epoch(config, len(found.training))
+        encoder_share = optim.encoder_share(config)
         run = start_run(
             config,
             data,
@@ -97,7 +98,7 @@ def finetune(config: FinetuneConfig) -> Path:
             config.max_epochs,
             state,
             left_out=found.left_out,
-            make_optimizer=partial(optim.adamw, layer_decay=config.layer_decay, encoder_share=config.encoder_lr_share),
+            make_optimizer=partial(optim.adamw, layer_decay=config.layer_decay, encoder_share=encoder_share),
             freezes=config.freeze_epochs > 0,
         )
         if stopped:

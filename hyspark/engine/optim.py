@@ -40,6 +40,11 @@ def finetuning_rates(
     return {"lr": config.optim_lr if is_constant else lr, "wd": config.reg_weight}
 
 
+def encoder_share(config: FinetuneConfig | ClassifyConfig) -> float:
+    """Learning rate of the encoder as a share of that of the rest, which depends on what it starts from."""
+    return config.encoder_lr_share * (1.0 if config.pretrained == "none" else config.pretrained_lr_share)
+
+
 def adamw(model: nn.Module, layer_decay: float = 1.0, encoder_share: float = 1.0) -> torch.optim.Optimizer:
     """AdamW over `parameter_groups`; its rates are set at every step. Fused: one pass over the weights."""
     return torch.optim.AdamW(parameter_groups(model, layer_decay, encoder_share), fused=True)

@@ -273,6 +273,8 @@ def test_decay_is_in_the_gradient_of_all_weights_or_apart_from_it(config):
     assert found["fc.bias"] == (1.0, 0.0)
     assert found["layer4.0.conv1.weight"] == pytest.approx((0.1 * 0.5, 0.5))
     assert found["conv1.0.weight"] == pytest.approx((0.1 * 0.5**5, 0.5))
+    loaded = replace(config, optimizer="adamw", encoder_lr_share=0.1, pretrained_lr_share=0.2, pretrained="a.pth")
+    assert sorted({g["share"] for g in make_optimizer(loaded, network).param_groups}) == pytest.approx([0.02, 1.0])
 
 
 # The trained network on other images

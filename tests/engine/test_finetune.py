@@ -172,6 +172,24 @@ def test_lower_layers_learn_more_slowly(finetuning):
     assert moved["embeddings.stem.weight"] == pytest.approx(1e-3 / 64, rel=0.05)
 
 
+def test_a_pretrained_encoder_has_a_rate_of_its_own(finetuning, tmp_path):
+    start = build(finetuning, 1 + len(ORGANS)).state_dict()
+    torch.save(start, tmp_path / "start.pth")
+    config = replace(finetuning, encoder_lr_share=0.5, pretrained_lr_share=0.2, max_epochs=1, warmup_epochs=0)
+    starts = {
+        "scratch": config,
+        "pretrained": replace(config, pretrained=str(tmp_path / "start.pth"), logdir=str(tmp_path / "run")),
+    }
+    moved = {}
+    for name, run in starts.items():
+        finetune(run)
+        moved[name] = {key: (value - start[key]).abs().max().item() for key, value in weights_of(run).items()}
+    # The first step of AdamW moves a weight by the learning rate, whatever its gradient.
+    assert moved["scratch"]["mae.blocks.0.attn.qkv.weight"] == pytest.approx(1e-3 / 2, rel=0.05)
+    assert moved["pretrained"]["mae.blocks.0.attn.qkv.weight"] == pytest.approx(1e-3 / 10, rel=0.05)
+    assert moved["pretrained"]["decoder.out.conv.weight"] == pytest.approx(1e-3, rel=0.05)
+
+
 def test_epochs_of_a_set_length(finetuning):
     config = replace(finetuning, steps_per_epoch=3, max_epochs=2, num_labelled=1)
     finetune(config)
