@@ -52,7 +52,27 @@ def read_images(config: ClassifyConfig) -> Images:
         LOG.warning("%s", unusable(wrong, num))
     if empty := [part for part, images in sets.items() if not len(images)]:
         raise ValueError(f"{config.data_dir}: no image that can be used is left in {', '.join(empty)}")
+    if twins := in_two_parts(sets):
+        (name, twin), *_ = twins
+        LOG.warning(
+            "%s: %d times an image is in two parts, pixel for pixel, such as %s and %s; scores on these say nothing of "
+            "new images, remove them from one part",
+            *(config.data_dir, len(twins), name, twin),
+        )
     return Images(sets, classes, list(wrong))
+
+
+def in_two_parts(sets: Mapping[str, ImageSet]) -> list[tuple[str, str]]:
+    """Images whose pixels are those of an image of an earlier part: its name and the image's own, with their parts."""
+    seen: dict[bytes, tuple[str, str]] = {}
+    twins = []
+    for part, images in sets.items():
+        for image, name in zip(images.images, images.names, strict=True):
+            shown = hashlib.sha256(f"{tuple(image.shape)}".encode() + image.numpy().tobytes()).digest()
+            first, first_name = seen.setdefault(shown, (part, name))
+            if first != part:
+                twins.append((f"{first}/{first_name}", f"{part}/{name}"))
+    return twins
 
 
 def find_parts(config: ClassifyConfig) -> tuple[dict[str, FoundImages], tuple[str, ...]]:

@@ -12,6 +12,7 @@ from PIL import Image
 from hyspark import cli
 from hyspark.engine.classified import load_classifier
 from hyspark.engine.classify import build, finetune_classify, make_optimizer
+from hyspark.engine.labelled_images import read_images
 from hyspark.engine.optim import set_rates
 from hyspark.models.classifier import build_classifier, head_of, layers_of
 
@@ -213,6 +214,20 @@ def test_images_that_cannot_be_used_stop_the_run_or_are_left_out(config, image_d
         broken.unlink()
     assert state_of(config)["left_out"] == ["val/dark/broken.png"]
     assert "val/dark/broken.png" in (config.run_folder / "report.html").read_text()
+
+
+def test_an_image_in_two_parts_is_named(config, image_data, caplog):
+    read_images(config)
+    assert "pixel for pixel" not in caplog.text
+    original, *_ = sorted((image_data / "train" / "dark").iterdir())
+    twin = image_data / "val" / "dark" / "twin.bmp"
+    try:
+        Image.open(original).save(twin)
+        read_images(config)
+    finally:
+        twin.unlink()
+    assert "1 times an image is in two parts, pixel for pixel" in caplog.text
+    assert f"train/dark/{original.name} and val/dark/twin.bmp" in caplog.text
 
 
 def test_a_dry_run_writes_nothing(config):
