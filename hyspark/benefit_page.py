@@ -128,11 +128,15 @@ def organ_rows(numbers: Mapping[str, Any], count: int) -> list[list[str]]:
 
 
 def surface_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
-    """NSD, HD95 and missed organs of each start and number of labels."""
-    rows = [["labelled cases", "start", "NSD, %", "HD95, mm", "not found, %"]]
+    """NSD and HD95 of each start and number of labels with their differences to the baseline, and missed organs."""
+    minus = f"minus {numbers['baseline']}"
+    rows = [["labelled cases", "start", "NSD, %", f"{minus}, points", "HD95, mm", f"{minus}, mm", "not found, %"]]
     for cell in numbers["cells"]:
-        values = (100 * cell["nsd"]["mean"], cell["hd95_mm"]["mean"], 100 * cell["missed"]["mean"])
-        rows.append([str(cell["num_labelled"]), cell["start"], *map(number, values)])
+        row = [str(cell["num_labelled"]), cell["start"]]
+        for metric, scale in (("nsd", 100), ("hd95_mm", 1)):
+            difference = with_interval(cell["difference"][metric], scale) if "difference" in cell else ""
+            row += [number(scale * cell[metric]["mean"]), difference]
+        rows.append([*row, number(100 * cell["missed"]["mean"])])
     return rows
 
 
@@ -219,9 +223,9 @@ def with_range(dice: Mapping[str, Any]) -> str:
     return number(100 * dice["mean"]) + spread
 
 
-def with_interval(estimate: Mapping[str, float]) -> str:
-    """A difference and its interval in points, bold where that leaves out 0."""
-    mean, low, high = (100 * estimate[name] for name in ("mean", "low", "high"))
+def with_interval(estimate: Mapping[str, float], scale: float = 100) -> str:
+    """A difference and its interval, as they are times `scale` (shares as points), bold where that leaves out 0."""
+    mean, low, high = (scale * estimate[name] for name in ("mean", "low", "high"))
     if not math.isfinite(mean):
         return "-"
     text = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
