@@ -228,6 +228,8 @@ def with_interval(estimate: Mapping[str, float], scale: float = 100) -> str:
     mean, low, high = (scale * estimate[name] for name in ("mean", "low", "high"))
     if not math.isfinite(mean):
         return "-"
+    if not math.isfinite(low):
+        return f"{mean:+.1f} [one case]"
     text = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
     return f"**{text}**" if low > 0 or high < 0 else text
 

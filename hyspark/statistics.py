@@ -18,7 +18,7 @@ other data sets, recipes or pre-trainings.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import numpy as np
@@ -60,7 +60,8 @@ def paired_difference(scores: np.ndarray, baseline: np.ndarray, **options: int) 
 
 
 def interval(scores: np.ndarray, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Estimate:
-    """Mean of (seeds, cases, organs) with its bootstrap interval; the same seed draws the same resamples.
+    """Mean of (seeds, cases, organs) with its bootstrap interval; the same seed draws the same resamples. One case
+    says nothing of others: where no more hold a score the interval is NaN.
 
     Raises ValueError where the array has another number of axes.
     """
@@ -68,7 +69,9 @@ def interval(scores: np.ndarray, *, num_resamples: int = NUM_RESAMPLES, seed: in
         raise ValueError(f"expected (seeds, cases, organs), got shape {scores.shape}")
     num_seeds, num_cases, _ = scores.shape
     measure = partial(resampled_means, scores)
-    return estimate(measure, num_seeds, num_cases, num_resamples=num_resamples, seed=seed)
+    found = estimate(measure, num_seeds, num_cases, num_resamples=num_resamples, seed=seed)
+    is_one = (~np.isnan(scores)).any(axis=(0, 2)).sum() < 2
+    return replace(found, low=np.nan, high=np.nan) if is_one else found
 
 
 def estimate(

@@ -262,7 +262,8 @@ def entry_paths(value: Any, path: Path, place: str, require_label: bool) -> tupl
 def case_names(images: Sequence[Path]) -> dict[Path, str]:
     """Case names: file names without ending and channel, which is "_0000" or what a whole data set shares.
 
-    A name that several files have (case_1/imaging.nii.gz, case_2/imaging.nii.gz) gets the folder's name in front.
+    A name that several files have (case_1/imaging.nii.gz, case_2/imaging.nii.gz) gets the data set's or folder's name
+    in front, and those above it as far as they are needed to tell the files apart.
     """
     endings: dict[str, set[str]] = {}
     for image in images:
@@ -273,13 +274,24 @@ def case_names(images: Sequence[Path]) -> dict[Path, str]:
         shared = len(endings[dataset_of(image)]) == 1
         has_channel = re.fullmatch(r".+_\d{4}", stem, re.DOTALL) and (shared or stem.endswith("_0000"))
         names[image] = stem[:-5] if has_channel else stem
-    repeated = {name for name, num in Counter(names.values()).items() if num > 1}
-    return {image: f"{image.parent.name}-{name}" if name in repeated else name for image, name in names.items()}
+    folders = {image: data_folder(image).parts for image in names}
+    stems = dict(names)
+    for depth in range(1, max(map(len, folders.values()), default=0) + 1):
+        if not (repeated := {name for name, num in Counter(names.values()).items() if num > 1}):
+            break
+        for image in [image for image, name in names.items() if name in repeated]:
+            names[image] = "-".join([*folders[image][-depth:], stems[image]])
+    return names
+
+
+def data_folder(image: Path) -> Path:
+    """The folder above imagesTr or imagesTs; without one of these, the image's own folder."""
+    return image.parent.parent if image.parent.name in ("imagesTr", "imagesTs") else image.parent
 
 
 def dataset_of(image: Path) -> str:
-    """The folder above imagesTr or imagesTs; without one of these, the image's own folder."""
-    return (image.parent.parent if image.parent.name in ("imagesTr", "imagesTs") else image.parent).name
+    """The name of its data set: of the folder that `data_folder` gives."""
+    return data_folder(image).name
 
 
 def check_replaceable(path: Path) -> None:

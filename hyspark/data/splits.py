@@ -52,7 +52,8 @@ def split_by_file(cases: Sequence[Case], path: Path, *, labels: bool) -> tuple[l
     Forms: {"train": [...], "validation" or "val": [...]}, optionally with "unlabelled" and "test", or
     nnU-Net's splits_final.json: a list of folds, of which the first is used. "unlabelled" joins training
     unless `labels`; "test" is not used. `cases` are all images there are, labelled or not. ValueError if a
-    name is on both sides, unknown, or found in two data sets; FileNotFoundError if there is no such file.
+    name is on both sides, unknown, found in two data sets, or, with `labels`, of a case without one;
+    FileNotFoundError if there is no such file.
     """
     content = load_json(path)
     fold = content[0] if isinstance(content, list) and content else content
@@ -79,7 +80,11 @@ def split_by_file(cases: Sequence[Case], path: Path, *, labels: bool) -> tuple[l
             f"{path}: names found in more than one data set: {listing(several)}; give each data set its own "
             'splits.json and use splits "auto"'
         )
-    usable = [case for case in cases if not labels or case.label is not None]
+    if labels and (bare := {case.name for case in cases if case.label is None} & (train | validation)):
+        raise ValueError(
+            f"{path}: cases to train or to validate on that have no label file: {listing(bare)}; add the labels, or "
+            'name the cases under "unlabelled"'
+        )
     train = train if labels else train | unlabelled
-    training = [case for case in usable if case.name in train]
-    return training, [case for case in usable if case.name in validation]
+    training = [case for case in cases if case.name in train]
+    return training, [case for case in cases if case.name in validation]

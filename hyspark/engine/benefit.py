@@ -31,7 +31,7 @@ KINDS: dict[type, Kind] = {FinetuneConfig: segment_benefit.KIND, ClassifyConfig:
 
 GIVEN = {"logdir": "out", "pretrained": "starts", "seed": "seeds", "num_labelled": "num_labelled", "dry_run": "plan"}
 """Settings of a run that the comparison gives, and the flag that says them."""
-FIXED = ("max_steps", "test_dir")
+FIXED = ("max_steps", "test_dir", "data_dir")
 """Settings that a run may be continued with, but that must be the same in all runs of a comparison."""
 OF_THE_MACHINE = ("store_dir", "dataloader_workers", "prepare_workers")
 """Settings that say nothing of a result, which the report leaves out."""
@@ -136,7 +136,7 @@ def read_starts(words: Sequence[str]) -> dict[str, str]:
 def numbers_of(base: Config, num_labelled: Sequence[int], fractions: Sequence[float]) -> list[int]:
     """Numbers of labelled cases: as given, or those that are so large a share of the training cases.
 
-    Raises ValueError where both are given, or none, or a share is none.
+    Raises ValueError where both are given, or none, a share is none, or two are the same number.
     """
     if bool(num_labelled) == bool(fractions):
         raise ValueError("name the numbers of labelled cases by one of --num_labelled and --label_fractions")
@@ -145,7 +145,12 @@ def numbers_of(base: Config, num_labelled: Sequence[int], fractions: Sequence[fl
     if not 0 < min(fractions) <= max(fractions) <= 1:
         raise ValueError(f"--label_fractions are above 0 and at most 1, but got {list(fractions)}")
     num = KINDS[type(base)].num_training(base)
-    return [max(1, round(fraction * num)) for fraction in fractions]
+    numbers = [max(1, round(fraction * num)) for fraction in fractions]
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(
+            f"of {num} training cases, --label_fractions {list(fractions)} are {numbers}: some are the same"
+        )
+    return numbers
 
 
 def plan(

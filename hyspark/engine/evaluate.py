@@ -145,6 +145,8 @@ def score_cases(
     dice_of = {name: [organ.dice for organ in organs] for name, organs in rows.items()}
     if not processes.is_main:
         return scorebook.summarise(rows, names[1:], protocol), dice_of
+    for earlier in (path for title in scorebook.PICTURED for path in out.glob(f"{title}_*.png")):
+        earlier.unlink()
     for title, name in scorebook.best_median_worst(rows).items():
         one = next(one for one in done if cases[one.index].name == name)
         draw(volumes[one.index], one, names, config.spacing, out / f"{title}_{name}.png", title)

@@ -69,11 +69,11 @@ def finetune(config: FinetuneConfig) -> Path:
     swaps = left_right_pairs(config, names)
     model = build(config, len(names))
     LOG.info("%s", describe(config, processes, model, len(training), len(validation), names))
-    if config.flip_prob[0] and not swaps and one_sided(names):
+    if config.flip_prob[0] and (unpaired := one_sided(names, swaps)):
         LOG.warning(
             "crops are flipped left to right, and these classes say left or right: %s; name the pairs in left_right, "
             "or set the first of flip_prob to 0",
-            ", ".join(one_sided(names)),
+            ", ".join(unpaired),
         )
     if config.dry_run:
         start(config, model)

@@ -104,10 +104,11 @@ def windows_of(config: FinetuneConfig, names: Sequence[str], overlap: float, fli
     if len(set(flips)) < len(flips) or not set(flips) <= {0, 1, 2}:
         raise ValueError(f"flips takes axes, each once: 0 left-right, 1 back-front, 2 foot-head; it is {list(flips)}")
     swaps = left_right_pairs(config, names)
-    if 0 in flips and not swaps and one_sided(names):
+    deliberate = swaps and config.flip_prob[0]  # trained with flips that leave these classes as they are
+    if 0 in flips and not deliberate and (unpaired := one_sided(names, swaps)):
         raise ValueError(
-            f"a flip of axis 0 would mix up {', '.join(one_sided(names))}: the network was trained without left_right, "
-            "which names the classes that change places; leave axis 0 out of flips"
+            f"a flip of axis 0 would mix up {', '.join(unpaired)}: left_right of the network's training does not say "
+            "with which classes they change places; leave axis 0 out of flips"
         )
     return Windows(config.crop_size, overlap, config.sw_batch_size, flips, swaps)
 

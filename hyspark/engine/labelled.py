@@ -87,9 +87,11 @@ def left_right_pairs(config: FinetuneConfig, names: Sequence[str]) -> tuple[tupl
     return tuple((known[a], known[b]) for a, b in pairs)
 
 
-def one_sided(names: Sequence[str]) -> list[str]:
-    """Class names that say left or right."""
-    return [name for name in names if "left" in name.lower() or "right" in name.lower()]
+def one_sided(names: Sequence[str], swaps: Sequence[tuple[int, int]] = ()) -> list[str]:
+    """Class names that say left or right and are in none of the pairs of label values."""
+    paired = {value for pair in swaps for value in pair}
+    sides = ("left", "right")
+    return [n for value, n in enumerate(names) if value not in paired and any(side in n.lower() for side in sides)]
 
 
 def label_fault(volume: StoredVolume, names: Sequence[str]) -> str:

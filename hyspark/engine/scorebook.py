@@ -106,13 +106,17 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return summary
 
 
+PICTURED = ("best", "worst", "median")
+"""Cases that a folder of scores shows, by the title that their pictures' file names begin with."""
+
+
 def best_median_worst(cases: Cases) -> dict[str, str]:
     """Which case is the best, the median and the worst by mean Dice; fewer where there are fewer cases with a score."""
     means = {name: mean_of([row.dice for row in rows]) for name, rows in cases.items()}
     ranked = sorted((name for name in means if not math.isnan(means[name])), key=lambda name: -means[name])
-    places = {"best": 0, "worst": len(ranked) - 1, "median": (len(ranked) - 1) // 2}
+    places = (0, len(ranked) - 1, (len(ranked) - 1) // 2)
     chosen: dict[str, str] = {}
-    for title, place in places.items():
+    for title, place in zip(PICTURED, places, strict=True):
         if ranked and ranked[place] not in chosen.values():
             chosen[title] = ranked[place]
     return chosen

@@ -186,14 +186,14 @@ def test_build_without_split_trains_on_all(tmp_path):
 @pytest.mark.parametrize("validation_key", ["validation", "val"])
 def test_build_applies_a_splits_file_labelled_and_unlabelled(tmp_path, validation_key):
     content = {"train": ["a", "b"], validation_key: ["c"], "unlabelled": ["u"], "test": ["elsewhere"]}
-    data = dataset(tmp_path / "Dataset001_A", ["a", "b", "c", "u", "x"], labels=["a", "c", "u", "x"], splits=content)
+    data = dataset(tmp_path / "Dataset001_A", ["a", "b", "c", "u", "x"], labels=["a", "b", "c", "x"], splits=content)
     plain = dl.build(data, splits=str(data / "splits.json"))
     assert (names(plain.training), names(plain.validation)) == (["a", "b", "u"], ["c"])
     assert names(plain.left_out) == ["x"]
     labelled = dl.build(data, labels=True, splits=str(data / "splits.json"))
-    assert (names(labelled.training), names(labelled.validation)) == (["a"], ["c"])
-    assert names(labelled.left_out) == ["b", "u", "x"]
-    row = {"training": 1, "validation": 1, "labelled": 2, "left_out": 3}
+    assert (names(labelled.training), names(labelled.validation)) == (["a", "b"], ["c"])
+    assert names(labelled.left_out) == ["u", "x"]
+    row = {"training": 2, "validation": 1, "labelled": 3, "left_out": 2}
     assert dl.counts(labelled) == {"Dataset001_A": row}
 
 
@@ -235,7 +235,7 @@ def test_read_folder_takes_labelled_cases_of_a_folder_of_any_name(tmp_path):
     made = dl.read_folder(folder, seed=0, val_fraction=0.4)
     assert dl.counts(made)["BTCV"] == {"training": 3, "validation": 2, "labelled": 5, "left_out": 5}
     assert made.labels == CLASSES
-    (folder / "splits.json").write_text(json.dumps({"train": ["c0", "c7"], "val": ["c1"]}))
+    (folder / "splits.json").write_text(json.dumps({"train": ["c0"], "val": ["c1"], "unlabelled": ["c7"]}))
     made = dl.read_folder(folder, seed=0, val_fraction=0.4)
     assert (names(made.training), names(made.validation)) == (["c0"], ["c1"])
     with pytest.raises(FileNotFoundError, match="imagesTr"):
@@ -379,6 +379,17 @@ def test_files_of_one_name_in_several_folders_are_several_cases(tmp_path):
     entries = [{"image": f"{folder}/imaging.nii.gz"} for folder in ("case_1", "case_2")]
     (tmp_path / "list.json").write_text(json.dumps({"training": entries}))
     assert [c.name for c in dl.read(tmp_path / "list.json").training] == ["case_1-imaging", "case_2-imaging"]
+
+
+def test_cases_of_one_name_are_told_apart_by_as_many_folders_as_it_takes():
+    images = [
+        Path(f"/data/{folder}/imagesTr/case_001.nii.gz") for folder in ("a/Dataset001", "b/Dataset001", "b/Dataset002")
+    ]
+    images.append(Path("/data/b/Dataset002/imagesTr/case_002.nii.gz"))
+    assert list(dl.case_names(images).values()) == [
+        *("a-Dataset001-case_001", "b-Dataset001-case_001"),
+        *("Dataset002-case_001", "case_002"),
+    ]
 
 
 @fast

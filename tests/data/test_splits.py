@@ -100,11 +100,19 @@ def test_split_by_file_takes_the_first_fold_of_nnunet(tmp_path):
     assert (names(training), names(validation)) == (["a"], ["b"])
 
 
-def test_split_by_file_with_labels_takes_labelled_cases_only(tmp_path):
-    path = write_json(tmp_path / "s.json", {"train": ["a", "b"], "val": ["c", "d"], "unlabelled": ["u"]})
-    cases = cases_of("acu", labelled=True) + cases_of("bd")
-    training, validation = split_by_file(cases, path, labels=True)
+def test_split_by_file_with_labels_leaves_out_those_that_are_named_unlabelled(tmp_path):
+    path = write_json(tmp_path / "s.json", {"train": ["a"], "val": ["c"], "unlabelled": ["u", "v"]})
+    training, validation = split_by_file(cases_of("acu", labelled=True) + cases_of("v"), path, labels=True)
     assert (names(training), names(validation)) == (["a"], ["c"])
+
+
+@pytest.mark.parametrize("bare", ["a", "c"])
+def test_split_by_file_with_labels_misses_the_label_of_a_named_case(tmp_path, bare):
+    path = write_json(tmp_path / "s.json", {"train": ["a", "b"], "val": ["c", "d"]})
+    cases = cases_of(sorted(set("abcd") - {bare}), labelled=True) + cases_of(bare)
+    with pytest.raises(ValueError, match=rf"s\.json: .*no label file: {bare}; add the labels"):
+        split_by_file(cases, path, labels=True)
+    assert len(split_by_file(cases, path, labels=False)[0]) == 2
 
 
 @fast

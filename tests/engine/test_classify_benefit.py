@@ -53,6 +53,8 @@ def test_shares_become_numbers(base):
             engine.numbers_of(base, numbers, fractions)
     with pytest.raises(ValueError, match="above 0 and at most 1"):
         engine.numbers_of(base, [], [1.5])
+    with pytest.raises(ValueError, match=r"of 16 training cases, --label_fractions \[0.25, 0.24\] are \[4, 4\]"):
+        engine.numbers_of(base, [], [0.25, 0.24])
 
 
 def test_shares_of_segmentation_cases(finetuning):

@@ -103,6 +103,8 @@ def scored(folder, out, config=BOXES, **options):
 
 
 def test_scores_of_a_network_that_is_right_but_for_known_faults(labelled, tmp_path):
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "best_of_other_weights.png").touch()
     summary = scored(labelled, tmp_path / "scores", scoring=Scoring(tolerance=2.1))
     assert (tmp_path / "scores" / "table.md").is_file()
     with (tmp_path / "scores" / "cases.csv").open() as file:
@@ -135,6 +137,8 @@ def test_flips_of_sides_need_their_pairs(labelled, tmp_path):
         Scoring(flips=(0,)).windows(BOXES, sided)
     pairs = replace(BOXES, left_right=("left kidney=right kidney",))
     assert Scoring(flips=(0,)).windows(pairs, sided).swaps == ((1, 2),)
+    with pytest.raises(ValueError, match=r"mix up left lung, right lung: .* leave axis 0 out of flips"):
+        Scoring(flips=(0,)).windows(replace(pairs, flip_prob=(0, 0, 0)), [*sided, "left lung", "right lung"])
     assert Scoring(flips=(1, 2)).windows(BOXES, sided).flips == (1, 2)
     with pytest.raises(ValueError, match="flips takes axes"):
         Scoring(flips=(3,)).windows(BOXES, NAMES)

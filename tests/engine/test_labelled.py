@@ -72,3 +72,4 @@ def test_pairs_of_left_and_right_classes():
     with pytest.raises(ValueError, match="twice, or the background"):
         left_right_pairs(FinetuneConfig(left_right=("0=3",)), names)
     assert one_sided(names) == ["left kidney", "right kidney"]
+    assert one_sided([*names, "left lung", "right lung"], [(3, 2)]) == ["left lung", "right lung"]
