@@ -262,8 +262,8 @@ def entry_paths(value: Any, path: Path, place: str, require_label: bool) -> tupl
 def case_names(images: Sequence[Path]) -> dict[Path, str]:
     """Case names: file names without ending and channel, which is "_0000" or what a whole data set shares.
 
-    A name that several files have (case_1/imaging.nii.gz, case_2/imaging.nii.gz) gets the data set's or folder's name
-    in front, and those above it as far as they are needed to tell the files apart.
+    A name that several files have (case_1/imaging.nii.gz, case_2/imaging.nii.gz) gets the folder's name in front, and
+    those of the folders above as far as they are needed to tell the files apart.
     """
     endings: dict[str, set[str]] = {}
     for image in images:
@@ -274,7 +274,7 @@ def case_names(images: Sequence[Path]) -> dict[Path, str]:
         shared = len(endings[dataset_of(image)]) == 1
         has_channel = re.fullmatch(r".+_\d{4}", stem, re.DOTALL) and (shared or stem.endswith("_0000"))
         names[image] = stem[:-5] if has_channel else stem
-    folders = {image: data_folder(image).parts for image in names}
+    folders = {image: image.parent.relative_to(image.anchor).parts for image in names}
     stems = dict(names)
     for depth in range(1, max(map(len, folders.values()), default=0) + 1):
         if not (repeated := {name for name, num in Counter(names.values()).items() if num > 1}):
@@ -284,14 +284,9 @@ def case_names(images: Sequence[Path]) -> dict[Path, str]:
     return names
 
 
-def data_folder(image: Path) -> Path:
-    """The folder above imagesTr or imagesTs; without one of these, the image's own folder."""
-    return image.parent.parent if image.parent.name in ("imagesTr", "imagesTs") else image.parent
-
-
 def dataset_of(image: Path) -> str:
-    """The name of its data set: of the folder that `data_folder` gives."""
-    return data_folder(image).name
+    """The folder above imagesTr or imagesTs; without one of these, the image's own folder."""
+    return (image.parent.parent if image.parent.name in ("imagesTr", "imagesTs") else image.parent).name
 
 
 def check_replaceable(path: Path) -> None:

@@ -385,10 +385,11 @@ def test_cases_of_one_name_are_told_apart_by_as_many_folders_as_it_takes():
     images = [
         Path(f"/data/{folder}/imagesTr/case_001.nii.gz") for folder in ("a/Dataset001", "b/Dataset001", "b/Dataset002")
     ]
-    images.append(Path("/data/b/Dataset002/imagesTr/case_002.nii.gz"))
+    images += [Path(f"/data/b/Dataset002/{name}.nii.gz") for name in ("imagesTr/case_002", "imagesTs/case_001")]
+    images += [Path("/top/x.nii.gz"), Path("/far/top/x.nii.gz")]
     assert list(dl.case_names(images).values()) == [
-        *("a-Dataset001-case_001", "b-Dataset001-case_001"),
-        *("Dataset002-case_001", "case_002"),
+        *("a-Dataset001-imagesTr-case_001", "b-Dataset001-imagesTr-case_001", "Dataset002-imagesTr-case_001"),
+        *("case_002", "imagesTs-case_001", "top-x", "far-top-x"),
     ]
 
 

@@ -219,9 +219,9 @@ def test_the_plan_runs_and_writes_nothing(base, starts, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("_stand_in")
-@pytest.mark.parametrize("changed", [{"optim_lr": 1e-2}, {"max_steps": 7}, {"test_dir": "."}])
+@pytest.mark.parametrize("changed", [{"optim_lr": 1e-2}, {"max_steps": 7}, {"test_dir": "."}, {"data_dir": "."}])
 def test_runs_with_other_settings_are_refused(base, starts, tmp_path, changed):
-    """max_steps and test_dir may change in a single run, but then its scores are of another budget or other cases."""
+    """Some may change in a single run, but then its scores are of another budget, or of other cases."""
     out = tmp_path / "out"
     engine.benefit(base, out, {"scratch": "none"}, [1], [0])
     (out / "runs" / "scratch_1_seed0" / "last.pth").write_bytes(b"weights")
