@@ -64,7 +64,7 @@ class FinetuneConfig(VolumeSettings, EncoderSettings):
     """Cases per step, over all processes; each gives crops_per_volume crops."""
     accumulate: int = 1
     """Passes in which the crops of a step go through the network, to save memory: gradients are summed, the step stays
-    the same.
+    the same. (But for the BatchNorm of the light decoder, which sees the crops of one pass at a time.)
     """
     optim_lr: float = 1e-4
     """Peak learning rate."""

@@ -196,7 +196,7 @@ class Classifying:
         if self.config.freeze_epochs:
             backbone_learns(run.network, step >= self.config.freeze_epochs * run.steps_per_epoch)
 
-    def parts(self, batch: Batch) -> list[Batch]:
+    def parts(self, run: Run, batch: Batch) -> list[Batch]:
         """All at once."""
         return [batch]
 

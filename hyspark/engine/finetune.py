@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.losses import DiceCELoss
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,6 +24,7 @@ from hyspark.data.loading import Batch, FinetuneBatches, Share
 from hyspark.data.resample import read_label
 from hyspark.data.store import StoredVolume
 from hyspark.engine import checkpoint, distributed, optim
+from hyspark.engine.criterion import DiceAndCrossEntropy
 from hyspark.engine.distributed import LOG, Processes
 from hyspark.engine.evaluate import (
     Scores,
@@ -83,7 +83,7 @@ def finetune(config: FinetuneConfig) -> Path:
         where = (config, processes, Path(config.data_dir), training, validation, state)
         found = usable(*where, fault=partial(label_fault, names=names))
         held_out = prepare_held_out(config, processes, names)
-        criterion = dice_and_cross_entropy(len(names), config.background_weight).to(processes.device)
+        criterion = DiceAndCrossEntropy(len(names), config.background_weight).to(processes.device)
         best = state["best"] if state else -1.0
         data_of = (found.training, found.validation, found.validation_cases)
         task = Finetuning(config, share, *data_of, names, criterion, best)
@@ -169,14 +169,6 @@ def split_crops(batch: Batch, num: int) -> list[Batch]:
     return [{name: values[i : i + size] for name, values in batch.items()} for i in range(0, crops, size)]
 
 
-def dice_and_cross_entropy(num_classes: int, background_weight: float = 1.0) -> DiceCELoss:
-    """The recipe's loss: class scores (b, num_classes, *size), labels (b, 1, *size) -> scalar. The background counts
-    `background_weight` times as much as an organ in both parts.
-    """
-    weight = torch.tensor([background_weight] + [1.0] * (num_classes - 1)) if background_weight != 1 else None
-    return DiceCELoss(to_onehot_y=True, softmax=True, squared_pred=True, smooth_nr=0.0, smooth_dr=1e-6, weight=weight)
-
-
 @dataclass
 class Finetuning:
     """The task for the loop. cases: the validation cases, with their labels' files. best: best mean Dice so far."""
@@ -187,7 +179,7 @@ class Finetuning:
     validation: Sequence[StoredVolume]
     cases: Sequence[Case]
     names: Sequence[str]
-    criterion: DiceCELoss
+    criterion: DiceAndCrossEntropy
     best: float
 
     @property
@@ -205,14 +197,17 @@ class Finetuning:
         learns = step >= self.config.freeze_epochs * run.steps_per_epoch
         run.network.encoder_learns(learns)
 
-    def parts(self, batch: Batch) -> list[Batch]:
-        """Equal numbers of crops."""
-        return split_crops(batch, self.config.accumulate)
+    def parts(self, run: Run, batch: Batch) -> list[Batch]:
+        """Equal numbers of crops, each part with the weight of a part's voxels, as a mean over all processes."""
+        parts = split_crops(batch, self.config.accumulate)
+        own = self.criterion.weight_of(batch["label"]) / len(parts)
+        weight_sum = distributed.mean_over(own.to(run.processes.device), run.processes)
+        return [part | {"weight_sum": weight_sum} for part in parts]
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
         """Dice and cross entropy, in fp32."""
         images, labels = (batch[k].to(run.processes.device, non_blocking=True) for k in ("image", "label"))
-        loss: Tensor = self.criterion(run.model(images).float(), labels)
+        loss: Tensor = self.criterion(run.model(images).float(), labels, batch["weight_sum"])
         return loss
 
     def rates(self, run: Run, step: int) -> dict[str, float]:

@@ -82,8 +82,10 @@ class Task(Protocol):
     def begin(self, run: Run, step: int) -> None:
         """Called before each step."""
 
-    def parts(self, batch: Batch) -> Sequence[Batch]:
-        """The batch in equal parts that go through the network one after the other."""
+    def parts(self, run: Run, batch: Batch) -> Sequence[Batch]:
+        """The batch in equal parts that go through the network one after the other. Called once a step, on all
+        processes.
+        """
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
         """Scalar loss of a part of a batch."""
@@ -289,7 +291,7 @@ def update(run: Run, task: Task, batch: Batch, step: int) -> tuple[float, float]
 def gradient(run: Run, task: Task, batch: Batch) -> Tensor:
     """Forward and backward: the loss over this process's share, with the scaled gradient left in the weights."""
     run.optimizer.zero_grad(set_to_none=True)
-    parts = task.parts(batch)
+    parts = task.parts(run, batch)
     total = torch.zeros((), device=run.processes.device)
     for number, part in enumerate(parts, start=1):
         with distributed.gradients_shared(run.model, number == len(parts)):

@@ -96,7 +96,7 @@ class Pretraining:
     def begin(self, run: Run, step: int) -> None:
         """Nothing changes between steps but the rates."""
 
-    def parts(self, batch: Batch) -> list[Batch]:
+    def parts(self, run: Run, batch: Batch) -> list[Batch]:
         """The batch in one pass."""
         return [batch]
 

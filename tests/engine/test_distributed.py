@@ -92,7 +92,8 @@ def test_two_processes_equal_one_around_a_network_of_others(pretraining, tmp_pat
 
 
 def test_two_processes_equal_one_in_finetuning(finetuning, tmp_path):
-    one = replace(finetuning, logdir=str(tmp_path / "one"), max_steps=2)
+    """Of which one sees more of the background than the other, which counts less."""
+    one = replace(finetuning, logdir=str(tmp_path / "one"), max_steps=2, background_weight=0.2)
     two = replace(one, logdir=str(tmp_path / "two"))
     finetune(one)
     torchrun(two)

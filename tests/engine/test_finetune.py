@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from monai.losses import DiceCELoss
 
 from hyspark.cli import main
 from hyspark.data import datalist
 from hyspark.engine.evaluate import read_scores
-from hyspark.engine.finetune import build, dice_and_cross_entropy, finetune, split_crops
+from hyspark.engine.criterion import DiceAndCrossEntropy
+from hyspark.engine.finetune import build, finetune, split_crops
 from hyspark.engine.inference import load_network
 from hyspark.engine.pretrain import pretrain
 from hyspark.engine.pretraining import encoder_file, training_file
@@ -96,15 +98,27 @@ def test_the_background_counts_less_where_the_settings_say_so():
     # All classes are equally likely everywhere, so each Dice is 2 * (voxels / 3) / (64 / 9 + voxels).
     dice = [1 - 2 * (n / 3) / (64 / 9 + n) for n in (63, 0, 1)]
     for weight in (1.0, 0.2):
-        loss = dice_and_cross_entropy(3, weight)
+        loss = DiceAndCrossEntropy(3, weight)
         expected = (weight * dice[0] + dice[1] + dice[2]) / 3 + math.log(3)
-        assert loss(scores, labels).item() == pytest.approx(expected, rel=1e-5), weight
+        value = loss(scores, labels, float(loss.weight_of(labels)))
+        assert value.item() == pytest.approx(expected, rel=1e-5), weight
     wrong = scores.clone()
     wrong[:, 0] = -5.0  # the background's voxels are all wrong, the organ's is half right
-    kept, less = (dice_and_cross_entropy(3, weight).ce(wrong, labels).item() for weight in (1.0, 0.2))
     a, b = (torch.nn.functional.cross_entropy(wrong, torch.full((1, 4, 4, 4), c)).item() for c in (0, 2))
-    assert kept == pytest.approx((63 * a + b) / 64, rel=1e-5)
-    assert less == pytest.approx((0.2 * 63 * a + b) / (0.2 * 63 + 1), rel=1e-5)
+    for weight in (1.0, 0.2):
+        loss = DiceAndCrossEntropy(3, weight)
+        cross_entropy = loss(wrong, labels, float(loss.weight_of(labels))) - loss.dice(wrong, labels)
+        assert cross_entropy.item() == pytest.approx((weight * 63 * a + b) / (weight * 63 + 1), rel=1e-5)
+
+
+def test_the_loss_is_that_of_monai():
+    torch.manual_seed(0)
+    scores, labels = torch.randn(2, 3, 4, 4, 4), torch.randint(0, 3, (2, 1, 4, 4, 4))
+    for weight in (1.0, 0.2):
+        own = DiceAndCrossEntropy(3, weight)
+        options = {"squared_pred": True, "smooth_nr": 0.0, "smooth_dr": 1e-6, "weight": torch.tensor([weight, 1, 1])}
+        expected = DiceCELoss(to_onehot_y=True, softmax=True, **options)(scores, labels)
+        torch.testing.assert_close(own(scores, labels, float(own.weight_of(labels))), expected)
 
 
 def test_a_label_value_that_is_no_class_stops_before_the_first_step(finetuning, tmp_path):
@@ -127,8 +141,9 @@ def weights_of(config, name="last.pth"):
     return torch.load(config.run_folder / name, weights_only=True)["model"]
 
 
-def test_passes_of_a_step_add_up_to_the_step(finetuning, tmp_path):
-    config = replace(finetuning, crops_per_volume=2, max_epochs=2)
+@pytest.mark.parametrize("weight", [1.0, 0.2])
+def test_passes_of_a_step_add_up_to_the_step(finetuning, tmp_path, weight):
+    config = replace(finetuning, crops_per_volume=2, max_epochs=2, background_weight=weight)
     whole = replace(config, logdir=str(tmp_path / "whole"))
     split = replace(config, logdir=str(tmp_path / "split"), accumulate=4)
     finetune(whole)

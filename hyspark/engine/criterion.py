@@ -1,0 +1,34 @@
+"""The loss of fine-tuning for segmentation: Dice and cross entropy, of which parts of a batch add up to the whole."""
+
+import torch
+from monai.losses import DiceLoss
+from torch import Tensor, nn
+
+
+class DiceAndCrossEntropy(nn.Module):
+    """The recipe's loss; in both of its terms the background counts `background_weight` times as much as an organ.
+
+    A weighted cross entropy is divided by the sum of its voxels' weights, which is another one in each part of a batch.
+    So the caller gives it: the mean over the parts, that is over passes and processes, and the mean of their losses is
+    the loss of the whole batch.
+    """
+
+    def __init__(self, num_classes: int, background_weight: float = 1.0) -> None:
+        super().__init__()
+        self.background_weight = background_weight
+        weight = torch.tensor([background_weight] + [1.0] * (num_classes - 1))
+        options = {"squared_pred": True, "smooth_nr": 0.0, "smooth_dr": 1e-6, "weight": weight}
+        self.dice = DiceLoss(to_onehot_y=True, softmax=True, **options)
+        self.register_buffer("weight", weight)
+
+    def weight_of(self, labels: Tensor) -> Tensor:
+        """Sum of the weights of the voxels of label values, any shape -> scalar."""
+        organs = labels.count_nonzero()
+        return organs + self.background_weight * (labels.numel() - organs)
+
+    def forward(self, scores: Tensor, labels: Tensor, weight_sum: float) -> Tensor:
+        """Class scores (b, n, *size), labels (b, 1, *size) -> scalar. weight_sum: mean of `weight_of` the parts."""
+        weight = self.get_buffer("weight")
+        cross_entropy = nn.functional.cross_entropy(scores, labels[:, 0].long(), weight, reduction="sum")
+        dice: Tensor = self.dice(scores, labels)
+        return dice + cross_entropy / weight_sum
