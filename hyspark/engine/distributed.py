@@ -5,6 +5,8 @@ hold in their BatchNorms. Both refuse CPU tensors, so on the CPU `GlobalBatchNor
 differentiable all-reduces: there, too, several processes compute what one would with the same global batch.
 """
 
+import atexit
+import gc
 import inspect
 import logging
 import os
@@ -88,10 +90,22 @@ def connected(processes: Processes) -> Iterator[None]:
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if processes.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    atexit.register(end_threads, [dist.group.WORLD])
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def end_threads(groups: list[Any]) -> None:
+    """End the threads of groups that were destroyed, before Python ends.
+
+    They live as long as anything refers to the group, such as a model in a circle of references, and one that gives
+    back a tensor while Python ends aborts the process, see https://github.com/pytorch/pytorch/pull/179291. The list
+    has to hold the last reference: torch waits for the threads without holding the interpreter's lock then.
+    """
+    gc.collect()
+    groups.clear()
 
 
 def share_gradients(model: nn.Module, processes: Processes, some_unused: bool = False) -> nn.Module:

@@ -1,5 +1,6 @@
 """Two processes with gloo compute what one computes with the same global batch."""
 
+import atexit
 import json
 import os
 import subprocess
@@ -14,7 +15,15 @@ from hyspark.config import EncoderSettings
 from hyspark.engine.classify import build as build_classification
 from hyspark.engine.classify import finetune_classify
 from hyspark.engine.classify import last_file as last_state
-from hyspark.engine.distributed import GlobalBatchNorm, Processes, find_processes, global_batch_norm, share_statistics
+from hyspark.engine.distributed import (
+    GlobalBatchNorm,
+    Processes,
+    connected,
+    find_processes,
+    global_batch_norm,
+    share_gradients,
+    share_statistics,
+)
 from hyspark.engine.finetune import build as build_finetuning
 from hyspark.engine.finetune import finetune, last_file
 from hyspark.engine.pretrain import build as build_pretraining
@@ -120,6 +129,35 @@ def test_two_processes_equal_one_in_classification(classifying, tmp_path):
     check_same_training(one, two, dict(build_classification(one, 2).named_parameters()), last_state)
     assert measured(two, "val_loss") == pytest.approx(measured(one, "val_loss"), rel=1e-3)
     assert (tmp_path / "two" / "scores" / "cases.csv").read_text().count("\n") == 8
+
+
+def leave_a_model_behind(rank, folder):
+    """One of two processes: a model that shares gradients is left in a circle of references when the group ends."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.distributed.rendezvous = lambda where: iter([(torch.distributed.FileStore(f"{folder}/store", 2), rank, 2)])
+    processes = Processes(torch.device("cpu"), rank, rank, 2)
+    with connected(processes):
+        model = share_gradients(torch.nn.Linear(2, 2), processes)
+        model(torch.ones(1, 2)).sum().backward()
+    model.circle = model
+    del model
+    before = threads()
+    atexit._run_exitfuncs()
+    Path(folder, f"{rank}.json").write_text(json.dumps([before, threads()]))
+
+
+def threads():
+    return [name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text())]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are named in Linux's /proc")
+def test_no_thread_of_a_group_is_left_when_python_ends(tmp_path):
+    """Such a thread aborted a process that had done its work."""
+    torch.multiprocessing.spawn(leave_a_model_behind, (str(tmp_path),), nprocs=2)
+    for rank in (0, 1):
+        before, after = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert before
+        assert not after
 
 
 KINDS_OF_NORM = ({"affine": False}, {"track_running_stats": False}, {"momentum": None})
