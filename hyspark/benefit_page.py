@@ -73,6 +73,8 @@ def page(numbers: Mapping[str, Any]) -> str:
         "## Dice, %",
         table(metric_rows(numbers)),
         *left_out(numbers),
+        *fewer_labels(numbers),
+        *rates(numbers),
         READING,
         "## Organs",
     ]
@@ -159,6 +161,23 @@ def left_out(numbers: Mapping[str, Any], samples: str = "cases") -> list[str]:
             lines.append(f"{cell['start']} with {cell['num_labelled']} labelled {samples}: seed {seeds}")
     note = "Left out of differences, because one side of the pair is not finished (means use what is there): "
     return [note + "; ".join(lines) + "."] if lines else []
+
+
+def fewer_labels(numbers: Mapping[str, Any], samples: str = "cases") -> list[str]:
+    """Where runs were trained on fewer samples than the table's first column says."""
+    lines = []
+    for cell in numbers["cells"]:
+        if fewer := [num for num in cell["training_cases"] if num != cell["num_labelled"]]:
+            lines.append(f"{cell['start']} with {cell['num_labelled']} on {' or '.join(map(str, fewer))}")
+    note = f"Trained on fewer {samples} than the first column says, since some could not be used and were left out"
+    return [f"{note}: {'; '.join(lines)}."] if lines else []
+
+
+def rates(numbers: Mapping[str, Any]) -> list[str]:
+    """Where the encoders of the starts learn at different rates."""
+    share = numbers["recipe"].get("pretrained_lr_share", 1)
+    note = f"A pre-trained encoder learns at {share:g} times the rate of one from scratch (pretrained_lr_share)."
+    return [] if share == 1 else [note]
 
 
 def benefit_figure(

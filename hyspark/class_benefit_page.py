@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hyspark.atomic import write_json, write_whole
-from hyspark.benefit_page import benefit_figure, common, left_out, metric_rows, table
+from hyspark.benefit_page import benefit_figure, common, fewer_labels, left_out, metric_rows, rates, table
 from hyspark.class_metrics import METRICS
 from hyspark.figures import save_figure
 
@@ -43,4 +43,5 @@ def page(numbers: Mapping[str, Any]) -> str:
     parts += ["![AUC against the number of labelled images, and differences to the baseline](benefit.png)"]
     for metric, title in METRICS.items():
         parts += [f"## {title[0].upper()}{title[1:]}, %", table(metric_rows(numbers, metric, "images"))]
-    return "\n\n".join([*parts, *left_out(numbers, "images"), READING, *common(numbers, "images")]) + "\n"
+    parts += [*left_out(numbers, "images"), *fewer_labels(numbers, "images"), *rates(numbers)]
+    return "\n\n".join([*parts, READING, *common(numbers, "images")]) + "\n"

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from hyspark.data.files import listing
 from hyspark.report import read_metrics
 from hyspark.statistics import interval, organ_means, paired_difference, seed_means, weighted_mean
 
 METRICS = ("dice", "nsd", "hd95_mm")
 SCORE_FILES = ("cases.csv", "summary.json")
+TRAINED_ON = "training_cases"  # in a protocol: their number, without those that could not be used
 MISSED = "missed"  # share of (case, organ) pairs with an organ of which nothing was found
 
 
@@ -100,8 +102,17 @@ def compare(runs: Mapping[Place, ScoredRun], planned: Sequence[Place], starts: M
 
     runs: the finished ones of those `planned`. starts: name -> weights; the first is what the others are compared
     with. A mean is over the seeds that are finished; a difference over those that are finished on both sides, and what
-    that leaves out is named.
+    that leaves out is named. Raises ValueError where runs were not scored on the same cases.
     """
+    scored_on: list[str] = []
+    for place, run in runs.items():
+        own = sorted({case for case, _ in run.scores[MISSED]})
+        scored_on = scored_on or own
+        if own != scored_on:
+            raise ValueError(
+                f"{name_of(place)} was scored on other cases than the runs before it: {listing(own)}; not on "
+                f"{listing(scored_on)}"
+            )
     keys = dict.fromkeys(key for run in runs.values() for key in run.scores["dice"])
     cases, organs = (list(dict.fromkeys(key[i] for key in keys)) for i in (0, 1))
     cells = partial(describe, cases=cases, organs=organs), partial(differ, cases=cases, organs=organs)
@@ -142,7 +153,7 @@ def tabulate(
         "planned": len(names),
         "finished": len(runs),
         "missing": [name_of(place) for place in names if place not in runs],
-        "protocol": merged(run.protocol for run in runs.values()),
+        "protocol": merged({k: v for k, v in run.protocol.items() if k != TRAINED_ON} for run in runs.values()),
         "cells": cells,
     }
 
@@ -161,9 +172,10 @@ def describe(runs: Mapping[int, ScoredRun], cases: Sequence[str], organs: Sequen
 
 
 def budget(runs: Mapping[int, AnyRun]) -> dict[str, Any]:
-    """Steps and minutes of runs."""
+    """Steps and minutes of runs, and how many cases they were trained on, as far as their scores say."""
     minutes = [round(run.seconds / 60, 2) for run in runs.values()]
-    return {"steps": sorted({run.steps for run in runs.values()}), "minutes": minutes}
+    numbers = {run.protocol[TRAINED_ON] for run in runs.values() if TRAINED_ON in run.protocol}
+    return {"steps": sorted({run.steps for run in runs.values()}), "minutes": minutes, TRAINED_ON: sorted(numbers)}
 
 
 def differ(

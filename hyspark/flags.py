@@ -98,7 +98,9 @@ class EvaluateArguments(SegmentArguments):
 
     weights: str  # best.pth of a fine-tuning run, or its run folder
     data: str  # nnU-Net data set (imagesTr, labelsTr), all of whose labelled cases are scored, or a decathlon JSON
-    part: Literal["all", "training", "validation"] = "all"  # Which part of a JSON
+    part: Literal["", "all", "training", "validation"] = (
+        ""  # Of a JSON; by default validation where it lists such, else all
+    )
     tolerance: float = 2.0  # Of the normalised surface Dice, in mm
     store_dir: str = ""  # Folder of prepared volumes; by default `prepared` in the data's folder
 

@@ -75,6 +75,15 @@ def test_organs_surfaces_budgets_and_protocol(numbers):
     assert "- max_epochs: 4" in text
 
 
+def test_fewer_labels_and_rates_of_their_own_stand_beside_the_table(numbers):
+    assert "Trained on fewer" not in page(numbers)
+    cells = [cell | {"training_cases": [4, 5] if cell["num_labelled"] == 5 else []} for cell in numbers["cells"]]
+    more = {"cells": cells, "recipe": {"pretrained_lr_share": 0.17}}
+    text = page(numbers | more).split("## Organs")[0]
+    assert "left out: scratch with 5 on 4; own with 5 on 4; other with 5 on 4." in text
+    assert "learns at 0.17 times the rate of one from scratch" in text
+
+
 def test_budgets_that_differ_are_pointed_out(numbers):
     assert "not the same in all rows" not in page(numbers)
     cells = [cell | {"steps": [2 * cell["num_labelled"]]} for cell in numbers["cells"]]

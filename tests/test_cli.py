@@ -12,6 +12,7 @@ import torch
 from hyspark import cli
 from hyspark.config_finetune import FinetuneConfig
 from hyspark.config_pretrain import PretrainConfig
+from hyspark.engine.dice_file import Scores, write_scores
 from hyspark.models.encoder import HybridEncoder
 from hyspark.models.segmentation import build_hybird
 from hyspark.recipes import field_help
@@ -332,6 +333,18 @@ def test_phantom_writes_both_datasets(tmp_path):
 
 def test_compare_names_a_folder_that_is_no_run(tmp_path, capsys):
     assert str(tmp_path) in fails(["compare", str(tmp_path)], capsys)
+
+
+def test_runs_validated_on_other_cases_are_pointed_out(tmp_path, capsys):
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder, case in zip(folders, ("x", "x", "y"), strict=True):
+        folder.mkdir()
+        scores = Scores(1, 0.5, {"liver": 0.5}, {case: [0.5]})
+        write_scores(folder, best=scores, last=scores)
+    cli.main(["compare", *map(str, folders[:2])])
+    assert "WARNING" not in capsys.readouterr().out
+    cli.main(["compare", *map(str, folders)])
+    assert "WARNING: the runs were validated on different cases" in capsys.readouterr().out
 
 
 # Errors

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,6 +36,23 @@ def scored(dice, missed=0.0, protocol=None, **metrics):
             if full[i, j] == full[i, j]
         }
     return ScoredRun(scores, protocol or {}, 10, 60.0)
+
+
+def test_runs_scored_on_other_cases_are_not_compared():
+    usual = scored(random_dice(0))
+    other = replace(usual, scores=usual.scores | {"missed": {("case9", "liver"): 0.0}})
+    with pytest.raises(
+        ValueError, match="own_5_seed0 was scored on other cases than the runs before it: case9; not on"
+    ):
+        compare({Place("scratch", 5, 0): scored(random_dice(1)), Place("own", 5, 0): other}, [], STARTS)
+
+
+def test_cases_that_were_left_out_of_training_are_counted():
+    places = [Place(start, 5, seed) for seed in (0, 1) for start in STARTS]
+    runs = {place: scored(random_dice(0), protocol={"training_cases": 5 - place.seed}) for place in places}
+    numbers = compare(runs, places, STARTS)
+    assert cell(numbers, "own", 5)["training_cases"] == [4, 5]
+    assert "training_cases" not in numbers["protocol"]
 
 
 def random_dice(seed):
@@ -109,19 +127,6 @@ def test_hd95_is_compared_where_both_found_the_organ():
     numbers = compare(runs, list(runs), STARTS)
     assert cell(numbers, "own", 5)["hd95_mm"]["mean"] == 11.5
     assert cell(numbers, "own", 5)["difference"]["hd95_mm"]["mean"] == -1
-
-
-def test_each_seed_may_have_cases_of_its_own():
-    runs = {}
-    for seed, part in ((0, slice(0, 3)), (1, slice(3, 6))):
-        for start, value in (("scratch", 0.25), ("own", 0.5)):
-            dice = np.full((len(CASES), 2), np.nan)
-            dice[part] = value + 0.25 * seed
-            runs[Place(start, 5, seed)] = scored(dice)
-    numbers = compare(runs, list(runs), STARTS)
-    assert numbers["cases"] == CASES
-    assert cell(numbers, "scratch", 5)["dice"]["by_seed"] == {"0": 0.25, "1": 0.5}
-    assert cell(numbers, "own", 5)["difference"]["dice"]["mean"] == 0.25
 
 
 def test_nothing_finished_is_all_unknown():

@@ -16,7 +16,7 @@ from PIL import Image
 from hyspark.data import datalist
 from hyspark.data.settings import PictureSettings
 from hyspark.data.slices import write_slices
-from hyspark.engine.evaluate import read_scores
+from hyspark.engine.dice_file import read_scores
 from hyspark.engine.finetune import finetune
 from hyspark.engine.pretrain import pretrain
 from hyspark.engine.pretraining import encoder_file

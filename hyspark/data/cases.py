@@ -1,11 +1,12 @@
 """What a list of data is made of: cases, on the side of training or of validation, and the names of the classes."""
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hyspark.data.files import load_json
+from hyspark.data.files import content_digest, load_json
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,18 @@ class Datalist:
     validation: tuple[Case, ...] = ()
     labels: dict[str, int] | None = None
     left_out: tuple[Case, ...] = field(default=(), compare=False)
+
+
+def case_digest(case: Case) -> str:
+    """Digest of what a case's files hold, whatever they are called and wherever they lie."""
+    label = "" if case.label is None else content_digest(case.label, whole=True)
+    return hashlib.sha256(f"{content_digest(case.image)} {label}".encode()).hexdigest()
+
+
+def cases_digest(cases: Sequence[Case]) -> str:
+    """Digest, in 12 digits, of the names of cases and of what their files hold."""
+    lines = "\n".join(f"{case_digest(case)} {case.name}" for case in cases)
+    return hashlib.sha256(lines.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 def common_labels(folders: Iterable[Path]) -> dict[str, int] | None:

@@ -1,5 +1,6 @@
 """What finding and organizing data share: walking folders, NIfTI file names, JSON, lists in messages."""
 
+import hashlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+TAIL = 2**16
 NIFTI = re.compile(r"(?P<stem>.+?)\.nii(\.gz)?", re.DOTALL)
 
 
@@ -42,6 +44,16 @@ def nifti_stem(file: Path) -> str:
     """The file name without .nii.gz or .nii; any other name as it is."""
     found = NIFTI.fullmatch(file.name)
     return found["stem"] if found else file.name
+
+
+def content_digest(path: Path, whole: bool = False) -> str:
+    """Digest of a file by its length and last 64 KiB, which hold the checksum of what a .nii.gz compresses, or by all
+    of it.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(0 if whole else max(0, size - TAIL))
+        return hashlib.sha256(f"{size}:".encode() + file.read()).hexdigest()
 
 
 def load_json(path: Path) -> Any:

@@ -31,8 +31,9 @@ KINDS: dict[type, Kind] = {FinetuneConfig: segment_benefit.KIND, ClassifyConfig:
 
 GIVEN = {"logdir": "out", "pretrained": "starts", "seed": "seeds", "num_labelled": "num_labelled", "dry_run": "plan"}
 """Settings of a run that the comparison gives, and the flag that says them."""
-FIXED = ("max_steps", "test_dir", "data_dir")
-"""Settings that a run may be continued with, but that must be the same in all runs of a comparison."""
+FIXED = ("max_steps",)
+"""Settings that a run may be continued with, but that must be the same in all runs of a comparison. So must the data,
+which lies where it may."""
 OF_THE_MACHINE = ("store_dir", "dataloader_workers", "prepare_workers")
 """Settings that say nothing of a result, which the report leaves out."""
 COMMAND = (sys.executable, "-c", "from hyspark.cli import main; main()")
@@ -94,6 +95,7 @@ def benefit(
     runs = plan(base, out, starts, num_labelled, seeds, num_at_once)
     check_folders(runs)
     digests = check_weights(out, starts)
+    data = check_data_digest(out, KINDS[type(base)].digest(base))
     if plan_only:
         print("\n".join(f"{name_of(run.place):40s} {state(run)}" for run in runs))
         return []
@@ -103,6 +105,7 @@ def benefit(
     if todo:
         kind.check_data([run.config for run in todo], starts)
     write_json(out / "starts.json", digests)
+    write_json(out / "data.json", {"digest": data})
     told = {k: v for k, v in as_plain(runs[0].config).items() if k not in (*GIVEN, *OF_THE_MACHINE)}
     recipe = {k: v for k, v in told.items() if v != defaults[k]}
     scored_on = "test" if runs[0].scores.name.endswith("test") else "validation"
@@ -219,6 +222,18 @@ def check_weights(out: Path, starts: Mapping[str, str]) -> dict[str, str]:
                 "give it another name in --starts, or name another --out"
             )
     return digests
+
+
+def check_data_digest(out: Path, digest: str) -> str:
+    """The digest; raises ValueError where an earlier call noted another one in `out`."""
+    noted = out / "data.json"
+    known = json.loads(noted.read_text())["digest"] if noted.is_file() else digest
+    if known != digest:
+        raise ValueError(
+            f"the data is not what runs in {out} were made with: images, labels, or which of them are to train on, to "
+            f"validate on and to score have changed (digest was {known}, is {digest}); name another --out"
+        )
+    return digest
 
 
 def job(run: PlannedRun) -> Job:

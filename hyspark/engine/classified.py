@@ -11,7 +11,7 @@ from torch import nn
 from hyspark import class_scores
 from hyspark.class_page import mistakes_figure
 from hyspark.class_scores import Classified
-from hyspark.comparison import SCORE_FILES
+from hyspark.comparison import SCORE_FILES, TRAINED_ON
 from hyspark.config_classify import ClassifyConfig
 from hyspark.data.image_batches import Scaling, centre_crop, short_side
 from hyspark.data.images import FoundImages, ImageSet, class_folders, decode, find_classes, image_files
@@ -113,7 +113,7 @@ def score_best(config: ClassifyConfig, images: Images, processes: Processes) -> 
     for part in scored_parts(images.parts):
         out = config.run_folder / SCORES[part]
         where = config.test_dir if part == "test" and config.test_dir else f"{part} of {config.data_dir}"
-        protocol = protocol_of(config, weights, where, SELECTION[part])
+        protocol = protocol_of(config, weights, where, SELECTION[part]) | {TRAINED_ON: len(images.parts["train"])}
         if is_scored(out, images.parts[part], classes, protocol):
             continue
         values = probabilities(network, images.parts[part], config, processes)

@@ -1,13 +1,18 @@
 """Classification of images as a kind of comparison (see benefit.py)."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from hyspark.class_benefit_page import write_class_benefit
 from hyspark.class_comparison import compare_classified, read_classified
 from hyspark.comparison import Place
 from hyspark.config_classify import ClassifyConfig
+from hyspark.data.files import content_digest
 from hyspark.data.images import has_test_part
 from hyspark.engine.classified import SCORES
 from hyspark.engine.classify import build
@@ -24,6 +29,23 @@ def scores_folder(config: ClassifyConfig) -> Path:
 def num_training(config: ClassifyConfig) -> int:
     """Training images."""
     return len(find_parts(config)[0]["train"].names)
+
+
+def digest(config: ClassifyConfig) -> str:
+    """Of the names, classes and files of all images, in 12 digits."""
+    found, classes = find_parts(replace(config, num_labelled=0, label_fraction=1.0))
+    lines = ["\n".join(classes)]
+    for part, images in found.items():
+        rows = zip(map(mark, images.sources), images.names, images.labels, strict=True)
+        lines += [part, *(f"{source} {name} {label}" for source, name, label in rows)]
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def mark(source: Path | np.ndarray) -> str:
+    """Digest of an image's file or pixels."""
+    if isinstance(source, Path):
+        return content_digest(source)
+    return hashlib.sha256(f"{source.shape}".encode() + source.tobytes()).hexdigest()
 
 
 def check_data(configs: Sequence[ClassifyConfig], starts: Mapping[str, str]) -> None:
@@ -55,4 +77,4 @@ def report(
     write_class_benefit(out, compare_classified(scored, planned, starts) | dict(more))
 
 
-KIND = Kind("finetune_classify", scores_folder, num_training, check_data, report)
+KIND = Kind("finetune_classify", scores_folder, num_training, digest, check_data, report)

@@ -17,8 +17,9 @@ class DiceAndCrossEntropy(nn.Module):
         super().__init__()
         self.background_weight = background_weight
         weight = torch.tensor([background_weight] + [1.0] * (num_classes - 1))
-        options = {"squared_pred": True, "smooth_nr": 0.0, "smooth_dr": 1e-6, "weight": weight}
-        self.dice = DiceLoss(to_onehot_y=True, softmax=True, **options)
+        self.dice = DiceLoss(
+            to_onehot_y=True, softmax=True, squared_pred=True, smooth_nr=0.0, smooth_dr=1e-6, weight=weight
+        )
         self.register_buffer("weight", weight)
 
     def weight_of(self, labels: Tensor) -> Tensor:

@@ -2,10 +2,9 @@
 folder of scores (see scorebook.py). In training, Dice alone.
 """
 
-import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +15,12 @@ from nibabel.affines import voxel_sizes
 from torch import nn
 from tqdm import tqdm
 
-from hyspark.atomic import write_whole
+from hyspark.atomic import to_json
+from hyspark.comparison import SCORE_FILES, TRAINED_ON
 from hyspark.config_finetune import FinetuneConfig
 from hyspark.data import datalist
-from hyspark.data.cases import Case, common_labels
+from hyspark.data.cases import Case, case_digest, cases_digest, common_labels
+from hyspark.data.files import listing
 from hyspark.data.resample import file_grid, read_label
 from hyspark.data.store import StoredVolume
 from hyspark.engine import distributed, inference, scorebook
@@ -54,11 +55,10 @@ class Scoring:
         overlap = config.infer_overlap if self.overlap is None else self.overlap
         return inference.windows_of(config, names, overlap, self.flips)
 
-    def protocol(self, config: FinetuneConfig, names: Sequence[str], weights: str, precision: str) -> dict[str, Any]:
+    def protocol(self, config: FinetuneConfig, names: Sequence[str], precision: str) -> dict[str, Any]:
         """All of it in plain values, with what the network's settings decide."""
         windows = self.windows(config, names)
         return {
-            "weights": weights,
             "spacing_mm": list(config.spacing),
             "hu_window": [config.hu_min, config.hu_max],
             "window_size": list(windows.size),
@@ -102,12 +102,57 @@ def segment_case(
 
 
 @dataclass(frozen=True)
+class Source:
+    """What scores are of. weights, data: what the protocol calls them. trained_on: digests (`case_digest`) of the cases
+    that the weights were trained on; none where that is not known.
+    """
+
+    weights: str
+    data: str
+    trained_on: Sequence[str]
+
+    def seen(self, cases: Sequence[Case]) -> list[str]:
+        """Names of the cases that are known to have been trained on."""
+        known = set(self.trained_on)
+        return [case.name for case in cases if case_digest(case) in known] if known else []
+
+    def protocol(self, cases: Sequence[Case]) -> dict[str, Any]:
+        """All of it in plain values, with a digest of the cases' names and files."""
+        return {
+            "weights": self.weights,
+            TRAINED_ON: len(self.trained_on) or "unknown",
+            "data": f"{self.data} ({cases_digest(cases)})",
+            "scored_cases_trained_on": len(self.seen(cases)) if self.trained_on else "unknown",
+        }
+
+
+@dataclass(frozen=True)
 class Scored:
     """What is kept of a case: its place in the list, its scores, its label map on the prepared grid, compressed."""
 
     index: int
     organs: list[OrganScores]
     packed: bytes
+
+
+def is_scored(
+    out: Path,
+    config: FinetuneConfig,
+    names: Sequence[str],
+    cases: Sequence[Case],
+    processes: Processes,
+    source: Source,
+) -> bool:
+    """Whether the folder `out` holds what `score_cases` would write with these arguments; on all processes what the
+    main one finds.
+    """
+    missing = False
+    if processes.is_main:
+        wanted = source.protocol(cases) | Scoring().protocol(config, names, inference.precision_on(processes, config))
+        has_files = all((out / name).is_file() for name in SCORE_FILES)
+        known = scorebook.read_summary(out)["protocol"] if has_files else {}
+        missing = any(known.get(name) != value for name, value in to_json(wanted).items())
+    return not distributed.any_of(missing, processes)
 
 
 def score_cases(
@@ -118,17 +163,21 @@ def score_cases(
     cases: Sequence[Case],
     out: Path,
     processes: Processes,
-    *,
-    weights: str,
+    source: Source,
     scoring: Scoring | None = None,
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Score labelled cases, each process its share; the main one writes the folder `out`. Returns the summary, and the
     Dice of each case in the organs' order.
 
     network: on the processes' device, in evaluation mode; config, names: its settings and classes. volumes: the cases,
-    prepared. weights: what the protocol calls them. Raises ValueError where a label holds a value that is no class.
+    prepared. Raises ValueError where a label holds a value that is no class.
     """
     scoring = scoring or Scoring()
+    if processes.is_main and (seen := source.seen(cases)):
+        LOG.warning(
+            "%s: %d of %d were trained on (%s); scores on these say nothing of new cases",
+            *(source.data, len(seen), len(cases), listing(seen)),
+        )
     windows, precision = scoring.windows(config, names), inference.precision_on(processes, config)
     mine = range(processes.rank, len(cases), processes.world_size)
     done: list[Scored] = []
@@ -141,7 +190,7 @@ def score_cases(
         done.append(Scored(i, organs, zlib.compress(found.prepared.tobytes(), 1)))
     done = sorted(distributed.gather(done, processes), key=lambda one: one.index)
     rows = {cases[one.index].name: one.organs for one in done}
-    protocol = scoring.protocol(config, names, weights, precision)
+    protocol = source.protocol(cases) | scoring.protocol(config, names, precision)
     dice_of = {name: [organ.dice for organ in organs] for name, organs in rows.items()}
     if not processes.is_main:
         return scorebook.summarise(rows, names[1:], protocol), dice_of
@@ -177,7 +226,7 @@ def evaluate(
     data: Path,
     out: Path,
     *,
-    part: str = "all",
+    part: str = "",
     scoring: Scoring | None = None,
     device: str = "auto",
     store_dir: str = "",
@@ -188,39 +237,49 @@ def evaluate(
     weights: best.pth or its run folder. data, part: see `find_labelled`. store_dir: of prepared volumes, by default
     `prepared` in the data's folder. Raises ValueError, FileNotFoundError, PermissionError for what does not fit.
     """
-    network, config, names = inference.load_network(weights)
+    network, config, names, trained_on = inference.load_network(weights)
     scoring = scoring or Scoring()
     scoring.windows(config, names)
-    cases, labels = find_labelled(data, part)
+    cases, labels, where = find_labelled(data, part)
     check_classes(names, labels, data)
     processes = distributed.find_processes(device)
-    LOG.info("%d cases of %s, %d organs, on %s", len(cases), data, len(names) - 1, processes.device)
+    LOG.info("%d cases, %s, %d organs, on %s", len(cases), where, len(names) - 1, processes.device)
     settings = replace(config, store_dir=store_dir, prepare_workers=prepare_workers)
     with distributed.connected(processes):
         volumes = prepared(settings, processes, data, cases)
         check_labels(volumes, names)
         network = network.to(processes.device)
-        where = (network, config, names, volumes, cases, out, processes)
-        summary, _ = score_cases(*where, weights=str(weights), scoring=scoring)
+        given = (network, config, names, volumes, cases, out, processes)
+        summary, _ = score_cases(*given, Source(str(weights), where, trained_on), scoring)
     return summary
 
 
-def find_labelled(data: Path, part: str = "all") -> tuple[list[Case], dict[str, int] | None]:
-    """Labelled cases and, where the data names them, class names with their values.
+class Labelled(NamedTuple):
+    """Labelled cases, class names with their values where the data names them, and what the cases are, in words."""
+
+    cases: list[Case]
+    labels: dict[str, int] | None
+    text: str
+
+
+def find_labelled(data: Path, part: str = "") -> Labelled:
+    """Labelled cases on the disk.
 
     data: an nnU-Net data set (imagesTr, labelsTr) or a folder of such, of which all labelled cases are taken; or a
-    decathlon JSON. part: of a JSON, "training", "validation" or "all". Raises ValueError, FileNotFoundError.
+    decathlon JSON. part: of a JSON, "training", "validation" or "all"; by default validation where it lists such cases,
+    else all. Raises ValueError, FileNotFoundError.
     """
     if data.is_file():
         listed = datalist.read(data, require_labels=True)
+        part = part or ("validation" if listed.validation else "all")
         parts = {"training": listed.training, "validation": listed.validation}
         cases = [case for name, found in parts.items() if part in (name, "all") for case in found]
         if not cases:
             raise ValueError(f"{data} lists no {part} cases")
-        return cases, listed.labels
+        return Labelled(cases, listed.labels, f"{part} cases of {data}")
     if data.suffix == ".json":
         raise FileNotFoundError(f"no data list at {data}; expected a decathlon JSON")
-    if part != "all":
+    if part not in ("", "all"):
         raise ValueError(f"{data} is a folder, whose labelled cases are all scored; a {part} part is what a JSON has")
     if (data / "imagesTr").is_dir():
         found = datalist.dataset_cases(data.absolute(), labels=True, channel="0000")
@@ -229,7 +288,8 @@ def find_labelled(data: Path, part: str = "all") -> tuple[list[Case], dict[str, 
         cases = datalist.scan(data, labels=True)
     if len({case.name for case in cases}) < len(cases):
         raise ValueError(f"{data} holds data sets with cases of one name; score one data set at a time")
-    return cases, common_labels(sorted({case.image.parent.parent for case in cases}))
+    labels = common_labels(sorted({case.image.parent.parent for case in cases}))
+    return Labelled(cases, labels, f"all labelled cases of {data}")
 
 
 def check_classes(names: Sequence[str], labels: dict[str, int] | None, data: Path) -> None:
@@ -257,35 +317,3 @@ def mean_dice(rows: Sequence[Sequence[float]], names: Sequence[str]) -> dict[str
     held = ~np.isnan(values)
     sums, nums = np.where(held, values, 0).sum(0), held.sum(0)
     return {name: float(s / n) if n else float("nan") for name, s, n in zip(names, sums, nums, strict=True)}
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Dice after a step: mean over organs, mean over cases of each organ, and each case's values in the organs'
-    order.
-    """
-
-    step: int
-    mean: float
-    organs: dict[str, float]
-    cases: dict[str, list[float]]
-
-
-def write_scores(folder: Path, **entries: Scores) -> None:
-    """Put entries ("best", "last") into dice.json of a run folder."""
-    path = folder / "dice.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    known |= {name: asdict(scores) for name, scores in entries.items()}
-    write_whole(path, (json.dumps(known, indent=1) + "\n").encode())
-
-
-def read_scores(folder: Path) -> dict[str, dict[str, float]]:
-    """Dice per organ of the best and of the last weights of a run.
-
-    Raises FileNotFoundError where the folder holds no scores yet.
-    """
-    path = folder / "dice.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no scores (dice.json); is it a fine-tuning run that was validated?")
-    loaded = json.loads(path.read_text())
-    return {name: loaded[name]["organs"] for name in ("best", "last")}

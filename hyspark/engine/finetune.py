@@ -18,24 +18,16 @@ from tqdm import tqdm
 
 from hyspark import report
 from hyspark.config_finetune import FinetuneConfig
-from hyspark.data.cases import Case
+from hyspark.data.cases import Case, case_digest
 from hyspark.data.crops import AffineRange, seed_at
 from hyspark.data.loading import Batch, FinetuneBatches, Share
 from hyspark.data.resample import read_label
 from hyspark.data.store import StoredVolume
 from hyspark.engine import checkpoint, distributed, optim
 from hyspark.engine.criterion import DiceAndCrossEntropy
+from hyspark.engine.dice_file import Scores, read_scores, write_scores
 from hyspark.engine.distributed import LOG, Processes
-from hyspark.engine.evaluate import (
-    Scores,
-    Segmented,
-    case_panel,
-    mean_dice,
-    read_scores,
-    score_cases,
-    segment_case,
-    write_scores,
-)
+from hyspark.engine.evaluate import Segmented, Source, case_panel, is_scored, mean_dice, score_cases, segment_case
 from hyspark.engine.held_out import prepare_held_out, score_held_out
 from hyspark.engine.inference import network_of, windows_of
 from hyspark.engine.labelled import find_cases, label_fault, left_right_pairs, one_sided
@@ -47,7 +39,7 @@ from hyspark.engine.run import RunLog, begun, last_file, saved_state, settings_t
 from hyspark.figures import save_figure
 from hyspark.models.segmentation import Hybird
 from hyspark.models.weights import load_pretrained
-from hyspark.recipes import as_plain
+from hyspark.recipes import as_plain, write_yaml
 
 SCORES = {"Validation cases, last weights": "scores", "Further cases, last weights": "scores_test"}
 """Folders of scores in a run, by what the report calls them."""
@@ -86,7 +78,8 @@ def finetune(config: FinetuneConfig) -> Path:
         criterion = DiceAndCrossEntropy(len(names), config.background_weight).to(processes.device)
         best = state["best"] if state else -1.0
         data_of = (found.training, found.validation, found.validation_cases)
-        task = Finetuning(config, share, *data_of, names, criterion, best)
+        trained_on = [case_digest(case) for case in found.training_cases]
+        task = Finetuning(config, share, *data_of, names, criterion, best, trained_on)
         steps = steps_per_epoch(config, len(found.training))
         encoder_share = optim.encoder_share(config)
         run = start_run(
@@ -107,9 +100,13 @@ def finetune(config: FinetuneConfig) -> Path:
         if run.first_step < run.last_step or not run.is_reviewed:
             train(run, task, asked)
         else:
-            LOG.info("nothing to do: %s has done %d steps", config.run_folder, run.first_step)
+            LOG.info("nothing to train: %s has done %d steps", config.run_folder, run.first_step)
+            if processes.is_main:
+                write_yaml(config, config.run_folder / "config.yaml")
         run.model.eval()
-        score_held_out(run.network, config, names, *held_out, processes, last_weights(config, run))
+        if not is_scored(config.run_folder / "scores", config, names, task.cases, processes, task.source(run)):
+            task.score(run)
+        score_held_out(run.network, config, names, held_out, processes, last_weights(config, run), trained_on)
     if processes.is_main:
         LOG.info("%s", report.dice_table(read_scores(config.run_folder)))
         LOG.info("report   %s", task.write_report(run))
@@ -171,7 +168,9 @@ def split_crops(batch: Batch, num: int) -> list[Batch]:
 
 @dataclass
 class Finetuning:
-    """The task for the loop. cases: the validation cases, with their labels' files. best: best mean Dice so far."""
+    """The task for the loop. cases: the validation cases, with their labels' files. best: best mean Dice so far.
+    trained_on: of `Source`.
+    """
 
     config: FinetuneConfig
     share: Share
@@ -181,6 +180,7 @@ class Finetuning:
     names: Sequence[str]
     criterion: DiceAndCrossEntropy
     best: float
+    trained_on: Sequence[str]
 
     @property
     def batches(self) -> FinetuneBatches:
@@ -235,7 +235,12 @@ class Finetuning:
         LOG.info("epoch %d: mean Dice %.4f on %d cases%s", epoch, mean, len(by_case), " (best)" if is_best else "")
         scores = Scores(step, mean, organs, by_case)
         if is_best:
-            weights = {"model": run.network.state_dict(), "config": as_plain(self.config), "classes": list(self.names)}
+            weights = {
+                "model": run.network.state_dict(),
+                "config": as_plain(self.config),
+                "classes": list(self.names),
+                "trained_on": list(self.trained_on),
+            }
             checkpoint.save(weights, self.config.run_folder / "best.pth")
             write_scores(self.config.run_folder, best=scores)
         write_scores(self.config.run_folder, last=scores)
@@ -249,7 +254,11 @@ class Finetuning:
         """
         c = self.config
         where = (c, self.names, self.validation, self.cases, c.run_folder / "scores", run.processes)
-        return score_cases(run.network, *where, weights=last_weights(c, run))[1], None
+        return score_cases(run.network, *where, self.source(run))[1], None
+
+    def source(self, run: Run) -> Source:
+        """What the scores of the validation cases are of."""
+        return Source(last_weights(self.config, run), f"validation cases of {self.config.data_dir}", self.trained_on)
 
     def segment(self, run: Run, index: int) -> Segmented:
         """Label maps of a validation case."""

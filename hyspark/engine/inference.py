@@ -45,8 +45,19 @@ class Windows:
     swaps: tuple[tuple[int, int], ...] = ()
 
 
-def load_network(path: Path) -> tuple[Hybird, FinetuneConfig, list[str]]:
-    """A fine-tuned network on the CPU, in evaluation mode, its settings, and its class names, background first.
+class Trained(NamedTuple):
+    """A fine-tuned network on the CPU, in evaluation mode, its settings, its class names, background first, and digests
+    of the cases that it was trained on (`case_digest`), as far as its file says.
+    """
+
+    network: Hybird
+    config: FinetuneConfig
+    names: list[str]
+    trained_on: list[str]
+
+
+def load_network(path: Path) -> Trained:
+    """The network that fine-tuning left in a file.
 
     path: best.pth of a fine-tuning run, or the run's folder. Nothing stored in it is executed. Raises
     FileNotFoundError; ValueError where the file is damaged or is no fine-tuned network.
@@ -73,7 +84,7 @@ def load_network(path: Path) -> tuple[Hybird, FinetuneConfig, list[str]]:
         model.load_state_dict(contents["model"])
     except RuntimeError as error:
         raise ValueError(f"{path}: its weights are not those of the network that its settings say ({error})") from error
-    return model.eval(), config, names
+    return Trained(model.eval(), config, names, list(contents.get("trained_on", [])))
 
 
 def network_of(config: FinetuneConfig, num_classes: int) -> Hybird:

@@ -9,7 +9,7 @@ from hyspark.config_finetune import FinetuneConfig
 from hyspark.data import datalist
 from hyspark.data.cases import Case, Datalist
 from hyspark.data.crops import rng_at
-from hyspark.data.splits import split_by_subject
+from hyspark.data.splits import SEED, split_by_subject
 from hyspark.data.store import StoredVolume
 
 BTCV_CLASSES = 14
@@ -23,7 +23,7 @@ def find_cases(config: FinetuneConfig) -> tuple[list[Case], list[Case], list[str
     listed = read_cases(config)
     training, validation = list(listed.training), list(listed.validation)
     if not validation:
-        training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=config.seed)
+        training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=SEED)
     if not training or not validation:
         raise ValueError(
             f"{config.data_dir}: {len(training)} labelled cases to train on and {len(validation)} to validate on; "
@@ -42,7 +42,7 @@ def read_cases(config: FinetuneConfig) -> Datalist:
     default = folder / "dataset.json"
     if default.is_file() and datalist.is_datalist(default):
         return read(default)
-    return datalist.read_folder(folder, seed=config.seed, val_fraction=config.val_fraction)
+    return datalist.read_folder(folder, seed=SEED, val_fraction=config.val_fraction)
 
 
 def choose_labelled(training: Sequence[Case], config: FinetuneConfig) -> list[Case]:

@@ -53,7 +53,7 @@ def predict(
     """
     if num_workers < 0:
         raise ValueError(f"prepare_workers must not be negative, but it is {num_workers}")
-    network, config, names = load_network(weights)
+    network, config, names, _ = load_network(weights)
     scoring = scoring or Scoring()
     windows = scoring.windows(config, names)
     cases = find_volumes(inputs)

@@ -75,6 +75,7 @@ class Usable:
     """The cases of a run that can be used, with their volumes, and the names of those that were left out."""
 
     training: list[StoredVolume]
+    training_cases: list[Case]
     validation: list[StoredVolume]
     validation_cases: list[Case]
     left_out: list[str]
@@ -124,4 +125,4 @@ def usable(
             f"this run was begun without the cases {state['left_out']}, now those that cannot be used are {left_out}; "
             "the batches would be others. Restore the files as they were, or name another run folder"
         )
-    return Usable([volumes[c] for c in train_on], [volumes[c] for c in validate_on], validate_on, left_out)
+    return Usable([volumes[c] for c in train_on], train_on, [volumes[c] for c in validate_on], validate_on, left_out)

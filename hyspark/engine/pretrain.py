@@ -13,14 +13,14 @@ from hyspark.data import datalist
 from hyspark.data.cases import Case
 from hyspark.data.crops import seed_at
 from hyspark.data.loading import Share
-from hyspark.data.splits import split_by_subject
+from hyspark.data.splits import SEED, split_by_subject
 from hyspark.data.store import StoredVolume
 from hyspark.engine import distributed
 from hyspark.engine.distributed import LOG, Processes
 from hyspark.engine.loop import start_run, train
 from hyspark.engine.planner import count_flops, crops_per_process, plan_text
 from hyspark.engine.prepared import data_text, store_folder, usable
-from hyspark.engine.pretraining import VALIDATION_SEED, Pretraining, encoder_file, num_parameters, training_file
+from hyspark.engine.pretraining import Pretraining, encoder_file, num_parameters, training_file
 from hyspark.engine.probe import find_probe_cases, make_probe
 from hyspark.engine.replay import repeat, stopped_run
 from hyspark.engine.run import begun, saved_state, settings_text
@@ -100,7 +100,7 @@ def find_cases(config: PretrainConfig) -> tuple[list[Case], list[Case]]:
     listed = datalist.read(path, require_files=False)
     training, validation = list(listed.training), list(listed.validation)
     if not validation:
-        training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=VALIDATION_SEED)
+        training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=SEED)
     return training, validation
 
 

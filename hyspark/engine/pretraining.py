@@ -37,7 +37,7 @@ TITLES = {"val_loss": "validation loss", "projection_std": "spread of projection
 """What numbers of a validation are called in the log."""
 NUM_PICTURES = 3
 VALIDATION_SEED = 0
-"""Held-out volumes, their crops and masks do not depend on the seed of a run, so that runs can be compared."""
+"""Crops and masks of held-out volumes do not depend on the seed of a run, so that runs can be compared."""
 
 
 def file_name(config: PretrainConfig) -> str:

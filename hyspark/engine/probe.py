@@ -32,7 +32,7 @@ from hyspark.config_pretrain import PretrainConfig
 from hyspark.data import datalist
 from hyspark.data.cases import Case
 from hyspark.data.crops import place
-from hyspark.data.splits import split_by_subject
+from hyspark.data.splits import SEED, split_by_subject
 from hyspark.data.store import StoredVolume
 from hyspark.engine.distributed import LOG, Processes
 from hyspark.engine.prepared import prepared
@@ -90,7 +90,7 @@ def find_probe_cases(path: Path, num_cases: int) -> ProbeCases:
     if path.suffix == ".json" or (default.is_file() and datalist.is_datalist(default)):
         listed = datalist.read(default, require_labels=True)
     else:
-        listed = datalist.read_folder(path, seed=0, val_fraction=0.2)
+        listed = datalist.read_folder(path, seed=SEED, val_fraction=0.2)
     if len(listed.training) < num_cases:
         raise ValueError(
             f"probe_cases is {num_cases}, but {path} has {len(listed.training)} labelled training cases; "
@@ -98,7 +98,7 @@ def find_probe_cases(path: Path, num_cases: int) -> ProbeCases:
         )
     in_order = sorted(listed.training, key=lambda case: (case.dataset, case.name))
     chosen = [in_order[i * len(in_order) // num_cases] for i in range(num_cases)]
-    fit, score = split_by_subject(chosen, seed=0, val_fraction=0.5)
+    fit, score = split_by_subject(chosen, seed=SEED, val_fraction=0.5)
     if not score:
         raise ValueError(f"{path}: the {num_cases} cases of the probe are all of one subject; raise probe_cases")
     return ProbeCases(fit, score, {value: name for name, value in (listed.labels or {}).items()})

@@ -1,6 +1,8 @@
 """Segmentation as a kind of comparison (see benefit.py)."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,11 @@ import torch
 from hyspark.benefit_page import write_benefit
 from hyspark.comparison import Place, compare, read_run
 from hyspark.config_finetune import FinetuneConfig
+from hyspark.data.cases import cases_digest
+from hyspark.data.prepare import is_there
 from hyspark.engine.compared import Kind
 from hyspark.engine.distributed import Processes
+from hyspark.engine.evaluate import find_labelled
 from hyspark.engine.finetune import build
 from hyspark.engine.held_out import prepare_held_out
 from hyspark.engine.labelled import find_cases, label_fault
@@ -27,6 +32,14 @@ def scores_folder(config: FinetuneConfig) -> Path:
 def num_training(config: FinetuneConfig) -> int:
     """Labelled training cases."""
     return len(find_cases(config)[0])
+
+
+def digest(config: FinetuneConfig) -> str:
+    """Of the names and files of all cases to train on, to validate on and to score further, in 12 digits."""
+    training, validation, _ = find_cases(replace(config, num_labelled=0, label_fraction=1.0))
+    further = find_labelled(Path(config.test_dir), "all").cases if config.test_dir else []
+    parts = [cases_digest([c for c in part if is_there(c)]) for part in (training, validation, further)]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
 
 
 def check_data(configs: Sequence[FinetuneConfig], starts: Mapping[str, str]) -> None:
@@ -61,4 +74,4 @@ def report(
     write_benefit(out, compare(scored, planned, starts) | dict(more))
 
 
-KIND = Kind("finetune", scores_folder, num_training, check_data, report)
+KIND = Kind("finetune", scores_folder, num_training, digest, check_data, report)

@@ -9,6 +9,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel
+import numpy as np
 import pytest
 import torch
 
@@ -219,15 +221,39 @@ def test_the_plan_runs_and_writes_nothing(base, starts, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("_stand_in")
-@pytest.mark.parametrize("changed", [{"optim_lr": 1e-2}, {"max_steps": 7}, {"test_dir": "."}, {"data_dir": "."}])
+@pytest.mark.parametrize("changed", [{"optim_lr": 1e-2}, {"max_steps": 7}])
 def test_runs_with_other_settings_are_refused(base, starts, tmp_path, changed):
-    """Some may change in a single run, but then its scores are of another budget, or of other cases."""
+    """Some may change in a single run, but then its scores are of another budget."""
     out = tmp_path / "out"
     engine.benefit(base, out, {"scratch": "none"}, [1], [0])
     (out / "runs" / "scratch_1_seed0" / "last.pth").write_bytes(b"weights")
     (name,) = changed
     with pytest.raises(ValueError, match=rf"scratch_1_seed0 holds a run with other settings(.|\n)*{name}: was"):
         engine.benefit(replace(base, **changed), out, {"scratch": "none"}, [1], [0])
+    assert len(ran(out)) == 1
+
+
+@pytest.fixture
+def copied(base, tmp_path):
+    """Settings with data that may be changed."""
+    shutil.copytree(base.data_dir, tmp_path / "copy" / "Dataset900_PhantomLabelled")
+    return replace(base, data_dir=str(tmp_path / "copy" / "Dataset900_PhantomLabelled"))
+
+
+@pytest.mark.usefixtures("_stand_in")
+def test_other_data_is_refused_wherever_it_lies(copied, tmp_path):
+    out, folder = tmp_path / "out", Path(copied.data_dir)
+    engine.benefit(copied, out, {"scratch": "none"}, [1], [0])
+    with pytest.raises(ValueError, match="the data is not what runs in"):
+        engine.benefit(replace(copied, test_dir=str(folder)), out, {"scratch": "none"}, [1], [0])
+    moved = replace(copied, data_dir=str(folder.rename(tmp_path / folder.name)))
+    assert engine.benefit(moved, out, {"scratch": "none"}, [1], [0]) == []
+    assert len(ran(out)) == 1
+    label = sorted(Path(moved.data_dir, "labelsTr").iterdir())[0]
+    image = nibabel.load(label)
+    nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj)[::-1], image.affine), label)
+    with pytest.raises(ValueError, match="the data is not what runs in"):
+        engine.benefit(moved, out, {"scratch": "none"}, [1, 2], [0])
     assert len(ran(out)) == 1
 
 

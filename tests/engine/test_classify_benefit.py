@@ -1,15 +1,19 @@
 """The comparison of starts for classification: planned by shares, made run by run, complete after an interruption."""
 
 import json
+import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hyspark import class_benefit_page, cli
 from hyspark.config_classify import ClassifyConfig
 from hyspark.engine import benefit as engine
 from hyspark.engine.classify import build
+from hyspark.engine.classify_benefit import digest
 from hyspark.recipes import write_yaml
 
 
@@ -96,6 +100,21 @@ def test_a_run_that_is_not_scored_yet_is_not_finished(base, tmp_path):
     (run.scores / "cases.csv").unlink()
     assert not run.is_finished
     assert run.scores.name == "scores_test"
+
+
+def test_the_data_is_known_by_what_it_holds(base, tmp_path):
+    """Wherever it lies and however few of it a run takes; a changed image, or one on another side, is another."""
+    moved = shutil.copytree(base.data_dir, tmp_path / "moved")
+    known = digest(base)
+    assert digest(replace(base, data_dir=str(moved), seed=5, num_labelled=4)) == known
+    files = sorted(path for path in moved.rglob("*.png") if path.parent.parent.name == "train")
+    pixels = np.asarray(Image.open(files[0]))
+    Image.fromarray(np.roll(pixels, 1, 0)).save(files[0])
+    changed = digest(replace(base, data_dir=str(moved)))
+    assert changed != known
+    val = next(path for path in moved.rglob(files[0].parent.name) if path.parent.name == "val")
+    files[0].rename(val / "moved.png")
+    assert digest(replace(base, data_dir=str(moved))) not in (known, changed)
 
 
 def test_weights_and_data_that_do_not_fit_stop_before_the_first_run(base, tmp_path):

@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,19 +13,20 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 
 from hyspark.config_finetune import FinetuneConfig
 from hyspark.data import datalist
+from hyspark.data.cases import case_digest
 from hyspark.data.prepare import prepare_all
 from hyspark.engine import checkpoint
+from hyspark.engine.dice_file import Scores, read_scores, write_scores
 from hyspark.engine.distributed import find_processes
 from hyspark.engine.evaluate import (
-    Scores,
     Scoring,
+    Source,
     check_classes,
     evaluate,
     find_labelled,
+    is_scored,
     mean_dice,
-    read_scores,
     score_cases,
-    write_scores,
 )
 from hyspark.engine.inference import network_of
 from hyspark.recipes import as_plain
@@ -95,11 +97,12 @@ NAMES = ["background", "liver", "aorta"]
 BOXES = FinetuneConfig(spacing=(2.0, 2.0, 3.0), roi_x=16, roi_y=16, roi_z=16, device="cpu", prepare_workers=1)
 
 
-def scored(folder, out, config=BOXES, **options):
-    cases, _ = find_labelled(folder)
+def scored(folder, out, config=BOXES, trained_on=(), **options):
+    cases, _, text = find_labelled(folder)
     volumes = prepare_all(cases, config, folder.parent / "store", 1, progress=False)
     processes = find_processes("cpu")
-    return score_cases(Levels(), config, NAMES, volumes, cases, out, processes, weights="levels", **options)[0]
+    source = Source("levels", text, trained_on)
+    return score_cases(Levels(), config, NAMES, volumes, cases, out, processes, source, **options)[0]
 
 
 def test_scores_of_a_network_that_is_right_but_for_known_faults(labelled, tmp_path):
@@ -122,6 +125,45 @@ def test_scores_of_a_network_that_is_right_but_for_known_faults(labelled, tmp_pa
     assert summary["protocol"]["nsd_tolerance_mm"] == 2.1
     pictures = sorted(path.name for path in (tmp_path / "scores").glob("*.png"))
     assert pictures == ["best_good.png", "median_shifted.png", "worst_missed.png"]
+
+
+def test_cases_that_were_trained_on_are_told(labelled, tmp_path, caplog):
+    """By what their files hold: a copy of another name is the same case."""
+    cases, _, text = find_labelled(labelled)
+    known = [case_digest(case) for case in cases[:2]]
+    assert scored(labelled, tmp_path / "unknown")["protocol"]["scored_cases_trained_on"] == "unknown"
+    assert not caplog.records
+    copy = tmp_path / "copy" / labelled.name
+    shutil.copytree(labelled, copy)
+    for folder, ending in (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz")):
+        (copy / folder / f"{cases[0].name}{ending}").rename(copy / folder / f"renamed{ending}")
+    protocol = scored(copy, tmp_path / "known", trained_on=known)["protocol"]
+    assert (protocol["training_cases"], protocol["scored_cases_trained_on"]) == (2, 2)
+    assert "2 of 3 were trained on (missed, renamed)" in caplog.text
+    assert scored(copy, tmp_path / "new", trained_on=["other"])["protocol"]["scored_cases_trained_on"] == 0
+    assert text == f"all labelled cases of {labelled}"
+
+
+def test_scores_are_those_of_these_weights_and_files(labelled, tmp_path):
+    scored(labelled, tmp_path / "scores")
+    cases, _, text = find_labelled(labelled)
+
+    def known(source, cases=cases, config=BOXES):
+        return is_scored(tmp_path / "scores", config, NAMES, cases, find_processes("cpu"), source)
+
+    source = Source("levels", text, [])
+    assert known(source)
+    assert not known(replace(source, weights="others"))
+    assert not known(source, cases[:2])
+    assert not known(source, config=replace(BOXES, infer_overlap=0.25))
+    path = labelled / "labelsTr" / "good.nii.gz"
+    image = nibabel.load(path)
+    nibabel.save(nibabel.Nifti1Image(np.roll(np.asarray(image.dataobj), 1, 0), image.affine), path)
+    assert not known(source)
+    scored(labelled, tmp_path / "scores")
+    assert known(source)
+    (tmp_path / "scores" / "cases.csv").unlink()
+    assert not known(source)
 
 
 def test_flips_change_nothing_for_a_network_that_does_not_look_around(labelled, tmp_path):
@@ -162,10 +204,14 @@ def test_a_folder_and_a_list_of_unseen_cases(labelled, weights, tmp_path):
     listed = datalist.build(labelled, labels=True)
     parts = datalist.Datalist(listed.training[:2], listed.training[2:], listed.labels)
     datalist.write(parts, tmp_path / "list.json")
-    by_list = evaluate(weights / "best.pth", tmp_path / "list.json", tmp_path / "list", **options)
+    by_list = evaluate(weights / "best.pth", tmp_path / "list.json", tmp_path / "list", part="all", **options)
     assert by_list["organs"] == by_folder["organs"]
-    one = evaluate(weights, tmp_path / "list.json", tmp_path / "one", part="validation", **options)
-    assert one["protocol"]["num_cases"] == 1
+    for part, text in (("validation", "validation"), ("", "validation"), ("training", "training")):
+        found = evaluate(weights, tmp_path / "list.json", tmp_path / "one", part=part, **options)["protocol"]
+        assert found["num_cases"] == (1 if text == "validation" else 2)
+        assert found["data"].startswith(f"{text} cases of {tmp_path / 'list.json'} (")
+    datalist.write(datalist.Datalist(listed.training, (), listed.labels), tmp_path / "all.json")
+    assert find_labelled(tmp_path / "all.json").text == f"all cases of {tmp_path / 'all.json'}"
     assert list((tmp_path / "one").glob("best_*.png"))
 
 

@@ -1,19 +1,23 @@
 import json
 import math
+import shutil
 from dataclasses import replace
 
+import nibabel
+import numpy as np
 import pytest
 import torch
 from monai.losses import DiceCELoss
 
 from hyspark.cli import main
 from hyspark.data import datalist
-from hyspark.engine.evaluate import read_scores
 from hyspark.engine.criterion import DiceAndCrossEntropy
+from hyspark.engine.dice_file import read_scores
 from hyspark.engine.finetune import build, finetune, split_crops
 from hyspark.engine.inference import load_network
 from hyspark.engine.pretrain import pretrain
 from hyspark.engine.pretraining import encoder_file, training_file
+from hyspark.engine.scorebook import read_summary
 
 ORGANS = ["liver", "spleen", "right_kidney", "left_kidney", "aorta", "spine", "right_lung", "left_lung"]
 
@@ -67,7 +71,7 @@ def test_the_decoder_of_pre_training_comes_along(pretraining, finetuning, tmp_pa
     finetune(parts)
     a, b = ([m["loss"] for m in metrics(c) if "loss" in m] for c in (whole, parts))
     assert a == b
-    network, config, names = load_network(whole.run_folder)
+    network, config, names, _ = load_network(whole.run_folder)
     assert (config.decoder, names[1:]) == ("light", ORGANS)
     before = torch.load(source, weights_only=True)["model"]["decoder.levels.0.up.weight"]
     torch.testing.assert_close(network.decoder.levels[0].up.weight, before, rtol=0, atol=1e-6)
@@ -211,7 +215,7 @@ def test_epochs_of_a_set_length(finetuning):
     assert [m["epoch"] for m in metrics(config) if "loss" in m] == [0, 0, 0, 1, 1, 1]
 
 
-def test_further_cases_are_scored_once_by_the_last_weights(finetuning, tmp_path):
+def test_further_cases_are_scored_once_by_the_last_weights(finetuning, tmp_path, caplog):
     config = replace(finetuning, max_epochs=2, test_dir=finetuning.data_dir)
     finetune(config)
     path = config.run_folder / "scores_test" / "summary.json"
@@ -224,6 +228,21 @@ def test_further_cases_are_scored_once_by_the_last_weights(finetuning, tmp_path)
     path.unlink()
     finetune(config)  # the scores alone
     assert json.loads(path.read_text()) == summary
+    assert summary["protocol"]["scored_cases_trained_on"] == summary["protocol"]["training_cases"] == 2
+    assert "2 of 3 were trained on" in caplog.text
+    own = config.run_folder / "scores"
+    scores = (own / "cases.csv").read_text()
+    shutil.rmtree(own)
+    finetune(config)
+    assert (own / "cases.csv").read_text() == scores
+    assert read_summary(own)["protocol"]["scored_cases_trained_on"] == 0
+    others = tmp_path / "Dataset901_Others"  # as many cases
+    shutil.copytree(finetuning.data_dir, others)
+    label = sorted((others / "labelsTr").iterdir())[0]
+    nibabel.save(nibabel.Nifti1Image(np.zeros_like(nibabel.load(label).dataobj), nibabel.load(label).affine), label)
+    finetune(replace(config, test_dir=str(others)))
+    assert read_summary(path.parent)["protocol"]["data"] != summary["protocol"]["data"]
+    assert str(others) in (config.run_folder / "config.yaml").read_text()
     with pytest.raises(FileNotFoundError):
         finetune(replace(config, test_dir=str(tmp_path / "none"), logdir=str(tmp_path / "other")))
 

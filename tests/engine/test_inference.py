@@ -185,7 +185,7 @@ def test_a_network_comes_back_from_its_file(finetuning, tmp_path):
     checkpoint.save(contents, tmp_path / "best.pth")
     volumes = torch.rand(1, 1, 32, 32, 32)
     for path in (tmp_path, tmp_path / "best.pth"):
-        loaded, config, classes = load_network(path)
+        loaded, config, classes, _ = load_network(path)
         assert config == finetuning
         assert classes == names
         assert not loaded.training

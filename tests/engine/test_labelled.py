@@ -27,6 +27,15 @@ def test_a_decathlon_list_and_the_folders_give_the_same_cases(finetuning, tmp_pa
     assert by_list[2] == by_folder[2] == ["background", *ORGANS]
 
 
+def test_all_seeds_are_validated_on_the_same_cases(finetuning, tmp_path):
+    """Or a comparison over seeds would mix cases; the list of a data set without splits included."""
+    listed = datalist.build(finetuning.data_dir, labels=True)
+    datalist.write(datalist.Datalist(listed.training + listed.validation, (), listed.labels), tmp_path / "list.json")
+    for config in (finetuning, replace(finetuning, json_list=str(tmp_path / "list.json"))):
+        parts = [find_cases(replace(config, seed=seed))[1] for seed in range(8)]
+        assert all([c.name for c in part] == [c.name for c in parts[0]] for part in parts)
+
+
 def test_class_names_and_counts(finetuning):
     assert class_names(finetuning, {"background": 0, "a": 1, "b": 3}) == ["background", "a", "class_2", "b"]
     assert len(class_names(finetuning, None)) == 14

@@ -14,7 +14,7 @@ from hyspark.cli import main
 from hyspark.config_finetune import FinetuneConfig
 from hyspark.engine import checkpoint, predict
 from hyspark.engine.evaluate import Scoring
-from hyspark.engine.inference import network_of
+from hyspark.engine.inference import Trained, network_of
 from hyspark.recipes import as_plain
 
 NAMES = ["background", "liver", "aorta"]
@@ -49,7 +49,7 @@ def weights(tmp_path):
 @pytest.fixture
 def knowing(monkeypatch):
     """In place of the untrained network one that knows."""
-    monkeypatch.setattr(predict, "load_network", lambda path: (Levels(), CONFIG, NAMES))
+    monkeypatch.setattr(predict, "load_network", lambda path: Trained(Levels(), CONFIG, NAMES, []))
 
 
 def write_volume(path, orientation="RAS", turn=0.0):
@@ -172,11 +172,11 @@ def test_inputs_that_cannot_be(tmp_path):
 
 def test_flips_of_left_and_right_need_pairs(monkeypatch, tmp_path):
     sided = ["background", "left kidney", "right kidney"]
-    monkeypatch.setattr(predict, "load_network", lambda path: (Levels(), CONFIG, sided))
+    monkeypatch.setattr(predict, "load_network", lambda path: Trained(Levels(), CONFIG, sided, []))
     write_volume(tmp_path / "x.nii.gz")
     with pytest.raises(ValueError, match="leave axis 0 out"):
         predict.predict(tmp_path, [tmp_path / "x.nii.gz"], tmp_path / "out", scoring=Scoring(flips=(0,)), device="cpu")
     paired = replace(CONFIG, left_right=("left kidney=right kidney",))
-    monkeypatch.setattr(predict, "load_network", lambda path: (Levels(), paired, sided))
+    monkeypatch.setattr(predict, "load_network", lambda path: Trained(Levels(), paired, sided, []))
     options = {"scoring": Scoring(flips=(0,)), "device": "cpu", "num_workers": 1}
     assert predict.predict(tmp_path, [tmp_path / "x.nii.gz"], tmp_path / "out", **options) == {}
