@@ -135,6 +135,11 @@ class FinetuneConfig(VolumeSettings, EncoderSettings):
         not_negative(self, "warmup_epochs", "reg_weight", "clip", "out_channels")
         not_negative(self, "num_labelled", "steps_per_epoch", "freeze_epochs", "decoder_min_width")
         check_min_width(self.decoder_width, self.decoder_min_width)
+        for name in ("decoder_width", "decoder_min_width"):
+            if self.decoder == "released" and (value := getattr(self, name)) != getattr(FinetuneConfig, name):
+                raise ValueError(
+                    f"{name}={value} is of the light decoder, but decoder is released; set decoder to light"
+                )
         check_shares(self)
         if self.batch_size * self.crops_per_volume % self.accumulate:
             raise ValueError(

@@ -36,9 +36,9 @@ from hyspark.engine.metrics import dice
 from hyspark.engine.prepared import data_text, left_out_text, usable
 from hyspark.engine.replay import repeat, stopped_run
 from hyspark.engine.run import RunLog, begun, last_file, saved_state, settings_text, steps_per_epoch
+from hyspark.engine.starting import load_start
 from hyspark.figures import save_figure
 from hyspark.models.segmentation import Hybird
-from hyspark.models.weights import load_pretrained
 from hyspark.recipes import as_plain, write_yaml
 
 SCORES = {"Validation cases, last weights": "scores", "Further cases, last weights": "scores_test"}
@@ -118,7 +118,7 @@ def start(config: FinetuneConfig, model: Hybird) -> dict[str, Any] | None:
     """The state that a run continues from; where there is none, the pre-trained weights are loaded."""
     state = saved_state(config, last_file(config))
     if not state and config.pretrained != "none":
-        LOG.info("weights of %s\n%s", config.pretrained, load_pretrained(model, config.pretrained))
+        LOG.info("weights of %s\n%s", config.pretrained, load_start(model, config.pretrained, config))
     return state
 
 
@@ -226,13 +226,16 @@ class Finetuning:
         by_case, first = self.score(run) if is_last else self.validate(run)
         organs = mean_dice(list(by_case.values()), self.names[1:])
         held = {name: value for name, value in organs.items() if not math.isnan(value)}
-        mean = sum(held.values()) / len(held) if held else 0.0
-        is_best = mean > self.best
+        mean = sum(held.values()) / len(held) if held else math.nan
+        is_best = not mean <= self.best  # without any organ there is no better or worse, and the newest are kept
         self.best = max(self.best, mean)
         if log is None:
             return
-        log.write(step, epoch, dice_mean=mean, dice=held)
-        LOG.info("epoch %d: mean Dice %.4f on %d cases%s", epoch, mean, len(by_case), " (best)" if is_best else "")
+        if held:
+            log.write(step, epoch, dice_mean=mean, dice=held)
+            LOG.info("epoch %d: mean Dice %.4f on %d cases%s", epoch, mean, len(by_case), " (best)" if is_best else "")
+        else:
+            LOG.warning("epoch %d: no Dice, since none of %d labels of validation has an organ", epoch, len(by_case))
         scores = Scores(step, mean, organs, by_case)
         if is_best:
             weights = {

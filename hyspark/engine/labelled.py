@@ -27,7 +27,7 @@ def find_cases(config: FinetuneConfig) -> tuple[list[Case], list[Case], list[str
     if not training or not validation:
         raise ValueError(
             f"{config.data_dir}: {len(training)} labelled cases to train on and {len(validation)} to validate on; "
-            "at least one of each is needed"
+            "at least one of each is needed; name more cases in the data list, or change val_fraction"
         )
     return choose_labelled(training, config), validation, class_names(config, listed.labels)
 

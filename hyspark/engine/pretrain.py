@@ -24,6 +24,7 @@ from hyspark.engine.pretraining import Pretraining, encoder_file, num_parameters
 from hyspark.engine.probe import find_probe_cases, make_probe
 from hyspark.engine.replay import repeat, stopped_run
 from hyspark.engine.run import begun, saved_state, settings_text
+from hyspark.engine.starting import load_start
 from hyspark.engine.storage import survey
 from hyspark.engine.trial import try_steps
 from hyspark.engine.views import ViewPretraining
@@ -31,7 +32,6 @@ from hyspark.models.pretraining import HySparK, build_hyspark
 from hyspark.models.pyramid import build_spark
 from hyspark.models.siamese import METHODS as VIEW_METHODS
 from hyspark.models.siamese import Siamese, build_siamese
-from hyspark.models.weights import load_pretrained
 from hyspark.models.zoo import build_backbone
 
 
@@ -83,7 +83,7 @@ def start(config: PretrainConfig, model: HySparK | Siamese) -> dict[str, Any] | 
     state = saved_state(config, training_file(config), config.resume_from)
     if not state and config.init_weight:
         part = model.encoder if isinstance(model, Siamese) else model
-        LOG.info("weights of %s\n%s", config.init_weight, load_pretrained(part, config.init_weight))
+        LOG.info("weights of %s\n%s", config.init_weight, load_start(part, config.init_weight, config))
         if isinstance(model, Siamese):
             model.follow(0.0)
     return state

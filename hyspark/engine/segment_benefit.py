@@ -21,7 +21,7 @@ from hyspark.engine.finetune import build
 from hyspark.engine.held_out import prepare_held_out
 from hyspark.engine.labelled import find_cases, label_fault
 from hyspark.engine.prepared import usable
-from hyspark.models.weights import load_pretrained
+from hyspark.engine.starting import load_start
 
 
 def scores_folder(config: FinetuneConfig) -> Path:
@@ -52,7 +52,7 @@ def check_data(configs: Sequence[FinetuneConfig], starts: Mapping[str, str]) -> 
     config, _, _, names = found[0]
     for name, weights in starts.items():
         if weights != "none":
-            print(f"start {name}: {weights}\n{load_pretrained(build(config, len(names)), weights)}")
+            print(f"start {name}: {weights}\n{load_start(build(config, len(names)), weights, config)}")
     here = Processes(torch.device("cpu"))
     for config, training, validation, _ in found:
         usable(config, here, Path(config.data_dir), training, validation, None, partial(label_fault, names=names))

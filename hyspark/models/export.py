@@ -10,11 +10,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hyspark.atomic import write_whole
-from hyspark.models.weight_files import read_contents, unwrap, without_wrappers
-from hyspark.models.weights import ENCODER, LIGHT_DECODER, MASK_TOKEN
+from hyspark.models.weight_files import made_with, read_contents, unwrap, without_wrappers
+from hyspark.models.weights import ENCODER, LIGHT_DECODER, MASK_TOKEN, RELEASED_DECODER
 
 MADE_WITH = (
-    *("encoder_widths", "encoder_depths", "expansions", "vit_depth", "num_heads", "decoder_width"),
+    *("encoder_widths", "encoder_depths", "expansions", "vit_depth", "num_heads"),
+    *("decoder_width", "decoder_min_width"),
     *("spacing", "hu_min", "hu_max", "input_size", "mask", "hide"),
 )
 """Settings that the file carries as its metadata, where the source knows them: those that a network must share to take
@@ -36,21 +37,21 @@ def export_weights(
         raise ValueError(f"{out}: the file is written as .safetensors; give it that ending")
     contents = read_contents(source)
     weights = parts_of(unwrap(contents, str(source)), str(source), dtype, decoder)
-    config = contents.get("config") if isinstance(contents, Mapping) else None
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, save(weights, metadata=metadata_of(config)))
+    write_whole(out, save(weights, metadata=metadata_of(made_with(contents))))
     return weights
 
 
 def parts_of(given: Mapping[str, Tensor], name: str, dtype: torch.dtype, decoder: bool) -> dict[str, Tensor]:
     """The encoder's tensors by their released names, and those of the light decoder where asked for, contiguous."""
-    parts = {"encoder": ENCODER} | ({"light decoder": LIGHT_DECODER} if decoder else {})
+    wanted = ENCODER + (LIGHT_DECODER if decoder else ())
     weights = {}
     for key, value in given.items():
         own = without_wrappers(key).removeprefix("encoder.")
-        if own.startswith(sum(parts.values(), ())) and own != MASK_TOKEN:
+        if own.startswith(wanted) and not own.startswith((MASK_TOKEN, *RELEASED_DECODER)):
             weights[own] = as_dtype(value, dtype, f"{name}: {key}")
-    for part, prefixes in parts.items():
+    needed = {"encoder": ENCODER} | ({"light decoder": ("decoder.levels.",)} if decoder else {})
+    for part, prefixes in needed.items():
         if not any(own.startswith(prefixes) for own in weights):
             which = " or ".join(f"{prefix}*" for prefix in prefixes)
             raise ValueError(f"{name} holds no {part}: none of its {len(given)} keys is of {which}")
@@ -65,7 +66,6 @@ def as_dtype(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return value.contiguous()
 
 
-def metadata_of(config: Any) -> dict[str, str]:
+def metadata_of(known: Mapping[str, Any]) -> dict[str, str]:
     """Settings as safetensors keeps them, text by name; each value is JSON."""
-    known = config if isinstance(config, Mapping) else {}
     return {"format": "pt"} | {name: json.dumps(known[name]) for name in MADE_WITH if name in known}

@@ -48,6 +48,7 @@ class TokenTransformer(nn.Module):
                 f"the last encoder width must be a multiple of the {num_heads} attention heads, but it is {channels}"
             )
         self.grid = tuple(grid)
+        self.num_heads = num_heads
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", sincos_position(grid, channels))
         norm: Any = partial(nn.LayerNorm, eps=1e-5)

@@ -1,10 +1,13 @@
 """Files of weights: `.pth`, `.pt`, `.ckpt` (read with weights_only) and `.safetensors`, and the state dict in them."""
 
+import json
 import pickle
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,13 +27,18 @@ def read_weights(path: str | Path, settings: Collection[str] = ()) -> dict[str, 
 
 
 def read_contents(path: str | Path) -> object:
-    """All that a file of weights holds, on the CPU; raises as `read_weights`, but for what it is."""
+    """All that a file of weights holds, on the CPU; raises as `read_weights`, but for what it is.
+
+    Of a .safetensors file, its tensors as "model", its metadata as "config".
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; give the path of a .pth, .pt or .safetensors file")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            with safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+            return {"model": load_file(path), "config": {name: parsed(text) for name, text in about.items()}}
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
@@ -39,6 +47,20 @@ def read_contents(path: str | Path) -> object:
         ) from error
     except Exception as error:  # torch raises many kinds for a torn file, and safetensors its own
         raise ValueError(f"{path} cannot be read as weights; is it damaged or cut short? ({error})") from error
+
+
+def parsed(text: str) -> Any:
+    """What a text says as JSON; the text itself where it is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def made_with(contents: object) -> Mapping[str, Any]:
+    """The settings that a file of weights was made with, from all that it holds; empty where it does not say."""
+    config = contents.get("config") if isinstance(contents, Mapping) else None
+    return config if isinstance(config, Mapping) else {}
 
 
 def way_out(path: Path) -> str:

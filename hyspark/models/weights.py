@@ -7,8 +7,9 @@ are in foreign.py.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from hyspark.models.encoder import NUM_STAGES, HybridEncoder
 from hyspark.models.foreign import SETTINGS, Fit, adapt_channels, decoder_width, fit, nothing_matches
 from hyspark.models.segmentation import Hybird
-from hyspark.models.weight_files import read_weights, unwrap, without_wrappers
+from hyspark.models.weight_files import made_with, read_contents, unwrap, without_wrappers
 
 MASK_TOKEN = "mae.mask_token"
 ENCODER = ("embeddings.", "mae.")
+RELEASED_DECODER = ("decoder.decoder", "decoder.out.conv.")
 LIGHT_DECODER = ("densify.", "decoder.levels.", "decoder.fuse.", "decoder.out.")
 
 
@@ -29,6 +31,7 @@ class LoadReport:
 
     matched: keys loaded as they are. adapted, unexpected: key -> how, why. missing: the model's keys that keep their
     fresh values. coverage: share of the model's parameters (by count of numbers) that were loaded or adapted, 0..1.
+    made_with: settings of the run that made the weights, by their names, as far as the file says.
     """
 
     matched: tuple[str, ...]
@@ -36,6 +39,7 @@ class LoadReport:
     missing: tuple[str, ...]
     unexpected: dict[str, str]
     coverage: float
+    made_with: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
@@ -87,25 +91,40 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor])
     files of SparK, MoCo, BYOL and SwAV, this project's, and those of the network's own library; see foreign.py.
 
     Raises FileNotFoundError for a missing file; ValueError where nothing matches, where a key is unexplained, where
-    shapes do not fit or where part of the encoder is missing. The model is unchanged then.
+    shapes do not fit, where part of the encoder is missing, or where the file says that it was made with another number
+    of attention heads, which no shape shows. The model is unchanged then.
     """
     name = "the state dict" if isinstance(source, Mapping) else str(source)
     own = is_own(model)
     settings = () if own else SETTINGS
-    given = unwrap(source, name, settings) if isinstance(source, Mapping) else read_weights(source, settings)
+    contents = source if isinstance(source, Mapping) else read_contents(source)
+    given = unwrap(contents, name, settings)
+    if own:
+        check_heads(model, made_with(contents), name)
     found = fit_own(model, given, name) if own else fit(model, given, name)
     state = model.state_dict()  # its own, for the versions that some networks keep beside the values
     state.update(found.loaded)
     model.load_state_dict(state)
     numbers = {key: p.numel() for key, p in model.named_parameters()}
     coverage = 1 - sum(n for key, n in numbers.items() if key in found.missing) / sum(numbers.values())
-    return LoadReport(found.matched, found.adapted, found.missing, found.unexpected, coverage)
+    return LoadReport(found.matched, found.adapted, found.missing, found.unexpected, coverage, made_with(contents))
 
 
 def is_own(model: nn.Module) -> bool:
     """Whether a network is one of this package, around its own encoder."""
     encoder = getattr(model, "encoder", model)
     return isinstance(encoder, HybridEncoder) or isinstance(model, Hybird)
+
+
+def check_heads(model: nn.Module, settings: Mapping[str, Any], name: str) -> None:
+    """Raises ValueError where weights were made with another number of attention heads than the model has."""
+    encoder: Any = getattr(model, "encoder", model)
+    own, given = encoder.mae.num_heads, settings.get("num_heads")
+    if given is not None and given != own:
+        raise ValueError(
+            f"{name} was made with {given} attention heads, the model has {own}; the shapes are the same, but it would "
+            f"compute something else: build the model as the weights were (--num_heads {given})"
+        )
 
 
 def fit_own(model: nn.Module, given: Mapping[str, Tensor], name: str) -> Fit:
@@ -185,7 +204,7 @@ def why_unexpected(key: str, name: str, advice: str) -> str:
     """Why a key may be left aside; raises ValueError where there is no reason."""
     if key.removeprefix("encoder.") == MASK_TOKEN:
         return "stored by the release, never trained, not used"
-    if key.startswith(("decoder.decoder", "decoder.out.conv.")):
+    if key.startswith(RELEASED_DECODER):
         return "decoder of segmentation, not part of this model"
     if re.match(r"densify\.\d\.mask_token$", key):
         return "stands for hidden patches, of which this model has none"

@@ -15,9 +15,11 @@ from hyspark.engine.criterion import DiceAndCrossEntropy
 from hyspark.engine.dice_file import read_scores
 from hyspark.engine.finetune import build, finetune, split_crops
 from hyspark.engine.inference import load_network
+from hyspark.engine.labelled import find_cases
 from hyspark.engine.pretrain import pretrain
 from hyspark.engine.pretraining import encoder_file, training_file
 from hyspark.engine.scorebook import read_summary
+from hyspark.engine.starting import load_start
 
 ORGANS = ["liver", "spleen", "right_kidney", "left_kidney", "aorta", "spine", "right_lung", "left_lung"]
 
@@ -207,6 +209,32 @@ def test_a_pretrained_encoder_has_a_rate_of_its_own(finetuning, tmp_path):
     assert moved["scratch"]["mae.blocks.0.attn.qkv.weight"] == pytest.approx(1e-3 / 2, rel=0.05)
     assert moved["pretrained"]["mae.blocks.0.attn.qkv.weight"] == pytest.approx(1e-3 / 10, rel=0.05)
     assert moved["pretrained"]["decoder.out.conv.weight"] == pytest.approx(1e-3, rel=0.05)
+
+
+def test_weights_that_have_seen_other_volumes_are_pointed_out(finetuning, tmp_path, caplog):
+    config = replace(finetuning, spacing=(4.0, 4.0, 3.0))
+    model = build(config, 9)
+    made = {"spacing": [4.0, 4.0, 3.0], "hu_min": config.hu_min, "hu_max": config.hu_max}
+    torch.save({"model": model.state_dict(), "config": made}, tmp_path / "a.pth")
+    load_start(model, tmp_path / "a.pth", config)
+    assert not caplog.records
+    load_start(model, tmp_path / "a.pth", replace(config, spacing=(2.0, 2.0, 3.0), hu_max=400.0))
+    assert [record.getMessage().split(" was ")[1] for record in caplog.records] == [
+        "made with spacing 4.0 4.0 3.0, this run has 2.0 2.0 3.0",
+        "made with hu_max 250.0, this run has 400.0",
+    ]
+
+
+def test_without_an_organ_in_validation_there_is_no_dice(finetuning, tmp_path, caplog):
+    folder = shutil.copytree(finetuning.data_dir, tmp_path / "Dataset902_Empty")
+    config = replace(finetuning, data_dir=str(folder), max_epochs=1)
+    (case,) = find_cases(config)[1]
+    image = nibabel.load(case.label)
+    nibabel.save(nibabel.Nifti1Image(np.zeros_like(image.dataobj), image.affine), case.label)
+    finetune(config)
+    assert "no Dice, since none of 1 labels of validation has an organ" in caplog.text
+    assert "dice_mean" not in (config.run_folder / "metrics.jsonl").read_text()
+    assert load_network(config.run_folder).names[1:] == ORGANS
 
 
 def test_epochs_of_a_set_length(finetuning):

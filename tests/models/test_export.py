@@ -38,8 +38,42 @@ def test_the_light_decoder_goes_along_where_asked_for(make_hyspark, make_hybird,
     with safe_open(tmp_path / "all.safetensors", "pt") as file:
         assert "decoder.levels.3.up.weight" in file.keys()  # noqa: SIM118
     torch.save(net.encoder.state_dict(), tmp_path / "encoder.pth")
-    with pytest.raises(ValueError, match=r"holds no light decoder.*densify\.\* or decoder\.levels"):
+    with pytest.raises(ValueError, match=r"holds no light decoder: none of its \d+ keys is of decoder\.levels\.\*"):
         export_weights(tmp_path / "encoder.pth", tmp_path / "x.safetensors", decoder=True)
+
+
+def test_the_decoder_of_a_network_for_segmentation_stays_behind(make_hybird, tmp_path):
+    released = make_hybird()
+    torch.save({"model": released.state_dict()}, tmp_path / "best.pth")
+    with pytest.raises(ValueError, match="holds no light decoder"):
+        export_weights(tmp_path / "best.pth", tmp_path / "x.safetensors", decoder=True)
+    written = export_weights(tmp_path / "best.pth", tmp_path / "x.safetensors")
+    assert not any(key.startswith("decoder.") for key in written)
+
+
+def test_settings_are_read_back_and_handed_on(make_hyspark, make_hybird, tmp_path):
+    settings = {"num_heads": 2, "spacing": [4.0, 4.0, 3.0], "decoder_min_width": 16, "logdir": "private"}
+    torch.save({"model": make_hyspark(num_heads=2).state_dict(), "config": settings}, tmp_path / "run.pth")
+    export_weights(tmp_path / "run.pth", tmp_path / "a.safetensors")
+    export_weights(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    kept = {name: value for name, value in settings.items() if name != "logdir"}
+    model = make_hybird(num_heads=2)
+    for path in ("a.safetensors", "b.safetensors"):
+        assert load_pretrained(model, tmp_path / path).made_with == kept | {"format": "pt"}
+    assert load_pretrained(model, tmp_path / "run.pth").made_with == settings
+    assert load_pretrained(model, make_hyspark().encoder.state_dict()).made_with == {}
+
+
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+def test_another_number_of_heads_is_refused(make_hyspark, make_hybird, tmp_path, ending):
+    """Shapes do not show it, and the network would silently compute something else."""
+    torch.save({"model": make_hyspark(num_heads=2).state_dict(), "config": {"num_heads": 2}}, tmp_path / "run.pth")
+    export_weights(tmp_path / "run.pth", tmp_path / "run.safetensors")
+    model = make_hybird(num_heads=4)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"run\.\w+ was made with 2 attention heads, the model has 4.*--num_heads 2"):
+        load_pretrained(model, tmp_path / f"run.{ending}")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_half_precision_halves_the_file_and_rounds(make_hyspark, make_hybird, tmp_path):

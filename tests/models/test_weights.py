@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from hyspark import build_hybird, build_hyspark, load_pretrained
 from hyspark.models.vit import sincos_position
-from hyspark.models.weights import read_weights
+from hyspark.models.weight_files import read_weights
 
 RELEASED = json.loads((Path(__file__).parents[1] / "fixtures" / "official_parity_96.json").read_text(encoding="utf-8"))
 

@@ -1,0 +1,36 @@
+"""Weights that a run on volumes starts from."""
+
+from pathlib import Path
+
+from torch import nn
+
+from hyspark.config import VolumeSettings
+from hyspark.engine.distributed import LOG
+from hyspark.models.weights import LoadReport, load_pretrained
+
+SEEN = ("spacing", "hu_min", "hu_max")
+"""Settings that decide what a network sees of a volume."""
+
+
+def load_start(model: nn.Module, path: str | Path, config: VolumeSettings) -> LoadReport:
+    """Load weights and return what matched; warns where the file says that they have seen volumes of another spacing or
+    window. Raises as `load_pretrained`.
+    """
+    found = load_pretrained(model, path)
+    for name in SEEN:
+        own, other = (as_numbers(value) for value in (getattr(config, name), found.made_with.get(name)))
+        if other and own != other:
+            LOG.warning("%s was made with %s %s, this run has %s", path, name, text(other), text(own))
+    return found
+
+
+def as_numbers(value: object) -> tuple[object, ...]:
+    """A setting of one or several numbers; empty for None."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def text(numbers: tuple[object, ...]) -> str:
+    """Numbers as the flags take them."""
+    return " ".join(map(str, numbers))
