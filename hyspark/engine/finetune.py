@@ -235,7 +235,9 @@ class Finetuning:
             log.write(step, epoch, dice_mean=mean, dice=held)
             LOG.info("epoch %d: mean Dice %.4f on %d cases%s", epoch, mean, len(by_case), " (best)" if is_best else "")
         else:
-            LOG.warning("epoch %d: no Dice, since none of %d labels of validation has an organ", epoch, len(by_case))
+            LOG.warning(
+                "epoch %d: no Dice, since no label of the %d validation cases has an organ", epoch, len(by_case)
+            )
         scores = Scores(step, mean, organs, by_case)
         if is_best:
             weights = {

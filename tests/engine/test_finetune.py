@@ -232,7 +232,7 @@ def test_without_an_organ_in_validation_there_is_no_dice(finetuning, tmp_path, c
     image = nibabel.load(case.label)
     nibabel.save(nibabel.Nifti1Image(np.zeros_like(image.dataobj), image.affine), case.label)
     finetune(config)
-    assert "no Dice, since none of 1 labels of validation has an organ" in caplog.text
+    assert "no Dice, since no label of the 1 validation cases has an organ" in caplog.text
     assert "dice_mean" not in (config.run_folder / "metrics.jsonl").read_text()
     assert load_network(config.run_folder).names[1:] == ORGANS
 
