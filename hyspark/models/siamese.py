@@ -3,9 +3,11 @@
 The methods' heads and losses are lightly's. Shapes: b batch, c channels, f features of a projection, *size voxels per
 axis. Sources: Chen et al., "Improved baselines with momentum contrastive learning", 2020; Grill et al., "Bootstrap your
 own latent", NeurIPS 2020; Caron et al., "Unsupervised learning of visual features by contrasting cluster assignments",
-NeurIPS 2020. One thing differs from all three: the slow copy of MoCo and BYOL computes with moving averages of the
+NeurIPS 2020. Two things differ from the papers. The slow copy of MoCo and BYOL computes with moving averages of the
 batch statistics (Cai et al., "Exponential moving average normalization", CVPR 2021), not with those of its own batch.
-So MoCo's keys carry no trace of the batch they came in, without shuffling between GPUs, of which there may be one.
+So MoCo's keys carry no trace of the batch they came in, without shuffling between GPUs, of which there may be one. And
+MoCo's head has BatchNorm, as that of v3 (Chen et al., ICCV 2021): planes of CTs are so alike that projections otherwise
+share one direction, and keys can be told by how far it has moved since.
 """
 
 from collections.abc import Callable, Sequence
@@ -199,7 +201,7 @@ def build_siamese(
         bank = (queue_size, PROJECTION[method])
         criterion = loss.NTXentLoss(MOCO_TEMPERATURE, bank, gather_distributed=together)
         keep(criterion.memory_bank)
-        return MoCo(encoder, heads.MoCoProjectionHead(*shape), criterion)
+        return MoCo(encoder, heads.MoCoProjectionHead(*shape, batch_norm=True), criterion)
     if method == "byol":
         predictor = heads.BYOLPredictionHead(PROJECTION[method], head_width, PROJECTION[method])
         return BYOL(encoder, heads.BYOLProjectionHead(*shape), loss.NegativeCosineSimilarity(), predictor)

@@ -84,6 +84,16 @@ def test_the_loss_of_moco_is_that_of_the_paper_and_keys_queue_up():
     torch.testing.assert_close(net.criterion.memory_bank.bank[4:], queue[4:])
 
 
+def test_images_that_are_much_alike_are_still_told_apart():
+    """Or keys would be told from each other by their age alone, and the network would give all images the same."""
+    for seed in range(3):
+        net = siamese_of("moco")
+        torch.manual_seed(seed)
+        images = torch.rand(1, 3, 64, 64) + 0.01 * torch.rand(16, 3, 64, 64)
+        projections = net([images, images]).projections
+        assert projections.std(0).mean() * projections.shape[1] ** 0.5 > 0.5
+
+
 def test_the_queue_is_part_of_the_state():
     net, other = siamese_of("moco").train(), siamese_of("moco")
     net(views()).loss.backward()
