@@ -208,7 +208,8 @@ def slices(argv: Sequence[str]) -> None:
 def compare(argv: Sequence[str]) -> None:
     """Print the Dice of fine-tuning runs side by side."""
     args = parse(CompareArguments(prog="hyspark compare", allow_abbrev=False), argv)
-    from hyspark.engine.dice_file import read_cases, read_scores
+    from hyspark.engine.dice_file import read_scores
+    from hyspark.engine.evaluate import have_same_cases
     from hyspark.report import dice_table
 
     folders = [Path(f) for f in args.folders]
@@ -216,7 +217,7 @@ def compare(argv: Sequence[str]) -> None:
     titles = {folder: folder.name if unique else str(folder) for folder in folders}
     print("Dice, best weights of each run")
     print(dice_table({titles[folder]: read_scores(folder)["best"] for folder in folders}, difference=True))
-    if len({tuple(read_cases(folder)) for folder in folders}) > 1:
+    if not have_same_cases(folders):
         print("WARNING: the runs were validated on different cases, so that these numbers cannot be compared")
     for folder in folders:
         print(f"{titles[folder]}: report {folder / 'report.html'}, pictures {folder / 'pictures'}")

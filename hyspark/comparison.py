@@ -21,6 +21,7 @@ from hyspark.statistics import interval, organ_means, paired_difference, seed_me
 
 METRICS = ("dice", "nsd", "hd95_mm")
 SCORE_FILES = ("cases.csv", "summary.json")
+DATA_DIGEST = "data_digest"  # in a protocol: `cases_digest` of what was scored
 TRAINED_ON = "training_cases"  # in a protocol: their number, without those that could not be used
 MISSED = "missed"  # share of (case, organ) pairs with an organ of which nothing was found
 
@@ -111,7 +112,7 @@ def compare(runs: Mapping[Place, ScoredRun], planned: Sequence[Place], starts: M
         if own != scored_on:
             raise ValueError(
                 f"{name_of(place)} was scored on other cases than the runs before it: {listing(own)}; not on "
-                f"{listing(scored_on)}"
+                f"{listing(scored_on)}. Remove the folder of the run that is wrong, and it is made again"
             )
     keys = dict.fromkeys(key for run in runs.values() for key in run.scores["dice"])
     cases, organs = (list(dict.fromkeys(key[i] for key in keys)) for i in (0, 1))

@@ -135,11 +135,6 @@ class FinetuneConfig(VolumeSettings, EncoderSettings):
         not_negative(self, "warmup_epochs", "reg_weight", "clip", "out_channels")
         not_negative(self, "num_labelled", "steps_per_epoch", "freeze_epochs", "decoder_min_width")
         check_min_width(self.decoder_width, self.decoder_min_width)
-        for name in ("decoder_width", "decoder_min_width"):
-            if self.decoder == "released" and (value := getattr(self, name)) != getattr(FinetuneConfig, name):
-                raise ValueError(
-                    f"{name}={value} is of the light decoder, but decoder is released; set decoder to light"
-                )
         check_shares(self)
         if self.batch_size * self.crops_per_volume % self.accumulate:
             raise ValueError(
@@ -178,3 +173,10 @@ class FinetuneConfig(VolumeSettings, EncoderSettings):
     def run_folder(self) -> Path:
         """Where the run is written."""
         return Path(self.logdir)
+
+
+def check_decoder(config: FinetuneConfig) -> None:
+    """Raises ValueError for settings of the light decoder where a new run has the released one."""
+    for name in ("decoder_width", "decoder_min_width"):
+        if config.decoder == "released" and (value := getattr(config, name)) != getattr(FinetuneConfig, name):
+            raise ValueError(f"{name}={value} is of the light decoder, but decoder is released; set decoder to light")

@@ -10,6 +10,7 @@ import timm
 import torch
 
 from hyspark import cli
+from hyspark.atomic import write_json
 from hyspark.config_finetune import FinetuneConfig
 from hyspark.config_pretrain import PretrainConfig
 from hyspark.engine.dice_file import Scores, write_scores
@@ -343,7 +344,11 @@ def test_runs_validated_on_other_cases_are_pointed_out(tmp_path, capsys):
         write_scores(folder, best=scores, last=scores)
     cli.main(["compare", *map(str, folders[:2])])
     assert "WARNING" not in capsys.readouterr().out
-    cli.main(["compare", *map(str, folders)])
+    for folder, digest in zip(folders, ("one", "another"), strict=False):
+        write_json(folder / "scores" / "summary.json", {"protocol": {"data_digest": digest}})
+    cli.main(["compare", *map(str, folders[:2])])
+    assert "WARNING" in capsys.readouterr().out
+    cli.main(["compare", str(folders[0]), str(folders[2])])
     assert "WARNING: the runs were validated on different cases" in capsys.readouterr().out
 
 

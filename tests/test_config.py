@@ -304,11 +304,6 @@ WRONG_FINETUNE = [
     ({"labelled_prob": 1.1}, "must be probabilities"),
     ({"background_weight": 0.0}, "background_weight must be above 0"),
     ({"decoder_width": 16, "decoder_min_width": 32}, "decoder_min_width=32 is above decoder_width=16"),
-    (
-        {"decoder_width": 128},
-        "decoder_width=128 is of the light decoder, but decoder is released; set decoder to light",
-    ),
-    ({"decoder_min_width": 32}, "decoder_min_width=32 is of the light decoder, but decoder is released"),
     ({"accumulate": 0}, "accumulate must be above 0"),
     ({"accumulate": 3}, "accumulate=3 does not divide a step's 4 crops"),
     ({"num_labelled": -1}, "num_labelled must not be negative"),

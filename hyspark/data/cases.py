@@ -33,16 +33,13 @@ class Datalist:
     left_out: tuple[Case, ...] = field(default=(), compare=False)
 
 
-def case_digest(case: Case) -> str:
-    """Digest of what a case's files hold, whatever they are called and wherever they lie."""
-    label = "" if case.label is None else content_digest(case.label, whole=True)
-    return hashlib.sha256(f"{content_digest(case.image)} {label}".encode()).hexdigest()
-
-
 def cases_digest(cases: Sequence[Case]) -> str:
-    """Digest, in 12 digits, of the names of cases and of what their files hold."""
-    lines = "\n".join(f"{case_digest(case)} {case.name}" for case in cases)
-    return hashlib.sha256(lines.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    """Digest, in 12 digits, of the names of cases and of what their files hold, wherever they lie."""
+    lines = []
+    for case in cases:
+        label = "" if case.label is None else content_digest(case.label)
+        lines.append(f"{content_digest(case.image)} {label} {case.name}")
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 def common_labels(folders: Iterable[Path]) -> dict[str, int] | None:

@@ -31,9 +31,8 @@ KINDS: dict[type, Kind] = {FinetuneConfig: segment_benefit.KIND, ClassifyConfig:
 
 GIVEN = {"logdir": "out", "pretrained": "starts", "seed": "seeds", "num_labelled": "num_labelled", "dry_run": "plan"}
 """Settings of a run that the comparison gives, and the flag that says them."""
-FIXED = ("max_steps",)
-"""Settings that a run may be continued with, but that must be the same in all runs of a comparison. So must the data,
-which lies where it may."""
+FIXED = ("max_steps", "test_dir", "data_dir")
+"""Settings that a run may be continued with, but that must be the same in all runs of a comparison."""
 OF_THE_MACHINE = ("store_dir", "dataloader_workers", "prepare_workers")
 """Settings that say nothing of a result, which the report leaves out."""
 COMMAND = (sys.executable, "-c", "from hyspark.cli import main; main()")
@@ -95,7 +94,6 @@ def benefit(
     runs = plan(base, out, starts, num_labelled, seeds, num_at_once)
     check_folders(runs)
     digests = check_weights(out, starts)
-    data = check_data_digest(out, KINDS[type(base)].digest(base))
     if plan_only:
         print("\n".join(f"{name_of(run.place):40s} {state(run)}" for run in runs))
         return []
@@ -103,9 +101,10 @@ def benefit(
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished; output in {out / 'runs'}/*/log.txt")
     kind, defaults = KINDS[type(base)], as_plain(type(base)())
     if todo:
+        data = check_data_digest(out, kind.digest(base))
         kind.check_data([run.config for run in todo], starts)
+        write_json(out / "data.json", {"digest": data})
     write_json(out / "starts.json", digests)
-    write_json(out / "data.json", {"digest": data})
     told = {k: v for k, v in as_plain(runs[0].config).items() if k not in (*GIVEN, *OF_THE_MACHINE)}
     recipe = {k: v for k, v in told.items() if v != defaults[k]}
     scored_on = "test" if runs[0].scores.name.endswith("test") else "validation"
@@ -114,6 +113,8 @@ def benefit(
         "recipe": recipe,
         "digests": {name: digests[name] for name in starts if name in digests},
     }
+    if len(todo) < len(runs):
+        make_report(kind, runs, out, starts, more)  # first, since what is finished may not go together
     failed = run_jobs([job(run) for run in todo], num_at_once, lambda: make_report(kind, runs, out, starts, more))
     make_report(kind, runs, out, starts, more)
     print(f"report {out / 'benefit.md'}" + (f"; failed: {', '.join(failed)}" if failed else ""))

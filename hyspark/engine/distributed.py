@@ -11,6 +11,7 @@ import inspect
 import logging
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -104,6 +105,8 @@ def end_threads(groups: list[Any]) -> None:
     back a tensor while Python ends aborts the process, see https://github.com/pytorch/pytorch/pull/179291. The list
     has to hold the last reference: torch waits for the threads without holding the interpreter's lock then.
     """
+    for name in ("last_exc", "last_value", "last_traceback"):  # the frames of what ended the program hold the model
+        vars(sys).pop(name, None)
     gc.collect()
     groups.clear()
 

@@ -16,14 +16,15 @@ from torch import nn
 from tqdm import tqdm
 
 from hyspark.atomic import to_json
-from hyspark.comparison import SCORE_FILES, TRAINED_ON
+from hyspark.comparison import DATA_DIGEST, SCORE_FILES, TRAINED_ON
 from hyspark.config_finetune import FinetuneConfig
 from hyspark.data import datalist
-from hyspark.data.cases import Case, case_digest, cases_digest, common_labels
-from hyspark.data.files import listing
+from hyspark.data.cases import Case, cases_digest, common_labels
+from hyspark.data.files import content_digest, listing
 from hyspark.data.resample import file_grid, read_label
 from hyspark.data.store import StoredVolume
 from hyspark.engine import distributed, inference, scorebook
+from hyspark.engine.dice_file import read_cases
 from hyspark.engine.distributed import LOG, Processes
 from hyspark.engine.inference import Windows, class_scores, largest_components
 from hyspark.engine.labelled import check_labels
@@ -73,6 +74,10 @@ class Scoring:
         }
 
 
+SPELLING = ("data", "precision")
+"""Of a protocol: where the same data lies, and what the machine computes in, for which nothing is scored again."""
+
+
 class Segmented(NamedTuple):
     """Label maps of a case, uint8: on the prepared grid, and on the grid of its file."""
 
@@ -103,8 +108,8 @@ def segment_case(
 
 @dataclass(frozen=True)
 class Source:
-    """What scores are of. weights, data: what the protocol calls them. trained_on: digests (`case_digest`) of the cases
-    that the weights were trained on; none where that is not known.
+    """What scores are of. weights, data: what the protocol calls them. trained_on: digests (`content_digest`) of the
+    images that the weights were trained on; none where that is not known.
     """
 
     weights: str
@@ -114,14 +119,15 @@ class Source:
     def seen(self, cases: Sequence[Case]) -> list[str]:
         """Names of the cases that are known to have been trained on."""
         known = set(self.trained_on)
-        return [case.name for case in cases if case_digest(case) in known] if known else []
+        return [case.name for case in cases if content_digest(case.image) in known] if known else []
 
     def protocol(self, cases: Sequence[Case]) -> dict[str, Any]:
         """All of it in plain values, with a digest of the cases' names and files."""
         return {
             "weights": self.weights,
             TRAINED_ON: len(self.trained_on) or "unknown",
-            "data": f"{self.data} ({cases_digest(cases)})",
+            "data": self.data,
+            DATA_DIGEST: cases_digest(cases),
             "scored_cases_trained_on": len(self.seen(cases)) if self.trained_on else "unknown",
         }
 
@@ -148,11 +154,20 @@ def is_scored(
     """
     missing = False
     if processes.is_main:
-        wanted = source.protocol(cases) | Scoring().protocol(config, names, inference.precision_on(processes, config))
+        wanted = source.protocol(cases) | Scoring().protocol(config, names, "")
         has_files = all((out / name).is_file() for name in SCORE_FILES)
         known = scorebook.read_summary(out)["protocol"] if has_files else {}
-        missing = any(known.get(name) != value for name, value in to_json(wanted).items())
+        missing = any(known.get(name) != to_json(value) for name, value in wanted.items() if name not in SPELLING)
     return not distributed.any_of(missing, processes)
+
+
+def have_same_cases(folders: Sequence[Path]) -> bool:
+    """Whether fine-tuning runs were validated on cases of the same names, and of the same content as far as their
+    scores say.
+    """
+    scores = [folder / "scores" for folder in folders if (folder / "scores" / "summary.json").is_file()]
+    digests = {scorebook.read_summary(one)["protocol"].get(DATA_DIGEST) for one in scores}
+    return len({tuple(read_cases(folder)) for folder in folders}) == 1 and len(digests - {None}) <= 1
 
 
 def score_cases(

@@ -17,9 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hyspark import report
-from hyspark.config_finetune import FinetuneConfig
-from hyspark.data.cases import Case, case_digest
+from hyspark.config_finetune import FinetuneConfig, check_decoder
+from hyspark.data.cases import Case
 from hyspark.data.crops import AffineRange, seed_at
+from hyspark.data.files import content_digest
 from hyspark.data.loading import Batch, FinetuneBatches, Share
 from hyspark.data.resample import read_label
 from hyspark.data.store import StoredVolume
@@ -78,7 +79,7 @@ def finetune(config: FinetuneConfig) -> Path:
         criterion = DiceAndCrossEntropy(len(names), config.background_weight).to(processes.device)
         best = state["best"] if state else -1.0
         data_of = (found.training, found.validation, found.validation_cases)
-        trained_on = [case_digest(case) for case in found.training_cases]
+        trained_on = [content_digest(case.image) for case in found.training_cases]
         task = Finetuning(config, share, *data_of, names, criterion, best, trained_on)
         steps = steps_per_epoch(config, len(found.training))
         encoder_share = optim.encoder_share(config)
@@ -101,11 +102,13 @@ def finetune(config: FinetuneConfig) -> Path:
             train(run, task, asked)
         else:
             LOG.info("nothing to train: %s has done %d steps", config.run_folder, run.first_step)
-            if processes.is_main:
+            if processes.is_main and run.first_step <= run.last_step:  # no fewer steps than it has done
                 write_yaml(config, config.run_folder / "config.yaml")
         run.model.eval()
         if not is_scored(config.run_folder / "scores", config, names, task.cases, processes, task.source(run)):
-            task.score(run)
+            by_case, _ = task.score(run)
+            if processes.is_main:
+                write_scores(config.run_folder, last=task.dice(run.first_step - 1, by_case))
         score_held_out(run.network, config, names, held_out, processes, last_weights(config, run), trained_on)
     if processes.is_main:
         LOG.info("%s", report.dice_table(read_scores(config.run_folder)))
@@ -117,6 +120,8 @@ def finetune(config: FinetuneConfig) -> Path:
 def start(config: FinetuneConfig, model: Hybird) -> dict[str, Any] | None:
     """The state that a run continues from; where there is none, the pre-trained weights are loaded."""
     state = saved_state(config, last_file(config))
+    if not state:
+        check_decoder(config)
     if not state and config.pretrained != "none":
         LOG.info("weights of %s\n%s", config.pretrained, load_start(model, config.pretrained, config))
     return state
@@ -224,21 +229,20 @@ class Finetuning:
         """
         is_last = step + 1 == run.last_step
         by_case, first = self.score(run) if is_last else self.validate(run)
-        organs = mean_dice(list(by_case.values()), self.names[1:])
-        held = {name: value for name, value in organs.items() if not math.isnan(value)}
-        mean = sum(held.values()) / len(held) if held else math.nan
-        is_best = not mean <= self.best  # without any organ there is no better or worse, and the newest are kept
-        self.best = max(self.best, mean)
+        scores = self.dice(step, by_case)
+        held = {name: value for name, value in scores.organs.items() if not math.isnan(value)}
+        is_best = not scores.mean <= self.best  # without any organ none is better, and the newest are kept
+        self.best = max(self.best, scores.mean)
         if log is None:
             return
         if held:
-            log.write(step, epoch, dice_mean=mean, dice=held)
-            LOG.info("epoch %d: mean Dice %.4f on %d cases%s", epoch, mean, len(by_case), " (best)" if is_best else "")
+            log.write(step, epoch, dice_mean=scores.mean, dice=held)
+            told = " (best)" if is_best else ""
+            LOG.info("epoch %d: mean Dice %.4f on %d cases%s", epoch, scores.mean, len(by_case), told)
         else:
             LOG.warning(
                 "epoch %d: no Dice, since no label of the %d validation cases has an organ", epoch, len(by_case)
             )
-        scores = Scores(step, mean, organs, by_case)
         if is_best:
             weights = {
                 "model": run.network.state_dict(),
@@ -252,6 +256,12 @@ class Finetuning:
         if first is not None:
             self.draw_picture(log, step, epoch, first)
         self.write_report(run)
+
+    def dice(self, step: int, by_case: dict[str, list[float]]) -> Scores:
+        """Means of the cases' Dice; NaN where no case has an organ."""
+        organs = mean_dice(list(by_case.values()), self.names[1:])
+        held = [value for value in organs.values() if not math.isnan(value)]
+        return Scores(step, sum(held) / len(held) if held else math.nan, organs, by_case)
 
     def score(self, run: Run) -> tuple[dict[str, list[float]], None]:
         """All scores of the validation cases, written to the folder `scores`; returns what `validate` does, but no

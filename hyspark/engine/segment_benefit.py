@@ -11,7 +11,7 @@ import torch
 
 from hyspark.benefit_page import write_benefit
 from hyspark.comparison import Place, compare, read_run
-from hyspark.config_finetune import FinetuneConfig
+from hyspark.config_finetune import FinetuneConfig, check_decoder
 from hyspark.data.cases import cases_digest
 from hyspark.data.prepare import is_there
 from hyspark.engine.compared import Kind
@@ -47,6 +47,7 @@ def check_data(configs: Sequence[FinetuneConfig], starts: Mapping[str, str]) -> 
 
     Raises ValueError or FileNotFoundError for data or weights that do not fit.
     """
+    check_decoder(configs[0])
     largest = {config.seed: config for config in sorted(configs, key=lambda config: config.num_labelled)}
     found = [(config, *find_cases(config)) for config in largest.values()]
     config, _, _, names = found[0]

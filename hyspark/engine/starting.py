@@ -19,18 +19,17 @@ def load_start(model: nn.Module, path: str | Path, config: VolumeSettings) -> Lo
     found = load_pretrained(model, path)
     for name in SEEN:
         own, other = (as_numbers(value) for value in (getattr(config, name), found.made_with.get(name)))
-        if other and own != other:
+        if other and own != other and other * 3 != own:
             LOG.warning("%s was made with %s %s, this run has %s", path, name, text(other), text(own))
     return found
 
 
-def as_numbers(value: object) -> tuple[object, ...]:
-    """A setting of one or several numbers; empty for None."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
+def as_numbers(value: object) -> tuple[float, ...]:
+    """A setting of one or several numbers; empty where it is anything else."""
+    numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
+    return numbers if all(isinstance(x, int | float) for x in numbers) else ()
 
 
-def text(numbers: tuple[object, ...]) -> str:
+def text(numbers: tuple[float, ...]) -> str:
     """Numbers as the flags take them."""
     return " ".join(map(str, numbers))

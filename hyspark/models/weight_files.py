@@ -59,8 +59,11 @@ def parsed(text: str) -> Any:
 
 def made_with(contents: object) -> Mapping[str, Any]:
     """The settings that a file of weights was made with, from all that it holds; empty where it does not say."""
-    config = contents.get("config") if isinstance(contents, Mapping) else None
-    return config if isinstance(config, Mapping) else {}
+    while isinstance(contents, Mapping):
+        if isinstance(config := contents.get("config"), Mapping):
+            return config
+        contents = next((contents[c] for c in CONTAINERS if c in contents), None)
+    return {}
 
 
 def way_out(path: Path) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hyspark.models.encoder import NUM_STAGES, HybridEncoder
 from hyspark.models.foreign import SETTINGS, Fit, adapt_channels, decoder_width, fit, nothing_matches
 from hyspark.models.segmentation import Hybird
+from hyspark.models.vit import TokenTransformer
 from hyspark.models.weight_files import made_with, read_contents, unwrap, without_wrappers
 
 MASK_TOKEN = "mae.mask_token"
@@ -99,8 +100,7 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor])
     settings = () if own else SETTINGS
     contents = source if isinstance(source, Mapping) else read_contents(source)
     given = unwrap(contents, name, settings)
-    if own:
-        check_heads(model, made_with(contents), name)
+    check_heads(model, made_with(contents), name)
     found = fit_own(model, given, name) if own else fit(model, given, name)
     state = model.state_dict()  # its own, for the versions that some networks keep beside the values
     state.update(found.loaded)
@@ -118,9 +118,10 @@ def is_own(model: nn.Module) -> bool:
 
 def check_heads(model: nn.Module, settings: Mapping[str, Any], name: str) -> None:
     """Raises ValueError where weights were made with another number of attention heads than the model has."""
-    encoder: Any = getattr(model, "encoder", model)
-    own, given = encoder.mae.num_heads, settings.get("num_heads")
-    if given is not None and given != own:
+    given = settings.get("num_heads")
+    found = {part.num_heads for part in model.modules() if isinstance(part, TokenTransformer)}
+    if found and given is not None and found != {given}:
+        own = max(found - {given})
         raise ValueError(
             f"{name} was made with {given} attention heads, the model has {own}; the shapes are the same, but it would "
             f"compute something else: build the model as the weights were (--num_heads {given})"

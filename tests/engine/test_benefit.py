@@ -221,7 +221,7 @@ def test_the_plan_runs_and_writes_nothing(base, starts, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("_stand_in")
-@pytest.mark.parametrize("changed", [{"optim_lr": 1e-2}, {"max_steps": 7}])
+@pytest.mark.parametrize("changed", [{"optim_lr": 1e-2}, {"max_steps": 7}, {"test_dir": "."}, {"data_dir": "."}])
 def test_runs_with_other_settings_are_refused(base, starts, tmp_path, changed):
     """Some may change in a single run, but then its scores are of another budget."""
     out = tmp_path / "out"
@@ -241,20 +241,31 @@ def copied(base, tmp_path):
 
 
 @pytest.mark.usefixtures("_stand_in")
-def test_other_data_is_refused_wherever_it_lies(copied, tmp_path):
+def test_data_that_changed_is_refused_for_further_runs(copied, tmp_path):
     out, folder = tmp_path / "out", Path(copied.data_dir)
     engine.benefit(copied, out, {"scratch": "none"}, [1], [0])
-    with pytest.raises(ValueError, match="the data is not what runs in"):
-        engine.benefit(replace(copied, test_dir=str(folder)), out, {"scratch": "none"}, [1], [0])
-    moved = replace(copied, data_dir=str(folder.rename(tmp_path / folder.name)))
-    assert engine.benefit(moved, out, {"scratch": "none"}, [1], [0]) == []
-    assert len(ran(out)) == 1
-    label = sorted(Path(moved.data_dir, "labelsTr").iterdir())[0]
+    label = sorted((folder / "labelsTr").iterdir())[0]
     image = nibabel.load(label)
     nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj)[::-1], image.affine), label)
     with pytest.raises(ValueError, match="the data is not what runs in"):
-        engine.benefit(moved, out, {"scratch": "none"}, [1, 2], [0])
+        engine.benefit(copied, out, {"scratch": "none"}, [1, 2], [0])
     assert len(ran(out)) == 1
+    shutil.rmtree(folder)  # the report of what is finished needs no data
+    (out / "benefit.md").unlink()
+    assert engine.benefit(copied, out, {"scratch": "none"}, [1], [0]) == []
+    assert (out / "benefit.md").is_file()
+
+
+@pytest.mark.usefixtures("_stand_in")
+def test_runs_that_do_not_go_together_stop_before_the_first_run(base, starts, tmp_path):
+    out = tmp_path / "out"
+    engine.benefit(base, out, starts, [1], [0])
+    path = out / "runs" / "own_1_seed0" / "scores" / "cases.csv"
+    header, first, *rest = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([header, "another" + first[first.index(",") :], *rest]))
+    with pytest.raises(ValueError, match="own_1_seed0 was scored on other cases"):
+        engine.benefit(base, out, starts, [1], [0, 1])
+    assert len(ran(out)) == 2
 
 
 @pytest.mark.usefixtures("_stand_in")

@@ -4,6 +4,7 @@ import atexit
 import json
 import os
 import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -132,7 +133,9 @@ def test_two_processes_equal_one_in_classification(classifying, tmp_path):
 
 
 def leave_a_model_behind(rank, folder):
-    """One of two processes: a model that shares gradients is left in a circle of references when the group ends."""
+    """One of two processes: a model that shares gradients is left in a circle of references when the group ends, and in
+    the second in the frames of an error.
+    """
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     torch.distributed.rendezvous = lambda where: iter([(torch.distributed.FileStore(f"{folder}/store", 2), rank, 2)])
     processes = Processes(torch.device("cpu"), rank, rank, 2)
@@ -140,10 +143,19 @@ def leave_a_model_behind(rank, folder):
         model = share_gradients(torch.nn.Linear(2, 2), processes)
         model(torch.ones(1, 2)).sum().backward()
     model.circle = model
+    if rank == 1:  # as after an error that nothing caught
+        try:
+            fail(model)
+        except RuntimeError as error:
+            sys.last_value = error
     del model
     before = threads()
     atexit._run_exitfuncs()
     Path(folder, f"{rank}.json").write_text(json.dumps([before, threads()]))
+
+
+def fail(model):
+    raise RuntimeError(type(model))
 
 
 def threads():

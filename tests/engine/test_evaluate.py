@@ -1,4 +1,5 @@
 import csv
+import gzip
 import json
 import math
 import shutil
@@ -13,9 +14,9 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 
 from hyspark.config_finetune import FinetuneConfig
 from hyspark.data import datalist
-from hyspark.data.cases import case_digest
+from hyspark.data.files import content_digest
 from hyspark.data.prepare import prepare_all
-from hyspark.engine import checkpoint
+from hyspark.engine import checkpoint, inference
 from hyspark.engine.dice_file import Scores, read_scores, write_scores
 from hyspark.engine.distributed import find_processes
 from hyspark.engine.evaluate import (
@@ -128,15 +129,20 @@ def test_scores_of_a_network_that_is_right_but_for_known_faults(labelled, tmp_pa
 
 
 def test_cases_that_were_trained_on_are_told(labelled, tmp_path, caplog):
-    """By what their files hold: a copy of another name is the same case."""
+    """By what their images hold: one of another name, compressed anew, with labels of its own is the same case."""
     cases, _, text = find_labelled(labelled)
-    known = [case_digest(case) for case in cases[:2]]
+    known = [content_digest(case.image) for case in cases[:2]]
     assert scored(labelled, tmp_path / "unknown")["protocol"]["scored_cases_trained_on"] == "unknown"
     assert not caplog.records
     copy = tmp_path / "copy" / labelled.name
     shutil.copytree(labelled, copy)
     for folder, ending in (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz")):
         (copy / folder / f"{cases[0].name}{ending}").rename(copy / folder / f"renamed{ending}")
+    image = copy / "imagesTr" / "renamed_0000.nii.gz"
+    image.write_bytes(gzip.compress(gzip.decompress(image.read_bytes()), 1))
+    label = nibabel.load(copy / "labelsTr" / "renamed.nii.gz")
+    empty = nibabel.Nifti1Image(np.zeros(label.shape, np.uint8), label.affine)
+    nibabel.save(empty, copy / "labelsTr" / "renamed.nii.gz")
     protocol = scored(copy, tmp_path / "known", trained_on=known)["protocol"]
     assert (protocol["training_cases"], protocol["scored_cases_trained_on"]) == (2, 2)
     assert "2 of 3 were trained on (missed, renamed)" in caplog.text
@@ -144,7 +150,7 @@ def test_cases_that_were_trained_on_are_told(labelled, tmp_path, caplog):
     assert text == f"all labelled cases of {labelled}"
 
 
-def test_scores_are_those_of_these_weights_and_files(labelled, tmp_path):
+def test_scores_are_those_of_these_weights_and_files(labelled, tmp_path, monkeypatch):
     scored(labelled, tmp_path / "scores")
     cases, _, text = find_labelled(labelled)
 
@@ -154,6 +160,10 @@ def test_scores_are_those_of_these_weights_and_files(labelled, tmp_path):
     source = Source("levels", text, [])
     assert known(source)
     assert not known(replace(source, weights="others"))
+    assert known(replace(source, data="the same, by another path"))
+    with monkeypatch.context() as another_machine:
+        another_machine.setattr(inference, "precision_on", lambda processes, config: "bf16")
+        assert known(source)
     assert not known(source, cases[:2])
     assert not known(source, config=replace(BOXES, infer_overlap=0.25))
     path = labelled / "labelsTr" / "good.nii.gz"
@@ -209,7 +219,7 @@ def test_a_folder_and_a_list_of_unseen_cases(labelled, weights, tmp_path):
     for part, text in (("validation", "validation"), ("", "validation"), ("training", "training")):
         found = evaluate(weights, tmp_path / "list.json", tmp_path / "one", part=part, **options)["protocol"]
         assert found["num_cases"] == (1 if text == "validation" else 2)
-        assert found["data"].startswith(f"{text} cases of {tmp_path / 'list.json'} (")
+        assert found["data"] == f"{text} cases of {tmp_path / 'list.json'}"
     datalist.write(datalist.Datalist(listed.training, (), listed.labels), tmp_path / "all.json")
     assert find_labelled(tmp_path / "all.json").text == f"all cases of {tmp_path / 'all.json'}"
     assert list((tmp_path / "one").glob("best_*.png"))

@@ -218,11 +218,27 @@ def test_weights_that_have_seen_other_volumes_are_pointed_out(finetuning, tmp_pa
     torch.save({"model": model.state_dict(), "config": made}, tmp_path / "a.pth")
     load_start(model, tmp_path / "a.pth", config)
     assert not caplog.records
+    torch.save({"model": model.state_dict(), "config": {"spacing": 4, "hu_max": "?"}}, tmp_path / "b.pth")
+    load_start(model, tmp_path / "b.pth", replace(config, spacing=(4.0, 4.0, 4.0)))
+    assert not caplog.records
     load_start(model, tmp_path / "a.pth", replace(config, spacing=(2.0, 2.0, 3.0), hu_max=400.0))
     assert [record.getMessage().split(" was ")[1] for record in caplog.records] == [
         "made with spacing 4.0 4.0 3.0, this run has 2.0 2.0 3.0",
         "made with hu_max 250.0, this run has 400.0",
     ]
+
+
+@pytest.mark.parametrize("setting", ["decoder_width", "decoder_min_width"])
+def test_settings_of_the_other_decoder_are_refused_in_a_new_run(finetuning, setting, monkeypatch):
+    """In an old one, which had them for nothing, they change nothing."""
+    config = replace(finetuning, **{setting: 32})
+    with pytest.raises(ValueError, match=f"{setting}=32 is of the light decoder, but decoder is released"):
+        finetune(config)
+    with monkeypatch.context() as before:
+        before.setattr("hyspark.engine.finetune.check_decoder", lambda config: None)
+        finetune(replace(config, max_epochs=1, max_steps=1))
+    finetune(replace(config, max_epochs=1))
+    assert getattr(load_network(config.run_folder).config, setting) == 32
 
 
 def test_without_an_organ_in_validation_there_is_no_dice(finetuning, tmp_path, caplog):
@@ -258,6 +274,10 @@ def test_further_cases_are_scored_once_by_the_last_weights(finetuning, tmp_path,
     assert json.loads(path.read_text()) == summary
     assert summary["protocol"]["scored_cases_trained_on"] == summary["protocol"]["training_cases"] == 2
     assert "2 of 3 were trained on" in caplog.text
+    settings = config.run_folder / "config.yaml"
+    told = settings.read_text()
+    finetune(replace(config, max_steps=1))  # has been done, and more
+    assert settings.read_text() == told
     own = config.run_folder / "scores"
     scores = (own / "cases.csv").read_text()
     shutil.rmtree(own)
@@ -269,7 +289,7 @@ def test_further_cases_are_scored_once_by_the_last_weights(finetuning, tmp_path,
     label = sorted((others / "labelsTr").iterdir())[0]
     nibabel.save(nibabel.Nifti1Image(np.zeros_like(nibabel.load(label).dataobj), nibabel.load(label).affine), label)
     finetune(replace(config, test_dir=str(others)))
-    assert read_summary(path.parent)["protocol"]["data"] != summary["protocol"]["data"]
+    assert read_summary(path.parent)["protocol"]["data_digest"] != summary["protocol"]["data_digest"]
     assert str(others) in (config.run_folder / "config.yaml").read_text()
     with pytest.raises(FileNotFoundError):
         finetune(replace(config, test_dir=str(tmp_path / "none"), logdir=str(tmp_path / "other")))

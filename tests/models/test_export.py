@@ -71,8 +71,9 @@ def test_another_number_of_heads_is_refused(make_hyspark, make_hybird, tmp_path,
     export_weights(tmp_path / "run.pth", tmp_path / "run.safetensors")
     model = make_hybird(num_heads=4)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"run\.\w+ was made with 2 attention heads, the model has 4.*--num_heads 2"):
-        load_pretrained(model, tmp_path / f"run.{ending}")
+    for net in (model, torch.nn.ModuleDict({"body": model})):
+        with pytest.raises(ValueError, match=r"run\.\w+ was made with 2 attention heads, the model has 4.*_heads 2"):
+            load_pretrained(net, tmp_path / f"run.{ending}")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
