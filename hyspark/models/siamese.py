@@ -3,18 +3,18 @@
 The methods' heads and losses are lightly's. Shapes: b batch, c channels, f features of a projection, *size voxels per
 axis. Sources: Chen et al., "Improved baselines with momentum contrastive learning", 2020; Grill et al., "Bootstrap your
 own latent", NeurIPS 2020; Caron et al., "Unsupervised learning of visual features by contrasting cluster assignments",
-NeurIPS 2020. Two things differ from the papers. The slow copy of MoCo and BYOL computes with moving averages of the
-batch statistics (Cai et al., "Exponential moving average normalization", CVPR 2021), not with those of its own batch.
-So MoCo's keys carry no trace of the batch they came in, without shuffling between GPUs, of which there may be one. And
-MoCo's head has BatchNorm, as that of v3 (Chen et al., ICCV 2021): planes of CTs are so alike that projections otherwise
-share one direction, and keys can be told by how far it has moved since.
+NeurIPS 2020. Two things differ from MoCo's paper. Keys are computed with statistics of earlier batches, not with those
+of their own, so that they carry no trace of the batch they came in, without shuffling between GPUs, of which there may
+be one. And the head has BatchNorm, as that of v3 (Chen et al., ICCV 2021): planes of CTs are so alike that projections
+otherwise share one direction, and keys can be told by how far it has moved since.
 """
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-from timm.utils import ModelEmaV3
+import torch
 from torch import Tensor, nn
 
 from hyspark.models.pyramid import PyramidEncoder, outputs
@@ -66,21 +66,45 @@ class PooledEncoder(nn.Module):
         return self.backbone.state_dict()
 
 
-class Teacher(ModelEmaV3):
-    """A slow copy of a network: its weights and its running statistics are moving averages of the network's."""
+class Teacher(nn.Module):
+    """A slow copy of a network, (b, in_channels, *size) -> (b, f): its weights are moving averages of the network's,
+    its batch statistics are its own, since those of the network do not fit weights that lag behind.
+    """
 
     def __init__(self, network: nn.Module) -> None:
-        super().__init__(network)
-        self.module.requires_grad_(False)
+        super().__init__()
+        self.module = deepcopy(network).requires_grad_(False)
 
-    def train(self, mode: bool = True) -> "Teacher":
-        """It never computes statistics of its own."""
-        return super().train(False)
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.module(images).float()
+        return out
 
+    def without_batch(self, images: Tensor) -> Tensor:
+        """What it gives each image whatever the others are: by statistics of earlier batches. In training this batch
+        joins them afterwards; the first gives them whole, since those that norms begin with fit nothing.
+        """
+        is_training = self.training
+        norms: list[Any] = [part for part in self.modules() if getattr(part, "num_batches_tracked", None) is not None]
+        if is_training and norms and not norms[0].num_batches_tracked:
+            usual = [norm.momentum for norm in norms]
+            for norm in norms:
+                norm.momentum = 1.0
+            self(images)
+            for norm, momentum in zip(norms, usual, strict=True):
+                norm.momentum = momentum
+        found: Tensor = self.eval()(images)
+        if is_training:
+            self.train()(images)
+        return found
+
+    @torch.no_grad()
     def follow(self, network: nn.Module, momentum: float) -> None:
-        """Move towards the network: momentum 1 stays, 0 copies."""
-        self.decay = momentum
-        self.update(network)
+        """Move towards the network: momentum 1 stays, 0 copies, statistics included."""
+        if momentum == 0:
+            self.module.load_state_dict(network.state_dict())
+        for own, other in zip(self.module.parameters(), network.parameters(), strict=True):
+            own.lerp_(other, 1 - momentum)
 
 
 class Siamese(nn.Module):
@@ -116,7 +140,7 @@ class MoCo(Taught):
 
     def forward(self, views: Sequence[Tensor]) -> SiameseOutput:
         query = self.project(self.encoder(views[0])).float()
-        return SiameseOutput(self.criterion(query, self.teacher(views[1]).float()), unit(query))
+        return SiameseOutput(self.criterion(query, self.teacher.without_batch(views[1])), unit(query))
 
 
 class BYOL(Taught):
@@ -128,7 +152,7 @@ class BYOL(Taught):
 
     def forward(self, views: Sequence[Tensor]) -> SiameseOutput:
         found = [self.project(self.encoder(view)) for view in views[:2]]
-        wanted = [self.teacher(view).float() for view in views[:2]]
+        wanted = [self.teacher(view) for view in views[:2]]
         losses = [self.criterion(self.predict(a).float(), b) for a, b in zip(found, reversed(wanted), strict=True)]
         return SiameseOutput((losses[0] + losses[1]) / 2, unit(found[0]))
 

