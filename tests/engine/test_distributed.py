@@ -97,8 +97,8 @@ def test_two_processes_equal_one_around_a_network_of_others(pretraining, tmp_pat
     two = replace(one, exp_dir=str(tmp_path / "two"))
     pretrain(one)
     torchrun(two)
-    # Assignments are of exp(20 x), and rounding with them. Four crops that are much alike come apart in MoCo's BatchNorm,
-    # and rounding with them: their order alone changes the gradient by 4e-4.
+    # Assignments are of exp(20 x), and rounding with them. Four crops that are much alike come apart in MoCo's
+    # BatchNorm, and rounding with them: their order alone changes the gradient by 4e-4.
     rel = {"swav": 1e-3, "moco": 2e-3}.get(model.split("/")[0], 1e-4)
     check_same_training(one, two, dict(build_pretraining(one).named_parameters()), training_file, rel)
 
