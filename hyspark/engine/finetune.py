@@ -37,6 +37,7 @@ from hyspark.engine.metrics import dice
 from hyspark.engine.prepared import data_text, left_out_text, usable
 from hyspark.engine.replay import repeat, stopped_run
 from hyspark.engine.run import RunLog, begun, last_file, saved_state, settings_text, steps_per_epoch
+from hyspark.engine.scorebook import mean_of
 from hyspark.engine.starting import load_start
 from hyspark.figures import save_figure
 from hyspark.models.segmentation import Hybird
@@ -260,8 +261,7 @@ class Finetuning:
     def dice(self, step: int, by_case: dict[str, list[float]]) -> Scores:
         """Means of the cases' Dice; NaN where no case has an organ."""
         organs = mean_dice(list(by_case.values()), self.names[1:])
-        held = [value for value in organs.values() if not math.isnan(value)]
-        return Scores(step, sum(held) / len(held) if held else math.nan, organs, by_case)
+        return Scores(step, mean_of(list(organs.values())), organs, by_case)
 
     def score(self, run: Run) -> tuple[dict[str, list[float]], None]:
         """All scores of the validation cases, written to the folder `scores`; returns what `validate` does, but no

@@ -47,7 +47,7 @@ class Windows:
 
 class Trained(NamedTuple):
     """A fine-tuned network on the CPU, in evaluation mode, its settings, its class names, background first, and digests
-    of the cases that it was trained on (`case_digest`), as far as its file says.
+    of the images that it was trained on (`content_digest`), as far as its file says.
     """
 
     network: Hybird

@@ -1,14 +1,16 @@
 """Weights that a run on volumes starts from."""
 
+from dataclasses import fields
 from pathlib import Path
 
 from torch import nn
 
 from hyspark.config import VolumeSettings
+from hyspark.data.settings import PrepareSettings
 from hyspark.engine.distributed import LOG
 from hyspark.models.weights import LoadReport, load_pretrained
 
-SEEN = ("spacing", "hu_min", "hu_max")
+SEEN = tuple(setting.name for setting in fields(PrepareSettings))
 """Settings that decide what a network sees of a volume."""
 
 
