@@ -1,12 +1,11 @@
 """What a list of data is made of: cases, on the side of training or of validation, and the names of the classes."""
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hyspark.data.files import content_digest, load_json
+from hyspark.data.files import content_digest, load_json, text_digest
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ def cases_digest(cases: Sequence[Case]) -> str:
     for case in cases:
         label = "" if case.label is None else content_digest(case.label)
         lines.append(f"{content_digest(case.image)} {label} {case.name}")
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return text_digest(lines)
 
 
 def common_labels(folders: Iterable[Path]) -> dict[str, int] | None:

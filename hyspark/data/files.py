@@ -1,5 +1,6 @@
 """What finding and organizing data share: walking folders, NIfTI file names, JSON, lists in messages."""
 
+import hashlib
 import json
 import os
 import re
@@ -44,6 +45,11 @@ def nifti_stem(file: Path) -> str:
     """The file name without .nii.gz or .nii; any other name as it is."""
     found = NIFTI.fullmatch(file.name)
     return found["stem"] if found else file.name
+
+
+def text_digest(lines: Iterable[str]) -> str:
+    """The first 12 digits of the SHA-256 of lines, which may hold any file's name."""
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 def content_digest(path: Path) -> str:

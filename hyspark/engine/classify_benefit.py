@@ -12,7 +12,7 @@ from hyspark.class_benefit_page import write_class_benefit
 from hyspark.class_comparison import compare_classified, read_classified
 from hyspark.comparison import Place
 from hyspark.config_classify import ClassifyConfig
-from hyspark.data.files import content_digest
+from hyspark.data.files import content_digest, text_digest
 from hyspark.data.images import has_test_part
 from hyspark.engine.classified import SCORES
 from hyspark.engine.classify import build
@@ -38,7 +38,7 @@ def digest(config: ClassifyConfig) -> str:
     for part, images in found.items():
         rows = zip(map(mark, images.sources), images.names, images.labels, strict=True)
         lines += [part, *(f"{source} {name} {label}" for source, name, label in rows)]
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return text_digest(lines)
 
 
 def mark(source: Path | np.ndarray) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hyspark.config_classify import ClassifyConfig
+from hyspark.data.files import text_digest
 from hyspark.data.image_batches import short_side
 from hyspark.data.images import FoundImages, ImageSet, decode, find_classes, find_images, nested_subset
 from hyspark.engine.distributed import LOG
@@ -29,7 +30,7 @@ class Images:
         for part in ("train", "val"):
             images = self.parts[part]
             lines += [f"{name}\t{label}" for name, label in zip(images.names, images.labels, strict=True)]
-        digest = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        digest = text_digest(lines)
         return f"{len(self.parts['train'])} training and {len(self.parts['val'])} validation images ({digest})"
 
 

@@ -1,6 +1,5 @@
 """The data of a run: prepared volumes of its cases, and what becomes of cases that cannot be used."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from hyspark.config import VolumeSettings
 from hyspark.data.cases import Case
+from hyspark.data.files import text_digest
 from hyspark.data.prepare import is_there, prepare_missing, stored, unusable
 from hyspark.data.store import StoredVolume, is_complete
 from hyspark.engine import distributed
@@ -20,8 +20,7 @@ SKIP = "or leave them out with --on_bad_case skip"
 
 def data_text(training: Sequence[Case], validation: Sequence[Case]) -> str:
     """The data of a run in a few words, with a digest of the names: the order of batches is a function of them."""
-    names = "\n".join([*(c.name for c in training), "", *(c.name for c in validation)])
-    digest = hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    digest = text_digest([*(c.name for c in training), "", *(c.name for c in validation)])
     return f"{len(training)} training and {len(validation)} validation cases ({digest})"
 
 

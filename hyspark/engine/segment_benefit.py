@@ -1,6 +1,5 @@
 """Segmentation as a kind of comparison (see benefit.py)."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,6 +12,7 @@ from hyspark.benefit_page import write_benefit
 from hyspark.comparison import Place, compare, read_run
 from hyspark.config_finetune import FinetuneConfig, check_decoder
 from hyspark.data.cases import cases_digest
+from hyspark.data.files import text_digest
 from hyspark.data.prepare import is_there
 from hyspark.engine.compared import Kind
 from hyspark.engine.distributed import Processes
@@ -39,7 +39,7 @@ def digest(config: FinetuneConfig) -> str:
     training, validation, _ = find_cases(replace(config, num_labelled=0, label_fraction=1.0))
     further = find_labelled(Path(config.test_dir), "all").cases if config.test_dir else []
     parts = [cases_digest([c for c in part if is_there(c)]) for part in (training, validation, further)]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
+    return text_digest(parts)
 
 
 def check_data(configs: Sequence[FinetuneConfig], starts: Mapping[str, str]) -> None:
