@@ -13,6 +13,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from hyspark.data.settings import PrepareSettings
 from hyspark.models.encoder import DEPTHS, EXPANSIONS, WIDTHS
 
+Precision = Literal["fp32", "bf16", "fp16", "auto"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSettings:
@@ -36,8 +38,16 @@ class RunSettings:
 
     seed: int = 0
     """Batches, crops, masks and initial weights are functions of it."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Number format of the forward pass (autocast); weights stay fp32."""
+    precision: Precision = "fp32"
+    """Number format of the forward pass (autocast); weights stay fp32. auto takes bf16 where the GPU has it, or the CPU
+    has AVX-512 BF16 or AMX, else fp32; a run that is continued keeps its own.
+    """
+    tf32: Literal["none", "convolutions", "all"] = "convolutions"
+    """What CUDA may compute in TF32 instead of fp32, faster and with 10 bits of mantissa: nothing, convolutions (as
+    torch does by default), or matrix products too.
+    """
+    cudnn_benchmark: bool = False
+    """Have cuDNN try its algorithms for every new shape and keep the fastest; on CUDA only, not with deterministic."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is one."""
     encoder_lr_share: float = 1.0
@@ -81,6 +91,10 @@ class VolumeSettings(RunSettings, PrepareSettings):
     """Folder of prepared volumes, shared by all runs on the same data; by default `prepared` inside the data folder."""
     crops_per_volume: int = 4
     """Crops taken from each drawn volume."""
+    compile: Literal["none", "blocks"] = "none"
+    """blocks: let torch.compile fuse the operations of each block, which takes minutes before the first step. Layers of
+    third-party networks are not compiled. Not with deterministic.
+    """
 
 
 def check_run(config: Any) -> None:
@@ -94,6 +108,8 @@ def check_run(config: Any) -> None:
             raise ValueError(f"{name} must be finite, but it is {value}")
     not_negative(config, "seed", "max_steps", "save_every")
     positive(config, "keep_last")
+    if config.deterministic and config.cudnn_benchmark:
+        raise ValueError("cudnn_benchmark may choose other kernels in every run, which deterministic forbids; drop one")
     if not 0 < config.encoder_lr_share <= 1:
         raise ValueError(f"encoder_lr_share must be above 0 and at most 1, but it is {config.encoder_lr_share}")
     if config.dataloader_workers < -1:
@@ -104,6 +120,8 @@ def check_volumes(config: VolumeSettings) -> None:
     """Checks of VolumeSettings; raises ValueError."""
     not_negative(config, "prepare_workers")
     positive(config, "crops_per_volume")
+    if config.deterministic and config.compile != "none":
+        raise ValueError("compile makes no promise that kernels repeat, which deterministic does; drop one of the two")
     if min(config.spacing) <= 0:
         raise ValueError(f"spacing must be above 0 mm on each axis, but it is {config.spacing}")
     if config.hu_min >= config.hu_max:

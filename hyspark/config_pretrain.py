@@ -24,7 +24,7 @@ METHODS = ("hyspark", "spark", *VIEW_METHODS)
 READ_BY = {
     **dict.fromkeys((field.name for field in fields(EncoderSettings)), METHODS[:1]),
     **dict.fromkeys(("compute", "hide"), METHODS[:1]),
-    **dict.fromkeys(("mask", "decoder_width"), METHODS[:2]),
+    **dict.fromkeys(("mask", "decoder_width", "compile"), METHODS[:2]),
     **dict.fromkeys(("view_scale", "head_width"), VIEW_METHODS),
     **{"local_views": ("swav",), "prototypes": ("swav",), "queue_size": ("moco",), "momentum": ("moco", "byol")},
 }
@@ -140,6 +140,8 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
         unread = [name for name, methods in READ_BY.items() if self.method not in methods]
         if given := [name for name in unread if getattr(self, name) != default[name]]:
             raise ValueError(f"{', '.join(given)}: not read by {self.method}; leave out for {self.model}")
+        if self.compile != "none" and self.compute == "masked":
+            raise ValueError("compile is for compute packed; with the reference, compute masked, leave it out")
         between(self, "momentum", 0, 1)
         if not 0 < self.view_scale <= 1:
             raise ValueError(f"view_scale must be above 0 and at most 1, but it is {self.view_scale}")

@@ -100,7 +100,7 @@ def as_plain(config: Config) -> dict[str, Any]:
 
 MAY_CHANGE = {
     *("max_steps", "save_every", "dataloader_workers", "prepare_workers", "store_dir", "device", "dry_run"),
-    *("keep_last", "on_bad_case", "deterministic", "replay"),
+    *("keep_last", "on_bad_case", "deterministic", "replay", "tf32", "cudnn_benchmark", "compile"),
     *(
         "exp_name",
         "exp_dir",
@@ -124,11 +124,11 @@ only move files.
 
 def differences(old: Mapping[str, Any], config: Config) -> list[str]:
     """Settings that forbid continuing a run, one line each: 'name: was X, is Y'. A field that is not in `old` had
-    its default.
+    its default; one that is auto now leaves the choice to the run.
     """
     defaults = as_plain(type(config)())
     return [
         f"{name}: was {old.get(name, defaults[name])}, is {value}"
         for name, value in as_plain(config).items()
-        if name not in MAY_CHANGE and old.get(name, defaults[name]) != value
+        if name not in MAY_CHANGE and value != "auto" and old.get(name, defaults[name]) != value
     ]

@@ -215,7 +215,7 @@ def test_what_is_written_reads_back(tmp_path_factory, config_class, data):
 # Validation
 
 WRONG_RUN = [
-    ({"precision": "fp61"}, "precision must be one of fp32, bf16, fp16, not 'fp61'; did you mean fp16"),
+    ({"precision": "fp61"}, "precision must be one of fp32, bf16, fp16, auto, not 'fp61'; did you mean fp16"),
     ({"device": "tpu"}, "device must be one of auto, cpu, cuda"),
     ({"seed": -1}, "seed must not be negative"),
     ({"max_steps": -1}, "max_steps must not be negative"),

@@ -15,6 +15,7 @@ COMMAND_LINE = ("hyspark.cli", "argparse", "tap")
 CUDA_ALLOWED = {
     "engine/distributed.py": None,  # the one place that knows devices
     "engine/jobs.py": {"cuda", "CUDA_VISIBLE_DEVICES"},  # which GPU a job gets
+    "engine/precision.py": {"cuda"},  # which formats a GPU has
     "config.py": {"cuda"},  # a choice of the setting `device`
     "report.py": {"cuda"},  # the environment table names the GPU
 }

@@ -18,6 +18,7 @@ from hyspark.data.images import FoundImages, ImageSet, class_folders, decode, fi
 from hyspark.engine import distributed
 from hyspark.engine.distributed import LOG, Processes
 from hyspark.engine.labelled_images import Images, unusable
+from hyspark.engine.precision import autocast
 from hyspark.figures import save_figure
 from hyspark.models.classifier import build_classifier
 from hyspark.models.weight_files import read_contents
@@ -72,7 +73,7 @@ def probabilities(network: nn.Module, images: ImageSet, config: ClassifyConfig, 
         for start in range(0, len(mine), config.batch_size):
             indices = mine[start : start + config.batch_size]
             crops = [centre_crop(images.images[i], config.input_size, scaling_of(config)) for i in indices]
-            with distributed.autocast(processes, config.precision):
+            with autocast(processes, config.precision):
                 scores = network(torch.stack(crops).to(processes.device))
             rows += zip(indices, scores.double().softmax(1).tolist(), strict=True)
     return np.array([row for _, row in sorted(distributed.gather(rows, processes))])

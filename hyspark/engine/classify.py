@@ -29,6 +29,7 @@ from hyspark.engine.classified import HEADINGS, SCORES, network_of, probabilitie
 from hyspark.engine.distributed import LOG, Processes
 from hyspark.engine.labelled_images import Images, read_images
 from hyspark.engine.loop import Run, start_run, train
+from hyspark.engine.precision import with_precision
 from hyspark.engine.prepared import left_out_text
 from hyspark.engine.replay import repeat, stopped_run
 from hyspark.engine.run import RunLog, begun, last_file, saved_state, settings_text, steps_per_epoch
@@ -47,6 +48,7 @@ def finetune_classify(config: ClassifyConfig) -> Path:
     stopped = None
     if config.replay:
         config, stopped = stopped_run(config, processes)
+    config = with_precision(config, processes)
     share = Share(config.batch_size, processes.rank, processes.world_size)
     if (config.mixup or config.cutmix) and len(share.slots) % 2:
         raise ValueError(f"mixup and cutmix mix pairs, but each process has {len(share.slots)} images of a batch")

@@ -29,7 +29,6 @@ from hyspark.models.pyramid import PyramidEncoder
 
 LOG = logging.getLogger("hyspark")
 T = TypeVar("T")
-AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -263,28 +262,10 @@ def any_of(flag: bool, processes: Processes) -> bool:
     return bool(found)
 
 
-def make_deterministic() -> None:
-    """Have torch take kernels only whose results do not change from run to run; has to come before the first one."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = False
-
-
 def barrier(processes: Processes) -> None:
     """Wait for all processes."""
     if processes.world_size > 1:
         dist.barrier()
-
-
-def autocast(processes: Processes, precision: str) -> AbstractContextManager[Any]:
-    """The number format of the forward pass."""
-    return torch.autocast(processes.device.type, AUTOCAST[precision], enabled=precision != "fp32")
-
-
-def loss_scaler(processes: Processes, precision: str) -> torch.amp.GradScaler:
-    """Loss scaling for fp16; does nothing for the other formats."""
-    return torch.amp.GradScaler(processes.device.type, enabled=precision == "fp16")
 
 
 def free_memory(processes: Processes) -> int | None:

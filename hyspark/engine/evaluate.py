@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from hyspark.atomic import to_json
 from hyspark.comparison import DATA_DIGEST, SCORE_FILES, TRAINED_ON
+from hyspark.config import Precision
 from hyspark.config_finetune import FinetuneConfig
 from hyspark.data import datalist
 from hyspark.data.cases import Case, cases_digest, common_labels
@@ -29,6 +30,7 @@ from hyspark.engine.distributed import LOG, Processes
 from hyspark.engine.inference import Windows, class_scores, largest_components
 from hyspark.engine.labelled import check_labels
 from hyspark.engine.metrics import OrganScores, score_case
+from hyspark.engine.precision import autocast
 from hyspark.engine.prepared import prepared
 from hyspark.figures import save_figure, segmentation_panel
 
@@ -91,13 +93,13 @@ def segment_case(
     case: Case,
     windows: Windows,
     processes: Processes,
-    precision: str,
+    precision: Precision,
     largest_component: bool = False,
 ) -> Segmented:
     """Segment a prepared volume. network: on the processes' device, in evaluation mode."""
     shape = volume.entry.shape
     image = torch.from_numpy(volume.read("image", (0,) * len(shape), shape))
-    with distributed.autocast(processes, precision):
+    with autocast(processes, precision):
         scores = class_scores(network, image, windows, processes.device)
     labels = scores.max(0).indices.to(torch.uint8).numpy()
     on_file = inference.to_grid(scores, np.asarray(volume.entry.affine), *file_grid(case.image))

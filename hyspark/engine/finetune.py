@@ -34,12 +34,14 @@ from hyspark.engine.inference import network_of, windows_of
 from hyspark.engine.labelled import find_cases, label_fault, left_right_pairs, one_sided
 from hyspark.engine.loop import Run, start_run, train
 from hyspark.engine.metrics import dice
+from hyspark.engine.precision import with_precision
 from hyspark.engine.prepared import data_text, left_out_text, usable
 from hyspark.engine.replay import repeat, stopped_run
 from hyspark.engine.run import RunLog, begun, last_file, saved_state, settings_text, steps_per_epoch
 from hyspark.engine.scorebook import mean_of
 from hyspark.engine.starting import load_start
 from hyspark.figures import save_figure
+from hyspark.models.compile import compile_blocks
 from hyspark.models.segmentation import Hybird
 from hyspark.recipes import as_plain, write_yaml
 
@@ -57,6 +59,7 @@ def finetune(config: FinetuneConfig) -> Path:
     stopped = None
     if config.replay:
         config, stopped = stopped_run(config, processes)
+    config = with_precision(config, processes)
     share = Share(config.batch_size, processes.rank, processes.world_size)
     training, validation, names = find_cases(config)
     data = data_text(training, validation)
@@ -158,7 +161,10 @@ def build(config: FinetuneConfig, num_classes: int) -> Hybird:
     """The network with its seeded fresh weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_at(config.seed, "weights"))
-        return network_of(config, num_classes)
+        network = network_of(config, num_classes)
+    if config.compile == "blocks" and not config.replay:
+        compile_blocks(network)
+    return network
 
 
 def split_crops(batch: Batch, num: int) -> list[Batch]:

@@ -16,6 +16,7 @@ from monai.inferers import sliding_window_inference
 from scipy.ndimage import affine_transform, find_objects, label
 from torch import Tensor, nn
 
+from hyspark.config import Precision
 from hyspark.config_finetune import FinetuneConfig
 from hyspark.engine.distributed import Processes
 from hyspark.engine.labelled import left_right_pairs, one_sided
@@ -124,7 +125,7 @@ def windows_of(config: FinetuneConfig, names: Sequence[str], overlap: float, fli
     return Windows(config.crop_size, overlap, config.sw_batch_size, flips, swaps)
 
 
-def precision_on(processes: Processes, config: FinetuneConfig) -> str:
+def precision_on(processes: Processes, config: FinetuneConfig) -> Precision:
     """The number format of the forward pass: the one that the network was trained in; on a CPU, where the short ones
     may be slow, fp32.
     """

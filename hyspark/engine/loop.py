@@ -23,6 +23,7 @@ from hyspark.data.loading import Batch, loading, make_loader
 from hyspark.engine import checkpoint, distributed, optim
 from hyspark.engine.checkpoint import full_disk_explained
 from hyspark.engine.distributed import LOG, Processes
+from hyspark.engine.precision import autocast, choose_kernels, loss_scaler
 from hyspark.engine.run import RunLog
 from hyspark.engine.signals import AskedToStop, Requests
 from hyspark.recipes import Config, as_plain
@@ -128,12 +129,13 @@ def start_run(
     make_optimizer: from the model, on its device and wrapped, in groups as `optim.parameter_groups` has them; AdamW by
     default. freezes: whether some weights stay as they are for a while.
     """
+    choose_kernels(config)
     if state:
         model.load_state_dict(state["model"])
     model = distributed.share_gradients(model, processes, some_unused=freezes)
     make_optimizer = make_optimizer or partial(optim.adamw, encoder_share=config.encoder_lr_share)
     optimizer = make_optimizer(model)
-    scaler = distributed.loss_scaler(processes, config.precision)
+    scaler = loss_scaler(processes, config.precision)
     if state:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
@@ -227,7 +229,7 @@ def take_steps(run: Run, task: Task, batches: Iterator[Batch], log: RunLog | Non
 def review(run: Run, task: Task, log: RunLog | None, done: int) -> None:
     """The review that is due after `done` steps, and the state that knows of it."""
     run.model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # its shapes would be compiled for a few calls
         task.review(run, log, done - 1, (done - 1) // run.steps_per_epoch)
     run.model.train()
     save(run, task, log, done, is_reviewed=True)
@@ -295,7 +297,7 @@ def gradient(run: Run, task: Task, batch: Batch) -> Tensor:
     total = torch.zeros((), device=run.processes.device)
     for number, part in enumerate(parts, start=1):
         with distributed.gradients_shared(run.model, number == len(parts)):
-            with distributed.autocast(run.processes, run.config.precision):
+            with autocast(run.processes, run.config.precision):
                 loss = task.loss(run, part) / len(parts)
             run.scaler.scale(loss).backward()
         total += loss.detach()

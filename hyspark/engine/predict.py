@@ -29,6 +29,7 @@ from hyspark.engine import distributed
 from hyspark.engine.distributed import LOG
 from hyspark.engine.evaluate import Scoring
 from hyspark.engine.inference import class_scores, largest_components, load_network, precision_on, to_grid
+from hyspark.engine.precision import autocast
 
 MOST_WORKERS = 4
 """Prepared volumes that wait take memory; so many workers keep ahead of any network."""
@@ -71,7 +72,7 @@ def predict(
             if isinstance(prepared, str):
                 failures[case.name] = f"{case.image}: {prepared}"
             else:
-                with distributed.autocast(processes, precision):
+                with autocast(processes, precision):
                     scores = class_scores(network, torch.from_numpy(prepared["image"]), windows, processes.device)
                 if writing:
                     writing.result()  # one at a time: scores are large

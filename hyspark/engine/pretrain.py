@@ -19,6 +19,7 @@ from hyspark.engine import distributed
 from hyspark.engine.distributed import LOG, Processes
 from hyspark.engine.loop import start_run, train
 from hyspark.engine.planner import count_flops, crops_per_process, plan_text
+from hyspark.engine.precision import with_precision
 from hyspark.engine.prepared import data_text, store_folder, usable
 from hyspark.engine.pretraining import Pretraining, encoder_file, num_parameters, training_file
 from hyspark.engine.probe import find_probe_cases, make_probe
@@ -28,6 +29,7 @@ from hyspark.engine.starting import load_start
 from hyspark.engine.storage import survey
 from hyspark.engine.trial import try_steps
 from hyspark.engine.views import ViewPretraining
+from hyspark.models.compile import compile_blocks
 from hyspark.models.pretraining import HySparK, build_hyspark
 from hyspark.models.pyramid import build_spark
 from hyspark.models.siamese import METHODS as VIEW_METHODS
@@ -45,6 +47,7 @@ def pretrain(config: PretrainConfig) -> Path:
     stopped = None
     if config.replay:
         config, stopped = stopped_run(config, processes)
+    config = with_precision(config, processes)
     share = Share(config.bs, processes.rank, processes.world_size)
     cases = find_cases(config)
     probe_cases = find_probe_cases(Path(config.probe_data), config.probe_cases) if config.probe_data else None
@@ -172,26 +175,18 @@ def task_of(config: PretrainConfig) -> type[Pretraining]:
 
 def build(config: PretrainConfig, num_processes: int = 1) -> HySparK | Siamese:
     """The network with its seeded fresh weights; raises ValueError where its settings do not fit together."""
-    axes = len(config.crop_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_at(config.seed, "weights"))
-        if config.method != "hyspark":
-            name = config.model.partition("/")[2]
-            backbone = build_backbone(name, config.channels, axes)
-            shared: dict[str, Any] = {"in_channels": config.channels, "axes": axes, "run": backbone.run}
-            if config.method == "spark":
-                shared |= {"decoder_width": config.decoder_width}
-                return build_spark(backbone.network, config.crop_size, config.mask, **shared)
-            return build_siamese(
-                config.method,
-                backbone.network,
-                config.crop_size,
-                head_width=config.head_width,
-                queue_size=config.queue_size,
-                num_prototypes=config.prototypes,
-                num_processes=num_processes,
-                **shared,
-            )
+        network = network_of(config, num_processes)
+    if config.compile == "blocks" and not config.replay:
+        compile_blocks(network)
+    return network
+
+
+def network_of(config: PretrainConfig, num_processes: int) -> HySparK | Siamese:
+    """The network that the settings say, with fresh weights from torch's generator."""
+    axes = len(config.crop_size)
+    if config.method == "hyspark":
         return build_hyspark(
             config.crop_size,
             config.mask,
@@ -205,3 +200,18 @@ def build(config: PretrainConfig, num_processes: int = 1) -> HySparK | Siamese:
             decoder_width=config.decoder_width,
             axes=axes,
         )
+    backbone = build_backbone(config.model.partition("/")[2], config.channels, axes)
+    shared: dict[str, Any] = {"in_channels": config.channels, "axes": axes, "run": backbone.run}
+    if config.method == "spark":
+        shared |= {"decoder_width": config.decoder_width}
+        return build_spark(backbone.network, config.crop_size, config.mask, **shared)
+    return build_siamese(
+        config.method,
+        backbone.network,
+        config.crop_size,
+        head_width=config.head_width,
+        queue_size=config.queue_size,
+        num_prototypes=config.prototypes,
+        num_processes=num_processes,
+        **shared,
+    )

@@ -23,6 +23,7 @@ from hyspark.data.store import StoredVolume
 from hyspark.engine import checkpoint, distributed, optim
 from hyspark.engine.distributed import LOG
 from hyspark.engine.loop import Run
+from hyspark.engine.precision import autocast
 from hyspark.engine.prepared import left_out_text
 from hyspark.engine.probe import Probe, take_probe
 from hyspark.engine.run import RunLog
@@ -167,7 +168,7 @@ class Pretraining:
         mine = range(processes.rank, len(crops), processes.world_size)
         outputs = []
         for batch in make_loader(crops, mine, num_workers=0, pin_memory=False):
-            with distributed.autocast(processes, self.config.precision):
+            with autocast(processes, self.config.precision):
                 outputs.append(self.kept(run.network(*self.inputs(run, batch))))
         return self.summary(distributed.gather(outputs, processes))
 
@@ -198,7 +199,7 @@ class Pretraining:
         for index in range(min(NUM_PICTURES, len(shown))):
             name = shown[index].name
             volumes, visible = (x[:1] for x in self.inputs(run, crops[index]))
-            with distributed.autocast(run.processes, self.config.precision):
+            with autocast(run.processes, self.config.precision):
                 output = run.network(volumes, visible)
             seen = visible_at(visible, volumes.shape[2:])
             image, mask, result = (x[0, 0].cpu().numpy() for x in (volumes, seen, reconstruct(volumes, output)))

@@ -95,8 +95,6 @@ def begun(config: Config, processes: Processes, model: nn.Module, state_file: Pa
 
     Raises ValueError or OSError for a folder that is taken, or too full a disk.
     """
-    if config.deterministic:
-        distributed.make_deterministic()
     with requests() as asked:
         if config.replay:
             yield asked

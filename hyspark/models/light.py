@@ -174,7 +174,7 @@ def up_convolution(x: Tensor, up: Tensor, conv: Tensor) -> Tensor:
     if x.numel() < COMPOSE_FROM * x.shape[1] ** 2:
         return CONV_FUNCTION[axes](transposed(x, up, stride=2), conv, padding=1)
     with torch.autocast(x.device.type, enabled=False):  # the kernel is rounded once, not the parts of its sums
-        kernel = transposed(up, conv.transpose(0, 1).flip(*range(2, conv.ndim)))  # (c, c_out, 4, ...)
+        kernel = transposed(up, conv.transpose(0, 1).flip(list(range(2, conv.ndim))))  # (c, c_out, 4, ...)
     return transposed(x, kernel, stride=2, padding=1)
 
 
