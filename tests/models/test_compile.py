@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 
 import hyspark
 from hyspark.engine import pretrain as pretraining_module
