@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 DEMO := data/demo
 RUNS := ckpt
 
-.PHONY: setup lint types test demo bench clean
+.PHONY: setup lint types test demo bench gpu clean
 
 setup: $(INSTALLED)
 
@@ -51,6 +51,11 @@ bench: setup
 	$(BIN)/pip install --quiet --editable ".[bench]"
 	$(BIN)/python benchmarks/store.py $(if $(CT),--image $(CT))
 	$(BIN)/python benchmarks/run.py $(if $(CT),--prepared_ct $(CT)) $(if $(NATIVE),--native_ct $(NATIVE)) \
+		$(if $(PUBLISHED),--published $(PUBLISHED))
+
+# make gpu MINUTES=9 PUBLISHED=checkout; DEVICE=cpu tries the same rows at toy size
+gpu: setup
+	$(BIN)/python benchmarks/gpu.py --minutes $(or $(MINUTES),9) --device $(or $(DEVICE),cuda) \
 		$(if $(PUBLISHED),--published $(PUBLISHED))
 
 clean:

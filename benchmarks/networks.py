@@ -131,23 +131,46 @@ def stages(setting: Setting) -> dict[str, dict[str, float]]:
     return results
 
 
+class TrainingStep:
+    """A pre-training step that can be repeated: forward, backward, clip, AdamW, on one random batch.
+
+    Args:
+        precision: "fp32" or "bf16".
+        channels_last, fused: layout of the weights, kind of AdamW; a training run has both.
+        options: of `build_hyspark`.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        compute: str,
+        precision: str,
+        *,
+        channels_last: bool = True,
+        fused: bool = True,
+        **options: Any,
+    ) -> None:
+        setting.start()
+        layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+        self.setting = setting
+        self.network = build_hyspark(setting.edge, compute=compute, **options).to(setting.device, memory_format=layout)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-4, fused=fused)
+        self.volumes, self.visible = setting.volumes(), setting.visible(0.25)
+        self.precision = precision
+
+    def __call__(self) -> None:
+        with torch.autocast(self.setting.device, AUTOCAST[self.precision], enabled=self.precision != "fp32"):
+            loss = self.network(self.volumes, self.visible).loss
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), 5).item()
+        self.optimizer.step()
+        self.setting.finish()
+
+
 def step(setting: Setting, compute: str, precision: str, **options: Any) -> dict[str, float]:
     """A training step (forward, backward, clip, AdamW): median seconds a sample, and peak memory in bytes."""
-    setting.start()
-    net = build_hyspark(setting.edge, compute=compute, **options)
-    net = net.to(setting.device, memory_format=torch.channels_last_3d)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
-    volumes, visible = setting.volumes(), setting.visible(0.25)
-
-    def take() -> None:
-        with torch.autocast(setting.device, AUTOCAST[precision], enabled=precision != "fp32"):
-            loss = net(volumes, visible).loss
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 5).item()
-        optimizer.step()
-        setting.finish()
-
+    take = TrainingStep(setting, compute, precision, **options)
     take()
     median = statistics.median(seconds(take) for _ in range(setting.repeats))
     return {"seconds": median / setting.num_samples, "peak_bytes": setting.peak()}

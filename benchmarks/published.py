@@ -21,9 +21,11 @@ from measure import peak_memory, seconds
 from torch import Tensor, nn
 
 
-def step(checkout: str, device: str, threads: int, num_samples: int, edge: int, repeats: int) -> dict[str, float]:
-    """A training step (forward, backward, clip, AdamW) in fp32, after one to warm up: median seconds a sample, and peak
-    memory in bytes.
+def step(
+    checkout: str, device: str, threads: int, num_samples: int, edge: int, repeats: int, precision: str = "fp32"
+) -> dict[str, float]:
+    """A training step (forward, backward, clip, AdamW), after one to warm up: median seconds a sample, and peak memory
+    in bytes. precision: fp32, or bf16 by autocast.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -35,7 +37,9 @@ def step(checkout: str, device: str, threads: int, num_samples: int, edge: int, 
 
         def take() -> None:
             optimizer.zero_grad()
-            net(volumes).backward()
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+                loss = net(volumes)
+            loss.backward()
             nn.utils.clip_grad_norm_(net.parameters(), 5).item()
             optimizer.step()
             if device == "cuda":
