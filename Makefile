@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 DEMO := data/demo
 RUNS := ckpt
 
-.PHONY: setup lint types test demo bench clean
+.PHONY: setup lint types test demo bench gpu-study clean
 
 setup: $(INSTALLED)
 
@@ -52,6 +52,15 @@ bench: setup
 	$(BIN)/python benchmarks/store.py $(if $(CT),--image $(CT))
 	$(BIN)/python benchmarks/run.py $(if $(CT),--prepared_ct $(CT)) $(if $(NATIVE),--native_ct $(NATIVE)) \
 		$(if $(PUBLISHED),--published $(PUBLISHED))
+
+# make gpu-study [MINUTES=6] [STUDY=data/gpu_study] [DEVICE=cuda]; the same command continues. Needs no .venv where the
+# machine's own Python has what pyproject.toml names
+MINUTES ?= 6
+STUDY ?= data/gpu_study
+DEVICE ?= cuda
+gpu-study:
+	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_study.py run --data $(STUDY) \
+		--out $(RUNS)/gpu_study --minutes $(MINUTES) --device $(DEVICE)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
