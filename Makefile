@@ -59,7 +59,7 @@ MINUTES ?= 6
 STUDY ?= data/gpu_study
 DEVICE ?= cuda
 gpu-study:
-	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_study.py run --data $(STUDY) \
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_study.py run --data $(STUDY) \
 		--out $(RUNS)/gpu_study --minutes $(MINUTES) --device $(DEVICE)
 
 clean:

@@ -120,7 +120,7 @@ def page(content: Mapping[str, Any]) -> str:
         "volumes": f"{data['num_volumes']} at {data['spacing_mm']} mm, a patch is {data['patch_mm']} mm",
         "pre-training": pretraining_text(pre),
         "weights": f"{pre['weights_mb']:.2f} MB" if pre["weights_mb"] else "not written yet",
-        "fine-tuning": f"{fine['finished']} runs finished; details in benefit.md",
+        "fine-tuning": f"{fine['finished']} runs finished" + ("; details in benefit.md" if fine["rows"] else ""),
         "calls": "; ".join(f"{c['seconds']:.0f} of {60 * c['minutes']:.0f} s, {c['ended']}" for c in content["calls"]),
     }
     lines = ["# A study for one GPU in minutes", "", *(f"- {name}: {text}" for name, text in facts.items()), ""]

@@ -75,7 +75,7 @@ def run(arguments: Any, budget: Budget) -> int:
             write("pre-training is finished")
             failed = finetune(finetuning, out, arguments, partial(write, "fine-tuning"))
         ended = f"failed: {', '.join(failed)}" if failed else "complete"
-    except (OutOfTimeError, SystemExit):
+    except (OutOfTimeError, SystemExit, KeyboardInterrupt):
         if not limit.is_over:  # somebody else asked to stop
             write("stopped")
             raise

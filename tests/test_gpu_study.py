@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 import signal
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
@@ -13,13 +14,16 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from hyspark.config import EncoderSettings
 from hyspark.config_finetune import FinetuneConfig
+from hyspark.config_pretrain import PretrainConfig
 from hyspark.data import datalist
 from hyspark.data.phantom import write_phantoms
 from hyspark.data.resample import read_nifti
 from hyspark.data.settings import PrepareSettings
 from hyspark.engine import benefit as comparison
 from hyspark.engine.finetune import finetune
+from hyspark.engine.pretrain import build
 from hyspark.engine.pretraining import Pretraining
 from hyspark.recipes import read_yaml
 
@@ -154,6 +158,16 @@ def test_at_the_end_of_the_time_a_listener_gets_sigterm_and_others_an_error(stud
 
 
 # Study
+
+
+def test_the_recipes_share_a_network_whose_weights_stay_below_16_mb():
+    pre = PretrainConfig(**read_yaml(FOLDER.parent / "configs/pretrain_gpu_study.yaml", PretrainConfig))
+    fine = FinetuneConfig(**read_yaml(FOLDER.parent / "configs/finetune_gpu_study.yaml", FinetuneConfig))
+    shared = [*(field.name for field in fields(EncoderSettings)), *(field.name for field in fields(PrepareSettings))]
+    for name in (*shared, "decoder_width", "precision"):
+        assert getattr(pre, name) == getattr(fine, name)
+    assert 15e6 < 2 * sum(p.numel() for p in build(pre).parameters()) < 16e6
+    assert max(16 * mm for mm in pre.spacing) <= 40
 
 
 def test_without_cuda_one_line_says_what_to_do(study, tmp_path, monkeypatch, capsys):
