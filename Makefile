@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 DEMO := data/demo
 RUNS := ckpt
 
-.PHONY: setup lint types test demo bench gpu clean
+.PHONY: setup lint types test demo bench gpu gpu-study clean
 
 setup: $(INSTALLED)
 
@@ -53,10 +53,19 @@ bench: setup
 	$(BIN)/python benchmarks/run.py $(if $(CT),--prepared_ct $(CT)) $(if $(NATIVE),--native_ct $(NATIVE)) \
 		$(if $(PUBLISHED),--published $(PUBLISHED))
 
-# make gpu MINUTES=9 PUBLISHED=checkout; DEVICE=cpu tries the same rows at toy size
-gpu: setup
-	$(BIN)/python benchmarks/gpu.py --minutes $(or $(MINUTES),9) --device $(or $(DEVICE),cuda) \
+# On the machine with the GPU. Neither needs a .venv where the machine's own Python has what pyproject.toml names.
+HERE = PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+DEVICE ?= cuda
+
+# make gpu [MINUTES=9] [PUBLISHED=checkout] [DEVICE=cuda]; the same command continues
+gpu:
+	$(HERE) benchmarks/gpu.py --minutes $(or $(MINUTES),9) --device $(DEVICE) --out $(RUNS)/gpu \
 		$(if $(PUBLISHED),--published $(PUBLISHED))
+
+# make gpu-study [MINUTES=6] [STUDY=data/gpu_study] [DEVICE=cuda]; the same command continues
+gpu-study:
+	$(HERE) benchmarks/gpu_study.py run --minutes $(or $(MINUTES),6) --device $(DEVICE) --out $(RUNS)/gpu_study \
+		--data $(or $(STUDY),data/gpu_study)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

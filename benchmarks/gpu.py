@@ -181,7 +181,8 @@ def depthwise_rows(scale: Scale, record: Record) -> Iterator[Row]:
 def profile_rows(scale: Scale, record: Record) -> Iterator[Row]:
     """Where the time goes: by layer as a run takes the step, by kernel in the fastest way."""
     how = {"size": scale.size, "batch": scale.base}
-    yield Row(LAYERS, BASE, profile_step.by_layer, {**how, "variant": Variant()})
+    ceilings = tuple(record.get(CEILINGS, "measured", column) for column in ("bf16 TFLOP/s", "GB/s"))
+    yield Row(LAYERS, BASE, profile_step.by_layer, {**how, "variant": Variant(), "ceilings": ceilings})
     yield Row(KERNELS, TOGETHER, profile_step.by_kernel, {**how, "variant": best_variant(record)}, alone=True)
 
 

@@ -57,8 +57,14 @@ class Named(TorchFunctionMode):
         return out
 
 
-def by_layer(size: Size, batch: int, variant: Variant) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Measure one step; yields a row per layer, the longest first."""
+def by_layer(
+    size: Size, batch: int, variant: Variant, ceilings: tuple[float | None, float | None] = (None, None)
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Measure one step; yields a row per layer, the longest first.
+
+    Args:
+        ceilings: TFLOP/s of a matrix product in bf16 and GB/s of a copy, None where they were not measured.
+    """
     with applied(variant, "bf16"):
         step = make_step(size, size.setting(batch), "packed", "bf16", variant)
         for _ in range(WARM_UP):
@@ -76,23 +82,27 @@ def by_layer(size: Size, batch: int, variant: Variant) -> Iterator[tuple[str, di
     rest = Spent()
     for name, s in sorted(spent.items(), key=lambda item: -(item[1].forward + item[1].backward)):
         if s.forward + s.backward >= LEAST * total:
-            yield name, columns(s, total, flops.get(name, 0))
+            yield name, columns(s, total, flops.get(name, 0), ceilings)
         else:
             rest.forward, rest.backward = rest.forward + s.forward, rest.backward + s.backward
-    yield REST, columns(rest, total, 0)
+    yield REST, columns(rest, total, 0, ceilings)
     whole = Spent(sum(s.forward for s in spent.values()), sum(s.backward for s in spent.values()))
-    yield "the step", columns(whole, total, sum(flops.values()))
+    yield "the step", columns(whole, total, sum(flops.values()), ceilings)
 
 
-def columns(spent: Spent, total: float, flops: float) -> dict[str, Any]:
-    """The row of a layer."""
-    has_rate = spent.forward > 0
+def columns(spent: Spent, total: float, flops: float, ceilings: tuple[float | None, float | None]) -> dict[str, Any]:
+    """The row of a layer: whichever of the last two is near 1 is what limits its forward pass."""
+    amounts = (flops / 1e12, spent.bytes / 1e9)
+    rates = [amount / spent.forward if spent.forward and amount else None for amount in amounts]
+    of_ceiling = [rate / ceiling if rate and ceiling else None for rate, ceiling in zip(rates, ceilings, strict=True)]
     return {
         "forward ms": 1e3 * spent.forward,
         "backward ms": 1e3 * spent.backward,
         "share": (spent.forward + spent.backward) / total if total else None,
-        "forward TFLOP/s": flops / spent.forward / 1e12 if has_rate and flops else None,
-        "forward GB/s": spent.bytes / spent.forward / 1e9 if has_rate and spent.bytes else None,
+        "forward TFLOP/s": rates[0],
+        "forward GB/s": rates[1],
+        "of the matrix product": of_ceiling[0],
+        "of a copy": of_ceiling[1],
     }
 
 

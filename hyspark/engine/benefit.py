@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,12 +84,14 @@ def benefit(
     *,
     num_at_once: int = 1,
     plan_only: bool = False,
+    after_report: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Make what is missing of the runs, so many at once, and the report in `out`; returns the names of failed runs.
 
     base: what all runs share. starts: of `read_starts`. plan_only: print the runs and their state, run and write
-    nothing. Raises, before the first run, ValueError or FileNotFoundError for settings, weights and data that do not
-    fit, and for runs in `out` that were made with other ones.
+    nothing. after_report: called whenever the report has been written. Raises, before the first run, ValueError or
+    FileNotFoundError for settings, weights and data that do not fit, and for runs in `out` that were made with other
+    ones.
     """
     runs = plan(base, out, starts, num_labelled, seeds, num_at_once)
     check_folders(runs)
@@ -113,10 +115,15 @@ def benefit(
         "recipe": recipe,
         "digests": {name: digests[name] for name in starts if name in digests},
     }
+
+    def report() -> None:
+        make_report(kind, runs, out, starts, more)
+        after_report()
+
     if len(todo) < len(runs):
-        make_report(kind, runs, out, starts, more)  # first, since what is finished may not go together
-    failed = run_jobs([job(run) for run in todo], num_at_once, lambda: make_report(kind, runs, out, starts, more))
-    make_report(kind, runs, out, starts, more)
+        report()  # first, since what is finished may not go together
+    failed = run_jobs([job(run) for run in todo], num_at_once, report)
+    report()
     print(f"report {out / 'benefit.md'}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return failed
 

@@ -139,6 +139,17 @@ def test_starts_are_read_and_wrong_ones_refused():
 
 
 @pytest.mark.usefixtures("_stand_in")
+def test_a_caller_hears_of_every_report_when_it_is_written(base, starts, tmp_path):
+    out, finished = tmp_path / "out", []
+
+    def listen():
+        finished.append(json.loads((out / "benefit.json").read_text())["finished"])
+
+    engine.benefit(base, out, starts, [1], [0], after_report=listen)
+    assert finished == [1, 2, 2]
+
+
+@pytest.mark.usefixtures("_stand_in")
 def test_the_report_of_all_runs_and_nothing_is_run_twice(base, starts, tmp_path):
     out = tmp_path / "out"
     assert engine.benefit(base, out, starts, [2, 1], [0, 1]) == []
