@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 DEMO := data/demo
 RUNS := ckpt
 
-.PHONY: setup lint types test demo bench gpu gpu-study clean
+.PHONY: setup lint types test demo bench ready gpu gpu-study clean
 
 setup: $(INSTALLED)
 
@@ -53,17 +53,19 @@ bench: setup
 	$(BIN)/python benchmarks/run.py $(if $(CT),--prepared_ct $(CT)) $(if $(NATIVE),--native_ct $(NATIVE)) \
 		$(if $(PUBLISHED),--published $(PUBLISHED))
 
-# On the machine with the GPU. Neither needs a .venv where the machine's own Python has what pyproject.toml names.
-HERE = PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+# On the machine with the GPU: in .venv, or without it where the machine's own Python has what is needed.
+HERE = PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON))
+ready:
+	@test -x $(BIN)/python || $(PYTHON) -c 'import torch, monai, tap, nibabel, blosc2' 2>/dev/null || $(MAKE) setup
 DEVICE ?= cuda
 
 # make gpu [MINUTES=9] [PUBLISHED=checkout] [DEVICE=cuda]; the same command continues
-gpu:
+gpu: ready
 	$(HERE) benchmarks/gpu.py --minutes $(or $(MINUTES),9) --device $(DEVICE) --out $(RUNS)/gpu \
 		$(if $(PUBLISHED),--published $(PUBLISHED))
 
 # make gpu-study [MINUTES=6] [STUDY=data/gpu_study] [DEVICE=cuda]; the same command continues
-gpu-study:
+gpu-study: ready
 	$(HERE) benchmarks/gpu_study.py run --minutes $(or $(MINUTES),6) --device $(DEVICE) --out $(RUNS)/gpu_study \
 		--data $(or $(STUDY),data/gpu_study)
 
