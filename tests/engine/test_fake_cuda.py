@@ -5,14 +5,13 @@ the backward pass, the norm of the gradient, what `validate` reads from a loss, 
 of patches, whose tokens are taken by a boolean index.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from monai.inferers import utils as inferers
 from torch._subclasses.fake_tensor import FakeTensor
 
-from hyspark.config import EncoderSettings
 from hyspark.data.loading import Share
 from hyspark.engine import optim
 from hyspark.engine.classify import Classifying
@@ -26,26 +25,11 @@ from hyspark.engine.inference import Windows, class_scores
 from hyspark.engine.loop import start_run
 from hyspark.engine.pretrain import build as build_pretraining
 from hyspark.engine.pretrain import task_of
+from hyspark.models import encoder
 from tests.engine.fake_cuda import DEVICE, check_fake, fake_cuda
+from tests.engine.kinds import PRETRAININGS
 
 PROCESSES = Processes(DEVICE)
-PLANES = {"slices": "axial", "channels": 3, "input_size": (64,)}
-OTHERS = asdict(EncoderSettings())
-SIAMESE = OTHERS | PLANES | {"decoder_width": 768, "head_width": 16}
-PRETRAININGS = {
-    "packed": {},
-    "masked": {"compute": "masked"},
-    "hidden in convolutions": {"hide": "convolutions"},
-    "hidden in the input": {"hide": "input"},
-    "hidden in the input, 2D": {"hide": "input", "slices": "axial", "input_size": (32,)},
-    "packed, 2D": {"slices": "axial", "input_size": (32,)},
-    "spark timm": OTHERS | PLANES | {"model": "spark/timm/resnet10t", "decoder_width": 32, "mask": 0.5},
-    "spark segresnet": OTHERS | {"model": "spark/monai/segresnet", "decoder_width": 16, "mask": 0.5},
-    "spark dynunet": OTHERS | {"model": "spark/monai/dynunet", "decoder_width": 16, "mask": 0.5},
-    "moco": SIAMESE | {"model": "moco/timm/resnet10t", "queue_size": 8},
-    "byol": SIAMESE | {"model": "byol/timm/resnet10t"},
-    "swav": SIAMESE | {"model": "swav/timm/resnet10t", "prototypes": 6, "local_views": 1},
-}
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -89,6 +73,19 @@ def test_pretraining(pretraining, kind):
     run.model.eval()
     with torch.no_grad(), autocast(PROCESSES, "bf16"):  # as validation does
         check_fake(run.network(*task.inputs(run, batch)).loss)
+
+
+def test_pooling_where_kernels_have_to_be_deterministic(pretraining, monkeypatch):
+    """Not by max_pool3d, of which torch has no such backward pass on CUDA before 2.14."""
+    monkeypatch.setattr(encoder, "MAX_POOL", {})
+    config = replace(pretraining, device="cuda")
+    task = task_of(config)(config, Share(config.bs), [], [])
+    run = begin(config, build_pretraining(config))
+    torch.use_deterministic_algorithms(True)
+    try:
+        check_fake(task.loss(run, task.random_batch(2)))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("decoder", ["released", "light"])
