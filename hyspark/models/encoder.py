@@ -29,18 +29,19 @@ MAX_POOL = {2: F.max_pool2d, 3: F.max_pool3d}
 def halved(x: Tensor) -> Tensor:
     """Take the largest of each 2^n positions: (b, c, *size) -> (b, c, *(size / 2)).
 
-    Of max_pool3d, torch before 2.14 refuses the backward pass on CUDA where kernels have to be deterministic.
+    Of max_pool3d, torch (2.11, but not 2.14) refuses the backward pass on CUDA where kernels have to be deterministic.
     """
-    if x.is_cuda and x.ndim == 5 and torch.are_deterministic_algorithms_enabled():
+    if x.device.type != "cpu" and x.ndim == 5 and torch.are_deterministic_algorithms_enabled():
         return halved_by_axis(x)
-    return MAX_POOL[x.ndim - 2](x, 2)
+    out: Tensor = MAX_POOL[x.ndim - 2](x, 2)
+    return out
 
 
 def halved_by_axis(x: Tensor) -> Tensor:
     """`halved`, one axis after the other; where two are equal, both get half of the gradient."""
     for axis in range(2, x.ndim):
-        before = (slice(None),) * axis
-        x = torch.maximum(x[(*before, slice(0, None, 2))], x[(*before, slice(1, None, 2))])
+        even, odd = ((slice(None),) * axis + (slice(start, None, 2),) for start in (0, 1))
+        x = torch.maximum(x[even], x[odd])
     return x
 
 

@@ -76,7 +76,7 @@ def test_pretraining(pretraining, kind):
 
 
 def test_pooling_where_kernels_have_to_be_deterministic(pretraining, monkeypatch):
-    """Not by max_pool3d, of which torch has no such backward pass on CUDA before 2.14."""
+    """Not by max_pool3d, of which torch 2.11 has no such backward pass on CUDA."""
     monkeypatch.setattr(encoder, "MAX_POOL", {})
     config = replace(pretraining, device="cuda")
     task = task_of(config)(config, Share(config.bs), [], [])

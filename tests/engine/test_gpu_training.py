@@ -131,7 +131,7 @@ def test_a_run_continues_on_another_device(pretraining, tmp_path, full_precision
 
 def steps(config, device):
     """Two steps on noise: losses, norms before clipping, the norm that is left after the last, and the weights."""
-    config = replace(config, device=device, clip=0.1)
+    config = replace(config, device=device, clip=0.01)
     task = task_of(config)(config, None, [], [])
     run = start_run(config, "", find_processes(device), build(config), 1, 1, None)
     run.model.train()
@@ -151,8 +151,8 @@ def test_fused_adamw_after_clipping_moves_weights_as_on_the_cpu(pretraining, ful
     wanted, found = steps(pretraining, "cpu"), steps(pretraining, DEVICE)
     assert found[0] == pytest.approx(wanted[0], rel=1e-3)
     assert found[1] == pytest.approx(wanted[1], rel=1e-2)
-    assert min(found[1]) > 0.1
-    assert found[2] == pytest.approx(0.1, rel=1e-3)
+    assert min(found[1]) > 0.01
+    assert found[2] == pytest.approx(0.01, rel=1e-3)
     fresh = [p.detach() for p in build(pretraining).parameters()]
     moved = sum(float((a - b).abs().sum()) for a, b in zip(wanted[3], fresh, strict=True))
     apart = sum(float((a - b).abs().sum()) for a, b in zip(wanted[3], found[3], strict=True))
@@ -204,7 +204,7 @@ def test_nccl_with_synchronised_statistics(pretraining, tmp_path, kind, norms):
         "norms": norms,
         "device": "cuda:0",
     }
-    assert "device_id" not in written  # torch would ask for it where a barrier had to guess its device
+    assert "barrier" not in written  # torch warns where one has to guess its device
     pretrain(plain)
     assert is_finite(shared)
     assert losses(shared) == pytest.approx(losses(plain), rel=2e-2)
