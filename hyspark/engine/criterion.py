@@ -30,6 +30,7 @@ class DiceAndCrossEntropy(nn.Module):
     def forward(self, scores: Tensor, labels: Tensor, weight_sum: float) -> Tensor:
         """Class scores (b, n, *size), labels (b, 1, *size) -> scalar. weight_sum: mean of `weight_of` the parts."""
         weight = self.get_buffer("weight")
-        cross_entropy = nn.functional.cross_entropy(scores, labels[:, 0].long(), weight, reduction="sum")
+        # Summed apart: torch's own sum over voxels has no deterministic kernel on CUDA.
+        cross_entropy = nn.functional.cross_entropy(scores, labels[:, 0].long(), weight, reduction="none")
         dice: Tensor = self.dice(scores, labels)
-        return dice + cross_entropy / weight_sum
+        return dice + cross_entropy.sum() / weight_sum

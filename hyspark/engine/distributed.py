@@ -1,5 +1,8 @@
 """Processes and devices: one process or many under torchrun, CPU or CUDA. The only module that names a device.
 
+A process that torchrun started joins a process group and trains by DistributedDataParallel, also where it is the only
+one. So one GPU is enough to run what several run by, NCCL included, and the numbers are those of a plain start.
+
 On CUDA batch statistics are shared by torch's SyncBatchNorm, or timm's, which keeps the activation that timm's networks
 hold in their BatchNorms. Both refuse CPU tensors, so on the CPU `GlobalBatchNorm` below does the same with
 differentiable all-reduces: there, too, several processes compute what one would with the same global batch.
@@ -33,17 +36,23 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among the others."""
+    """This process among the others. by_torchrun: whether torchrun started it."""
 
     device: torch.device
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    by_torchrun: bool = False
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes and talks: rank 0 of the world."""
         return self.rank == 0
+
+    @property
+    def are_joined(self) -> bool:
+        """Whether they form a process group: several always do, one does inside `connected` if torchrun started it."""
+        return self.world_size > 1 or (self.by_torchrun and dist.is_initialized())
 
     def text(self, precision: str) -> str:
         """Device, processes and number format, for logs and reports, with a warning where the processor has no
@@ -74,13 +83,14 @@ def find_processes(device: str) -> Processes:
     logging.basicConfig(format="%(message)s")
     rank = int(os.environ.get("RANK", 0))
     LOG.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    return Processes(torch.device(device), rank, local_rank, int(os.environ.get("WORLD_SIZE", 1)))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    return Processes(torch.device(device), rank, local_rank, world_size, dist.is_torchelastic_launched())
 
 
 @contextmanager
 def connected(processes: Processes) -> Iterator[None]:
-    """Joined with the other processes, where torchrun started several."""
-    if processes.world_size == 1:
+    """Join the process group: of several processes, or of one that torchrun started."""
+    if processes.world_size == 1 and not processes.by_torchrun:
         yield
         return
     store, rank, world_size = next(dist.rendezvous("env://"))
@@ -88,8 +98,14 @@ def connected(processes: Processes) -> Iterator[None]:
         # What processes wrote there before torchrun started them again would be taken for what they write now, see
         # https://github.com/pytorch/pytorch/issues/135712. On several machines their counts may differ.
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "nccl" if processes.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    on_cuda = processes.device.type == "cuda"
+    dist.init_process_group(
+        backend="nccl" if on_cuda else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        device_id=processes.device if on_cuda else None,  # else barriers would have to guess it
+    )
     atexit.register(end_threads, [dist.group.WORLD])
     try:
         yield
@@ -119,16 +135,15 @@ def share_gradients(model: nn.Module, processes: Processes, some_unused: bool = 
     is_volumetric = any(p.ndim == 5 for p in model.parameters())
     channels_last = torch.channels_last_3d if is_volumetric else torch.channels_last
     model = model.to(processes.device).to(memory_format=channels_last)
-    if processes.world_size == 1:
+    if not processes.are_joined:
         return model
     is_new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch 2.13 renamed it
     sync_buffers = "forward_sync_buffers" if is_new else "broadcast_buffers"
     options: dict[str, Any] = {sync_buffers: False, "find_unused_parameters": some_unused}
-    if processes.device.type == "cuda":
-        share_statistics(model, convert_sync_batchnorm)
-        return DistributedDataParallel(model, device_ids=[processes.local_rank], **options)
-    share_statistics(model, global_batch_norm)
-    return DistributedDataParallel(model, **options)
+    on_cuda = processes.device.type == "cuda"
+    if on_cuda or processes.world_size > 1:  # of one process, torch's SyncBatchNorm is a plain one
+        share_statistics(model, convert_sync_batchnorm if on_cuda else global_batch_norm)
+    return DistributedDataParallel(model, device_ids=[processes.local_rank] if on_cuda else None, **options)
 
 
 def gradients_shared(model: nn.Module, now: bool) -> AbstractContextManager[Any]:
@@ -226,7 +241,7 @@ def bare(model: nn.Module) -> Any:
 def mean_over(value: Tensor, processes: Processes) -> float:
     """Mean of a scalar over the processes, as a number."""
     value = value.detach().clone()
-    if processes.world_size > 1:
+    if processes.are_joined:
         dist.all_reduce(value)
         value /= processes.world_size
     return float(value)
@@ -234,7 +249,7 @@ def mean_over(value: Tensor, processes: Processes) -> float:
 
 def gather(values: Sequence[Any], processes: Processes) -> list[Any]:
     """The lists of all processes in one, on every process."""
-    if processes.world_size == 1:
+    if not processes.are_joined:
         return list(values)
     parts: list[Any] = [None] * processes.world_size
     dist.all_gather_object(parts, list(values))
@@ -255,7 +270,7 @@ def once_per_machine(work: Callable[[], T], processes: Processes) -> list[T]:
 
 def any_of(flag: bool, processes: Processes) -> bool:
     """Whether a flag is set on any process."""
-    if processes.world_size == 1:
+    if not processes.are_joined:
         return flag
     found = torch.tensor(float(flag), device=processes.device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
@@ -264,7 +279,7 @@ def any_of(flag: bool, processes: Processes) -> bool:
 
 def barrier(processes: Processes) -> None:
     """Wait for all processes."""
-    if processes.world_size > 1:
+    if processes.are_joined:
         dist.barrier()
 
 

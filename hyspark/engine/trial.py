@@ -70,7 +70,7 @@ def trials(
     """The trials, in this process; they end where memory runs out."""
     found: list[Trial] = []
     try:
-        alone = replace(processes, rank=0, world_size=1)
+        alone = replace(processes, rank=0, world_size=1, by_torchrun=False)
         run = start_run(config, "", alone, make(), steps_per_epoch=1, epochs=1, state=None)
         run.model.train()
         optim.set_rates(run.optimizer, lr=0.0, wd=0.0)

@@ -9,6 +9,7 @@ Source: Tang et al., "HySparK", MICCAI 2024 (arXiv 2408.05815), section 2, and i
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,6 +24,25 @@ DEPTHS = (1, 1, 3, 3, 1)
 EXPANSIONS = (2, 4, 4, 4, 2)
 NUM_STAGES = 5
 MAX_POOL = {2: F.max_pool2d, 3: F.max_pool3d}
+
+
+def halved(x: Tensor) -> Tensor:
+    """Take the largest of each 2^n positions: (b, c, *size) -> (b, c, *(size / 2)).
+
+    Of max_pool3d, torch (2.11, but not 2.14) refuses the backward pass on CUDA where kernels have to be deterministic.
+    """
+    if x.device.type != "cpu" and x.ndim == 5 and torch.are_deterministic_algorithms_enabled():
+        return halved_by_axis(x)
+    out: Tensor = MAX_POOL[x.ndim - 2](x, 2)
+    return out
+
+
+def halved_by_axis(x: Tensor) -> Tensor:
+    """`halved`, one axis after the other; where two are equal, both get half of the gradient."""
+    for axis in range(2, x.ndim):
+        even, odd = ((slice(None),) * axis + (slice(start, None, 2),) for start in (0, 1))
+        x = torch.maximum(x[even], x[odd])
+    return x
 
 
 class ConvStages(nn.Module):
@@ -42,7 +62,6 @@ class ConvStages(nn.Module):
     ) -> None:
         super().__init__()
         conv = CONV[axes]
-        self.pool = MAX_POOL[axes]
         self.stem = conv(in_channels, widths[0], 3, padding=1)
         for s, (width, depth, expansion) in enumerate(zip(widths, depths, expansions, strict=True), start=1):
             blocks = [MedNeXtBlock(width, expansion, axes) for _ in range(depth)]
@@ -59,7 +78,7 @@ class ConvStages(nn.Module):
             if s < NUM_STAGES:
                 x = same_conv(self.get_submodule(f"expend{s}"), x, patches)
                 features.append(x)
-                x = self.pool(x, 2)
+                x = halved(x)
         return [*features, x]
 
 

@@ -324,16 +324,6 @@ def test_labels_beyond_the_classes_are_broken_cases_too(finetuning, phantoms, tm
         finetune(replace(config, on_bad_case="skip"))
 
 
-@pytest.mark.gpu
-def test_a_resumed_run_repeats_bit_for_bit_on_cuda(pretraining, tmp_path):
-    config = replace(pretraining, device="cuda", deterministic=True, precision="bf16")
-    whole, parts = (replace(config, exp_dir=str(tmp_path / name)) for name in ("whole", "parts"))
-    pretrain(whole)
-    pretrain(replace(parts, max_steps=2))
-    pretrain(parts)
-    assert same_pretraining(parts, whole)
-
-
 def test_deterministic_kernels_train_both_tasks(pretraining, finetuning, whole):
     try:
         pretrain(replace(pretraining, deterministic=True))

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hyspark import build_hyspark
-from hyspark.models.encoder import HybridEncoder
+from hyspark.models.encoder import HybridEncoder, halved, halved_by_axis
+from hyspark.models.hidden import hidden
 from hyspark.models.masking import visible_at
 
 WIDTHS = (6, 12, 12, 24, 48)
@@ -237,3 +238,20 @@ def test_masks_of_another_shape_are_refused(build, shape):
 def test_other_than_five_stages_are_refused(name):
     with pytest.raises(ValueError, match=f"{name} must have 5 entries"):
         HybridEncoder(**{"img_size": 32, "widths": WIDTHS, name: (12, 12, 12, 12)})
+
+
+@pytest.mark.parametrize("size", [(8, 4, 6), (8, 4)])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_pooling_axis_by_axis_is_pooling(size, is_masked):
+    """Values and gradients, also where a mask hides positions."""
+    x = torch.randn(2, 3, *size, requires_grad=True)
+    visible = torch.rand(2, 1, *(s // 2 for s in size)) < 0.5
+    seen = visible_at(visible, size) if is_masked else torch.ones_like(x[:, :1], dtype=torch.bool)
+    kept = visible if is_masked else torch.ones_like(visible)
+    found = []
+    for pool in (halved, halved_by_axis):
+        with hidden(visible) if is_masked else nullcontext():
+            out = pool(x.where(seen, 0)) * kept
+        found.append((out.detach(), *torch.autograd.grad(out.square().sum(), x)))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
