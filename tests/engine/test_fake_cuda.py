@@ -18,11 +18,12 @@ from hyspark.engine.classify import Classifying
 from hyspark.engine.classify import build as build_classification
 from hyspark.engine.classify import make_optimizer as classification_optimizer
 from hyspark.engine.criterion import DiceAndCrossEntropy
-from hyspark.engine.distributed import Processes, autocast
+from hyspark.engine.distributed import Processes
 from hyspark.engine.finetune import Finetuning
 from hyspark.engine.finetune import build as build_finetuning
 from hyspark.engine.inference import Windows, class_scores
 from hyspark.engine.loop import start_run
+from hyspark.engine.precision import autocast
 from hyspark.engine.pretrain import build as build_pretraining
 from hyspark.engine.pretrain import task_of
 from hyspark.models import encoder

@@ -34,10 +34,6 @@ def spark():
 NETWORKS = {
     "hyspark": (lambda: hyspark.build_hyspark(32, decoder_width=16, **SMALL), (2, 1, 32, 32, 32)),
     "hybird": (lambda: hyspark.build_hybird(1, 3, 32, **SMALL), (1, 1, 32, 32, 32)),
-    "hybird, light": (
-        lambda: hyspark.build_hybird(1, 3, 32, decoder="light", decoder_width=16, **SMALL),
-        (1, 1, 32, 32, 32),
-    ),
     "spark": (spark, (2, 1, 64, 64)),
 }
 
