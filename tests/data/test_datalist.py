@@ -482,7 +482,9 @@ def test_real_data(tmp_path):
     plain = dl.counts(dl.build(data))
     assert plain["Dataset501_OpenKBP"]["training"] == 203
     assert plain["Dataset502_BodyCT"]["training"] == 12
-    labelled = dl.build(data, labels=True, splits="auto")
+    with pytest.raises(ValueError, match="different class names"):  # one list has one set of classes
+        dl.build(data, labels=True, splits="auto")
+    labelled = dl.build(data / "Dataset501_OpenKBP", labels=True, splits="auto")
     expected = {"training": 94, "validation": 16, "labelled": 110, "left_out": 93}
     assert dl.counts(labelled)["Dataset501_OpenKBP"] == expected
     assert dl.read_folder(data / "Dataset501_OpenKBP", seed=0, val_fraction=0.2) == labelled
