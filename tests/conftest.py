@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hyspark import report
 from hyspark.config_finetune import FinetuneConfig
 from hyspark.config_pretrain import PretrainConfig
 from hyspark.data import datalist
@@ -26,6 +27,13 @@ SMALL = {
 def _one_thread() -> None:
     """Several threads on tiny tensors only wait for each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's page without its curves, which take longer to draw than a small run; with them where `curves` says so."""
+    if "curves" not in request.keywords:
+        monkeypatch.setattr(report, "curves_figure", lambda curves, dark: None)
 
 
 @pytest.fixture(scope="session")

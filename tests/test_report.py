@@ -9,6 +9,8 @@ import pytest
 
 from hyspark import figures, report
 
+pytestmark = pytest.mark.curves
+
 
 @pytest.fixture
 def run_folder(tmp_path):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hyspark import report
 from hyspark.config_classify import ClassifyConfig
 from hyspark.engine import classified
 
@@ -61,6 +60,5 @@ def classifying_drawn(image_data: Path, tmp_path: Path) -> ClassifyConfig:
 @pytest.fixture
 def classifying(classifying_drawn: ClassifyConfig, monkeypatch: pytest.MonkeyPatch) -> ClassifyConfig:
     """The same without pictures."""
-    monkeypatch.setattr(report, "curves_figure", lambda curves, dark: None)
     monkeypatch.setattr(classified, "mistakes_figure", lambda scored, images: None)
     return classifying_drawn

@@ -43,6 +43,7 @@ def same(a, b):
     return all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.curves
 def test_it_learns_and_leaves_a_run(classifying_drawn):
     config = replace(classifying_drawn, max_epochs=20, optim_lr=1e-2, val_every=5)
     folder = finetune_classify(config)

@@ -28,6 +28,7 @@ def metrics(config):
     return [json.loads(line) for line in (config.run_folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.curves
 def test_from_pretraining_to_a_table(pretraining, finetuning, capsys):
     pretrain(replace(pretraining, ep=1))
     config = replace(finetuning, pretrained=str(encoder_file(pretraining)))

@@ -31,6 +31,7 @@ def weights(config):
     return torch.load(training_file(config), weights_only=True)["model"]
 
 
+@pytest.mark.curves
 def test_a_run_folder_holds_what_is_promised(pretraining):
     folder = pretrain(pretraining)
     for name in ("config.yaml", "metrics.jsonl", "report.html", "tensorboard", "pictures"):
