@@ -53,10 +53,13 @@ bench: setup
 	$(BIN)/python benchmarks/run.py $(if $(CT),--prepared_ct $(CT)) $(if $(NATIVE),--native_ct $(NATIVE)) \
 		$(if $(PUBLISHED),--published $(PUBLISHED))
 
-# On the machine with the GPU: in .venv, or without it where the machine's own Python has what is needed.
-HERE = PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON))
+# On the machine with the GPU: in .venv, or without it where the machine's own Python has PyTorch and what else is needed.
+HERE = PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $$(test -f $(INSTALLED) && echo $(BIN)/python || echo $(PYTHON))
 ready:
-	@test -x $(BIN)/python || $(PYTHON) -c 'import torch, monai, tap, nibabel, blosc2' 2>/dev/null || $(MAKE) setup
+	@if test -f $(INSTALLED); then :; \
+	elif $(PYTHON) -c 'import torch' 2>/dev/null; then $(HERE) -c 'import hyspark.cli, pytest, psutil'; \
+	else $(MAKE) setup; fi
+
 DEVICE ?= cuda
 
 # make gpu [MINUTES=9] [PUBLISHED=checkout] [DEVICE=cuda]; the same command continues

@@ -1,17 +1,20 @@
 """Rows measured within a budget of time: each is kept as soon as it is there, and the next call does the rest.
 
-The rows are measured one after the other in a worker process, which is ended where a row takes too long or breaks the
-device, so that neither costs the rows behind it. Nothing here imports torch: it is the worker's to wait for that.
+The rows are measured one after the other in a worker process. It is ended where a row takes too long or fails, so that
+neither costs the rows behind it: an error of CUDA leaves a process in which nothing works any more.
 """
 
 import gc
 import json
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -19,9 +22,17 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from hyspark.atomic import write_whole
+
 Values = Mapping[str, Any]
 GRACE = 3.0
-"""Seconds that a worker has to end its own children."""
+"""Seconds that a worker and what it has started have to end."""
+ENVIRONMENT = "environment"
+"""Column that tells the environments of several calls apart."""
+OUT_OF_MEMORY = "OutOfMemoryError"
+"""Name of the one error after which a process is as good as before."""
 STACK = 4000
 """Characters of a traceback that are kept."""
 
@@ -47,32 +58,44 @@ class Row:
 
 
 class Record:
-    """What was measured so far, in a folder: `NAME.json`, and `NAME.md` for reading."""
+    """What was measured so far, in a folder: `NAME.json`, and `NAME.md` for reading.
+
+    Raises:
+        ValueError: the folder holds a file of this name that is none of these.
+    """
 
     def __init__(self, folder: Path, name: str) -> None:
         self.json, self.markdown = folder / f"{name}.json", folder / f"{name}.md"
-        known = json.loads(self.json.read_text()) if self.json.is_file() else {}
-        self.environment: dict[str, Any] = known.get("environment", {})
-        self.rows: dict[str, dict[str, dict[str, Any]]] = known.get("rows", {})
-        self.finished: list[str] = known.get("finished", [])
-        self.failed: dict[str, str] = {}
+        try:
+            known = json.loads(self.json.read_text()) if self.json.is_file() else {}
+            self.environments: list[dict[str, Any]] = list(known.get("environments", []))
+            self.rows: dict[str, dict[str, dict[str, Any]]] = dict(known.get("rows", {}))
+            self.finished: list[str] = list(known.get("finished", []))
+            self.failed: dict[str, str] = dict(known.get("failed", {}))
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{self.json} is damaged ({error}); remove it, or name another folder") from error
 
-    def begin(self, environment: Mapping[str, Any]) -> None:
-        """Note where it is measured.
+    def begin(self, environment: Mapping[str, Any], same: Sequence[str]) -> None:
+        """Note where it is measured, and by which code: rows of several calls may stand beside each other.
+
+        Args:
+            same: entries that must be the same in all calls.
 
         Raises:
-            ValueError: the folder holds rows of another machine.
+            ValueError: the folder holds rows of another device or library.
         """
-        if self.rows and self.environment != environment:
-            raise ValueError(
-                f"{self.json} holds rows of another machine; name another folder (--out):\n"
-                f"  there: {line_of(self.environment)}\n  here:  {line_of(environment)}"
-            )
-        self.environment = dict(environment)
+        for before in self.environments:
+            changed = {name: (before.get(name), environment.get(name)) for name in same}
+            if different := {name: pair for name, pair in changed.items() if pair[0] != pair[1]}:
+                texts = [f"{name}: was {was}, is {now}" for name, (was, now) in different.items()]
+                raise ValueError(f"{self.json} holds rows of another machine; name another folder: {'; '.join(texts)}")
+        if environment not in self.environments:
+            self.environments.append(dict(environment))
+        self.environment = self.environments.index(dict(environment))
         self.write()
 
     def get(self, section: str, name: str, column: str) -> Any:
-        """A value that was measured, None where there is none."""
+        """Look up a value that was measured; None where there is none."""
         return self.rows.get(section, {}).get(name, {}).get(column)
 
     def is_done(self, row: Row) -> bool:
@@ -80,8 +103,8 @@ class Record:
         return key_of(row) in self.finished
 
     def add(self, section: str, name: str, values: Values) -> None:
-        """Keep a row."""
-        self.rows.setdefault(section, {})[name] = dict(values)
+        """Keep a row, with the number of the environment that it was measured in."""
+        self.rows.setdefault(section, {})[name] = {**values, ENVIRONMENT: 1 + self.environment}
         self.write()
 
     def finish(self, row: Row) -> None:
@@ -97,44 +120,39 @@ class Record:
 
     def write(self) -> None:
         """Write both files, each whole or not at all."""
-        known = {"environment": self.environment, "rows": self.rows, "finished": self.finished, "failed": self.failed}
+        known = {name: getattr(self, name) for name in ("environments", "rows", "finished", "failed")}
         self.json.parent.mkdir(parents=True, exist_ok=True)
-        for path, text in ((self.json, json.dumps(known, indent=1)), (self.markdown, self.as_markdown())):
-            new = path.with_name(f".{path.name}.new")
-            new.write_text(text + "\n")
-            os.replace(new, path)
+        write_whole(self.json, (json.dumps(known, indent=1) + "\n").encode())
+        write_whole(self.markdown, (self.as_markdown() + "\n").encode())
 
     def as_markdown(self) -> str:
-        """A table for each section, and what could not be measured."""
-        lines = [line_of(self.environment)]
+        """Write a table for each section, and what could not be measured."""
+        lines = [f"{number}. {line_of(environment)}" for number, environment in enumerate(self.environments, start=1)]
+        several = len(self.environments) > 1
         for section, rows in self.rows.items():
             columns = list(dict.fromkeys(column for values in rows.values() for column in values))
+            columns = [column for column in columns if column != ENVIRONMENT or several]
             lines += ["", f"### {section}", "", f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
-            lines += [
-                f"| {name} | {' | '.join(text(values.get(c)) for c in columns)} |" for name, values in rows.items()
-            ]
+            for name, values in rows.items():
+                lines.append(f"| {name} | {' | '.join(text(values.get(column)) for column in columns)} |")
         if self.failed:
-            lines += [
-                "",
-                "### Not measured",
-                "",
-                *(f"- {key}: {why.splitlines()[0]}" for key, why in self.failed.items()),
-            ]
+            lines += ["", "### Not measured", ""]
+            lines += [f"- {key}: {why.splitlines()[0]}" for key, why in self.failed.items()]
         return "\n".join(lines)
 
 
 def key_of(row: Row) -> str:
-    """The row's name with its section."""
+    """Name a row with its section."""
     return f"{row.section}: {row.name}"
 
 
 def line_of(environment: Mapping[str, Any]) -> str:
-    """The environment in one line."""
+    """Write an environment in one line."""
     return ", ".join(f"{name} {value}" for name, value in environment.items())
 
 
 def text(value: Any) -> str:
-    """A value for a table: four significant digits."""
+    """Write a value for a table, numbers with four significant digits."""
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -149,25 +167,27 @@ def measure(plan: Callable[[Record], Iterable[Row]], record: Record, seconds: fl
         seconds: from now on. Rows that are under way then are stopped, and are the next call's.
     """
     deadline = time.monotonic() + seconds
+    failed_before = set(record.failed)
     worker = Worker()
     try:
-        for row in plan(record):
-            if record.is_done(row):
-                continue
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
-            print(f"{left:5.0f} s left: {key_of(row)}", flush=True)
-            if row.alone:
-                worker.stop()
-            why = worker.run(row, record, min(row.limit, left))
-            if why and time.monotonic() >= deadline:
-                return False
-            if why:
-                record.fail(row, why)
-                print(f"        not measured: {why.splitlines()[0]}", flush=True)
-            if row.alone:
-                worker.stop()
+        for again in (False, True):  # what failed in an earlier call comes last
+            for row in plan(record):
+                if record.is_done(row) or (key_of(row) in failed_before) != again:
+                    continue
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                print(f"{left:5.0f} s left: {key_of(row)}", flush=True)
+                if row.alone:
+                    worker.stop()
+                why = worker.run(row, record, min(row.limit, left))
+                if why and time.monotonic() >= deadline:
+                    return False
+                if why:
+                    record.fail(row, why)
+                    print(f"        not measured: {why.splitlines()[0]}", flush=True)
+                if row.alone or (why and not why.startswith(OUT_OF_MEMORY)):
+                    worker.stop()
     finally:
         worker.stop()
     return True
@@ -209,22 +229,33 @@ class Worker:
         return f"took longer than {seconds:.0f} s"
 
     def stop(self) -> None:
-        """End the process and what it started."""
+        """End the process and all that it has started, in whatever session."""
         process, self.process = self.process, None
         if process is None or process.pid is None:
             return
-        for number, wait in ((signal.SIGTERM, GRACE), (signal.SIGKILL, None)):
-            try:
-                os.killpg(process.pid, number)
-            except (ProcessLookupError, PermissionError):  # it has ended, or has no group of its own yet
-                process.kill()
-            process.join(wait)
+        try:
+            worker = psutil.Process(process.pid)
+            family = [*worker.children(recursive=True), worker]
+        except psutil.NoSuchProcess:
+            family = []
+        for member in family:
+            end(member.terminate)
+        _, left = psutil.wait_procs(family, GRACE)
+        for member in left:
+            end(member.kill)
+        process.join()
+
+
+def end(how: Callable[[], None]) -> None:
+    """Signal a process that may have ended."""
+    with suppress(psutil.NoSuchProcess):
+        how()
 
 
 def work(connection: Connection) -> None:
-    """Measure what is asked for, in a process group of its own, until the other end closes."""
-    os.setpgid(0, 0)
+    """Measure what is asked for until the other end closes, or the process that asks has ended."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an orderly end gives back locks and temporary files
+    threading.Thread(target=end_with_parent, daemon=True).start()
     while True:
         try:
             function, options = connection.recv()
@@ -234,10 +265,29 @@ def work(connection: Connection) -> None:
             result = function(**options)
             for name, values in [("", result)] if isinstance(result, Mapping) else result:
                 connection.send(("row", name, values))
+            del result
+            clean_up()
             connection.send(("done",))
         except Exception as error:
             where = traceback.format_exc()[-STACK:]
             connection.send(("failed", f"{type(error).__name__}: {str(error).strip()[:300]}\n{where}"))
-        gc.collect()
-        if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
-            sys.modules["torch"].cuda.empty_cache()
+            del error
+            with suppress(Exception):
+                clean_up()
+
+
+def clean_up() -> None:
+    """Give back memory before the next row."""
+    gc.collect()
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
+        sys.modules["torch"].cuda.empty_cache()
+
+
+def end_with_parent() -> None:
+    """Wait for the end of the process that asks, which may have been killed, and end all that this one has started."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    for child in psutil.Process().children(recursive=True):
+        end(child.kill)
+    os._exit(1)

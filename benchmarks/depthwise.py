@@ -55,7 +55,7 @@ def depthwise(device: str, n: int, channels: int, edge: int, bandwidth: float | 
     Args:
         n: samples, or visible patches of a batch.
         edge: voxels per axis of the result.
-        bandwidth: GB/s of a copy, for the share of it.
+        bandwidth: GB/s of a copy, for the ratio to it.
     """
     torch.manual_seed(0)
     shape = (n, *(edge + 2,) * 3, channels)

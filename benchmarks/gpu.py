@@ -1,27 +1,32 @@
-"""What only a GPU can tell, in the order of its worth, within a budget of minutes. `make gpu` calls it.
+"""Measure on a GPU, the most important rows first, within a budget of minutes. `make gpu` calls it.
 
     python benchmarks/gpu.py --minutes 9                        # rows go to ckpt/gpu/gpu.json and gpu.md at once
     python benchmarks/gpu.py --minutes 9 --published CHECKOUT   # the published network beside
     python benchmarks/gpu.py --device cpu --minutes 2           # the same rows at toy size: shows that they run
+    python benchmarks/gpu.py --out RESULTS --work /tmp/gpu      # RESULTS holds three small files and nothing else
 
 The same command continues: what is in the JSON is not measured again. Correctness comes first, then the step by
-precision and batch, what the settings of speed are worth, where the time goes, whole runs, prediction.
+precision and batch, its variants, a profile, whole runs and prediction. What is worth less than its time comes last.
 """
 
+import math
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import gpu_runs
 import gpu_steps
 import profile_step
+import psutil
 import torch
 from budget import Record, Row, measure
 from depthwise import depthwise
+from filelock import FileLock, Timeout
 from gpu_steps import Size, Variant
 from tap import Tap
 
@@ -29,17 +34,17 @@ ROOT = Path(__file__).parents[1]
 CEILINGS, TESTS, STEPS = "Ceilings of the card", "Tests of correctness", "A step by precision and batch"
 VARIANTS, DEPTHWISE = "A step by variant", "Depthwise convolution, bf16, forward and backward"
 LAYERS, KERNELS, TRAINING, PREDICTION = "A step by layer", "A step by kernel", "Training", "Prediction"
-BASE, TOGETHER = "as a run takes it", "all that are faster"
-PRECISIONS = ("bf16", "TF32", "fp32")
-TESTS_LIMIT = 400.0
-"""Seconds."""
+BASE = "the default settings"
+TESTS_LIMIT, COMPILE_LIMIT, PREDICTION_LIMIT = 150.0, 90.0, 150.0
+"""Seconds that a row may take."""
 
 
 class Arguments(Tap):
     """Measure on a GPU, within a budget of time."""
 
     minutes: float = 9  # Budget; rows that do not fit in are the next call's
-    out: str = "ckpt/gpu"  # Folder for gpu.json, gpu.md, tests.log and the runs
+    out: str = "ckpt/gpu"  # Folder for gpu.json, gpu.md and tests.log
+    work: str = ""  # Folder for phantoms and runs; by default OUT/work
     published: str = ""  # A checkout of the published code, to measure beside
     device: Literal["cuda", "cpu"] = "cuda"  # cpu: the same rows at toy size
     only: list[Literal["ceilings", "tests", "steps", "variants", "depthwise", "profile", "training", "prediction"]] = []  # noqa: RUF012
@@ -101,75 +106,111 @@ GRAPH = {"CUDA graph, fixed mask": Variant(graph=True)}
 
 
 def plan(arguments: Arguments, scale: Scale, record: Record) -> Iterator[Row]:
-    """The rows in the order of their worth."""
-    parts = {
-        "ceilings": partial(ceiling_rows, scale),
-        "tests": partial(test_rows, Path(arguments.out), record),
-        "steps": partial(step_rows, scale, record, arguments.published),
-        "variants": partial(variant_rows, scale, record),
-        "depthwise": partial(depthwise_rows, scale, record),
-        "profile": partial(profile_rows, scale, record),
-        "training": partial(training_rows, scale, Path(arguments.out)),
-        "prediction": partial(prediction_rows, scale),
-    }
-    for name, rows in parts.items():
+    """Yield the rows in the order of their worth."""
+    out, work = Path(arguments.out), Path(arguments.work or f"{arguments.out}/work")
+    parts = [
+        ("ceilings", partial(ceiling_rows, scale)),
+        ("tests", partial(test_rows, out, record)),
+        ("steps", partial(step_rows, scale, record, arguments.published)),
+        ("variants", partial(variant_rows, scale, record)),
+        ("depthwise", partial(depthwise_rows, scale, record)),
+        ("profile", partial(profile_rows, scale, record)),
+        ("training", partial(training_rows, scale, work)),
+        ("prediction", partial(prediction_rows, scale)),
+        ("steps", partial(more_step_rows, scale, record)),
+    ]
+    for name, rows in parts:
         if not arguments.only or name in arguments.only:
             yield from rows()
 
 
 def ceiling_rows(scale: Scale) -> Iterator[Row]:
-    """What limits everything else."""
+    """Yield what limits everything else."""
     yield Row(CEILINGS, "measured", gpu_steps.ceilings, {"device": scale.size.device, **scale.ceilings}, alone=True)
 
 
 def test_rows(out: Path, record: Record) -> Iterator[Row]:
-    """The tests that need a GPU."""
+    """Yield the tests that need a GPU, as one row that becomes several."""
     paths = sorted(p for p in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in p.read_text())
     passed = [name for name, values in record.rows.get(TESTS, {}).items() if values["outcome"] == "passed"]
     options = {"paths": [str(p.relative_to(ROOT)) for p in paths], "log": str(out / "tests.log"), "passed": passed}
-    yield Row(TESTS, "pytest -m gpu", gpu_runs.run_tests, options, limit=TESTS_LIMIT)
+    yield Row(TESTS, "pytest -m gpu", gpu_runs.run_tests, options, TESTS_LIMIT)
 
 
 def step_rows(scale: Scale, record: Record, published: str) -> Iterator[Row]:
-    """bf16 first, since it is what a GPU is used in; of each precision the largest batch last."""
-    for precision in PRECISIONS:
-        for compute in ("packed", "masked"):
-            ceiling = record.get(CEILINGS, "measured", f"{precision} TFLOP/s")
-            how = {"size": scale.size, "compute": compute, "precision": precision, "ceiling": ceiling}
-            name = f"{compute} {precision}"
-            for batch in scale.batches:
-                yield Row(STEPS, f"{name}, batch {batch}", gpu_steps.step, {**how, "batch": batch})
-            peaks = [(b, record.get(STEPS, f"{name}, batch {b}", "peak GB")) for b in scale.batches]
-            known = [(batch, peak) for batch, peak in peaks if peak is not None]
-            if len(known) > 1:
-                yield Row(STEPS, f"{name}, largest batch", gpu_steps.largest, {**how, "measured": known})
-        if published and precision != "TF32":
-            for batch in scale.batches:
-                options = {"size": scale.size, "checkout": published, "batch": batch, "precision": precision}
-                yield Row(STEPS, f"published {precision}, batch {batch}", gpu_steps.published_step, options, alone=True)
+    """Yield the step in bf16 with its largest batch, masked, in TF32 and fp32, and the published network's."""
+    yield from batch_rows(scale, record, "packed", "bf16")
+    yield largest_row(scale, record, "packed", "bf16")
+    for compute, precision in (("masked", "bf16"), ("packed", "TF32"), ("packed", "fp32")):
+        yield from batch_rows(scale, record, compute, precision)
+    for precision in ("bf16", "fp32") if published else ():
+        for batch in scale.batches:
+            options = {"size": scale.size, "checkout": published, "batch": batch, "precision": precision}
+            yield Row(STEPS, f"published {precision}, batch {batch}", gpu_steps.published_step, options, alone=True)
+
+
+def more_step_rows(scale: Scale, record: Record) -> Iterator[Row]:
+    """Yield the masked step in the other precisions, and the largest batches."""
+    for precision in ("TF32", "fp32"):
+        yield from batch_rows(scale, record, "masked", precision)
+    for compute, precision in (("masked", "bf16"), ("packed", "TF32"), ("packed", "fp32")):
+        yield largest_row(scale, record, compute, precision)
+
+
+def batch_rows(scale: Scale, record: Record, compute: str, precision: str) -> Iterator[Row]:
+    """Yield a kind of step at each batch."""
+    for batch in scale.batches:
+        options = {**step_options(scale, record, compute, precision), "batch": batch}
+        yield Row(STEPS, f"{compute} {precision}, batch {batch}", gpu_steps.step, options)
+
+
+def largest_row(scale: Scale, record: Record, compute: str, precision: str) -> Row:
+    """Make the row of the largest batch that fits, by the peaks of smaller ones."""
+    peaks = [(b, record.get(STEPS, f"{compute} {precision}, batch {b}", "peak GB")) for b in scale.batches]
+    known = [(batch, peak) for batch, peak in peaks if peak is not None]
+    options = {**step_options(scale, record, compute, precision), "measured": known}
+    return Row(STEPS, f"{compute} {precision}, largest batch", gpu_steps.largest, options)
+
+
+def step_options(scale: Scale, record: Record, compute: str, precision: str) -> dict[str, Any]:
+    """Collect what rows of one kind of step share."""
+    ceiling = record.get(CEILINGS, "measured", f"{precision} TFLOP/s")
+    return {"size": scale.size, "compute": compute, "precision": precision, "ceiling": ceiling}
 
 
 def variant_rows(scale: Scale, record: Record) -> Iterator[Row]:
-    """Each choice against a step as a training run takes it, in bf16, then all that pay together."""
+    """Yield each choice against the default step, in bf16, then all that pay combined."""
     how = {"size": scale.size, "batch": scale.base}
     yield Row(VARIANTS, BASE, gpu_steps.step, how)
     base = record.get(VARIANTS, BASE, "ms")
     singles = SINGLE | (GRAPH if scale.size.device == "cuda" else {})
-    for name, variant in (*singles.items(), (TOGETHER, None)):
-        variant = variant or best_variant(record)
-        alone = variant.cudnn_benchmark  # torch remembers the algorithm of a shape, whichever way it was chosen
-        yield Row(VARIANTS, name, gpu_steps.step, {**how, "variant": variant, "base_ms": base}, 120.0, alone)
+    for name, variant in singles.items():
+        yield variant_row(name, how, variant, base)
+    best = best_variant(record)
+    if len(chosen := changes(best)) > 1:
+        yield variant_row(f"combined: {', '.join(chosen)}", how, best, base)
+
+
+def variant_row(name: str, how: Mapping[str, Any], variant: Variant, base: float | None) -> Row:
+    """Make the row of a variant; alone where cuDNN searches, since torch keeps an algorithm however it was chosen."""
+    options = {**how, "variant": variant, "base_ms": base}
+    return Row(VARIANTS, name, gpu_steps.step, options, COMPILE_LIMIT, variant.cudnn_benchmark)
 
 
 def best_variant(record: Record) -> Variant:
-    """The choices that were faster than the base, together."""
+    """Combine the choices that were faster than the default step."""
     base = record.get(VARIANTS, BASE, "ms")
     measured = {v: record.get(VARIANTS, name, "ms") for name, v in SINGLE.items()}
     return gpu_steps.winners(base, {v: ms for v, ms in measured.items() if ms is not None}) if base else Variant()
 
 
+def changes(variant: Variant) -> list[str]:
+    """List what differs from the default, as "name=value"."""
+    return [f"{name}={value}" for name, value in asdict(variant).items() if value != getattr(Variant(), name)]
+
+
 def depthwise_rows(scale: Scale, record: Record) -> Iterator[Row]:
-    """The convolution that only bandwidth should limit: on visible patches, and dense."""
+    """Yield the convolution that only bandwidth should limit: on visible patches, and dense."""
     bandwidth = record.get(CEILINGS, "measured", "GB/s")
     for number, channels, edge in scale.stages:
         n = number * scale.base
@@ -179,22 +220,24 @@ def depthwise_rows(scale: Scale, record: Record) -> Iterator[Row]:
 
 
 def profile_rows(scale: Scale, record: Record) -> Iterator[Row]:
-    """Where the time goes: by layer as a run takes the step, by kernel in the fastest way."""
+    """Yield where the time goes: by layer in the default step, by kernel in that and in the fastest one."""
     how = {"size": scale.size, "batch": scale.base}
     ceilings = tuple(record.get(CEILINGS, "measured", column) for column in ("bf16 TFLOP/s", "GB/s"))
     yield Row(LAYERS, BASE, profile_step.by_layer, {**how, "variant": Variant(), "ceilings": ceilings})
-    yield Row(KERNELS, TOGETHER, profile_step.by_kernel, {**how, "variant": best_variant(record)}, alone=True)
+    best = best_variant(record)
+    name = ", ".join(changes(best)) or BASE
+    yield Row(f"{KERNELS} ({name})", "profiled", profile_step.by_kernel, {**how, "variant": best}, alone=True)
 
 
-def training_rows(scale: Scale, out: Path) -> Iterator[Row]:
-    """train.py on phantoms, as a user starts it, and its loader alone."""
-    folder = str(out / "phantoms")
+def training_rows(scale: Scale, work: Path) -> Iterator[Row]:
+    """Yield train.py on phantoms, as a user starts it, and its loader alone."""
+    folder = str(work / "phantoms")
     where = {"folder": folder, "size": scale.size, "spacing": scale.spacing}
     made = {"folder": folder, "number": scale.volumes, "spacing": scale.spacing}
     yield Row(TRAINING, "phantoms made", gpu_runs.make_phantoms, made)
     for torchrun, workers in ((False, scale.workers[-1]), (True, scale.workers[-1]), (False, scale.workers[0])):
         name = f"{'torchrun, one process' if torchrun else 'train.py'}, {workers} workers"
-        run = str(out / f"run_{'ddp_' if torchrun else ''}{workers}")
+        run = str(work / f"run_{'ddp_' if torchrun else ''}{workers}")
         how = {"run": run, "workers": workers, "steps": scale.steps, "precision": "bf16", "torchrun": torchrun}
         yield Row(TRAINING, name, gpu_runs.training, {**where, **how})
     for workers in scale.workers:
@@ -203,33 +246,55 @@ def training_rows(scale: Scale, out: Path) -> Iterator[Row]:
 
 
 def prediction_rows(scale: Scale) -> Iterator[Row]:
-    """One large volume."""
+    """Yield the prediction of one large volume, each in a process of its own, whose memory is its alone."""
     what = f"{' x '.join(map(str, scale.window))} voxels, {scale.classes} classes"
     for precision in ("bf16", "fp32"):
         options = {"size": scale.size, "shape": scale.window, "classes": scale.classes, "precision": precision}
-        yield Row(PREDICTION, f"{what}, {precision}", gpu_runs.sliding_window, options, 180.0)
+        yield Row(PREDICTION, f"{what}, {precision}", gpu_runs.sliding_window, options, PREDICTION_LIMIT, True)
 
 
 def main(words: list[str] | None = None) -> int:
-    """Measure what fits in the time; 1 where a test failed, 2 where nothing can be measured."""
+    """Measure what fits in the time; returns 1 where a row failed, 2 where nothing can be measured."""
     arguments = Arguments(prog="benchmarks/gpu.py", description=__doc__).parse_args(words)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("--device cuda: torch finds no CUDA device; --device cpu tries the same at toy size", file=sys.stderr)
-        return 2
-    record = Record(Path(arguments.out), "gpu")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the worker is ended on the way out
+    out = Path(arguments.out).absolute()
     try:
-        record.begin(gpu_steps.environment(arguments.device))
-    except ValueError as error:
-        print(f"--out: {error}", file=sys.stderr)
-        return 2
+        check(arguments)
+        out.mkdir(parents=True, exist_ok=True)
+        arguments.out, arguments.published = str(out), arguments.published and str(Path(arguments.published).absolute())
+        arguments.work = arguments.work and str(Path(arguments.work).absolute())
+        with FileLock(out / ".lock", timeout=0):
+            return measure_all(arguments)
+    except Timeout:
+        print(f"--out {out}: another call is measuring into it; wait for it, or name another folder", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+    return 2
+
+
+def check(arguments: Arguments) -> None:
+    """Raise ValueError for what cannot be measured."""
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device; --device cpu tries the same rows at toy size")
+    if not 0 < arguments.minutes < math.inf:
+        raise ValueError(f"--minutes: expected a number above 0, got {arguments.minutes}")
+    if arguments.published and not (Path(arguments.published) / "hyspark.py").is_file():
+        raise ValueError(f"--published {arguments.published}: expected a checkout with hyspark.py, got none")
+
+
+def measure_all(arguments: Arguments) -> int:
+    """Measure into a folder that is this call's alone, and print what is in it."""
+    record = Record(Path(arguments.out), "gpu")
+    record.begin(gpu_steps.environment(arguments.device), gpu_steps.SAME)
     scale = Scale() if arguments.device == "cuda" else TOY
-    seconds = 60 * arguments.minutes - time.process_time()  # the imports count
+    seconds = 60 * arguments.minutes - (time.time() - psutil.Process().create_time())  # the imports count
     is_whole = measure(partial(plan, arguments, scale), record, seconds)
     print(f"\n{record.as_markdown()}\n\nwritten to {record.markdown}")
+    if record.failed:
+        print(f"{len(record.failed)} rows failed; the same command tries them again")
     if not is_whole:
         print(f"the {arguments.minutes:g} minutes are over; the same command measures the rest")
-    outcomes = [values["outcome"] for values in record.rows.get(TESTS, {}).values()]
-    return int("failed" in outcomes or "error" in outcomes)
+    return int(bool(record.failed))
 
 
 if __name__ == "__main__":

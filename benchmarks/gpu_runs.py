@@ -42,6 +42,7 @@ def run_tests(paths: Sequence[str], log: str, passed: Sequence[str]) -> Iterator
         passed: tests that need not run again.
     """
     command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", *paths]
+    command += ["-W", "default"]  # what another version of a library warns of is no fault of what is tested
     command += [word for test in passed for word in ("--deselect", test)]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": "300"}
     outcomes: dict[str, str] = {}

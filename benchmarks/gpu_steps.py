@@ -4,6 +4,8 @@ All functions are rows of gpu.py: they take plain values and return {column: val
 through the same code; what they print there says nothing.
 """
 
+import gc
+import hashlib
 import statistics
 import subprocess
 import time
@@ -11,21 +13,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import published
 import torch
 from measure import machine
-from networks import AUTOCAST, Setting, TrainingStep
+from networks import Setting, TrainingStep
 from torch import nn
 
 from hyspark import build_hyspark
+from hyspark.engine.precision import AUTOCAST
 from hyspark.models import light, recompute
 from hyspark.models.compile import compile_blocks
 from hyspark.models.cost import flops_of_step
 from hyspark.models.pretraining import reconstruction_loss
 
+ROOT = Path(__file__).parents[1]
 WARM_UP, ENOUGH, LONG = 2, 1.0, 8.0
 """Steps before the timed ones; seconds of timed steps that suffice, and after which no further one is taken."""
 FEW, MANY = 3, 30
@@ -76,9 +81,15 @@ class Variant:
     fused: bool = True
 
 
+SAME = ("gpu", "torch", "CUDA", "cuDNN")
+"""Of an environment, what rows that stand beside each other have in common."""
+
+
 def environment(device: str) -> dict[str, Any]:
-    """What it is measured on."""
+    """Describe what it is measured on, and by which code: a digest of all of its files."""
     found: dict[str, Any] = machine()
+    files = sorted(path for folder in ("hyspark", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+    found["code"] = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
     if device == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"]
         found["driver"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
@@ -133,10 +144,10 @@ def step(
     ceiling: float | None = None,
     base_ms: float | None = None,
 ) -> dict[str, Any]:
-    """Measure a step.
+    """Measure a step, with another mask each time.
 
     Args:
-        ceiling: TFLOP/s of the matrix product in this precision, for the share of it.
+        ceiling: TFLOP/s of the matrix product in this precision, for the ratio to it.
         base_ms: of the row that this one is compared with.
     """
     if size.device == "cuda":
@@ -202,7 +213,7 @@ class GraphedStep(TrainingStep):
         super().__init__(setting, compute, precision, **options)
         for group in self.optimizer.param_groups:
             group["capturable"] = True
-        self.patches = self.network.encoder.patches(self.volumes, self.visible)
+        self.patches = self.network.encoder.patches(self.volumes, next(self.masks))
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -253,6 +264,7 @@ def largest(
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
+        gc.collect()
         torch.cuda.empty_cache()
         batch = max(1, int(0.9 * batch))
 

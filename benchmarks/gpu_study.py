@@ -78,7 +78,7 @@ def run(arguments: RunArguments, begun: float) -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise OSError("--device cuda: expected a CUDA device, got none; --device cpu runs the study at toy size")
     import study_stages
-    from study_budget import Budget
+    from study_time import Budget
 
     code = study_stages.run(arguments, Budget(begun, 60 * arguments.minutes))
     if code:

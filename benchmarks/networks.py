@@ -4,6 +4,7 @@ import statistics
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import published
@@ -12,6 +13,7 @@ from measure import in_fresh_process, peak_memory, seconds
 from torch import Tensor, nn
 
 from hyspark import build_hyspark
+from hyspark.engine.precision import AUTOCAST
 from hyspark.models.cost import by_part, flops_by_layer, flops_of_step
 from hyspark.models.encoder import WIDTHS, HybridEncoder
 from hyspark.models.hidden import hidden
@@ -20,7 +22,8 @@ from hyspark.models.packed import EDGES, same_conv
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
 """Visible shares at which the encoder is timed."""
-AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NUM_MASKS = 5
+"""Masks that repeated steps take in turn: each has its own number of neighbours, as in training."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,10 @@ class Setting:
         """Random (b, 1, *size)."""
         return torch.rand(self.num_samples, 1, *(self.edge,) * 3, device=self.device)
 
-    def visible(self, share: float) -> Tensor:
+    def visible(self, share: float, seed: int = 0) -> Tensor:
         """A mask with this share of patches, on the CPU."""
-        generators = [torch.Generator().manual_seed(i) for i in range(self.num_samples)]
+        first = seed * self.num_samples
+        generators = [torch.Generator().manual_seed(first + i) for i in range(self.num_samples)]
         return draw_visible((self.edge // 16,) * 3, 1 - share, generators)
 
     def peak(self) -> int:
@@ -132,7 +136,7 @@ def stages(setting: Setting) -> dict[str, dict[str, float]]:
 
 
 class TrainingStep:
-    """A pre-training step that can be repeated: forward, backward, clip, AdamW, on one random batch.
+    """A pre-training step that can be repeated: forward, backward, clip, AdamW; one batch, changing masks.
 
     Args:
         precision: "fp32" or "bf16".
@@ -155,12 +159,13 @@ class TrainingStep:
         self.setting = setting
         self.network = build_hyspark(setting.edge, compute=compute, **options).to(setting.device, memory_format=layout)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-4, fused=fused)
-        self.volumes, self.visible = setting.volumes(), setting.visible(0.25)
+        self.volumes = setting.volumes()
+        self.masks = cycle([setting.visible(0.25, seed) for seed in range(NUM_MASKS)])
         self.precision = precision
 
     def __call__(self) -> None:
         with torch.autocast(self.setting.device, AUTOCAST[self.precision], enabled=self.precision != "fp32"):
-            loss = self.network(self.volumes, self.visible).loss
+            loss = self.network(self.volumes, next(self.masks)).loss
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), 5).item()

@@ -117,7 +117,7 @@ def by_kernel(size: Size, batch: int, variant: Variant) -> Iterator[tuple[str, d
     taken: dict[str, list[float]] = defaultdict(list)
     for event in trace.events():
         on_device = event.device_type != torch.autograd.DeviceType.CPU
-        if on_device == (size.device == "cuda"):
+        if on_device == (size.device == "cuda") and not (on_device and event.is_user_annotation):
             taken[event.name].append(event.self_device_time_total if on_device else event.self_cpu_time_total)
     total = sum(map(sum, taken.values()))
     for name, times in sorted(taken.items(), key=lambda item: -sum(item[1]))[:NUM_KERNELS]:

@@ -10,7 +10,7 @@ from typing import Any
 import study_data
 import study_results
 from measure import machine
-from study_budget import Budget, Limit, OutOfTimeError, epochs_that_fit, seeds_at_once, time_limit, warmup_of
+from study_time import Budget, Limit, OutOfTimeError, epochs_that_fit, seeds_at_once, time_limit, warmup_of
 
 from hyspark.atomic import write_json
 from hyspark.config_finetune import FinetuneConfig

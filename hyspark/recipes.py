@@ -124,11 +124,11 @@ only move files.
 
 def differences(old: Mapping[str, Any], config: Config) -> list[str]:
     """Settings that forbid continuing a run, one line each: 'name: was X, is Y'. A field that is not in `old` had
-    its default; one that is auto now leaves the choice to the run.
+    its default; the precision auto leaves the choice to the run.
     """
     defaults = as_plain(type(config)())
     return [
         f"{name}: was {old.get(name, defaults[name])}, is {value}"
         for name, value in as_plain(config).items()
-        if name not in MAY_CHANGE and value != "auto" and old.get(name, defaults[name]) != value
+        if name not in MAY_CHANGE and (name, value) != ("precision", "auto") and old.get(name, defaults[name]) != value
     ]

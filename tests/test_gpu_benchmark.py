@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SECTION = "section"
@@ -50,8 +51,12 @@ def in_this_process(budget, monkeypatch) -> None:
 
 def measured(budget, tmp_path, rows, seconds=60.0):
     record = budget.Record(tmp_path, "rows")
-    record.begin(ON)
+    record.begin(ON, ["machine"])
     return budget.measure(lambda record: iter(rows), record, seconds), record
+
+
+def values_of(record):
+    return {name: values["value"] for name, values in record.rows[SECTION].items()}
 
 
 # The budget and the record
@@ -62,7 +67,7 @@ def test_rows_are_kept_and_not_measured_again(budget, tmp_path):
     is_whole, _ = measured(budget, tmp_path, rows)
     assert is_whole
     known = json.loads((tmp_path / "rows.json").read_text())
-    assert known["rows"] == {SECTION: {"0": {"value": 0.0}, "1": {"value": 1.5}, "2": {"value": 3.0}}}
+    assert [values["value"] for values in known["rows"][SECTION].values()] == [0.0, 1.5, 3.0]
     assert "| 2 | 3 |" in (tmp_path / "rows.md").read_text()
     again = [budget.Row(SECTION, row.name, dict, {"value": -1}) for row in rows]
     is_whole, record = measured(budget, tmp_path, [*again, budget.Row(SECTION, "3", dict, {"value": 9})])
@@ -79,15 +84,16 @@ def test_a_row_that_fails_costs_no_other_and_is_tried_again(budget, tmp_path):
     ]
     is_whole, record = measured(budget, tmp_path, rows)
     assert is_whole
-    assert record.rows == {SECTION: {"good": {"value": 1}}}
+    assert values_of(record) == {"good": 1}
     reasons = {key.removeprefix(f"{SECTION}: "): why.splitlines()[0] for key, why in record.failed.items()}
     assert reasons["raises"].startswith("JSONDecodeError: Expecting property name")
     assert reasons["ends its process"] == "its process ended with code 3"
     assert reasons["hangs"] == "took longer than 1 s"
     assert "hangs: took longer" in (tmp_path / "rows.md").read_text()
-    _, record = measured(budget, tmp_path, [budget.Row(SECTION, "raises", dict, {"value": 2})])
-    assert record.rows[SECTION]["raises"] == {"value": 2}
-    assert record.failed == {}
+    again = [budget.Row(SECTION, name, dict, {"value": i}) for i, name in enumerate(["raises", "hangs", "new"])]
+    _, record = measured(budget, tmp_path, again)
+    assert list(values_of(record)) == ["good", "new", "raises", "hangs"]  # what failed before comes last
+    assert list(record.failed) == [f"{SECTION}: ends its process"]  # which was not asked for
 
 
 def test_the_budget_is_kept(budget, tmp_path):
@@ -102,7 +108,7 @@ def test_the_budget_is_kept(budget, tmp_path):
     is_whole, record = measured(budget, tmp_path, rows, seconds=3.0)
     assert time.monotonic() - start < 20  # not the 30 of the row
     assert not is_whole
-    assert record.rows == {SECTION: {"short": {"value": 1}}}
+    assert values_of(record) == {"short": 1}
     assert record.failed == {}
     listed = subprocess.run(["pgrep", "-f", str(marker)], capture_output=True, text=True, check=False)
     assert listed.stdout == ""
@@ -122,8 +128,56 @@ def test_a_function_may_give_several_rows(budget, tmp_path, in_this_process):
 
 def test_rows_of_another_machine_are_not_mixed(budget, tmp_path):
     measured(budget, tmp_path, [budget.Row(SECTION, "0", dict, {"value": 1})])
-    with pytest.raises(ValueError, match="another machine"):
-        budget.Record(tmp_path, "rows").begin({"machine": "there"})
+    with pytest.raises(ValueError, match="another machine; name another folder: machine: was here, is there"):
+        budget.Record(tmp_path, "rows").begin({"machine": "there"}, ["machine"])
+
+
+def test_rows_of_another_version_of_the_code_are_told_apart(budget, tmp_path):
+    _, record = measured(budget, tmp_path, [budget.Row(SECTION, "0", dict, {"value": 1})])
+    assert "environment" not in record.as_markdown()
+    record = budget.Record(tmp_path, "rows")
+    record.begin(ON | {"code": "new"}, ["machine"])
+    record.add(SECTION, "1", {"value": 2})
+    assert "| | value | environment |" in record.as_markdown()
+    assert "| 0 | 1 | 1 |\n| 1 | 2 | 2 |" in record.as_markdown()
+    assert "1. machine here\n2. machine here, code new" in record.as_markdown()
+
+
+def test_an_error_leaves_no_process_to_the_next_row(budget, tmp_path):
+    """After an error of CUDA nothing works in its process any more; after too little memory all does."""
+    numbers = []
+
+    def run(self, row, record, seconds):
+        numbers.append(id(self.process))
+        self.process = SimpleNamespace(pid=None)
+        return {"0": "RuntimeError: CUDA", "1": "OutOfMemoryError: CUDA"}.get(row.name, "")
+
+    rows = [budget.Row(SECTION, f"{i}", dict) for i in range(3)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget.Worker, "run", run)
+        measured(budget, tmp_path, rows)
+    none = id(None)
+    assert [number == none for number in numbers] == [True, True, False]
+
+
+def test_what_is_asked_wrongly_is_one_line(gpu, tmp_path, capsys):
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "gpu.json").write_text("[")
+    (tmp_path / "file").write_text("")
+    cases = {
+        "--minutes: expected a number above 0": ["--minutes", "0"],
+        "--published": ["--published", str(tmp_path / "nowhere")],
+        "gpu.json is damaged": ["--out", str(tmp_path / "damaged")],
+        "Not a directory": ["--out", str(tmp_path / "file" / "x")],
+    }
+    for message, words in cases.items():
+        assert gpu.main(["--device", "cpu", "--out", str(tmp_path / "out"), *words]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    with FileLock(tmp_path / "out" / ".lock"):
+        assert gpu.main(["--device", "cpu", "--out", str(tmp_path / "out")]) == 2
+    assert "another call" in capsys.readouterr().err
 
 
 # The rows
@@ -133,13 +187,17 @@ def test_everything_at_full_size_is_planned_in_the_order_of_its_worth(gpu, budge
     arguments = gpu.Arguments().parse_args(["--published", "checkout", "--out", str(tmp_path)])
     rows = list(gpu.plan(arguments, gpu.Scale(), budget.Record(tmp_path, "gpu")))
     sections = list(dict.fromkeys(row.section for row in rows))
-    assert sections[:4] == [gpu.CEILINGS, gpu.TESTS, gpu.STEPS, gpu.VARIANTS]
-    assert sections[4:] == [gpu.DEPTHWISE, gpu.LAYERS, gpu.KERNELS, gpu.TRAINING, gpu.PREDICTION]
+    assert sections[:5] == [gpu.CEILINGS, gpu.TESTS, gpu.STEPS, gpu.VARIANTS, gpu.DEPTHWISE]
+    assert sections[5:] == [gpu.LAYERS, f"{gpu.KERNELS} ({gpu.BASE})", gpu.TRAINING, gpu.PREDICTION]
     assert len({(row.section, row.name) for row in rows}) == len(rows)
     pickle.dumps([(row.function, dict(row.options)) for row in rows])
     steps = [row.name for row in rows if row.section == gpu.STEPS]
     assert steps[0] == "packed bf16, batch 8"
-    assert {"masked TF32, batch 32", "packed fp32, batch 2", "published bf16, batch 8"} <= set(steps)
+    kinds = [f"{compute} {precision}" for compute in ("packed", "masked") for precision in ("bf16", "TF32", "fp32")]
+    sizes = ["batch 2", "batch 8", "batch 16", "batch 32", "largest batch"]
+    wanted = {f"{kind}, {size}" for kind in kinds for size in sizes}
+    assert wanted - set(steps) == {"masked TF32, largest batch", "masked fp32, largest batch"}
+    assert {"published bf16, batch 8", "published fp32, batch 2"} <= set(steps)
     tests = next(row for row in rows if row.section == gpu.TESTS)
     assert "tests/engine/test_gpu.py" in tests.options["paths"]
 
@@ -154,6 +212,7 @@ def test_steps_at_toy_size(gpu, tmp_path, capsys, monkeypatch, in_this_process):
     steps = rows[gpu.STEPS]
     assert list(steps)[:3] == ["packed bf16, batch 2", "packed bf16, batch 1", "packed bf16, largest batch"]
     for values in steps.values():
+        values.pop("environment")
         assert all(math.isfinite(values[column]) and values[column] > 0 for column in values)
         assert values["samples/s"] == pytest.approx(1e3 * values["batch"] / values["ms"])
     flops = {name: v["TFLOP/s"] * v["ms"] / v["batch"] for name, v in steps.items()}
@@ -174,6 +233,11 @@ def test_without_cuda_it_says_what_to_do(gpu, tmp_path, capsys):
     assert gpu.main(["--out", str(tmp_path)]) == 2
     assert "--device cpu" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_row_that_fails_gives_another_exit_code(gpu, budget, tmp_path, monkeypatch):
+    monkeypatch.setattr(budget.Worker, "run", lambda *_: "why")
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path), "--only", "ceilings"]) == 1
 
 
 def test_variants_change_what_they_say(gpu):
@@ -290,5 +354,6 @@ def test_all_of_it_at_toy_size(gpu, tmp_path):
     assert "the same command" not in finished.stdout
     assert set(known["rows"]) == {
         *(gpu.CEILINGS, gpu.TESTS, gpu.STEPS, gpu.VARIANTS, gpu.DEPTHWISE),
-        *(gpu.LAYERS, gpu.KERNELS, gpu.TRAINING, gpu.PREDICTION),
+        *(gpu.LAYERS, gpu.TRAINING, gpu.PREDICTION),
+        *(section for section in known["rows"] if section.startswith(gpu.KERNELS)),
     }

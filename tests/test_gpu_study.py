@@ -122,11 +122,11 @@ def test_other_folders_are_not_overwritten(study, source, tmp_path, capsys):
 
 
 def test_a_budget_ends_before_its_time_is_over(study):
-    budget = module("study_budget").Budget(begun=100.0, seconds=360.0)
+    budget = module("study_time").Budget(begun=100.0, seconds=360.0)
     assert budget.deadline == 445
     assert (budget.left(400.0), budget.left(500.0)) == (45, 0)
     assert (budget.left_of_first_half(180.0), budget.left_of_first_half(300.0)) == (100, 0)
-    assert module("study_budget").Budget(0.0, 60.0).deadline == 57
+    assert module("study_time").Budget(0.0, 60.0).deadline == 57
 
 
 @pytest.mark.parametrize(
@@ -134,17 +134,17 @@ def test_a_budget_ends_before_its_time_is_over(study):
     [(160.0, 0.1, 50, 24, 1), (600.0, 0.1, 50, 90, 4), (160.0, 10.0, 50, 1, 0), (0.0, 0.1, 50, 1, 0)],
 )
 def test_epochs_fit_the_time(study, seconds, step, steps, epochs, warmup):
-    budget = module("study_budget")
+    budget = module("study_time")
     assert budget.epochs_that_fit(seconds, step, steps) == epochs
     assert budget.warmup_of(epochs) == warmup
 
 
 def test_seeds_fill_the_jobs(study):
-    assert [module("study_budget").seeds_at_once(jobs, 4) for jobs in (1, 4, 8, 11)] == [1, 1, 2, 2]
+    assert [module("study_time").seeds_at_once(jobs, 4) for jobs in (1, 4, 8, 11)] == [1, 1, 2, 2]
 
 
 def test_at_the_end_of_the_time_a_listener_gets_sigterm_and_others_an_error(study):
-    budget, heard = module("study_budget"), []
+    budget, heard = module("study_time"), []
     with pytest.raises(budget.OutOfTimeError), budget.time_limit(1000):
         signal.raise_signal(signal.SIGALRM)
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo import maybe_mark_dynamic
 
 from hyspark.models.masking import PATCH, grid_of
 from hyspark.models.recompute import recomputed
@@ -62,6 +63,8 @@ class Patches:
         self.halos = {
             edge: tuple(index.to(device, non_blocking=True) for index in halo_rows(neighbours, edge)) for edge in EDGES
         }
+        for index in itertools.chain(*self.halos.values()):
+            maybe_mark_dynamic(index, 0)  # as long as there are neighbours: torch.compile is not to start anew for it
 
     def pack(self, x: Tensor) -> Tensor:
         """The visible patches of a dense map: (b, c, *size) -> (p, c, *edges)."""

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import hyspark
 from hyspark.engine import pretrain as pretraining_module
@@ -66,6 +67,23 @@ def test_compiled_blocks_give_the_same(name):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     for key, value in plain.state_dict().items():  # BatchNorm's running statistics, too, which moved once
         torch.testing.assert_close(compiled.state_dict()[key], value)
+
+
+def test_another_mask_is_not_compiled_anew():
+    """Masks differ in how many neighbours are visible, with which the lengths of the index maps differ."""
+    make, shape = NETWORKS["hyspark"]
+    net = make()
+    compile_blocks(net, backend="aot_eager")
+    counters.clear()
+    graphs, lengths = [], set()
+    for seed in range(3):
+        visible = torch.rand(2, 1, 2, 2, 2, generator=torch.Generator().manual_seed(seed)).flatten(2).argsort(-1)
+        visible = (visible < 4).view(2, 1, 2, 2, 2)  # four patches of each sample
+        lengths.add(len(net.encoder.patches(torch.rand(shape), visible).halos[16][0]))
+        net(torch.rand(shape), visible).loss.backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert len(lengths) > 1
+    assert graphs == graphs[:1] * 3
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ WARMUP_RATIO = 0.05
 """Fraction of the epochs that warm up."""
 
 
-class OutOfTimeError(Exception):
-    """Raised at the end of the time where nothing listens for SIGTERM."""
+class OutOfTimeError(BaseException):
+    """Raised at the end of the time where nothing listens for SIGTERM; no `except Exception` on its way stops it."""
 
 
 @dataclass
