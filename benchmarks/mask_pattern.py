@@ -6,16 +6,19 @@ Convolutions of ones in place of trained ones, so that a position is not zero wh
 """
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from hyspark.figures import save_figure
+from hyspark.figures import BACKGROUND, TEXT, save_figure
 from hyspark.models.hidden import hidden
 from hyspark.models.masking import draw_visible, visible_at
-from hyspark.plane_figures import mask_figure
+from hyspark.plane_figures import EDGE
 
 PATCH, GRID, SHARE = 16, (6, 6), 0.6
 LAYERS = (0, 2, 4, 8, 12)
@@ -28,6 +31,25 @@ def patterns(x: Tensor, most: int) -> list[Tensor]:
         x = (F.conv2d(x, torch.ones(1, 1, 3, 3), padding=1) != 0).float()
         found.append(x != 0)
     return found
+
+
+def mask_figure(rows: Mapping[str, Sequence[np.ndarray]], titles: Sequence[str]) -> Figure:
+    """Positions at work in the layers (columns) of a network, for several ways of masking (rows): bool (h, w), with
+    their share below.
+    """
+    figure = Figure(figsize=(EDGE * len(titles), (EDGE + 0.25) * len(rows)), facecolor=BACKGROUND, layout="compressed")
+    grid = figure.subplots(len(rows), len(titles), squeeze=False)
+    for row, (name, patterns) in enumerate(rows.items()):
+        for column, (title, pattern) in enumerate(zip(titles, patterns, strict=True)):
+            axes = grid[row, column]
+            axes.imshow(pattern, cmap="gray", vmin=0, vmax=1.2, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.set_xlabel(f"{pattern.mean():.0%} at work", color=TEXT, size=7)
+            if row == 0:
+                axes.set_title(title, color=TEXT, size=8)
+            if column == 0:
+                axes.set_ylabel(name, color=TEXT, size=8)
+    return figure
 
 
 if __name__ == "__main__":

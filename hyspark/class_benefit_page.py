@@ -11,7 +11,7 @@ from hyspark.benefit_page import benefit_figure, common, fewer_labels, left_out,
 from hyspark.class_metrics import METRICS
 from hyspark.figures import save_figure
 
-READING = """\
+CLASSIFICATION_READING = """\
 With two classes the AUC is that of the second in sorted order, with more the mean over each against the rest; F1 is the
 mean over classes. Means are over seeds; in parentheses their range. A difference is over pairs: the same seed (so the
 same training images, batches and fresh weights) and the same scored images on both sides. In brackets is its 95 %
@@ -26,11 +26,11 @@ def write_class_benefit(out: Path, numbers: Mapping[str, Any]) -> Path:
     """
     write_json(out / "benefit.json", numbers)
     save_figure(benefit_figure(numbers, "auc", "AUC", "images"), out / "benefit.png")
-    write_whole(out / "benefit.md", page(numbers).encode())
+    write_whole(out / "benefit.md", classification_page(numbers).encode())
     return out / "benefit.md"
 
 
-def page(numbers: Mapping[str, Any]) -> str:
+def classification_page(numbers: Mapping[str, Any]) -> str:
     """The report in Markdown."""
     missing = numbers["missing"]
     parts = [
@@ -44,4 +44,4 @@ def page(numbers: Mapping[str, Any]) -> str:
     for metric, title in METRICS.items():
         parts += [f"## {title[0].upper()}{title[1:]}, %", table(metric_rows(numbers, metric, "images"))]
     parts += [*left_out(numbers, "images"), *fewer_labels(numbers, "images"), *rates(numbers)]
-    return "\n\n".join([*parts, READING, *common(numbers, "images")]) + "\n"
+    return "\n\n".join([*parts, CLASSIFICATION_READING, *common(numbers, "images")]) + "\n"

@@ -1,6 +1,6 @@
-"""Pictures of planes: views that are compared, and what masking does to the layers of a network."""
+"""Pictures of views that are compared."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -29,23 +29,4 @@ def views_panel(views: Sequence[np.ndarray], names: Sequence[str]) -> Figure:
             if column == 0:
                 title = axes.set_title(names[row], color=TEXT, size=7, loc="left")
                 title.set_parse_math(False)
-    return figure
-
-
-def mask_figure(rows: Mapping[str, Sequence[np.ndarray]], titles: Sequence[str]) -> Figure:
-    """Positions at work in the layers (columns) of a network, for several ways of masking (rows): bool (h, w), with
-    their share below.
-    """
-    figure = Figure(figsize=(EDGE * len(titles), (EDGE + 0.25) * len(rows)), facecolor=BACKGROUND, layout="compressed")
-    grid = figure.subplots(len(rows), len(titles), squeeze=False)
-    for row, (name, patterns) in enumerate(rows.items()):
-        for column, (title, pattern) in enumerate(zip(titles, patterns, strict=True)):
-            axes = grid[row, column]
-            axes.imshow(pattern, cmap="gray", vmin=0, vmax=1.2, interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            axes.set_xlabel(f"{pattern.mean():.0%} at work", color=TEXT, size=7)
-            if row == 0:
-                axes.set_title(title, color=TEXT, size=8)
-            if column == 0:
-                axes.set_ylabel(name, color=TEXT, size=8)
     return figure

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hyspark.atomic import to_json
-from hyspark.class_benefit_page import page, write_class_benefit
+from hyspark.class_benefit_page import classification_page, write_class_benefit
 from hyspark.class_comparison import ClassifiedRun, compare_classified, read_classified, resamples
 from hyspark.class_metrics import METRICS, class_scores
 from hyspark.class_scores import Classified, write_folder
@@ -119,7 +119,7 @@ def test_many_images_are_resampled_less_often():
 
 
 def test_the_report(numbers, tmp_path):
-    text = page(numbers)
+    text = classification_page(numbers)
     assert "7 of 8 runs are finished, scored on 40 validation images. Not finished: own_40_seed1." in text
     assert "all values are optimistic" in text
     for title in ("AUC", "Accuracy", "Macro F1"):
@@ -131,6 +131,6 @@ def test_the_report(numbers, tmp_path):
         assert few[3].startswith("**+")
     assert "own with 40 labelled images: seed 1." in text
     assert "- own: own.pth (sha256 abababababab)" in text
-    assert "optimistic" not in page(numbers | {"scored_on": "test"})
+    assert "optimistic" not in classification_page(numbers | {"scored_on": "test"})
     write_class_benefit(tmp_path, numbers)
     assert {path.name for path in tmp_path.iterdir()} == {"benefit.md", "benefit.json", "benefit.png"}
