@@ -7,7 +7,8 @@
 The same command continues an interrupted run; --help lists every setting. The same as `hyspark finetune`.
 """
 
-from hyspark.cli import finetune, run
+from hyspark.cli.commands import finetune
+from hyspark.cli.exit_codes import run
 
 if __name__ == "__main__":
     run(finetune)

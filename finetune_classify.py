@@ -8,7 +8,8 @@
 The same command continues an interrupted run; --help lists every setting. The same as `hyspark finetune_classify`.
 """
 
-from hyspark.cli import finetune_classify, run
+from hyspark.cli.commands import finetune_classify
+from hyspark.cli.exit_codes import run
 
 if __name__ == "__main__":
     run(finetune_classify)

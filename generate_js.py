@@ -15,7 +15,8 @@ From a folder of loose NIfTI files, first brought into nnU-Net layout:
 The same as `hyspark datalist`.
 """
 
-from hyspark.cli import datalist, run
+from hyspark.cli.commands import datalist
+from hyspark.cli.exit_codes import run
 
 if __name__ == "__main__":
     run(datalist)

@@ -7,7 +7,8 @@
 The same command continues an interrupted run; --help lists every setting. The same as `hyspark pretrain`.
 """
 
-from hyspark.cli import pretrain, run
+from hyspark.cli.commands import pretrain
+from hyspark.cli.exit_codes import run
 
 if __name__ == "__main__":
     run(pretrain)

@@ -17,8 +17,8 @@ from tap import Tap
 from torch import Tensor, nn
 
 from hyspark import build_spark
-from hyspark.models.masking import visible_at
-from hyspark.models.zoo import build_backbone
+from hyspark.models.backbones import build_backbone
+from hyspark.models.masking.mask import visible_at
 
 NAMES = (
     *(f"timm/{name}" for name in ("resnet18", "resnet50", "resnet101", "resnet152", "resnet200", "resnetv2_50")),

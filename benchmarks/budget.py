@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from hyspark.atomic import write_whole
+from hyspark.utils.atomic import write_whole
 
 Values = Mapping[str, Any]
 GRACE = 3.0

@@ -34,12 +34,13 @@ from monai.transforms import (
 )
 from torch.utils.data import Dataset
 
-from hyspark.data.cases import Case
-from hyspark.data.loading import Batch, PretrainBatches, Share, make_loader
-from hyspark.data.phantom import make_phantom
-from hyspark.data.prepare import prepare_all, prepare_case
+from hyspark.data.batches.loader import Batch, Share, make_loader
+from hyspark.data.batches.volumes import PretrainBatches
+from hyspark.data.datasets.cases import Case
+from hyspark.data.preprocessing.prepare import prepare_all, prepare_case
+from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.data.settings import PrepareSettings
-from hyspark.data.store import StoredVolume
+from hyspark.data.synthetic.phantom import make_phantom
 
 NATIVE = (0.7, 0.7, 2.5)
 """Spacing in mm of a common CT as it comes from the scanner."""

@@ -19,12 +19,15 @@ from gpu_steps import AUTOCAST, Size
 from measure import peak_memory
 
 from data import FLIPS, phantom_file
-from hyspark import build_hybird, cli
-from hyspark.data import datalist
-from hyspark.data.loading import PretrainBatches, Share, loading, make_loader
-from hyspark.data.prepare import available_cores, prepare_all
+from hyspark import build_hybird
+from hyspark.cli import commands
+from hyspark.data.batches.loader import Share, loading, make_loader
+from hyspark.data.batches.volumes import PretrainBatches
+from hyspark.data.datasets import datalist_json
+from hyspark.data.preprocessing.prepare import prepare_all
 from hyspark.data.settings import PrepareSettings
-from hyspark.engine.inference import Windows, class_scores
+from hyspark.evaluation.segmentation.inference import Windows, class_scores
+from hyspark.utils.processes import available_cores
 
 ROOT = Path(__file__).parents[1]
 OUTCOME = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL)\b")
@@ -68,7 +71,7 @@ def make_phantoms(folder: str, number: int, spacing: tuple[float, ...]) -> dict[
     start = time.perf_counter()
     with ProcessPoolExecutor(min(number, available_cores()), get_context("spawn")) as pool:
         list(pool.map(partial(phantom_file, images, spacing=spacing), range(number)))
-    cli.datalist(["--data_path", folder])
+    commands.datalist(["--data_path", folder])
     return {"volumes": number, "s": time.perf_counter() - start}
 
 
@@ -133,7 +136,7 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
 
 def loader(folder: str, size: Size, spacing: tuple[float, ...], workers: int, seconds: float) -> dict[str, Any]:
     """Crops a second of the loader alone, pinned as for training, from the volumes that training has prepared."""
-    cases = datalist.read(Path(folder) / "dataset.json").training
+    cases = datalist_json.read(Path(folder) / "dataset.json").training
     settings = PrepareSettings(spacing=spacing)
     volumes = prepare_all(cases, settings, Path(folder) / "prepared", 0, progress=False)
     batches = PretrainBatches(volumes, Share(4), (size.edge,) * 3, 4, FLIPS, 0)

@@ -24,11 +24,11 @@ from networks import Setting, TrainingStep
 from torch import nn
 
 from hyspark import build_hyspark
-from hyspark.engine.precision import AUTOCAST
-from hyspark.models import light, recompute
+from hyspark.models import light_decoder, recompute
 from hyspark.models.compile import compile_blocks
-from hyspark.models.cost import flops_of_step
-from hyspark.models.pretraining import reconstruction_loss
+from hyspark.models.masked_autoencoder import reconstruction_loss
+from hyspark.planning.flops import flops_of_step
+from hyspark.training.precision import AUTOCAST
 
 ROOT = Path(__file__).parents[1]
 WARM_UP, ENOUGH, LONG = 2, 1.0, 8.0
@@ -76,7 +76,7 @@ class Variant:
     channels_last: bool = True
     compile: str = "none"
     compose: bool = True
-    recompute: bool = True
+    models_recompute: bool = True
     graph: bool = False
     fused: bool = True
 
@@ -189,10 +189,10 @@ def applied(variant: Variant, precision: str) -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = TF32[precision] == "all"
     torch.set_float32_matmul_precision("high" if TF32[precision] == "all" else "highest")
     torch.backends.cudnn.benchmark = variant.cudnn_benchmark
-    compose = light.COMPOSE_FROM if variant.compose else 2**62
+    compose = light_decoder.COMPOSE_FROM if variant.compose else 2**62
     kept = recompute.checkpoint if variant.recompute else called
     try:
-        with patch.object(light, "COMPOSE_FROM", compose), patch.object(recompute, "checkpoint", kept):
+        with patch.object(light_decoder, "COMPOSE_FROM", compose), patch.object(recompute, "checkpoint", kept):
             yield
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before[:2]
@@ -273,7 +273,7 @@ def batch_counted(size: Size, batch: int) -> int:
     """A batch that costs as many FLOPs a crop as this one: more crops only let more up-convolutions be composed."""
     width = size.options.get("decoder_width", 768)
     positions = (size.edge // 16) ** 3
-    return 2 if batch * positions < light.COMPOSE_FROM * width else batch
+    return 2 if batch * positions < light_decoder.COMPOSE_FROM * width else batch
 
 
 @lru_cache

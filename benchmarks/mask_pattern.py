@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from hyspark.figures import BACKGROUND, TEXT, save_figure
-from hyspark.models.hidden import hidden
-from hyspark.models.masking import draw_visible, visible_at
-from hyspark.plane_figures import EDGE
+from hyspark.figures.panels import BACKGROUND, TEXT, save_figure
+from hyspark.figures.planes import EDGE
+from hyspark.models.masking.context import hidden
+from hyspark.models.masking.mask import draw_visible, visible_at
 
 PATCH, GRID, SHARE = 16, (6, 6), 0.6
 LAYERS = (0, 2, 4, 8, 12)

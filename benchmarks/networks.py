@@ -13,12 +13,12 @@ from measure import in_fresh_process, peak_memory, seconds
 from torch import Tensor, nn
 
 from hyspark import build_hyspark
-from hyspark.engine.precision import AUTOCAST
-from hyspark.models.cost import by_part, flops_by_layer, flops_of_step
 from hyspark.models.encoder import WIDTHS, HybridEncoder
-from hyspark.models.hidden import hidden
-from hyspark.models.masking import draw_visible
-from hyspark.models.packed import EDGES, same_conv
+from hyspark.models.masking.context import hidden
+from hyspark.models.masking.mask import draw_visible
+from hyspark.models.masking.packed import EDGES, same_conv
+from hyspark.planning.flops import by_part, flops_by_layer, flops_of_step
+from hyspark.training.precision import AUTOCAST
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
 """Visible shares at which the encoder is timed."""

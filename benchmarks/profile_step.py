@@ -1,6 +1,6 @@
 """Where the time of a step goes, layer by layer: forward and backward, with the rate that each layer reaches.
 
-A layer is named by the weight that a function is given, as in hyspark.models.cost; a function without one by its own
+A layer is named by the weight that a function is given, as in hyspark.planning.flops; a function without one by its own
 name. torch's profiler ties what runs on the device to the function that started it, and autograd's sequence numbers tie
 a backward function to its forward one. What is computed again in the backward pass counts as backward.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from hyspark.models.cost import flops_by_layer
+from hyspark.planning.flops import flops_by_layer
 
 SCOPE = "layer: "
 BACKWARD = "autograd::engine::evaluate_function: "

@@ -88,11 +88,11 @@ def prepared_volume(image: str, folder: Path) -> tuple[np.ndarray, int]:
     """float32 (h, w, d) of a CT, or of a phantom, prepared at 1.5 mm; the steps in which the store holds it."""
     import nibabel  # here and below: processes that only read are measured without torch
 
-    from hyspark.data.cases import Case
-    from hyspark.data.phantom import make_phantom
-    from hyspark.data.prepare import prepare_case
+    from hyspark.data.datasets.cases import Case
+    from hyspark.data.preprocessing.prepare import prepare_case
+    from hyspark.data.preprocessing.store import steps_of
     from hyspark.data.settings import PrepareSettings
-    from hyspark.data.store import steps_of
+    from hyspark.data.synthetic.phantom import make_phantom
 
     path = Path(image)
     if not image:

@@ -21,13 +21,14 @@ from typing import Any
 import nibabel
 import numpy as np
 
-from hyspark.atomic import write_json
-from hyspark.data import datalist
-from hyspark.data.cases import Case, Datalist
-from hyspark.data.prepare import prepare_case
-from hyspark.data.resample import read_nifti, target_grid
+from hyspark.data.datasets import build, datalist_json, nnunet
+from hyspark.data.datasets.cases import Case, Datalist
+from hyspark.data.datasets.splits import SEED, split_by_file
+from hyspark.data.preprocessing.prepare import prepare_case
+from hyspark.data.preprocessing.resample import target_grid
+from hyspark.data.readers.nifti import read_nifti
 from hyspark.data.settings import PrepareSettings
-from hyspark.data.splits import SEED, split_by_file
+from hyspark.utils.atomic import write_json
 
 MANIFEST = "study_data.json"
 STEP = 2.0
@@ -49,13 +50,13 @@ class Found:
 def find(data: Path, labelled: str, unlabelled: Sequence[str], seed: int) -> Found:
     """Find the cases, on the sides of training and validation that fine-tuning will put them on."""
     folder = (data / labelled).absolute()
-    listed = datalist.read_folder(folder, seed=SEED, val_fraction=VAL_FRACTION)
-    cases = datalist.dataset_cases(folder, labels=True, channel="0000")
+    listed = build.read_folder(folder, seed=SEED, val_fraction=VAL_FRACTION)
+    cases = nnunet.dataset_cases(folder, labels=True, channel="0000")
     splits = folder / "splits.json"
     usable = split_by_file(cases, splits, labels=False)[0] if splits.is_file() else cases
     spare = [case for case in usable if case.label is None]
     for name in unlabelled:
-        spare += datalist.dataset_cases((data / name).absolute(), labels=False, channel="0000")
+        spare += nnunet.dataset_cases((data / name).absolute(), labels=False, channel="0000")
     order = np.random.default_rng(seed).permutation(len(spare))
     return Found(list(listed.training), list(listed.validation), [spare[i] for i in order])
 
@@ -134,7 +135,7 @@ def write_lists(source: Path, out: Path, found: Found, taken: Sequence[Case]) ->
     sides: dict[bool, list[Case]] = {True: [], False: []}
     for case in taken:
         sides[case.label is not None and case.name in held_out].append(case)
-    datalist.write(Datalist(tuple(sides[False]), tuple(sides[True])), out / "dataset.json")
+    datalist_json.write(Datalist(tuple(sides[False]), tuple(sides[True])), out / "dataset.json")
     if (source / "dataset.json").is_file():
         shutil.copyfile(source / "dataset.json", out / source.name / "dataset.json")
     bare = [case.name for case in sides[False] if case.label is None and case.dataset == source.name]

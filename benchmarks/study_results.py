@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hyspark.atomic import write_json, write_whole
-from hyspark.comparison import SCORE_FILES
-from hyspark.report import read_metrics
+from hyspark.evaluation.protocol import SCORE_FILES
+from hyspark.training.metrics_log import read_metrics
+from hyspark.utils.atomic import write_json, write_whole
 
 WEIGHTS, PRETRAINING, RUNS, STUDY = "weights.safetensors", "pretraining.jsonl", "runs.zip", "study.json"
 PLAN = "pretrain_plan.json"

@@ -12,20 +12,20 @@ import study_results
 from measure import machine
 from study_time import Budget, Limit, OutOfTimeError, epochs_that_fit, seeds_at_once, time_limit, warmup_of
 
-from hyspark.atomic import write_json
-from hyspark.config_finetune import FinetuneConfig
-from hyspark.config_pretrain import PretrainConfig
-from hyspark.data.loading import Share
-from hyspark.engine import pretrain as engine
-from hyspark.engine.benefit import benefit
-from hyspark.engine.distributed import find_processes
-from hyspark.engine.planner import crops_per_process
-from hyspark.engine.prepared import prepared
-from hyspark.engine.pretraining import Pretraining, training_file
-from hyspark.engine.signals import EXIT_CODE
-from hyspark.engine.trial import trials
-from hyspark.models.export import export_weights
-from hyspark.recipes import read_yaml
+from hyspark.comparison.benefit import benefit
+from hyspark.config.pretrain import PretrainConfig
+from hyspark.config.recipes import read_yaml
+from hyspark.config.segmentation import FinetuneConfig
+from hyspark.data.batches.loader import Share
+from hyspark.models.weights.export import export_weights
+from hyspark.planning.plan import crops_per_process
+from hyspark.planning.trial_steps import trials
+from hyspark.tasks import pretrain as tasks_pretrain
+from hyspark.tasks.masked import Pretraining, training_file
+from hyspark.training.distributed import find_processes
+from hyspark.training.run_volumes import prepared
+from hyspark.training.signals import EXIT_CODE
+from hyspark.utils.atomic import write_json
 
 PATCH = 16
 TOY = {
@@ -120,26 +120,26 @@ def pretrain(config: PretrainConfig, out: Path, budget: Budget) -> None:
         write_json(path, plan(config, budget))
     chosen = json.loads(path.read_text())
     config = replace(config, ep=chosen["epochs"], wp_ep=chosen["warmup_epochs"])
-    engine.pretrain(config)
+    tasks_pretrain.pretrain(config)
     export_weights(training_file(config), weights, decoder=True)
 
 
 def plan(config: PretrainConfig, budget: Budget) -> dict[str, Any]:
     """Prepare the volumes, measure a step, choose the epochs; raises OSError where a step does not fit the memory."""
     processes = find_processes(config.device)
-    training, validation = engine.find_cases(config)
+    training, validation = tasks_pretrain.find_cases(config)
     clock = time.monotonic()
     prepared(config, processes, Path(config.data_path), [*training, *validation])
     preparing = time.monotonic() - clock
     crops = crops_per_process(config, processes)
     task = Pretraining(config, Share(config.bs, 0, 1), [], [])
-    make = partial(engine.build, config)
+    make = partial(tasks_pretrain.build, config)
     trial = next(trials(config, processes, make, task, task.random_batch, crops, None, crops), None)
     if trial is None:
         raise OSError(
             f"--pretrain_config: expected a step of {crops} crops to fit the memory, but it does not; lower bs"
         )
-    steps = engine.steps_per_epoch(config, training)
+    steps = tasks_pretrain.steps_per_epoch(config, training)
     epochs = epochs_that_fit(budget.left_of_first_half(time.monotonic()), trial.seconds, steps)
     return {
         "num_parameters": sum(p.numel() for p in make().parameters()),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from measure import in_fresh_process
 
-from hyspark import cli
+from hyspark.cli import commands
 
 RECIPE = Path(__file__).parents[1] / "configs" / "pretrain_coarse_cpu.yaml"
 
@@ -25,7 +25,7 @@ def data_wait(steps: int = 12, num_workers: int = 2) -> dict[str, float]:
 
 def train(folder: str, steps: int, num_workers: int) -> None:
     """The commands a user types."""
-    cli.phantom(["--out", f"{folder}/data", "--num_labelled", "0", "--num_unlabelled", "6"])
-    cli.datalist(["--data_path", f"{folder}/data"])
+    commands.phantom(["--out", f"{folder}/data", "--num_labelled", "0", "--num_unlabelled", "6"])
+    commands.datalist(["--data_path", f"{folder}/data"])
     limits = ["--max_steps", str(steps), "--dataloader_workers", str(num_workers), "--picture_every", "0"]
-    cli.pretrain(["--config", str(RECIPE), "--data_path", f"{folder}/data", "--exp_dir", f"{folder}/run", *limits])
+    commands.pretrain(["--config", str(RECIPE), "--data_path", f"{folder}/data", "--exp_dir", f"{folder}/run", *limits])

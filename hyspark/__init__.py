@@ -8,19 +8,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hyspark.models.hidden import hidden
-    from hyspark.models.pretraining import build_hyspark
-    from hyspark.models.pyramid import build_spark
+    from hyspark.models.masked_autoencoder import build_hyspark
+    from hyspark.models.masking.context import hidden
     from hyspark.models.segmentation import build_hybird
-    from hyspark.models.weights import LoadReport, load_pretrained
+    from hyspark.models.spark import build_spark
+    from hyspark.models.weights.load import LoadReport, load_pretrained
 
 HOMES = {
-    "LoadReport": "hyspark.models.weights",
+    "LoadReport": "hyspark.models.weights.load",
     "build_hybird": "hyspark.models.segmentation",
-    "build_hyspark": "hyspark.models.pretraining",
-    "build_spark": "hyspark.models.pyramid",
-    "hidden": "hyspark.models.hidden",
-    "load_pretrained": "hyspark.models.weights",
+    "build_hyspark": "hyspark.models.masked_autoencoder",
+    "build_spark": "hyspark.models.spark",
+    "hidden": "hyspark.models.masking.context",
+    "load_pretrained": "hyspark.models.weights.load",
 }
 """Modules of the public names."""
 __all__ = ["LoadReport", "build_hybird", "build_hyspark", "build_spark", "hidden", "load_pretrained"]

@@ -1,15 +1,22 @@
-"""Small data and small settings that several tests share."""
+"""Small data and small settings that several tests share: volumes, images."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from hyspark import report
-from hyspark.config_finetune import FinetuneConfig
-from hyspark.config_pretrain import PretrainConfig
-from hyspark.data import datalist
-from hyspark.data.phantom import write_phantoms
+from hyspark.config.classification import ClassifyConfig
+from hyspark.config.pretrain import PretrainConfig
+from hyspark.config.segmentation import FinetuneConfig
+from hyspark.data.datasets import build, datalist_json
+from hyspark.data.synthetic.phantom import write_phantoms
+from hyspark.evaluation.classification import predict
+from hyspark.reports import run_page
+
+Writer = Callable[[Path, Mapping[str, int], int], None]
 
 SMALL = {
     "encoder_widths": (6, 6, 12, 12, 24),
@@ -33,7 +40,7 @@ def _one_thread() -> None:
 def _no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run's page without its curves, which take longer to draw than a small run; with them where `curves` says so."""
     if "curves" not in request.keywords:
-        monkeypatch.setattr(report, "curves_figure", lambda curves, dark: None)
+        monkeypatch.setattr(run_page, "curves_figure", lambda curves, dark: None)
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +50,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_phantoms(
         folder, num_labelled=3, num_unlabelled=4, spacings=((6.0, 6.0, 6.0), (5.0, 5.0, 8.0)), progress=False
     )
-    datalist.write(datalist.build(folder), folder / "dataset.json")
+    datalist_json.write(build.build(folder), folder / "dataset.json")
     return folder
 
 
@@ -85,6 +92,57 @@ def finetuning(phantoms: Path, tmp_path: Path) -> FinetuneConfig:
         warmup_epochs=1,
         optim_lr=1e-3,
     )
+
+
+@pytest.fixture(scope="session")
+def write_images() -> Writer:
+    """Writes noise to a folder for each class, with a bright corner in those of the second."""
+
+    def write(folder: Path, counts: Mapping[str, int], seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for label, (name, num) in enumerate(counts.items()):
+            (folder / name).mkdir(parents=True)
+            for i in range(num):
+                pixels = rng.integers(0, 120, (36, 40), dtype=np.uint8)
+                pixels[:20, :20] += 130 * label
+                Image.fromarray(pixels).save(folder / name / f"{i:02d}.png")
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def image_data(tmp_path_factory: pytest.TempPathFactory, write_images: Writer) -> Path:
+    """16 training images of two classes, 8 to validate on, 6 to test on."""
+    folder = tmp_path_factory.mktemp("images")
+    write_images(folder / "train", {"dark": 10, "light": 6}, 0)
+    write_images(folder / "val", {"dark": 4, "light": 4}, 1)
+    write_images(folder / "test", {"dark": 3, "light": 3}, 2)
+    return folder
+
+
+@pytest.fixture
+def classifying_drawn(image_data: Path, tmp_path: Path) -> ClassifyConfig:
+    """A run that takes seconds: 2 steps an epoch, 2 epochs; with its pictures, which take longer than the rest."""
+    return ClassifyConfig(
+        data_dir=str(image_data),
+        logdir=str(tmp_path / "run"),
+        model="timm/test_resnet",
+        channels=1,
+        input_size=32,
+        batch_size=8,
+        max_epochs=2,
+        freeze_epochs=0,
+        optim_lr=1e-3,
+        device="cpu",
+        dataloader_workers=0,
+    )
+
+
+@pytest.fixture
+def classifying(classifying_drawn: ClassifyConfig, monkeypatch: pytest.MonkeyPatch) -> ClassifyConfig:
+    """The same without pictures."""
+    monkeypatch.setattr(predict, "mistakes_figure", lambda scored, images: None)
+    return classifying_drawn
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,6 +1,7 @@
-"""The import rule: `models` and `data` do not know each other; neither knows the engine or the command line."""
+"""What modules import and name: the rooms, the command line, pyplot, CUDA."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,20 +12,15 @@ import hyspark
 PACKAGE = Path(hyspark.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = [PACKAGE.parent / name for name in ("generate_js.py", "train.py", "finetune_btcv.py", "finetune_classify.py")]
-COMMAND_LINE = ("hyspark.cli", "argparse", "tap")
 CUDA_ALLOWED = {
-    "engine/distributed.py": None,  # the one place that knows devices
-    "engine/jobs.py": {"cuda", "CUDA_VISIBLE_DEVICES"},  # which GPU a job gets
-    "engine/precision.py": {"cuda"},  # which formats a GPU has
-    "config.py": {"cuda"},  # a choice of the setting `device`
-    "report.py": {"cuda"},  # the environment table names the GPU
+    "training/distributed.py": None,  # which device a process has
+    "training/memory.py": None,
+    "training/precision.py": {"cuda"},  # which formats a GPU has
+    "comparison/jobs.py": {"cuda", "CUDA_VISIBLE_DEVICES"},  # which GPU a job gets
+    "config/shared.py": {"cuda"},  # a choice of the setting `device`
+    "reports/run_page.py": {"cuda"},  # the environment table names the GPU
 }
 """Files that may say cuda in code, and the words they may use (None: any)."""
-
-
-def room(path: Path) -> str:
-    """models, data, engine, or the file itself."""
-    return path.relative_to(PACKAGE).parts[0]
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -61,28 +57,18 @@ def named(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
 
-def test_the_rooms_are_there():
-    assert {"models", "data", "engine", "cli.py", "config.py"} <= {room(path) for path in MODULES}
+def test_the_rooms_are_those_of_the_contract():
+    """Every room has its floor; what each may import, `make lint` checks by the contract in pyproject.toml."""
+    contract = re.search(r"layers = \[(.*?)\]", (PACKAGE.parent / "pyproject.toml").read_text(), flags=re.DOTALL)
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert set(re.findall(r"hyspark\.(\w+)", contract.group(1))) == rooms
+    assert [path.name for path in PACKAGE.glob("*.py")] == ["__init__.py"]
     assert all(path.is_file() for path in SCRIPTS)
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if room(p) == "models"], ids=named)
-def test_models_know_no_data(path):
-    assert imported_from(path, "hyspark.data", "hyspark.engine", *COMMAND_LINE) == []
-
-
-@pytest.mark.parametrize("path", [p for p in MODULES if room(p) == "data"], ids=named)
-def test_data_knows_no_models(path):
-    assert imported_from(path, "hyspark.models", "hyspark.engine", *COMMAND_LINE) == []
-
-
-def test_only_the_command_line_imports_the_engine():
-    known = {named(path) for path in MODULES if room(path) != "engine" and imported_from(path, "hyspark.engine")}
-    assert known == {"cli.py"}
-
-
 def test_only_the_command_line_parses_flags():
-    assert {named(path) for path in MODULES if imported_from(path, *COMMAND_LINE)} == {"cli.py", "flags.py"}
+    parsing = {named(path) for path in MODULES if imported_from(path, "argparse", "tap")}
+    assert {name.partition("/")[0] for name in parsing} == {"cli"}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -107,10 +93,10 @@ def test_cuda_is_named_in_one_place(path):
 def test_the_rules_can_fail(tmp_path):
     path = tmp_path / "bad.py"
     path.write_text(
-        '"""cuda in a docstring."""\nimport hyspark.engine.run\nfrom hyspark import engine\n'
+        '"""cuda in a docstring."""\nimport hyspark.training.loop\nfrom hyspark import training\n'
         "import matplotlib.pyplot as plt\n\ndef f(x):\n    '''cuda'''\n    return x.to('cuda:0').cuda()\n"
     )
-    assert imported_from(path, "hyspark.engine") == ["hyspark.engine.run", "hyspark.engine"]
-    assert imported_from(path, "hyspark.models", *COMMAND_LINE) == []
+    assert imported_from(path, "hyspark.training") == ["hyspark.training.loop", "hyspark.training"]
+    assert imported_from(path, "hyspark.models", "tap") == []
     assert imported_from(path, "matplotlib.pyplot") == ["matplotlib.pyplot"]
     assert words_with_cuda(path) == {"cuda:0", "cuda"}

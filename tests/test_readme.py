@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from hyspark import cli
-from hyspark.config_classify import ClassifyConfig
-from hyspark.config_finetune import FinetuneConfig
-from hyspark.config_pretrain import PretrainConfig
+from hyspark.cli import arguments as cli_arguments
+from hyspark.cli import main, parsing
+from hyspark.config.classification import ClassifyConfig
+from hyspark.config.pretrain import PretrainConfig
+from hyspark.config.segmentation import FinetuneConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "data/README.md", "ckpt/README.md")]
@@ -33,7 +34,7 @@ def commands():
                     at = next((i for i, w in enumerate(words) if w in SCRIPTS), None)
                     if at:
                         found.append((SCRIPTS[words[at]], words[at + 1 :]))
-                elif len(words) > 1 and words[0] == "hyspark" and words[1] in cli.VERBS:
+                elif len(words) > 1 and words[0] == "hyspark" and words[1] in main.VERBS:
                     found.append((words[1], words[2:]))
     return found
 
@@ -56,26 +57,26 @@ def test_the_pages_show_commands():
 def test_every_command_shown_has_flags_that_exist(verb, argv, monkeypatch):
     monkeypatch.chdir(ROOT)
     if verb == "pretrain":
-        cli.read_config(PretrainConfig, verb, argv)
+        parsing.read_config(PretrainConfig, verb, argv)
     elif verb == "finetune":
-        cli.read_config(FinetuneConfig, verb, argv)
+        parsing.read_config(FinetuneConfig, verb, argv)
     elif verb == "finetune_classify":
-        cli.read_config(ClassifyConfig, verb, argv)
+        parsing.read_config(ClassifyConfig, verb, argv)
     elif verb == "benefit":
-        args = cli.BenefitArguments(allow_abbrev=False).parse_args(argv, known_only=True)
-        cli.read_config({"segment": FinetuneConfig, "classify": ClassifyConfig}[args.task], verb, args.extra_args)
+        args = cli_arguments.BenefitArguments(allow_abbrev=False).parse_args(argv, known_only=True)
+        parsing.read_config({"segment": FinetuneConfig, "classify": ClassifyConfig}[args.task], verb, args.extra_args)
     else:
         arguments = {
-            "datalist": cli.DatalistArguments,
-            "check": cli.CheckArguments,
-            "weights": cli.WeightsArguments,
-            "export": cli.ExportArguments,
-            "slices": cli.SlicesArguments,
-            "evaluate": cli.EvaluateArguments,
-            "predict": cli.PredictArguments,
-            "classify": cli.ClassifyArguments,
+            "datalist": cli_arguments.DatalistArguments,
+            "check": cli_arguments.CheckArguments,
+            "weights": cli_arguments.WeightsArguments,
+            "export": cli_arguments.ExportArguments,
+            "slices": cli_arguments.SlicesArguments,
+            "evaluate": cli_arguments.EvaluateArguments,
+            "predict": cli_arguments.PredictArguments,
+            "classify": cli_arguments.ClassifyArguments,
         }
-        cli.parse(arguments[verb](allow_abbrev=False), argv)
+        parsing.parse(arguments[verb](allow_abbrev=False), argv)
 
 
 def test_the_python_shown_runs(capsys):
@@ -85,10 +86,24 @@ def test_the_python_shown_runs(capsys):
 
 
 def test_the_tree_is_the_tree():
+    """Each room of the README's picture names the modules that are in it."""
     tree = re.search(r"```\n(generate_js\.py.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL).group(1)
-    shown = set(re.findall(r"[a-z_]+\.py", tree))
-    package = {p.name for p in (ROOT / "hyspark").rglob("*.py")} - {"__init__.py"}
-    assert shown == package | set(SCRIPTS)
+    assert set(SCRIPTS) == set(re.findall(r"\w+\.py", tree))
+    shown: dict[str, str] = {}
+    room, outer = "", ""
+    for line in tree[tree.index("\nhyspark/") :].splitlines()[2:]:
+        if found := re.match(r"( +)(\w+)/ +(.*)", line):
+            outer = found[2] if len(found[1]) == 2 else outer
+            room = found[2] if len(found[1]) == 2 else f"{outer}/{found[2]}"
+            shown[room] = found[3]
+        else:
+            shown[room] += line
+    package = ROOT / "hyspark"
+    rooms = {path.parent.relative_to(package).as_posix() for path in package.rglob("__init__.py")} - {"."}
+    assert set(shown) == rooms
+    for name, text in shown.items():
+        modules = {path.stem for path in (package / name).glob("*.py")} - {"__init__"}
+        assert modules <= set(re.findall(r"\w+", text)), name
 
 
 def test_linked_files_exist():

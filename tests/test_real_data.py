@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hyspark.data import datalist
+from hyspark.data.datasets import build, datalist_json
+from hyspark.data.datasets import cases as datasets_cases
 from hyspark.data.settings import PictureSettings
-from hyspark.data.slices import write_slices
-from hyspark.engine.dice_file import read_scores
-from hyspark.engine.finetune import finetune
-from hyspark.engine.pretrain import pretrain
-from hyspark.engine.pretraining import encoder_file
+from hyspark.data.slices.write_slices import write_slices
+from hyspark.evaluation.segmentation.scores import read_scores
+from hyspark.tasks.masked import encoder_file
+from hyspark.tasks.pretrain import pretrain
+from hyspark.tasks.segmentation import finetune
 
 REAL = os.environ.get("HYSPARK_REAL_DATA", "")
 pytestmark = pytest.mark.skipif(not REAL, reason="HYSPARK_REAL_DATA is not set")
@@ -27,17 +28,17 @@ pytestmark = pytest.mark.skipif(not REAL, reason="HYSPARK_REAL_DATA is not set")
 
 def test_pretraining_and_finetuning_on_real_ct(pretraining, finetuning, tmp_path):
     cases = (
-        datalist.build(Path(REAL) / "Dataset501_OpenKBP").training[:2]
-        + datalist.build(Path(REAL) / "Dataset502_BodyCT").training[:2]
+        build.build(Path(REAL) / "Dataset501_OpenKBP").training[:2]
+        + build.build(Path(REAL) / "Dataset502_BodyCT").training[:2]
     )
-    datalist.write(datalist.Datalist(training=cases), tmp_path / "dataset.json")
+    datalist_json.write(datasets_cases.Datalist(training=cases), tmp_path / "dataset.json")
     config = replace(pretraining, data_path=str(tmp_path), ep=1)
     pretrain(config)
     values = [json.loads(line) for line in (config.run_folder / "metrics.jsonl").read_text().splitlines()]
     assert all(math.isfinite(m.get("loss", m.get("val_loss"))) for m in values)
-    labelled = datalist.build(Path(REAL) / "Dataset501_OpenKBP", labels=True, splits="auto")
+    labelled = build.build(Path(REAL) / "Dataset501_OpenKBP", labels=True, splits="auto")
     few = replace(labelled, training=labelled.training[:2], validation=labelled.validation[:1])
-    datalist.write(few, tmp_path / "labelled.json")
+    datalist_json.write(few, tmp_path / "labelled.json")
     tuned = replace(
         finetuning,
         data_dir=str(tmp_path),

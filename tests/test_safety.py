@@ -14,17 +14,17 @@ import pytest
 import torch
 
 import hyspark
-from hyspark.data import datalist
-from hyspark.data.cases import Case, Datalist
-from hyspark.data.prepare import prepare_all
+from hyspark.data.datasets import datalist_json, nnunet
+from hyspark.data.datasets.cases import Case, Datalist
+from hyspark.data.preprocessing.prepare import prepare_all
+from hyspark.data.preprocessing.store import cumulative_counts, is_whole, opened
 from hyspark.data.settings import PrepareSettings
-from hyspark.data.store import cumulative_counts, is_whole, opened
-from hyspark.engine import checkpoint
-from hyspark.engine.inference import load_network
-from hyspark.engine.pretrain import pretrain
-from hyspark.engine.pretraining import training_file
-from hyspark.models.pretraining import build_hyspark
-from hyspark.models.weights import load_pretrained
+from hyspark.evaluation.segmentation.inference import load_network
+from hyspark.models.masked_autoencoder import build_hyspark
+from hyspark.models.weights.load import load_pretrained
+from hyspark.tasks.masked import training_file
+from hyspark.tasks.pretrain import pretrain
+from hyspark.training import checkpoint
 
 SOURCE = Path(hyspark.__file__).parent
 PATIENT = "DOE^JANE"
@@ -134,9 +134,9 @@ def test_the_report_escapes_names_and_holds_no_header_text(pretraining, tmp_path
         write_case(data, name, descrip=PATIENT, aux_file="19510203")
     bad = data / "Dataset001_Evil" / "imagesTr" / "<i>bad<_0000.nii.gz"
     bad.write_bytes(b"no volume")
-    found = datalist.find_images(data, labels=False, channel="0000")
+    found = nnunet.find_images(data, labels=False, channel="0000")
     listed = Datalist(tuple(c for c in found if c.name != "third"), tuple(c for c in found if c.name == "third"))
-    datalist.write(listed, data / "dataset.json")
+    datalist_json.write(listed, data / "dataset.json")
     config = replace(pretraining, data_path=str(data), max_steps=1, bs=1, on_bad_case="skip", picture_every=1)
     page = (pretrain(config) / "report.html").read_text()
     assert "&lt;i&gt;bad&lt;" in page

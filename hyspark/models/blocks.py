@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyspark.models.packed import Patches, same_conv
+from hyspark.models.masking.packed import Patches, same_conv
 from hyspark.models.recompute import recomputed
 
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}

@@ -9,7 +9,7 @@ from timm.models import group_parameters
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hyspark.models.zoo import known
+from hyspark.models.backbones import known
 
 SEVERAL_OUTPUTS = ("googlenet", "inception_v3")
 """Networks of torchvision with further classifiers on the way, which a loss of their own would be needed for."""

@@ -4,7 +4,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from hyspark.models.blocks import FusionBlock, MedNeXtBlock, MedNeXtUpBlock
-from hyspark.models.light import DecoderLevel
+from hyspark.models.light_decoder import DecoderLevel
 
 BLOCKS = (MedNeXtBlock, MedNeXtUpBlock, FusionBlock, DecoderLevel, Block)
 VARIANTS = 64

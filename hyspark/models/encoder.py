@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyspark.models.blocks import CONV, MedNeXtBlock
-from hyspark.models.hidden import hidden
-from hyspark.models.masking import PATCH, grid_of, visible_at
-from hyspark.models.packed import Patches, patches_of, same_conv
+from hyspark.models.masking.context import hidden
+from hyspark.models.masking.mask import PATCH, grid_of, visible_at
+from hyspark.models.masking.packed import Patches, patches_of, same_conv
 from hyspark.models.vit import TokenTransformer
 
 WIDTHS = (32, 64, 128, 256, 384)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from hyspark.models.blocks import CONV, FusionBlock, MedNeXtBlock, MedNeXtUpBlock
 from hyspark.models.encoder import DEPTHS, EXPANSIONS, NUM_STAGES, WIDTHS, HybridEncoder
-from hyspark.models.light import LightDecoder, Projection, projections
-from hyspark.models.masking import grid_of
+from hyspark.models.light_decoder import LightDecoder, Projection, projections
+from hyspark.models.masking.mask import grid_of
 
 UP_EXPANSION = 4
 

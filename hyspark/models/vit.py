@@ -11,7 +11,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from hyspark.models.packed import Patches
+from hyspark.models.masking.packed import Patches
 
 
 def sincos_position(grid: Sequence[int], channels: int) -> Tensor:

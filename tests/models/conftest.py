@@ -5,7 +5,7 @@ import torch
 
 from hyspark import build_hybird, build_hyspark
 from hyspark.models.encoder import HybridEncoder
-from hyspark.models.masking import draw_visible
+from hyspark.models.masking.mask import draw_visible
 
 WIDTHS = (6, 12, 12, 24, 48)
 """Small, and as unequal as 12 heads and three axes of positions allow."""

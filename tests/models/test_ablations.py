@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hyspark.models.encoder import HybridEncoder
-from hyspark.models.masking import visible_at
+from hyspark.models.masking.mask import visible_at
 
 EVERYWHERE, CONVOLUTIONS, INPUT = "everywhere", "convolutions", "input"
 

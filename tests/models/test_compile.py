@@ -10,11 +10,11 @@ import torch
 from torch._dynamo.utils import counters
 
 import hyspark
-from hyspark.engine import pretrain as pretraining_module
+from hyspark.models.backbones import build_backbone
 from hyspark.models.blocks import MedNeXtBlock
 from hyspark.models.compile import BLOCKS, compile_blocks
-from hyspark.models.pyramid import build_spark
-from hyspark.models.zoo import build_backbone
+from hyspark.models.spark import build_spark
+from hyspark.tasks import pretrain
 
 # torch looks at the gradient of tensors that have none, and warns of what it does itself
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -100,13 +100,13 @@ def test_inductor_compiles_the_pretraining_network():
 
 def test_a_run_compiles_its_steps_and_not_its_validations(pretraining, monkeypatch):
     small = replace(pretraining, bs=1, max_steps=2)
-    monkeypatch.setattr(pretraining_module, "compile_blocks", partial(compile_blocks, backend="aot_eager"))
+    monkeypatch.setattr(pretrain, "compile_blocks", partial(compile_blocks, backend="aot_eager"))
     shapes = []
     depthwise = MedNeXtBlock.depthwise
     monkeypatch.setattr(MedNeXtBlock, "depthwise", lambda self, x, patches: watch(shapes, depthwise, self, x, patches))
-    plain = pretraining_module.pretrain(replace(small, exp_dir=f"{pretraining.exp_dir}_plain"))
+    plain = pretrain.pretrain(replace(small, exp_dir=f"{pretraining.exp_dir}_plain"))
     shapes.clear()
-    folder = pretraining_module.pretrain(replace(small, compile="blocks"))
+    folder = pretrain.pretrain(replace(small, compile="blocks"))
     lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (folder, plain)]
     for key in ("loss", "val_loss"):
         ours, theirs = ([line[key] for line in run if key in line] for run in lines)

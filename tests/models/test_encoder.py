@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hyspark import build_hyspark
 from hyspark.models.encoder import HybridEncoder, halved, halved_by_axis
-from hyspark.models.hidden import hidden
-from hyspark.models.masking import visible_at
+from hyspark.models.masking.context import hidden
+from hyspark.models.masking.mask import visible_at
 
 WIDTHS = (6, 12, 12, 24, 48)
 SIZES = [(32, 32, 32), (32, 48, 16), (48, 32)]

@@ -1,0 +1,294 @@
+"""Command lines: flags -> settings -> one call. The scripts at the top level and the `hyspark` command are these
+functions.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hyspark.cli.arguments import (
+    BenefitArguments,
+    CheckArguments,
+    ClassifyArguments,
+    CompareArguments,
+    DatalistArguments,
+    EvaluateArguments,
+    ExportArguments,
+    PhantomArguments,
+    PredictArguments,
+    SlicesArguments,
+    WeightsArguments,
+)
+from hyspark.cli.parsing import options, parse, read_config
+from hyspark.config.classification import ClassifyConfig
+from hyspark.config.pretrain import PretrainConfig
+from hyspark.config.segmentation import FinetuneConfig
+
+
+def datalist(argv: Sequence[str]) -> None:
+    """Write dataset.json from nnU-Net folders (generate_js.py)."""
+    from hyspark.data.datasets import build, datalist_json
+    from hyspark.data.datasets.organize import organize_by_names
+
+    args = parse(DatalistArguments(prog="hyspark datalist", allow_abbrev=False), argv)
+    if bool(args.organize_from) != bool(args.organize_to):
+        raise ValueError(
+            "--organize_from and --organize_to go together: the folder of loose files, and the data set to make"
+        )
+    if args.organize_from:
+        num = organize_by_names(Path(args.organize_from), Path(args.organize_to), copy=args.copy)
+        print(f"{num} images {'copied' if args.copy else 'linked'} into {args.organize_to}/imagesTr")
+    found = build.build(
+        Path(args.data_path),
+        labels=args.labels,
+        channel=args.channel,
+        splits=args.splits,
+        val_fraction=args.val_fraction,
+        seed=args.seed,
+    )
+    path = Path(args.output) if args.output else Path(args.data_path) / "dataset.json"
+    datalist_json.write(found, path)
+    for dataset, numbers in build.counts(found).items():
+        print(f"{dataset}: " + ", ".join(f"{num} {kind.replace('_', ' ')}" for kind, num in numbers.items()))
+    print(f"written to {path}")
+
+
+def check(argv: Sequence[str]) -> None:
+    """Look for everything that is wrong with a data set."""
+    args = parse(CheckArguments(prog="hyspark check", allow_abbrev=False), argv)
+    from hyspark.data.preprocessing.estimate import estimate
+    from hyspark.data.quality.check import check as look
+    from hyspark.data.settings import PrepareSettings
+    from hyspark.reports import data_check_page
+
+    examined, found = look(Path(args.data), hu_min=args.hu_min, num_workers=args.prepare_workers)
+    cost = estimate(examined, PrepareSettings(spacing=args.spacing, hu_min=args.hu_min))
+    lines = data_check_page.facts(examined, cost, args.spacing)
+    print(data_check_page.text(examined, found.findings, lines))
+    print(f"\nreport {data_check_page.write(Path(args.out), args.data, examined, found.findings, lines, cost)}")
+    if any(finding.severity != "note" for finding in data_check_page.all_findings(examined, found.findings)):
+        sys.exit(1)
+
+
+def pretrain(argv: Sequence[str]) -> None:
+    """Pre-train on unlabelled CT (train.py)."""
+    config = read_config(PretrainConfig, "hyspark pretrain", argv)
+    from hyspark.tasks.pretrain import pretrain as run
+
+    run(config)
+
+
+def finetune(argv: Sequence[str]) -> None:
+    """Fine-tune for segmentation (finetune_btcv.py)."""
+    config = read_config(FinetuneConfig, "hyspark finetune", argv)
+    from hyspark.tasks.segmentation import finetune as run
+
+    run(config)
+
+
+def finetune_classify(argv: Sequence[str]) -> None:
+    """Fine-tune for the classification of images (finetune_classify.py)."""
+    config = read_config(ClassifyConfig, "hyspark finetune_classify", argv)
+    from hyspark.tasks.classification import finetune_classify as run
+
+    run(config)
+
+
+def weights(argv: Sequence[str]) -> None:
+    """Print what of a weights file fits the segmentation network, or another one."""
+    from hyspark.models.weights.load import load_pretrained
+
+    args = parse(WeightsArguments(prog="hyspark weights", allow_abbrev=False), argv)
+    print(load_pretrained(other_network(args) if args.model else segmentation_network(args), args.path))
+
+
+def segmentation_network(args: WeightsArguments) -> Any:
+    """The segmentation network that the flags describe."""
+    from hyspark.models.segmentation import build_hybird
+
+    return build_hybird(
+        args.in_channel or 1,
+        args.n_classes,
+        args.img_size[0] if len(args.img_size) == 1 else args.img_size,
+        widths=args.encoder_widths,
+        depths=args.encoder_depths,
+        expansions=args.expansions,
+        vit_depth=args.vit_depth,
+        num_heads=args.num_heads,
+        decoder=args.decoder,
+        decoder_width=args.decoder_width,
+        decoder_min_width=args.decoder_min_width,
+    )
+
+
+def other_network(args: WeightsArguments) -> Any:
+    """The network of others that the flags name; raises ValueError for flags of the segmentation network."""
+    from hyspark.models.backbones import build_backbone
+
+    own = [
+        *("n_classes", "encoder_widths", "encoder_depths", "expansions", "vit_depth", "num_heads"),
+        *("decoder", "decoder_width", "decoder_min_width"),
+    ]
+    if given := [name for name in own if getattr(args, name) != getattr(WeightsArguments, name)]:
+        raise ValueError(f"{', '.join(given)}: of the segmentation network; leave out for {args.model}")
+    of_images = args.model.startswith(("timm/", "torchvision/"))
+    axes = len(args.img_size) if len(args.img_size) > 1 else 2 if of_images else 3
+    return build_backbone(args.model, args.in_channel or (3 if of_images else 1), axes).network
+
+
+def export(argv: Sequence[str]) -> None:
+    """Write pre-trained weights as one small .safetensors file, or a ResNet for detectron2."""
+    import torch
+
+    from hyspark.models.weights.detectron2 import write_detectron2
+    from hyspark.models.weights.export import export_weights
+
+    args = parse(ExportArguments(prog="hyspark export", allow_abbrev=False), argv)
+    if args.detectron2 and args.decoder:
+        raise ValueError("--decoder is of pre-training; detectron2 has none, leave it out")
+    dtype = {"fp16": torch.float16, "fp32": torch.float32}[args.precision]
+    if args.detectron2:
+        weights = write_detectron2(args.source, Path(args.out), dtype)
+    else:
+        weights = export_weights(args.source, Path(args.out), dtype, decoder=args.decoder)
+    millions = sum(value.numel() for value in weights.values()) / 1e6
+    print(f"{args.out}: {len(weights)} tensors, {millions:.2f} M numbers, {Path(args.out).stat().st_size / 1e6:.2f} MB")
+
+
+def phantom(argv: Sequence[str]) -> None:
+    """Write procedural CTs to try things with."""
+    from hyspark.data.synthetic.phantom import write_phantoms
+
+    args = parse(PhantomArguments(prog="hyspark phantom", allow_abbrev=False), argv)
+    write_phantoms(Path(args.out), num_labelled=args.num_labelled, num_unlabelled=args.num_unlabelled, seed=args.seed)
+
+
+def slices(argv: Sequence[str]) -> None:
+    """Write CTs, NIfTI or DICOM, as folders of PNG slices."""
+    args = parse(SlicesArguments(prog="hyspark slices", allow_abbrev=False), argv)
+    from hyspark.data.settings import PictureSettings
+    from hyspark.data.slices import write_slices
+
+    low, high = args.hu_min, args.hu_max
+    if args.scaling == "window":
+        low = PretrainConfig.hu_min if low is None else low
+        high = PretrainConfig.hu_max if high is None else high
+    try:
+        record = write_slices.write_slices(
+            [Path(source) for source in args.source],
+            Path(args.out),
+            PictureSettings(
+                axis=args.axis, stride=args.stride, scaling=args.scaling, hu_min=low, hu_max=high, size=args.size
+            ),
+            val_fraction=args.val_fraction,
+            seed=args.seed,
+            min_slices=args.min_slices,
+            num_workers=args.prepare_workers,
+        )
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        sys.exit(130)
+    print(write_slices.summary(record))
+    print(f"written to {args.out}; every volume: {Path(args.out) / write_slices.RECORD}")
+    for failed in record["failed"]:
+        print(f"not read: {failed['source']}: {failed['why']}", file=sys.stderr)
+    if record["failed"]:
+        sys.exit(1)
+
+
+def compare(argv: Sequence[str]) -> None:
+    """Print the Dice of fine-tuning runs side by side."""
+    args = parse(CompareArguments(prog="hyspark compare", allow_abbrev=False), argv)
+    from hyspark.evaluation.segmentation.evaluate import have_same_cases
+    from hyspark.evaluation.segmentation.scores import read_scores
+    from hyspark.reports.run_page import dice_table
+
+    folders = [Path(f) for f in args.folders]
+    unique = len({folder.name for folder in folders}) == len(folders)
+    titles = {folder: folder.name if unique else str(folder) for folder in folders}
+    print("Dice, best weights of each run")
+    print(dice_table({titles[folder]: read_scores(folder)["best"] for folder in folders}, difference=True))
+    if not have_same_cases(folders):
+        print("WARNING: the runs were validated on different cases, so that these numbers cannot be compared")
+    for folder in folders:
+        print(f"{titles[folder]}: report {folder / 'report.html'}, pictures {folder / 'pictures'}")
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """Score a fine-tuned network on labelled cases."""
+    args = parse(EvaluateArguments(prog="hyspark evaluate", allow_abbrev=False), argv)
+    from hyspark.evaluation.segmentation import evaluate as segmentation_evaluate
+    from hyspark.evaluation.segmentation.scores import text_table
+
+    summary = segmentation_evaluate.evaluate(
+        Path(args.weights),
+        Path(args.data),
+        Path(args.out),
+        part=args.part,
+        scoring=segmentation_evaluate.Scoring(args.overlap, args.flips, args.largest_component, args.tolerance),
+        device=args.device,
+        store_dir=args.store_dir,
+        prepare_workers=args.prepare_workers,
+    )
+    print(text_table(summary))
+    print(f"scores of each case, table, protocol and pictures: {args.out}")
+
+
+def predict(argv: Sequence[str]) -> None:
+    """Write label maps for volumes."""
+    args = parse(PredictArguments(prog="hyspark predict", allow_abbrev=False), argv)
+    from hyspark.evaluation.segmentation import predict as segmentation_predict
+    from hyspark.evaluation.segmentation.evaluate import Scoring
+
+    failures = segmentation_predict.predict(
+        Path(args.weights),
+        [Path(path) for path in args.inputs],
+        Path(args.out),
+        scoring=Scoring(args.overlap, args.flips, args.largest_component),
+        device=args.device,
+        num_workers=args.prepare_workers,
+        overwrite=args.overwrite,
+    )
+    for why in failures.values():
+        print(f"not predicted: {why}", file=sys.stderr)
+    if failures:
+        sys.exit(1)
+
+
+def classify(argv: Sequence[str]) -> None:
+    """Write class probabilities for images, and scores where they lie in folders of the classes."""
+    args = parse(ClassifyArguments(prog="hyspark classify", allow_abbrev=False), argv)
+    from hyspark.evaluation.classification import predict as classification_predict
+    from hyspark.evaluation.classification.scores import metrics_text
+
+    summary = classification_predict.classify(Path(args.weights), Path(args.images), Path(args.out), args.device)
+    if summary:
+        print(f"{metrics_text(summary['metrics'])} on {summary['protocol']['num_images']} images")
+    print(f"probabilities of each image: {Path(args.out) / 'predictions.csv'}")
+
+
+def benefit(argv: Sequence[str]) -> None:
+    """Fine-tune from several starts at several numbers of labels, and report what pre-training gives."""
+    parser = BenefitArguments(prog="hyspark benefit", allow_abbrev=False)
+    args = parser.parse_args(list(argv), known_only=True)
+    config_class: Any = {"segment": FinetuneConfig, "classify": ClassifyConfig}[args.task]
+    base = read_config(config_class, "hyspark benefit", args.extra_args, also=options(parser))
+    from hyspark.comparison import benefit as comparison_benefit
+
+    starts = comparison_benefit.read_starts(args.starts)
+    try:
+        failed = comparison_benefit.benefit(
+            base,
+            Path(args.out),
+            starts,
+            comparison_benefit.numbers_of(base, args.num_labelled, args.label_fractions),
+            args.seeds,
+            num_at_once=args.jobs,
+            plan_only=args.plan,
+        )
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        sys.exit(130)
+    if failed:
+        sys.exit(1)

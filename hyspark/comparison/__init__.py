@@ -1,0 +1,1 @@
+"""Does pre-training pay? The same fine-tuning from several starts."""

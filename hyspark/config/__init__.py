@@ -1,0 +1,1 @@
+"""Settings of all runs: frozen dataclasses whose fields are YAML keys and flags."""

@@ -1,0 +1,1 @@
+"""Which cases there are: nnU-Net folders, data lists, splits, subsets."""

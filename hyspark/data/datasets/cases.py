@@ -1,0 +1,73 @@
+"""What a list of data is made of: cases, on the side of training or of validation, and the names of the classes."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hyspark.utils.digests import content_digest, text_digest
+from hyspark.utils.paths import load_json
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image and, where there is one, its label. `name` is the file name without channel and ending."""
+
+    name: str
+    dataset: str
+    image: Path
+    label: Path | None = None
+
+
+@dataclass(frozen=True)
+class Datalist:
+    """The cases of one run; `labels` maps class names to label values, background included.
+
+    `left_out` holds cases that were found but are not used. It is for the report on the terminal: it is not
+    written to the file, and two lists that differ in it alone are equal.
+    """
+
+    training: tuple[Case, ...]
+    validation: tuple[Case, ...] = ()
+    labels: dict[str, int] | None = None
+    left_out: tuple[Case, ...] = field(default=(), compare=False)
+
+
+def cases_digest(cases: Sequence[Case]) -> str:
+    """Digest, in 12 digits, of the names of cases and of what their files hold, wherever they lie."""
+    lines = []
+    for case in cases:
+        label = "" if case.label is None else content_digest(case.label)
+        lines.append(f"{content_digest(case.image)} {label} {case.name}")
+    return text_digest(lines)
+
+
+def common_labels(folders: Iterable[Path]) -> dict[str, int] | None:
+    """The class names all folders agree on; None if no dataset.json gives any."""
+    known: dict[str, int] | None = None
+    origin = Path()
+    for folder in folders:
+        file = folder / "dataset.json"
+        content = load_json(file) if file.is_file() else {}
+        if not isinstance(content, dict) or not content.get("labels"):
+            continue
+        labels = class_values(content["labels"], file)
+        if known is not None and labels != known:
+            raise ValueError(f"{origin} and {file} have different class names; make one list per data set")
+        known, origin = labels, file
+    return known
+
+
+def class_values(labels: Any, path: Path) -> dict[str, int]:
+    """Class names with values, by value, from {"spleen": 1} (nnU-Net) or {"1": "spleen"} (decathlon)."""
+    pairs = list(labels.items()) if isinstance(labels, dict) else []
+    if any(isinstance(value, list) for _, value in pairs):
+        raise ValueError(f'{path}: "labels" has regions (lists of values), which are not supported')
+    if all(key.isdecimal() and isinstance(value, str) for key, value in pairs):
+        pairs = [(value, int(key)) for key, value in pairs]
+    if not pairs or any(type(value) is not int or value < 0 for _, value in pairs):
+        raise ValueError(f'{path}: "labels" must be like {{"background": 0, "spleen": 1}}, got {labels!r}')
+    values = dict(sorted(pairs, key=lambda pair: pair[1]))
+    if not len(pairs) == len(values) == len(set(values.values())):
+        raise ValueError(f'{path}: "labels" gives one name or one value to two classes: {labels!r}')
+    return values

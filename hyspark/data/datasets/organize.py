@@ -1,0 +1,55 @@
+"""Loose NIfTI files -> nnU-Net's folder layout, from where `datalist` takes them."""
+
+import os
+import re
+import shutil
+from filecmp import cmp as same_content
+from pathlib import Path
+
+from tqdm import tqdm
+
+from hyspark.utils.paths import nifti_files, nifti_stem, walk_folders
+from hyspark.utils.text import listing
+
+
+def organize_by_names(source: Path, target: Path, *, copy: bool = False) -> int:
+    """Bring NIfTI files in and below `source` into nnU-Net's layout as `target/imagesTr/CASE_0000.nii.gz`.
+
+    `target` must be named DatasetXXX_Name. CASE is the file name without ending and "_0000", with
+    characters other than letters, digits, ".", "_" and "-" replaced by "-"; ".nii" stays ".nii". Files are
+    linked, or copied with `copy`. Running it again changes nothing. Returns the number of images.
+    ValueError for two files of one name or another file in the way, FileNotFoundError if there is no NIfTI
+    file; both before the first change.
+    """
+    source, target = Path(os.path.abspath(source)), Path(os.path.abspath(target))
+    if not re.fullmatch(r"Dataset\d{3}_\w+", target.name, re.ASCII):
+        raise ValueError(f"the target folder must be named like Dataset501_Name, got {target.name!r}")
+    files: dict[str, list[Path]] = {}
+    for folder, _ in walk_folders(source, skip=target):
+        for file in nifti_files(folder):
+            case = re.sub(r"[^A-Za-z0-9._-]", "-", re.sub(r"(?<=.)_0000$", "", nifti_stem(file)))
+            files.setdefault(case, []).append(file)
+    if not files:
+        raise FileNotFoundError(f"no .nii.gz or .nii file in {source} or the folders below it")
+    if twice := [f"{case} ({listing(map(str, found))})" for case, found in files.items() if len(found) > 1]:
+        raise ValueError(f"files that would get the same name; rename them: {listing(twice)}")
+
+    images = target / "imagesTr"
+    plan: dict[Path, Path] = {}
+    for case, (file,) in sorted(files.items()):
+        plan[images / f"{case}_0000{'.nii.gz' if file.suffix == '.gz' else '.nii'}"] = file
+    for new, old in plan.items():
+        # The same case with the other ending would make two files for one case.
+        other = new.with_suffix("") if new.suffix == ".gz" else new.with_suffix(".nii.gz")
+        changed = os.path.lexists(new) and not (new.is_file() and same_content(new, old, shallow=False))
+        if changed or os.path.lexists(other):
+            raise ValueError(f"{new if changed else other} is in the way of {old}: move it, or choose another target")
+    images.mkdir(parents=True, exist_ok=True)
+    for new, old in tqdm(plan.items(), desc="copying", disable=not copy, leave=False):
+        if copy and (new.is_symlink() or not new.exists()):
+            temporary = new.with_name(f".{new.name}.{os.getpid()}.tmp")
+            shutil.copyfile(old, temporary)
+            os.replace(temporary, new)
+        elif not copy and not new.exists():
+            new.symlink_to(old.resolve())
+    return len(plan)

@@ -1,0 +1,93 @@
+"""Training and validation: cases split by subject, so that no patient is on both sides, or as a splits file says."""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from hyspark.data.datasets.cases import Case
+from hyspark.utils.paths import load_json
+from hyspark.utils.text import listing
+
+SEED = 0
+"""Of splits that nothing names another seed for: one data set has one split, whatever is done with it."""
+VISIT = re.compile(r"__|_(visit|session|ses-|scan|series|t\d)", re.IGNORECASE)
+
+
+def subject_of(name: str) -> str:
+    """The subject in a case name: all before "__", "_visit", "_session", "_ses-", "_scan", "_series", "_t1".
+
+    Upper and lower case are the same; any digit may follow "_t". A name without such a part is its own
+    subject.
+    """
+    found = VISIT.search(name)
+    return (name[: found.start()] if found else name) or name
+
+
+def split_by_subject(cases: Sequence[Case], *, seed: int, val_fraction: float) -> tuple[list[Case], list[Case]]:
+    """Training and validation cases in given order, `val_fraction` of the subjects (rounded) in validation.
+
+    Two or more subjects give at least one to each side, unless `val_fraction` is 0. Subjects are ranked by
+    a hash of seed and name, so the split depends on neither order, folder nor library version.
+    """
+    held_out = held_out_subjects((subject_of(case.name) for case in cases), seed=seed, val_fraction=val_fraction)
+    training = [case for case in cases if subject_of(case.name) not in held_out]
+    return training, [case for case in cases if subject_of(case.name) in held_out]
+
+
+def held_out_subjects(subjects: Iterable[str], *, seed: int, val_fraction: float) -> set[str]:
+    """Which subjects are for validation, as `split_by_subject` says; ValueError for a fraction that is none."""
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction must be at least 0 and below 1, got {val_fraction}")
+
+    def rank(subject: str) -> str:
+        return hashlib.sha256(f"{seed}:{subject}".encode("utf-8", "surrogatepass")).hexdigest()
+
+    ranked = sorted(set(subjects), key=rank)
+    num_validation = max(1, round(val_fraction * len(ranked))) if val_fraction else 0
+    return set(ranked[: max(0, min(num_validation, len(ranked) - 1))])
+
+
+def split_by_file(cases: Sequence[Case], path: Path, *, labels: bool) -> tuple[list[Case], list[Case]]:
+    """Training and validation cases as named in a splits file, in given order; with `labels`, labelled ones.
+
+    Forms: {"train": [...], "validation" or "val": [...]}, optionally with "unlabelled" and "test", or
+    nnU-Net's splits_final.json: a list of folds, of which the first is used. "unlabelled" joins training
+    unless `labels`; "test" is not used. `cases` are all images there are, labelled or not. ValueError if a
+    name is on both sides, unknown, found in two data sets, or, with `labels`, of a case without one;
+    FileNotFoundError if there is no such file.
+    """
+    content = load_json(path)
+    fold = content[0] if isinstance(content, list) and content else content
+    keys = set(fold) if isinstance(fold, dict) else set()
+    validation_key = "val" if "val" in keys else "validation"
+    if not {"train", validation_key} <= keys <= {"train", validation_key, "unlabelled", "test"}:
+        raise ValueError(
+            f'{path}: expected {{"train": [...], "validation" or "val": [...]}}, optionally '
+            f'with "unlabelled" and "test", or a list of such folds; '
+            f"got {sorted(keys) or type(fold).__name__}"
+        )
+    for key, value in fold.items():
+        if not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+            raise ValueError(f'{path}: "{key}" must be a list of case names')
+
+    train, validation, unlabelled = (set(fold.get(key, [])) for key in ("train", validation_key, "unlabelled"))
+    if both := (train | unlabelled) & validation:
+        raise ValueError(f"{path}: on both sides, training and validation: {listing(both)}")
+    num_images = Counter(case.name for case in cases)
+    if unknown := (train | validation | unlabelled) - set(num_images):
+        raise ValueError(f"{path}: no image has these names: {listing(unknown)}")
+    if several := {name for name in train | validation | unlabelled if num_images[name] > 1}:
+        raise ValueError(
+            f"{path}: names found in more than one data set: {listing(several)}; give each data set its own "
+            'splits.json and use splits "auto"'
+        )
+    if labels and (bare := {case.name for case in cases if case.label is None} & (train | validation)):
+        raise ValueError(
+            f"{path}: cases to train or to validate on that have no label file: {listing(bare)}; add the labels, or "
+            'name the cases under "unlabelled"'
+        )
+    train = train if labels else train | unlabelled
+    training = [case for case in cases if case.name in train]
+    return training, [case for case in cases if case.name in validation]

@@ -1,0 +1,323 @@
+"""One case looked at: what is wrong with its files, and a few numbers about them.
+
+A case is read whole, once, and nothing of it is kept but what `Examined` holds, so that a pool of processes goes
+through any number of cases in the memory of a few.
+"""
+
+import hashlib
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from nibabel import as_closest_canonical
+from nibabel.affines import apply_affine, voxel_sizes
+from nibabel.openers import ImageOpener
+from nibabel.spatialimages import HeaderDataError, SpatialImage
+
+from hyspark.data.datasets.cases import Case
+from hyspark.data.quality.findings import Finding
+from hyspark.data.readers.nifti import read_nifti
+
+GZIP = b"\x1f\x8b"
+DICOM = 2
+"""NIfTI's code of a header extension that holds a DICOM header."""
+TEXTS = ("descrip", "aux_file", "intent_name", "db_name")
+PERSONAL = re.compile(r"\^|\b[A-Z][a-z]+, ?[A-Z][a-z]+|\b(19|20)\d\d(0\d|1[0-2])([0-2]\d|3[01])\b")
+"""A DICOM name (Doe^Jane), "Doe, Jane", a date of birth as 19510203."""
+SPACINGS = (0.2, 10.0)
+"""mm between voxels that a CT may have."""
+SINGULAR = 1e-3
+LOCALISER, THIN_VOXELS, THIN_MM = 4, 16, 32.0
+WRAPPED = 60000
+"""Above it lie the negative HU of a file that takes them for unsigned 16 bits."""
+OFFSET_TISSUE, OFFSET_SHARE = (850, 1250), 0.05
+"""Where tissue lies in a CT to whose HU 1024 was added; in HU only bone and metal do, in a far smaller share."""
+
+HISTOGRAM = np.arange(-1100, 3101, 50)
+"""Edges in HU of the bins that voxels are counted in; what lies beyond counts in the last ones."""
+SAMPLED = 1_000_000
+"""Voxels, evenly spaced, that histogram and guesses about the unit rest on."""
+THUMBNAIL = 128
+"""Longest edge of a thumbnail in pixels."""
+SHEAR = 0.01
+"""Cosine between two axes from which they are called sheared."""
+
+
+@dataclass
+class Examined:
+    """What is kept of a case. shape, spacing (mm): of the image, None where they cannot be read. counts: voxels by
+    HISTOGRAM. digest: of the image's values. thumbnail: uint8 (height, width), head up. label_voxels: by value.
+    """
+
+    case: Case
+    findings: list[Finding] = field(default_factory=list)
+    shape: tuple[int, ...] | None = None
+    spacing: tuple[float, ...] | None = None
+    counts: np.ndarray | None = None
+    low: float | None = None
+    high: float | None = None
+    digest: str = ""
+    thumbnail: np.ndarray | None = None
+    label_voxels: dict[float, int] = field(default_factory=dict)
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether training cannot use it."""
+        return any(f.severity == "error" for f in self.findings)
+
+
+def examine(case: Case, hu_min: float, declared: frozenset[int] | None) -> Examined:
+    """Look at the files of a case.
+
+    hu_min: HU below which all is air to training. declared: values that the labels may hold; None where nothing
+    declares them. Raises nothing: what cannot be read is a finding.
+    """
+    seen = Examined(case)
+    image = open_volume(case.image, seen.findings)
+    label = open_volume(case.label, seen.findings) if case.label else None
+    if image is not None:
+        seen.shape, seen.spacing = image.shape[:3], tuple(float(edge) for edge in voxel_sizes(image.affine))
+        seen.findings += [Finding(kind, str(case.image), found) for kind, found in header_faults(image, case.image)]
+        voxels = load_voxels(image, case.image, seen.findings)
+        if voxels is not None:
+            look_at_voxels(voxels, hu_min, seen)
+            is_placed = not any(f.kind == "singular affine" for f in seen.findings)
+            seen.thumbnail = thumbnail_of(voxels, image.affine if is_placed else np.eye(4))
+    if label is not None and case.label:
+        path = str(case.label)
+        if image is not None:
+            seen.findings += [Finding(kind, path, found) for kind, found in pair_faults(image, label)]
+        voxels = load_voxels(label, case.label, seen.findings)
+        if voxels is not None:
+            seen.label_voxels = values_of(voxels)
+            seen.findings += [Finding(k, path, found) for k, found in label_faults(seen.label_voxels, declared)]
+    return seen
+
+
+def open_volume(path: Path, findings: list[Finding]) -> Any:
+    """A NIfTI file with its voxels still on the disk; None, and a finding, where it is no volume that can be used."""
+    fault = file_fault(path)
+    if fault is None:
+        try:
+            image: Any = nibabel.load(path)
+        except Exception as error:  # nibabel raises many kinds for a header that is none
+            kind = "damaged" if isinstance(error, EOFError | OSError | zlib.error) else "not NIfTI"
+            fault = (kind, one_line(error))
+        else:
+            fault = format_fault(image)
+            if fault is None:
+                return image
+    findings.append(Finding(fault[0], str(path), fault[1]))
+    return None
+
+
+def file_fault(path: Path) -> tuple[str, str] | None:
+    """What keeps a file from being opened: a kind of fault and what was found."""
+    if path.is_symlink() and not path.exists():
+        return "dangling link", f"a link to {os.readlink(path)}, which does not exist"
+    if not path.is_file():
+        return "missing", "no such file"
+    try:
+        with path.open("rb") as file:
+            first = file.read(2)
+    except PermissionError:
+        return "no permission", "a file that may not be read"
+    except OSError as error:
+        return "damaged", f"a read error ({error.strerror})"
+    if not first:
+        return "empty file", "no bytes"
+    if path.suffix == ".gz" and first != GZIP:
+        return "not NIfTI", "a file that is not compressed, though its name ends in .gz"
+    return None
+
+
+def format_fault(image: Any) -> tuple[str, str] | None:
+    """What makes a NIfTI file no volume of numbers."""
+    kind = image.get_data_dtype()
+    if kind.fields:
+        return "colours", f"{len(kind.fields)} colours a voxel"
+    if kind.kind == "c":
+        return "complex numbers", f"voxels of type {kind}"
+    if len(image.shape) < 3 or image.shape[3:] not in ((), (1,)) or 0 in image.shape:
+        return "not 3D", f"shape {image.shape}"
+    return None
+
+
+def header_faults(image: Any, path: Path) -> Iterator[tuple[str, str]]:
+    """Kinds of fault in a header that can be read, each with what was found."""
+    shape, affine = image.shape[:3], image.affine
+    with ImageOpener(str(path)) as file:
+        header = type(image.header).from_fileobj(file, check=False)  # as it stands; on loading, nibabel mends it
+    edges = [float(edge) for edge in header["pixdim"][1:4]]
+    if not all(np.isfinite(edge) and edge > 0 for edge in edges):
+        yield "impossible spacing", f"{list_of(edges)} mm"
+    elif min(edges) < SPACINGS[0] or max(edges) > SPACINGS[1]:
+        yield "odd spacing", f"{list_of(edges)} mm"
+    spacing = voxel_sizes(affine)
+    if not np.isfinite(affine).all() or not spacing.all() or abs(np.linalg.det(affine[:3, :3] / spacing)) < SINGULAR:
+        yield "singular affine", f"{np.round(affine[:3, :3], 3).tolist()}"
+        return
+    axes = affine[:3, :3] / spacing
+    cosine = np.abs(axes.T @ axes - np.eye(3)).max()
+    if cosine > SHEAR:
+        yield "sheared affine", f"axes {np.degrees(np.arccos(cosine)):.1f} degrees apart"
+    yield from place_faults(header, shape)
+    if min(shape) < LOCALISER:
+        yield "localiser", f"shape {shape}"
+    elif min(shape) < THIN_VOXELS or (np.array(shape) * spacing).min() < THIN_MM:
+        yield "thin", f"{list_of(shape)} voxels, {list_of(np.array(shape) * spacing)} mm"
+    if text := personal_text(header):
+        yield "text that may name a patient", text
+
+
+def place_faults(header: Any, shape: tuple[int, ...]) -> Iterator[tuple[str, str]]:
+    """Where the header's two ways to say where a volume lies are missing, or differ."""
+    sform, qform = header.get_sform(coded=True)[0], None
+    try:
+        qform = header.get_qform(coded=True)[0]
+    except (ValueError, HeaderDataError):
+        yield "sform and qform disagree", "a qform that is none"
+    if sform is None and qform is None:
+        yield "no orientation", "neither sform nor qform"
+    elif sform is not None and qform is not None:
+        apart = distance(sform, qform, shape)
+        if apart > voxel_sizes(sform).max():
+            yield "sform and qform disagree", f"corners up to {apart:.1f} mm apart"
+
+
+def personal_text(header: Any) -> str:
+    """Which field of a header, or extension, may name a patient; the text itself is not repeated."""
+    for name in TEXTS:
+        text = header[name].tobytes().rstrip(b"\\0").decode("latin-1")
+        if PERSONAL.search(text):
+            return f"field {name}"
+    if any(extension.get_code() == DICOM for extension in header.extensions):
+        return "an extension with a DICOM header"
+    return ""
+
+
+def load_voxels(image: Any, path: Path, findings: list[Finding]) -> np.ndarray | None:
+    """All voxels, (h, w, d); None, and a finding, where the file is damaged."""
+    try:
+        whole = read_nifti(path)  # compares the checksum
+        return np.asanyarray(whole.dataobj).reshape(image.shape[:3])
+    except Exception as error:  # of zlib, ISA-L, nibabel, the system
+        findings.append(Finding("damaged", str(path), one_line(error)))
+        return None
+
+
+def look_at_voxels(voxels: np.ndarray, hu_min: float, seen: Examined) -> None:
+    """Numbers about an image's voxels (h, w, d), and what is wrong with them."""
+    path = str(seen.case.image)
+    seen.digest = digest_of(voxels)
+    seen.low, seen.high = float(voxels.min()), float(voxels.max())  # NaN where there is one
+    if not np.isfinite([seen.low, seen.high]).all():
+        num = int(voxels.size - np.isfinite(voxels).sum())
+        seen.findings.append(Finding("NaN or infinite", path, f"{num} voxels that are no number"))
+        return
+    sample = evenly(voxels)
+    seen.counts = np.histogram(sample.clip(HISTOGRAM[0], HISTOGRAM[-1]), HISTOGRAM)[0]
+    fault = value_fault(seen.low, seen.high, sample, voxels.dtype, hu_min)
+    if fault is not None:
+        seen.findings.append(Finding(fault[0], path, fault[1]))
+
+
+def value_fault(
+    low: float, high: float, sample: np.ndarray, stored: np.dtype[Any], hu_min: float
+) -> tuple[str, str] | None:
+    """Whether an image's values can be HU. sample: some of them. stored: type of the array."""
+    span = f"values from {low:g} to {high:g}"
+    if low == high:
+        return "constant", f"the value {low:g} everywhere"
+    if high > WRAPPED:
+        return "wrapped around", span
+    if low >= -1 and high <= 1:
+        return "scaled", span
+    if high <= hu_min:
+        return "all air", span
+    if low >= 0 and high <= 255:
+        return "8-bit", span
+    if low > -200 and np.mean((sample > OFFSET_TISSUE[0]) & (sample < OFFSET_TISSUE[1])) > OFFSET_SHARE:
+        return "offset", f"{span}, with tissue near 1000"
+    return None
+
+
+def pair_faults(image: Any, label: Any) -> Iterator[tuple[str, str]]:
+    """Whether a label lies on its image."""
+    shape, other = image.shape[:3], label.shape[:3]
+    if shape != other:
+        yield "label of another shape", f"{list_of(other)} voxels, the image {list_of(shape)}"
+        return
+    apart = distance(image.affine, label.affine, shape)
+    if not apart <= voxel_sizes(image.affine).max():
+        yield "label elsewhere", f"corners up to {apart:.3g} mm from the image's"
+
+
+def label_faults(voxels: dict[float, int], declared: frozenset[int] | None) -> Iterator[tuple[str, str]]:
+    """Whether a label's values, each with its number of voxels, are classes."""
+    odd = [value for value in voxels if not (value == np.round(value) and 0 <= value <= 255)]
+    if odd:
+        yield "label not whole", f"values {list_of(odd)}"
+        return
+    if declared is not None and (strange := [v for v in voxels if int(v) not in declared]):
+        yield "undeclared class", f"values {list_of(strange)}, declared {list_of(sorted(declared))}"
+    if set(voxels) <= {0}:
+        yield "empty label", "background alone"
+
+
+def distance(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
+    """Millimetres by which two affines put the corners of a volume apart."""
+    corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(shape) - 1)
+    return float(np.linalg.norm(apply_affine(one, corners) - apply_affine(other, corners), axis=1).max())
+
+
+def values_of(voxels: np.ndarray) -> dict[float, int]:
+    """How often each value comes, at most 300 values."""
+    values, counts = np.unique(voxels, return_counts=True)
+    return dict(zip(values[:300].tolist(), counts[:300].tolist(), strict=True))
+
+
+def digest_of(voxels: np.ndarray) -> str:
+    """A digest of shape and values, the same for files that store them in other types, slice by slice."""
+    digest = hashlib.blake2b(repr(voxels.shape).encode(), digest_size=16)
+    for part in voxels:
+        digest.update(np.ascontiguousarray(part, dtype="<f4").tobytes())
+    return digest.hexdigest()
+
+
+def evenly(voxels: np.ndarray) -> np.ndarray:
+    """At most about SAMPLED of the voxels, evenly spaced, float32 (n,)."""
+    step = max(1, round((voxels.size / SAMPLED) ** (1 / 3)))
+    return voxels[::step, ::step, ::step].astype(np.float32).ravel()
+
+
+def thumbnail_of(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """The middle coronal slice in the window -400..400, head up and the patient's right on the left: uint8 (height,
+    width), with square pixels.
+    """
+    turned = as_closest_canonical(SpatialImage(voxels, affine))
+    middle = np.asanyarray(turned.dataobj)[:, turned.shape[1] // 2]
+    across, _, up = voxel_sizes(turned.affine)
+    extent = np.array([middle.shape[1] * up, middle.shape[0] * across])
+    height, width = np.maximum(1, np.round(THUMBNAIL * extent / extent.max())).astype(int)
+    rows = np.arange(height) * middle.shape[1] // height
+    columns = np.arange(width) * middle.shape[0] // width
+    picture = middle[columns][:, rows].T[::-1, ::-1].astype(np.float32)
+    return np.nan_to_num((picture + 400) / 800 * 255).clip(0, 255).astype(np.uint8)
+
+
+def list_of(values: Any) -> str:
+    """A few numbers as text."""
+    shown = ", ".join(f"{value:g}" for value in list(values)[:8])
+    return shown + (", ..." if len(list(values)) > 8 else "")
+
+
+def one_line(error: BaseException) -> str:
+    """An error's first line, or its name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,1 @@
+"""CTs -> folders of 2D slices."""

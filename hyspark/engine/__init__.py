@@ -1,1 +1,0 @@
-"""Training: "config -> trained weights"."""

@@ -1,0 +1,1 @@
+"""Class probabilities and their scores."""

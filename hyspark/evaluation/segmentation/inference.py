@@ -1,0 +1,242 @@
+"""From weights to label maps: the trained network, its class scores by sliding window, the label map on the grid of
+the file that the volume was prepared from.
+
+Shapes: n classes, background included; (h, w, d) voxels of the prepared grid, in RAS.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from monai.inferers import sliding_window_inference
+from scipy.ndimage import affine_transform, find_objects, label
+from torch import Tensor, nn
+
+from hyspark.config.recipes import typed_values
+from hyspark.config.segmentation import FinetuneConfig
+from hyspark.models.segmentation import Hybird, build_hybird
+from hyspark.models.weights.files import read_contents
+from hyspark.training.labelled_cases import left_right_pairs, one_sided
+
+STRAIGHT = 0.05
+"""Voxels by which two grids may drift apart over a whole axis and still count as parallel."""
+ON_VOXEL = 1e-3
+"""Voxels within which a position counts as that of a voxel, so that nothing is interpolated."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How class scores are put together from windows.
+
+    size: voxels per axis. overlap: share of a window that its neighbour covers. per_pass: windows in one forward pass.
+    flips: axes (0 left-right, 1 back-front, 2 foot-head) in whose flips, alone and together, the volume is looked at
+    too; scores are averaged. swaps: pairs of classes that change places in a flip of axis 0.
+    """
+
+    size: tuple[int, ...]
+    overlap: float = 0.5
+    per_pass: int = 4
+    flips: tuple[int, ...] = ()
+    swaps: tuple[tuple[int, int], ...] = ()
+
+
+class Trained(NamedTuple):
+    """A fine-tuned network on the CPU, in evaluation mode, its settings, its class names, background first, and digests
+    of the images that it was trained on (`content_digest`), as far as its file says.
+    """
+
+    network: Hybird
+    config: FinetuneConfig
+    names: list[str]
+    trained_on: list[str]
+
+
+def load_network(path: Path) -> Trained:
+    """The network that fine-tuning left in a file.
+
+    path: best.pth of a fine-tuning run, or the run's folder. Nothing stored in it is executed. Raises
+    FileNotFoundError; ValueError where the file is damaged or is no fine-tuned network.
+    """
+    if path.is_dir() and not (path / "best.pth").is_file():
+        raise FileNotFoundError(f"{path} holds no best.pth; is it a fine-tuning run that was validated?")
+    path = path / "best.pth" if path.is_dir() else path
+    contents = read_contents(path)
+    contents = contents if isinstance(contents, Mapping) else {}
+    if not {"model", "config", "classes"} <= set(contents) or "weights" in contents:
+        what = "weights without settings and class names"
+        if "optimizer" in contents:
+            what = "a state to continue training from"
+        elif "weights" in contents:
+            what = "a classifier of images (hyspark classify)"
+        raise ValueError(
+            f"{path} is no fine-tuned network for segmentation, but {what}; "
+            "give the best.pth that fine-tuning wrote (hyspark finetune), or its run folder"
+        )
+    config = FinetuneConfig(**typed_values(contents["config"], FinetuneConfig, str(path)))
+    names = [str(name) for name in contents["classes"]]
+    model = network_of(config, len(names))
+    try:
+        model.load_state_dict(contents["model"])
+    except RuntimeError as error:
+        raise ValueError(f"{path}: its weights are not those of the network that its settings say ({error})") from error
+    return Trained(model.eval(), config, names, list(contents.get("trained_on", [])))
+
+
+def network_of(config: FinetuneConfig, num_classes: int) -> Hybird:
+    """The network that the settings say, with fresh weights from torch's generator."""
+    return build_hybird(
+        config.in_channels,
+        num_classes,
+        config.crop_size,
+        widths=config.encoder_widths,
+        depths=config.encoder_depths,
+        expansions=config.expansions,
+        vit_depth=config.vit_depth,
+        num_heads=config.num_heads,
+        decoder=config.decoder,
+        decoder_width=config.decoder_width,
+        decoder_min_width=config.decoder_min_width,
+    )
+
+
+def windows_of(config: FinetuneConfig, names: Sequence[str], overlap: float, flips: tuple[int, ...] = ()) -> Windows:
+    """The windows of a network with these settings and classes.
+
+    Raises ValueError for an overlap or axes that there are not, and for flips of left and right where the settings do
+    not say which classes change places.
+    """
+    if not 0 <= overlap < 1:
+        raise ValueError(f"overlap must be at least 0 and below 1, but it is {overlap}")
+    if len(set(flips)) < len(flips) or not set(flips) <= {0, 1, 2}:
+        raise ValueError(f"flips takes axes, each once: 0 left-right, 1 back-front, 2 foot-head; it is {list(flips)}")
+    swaps = left_right_pairs(config, names)
+    deliberate = swaps and config.flip_prob[0]  # trained with flips that leave these classes as they are
+    if 0 in flips and not deliberate and (unpaired := one_sided(names, swaps)):
+        raise ValueError(
+            f"a flip of axis 0 would mix up {', '.join(unpaired)}: left_right of the network's training does not say "
+            "with which classes they change places; leave axis 0 out of flips"
+        )
+    return Windows(config.crop_size, overlap, config.sw_batch_size, flips, swaps)
+
+
+def class_scores(model: nn.Module, image: Tensor, windows: Windows, device: torch.device) -> Tensor:
+    """Class scores of a prepared volume: (h, w, d) in [0, 1], on the CPU -> float32 (n, h, w, d), on the CPU.
+
+    model: on `device`, in evaluation mode. Windows are blended with Gaussian weights. Only windows are ever on the
+    device: the scores of a large volume are many times what fits it.
+    """
+    total: Tensor | None = None
+    subsets = [axes for num in range(len(windows.flips) + 1) for axes in combinations(windows.flips, num)]
+    with torch.no_grad():
+        for axes in subsets:
+            volume = image.flip(axes)[None, None]
+            scores = sliding_window_inference(
+                volume,
+                windows.size,
+                windows.per_pass,
+                lambda crops: model(crops).float(),
+                overlap=windows.overlap,
+                mode="gaussian",
+                sw_device=device,
+                device=torch.device("cpu"),
+            )
+            assert isinstance(scores, Tensor)
+            back = scores[0].flip([1 + axis for axis in axes]) if axes else scores[0]
+            if 0 in axes:
+                back = back[swapped(len(back), windows.swaps)]
+            total = back if total is None else total.add_(back)
+    assert total is not None
+    return total.div_(len(subsets))
+
+
+def swapped(num_classes: int, swaps: Sequence[tuple[int, int]]) -> list[int]:
+    """Class numbers, those of each pair in each other's place."""
+    order = list(range(num_classes))
+    for a, b in swaps:
+        order[a], order[b] = b, a
+    return order
+
+
+def to_grid(
+    scores: Tensor, affine: np.ndarray, reference_shape: Sequence[int], reference_affine: np.ndarray
+) -> np.ndarray:
+    """Label map on a reference grid: the likeliest class by linearly interpolated scores, uint8 of `reference_shape`.
+
+    scores: (n, h, w, d), on the CPU; affine: (4, 4) of their grid, to RAS mm. A voxel of the reference whose centre
+    lies no voxel of the scores' (up to half of one beyond the outermost centres there, values are those of the edge)
+    is background.
+    """
+    to_scores = np.linalg.solve(np.asarray(affine, dtype=np.float64), np.asarray(reference_affine, dtype=np.float64))
+    rotation, offset, shape = to_scores[:3, :3], to_scores[:3, 3], np.asarray(reference_shape)
+    own = np.abs(rotation).argmax(axis=0)  # the scores' axis that runs along each axis of the reference
+    along = rotation[own, range(3)]
+    rest = np.abs(rotation).copy()
+    rest[own, range(3)] = 0
+    if len(set(own)) < 3 or (rest @ (shape - 1)).max() > STRAIGHT:
+        return to_slanted_grid(scores, rotation, offset, reference_shape)
+
+    rows = [row_weights(along[i] * np.arange(shape[i]) + offset[own[i]], scores.shape[1 + own[i]]) for i in range(3)]
+    first = int(np.flatnonzero(own == 0)[0])  # planes across the scores' slowest axis lie together in memory
+    second, third = (i for i in range(3) if i != first)
+    labels = np.zeros(tuple(shape), np.uint8)
+    planes = np.moveaxis(labels, first, 0)[rows[first].inside, rows[second].inside, rows[third].inside]
+    for to, weights in zip(planes, rows[first].weights, strict=True):
+        near = weights.nonzero()[:, 0].tolist()  # one or two
+        plane = scores[:, near[0]].lerp(scores[:, near[-1]], weights[near[-1]])
+        plane = plane.transpose(1, 2) if own[second] > own[third] else plane
+        to[...] = (rows[second].weights @ plane @ rows[third].weights.T).max(0).indices.numpy()
+    return labels
+
+
+class Rows(NamedTuple):
+    """Linear interpolation in a row of voxels as a matrix.
+
+    inside: the positions that lie in the row, the first to the last. weights: (positions inside, voxels of the row).
+    """
+
+    inside: slice
+    weights: Tensor
+
+
+def row_weights(positions: np.ndarray, num: int) -> Rows:
+    """For positions in a row of `num` voxels, counted in voxels; up to half a voxel beyond an end is on that end."""
+    nearest = np.rint(positions)
+    positions = np.where(np.abs(positions - nearest) < ON_VOXEL, nearest, positions)
+    within = np.flatnonzero((positions > -0.5 - ON_VOXEL) & (positions < num - 0.5 + ON_VOXEL))
+    inside = slice(within[0], within[-1] + 1) if within.size else slice(0)
+    distance = np.abs(positions[inside, None].clip(0, num - 1) - np.arange(num))
+    return Rows(inside, torch.from_numpy((1 - distance).clip(min=0)).float())
+
+
+def to_slanted_grid(scores: Tensor, rotation: np.ndarray, offset: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """As `to_grid`, where the grids are not parallel (a sheared image, as of a tilted gantry): by SciPy, which takes
+    ten times as long.
+
+    Voxel i of the reference lies at `rotation @ i + offset` in the scores' grid.
+    """
+    grid: dict[str, Any] = {"matrix": rotation, "offset": offset, "output_shape": tuple(shape)}
+    labels, best = np.zeros(grid["output_shape"], np.uint8), np.full(grid["output_shape"], -np.inf, np.float32)
+    for value, one in enumerate(scores.numpy()):
+        there = affine_transform(one, **grid, output=np.float32, order=1, mode="nearest")
+        likelier = there > best
+        labels[likelier] = value
+        best[likelier] = there[likelier]
+    held = np.ones(tuple(scores.shape[1:]), np.uint8)
+    return labels * affine_transform(held, **grid, order=0, mode="grid-constant")
+
+
+def largest_components(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """A label map (h, w, d) with the largest connected part of each class alone; voxels that share a corner touch."""
+    kept = labels.copy()
+    for value, box in enumerate(find_objects(labels, max_label=num_classes - 1), start=1):
+        if box is None:
+            continue
+        part = kept[box]
+        parts, num = label(labels[box] == value, structure=np.ones((3, 3, 3)))
+        sizes = np.bincount(parts.ravel(), minlength=num + 1)
+        part[(parts > 0) & (parts != 1 + sizes[1:].argmax())] = 0
+    return kept

@@ -1,0 +1,1 @@
+"""Masks, and networks under a mask."""

@@ -1,0 +1,1 @@
+"""Weights: read, load with a report, export."""

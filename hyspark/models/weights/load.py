@@ -1,0 +1,226 @@
+"""Loading weights is a report: what matched, what was adapted, what is missing, what was left aside, and why.
+
+Understands the released encoder file (a plain state dict), this project's pre-training and fine-tuning checkpoints,
+state dicts in memory, and key prefixes of DistributedDataParallel and torch.compile. The rules for networks of others
+are in foreign.py.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hyspark.models.encoder import NUM_STAGES, HybridEncoder
+from hyspark.models.segmentation import Hybird
+from hyspark.models.vit import TokenTransformer
+from hyspark.models.weights.files import made_with, read_contents, unwrap, without_wrappers
+from hyspark.models.weights.third_party import SETTINGS, Fit, adapt_channels, decoder_width, fit, nothing_matches
+
+MASK_TOKEN = "mae.mask_token"
+ENCODER = ("embeddings.", "mae.")
+RELEASED_DECODER = ("decoder.decoder", "decoder.out.conv.")
+LIGHT_DECODER = ("densify.", "decoder.levels.", "decoder.fuse.", "decoder.out.")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What happened to each key; prints as a few readable lines.
+
+    matched: keys loaded as they are. adapted, unexpected: key -> how, why. missing: the model's keys that keep their
+    fresh values. coverage: share of the model's parameters (by count of numbers) that were loaded or adapted, 0..1.
+    made_with: settings of the run that made the weights, by their names, as far as the file says.
+    """
+
+    matched: tuple[str, ...]
+    adapted: dict[str, str]
+    missing: tuple[str, ...]
+    unexpected: dict[str, str]
+    coverage: float
+    made_with: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [
+            f"matched    {len(self.matched):4d} keys, covering {self.coverage:.1%} of the model's parameters",
+            f"adapted    {len(self.adapted):4d}" + summary(self.adapted),
+            f"missing    {len(self.missing):4d}" + (f" (fresh: {groups(self.missing)})" if self.missing else ""),
+            f"unexpected {len(self.unexpected):4d}" + summary(self.unexpected),
+        ]
+        return "\n".join(lines)
+
+
+def summary(reasons: Mapping[str, str]) -> str:
+    """Keys joined by their reason, at most three of each named."""
+    by_reason: dict[str, list[str]] = {}
+    for key, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(key)
+    parts = [
+        f"{', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}: {reason}"
+        for reason, keys in by_reason.items()
+    ]
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def groups(keys: tuple[str, ...]) -> str:
+    """First parts of key names with their counts, e.g. 'decoder.* 98'."""
+    counts: dict[str, int] = {}
+    for key in keys:
+        head = key.split(".")[0]
+        counts[head] = counts.get(head, 0) + 1
+    return ", ".join(f"{head}.* {num}" for head, num in counts.items())
+
+
+def plain_key(key: str, wanted: Mapping[str, Tensor]) -> str:
+    """A source key in the model's terms: wrappers' prefixes off, `encoder.` off or on as the model has it."""
+    key = without_wrappers(key)
+    for candidate in (key, key.removeprefix("encoder."), f"encoder.{key}"):
+        if candidate in wanted:
+            return candidate
+    return key
+
+
+def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> LoadReport:
+    """Load weights into a network and say what happened.
+
+    source: a file's path or a state dict. Into a network of this package (pre-training, encoder or segmentation):
+    positions are recomputed where the crop size differs; the stem is adapted where the number of input channels
+    differs; a segmentation head with another number of classes stays fresh, and so does the last level of a light
+    decoder that comes from pre-training, with those that the network has wider. Into any other network: published
+    files of SparK, MoCo, BYOL and SwAV, this project's, and those of the network's own library; see foreign.py.
+
+    Raises FileNotFoundError for a missing file; ValueError where nothing matches, where a key is unexplained, where
+    shapes do not fit, where part of the encoder is missing, or where the file says that it was made with another number
+    of attention heads, which no shape shows. The model is unchanged then.
+    """
+    name = "the state dict" if isinstance(source, Mapping) else str(source)
+    own = is_own(model)
+    settings = () if own else SETTINGS
+    contents = source if isinstance(source, Mapping) else read_contents(source)
+    given = unwrap(contents, name, settings)
+    check_heads(model, made_with(contents), name)
+    found = fit_own(model, given, name) if own else fit(model, given, name)
+    state = model.state_dict()  # its own, for the versions that some networks keep beside the values
+    state.update(found.loaded)
+    model.load_state_dict(state)
+    numbers = {key: p.numel() for key, p in model.named_parameters()}
+    coverage = 1 - sum(n for key, n in numbers.items() if key in found.missing) / sum(numbers.values())
+    return LoadReport(found.matched, found.adapted, found.missing, found.unexpected, coverage, made_with(contents))
+
+
+def is_own(model: nn.Module) -> bool:
+    """Whether a network is one of this package, around its own encoder."""
+    encoder = getattr(model, "encoder", model)
+    return isinstance(encoder, HybridEncoder) or isinstance(model, Hybird)
+
+
+def check_heads(model: nn.Module, settings: Mapping[str, Any], name: str) -> None:
+    """Raises ValueError where weights were made with another number of attention heads than the model has."""
+    given = settings.get("num_heads")
+    found = {part.num_heads for part in model.modules() if isinstance(part, TokenTransformer)}
+    if found and given is not None and found != {given}:
+        own = max(found - {given})
+        raise ValueError(
+            f"{name} was made with {given} attention heads, the model has {own}; the shapes are the same, but it would "
+            f"compute something else: build the model as the weights were (--num_heads {given})"
+        )
+
+
+def fit_own(model: nn.Module, given: Mapping[str, Tensor], name: str) -> Fit:
+    """The keys and values of a network of this package in a state dict; raises as `load_pretrained`."""
+    wanted = model.state_dict()
+    is_segmentation = any(without_wrappers(key).startswith("decoder.fuse.") for key in given)
+    fresh = model.starts_fresh if isinstance(model, Hybird) and not is_segmentation else ()
+    matched, adapted, unexpected, loaded = [], {}, {}, {}
+    for key, value in given.items():
+        own = plain_key(key, wanted)
+        if own not in wanted:
+            unexpected[key] = why_unexpected(own, name, as_built(given))
+        elif own.startswith(fresh):
+            unexpected[key] = "paints grey values, classes are learned sooner from a fresh one"
+        elif own in loaded:
+            raise ValueError(f"{name}: two keys stand for {own}; it mixes more than one network")
+        elif own.endswith("mae.pos_embed") and not same_positions(value, wanted[own]):
+            loaded[own] = wanted[own]
+            adapted[own] = f"positions recomputed for {wanted[own].shape[1]} tokens, was {value.shape[1]}"
+        elif value.shape == wanted[own].shape:
+            loaded[own] = value
+            matched.append(own)
+        elif own.endswith("embeddings.stem.weight") and value.shape[2:] == wanted[own].shape[2:]:
+            loaded[own] = adapt_channels(value, wanted[own].shape[1])
+            adapted[own] = f"{value.shape[1]} -> {wanted[own].shape[1]} input channels"
+        elif own.startswith("decoder.out."):
+            head = "head of pre-training" if len(value) == 1 else f"head for {len(value)} classes"
+            unexpected[key] = f"{head}, the model has {len(wanted[own])}"
+        else:
+            raise ValueError(
+                f"{name}: {key} has shape {tuple(value.shape)}, the model wants {tuple(wanted[own].shape)}; "
+                f"{as_built(given)}"
+            )
+    if not matched:
+        raise nothing_matches(given, wanted, name)
+    missing = tuple(key for key in wanted if key not in loaded)
+    check_missing(missing, name, as_built(given))
+    return Fit(loaded, tuple(matched), adapted, missing, unexpected)
+
+
+def as_built(weights: Mapping[str, Tensor]) -> str:
+    """What to do where a model has another shape than these weights, with the flags for the shape that they show."""
+    layers: dict[tuple[int, int], dict[str, int]] = {}
+    blocks = set()
+    for key, value in weights.items():
+        if (found := re.search(r"\bembeddings\.layer(\d)\.(\d+)\.(conv[13])\.weight$", key)) and value.ndim > 1:
+            width = value.shape[0 if found[3] == "conv1" else 1]  # of the block, and of its expansion
+            layers.setdefault((int(found[1]), int(found[2])), {})[found[3]] = width
+        elif found := re.search(r"\bmae\.blocks\.(\d+)\.", key):
+            blocks.add(found[1])
+    first = [layers.get((stage, 0), {}) for stage in range(1, NUM_STAGES + 1)]
+    if not blocks or any(len(sizes) != 2 for sizes in first):
+        return "build the model as the weights were (--encoder_widths, --encoder_depths, --expansions, --vit_depth)"
+    numbers = {
+        "encoder_widths": [sizes["conv1"] for sizes in first],
+        "encoder_depths": [sum(s == stage for s, _ in layers) for stage in range(1, NUM_STAGES + 1)],
+        "expansions": [sizes["conv3"] // sizes["conv1"] for sizes in first],
+        "vit_depth": [len(blocks)],
+    }
+    if (deepest := decoder_width(weights)) is not None:
+        numbers["decoder_width"] = [deepest]
+        levels = [len(value) for key, value in weights.items() if re.search(r"\bdecoder\.levels\.\d\.up\.weight$", key)]
+        if levels and min(levels) > deepest >> len(levels) - 1:
+            numbers["decoder_min_width"] = [min(levels)]
+    flags = " ".join(f"--{name} {' '.join(map(str, values))}" for name, values in numbers.items())
+    return f"build the model as the weights were: {flags}"
+
+
+def same_positions(value: Tensor, own: Tensor) -> bool:
+    """Whether stored positions are those of the model's grid, up to 16-bit rounding. Other grids may have as many
+    tokens.
+    """
+    return value.shape == own.shape and torch.allclose(value.to(own), own, atol=1e-2)
+
+
+def why_unexpected(key: str, name: str, advice: str) -> str:
+    """Why a key may be left aside; raises ValueError where there is no reason."""
+    if key.removeprefix("encoder.") == MASK_TOKEN:
+        return "stored by the release, never trained, not used"
+    if key.startswith(RELEASED_DECODER):
+        return "decoder of segmentation, not part of this model"
+    if re.match(r"densify\.\d\.mask_token$", key):
+        return "stands for hidden patches, of which this model has none"
+    if key.startswith(LIGHT_DECODER):
+        return "decoder of pre-training, not part of this model"
+    if re.match(r"(encoder\.)?(mae\.blocks|embeddings\.layer\d)\.\d+\.", key):
+        raise ValueError(f"{name}: {key} is beyond the depth of the model; {advice}")
+    raise ValueError(f"{name}: key {key!r} is not explained: no network of this package has it")
+
+
+def check_missing(missing: tuple[str, ...], name: str, advice: str) -> None:
+    """Raises ValueError where part of the encoder has no weights; fixed positions need none."""
+    part = [k for k in missing if k.removeprefix("encoder.").startswith(ENCODER) and not k.endswith("pos_embed")]
+    if part:
+        raise ValueError(
+            f"{name} lacks {len(part)} keys of the encoder ({', '.join(part[:3])}, ...); "
+            f"it is cut short, or from another network; {advice}"
+        )

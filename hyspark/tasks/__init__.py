@@ -1,0 +1,1 @@
+"""What a step and a validation are, for each kind of training."""

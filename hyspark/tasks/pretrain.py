@@ -1,0 +1,217 @@
+"""Pre-training: finding the data, building the network, and the run from the settings to the report."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hyspark.config.pretrain import PretrainConfig
+from hyspark.data.batches.loader import Share
+from hyspark.data.datasets import datalist_json
+from hyspark.data.datasets.cases import Case
+from hyspark.data.datasets.splits import SEED, split_by_subject
+from hyspark.data.preprocessing.store import StoredVolume
+from hyspark.data.preprocessing.store_size import survey
+from hyspark.data.seeds import seed_at
+from hyspark.evaluation.linear_probe import find_probe_cases, make_probe
+from hyspark.models.backbones import build_backbone
+from hyspark.models.compile import compile_blocks
+from hyspark.models.contrastive import METHODS as VIEW_METHODS
+from hyspark.models.contrastive import Siamese, build_siamese
+from hyspark.models.masked_autoencoder import HySparK, build_hyspark
+from hyspark.models.spark import build_spark
+from hyspark.planning.plan import count_flops, crops_per_process, plan_text
+from hyspark.planning.trial_steps import try_steps
+from hyspark.tasks.contrastive import ViewPretraining
+from hyspark.tasks.masked import Pretraining, encoder_file, num_parameters, training_file
+from hyspark.training import distributed, memory
+from hyspark.training.distributed import LOG, Processes
+from hyspark.training.initial_weights import load_start
+from hyspark.training.loop import start_run, train
+from hyspark.training.precision import with_precision
+from hyspark.training.replay import repeat, stopped_run
+from hyspark.training.run_folder import begun, saved_state, settings_text
+from hyspark.training.run_volumes import data_text, store_folder, usable
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Pre-train as the settings say, or continue; returns the run folder.
+
+    Raises ValueError or FileNotFoundError for settings and data that do not fit, OSError for a full disk,
+    FloatingPointError where the loss is not finite, AskedToStop (a SystemExit) after SIGTERM or SIGUSR1.
+    """
+    processes = distributed.find_processes("cpu" if config.replay else config.device)
+    stopped = None
+    if config.replay:
+        config, stopped = stopped_run(config, processes)
+    config = with_precision(config, processes)
+    share = Share(config.bs, processes.rank, processes.world_size)
+    cases = find_cases(config)
+    probe_cases = find_probe_cases(Path(config.probe_data), config.probe_cases) if config.probe_data else None
+    data = data_text(*cases)
+    model = build(config, processes.world_size)
+    LOG.info("%s", describe(config, processes, model, *cases))
+    if config.dry_run:
+        state = start(config, model)
+        if processes.is_main:
+            LOG.info("%s", plan(config, processes, model, *cases, first_step=state["step"] if state else 0))
+        return config.run_folder
+    with begun(config, processes, model, training_file(config)) as asked:
+        state = stopped or start(config, model)
+        found = usable(config, processes, Path(config.data_path), *cases, state)
+        probe = make_probe(config, processes, probe_cases) if probe_cases else None
+        best = state["best"] if state else math.inf
+        task = task_of(config)(config, share, found.training, found.validation, probe, best)
+        steps = steps_per_epoch(config, found.training)
+        run = start_run(config, data, processes, model, steps, config.ep, state, left_out=found.left_out)
+        if stopped:
+            LOG.info("%s", repeat(run, task, stopped["stopped_by"]))
+            return config.run_folder
+        if run.first_step >= run.last_step and run.is_reviewed:
+            LOG.info("nothing to do: %s has done %d steps", config.run_folder, run.first_step)
+            return config.run_folder
+        train(run, task, asked, before=partial(task.probe_fresh, run))
+    if processes.is_main:
+        LOG.info("encoder  %s", encoder_file(config))
+        LOG.info("report   %s", task.write_report(run))
+        LOG.info("pictures %s", config.run_folder / "pictures")
+    return config.run_folder
+
+
+def start(config: PretrainConfig, model: HySparK | Siamese) -> dict[str, Any] | None:
+    """The state that a run continues from; where there is none, the weights that the settings name are loaded."""
+    state = saved_state(config, training_file(config), config.resume_from)
+    if not state and config.init_weight:
+        part = model.encoder if isinstance(model, Siamese) else model
+        LOG.info("weights of %s\n%s", config.init_weight, load_start(part, config.init_weight, config))
+        if isinstance(model, Siamese):
+            model.follow(0.0)
+    return state
+
+
+def find_cases(config: PretrainConfig) -> tuple[list[Case], list[Case]]:
+    """Training and validation cases; where the list names no validation part, the same share of the volumes is
+    always held out.
+    """
+    path = Path(config.data_path)
+    path = path if path.suffix == ".json" else path / "dataset.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no data list at {path}; make it by: python generate_js.py --data_path {path.parent}")
+    listed = datalist_json.read(path, require_files=False)
+    training, validation = list(listed.training), list(listed.validation)
+    if not validation:
+        training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=SEED)
+    return training, validation
+
+
+def steps_per_epoch(config: PretrainConfig, training: Sequence[Case | StoredVolume]) -> int:
+    """Steps in which every volume comes at least once."""
+    return math.ceil(len(training) / config.bs)
+
+
+def describe(
+    config: PretrainConfig,
+    processes: Processes,
+    model: HySparK | Siamese,
+    training: Sequence[Case],
+    validation: Sequence[Case],
+) -> str:
+    """The run in a few lines, for the terminal."""
+    steps = steps_per_epoch(config, training)
+    encoder: Any = model.encoder
+    fixed = [] if config.method == "hyspark" else untrained(encoder.backbone)
+    probe = f"{config.probe_cases} labelled volumes of {config.probe_data}, epochs between probes: {config.probe_every}"
+    return settings_text(
+        config,
+        processes,
+        data=f"{len(training)} training and {len(validation)} validation volumes from {config.data_path}",
+        model=f"{config.model}, {num_parameters(model)} parameters, crops of {' x '.join(map(str, config.crop_size))}"
+        + (f"; without part in what is learned, left as they are: {', '.join(fixed)}" if fixed else ""),
+        steps=f"{config.ep} epochs of {steps}, {config.bs * config.crops_per_volume} crops each",
+        probe=probe if config.probe_data else "none",
+    )
+
+
+def untrained(network: Any) -> list[str]:
+    """The first parts of a network's names of which no weight is trained: its head; in crops as small as its stride,
+    also its last stage, which then has no map.
+    """
+    trained: dict[str, bool] = {}
+    for name, parameter in network.named_parameters():
+        top = name.partition(".")[0]
+        trained[top] = trained.get(top, False) or parameter.requires_grad
+    return [top for top, is_trained in trained.items() if not is_trained]
+
+
+def plan(
+    config: PretrainConfig,
+    processes: Processes,
+    model: HySparK | Siamese,
+    training: Sequence[Case],
+    validation: Sequence[Case],
+    first_step: int,
+) -> str:
+    """What the run will cost, for the terminal; takes trial steps, writes nothing."""
+    free = memory.free_memory(processes)
+    task = task_of(config)(config, Share(config.bs, processes.rank, processes.world_size), [], [])
+    crops = crops_per_process(config, processes)
+    make, least = partial(build, config), 2 if config.method in VIEW_METHODS else 1  # BatchNorm on vectors takes two
+    trials = try_steps(config, processes, make, task, task.random_batch, crops, free, least)
+    flops = count_flops(config, model, crops)
+    storage = survey(config, [*training, *validation], store_folder(config, Path(config.data_path)))
+    per_epoch = steps_per_epoch(config, training)
+    left = min(config.ep * per_epoch, config.max_steps or math.inf) - first_step
+    steps = {"steps_per_epoch": per_epoch, "steps_left": max(0, int(left))}
+    return plan_text(config, processes, model, flops, trials, free, storage, **steps)
+
+
+def task_of(config: PretrainConfig) -> type[Pretraining]:
+    """What the loop does for the method that the settings name."""
+    return ViewPretraining if config.method in VIEW_METHODS else Pretraining
+
+
+def build(config: PretrainConfig, num_processes: int = 1) -> HySparK | Siamese:
+    """The network with its seeded fresh weights; raises ValueError where its settings do not fit together."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_at(config.seed, "weights"))
+        network = network_of(config, num_processes)
+    if config.compile == "blocks" and not config.replay:
+        compile_blocks(network)
+    return network
+
+
+def network_of(config: PretrainConfig, num_processes: int) -> HySparK | Siamese:
+    """The network that the settings say, with fresh weights from torch's generator."""
+    axes = len(config.crop_size)
+    if config.method == "hyspark":
+        return build_hyspark(
+            config.crop_size,
+            config.mask,
+            config.compute,
+            hide=config.hide,
+            widths=config.encoder_widths,
+            depths=config.encoder_depths,
+            expansions=config.expansions,
+            vit_depth=config.vit_depth,
+            num_heads=config.num_heads,
+            decoder_width=config.decoder_width,
+            axes=axes,
+        )
+    backbone = build_backbone(config.model.partition("/")[2], config.channels, axes)
+    shared: dict[str, Any] = {"in_channels": config.channels, "axes": axes, "run": backbone.run}
+    if config.method == "spark":
+        shared |= {"decoder_width": config.decoder_width}
+        return build_spark(backbone.network, config.crop_size, config.mask, **shared)
+    return build_siamese(
+        config.method,
+        backbone.network,
+        config.crop_size,
+        head_width=config.head_width,
+        queue_size=config.queue_size,
+        num_prototypes=config.prototypes,
+        num_processes=num_processes,
+        **shared,
+    )

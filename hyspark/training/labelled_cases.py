@@ -1,0 +1,111 @@
+"""The labelled data of a fine-tuning run: which cases it trains and is validated on, and what their classes are."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from hyspark.config.segmentation import FinetuneConfig
+from hyspark.data.datasets import build, datalist_json
+from hyspark.data.datasets.cases import Case, Datalist
+from hyspark.data.datasets.splits import SEED, split_by_subject
+from hyspark.data.preprocessing.store import StoredVolume
+from hyspark.data.seeds import rng_at
+from hyspark.utils.text import nearest
+
+BTCV_CLASSES = 14
+
+
+def find_cases(config: FinetuneConfig) -> tuple[list[Case], list[Case], list[str]]:
+    """Labelled training and validation cases, and the class names by label value.
+
+    Raises ValueError where there is nothing to train or to validate on, or less than the settings ask for.
+    """
+    listed = read_cases(config)
+    training, validation = list(listed.training), list(listed.validation)
+    if not validation:
+        training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=SEED)
+    if not training or not validation:
+        raise ValueError(
+            f"{config.data_dir}: {len(training)} labelled cases to train on and {len(validation)} to validate on; "
+            "at least one of each is needed; name more cases in the data list, or change val_fraction"
+        )
+    return choose_labelled(training, config), validation, class_names(config, listed.labels)
+
+
+def read_cases(config: FinetuneConfig) -> Datalist:
+    """The JSON that the settings name; else data_dir/dataset.json where it is a data list; else the nnU-Net folders."""
+    folder = Path(config.data_dir)
+    read = partial(datalist_json.read, require_labels=True, require_files=False)
+    if config.json_list:
+        inside = folder / config.json_list
+        return read(inside if inside.is_file() else Path(config.json_list))
+    default = folder / "dataset.json"
+    if default.is_file() and datalist_json.is_datalist(default):
+        return read(default)
+    return build.read_folder(folder, seed=SEED, val_fraction=config.val_fraction)
+
+
+def choose_labelled(training: Sequence[Case], config: FinetuneConfig) -> list[Case]:
+    """As many training cases as the settings ask for, in their order.
+
+    The cases are drawn one after the other in an order that the seed gives, so that fewer are always among more.
+    Raises ValueError where there are not so many.
+    """
+    num = config.num_labelled or max(1, round(config.label_fraction * len(training)))
+    if num > len(training):
+        raise ValueError(f"num_labelled is {num}, but {config.data_dir} has {len(training)} labelled training cases")
+    by_name = sorted(range(len(training)), key=lambda i: (training[i].dataset, training[i].name))
+    drawn = rng_at(config.seed, "labelled").permutation(len(training))[:num]
+    return [training[i] for i in sorted(by_name[d] for d in drawn)]
+
+
+def class_names(config: FinetuneConfig, labels: dict[str, int] | None) -> list[str]:
+    """Names by label value, background first; raises ValueError where out_channels and the data's labels disagree."""
+    if not labels:
+        num = config.out_channels or BTCV_CLASSES
+        return ["background", *(f"class_{v}" for v in range(1, num))]
+    num = max(labels.values()) + 1
+    if config.out_channels and config.out_channels != num:
+        raise ValueError(
+            f"out_channels is {config.out_channels}, but the data set's labels go from 0 to {num - 1}: {labels}; "
+            "leave out_channels away to take the number from the data"
+        )
+    by_value = {v: k for k, v in labels.items()}
+    return [by_value.get(v, f"class_{v}") for v in range(num)]
+
+
+def left_right_pairs(config: FinetuneConfig, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """Label values that a left-right flip swaps; raises ValueError for what is no class, or comes twice."""
+    known = {name: value for value, name in enumerate(names)} | {str(value): value for value in range(len(names))}
+    pairs = [tuple(side.strip() for side in pair.split("=")) for pair in config.left_right]
+    for side in (side for pair in pairs for side in pair):
+        if side not in known:
+            raise ValueError(f"left_right names {side!r}, which is no class{nearest(side, names)}: {', '.join(names)}")
+    values = [known[side] for pair in pairs for side in pair]
+    if len(set(values)) != len(values) or 0 in values:
+        raise ValueError(f"left_right names a class twice, or the background: {', '.join(config.left_right)}")
+    return tuple((known[a], known[b]) for a, b in pairs)
+
+
+def one_sided(names: Sequence[str], swaps: Sequence[tuple[int, int]] = ()) -> list[str]:
+    """Class names that say left or right and are in none of the pairs of label values."""
+    paired = {value for pair in swaps for value in pair}
+    sides = ("left", "right")
+    return [n for value, n in enumerate(names) if value not in paired and any(side in n.lower() for side in sides)]
+
+
+def label_fault(volume: StoredVolume, names: Sequence[str]) -> str:
+    """What is wrong with a label whose values go beyond the classes; nothing where all is well."""
+    if volume.entry.max_label < len(names):
+        return ""
+    return (
+        f"its label holds the value {volume.entry.max_label}, but the classes go from 0 to {len(names) - 1} "
+        f"({', '.join(names)}); they are those that the training data's dataset.json names, or as many as "
+        "--out_channels says where it names none"
+    )
+
+
+def check_labels(volumes: Sequence[StoredVolume], names: Sequence[str]) -> None:
+    """Raises ValueError where labels hold values that are no class."""
+    if wrong := [f"{v.name}: {why}" for v in volumes if (why := label_fault(v, names))]:
+        raise ValueError("\n".join(wrong))

@@ -1,0 +1,56 @@
+"""What finding and organizing data share: walking folders, NIfTI file names, JSON, lists in messages."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hyspark.utils.text import listing
+
+NIFTI = re.compile(r"(?P<stem>.+?)\.nii(\.gz)?", re.DOTALL)
+
+
+def walk_folders(top: Path, *, skip: Path | None = None) -> Iterator[tuple[Path, list[str]]]:
+    """Folders from `top` down, with the names below, which the caller may shorten.
+
+    Each folder comes once. Links are followed last, so that a folder is met under its own name where it has
+    one.
+    """
+    seen = {os.path.realpath(skip)} if skip else set()
+    pending = [os.fspath(top)]
+    while pending:
+        for folder, below, _ in os.walk(pending.pop(0)):
+            if (real := os.path.realpath(folder)) in seen:
+                below.clear()
+                continue
+            seen.add(real)
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            yield Path(folder), below
+            paths = [os.path.join(folder, name) for name in below]
+            pending += [path for path in paths if os.path.islink(path)]
+
+
+def nifti_files(folder: Path) -> list[Path]:
+    """The NIfTI files right in `folder` by name, without hidden ones; FileNotFoundError for a broken link."""
+    files = [f for f in sorted(folder.iterdir()) if NIFTI.fullmatch(f.name) and not f.name.startswith(".")]
+    if broken := [str(file) for file in files if not file.exists()]:
+        raise FileNotFoundError(f"links to files that do not exist: {listing(broken)}")
+    return [file for file in files if file.is_file()]
+
+
+def nifti_stem(file: Path) -> str:
+    """The file name without .nii.gz or .nii; any other name as it is."""
+    found = NIFTI.fullmatch(file.name)
+    return found["stem"] if found else file.name
+
+
+def load_json(path: Path) -> Any:
+    """The content of a JSON file; FileNotFoundError if there is none, ValueError if it is not JSON."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error

@@ -1,0 +1,413 @@
+"""Command lines: published ones parse unchanged, wrong ones say what is wrong, and verbs do what they say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from hyspark.cli import exit_codes, main, parsing
+from hyspark.config.pretrain import PretrainConfig
+from hyspark.config.recipes import field_help
+from hyspark.config.segmentation import FinetuneConfig
+from hyspark.evaluation.segmentation.scores import Scores, write_scores
+from hyspark.models.encoder import HybridEncoder
+from hyspark.models.segmentation import build_hybird
+from hyspark.utils.atomic import write_json
+
+ROOT = Path(__file__).parents[2]
+PUBLISHED = "--exp_name=debug --data_path=./data --model=hyspark --bs=12 --exp_dir=debug_hyspark_ddp_4"
+TINY = {"encoder_widths": (4, 4, 8, 8, 12), "encoder_depths": (1,) * 5, "expansions": (2,) * 5}
+TINY_FLAGS = [word for name, values in TINY.items() for word in (f"--{name}", *map(str, values))]
+TINY_FLAGS += ["--vit_depth", "1", "--num_heads", "2", "--img_size", "32", "--n_classes", "3"]
+
+
+def pretrain_config(line: str) -> PretrainConfig:
+    return parsing.read_config(PretrainConfig, "hyspark pretrain", line.split())
+
+
+def finetune_config(line: str) -> FinetuneConfig:
+    return parsing.read_config(FinetuneConfig, "hyspark finetune", line.split())
+
+
+def fails(argv: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
+    """What a failing command prints on the error stream."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main.main(argv)
+    assert exit_.value.code == code
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+def make_dataset(folder: Path, names: str, labels: str = "", ending: str = ".nii.gz") -> Path:
+    """An nnU-Net data set of empty files."""
+    for part, cases, suffix in (("imagesTr", names, "_0000"), ("labelsTr", labels, "")):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        for name in cases.split():
+            (folder / part / f"{name}{suffix}{ending}").write_text("")
+    return folder
+
+
+# Published command lines
+
+
+def test_the_published_command_line_parses_unchanged():
+    config = pretrain_config(PUBLISHED)
+    assert (config.exp_name, config.data_path, config.model, config.bs) == ("debug", "./data", "hyspark", 12)
+    assert str(config.run_folder) == "debug_hyspark_ddp_4"
+    untouched = PretrainConfig(exp_name="debug", data_path="./data", bs=12, exp_dir="debug_hyspark_ddp_4")
+    assert config == untouched
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "parsed"),
+    [
+        ("mask", "0.6", 0.6),
+        ("input_size", "64", (64,)),
+        ("base_lr", "2e-4", 2e-4),
+        ("ep", "10", 10),
+        ("wp_ep", "2", 2),
+        ("wd", "0.1", 0.1),
+        ("wde", "0.3", 0.3),
+        ("clip", "1", 1.0),
+        ("init_weight", "a/b.pth", "a/b.pth"),
+        ("resume_from", "c.pth", "c.pth"),
+        ("dataloader_workers", "8", 8),
+    ],
+)
+@pytest.mark.parametrize("form", ["--{}={}", "--{} {}"])
+def test_the_other_published_flags_parse(flag, value, parsed, form):
+    assert getattr(pretrain_config(f"{PUBLISHED} {form.format(flag, value)}"), flag) == parsed
+
+
+def test_unetr_flags_parse():
+    line = (
+        "--data_dir=/data/btcv --json_list=dataset_0.json --logdir=./test --max_epochs=10 --val_every=5 --batch_size=2 "
+        "--optim_lr=4e-4 --reg_weight=1e-5 --warmup_epochs=5 --lrschedule=warmup_cosine --infer_overlap=0.7 "
+        "--roi_x=64 --roi_y=64 --roi_z=96 --in_channels=1 --out_channels=14"
+    )
+    config = finetune_config(line)
+    for word in line.split():
+        name, value = word.removeprefix("--").split("=")
+        assert type(getattr(config, name))(value) == getattr(config, name) != ""
+    assert config.crop_size == (64, 64, 96)
+
+
+def test_defaults_without_flags():
+    assert pretrain_config("") == PretrainConfig()
+    assert finetune_config("") == FinetuneConfig()
+
+
+def test_values_of_several_numbers():
+    config = pretrain_config("--input_size 32 48 64 --spacing 1 2 2.5 --flip_prob 0 0 1 --encoder_widths 8 8 8 8 12")
+    assert (config.input_size, config.spacing) == ((32, 48, 64), (1.0, 2.0, 2.5))
+    assert (config.flip_prob, config.encoder_widths) == ((0.0, 0.0, 1.0), (8, 8, 8, 8, 12))
+
+
+def test_booleans():
+    assert pretrain_config("").dry_run is False
+    assert pretrain_config("--dry_run").dry_run is True
+    assert pretrain_config("--dry_run --no-dry_run").dry_run is False
+
+
+# Recipes
+
+
+def test_flags_override_the_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("bs: 6\nbase_lr: 1e-3\nspacing: [2, 2, 3]\ninput_size: 48\ndry_run: true\n")
+    for line in (f"--config {recipe} --bs 8", f"--bs=8 --config={recipe}"):
+        config = pretrain_config(line)
+        expected = {"bs": 8, "base_lr": 1e-3, "spacing": (2.0, 2.0, 3.0), "input_size": (48,), "dry_run": True}
+        assert config == PretrainConfig(**expected)
+    assert pretrain_config(f"--config {recipe} --no-dry_run --base_lr 1e-4").dry_run is False
+
+
+def test_the_last_recipe_counts(tmp_path):
+    for name, bs in (("a", 3), ("b", 5)):
+        (tmp_path / name).write_text(f"bs: {bs}\n")
+    assert pretrain_config(f"--config={tmp_path / 'a'} --config {tmp_path / 'b'}").bs == 5
+
+
+def test_wrong_recipes_are_messages(tmp_path, capsys):
+    assert "no recipe at none.yaml" in fails(["pretrain", "--config", "none.yaml"], capsys)
+    (tmp_path / "a.yaml").write_text("max_epoch: 3\n")
+    assert "did you mean max_epochs?" in fails(["finetune", f"--config={tmp_path / 'a.yaml'}"], capsys)
+
+
+# Wrong command lines
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("pretrain --bss 3", "unknown argument '--bss'; did you mean --bs?"),
+        ("pretrain --base_lrr=3", "unknown argument '--base_lrr'; did you mean --base_lr?"),
+        ("finetune --max_epoch 3", "unknown argument '--max_epoch'; did you mean --max_epochs?"),
+        ("pretrain stray", "unknown argument 'stray'"),
+        ("datalist --datapath x", "unknown argument '--datapath'; did you mean --data_path?"),
+        ("phantom --num_labeled 1", "unknown argument '--num_labeled'; did you mean --num_labelled?"),
+        ("weights a.pth --classes 3", "unknown argument '--classes'"),
+        ("compare a --fast", "unknown argument '--fast'"),
+        # abbreviations
+        ("pretrain --exp_n debug", "unknown argument '--exp_n'; did you mean --exp_name?"),
+        ("pretrain --exp_n=debug", "unknown argument '--exp_n'; did you mean --exp_name?"),
+        ("finetune --max_e 3", "unknown argument '--max_e'; did you mean --max_epochs?"),
+        ("datalist --lab", "unknown argument '--lab'; did you mean --labels?"),
+        # values
+        ("pretrain --bs x", "argument --bs: invalid int value: 'x'"),
+        ("pretrain --bs", "argument --bs: expected one argument"),
+        ("pretrain --spacing 1 2", "argument --spacing: expected 3 arguments"),
+        ("pretrain --precision fp61", "bf16"),
+        ("pretrain --input_size 100", "nearest that fits is (96, 96, 96)"),
+        ("pretrain --mask 1.5", "mask must lie between 0 and 1"),
+        ("finetune --in_channels 3", "CT has one channel"),
+        ("datalist --organize_from x", "--organize_from and --organize_to go together"),
+        ("phantom --num_labelled -1", "at least 0"),
+    ],
+)
+def test_wrong_command_lines_end_with_a_message(words, expected, capsys):
+    assert expected in fails(words.split(), capsys)
+
+
+def test_the_command_without_a_verb(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main.main([])
+    assert exit_.value.code == 2
+    listed = capsys.readouterr().out
+    assert all(verb in listed for verb in main.VERBS)
+    with pytest.raises(SystemExit) as exit_:
+        main.main(["--help"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == listed
+
+
+def test_an_unknown_verb(capsys):
+    message = fails(["pretrian"], capsys)
+    assert "no verb 'pretrian'" in message
+    assert "did you mean pretrain?" in message
+
+
+@pytest.mark.parametrize("verb", main.VERBS)
+def test_help_of_every_verb(verb, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main.main([verb, "--help"])
+    assert exit_.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"usage: hyspark {verb}" in text
+    for name, config_class in (("pretrain", PretrainConfig), ("finetune", FinetuneConfig)):
+        if verb == name:
+            assert "--config" in text
+            for field, help_text in field_help(config_class).items():
+                assert f"--{field}" in text
+                assert " ".join(help_text.split())[:25] in text
+
+
+# datalist
+
+
+def test_datalist_writes_and_counts(tmp_path, capsys):
+    make_dataset(tmp_path / "Dataset001_A", "a b c", "a b")
+    make_dataset(tmp_path / "more" / "Dataset002_B", "d e", ending=".nii")
+    main.main(["datalist", "--data_path", str(tmp_path)])
+    output = capsys.readouterr().out
+    assert "Dataset001_A: 3 training, 0 validation" in output
+    assert "Dataset002_B: 2 training, 0 validation" in output
+    assert f"written to {tmp_path / 'dataset.json'}" in output
+    listed = json.loads((tmp_path / "dataset.json").read_text())
+    assert [entry["image"] for entry in listed["training"]] == [
+        *(f"./Dataset001_A/imagesTr/{name}_0000.nii.gz" for name in "abc"),
+        *(f"./more/Dataset002_B/imagesTr/{name}_0000.nii" for name in "de"),
+    ]
+
+
+def test_datalist_with_labels_and_split(tmp_path, capsys):
+    make_dataset(tmp_path / "Dataset001_A", "a b c d e f", "a b c d e")
+    output = tmp_path / "labelled.json"
+    flags = ["--labels", "--splits", "auto", "--val_fraction", "0.4", "--output", str(output)]
+    main.main(["datalist", "--data_path", str(tmp_path), *flags])
+    assert "3 training, 2 validation, 5 labelled, 1 left out" in capsys.readouterr().out
+    listed = json.loads(output.read_text())
+    assert [len(listed["training"]), len(listed["validation"])] == [3, 2]
+    assert all(set(entry) == {"image", "label"} for entry in listed["training"] + listed["validation"])
+    assert not (tmp_path / "dataset.json").exists()
+
+
+def test_datalist_organizes_first(tmp_path, capsys):
+    (tmp_path / "loose").mkdir()
+    for name in ("scan1.nii.gz", "scan2.nii.gz"):
+        (tmp_path / "loose" / name).write_text(name)
+    target = tmp_path / "data" / "Dataset042_Mine"
+    flags = ["--organize_from", str(tmp_path / "loose"), "--organize_to", str(target), "--copy"]
+    main.main(["datalist", "--data_path", str(tmp_path / "data"), *flags])
+    output = capsys.readouterr().out
+    assert f"2 images copied into {target}/imagesTr" in output
+    assert "Dataset042_Mine: 2 training" in output
+    assert not (target / "imagesTr" / "scan1_0000.nii.gz").is_symlink()
+
+
+def test_datalist_that_finds_nothing(tmp_path, capsys):
+    message = fails(["datalist", "--data_path", str(tmp_path)], capsys)
+    assert message.startswith("error: ")
+    assert "no images found" in message
+    assert "imagesTr" in message
+    assert not (tmp_path / "dataset.json").exists()
+    assert "is not a folder" in fails(["datalist", "--data_path", str(tmp_path / "none")], capsys)
+
+
+def test_datalist_with_duplicates(tmp_path, capsys):
+    make_dataset(tmp_path / "Dataset001_A", "a")
+    make_dataset(tmp_path / "Dataset001_A", "a", ending=".nii")
+    message = fails(["datalist", "--data_path", str(tmp_path)], capsys)
+    assert "a_0000.nii.gz" in message
+    assert "a_0000.nii " in message
+    assert not (tmp_path / "dataset.json").exists()
+
+
+def test_datalist_with_unpaired_labels(tmp_path, capsys):
+    make_dataset(tmp_path / "Dataset001_A", "a b", "a c")
+    assert "c.nii.gz" in fails(["datalist", "--data_path", str(tmp_path), "--labels"], capsys)
+    assert not (tmp_path / "dataset.json").exists()
+
+
+# weights, phantom, compare
+
+
+def test_weights_prints_what_matched(tmp_path, capsys):
+    encoder = HybridEncoder(1, 32, *TINY.values(), vit_depth=1, num_heads=2)
+    torch.save(encoder.state_dict(), tmp_path / "encoder.pth")
+    main.main(["weights", str(tmp_path / "encoder.pth"), *TINY_FLAGS])
+    output = capsys.readouterr().out
+    assert f"matched    {len(encoder.state_dict()):4d} keys" in output
+    model = build_hybird(1, 3, 32, **{k.removeprefix("encoder_"): v for k, v in TINY.items()}, vit_depth=1, num_heads=2)
+    num_decoder = sum(key.startswith("decoder.") for key in model.state_dict())
+    assert f"missing    {num_decoder:4d} (fresh: decoder.* {num_decoder})" in output
+
+
+def test_weights_that_do_not_fit(tmp_path, capsys):
+    assert "no weights at none.pth" in fails(["weights", "none.pth", *TINY_FLAGS], capsys)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    assert "other.pth" in fails(["weights", str(tmp_path / "other.pth"), *TINY_FLAGS], capsys)
+    (tmp_path / "torn.pth").write_bytes(b"torn")
+    assert "torn.pth" in fails(["weights", str(tmp_path / "torn.pth"), *TINY_FLAGS], capsys)
+
+
+def test_weights_of_networks_of_others(tmp_path, capsys):
+    path = str(tmp_path / "resnet.pth")
+    torch.save(timm.create_model("resnet18", num_classes=5).state_dict(), path)
+    main.main(["weights", path, "--model", "timm/resnet18"])
+    report = capsys.readouterr().out
+    assert "matched     120 keys, covering 100.0% of the model's parameters" in report
+    assert "unexpected    2 (fc.weight, fc.bias: head of its own, not part of this model)" in report
+    main.main(["weights", path, "--model", "torchvision/resnet18"])
+    assert "missing       2 (fresh: fc.* 2)" in capsys.readouterr().out
+    assert "n_classes, decoder_width: of the segmentation network; leave out for timm/resnet18" in fails(
+        ["weights", path, "--model", "timm/resnet18", "--n_classes", "3", "--decoder_width", "32"], capsys
+    )
+    assert "did you mean resnet18" in fails(["weights", path, "--model", "timm/resnet_18"], capsys)
+    assert "has shape" in fails(["weights", path, "--model", "monai/resnet18"], capsys)
+    assert "none of its 122 keys" in fails(["weights", path, "--model", "monai/segresnet"], capsys)
+
+
+def test_export_for_detectron2(tmp_path, capsys):
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "resnet.pth")
+    words = ["export", "--detectron2", str(tmp_path / "resnet.pth"), str(tmp_path / "resnet.pkl")]
+    main.main(words)
+    assert "resnet.pkl: 100 tensors, 11.19 M numbers" in capsys.readouterr().out
+    assert "--decoder is of pre-training" in fails([*words, "--decoder"], capsys)
+    assert "give it that" in fails([*words[:-1], "x.safetensors"], capsys)
+
+
+def test_phantom_writes_both_datasets(tmp_path):
+    main.main(["phantom", "--out", str(tmp_path), "--num_labelled", "1", "--num_unlabelled", "1", "--seed", "3"])
+    written = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.nii.gz"))
+    assert len(written) == 3
+    assert written[0].startswith("Dataset900_PhantomLabelled/imagesTr/")
+    assert written[1].startswith("Dataset900_PhantomLabelled/labelsTr/")
+    assert written[2].startswith("Dataset901_PhantomUnlabelled/imagesTr/")
+
+
+def test_compare_names_a_folder_that_is_no_run(tmp_path, capsys):
+    assert str(tmp_path) in fails(["compare", str(tmp_path)], capsys)
+
+
+def test_runs_validated_on_other_cases_are_pointed_out(tmp_path, capsys):
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder, case in zip(folders, ("x", "x", "y"), strict=True):
+        folder.mkdir()
+        scores = Scores(1, 0.5, {"liver": 0.5}, {case: [0.5]})
+        write_scores(folder, best=scores, last=scores)
+    main.main(["compare", *map(str, folders[:2])])
+    assert "WARNING" not in capsys.readouterr().out
+    for folder, digest in zip(folders, ("one", "another"), strict=False):
+        write_json(folder / "scores" / "summary.json", {"protocol": {"data_digest": digest}})
+    main.main(["compare", *map(str, folders[:2])])
+    assert "WARNING" in capsys.readouterr().out
+    main.main(["compare", str(folders[0]), str(folders[2])])
+    assert "WARNING: the runs were validated on different cases" in capsys.readouterr().out
+
+
+# Errors
+
+
+def test_a_bug_keeps_its_traceback():
+    """Only what this package raises on purpose, and trouble with files, is shortened."""
+    with pytest.raises(ValueError, match="broadcast"):
+        exit_codes.run(lambda argv: torch.zeros(2).numpy().__setitem__(slice(None), [1, 2, 3]), [])
+    with pytest.raises(json.JSONDecodeError):
+        exit_codes.run(lambda argv: json.loads("{"), [])
+    with pytest.raises(KeyError):
+        exit_codes.run(lambda argv: {}["a"], [])
+
+
+def test_trouble_with_files_is_one_line_wherever_it_is_noticed(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        exit_codes.run(lambda argv: Path("none").stat(), [])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "error: [Errno 2] No such file or directory: 'none'\n"
+
+
+def test_a_diverged_training_is_exit_code_1(monkeypatch, capsys):
+    def failed(argv: list[str]) -> None:
+        raise FloatingPointError("the loss is nan")
+
+    monkeypatch.setattr(exit_codes, "raised_here", lambda error: True)
+    with pytest.raises(SystemExit) as exit_:
+        exit_codes.run(failed, [])
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err == "error: the loss is nan\n"
+
+
+def test_one_of_several_processes_speaks(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert fails(["pretrain", "--mask", "2"], capsys) == ""
+    monkeypatch.setenv("RANK", "0")
+    assert fails(["pretrain", "--mask", "2"], capsys) != ""
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")  # the first of the second machine
+    assert fails(["pretrain", "--mask", "2"], capsys) != ""
+
+
+def test_the_scripts_show_their_help(tmp_path):
+    """From another folder, as a user would; all three in one process, since importing torch takes seconds."""
+    code = (
+        "import runpy, sys\n"
+        "for script in sys.argv[1:]:\n"
+        "    sys.argv = [script, '--help']\n"
+        "    try:\n"
+        "        runpy.run_path(script, run_name='__main__')\n"
+        "    except SystemExit as error:\n"
+        "        print('exit code', error.code)\n"
+    )
+    scripts = [str(ROOT / name) for name in ("generate_js.py", "train.py", "finetune_btcv.py")]
+    done = subprocess.run([sys.executable, "-c", code, *scripts], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("exit code 0") == 3
+    for text in ("usage: hyspark datalist", "usage: hyspark pretrain", "usage: hyspark finetune"):
+        assert text in done.stdout
+    assert list(tmp_path.iterdir()) == []

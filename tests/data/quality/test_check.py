@@ -1,0 +1,443 @@
+"""Every kind of fault is found where it is, and nowhere else."""
+
+import gzip
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from hyspark.data.quality.check import check
+from hyspark.data.quality.findings import KINDS, Finding
+
+AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
+SHAPE = (24, 24, 20)
+
+
+def ct(seed: int = 0) -> np.ndarray:
+    """A ball of tissue in air, int16 HU."""
+    grid = np.indices(SHAPE) - np.array(SHAPE).reshape(3, 1, 1, 1) / 2
+    noise = np.random.default_rng(seed).normal(0, 20, SHAPE)
+    return np.where((grid**2).sum(0) < 64, 40 + noise, -1000 + noise).astype(np.int16)
+
+
+def organ() -> np.ndarray:
+    label = np.zeros(SHAPE, np.uint8)
+    label[10:14, 10:14, 8:12] = 1
+    return label
+
+
+def save(path: Path, voxels: np.ndarray, affine: np.ndarray | None = AFFINE) -> nib.Nifti1Image:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(voxels, affine)
+    nib.save(image, path)
+    return image
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> SimpleNamespace:
+    """A data set of two sound, labelled cases; the first is there to be broken."""
+    folder = tmp_path / "Dataset001_Test"
+    for number in range(2):
+        save(folder / "imagesTr" / f"case{number}_0000.nii.gz", ct(number))
+        save(folder / "labelsTr" / f"case{number}.nii.gz", organ())
+    (folder / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "liver": 1}}))
+    return SimpleNamespace(
+        folder=folder,
+        image=folder / "imagesTr" / "case0_0000.nii.gz",
+        label=folder / "labelsTr" / "case0.nii.gz",
+        names=folder / "dataset.json",
+    )
+
+
+def faults(folder: Path, num_workers: int = 1) -> list[Finding]:
+    examined, found = check(folder, hu_min=-175.0, num_workers=num_workers, progress=False)
+    return [*(finding for seen in examined for finding in seen.findings), *found.findings]
+
+
+def test_a_sound_data_set_has_no_faults(data):
+    assert faults(data.folder) == faults(data.folder.parent) == faults(data.folder, num_workers=2) == []
+
+
+# What is done to the data set: (kind that must be found, number of the fault, what breaks it)
+BROKEN: list[tuple[str, str, Callable[[SimpleNamespace], object]]] = []
+
+
+def breaks(kind: str, part: str = "image") -> Callable[[Callable], Callable]:
+    """Enter a function that breaks the data set: it must show as a fault of this kind at this file."""
+
+    def enter(function: Callable) -> Callable:
+        BROKEN.append((kind, part, function))
+        return function
+
+    return enter
+
+
+@breaks("dangling link")
+def a_link_to_nothing(data):
+    data.image.unlink()
+    data.image.symlink_to("gone.nii.gz")
+
+
+@breaks("empty file")
+def no_bytes(data):
+    data.image.write_bytes(b"")
+
+
+@breaks("empty file", "label")
+def no_bytes_in_the_label(data):
+    data.label.write_bytes(b"")
+
+
+@breaks("not NIfTI")
+def text_under_a_nifti_name(data):
+    data.image.write_bytes(gzip.compress(b"hello" * 1000))
+
+
+@breaks("not NIfTI")
+def not_compressed(data):
+    data.image.write_bytes(gzip.decompress(data.image.read_bytes()))
+
+
+@breaks("damaged")
+def cut_short(data):
+    content = data.image.read_bytes()
+    data.image.write_bytes(content[: len(content) // 2])
+
+
+@breaks("damaged")
+def a_wrong_checksum(data):
+    content = bytearray(data.image.read_bytes())
+    content[-6] ^= 255
+    data.image.write_bytes(content)
+
+
+@breaks("damaged")
+def a_flipped_byte(data):
+    content = bytearray(data.image.read_bytes())
+    content[len(content) // 2] ^= 255
+    data.image.write_bytes(content)
+
+
+@breaks("damaged", "label")
+def a_label_cut_short(data):
+    content = data.label.read_bytes()
+    data.label.write_bytes(content[:-12])
+
+
+@breaks("damaged", "other")
+def an_uncompressed_file_cut_short(data):
+    content = gzip.decompress(data.image.read_bytes())
+    data.image.unlink()
+    data.other = data.image.with_suffix("")
+    data.other.write_bytes(content[: len(content) // 2])
+
+
+@breaks("not 3D")
+def a_time_series(data):
+    save(data.image, np.stack([ct(0), ct(1)], -1))
+
+
+@breaks("not 3D")
+def a_single_plane(data):
+    save(data.image, ct()[:, :, 0])
+
+
+@breaks("colours")
+def a_picture_in_colours(data):
+    rgb = np.zeros(SHAPE, np.dtype([(c, "u1") for c in "RGB"]))
+    save(data.image, rgb)
+
+
+@breaks("complex numbers")
+def complex_voxels(data):
+    save(data.image, ct().astype(np.complex64))
+
+
+def patch_header(path: Path, offset: int, content: bytes) -> None:
+    """Overwrite bytes of a NIfTI header."""
+    whole = bytearray(gzip.decompress(path.read_bytes()))
+    whole[offset : offset + len(content)] = content
+    path.write_bytes(gzip.compress(bytes(whole)))
+
+
+PIXDIM, QFORM_CODE, DESCRIP = 76, 252, 148
+
+
+@breaks("impossible spacing")
+def no_spacing(data):
+    patch_header(data.image, PIXDIM + 4, np.zeros(3, "<f4").tobytes())
+
+
+@breaks("impossible spacing")
+def spacing_that_is_no_number(data):
+    patch_header(data.image, PIXDIM + 8, np.float32(np.nan).tobytes())
+
+
+@breaks("odd spacing")
+def spacing_in_metres(data):
+    save(data.image, ct(), np.diag([0.002, 0.002, 0.003, 1]))
+    save(data.label, organ(), np.diag([0.002, 0.002, 0.003, 1]))
+
+
+@breaks("singular affine")
+def two_axes_in_one_direction(data):
+    affine = AFFINE.copy()
+    affine[:3, 1] = affine[:3, 0]
+    image = nib.Nifti1Image(ct(), None)
+    image.header.set_sform(affine, code=1)
+    nib.save(image, data.image)
+
+
+@breaks("sheared affine")
+def a_tilted_gantry(data):
+    affine = AFFINE.copy()
+    affine[1, 2] = 0.8
+    for path, voxels in ((data.image, ct()), (data.label, organ())):
+        image = nib.Nifti1Image(voxels, affine)
+        image.set_qform(None, code=0)
+        nib.save(image, path)
+
+
+@breaks("sform and qform disagree")
+def a_mirrored_qform(data):
+    image = nib.Nifti1Image(ct(), AFFINE)
+    image.set_sform(AFFINE, code=1)
+    image.set_qform(np.diag([-2.0, 2.0, 3.0, 1.0]), code=1)
+    nib.save(image, data.image)
+
+
+@breaks("no orientation")
+def no_codes(data):
+    image = nib.Nifti1Image(ct(), AFFINE)
+    image.set_sform(None, code=0)
+    image.set_qform(None, code=0)
+    nib.save(image, data.image)
+
+
+@breaks("localiser")
+def a_scout_view(data):
+    save(data.image, ct()[:, :, 9:11])
+
+
+@breaks("thin")
+def a_few_slices(data):
+    save(data.image, ct()[:, :, 6:14])
+
+
+@breaks("text that may name a patient")
+def a_name_in_the_header(data):
+    patch_header(data.image, DESCRIP, b"DOE^JANE 19510203")
+
+
+@breaks("text that may name a patient")
+def a_dicom_header_inside(data):
+    image = nib.Nifti1Image(ct(), AFFINE)
+    image.header.extensions.append(nib.nifti1.Nifti1Extension(2, b"\0" * 16))
+    nib.save(image, data.image)
+
+
+@breaks("NaN or infinite")
+def some_nan(data):
+    voxels = ct().astype(np.float32)
+    voxels[0, 0, 0] = np.nan
+    save(data.image, voxels)
+
+
+@breaks("NaN or infinite")
+def one_infinity(data):
+    voxels = ct().astype(np.float32)
+    voxels[3, 4, 5] = np.inf
+    save(data.image, voxels)
+
+
+@breaks("constant")
+def one_value(data):
+    save(data.image, np.full(SHAPE, 7, np.int16))
+
+
+@breaks("all air")
+def nothing_but_air(data):
+    save(data.image, (ct() // 10 - 900).astype(np.int16))
+
+
+@breaks("offset")
+def from_0_to_4095(data):
+    save(data.image, (ct().clip(-1024, None) + 1024).astype(np.int16))
+
+
+@breaks("8-bit")
+def windowed_to_8_bits(data):
+    save(data.image, ((ct().clip(-160, 240) + 160) / 400 * 255).astype(np.uint8))
+
+
+@breaks("scaled")
+def scaled_to_0_and_1(data):
+    save(data.image, ((ct().clip(-160, 240) + 160) / 400).astype(np.float32))
+
+
+@breaks("wrapped around")
+def negative_values_as_unsigned(data):
+    save(data.image, ct().astype(np.uint16))
+
+
+@breaks("same content", "other")
+def one_scan_twice(data):
+    data.other = data.image.with_name("case7_0000.nii.gz")
+    nib.save(nib.Nifti1Image(ct().astype(np.float32), AFFINE), data.other)  # as another type
+    save(data.label.with_name("case7.nii.gz"), organ())
+
+
+@breaks("label of another shape", "label")
+def a_cropped_label(data):
+    save(data.label, organ()[:-1])
+
+
+@breaks("label elsewhere", "label")
+def a_shifted_label(data):
+    affine = AFFINE.copy()
+    affine[:3, 3] = [10, 0, 0]
+    save(data.label, organ(), affine)
+
+
+@breaks("label elsewhere", "label")
+def a_mirrored_label(data):
+    save(data.label, organ(), np.diag([-2.0, 2.0, 3.0, 1.0]))
+
+
+@breaks("label not whole", "label")
+def an_interpolated_label(data):
+    save(data.label, organ() * np.float32(0.5))
+
+
+@breaks("label not whole", "label")
+def a_negative_label(data):
+    save(data.label, -organ().astype(np.int16))
+
+
+@breaks("undeclared class", "label")
+def a_class_that_is_not_declared(data):
+    save(data.label, organ() * 9)
+
+
+@breaks("empty label", "label")
+def a_label_without_organs(data):
+    save(data.label, organ() * 0)
+
+
+@breaks("label without image", "label")
+def an_orphan(data):
+    data.image.unlink()
+
+
+@breaks("image without label")
+def an_image_alone(data):
+    data.label.unlink()
+
+
+@breaks("two files for a case", "other")
+def compressed_and_not(data):
+    data.other = data.image.with_suffix("")
+    data.other.write_bytes(gzip.decompress(data.image.read_bytes()))
+    data.image, data.other = data.other, data.image  # by name, the shorter one comes first
+
+
+@breaks("odd name", "other")
+def a_name_without_a_channel(data):
+    data.other = data.image.with_name("scan5.nii.gz")
+    save(data.other, ct(5))
+
+
+@breaks("odd name", "other")
+def another_format(data):
+    data.other = data.image.with_name("scan.dcm")
+    data.other.write_bytes(b"DICM")
+
+
+@breaks("unused class", "folder")
+def a_class_that_no_label_holds(data):
+    data.names.write_text(json.dumps({"labels": {"background": 0, "liver": 1, "spleen": 2}}))
+
+
+@breaks("no class names", "folder")
+def no_names(data):
+    data.names.unlink()
+
+
+@breaks("unreadable list", "folder")
+def names_that_are_no_json(data):
+    data.names.write_text("{")
+
+
+@pytest.mark.parametrize(("kind", "part", "function"), BROKEN, ids=[f.__name__ for _, _, f in BROKEN])
+def test_a_fault_is_found_at_its_file_and_nowhere_else(data, kind, part, function):
+    function(data)
+    found = faults(data.folder)
+    assert (kind, str(getattr(data, part))) in {(f.kind, f.file) for f in found}
+    consequences = {"image without label", "no class names", "unused class", "label of another shape", "thin"}
+    if kind in ("singular affine", "no orientation", "impossible spacing"):
+        consequences.add("label elsewhere")  # the label's header is still sound
+    assert {f.kind for f in found} <= {kind, *consequences}
+    assert not any("case1" in f.file for f in found)
+    for finding in found:
+        assert finding.found in str(finding)
+        assert KINDS[finding.kind].advice in str(finding)
+
+
+def test_at_least_thirty_kinds_are_tried():
+    tried = {kind for kind, _, _ in BROKEN} | {"missing", "no permission"}  # these below
+    assert tried == set(KINDS)
+    assert len(BROKEN) >= 30
+
+
+def test_a_file_that_may_not_be_read(data, monkeypatch):
+    opened = Path.open
+
+    def refuse(self, *args, **kwargs):
+        if self == data.image:
+            raise PermissionError(13, "Permission denied")
+        return opened(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)  # root may read everything, so permissions cannot be taken away
+    assert [f.kind for f in faults(data.folder)] == ["no permission"]
+
+
+# Lists
+
+
+def write_list(data, entries) -> Path:
+    path = data.folder.parent / "list.json"
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def test_a_list_is_checked_by_its_entries(data):
+    entry = {"image": "Dataset001_Test/imagesTr/case0_0000.nii.gz", "label": "Dataset001_Test/labelsTr/case0.nii.gz"}
+    sound = {"training": [entry], "labels": {"background": 0, "liver": 1}}
+    assert faults(write_list(data, sound)) == []
+    twice = {**sound, "validation": [entry]}
+    assert [f.kind for f in faults(write_list(data, twice))] == ["same content"]
+    missing = {"training": [entry, {"image": "gone.nii.gz"}], "labels": sound["labels"]}
+    (fault,) = faults(write_list(data, missing))
+    assert (fault.kind, Path(fault.file).name) == ("missing", "gone.nii.gz")
+    for wrong in ([], {"training": "x"}, {"training": [{"label": "x"}]}, {**sound, "labels": {"a": "b"}}):
+        assert "unreadable list" in {f.kind for f in faults(write_list(data, wrong))}
+
+
+def test_where_there_is_nothing_to_check(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing to check"):
+        check(tmp_path, hu_min=-175.0, progress=False)
+
+
+def test_btcv_names_and_other_channels_are_no_fault(data):
+    for number in (0, 1):
+        folder = data.folder
+        os.rename(folder / "imagesTr" / f"case{number}_0000.nii.gz", folder / "imagesTr" / f"img000{number}.nii.gz")
+        os.rename(folder / "labelsTr" / f"case{number}.nii.gz", folder / "labelsTr" / f"label000{number}.nii.gz")
+    shutil.copy(folder / "imagesTr" / "img0000.nii.gz", folder / "imagesTr" / "img0000_0001.nii.gz")
+    assert faults(folder) == []

@@ -1,0 +1,249 @@
+import csv
+import gzip
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from nibabel.orientations import axcodes2ornt, ornt_transform
+
+from hyspark.config.recipes import as_plain
+from hyspark.config.segmentation import FinetuneConfig
+from hyspark.data.datasets import build, cases, datalist_json
+from hyspark.data.preprocessing.prepare import prepare_all
+from hyspark.evaluation.segmentation.evaluate import (
+    Scoring,
+    Source,
+    check_classes,
+    evaluate,
+    find_labelled,
+    is_scored,
+    mean_dice,
+    score_cases,
+)
+from hyspark.evaluation.segmentation.inference import network_of
+from hyspark.evaluation.segmentation.scores import Scores, read_scores, write_scores
+from hyspark.training import checkpoint, precision
+from hyspark.training.distributed import find_processes
+from hyspark.utils.digests import content_digest
+
+TINY = {"encoder_widths": (6, 6, 12, 12, 24), "encoder_depths": (1,) * 5, "expansions": (2,) * 5, "vit_depth": 1}
+
+
+def test_mean_dice_leaves_out_cases_without_the_organ():
+    nan = float("nan")
+    means = mean_dice([[0.5, nan, nan], [0.7, 0.2, nan]], ["liver", "spleen", "aorta"])
+    assert means["liver"] == pytest.approx(0.6)
+    assert means["spleen"] == pytest.approx(0.2)
+    assert math.isnan(means["aorta"])
+
+
+def test_scores_of_best_and_last_live_side_by_side(tmp_path):
+    write_scores(tmp_path, best=Scores(3, 0.5, {"liver": 0.5}, {"x": [0.5]}))
+    write_scores(tmp_path, last=Scores(9, 0.4, {"liver": 0.4}, {"x": [0.4]}))
+    assert read_scores(tmp_path) == {"best": {"liver": 0.5}, "last": {"liver": 0.4}}
+    with pytest.raises(FileNotFoundError, match=r"dice\.json"):
+        read_scores(tmp_path / "other")
+
+
+# Scoring
+
+
+class Levels(torch.nn.Module):
+    """The class whose level the voxel's brightness is nearest to: right wherever `write_case` wrote the image."""
+
+    def forward(self, x):
+        return torch.cat([-((x - (hu + 175) / 425).abs()) for hu in (-50, 80, 200)], dim=1)
+
+
+def write_case(folder, name, orientation="RAS", missing=0, truth_shift=0):
+    """A box of body (-50 HU) with two organs (80 and 200 HU), voxels of 2 x 2 x 3 mm."""
+    for part in ("imagesTr", "labelsTr"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    label = np.zeros((24, 22, 20), np.uint8)
+    label[6:14, 6:14, 6:14] = 1
+    label[16:20, 8:12, 4:16] = 2
+    image = np.full(label.shape, -1000, np.int16)
+    image[2:22, 2:20, 2:18] = -50
+    image[label == 1], image[label == 2] = 80, 200
+    if missing:
+        image[label == missing] = -50
+    label = np.roll(label, truth_shift, 0)
+    affine = np.diag([2.0, 2.0, 3.0, 1.0])
+    for part, array in (("imagesTr", image), ("labelsTr", label)):
+        turned = nibabel.Nifti1Image(array, affine).as_reoriented(
+            ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(orientation))
+        )
+        ending = "_0000.nii.gz" if part == "imagesTr" else ".nii.gz"
+        nibabel.save(turned, folder / part / f"{name}{ending}")
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """A data set of three cases in three orientations."""
+    folder = tmp_path / "Dataset001_Boxes"
+    write_case(folder, "good", "LPS")
+    write_case(folder, "shifted", "RAS", truth_shift=1)
+    write_case(folder, "missed", "SAL", missing=2)
+    (folder / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "liver": 1, "aorta": 2}}))
+    return folder
+
+
+NAMES = ["background", "liver", "aorta"]
+BOXES = FinetuneConfig(spacing=(2.0, 2.0, 3.0), roi_x=16, roi_y=16, roi_z=16, device="cpu", prepare_workers=1)
+
+
+def scored(folder, out, config=BOXES, trained_on=(), **options):
+    cases, _, text = find_labelled(folder)
+    volumes = prepare_all(cases, config, folder.parent / "store", 1, progress=False)
+    processes = find_processes("cpu")
+    source = Source("levels", text, trained_on)
+    return score_cases(Levels(), config, NAMES, volumes, cases, out, processes, source, **options)[0]
+
+
+def test_scores_of_a_network_that_is_right_but_for_known_faults(labelled, tmp_path):
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "best_of_other_weights.png").touch()
+    summary = scored(labelled, tmp_path / "scores", scoring=Scoring(tolerance=2.1))
+    assert (tmp_path / "scores" / "table.md").is_file()
+    with (tmp_path / "scores" / "cases.csv").open() as file:
+        rows = {(row["case"], row["organ"]): row for row in csv.DictReader(file)}
+    for organ in ("liver", "aorta"):
+        assert [rows["good", organ][k] for k in ("dice", "hd95_mm", "nsd")] == ["1.0", "0.0", "1.0"]
+    assert float(rows["shifted", "liver"]["dice"]) == pytest.approx(7 / 8)
+    assert float(rows["shifted", "liver"]["hd95_mm"]) == pytest.approx(2)
+    assert float(rows["shifted", "aorta"]["nsd"]) == pytest.approx(1)
+    assert [rows["missed", "aorta"][k] for k in ("dice", "hd95_mm", "nsd")] == ["0.0", "", "0.0"]
+    assert summary["organs"]["aorta"]["num_missed"] == 1
+    assert summary["organs"]["aorta"]["dice"] == pytest.approx((1 + 0.75 + 0) / 3)
+    assert summary["protocol"]["num_cases"] == 3
+    assert summary["protocol"]["window_size"] == [16, 16, 16]
+    assert summary["protocol"]["nsd_tolerance_mm"] == 2.1
+    pictures = sorted(path.name for path in (tmp_path / "scores").glob("*.png"))
+    assert pictures == ["best_good.png", "median_shifted.png", "worst_missed.png"]
+
+
+def test_cases_that_were_trained_on_are_told(labelled, tmp_path, caplog):
+    """By what their images hold: one of another name, compressed anew, with labels of its own is the same case."""
+    cases, _, text = find_labelled(labelled)
+    known = [content_digest(case.image) for case in cases[:2]]
+    assert scored(labelled, tmp_path / "unknown")["protocol"]["scored_cases_trained_on"] == "unknown"
+    assert not caplog.records
+    copy = tmp_path / "copy" / labelled.name
+    shutil.copytree(labelled, copy)
+    for folder, ending in (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz")):
+        (copy / folder / f"{cases[0].name}{ending}").rename(copy / folder / f"renamed{ending}")
+    image = copy / "imagesTr" / "renamed_0000.nii.gz"
+    image.write_bytes(gzip.compress(gzip.decompress(image.read_bytes()), 1))
+    label = nibabel.load(copy / "labelsTr" / "renamed.nii.gz")
+    empty = nibabel.Nifti1Image(np.zeros(label.shape, np.uint8), label.affine)
+    nibabel.save(empty, copy / "labelsTr" / "renamed.nii.gz")
+    protocol = scored(copy, tmp_path / "known", trained_on=known)["protocol"]
+    assert (protocol["training_cases"], protocol["scored_cases_trained_on"]) == (2, 2)
+    assert "2 of 3 were trained on (missed, renamed)" in caplog.text
+    assert scored(copy, tmp_path / "new", trained_on=["other"])["protocol"]["scored_cases_trained_on"] == 0
+    assert text == f"all labelled cases of {labelled}"
+
+
+def test_scores_are_those_of_these_weights_and_files(labelled, tmp_path, monkeypatch):
+    scored(labelled, tmp_path / "scores")
+    cases, _, text = find_labelled(labelled)
+
+    def known(source, cases=cases, config=BOXES):
+        return is_scored(tmp_path / "scores", config, NAMES, cases, find_processes("cpu"), source)
+
+    source = Source("levels", text, [])
+    assert known(source)
+    assert not known(replace(source, weights="others"))
+    assert known(replace(source, data="the same, by another path"))
+    with monkeypatch.context() as another_machine:
+        another_machine.setattr(precision, "precision_on", lambda processes, config: "bf16")
+        assert known(source)
+    assert not known(source, cases[:2])
+    assert not known(source, config=replace(BOXES, infer_overlap=0.25))
+    path = labelled / "labelsTr" / "good.nii.gz"
+    image = nibabel.load(path)
+    nibabel.save(nibabel.Nifti1Image(np.roll(np.asarray(image.dataobj), 1, 0), image.affine), path)
+    assert not known(source)
+    scored(labelled, tmp_path / "scores")
+    assert known(source)
+    (tmp_path / "scores" / "cases.csv").unlink()
+    assert not known(source)
+
+
+def test_flips_change_nothing_for_a_network_that_does_not_look_around(labelled, tmp_path):
+    plain = scored(labelled, tmp_path / "plain")
+    flipped = scored(labelled, tmp_path / "flipped", scoring=Scoring(flips=(0, 2), overlap=0.25))
+    assert plain["organs"] == flipped["organs"]
+    assert (flipped["protocol"]["flips"], flipped["protocol"]["overlap"]) == ([0, 2], 0.25)
+
+
+def test_flips_of_sides_need_their_pairs(labelled, tmp_path):
+    sided = ["background", "left kidney", "right kidney"]
+    with pytest.raises(ValueError, match="leave axis 0 out of flips"):
+        Scoring(flips=(0,)).windows(BOXES, sided)
+    pairs = replace(BOXES, left_right=("left kidney=right kidney",))
+    assert Scoring(flips=(0,)).windows(pairs, sided).swaps == ((1, 2),)
+    with pytest.raises(ValueError, match=r"mix up left lung, right lung: .* leave axis 0 out of flips"):
+        Scoring(flips=(0,)).windows(replace(pairs, flip_prob=(0, 0, 0)), [*sided, "left lung", "right lung"])
+    assert Scoring(flips=(1, 2)).windows(BOXES, sided).flips == (1, 2)
+    with pytest.raises(ValueError, match="flips takes axes"):
+        Scoring(flips=(3,)).windows(BOXES, NAMES)
+    with pytest.raises(ValueError, match="overlap must be"):
+        Scoring(overlap=1.0).windows(BOXES, NAMES)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """best.pth of an untrained network for the boxes."""
+    config = replace(BOXES, **TINY)
+    contents = {"model": network_of(config, 3).state_dict(), "config": as_plain(config), "classes": NAMES}
+    checkpoint.save(contents, tmp_path / "run" / "best.pth")
+    return tmp_path / "run"
+
+
+def test_a_folder_and_a_list_of_unseen_cases(labelled, weights, tmp_path):
+    options = {"device": "cpu", "store_dir": str(tmp_path / "store"), "prepare_workers": 1}
+    by_folder = evaluate(weights, labelled, tmp_path / "folder", **options)
+    assert by_folder["protocol"]["num_cases"] == 3
+    listed = build.build(labelled, labels=True)
+    parts = cases.Datalist(listed.training[:2], listed.training[2:], listed.labels)
+    datalist_json.write(parts, tmp_path / "list.json")
+    by_list = evaluate(weights / "best.pth", tmp_path / "list.json", tmp_path / "list", part="all", **options)
+    assert by_list["organs"] == by_folder["organs"]
+    for part, text in (("validation", "validation"), ("", "validation"), ("training", "training")):
+        found = evaluate(weights, tmp_path / "list.json", tmp_path / "one", part=part, **options)["protocol"]
+        assert found["num_cases"] == (1 if text == "validation" else 2)
+        assert found["data"] == f"{text} cases of {tmp_path / 'list.json'}"
+    datalist_json.write(cases.Datalist(listed.training, (), listed.labels), tmp_path / "all.json")
+    assert find_labelled(tmp_path / "all.json").text == f"all cases of {tmp_path / 'all.json'}"
+    assert list((tmp_path / "one").glob("best_*.png"))
+
+
+def test_data_that_do_not_fit_the_network(labelled, weights, tmp_path):
+    with pytest.raises(ValueError, match="is a folder, whose labelled cases are all scored"):
+        find_labelled(labelled, "validation")
+    with pytest.raises(FileNotFoundError, match=r"no data list at .*gone\.json"):
+        find_labelled(tmp_path / "gone.json", "validation")
+    content = {"labels": {"background": 0, "aorta": 1, "liver": 2}}
+    (labelled / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="the value 1 is 'aorta' there, but 'liver' for the network"):
+        evaluate(weights, labelled, tmp_path / "out", device="cpu")
+    (labelled / "dataset.json").unlink()
+    write_case(labelled, "more")
+    path = labelled / "labelsTr" / "more.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.full((24, 22, 20), 3, np.uint8), np.diag([2, 2, 3, 1])), path)
+    with pytest.raises(ValueError, match="more: its label holds the value 3"):
+        evaluate(weights, labelled, tmp_path / "out", device="cpu", store_dir=str(tmp_path / "s"), prepare_workers=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_class_names_are_compared_by_what_they_say():
+    check_classes(["background", "Left Kidney", "class_2"], {"background": 0, "left_kidney": 1, "liver": 2}, Path("x"))
+    with pytest.raises(ValueError, match="the value 3 is 'spleen' there, but 'none'"):
+        check_classes(["background", "liver", "aorta"], {"spleen": 3}, Path("x"))

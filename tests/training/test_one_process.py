@@ -1,0 +1,75 @@
+"""One process under torchrun goes the way of several, and computes what a plain start does, bit for bit."""
+
+import json
+import logging
+import os
+import subprocess
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hyspark.tasks.masked import training_file
+from hyspark.tasks.pretrain import pretrain
+from hyspark.tasks.segmentation import finetune
+from hyspark.training.distributed import connected, find_processes, share_gradients
+from hyspark.training.run_folder import last_file
+from tests.training.attacks import command, results, same_weights
+from tests.training.launched import launch
+
+
+def call(**command):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(**command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_pretraining_begun_plainly_continues_under_torchrun(pretraining, tmp_path):
+    """There the process is in a group, and the model shares gradients; validation gathers."""
+    whole, parts = (replace(pretraining, exp_dir=str(tmp_path / name)) for name in ("whole", "parts"))
+    pretrain(whole)
+    pretrain(replace(parts, max_steps=3))
+    how, out = launch(parts)
+    call(**how)
+    assert json.loads(out.read_text()) == {
+        "backend": "gloo",
+        "size": 1,
+        "model": "DistributedDataParallel",
+        "norms": ["BatchNorm3d"],
+        "device": "cpu",
+    }
+    assert results(parts) == results(whole)
+    assert same_weights(training_file(parts), training_file(whole))
+
+
+def test_finetuning_in_parts_of_a_batch_repeats_a_plain_run(finetuning, tmp_path):
+    """Of which only the last has the gradients averaged; with an encoder that first gets none."""
+    settings = replace(finetuning, accumulate=2, freeze_epochs=1, max_epochs=3, val_every=3)
+    plain, alone = (replace(settings, logdir=str(tmp_path / name)) for name in ("plain", "alone"))
+    finetune(plain)
+    call(args=command(alone, by_torchrun=True))
+    assert results(alone) == results(plain)
+    assert same_weights(last_file(alone), last_file(plain))
+
+
+def test_a_replay_and_a_plan_join_no_group(pretraining, tmp_path, monkeypatch, caplog):
+    config = replace(pretraining, base_lr=1e18, clip=0.0)
+    with pytest.raises(FloatingPointError):
+        pretrain(config)
+    (file,) = config.run_folder.glob("nonfinite_step_*.pth")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: pytest.fail("joined"))
+    with caplog.at_level(logging.INFO, "hyspark"):
+        pretrain(replace(config, replay=str(file)))
+        pretrain(replace(config, exp_dir=str(tmp_path / "plan"), dry_run=True))
+    assert "not finite in fp32 either" in caplog.text
+    assert "per step of 4 crops" in caplog.text
+
+
+def test_a_process_that_torchrun_did_not_start_is_left_alone(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    processes = find_processes("cpu")
+    with connected(processes):
+        assert not torch.distributed.is_initialized()
+        model = torch.nn.Linear(1, 1)
+        assert share_gradients(model, processes) is model

@@ -1,0 +1,85 @@
+from itertools import pairwise
+
+import pytest
+import timm
+import torch
+
+import hyspark
+from hyspark.models.spark import build_spark
+from hyspark.training.optim import encoder_layer, learning_rate, parameter_groups, set_rates, weight_decay
+
+
+def test_learning_rate_starts_peaks_and_ends_where_the_recipe_says():
+    rates = [
+        learning_rate(t, peak=1e-4, warmup=40, total=100, start_factor=0.005, end_factor=0.001) for t in range(100)
+    ]
+    assert rates[0] == pytest.approx(5e-7)
+    assert rates[20] == pytest.approx(1e-4 * (0.005 + 0.995 / 2))
+    assert max(rates) == rates[40] == pytest.approx(1e-4)
+    assert rates[-1] == pytest.approx(1e-7)
+    assert all(a > b for a, b in pairwise(rates[40:]))
+
+
+def test_learning_rate_without_warmup_starts_at_the_peak():
+    assert learning_rate(0, peak=1.0, warmup=0, total=1) == 1.0
+    assert learning_rate(0, peak=1.0, warmup=0, total=10) == 1.0
+    assert learning_rate(9, peak=1.0, warmup=0, total=10) == pytest.approx(0.0)
+
+
+def test_weight_decay_goes_from_start_to_end_by_half_a_cosine():
+    values = [weight_decay(t, start=0.04, end=0.2, total=101) for t in range(101)]
+    assert values[0] == pytest.approx(0.04)
+    assert values[50] == pytest.approx(0.12)
+    assert values[100] == pytest.approx(0.2)
+
+
+def test_norms_biases_and_tokens_are_spared_weight_decay():
+    model = hyspark.build_hyspark(32, widths=(6, 6, 12, 12, 24), decoder_width=16)
+    optimizer = torch.optim.AdamW(parameter_groups(model))
+    set_rates(optimizer, lr=0.5, wd=0.25)
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert all(g["lr"] == 0.5 for g in optimizer.param_groups)
+    assert len(decay) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        spared = name.endswith(("bias", "mask_token")) or ".norm" in name or parameter.ndim == 1
+        assert decay[id(parameter)] == (0.0 if spared else 0.25), name
+
+
+def test_rates_fall_from_layer_to_layer_and_the_decoder_has_the_full_one():
+    model = hyspark.build_hybird(1, 3, 32, widths=(6, 6, 12, 12, 24), vit_depth=2)
+    groups = parameter_groups(model, layer_decay=0.5)
+    share = {id(p): g["share"] for g in groups for p in g["params"]}
+    by_name = {name: share[id(p)] for name, p in model.named_parameters()}
+    assert len(share) == len(by_name)
+    assert by_name["decoder.decoder4.layer.conv1.weight"] == by_name["mae.norm.weight"] == 1
+    assert [by_name[f"mae.blocks.{i}.mlp.fc1.bias"] for i in (1, 0)] == [1 / 2, 1 / 4]
+    assert [by_name[f"embeddings.layer{s}.0.conv2.weight"] for s in (5, 4, 1)] == [1 / 8, 1 / 16, 1 / 128]
+    assert by_name["embeddings.stem.weight"] == by_name["embeddings.expend1.bias"] == 1 / 128
+
+
+@pytest.mark.parametrize("build", [hyspark.build_hyspark, hyspark.build_hybird])
+def test_the_encoder_has_a_rate_of_its_own(build):
+    model = build(img_size=32, widths=(6, 6, 12, 12, 24))
+    groups = parameter_groups(model, layer_decay=0.5, encoder_share=0.1)
+    share = {id(p): g["share"] for g in groups for p in g["params"]}
+    by_name = {name.removeprefix("encoder."): share[id(p)] for name, p in model.named_parameters()}
+    assert by_name["mae.norm.weight"] == pytest.approx(0.1)
+    assert by_name["mae.blocks.2.mlp.fc1.weight"] == pytest.approx(0.05)
+    assert by_name["embeddings.stem.weight"] == pytest.approx(0.1 / 256)
+    rest = {name: value for name, value in by_name.items() if not name.startswith(("mae.", "embeddings."))}
+    assert rest
+    assert set(rest.values()) == {1.0}
+
+
+def test_a_network_of_others_has_the_encoders_rate():
+    model = build_spark(timm.create_model("resnet10t", num_classes=0), 64, decoder_width=32)
+    groups = parameter_groups(model, encoder_share=0.1)
+    share = {id(p): g["share"] for g in groups for p in g["params"]}
+    assert {share[id(p)] for p in model.encoder.parameters()} == {0.1}
+    assert {share[id(p)] for part in (model.densify, model.decoder) for p in part.parameters()} == {1.0}
+
+
+def test_place_in_the_encoder():
+    assert encoder_layer("module.embeddings.expend3.weight") == 2
+    assert encoder_layer("encoder.mae.blocks.2.norm1.weight") == 7
+    assert encoder_layer("decoder.decoder1.layer.conv1.weight") is None
