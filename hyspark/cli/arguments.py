@@ -1,4 +1,4 @@
-"""The flags of the verbs, but for those of training, which are the fields of its settings (config.py)."""
+"""The flags of the verbs, but for those of training, which are the fields of its settings (hyspark.config)."""
 
 from typing import Literal, get_args, get_type_hints
 

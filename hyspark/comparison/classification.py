@@ -1,4 +1,4 @@
-"""Classification runs from several starts compared, as comparison.py does it for segmentation.
+"""Classification runs from several starts compared, as segmentation.py does it for segmentation.
 
 AUC, accuracy and F1 come with intervals over images and seeds, for which each is computed anew in every resample, and
 differences are between pairs.

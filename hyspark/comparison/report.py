@@ -1,4 +1,4 @@
-"""The benefit report: the numbers of `hyspark.comparison.segmentation.compare` as Markdown, picture and JSON."""
+"""The benefit report: the numbers of a comparison, of segmentation or classification, as Markdown, picture and JSON."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """Fine-tuning runs from several starts compared: their scores and times, and what differs with how much certainty.
 
-Everything that a report says is in the one dictionary that `compare` returns; see `hyspark.statistics` for the
-intervals. Distances are in mm, Dice and NSD shares of 1.
+Everything that a report says is in the one dictionary that `compare` returns; see `hyspark.comparison.bootstrap` for
+the intervals. Distances are in mm, Dice and NSD shares of 1.
 """
 
 import csv

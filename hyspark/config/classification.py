@@ -1,4 +1,4 @@
-"""Settings of fine-tuning for the classification of images, as in config.py.
+"""Settings of fine-tuning for the classification of images, as in shared.py.
 
 The defaults are the recipe of Wolf et al., Self-supervised pre-training with contrastive and masked autoencoder methods
 for dealing with small datasets in deep learning for medical imaging, Scientific Reports 13, 20260 (2023).

@@ -1,4 +1,4 @@
-"""What the settings of all runs share: groups of fields as frozen dataclasses, and checks.
+"""What the settings of all runs share: groups of fields as frozen dataclasses, with their checks.
 
 A field's name is its YAML key (see recipes.py) and its flag. Names and defaults that users know from the published
 command lines (`bs`, `ep`, `wd`, `max_epochs`, `optim_lr`, ...) are kept. The docstring below a field is its help text.

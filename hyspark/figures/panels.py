@@ -1,4 +1,4 @@
-"""Pictures of volumes and curves of a run: arrays in, `matplotlib.figure.Figure` out; nothing here trains.
+"""Pictures of volumes: arrays in, `matplotlib.figure.Figure` out; nothing here trains.
 
 Volumes are (h, w, d) in RAS: axis 0 grows to the patient's right, axis 1 to the front, axis 2 to the head. Pictures
 follow the radiological convention: the patient's right on the viewer's left, front up (axial), head up (coronal,

@@ -1,4 +1,4 @@
-"""Processes and devices: one process or many under torchrun, CPU or CUDA. The only module that names a device.
+"""Processes and devices: one process or many under torchrun, CPU or CUDA.
 
 A process that torchrun started joins a process group and trains by DistributedDataParallel, also where it is the only
 one. So one GPU is enough to run what several run by, NCCL included, and the numbers are those of a plain start.

@@ -1,4 +1,4 @@
-"""What finding and organizing data share: walking folders, NIfTI file names, JSON, lists in messages."""
+"""Paths: folders walked in order, NIfTI file names, JSON files."""
 
 import json
 import os

@@ -199,7 +199,7 @@ def test_everything_at_full_size_is_planned_in_the_order_of_its_worth(gpu, budge
     assert wanted - set(steps) == {"masked TF32, largest batch", "masked fp32, largest batch"}
     assert {"published bf16, batch 8", "published fp32, batch 2"} <= set(steps)
     tests = next(row for row in rows if row.section == gpu.TESTS)
-    assert "tests/engine/test_gpu.py" in tests.options["paths"]
+    assert "tests/training/test_gpu.py" in tests.options["paths"]
 
 
 def test_steps_at_toy_size(gpu, tmp_path, capsys, monkeypatch, in_this_process):

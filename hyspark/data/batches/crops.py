@@ -1,4 +1,4 @@
-"""Where to crop and how to augment: pure functions of (seed, position).
+"""Crops of prepared volumes: pure functions of (seed, position).
 
 Nothing here keeps a random state. The volume, crop and flips of slot i of batch t depend on the seed, t and i alone,
 not on the number of workers, processes or restarts.

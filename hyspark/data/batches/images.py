@@ -1,4 +1,4 @@
-"""Batches of images for classification: item t is a pure function of (seed, t), as in loading.py."""
+"""Batches of images for classification: item t is a pure function of (seed, t), as in volumes.py."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""nnU-Net folders -> dataset.json (a decathlon datalist): finding, writing and reading cases.
+"""nnU-Net folders -> dataset.json (a decathlon datalist): which cases a list holds, on which side.
 
 Layout on disk: `DatasetXXX_Name/{imagesTr,labelsTr}`, images `CASE_0000.nii.gz`, labels `CASE.nii.gz`, and optionally
 nnU-Net's `dataset.json` (class names) and a `splits.json`. BTCV's own names (img0001, label0001) are understood too.

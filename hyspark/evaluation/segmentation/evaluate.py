@@ -1,5 +1,5 @@
 """Score a fine-tuned network on labelled cases: segment them, bring the label maps to the labels' own grid, write a
-folder of scores (see scorebook.py). In training, Dice alone.
+folder of scores (see scores.py). In training, Dice alone.
 """
 
 import zlib

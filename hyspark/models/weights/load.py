@@ -2,7 +2,7 @@
 
 Understands the released encoder file (a plain state dict), this project's pre-training and fine-tuning checkpoints,
 state dicts in memory, and key prefixes of DistributedDataParallel and torch.compile. The rules for networks of others
-are in foreign.py.
+are in third_party.py.
 """
 
 import re
@@ -89,7 +89,7 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor])
     positions are recomputed where the crop size differs; the stem is adapted where the number of input channels
     differs; a segmentation head with another number of classes stays fresh, and so does the last level of a light
     decoder that comes from pre-training, with those that the network has wider. Into any other network: published
-    files of SparK, MoCo, BYOL and SwAV, this project's, and those of the network's own library; see foreign.py.
+    files of SparK, MoCo, BYOL and SwAV, this project's, and those of the network's own library; see third_party.py.
 
     Raises FileNotFoundError for a missing file; ValueError where nothing matches, where a key is unexplained, where
     shapes do not fit, where part of the encoder is missing, or where the file says that it was made with another number
