@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-from hyspark.cli import exit_codes, main, parsing
+from hyspark.cli import commands, exit_codes, main, parsing
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import field_help
 from hyspark.config.segmentation import FinetuneConfig
@@ -185,6 +185,22 @@ def test_the_command_without_a_verb(capsys):
         main.main(["--help"])
     assert exit_.value.code == 0
     assert capsys.readouterr().out == listed
+
+
+def test_every_verb_is_a_command_with_the_help_that_is_shown():
+    for verb, text in main.VERBS.items():
+        assert getattr(commands, verb).__doc__ == text
+
+
+def test_help_and_version_import_nothing_heavy():
+    """Nobody waits for torch to read a list of verbs."""
+    for word in ("--help", "--version"):
+        code = f"import sys; from hyspark.cli.main import main\ntry: main([{word!r}])\nexcept SystemExit: pass\n"
+        code += "print('heavy:', sorted({'torch', 'monai', 'numpy', 'yaml', 'matplotlib'} & set(sys.modules)))"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert "heavy: []" in done.stdout
+        assert ("train:" in done.stdout) == (word == "--help")
+        assert done.stdout.startswith(("usage: hyspark VERB", "hyspark "))
 
 
 def test_an_unknown_verb(capsys):
