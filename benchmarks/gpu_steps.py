@@ -76,7 +76,7 @@ class Variant:
     channels_last: bool = True
     compile: str = "none"
     compose: bool = True
-    models_recompute: bool = True
+    recompute: bool = True
     graph: bool = False
     fused: bool = True
 

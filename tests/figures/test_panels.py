@@ -180,17 +180,15 @@ def test_no_curve_is_no_figure():
     assert curves.curves_figure({"epoch": (np.arange(3.0), np.arange(3.0))}, dark=False) is None
 
 
-def test_drawing_needs_no_pyplot(tmp_path):
+def test_drawing_needs_neither_pyplot_nor_torch(tmp_path):
     code = (
-        "import importlib.util, pathlib, sys\n"
+        "import pathlib, sys\n"
         "import numpy as np\n"
-        "spec = importlib.util.spec_from_file_location('figures', sys.argv[1])\n"
-        "module = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(module)\n"
-        "figure = module.curves_figure({'loss': (np.zeros(1), np.ones(1))}, dark=True)\n"
-        "module.save_figure(figure, pathlib.Path(sys.argv[2]))\n"
-        "print(sorted({'matplotlib.pyplot'} & set(sys.modules)))\n"
+        "from hyspark.figures.curves import curves_figure\n"
+        "from hyspark.figures.panels import save_figure\n"
+        "save_figure(curves_figure({'loss': (np.zeros(1), np.ones(1))}, dark=True), pathlib.Path(sys.argv[1]))\n"
+        "print(sorted({'matplotlib.pyplot', 'torch'} & set(sys.modules)))\n"
     )
-    command = [sys.executable, "-c", code, panels.__file__, str(tmp_path / "curve.png")]
+    command = [sys.executable, "-c", code, str(tmp_path / "curve.png")]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
