@@ -256,7 +256,6 @@ def prediction_rows(scale: Scale) -> Iterator[Row]:
 def main(words: list[str] | None = None) -> int:
     """Measure what fits in the time; returns 1 where a row failed, 2 where nothing can be measured."""
     arguments = Arguments(prog="benchmarks/gpu.py", description=__doc__).parse_args(words)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the worker is ended on the way out
     out = Path(arguments.out).absolute()
     try:
         check(arguments)
@@ -298,4 +297,5 @@ def measure_all(arguments: Arguments) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the worker is ended on the way out
     sys.exit(main())
