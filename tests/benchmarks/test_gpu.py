@@ -243,13 +243,13 @@ def test_a_row_that_fails_gives_another_exit_code(gpu, budget, tmp_path, monkeyp
 def test_variants_change_what_they_say(gpu):
     """Each is taken, and torch is as before afterwards."""
     steps = importlib.import_module("gpu_steps")
-    before = (torch.backends.cudnn.benchmark, steps.light.COMPOSE_FROM, steps.recompute.checkpoint)
+    before = (torch.backends.cudnn.benchmark, steps.light_decoder.COMPOSE_FROM, steps.recompute.checkpoint)
     with steps.applied(steps.Variant(cudnn_benchmark=True, compose=False, recompute=False), "fp32"):
         assert torch.backends.cudnn.benchmark
         assert not torch.backends.cudnn.allow_tf32
-        assert steps.light.COMPOSE_FROM > 10**12
+        assert steps.light_decoder.COMPOSE_FROM > 10**12
         assert steps.recompute.checkpoint(lambda x: x + 1, 2, use_reentrant=False) == 3
-    assert before == (torch.backends.cudnn.benchmark, steps.light.COMPOSE_FROM, steps.recompute.checkpoint)
+    assert before == (torch.backends.cudnn.benchmark, steps.light_decoder.COMPOSE_FROM, steps.recompute.checkpoint)
     assert torch.backends.cudnn.allow_tf32
     size = gpu.TOY.size
     for variant in (steps.Variant(recompute=False), steps.Variant(channels_last=False, fused=False, compose=False)):

@@ -1,6 +1,6 @@
 """What a process under torchrun is part of: pre-trains by a recipe and writes what it saw at its first step as JSON.
 
-torchrun --standalone --nproc_per_node=1 -m tests.engine.launched RECIPE OUT
+torchrun --standalone --nproc_per_node=1 -m tests.training.launched RECIPE OUT
 """
 
 import json
@@ -32,7 +32,7 @@ def launch(config, processes=1):
         "--standalone",
         f"--nproc_per_node={processes}",
         "-m",
-        "tests.engine.launched",
+        "tests.training.launched",
     ]
     return {"args": [sys.executable, *run, str(recipe), str(out)], "cwd": ROOT}, out
 

@@ -121,7 +121,7 @@ def test_a_review_that_was_cut_off_is_done_again(pretraining, whole, monkeypatch
     for step in (2, 5):
 
         def cut_off(self, run, log, done, epoch, step=step):
-            review(self, run_folder, log, done, epoch)
+            review(self, run, log, done, epoch)
             if done == step:
                 raise KeyboardInterrupt
 
