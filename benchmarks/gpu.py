@@ -253,8 +253,14 @@ def prediction_rows(scale: Scale) -> Iterator[Row]:
         yield Row(PREDICTION, f"{what}, {precision}", gpu_runs.sliding_window, options, PREDICTION_LIMIT, True)
 
 
-def main(words: list[str] | None = None) -> int:
-    """Measure what fits in the time; returns 1 where a row failed, 2 where nothing can be measured."""
+def main(words: list[str] | None = None, begun: float | None = None) -> int:
+    """Measure what fits in the time; returns 1 where a row failed, 2 where nothing can be measured.
+
+    Args:
+        words: of the command line.
+        begun: time.time() from which the minutes count; now by default.
+    """
+    begun = time.time() if begun is None else begun
     arguments = Arguments(prog="benchmarks/gpu.py", description=__doc__).parse_args(words)
     out = Path(arguments.out).absolute()
     try:
@@ -263,7 +269,7 @@ def main(words: list[str] | None = None) -> int:
         arguments.out, arguments.published = str(out), arguments.published and str(Path(arguments.published).absolute())
         arguments.work = arguments.work and str(Path(arguments.work).absolute())
         with FileLock(out / ".lock", timeout=0):
-            return measure_all(arguments)
+            return measure_all(arguments, begun)
     except Timeout:
         print(f"--out {out}: another call is measuring into it; wait for it, or name another folder", file=sys.stderr)
     except (ValueError, OSError) as error:
@@ -281,13 +287,12 @@ def check(arguments: Arguments) -> None:
         raise ValueError(f"--published {arguments.published}: expected a checkout with hyspark.py, got none")
 
 
-def measure_all(arguments: Arguments) -> int:
+def measure_all(arguments: Arguments, begun: float) -> int:
     """Measure into a folder that is this call's alone, and print what is in it."""
     record = Record(Path(arguments.out), "gpu")
     record.begin(gpu_steps.environment(arguments.device), gpu_steps.SAME)
     scale = Scale() if arguments.device == "cuda" else TOY
-    seconds = 60 * arguments.minutes - (time.time() - psutil.Process().create_time())  # the imports count
-    is_whole = measure(partial(plan, arguments, scale), record, seconds)
+    is_whole = measure(partial(plan, arguments, scale), record, begun + 60 * arguments.minutes - time.time())
     print(f"\n{record.as_markdown()}\n\nwritten to {record.markdown}")
     if record.failed:
         print(f"{len(record.failed)} rows failed; the same command tries them again")
@@ -298,4 +303,4 @@ def measure_all(arguments: Arguments) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the worker is ended on the way out
-    sys.exit(main())
+    sys.exit(main(begun=psutil.Process().create_time()))  # the imports count
