@@ -1,4 +1,4 @@
-"""Batches of volumes, for pre-training and fine-tuning. A data set is indexed by the step: item t is this process's share of the global batch t.
+"""Batches of volumes, for pre-training and fine-tuning: item t is this process's part of the global batch t.
 
 A loader worker makes whole batches, and the loader returns them in order, so the batches do not depend on the number
 of workers. A global batch has `bs` volumes with `crops_per_volume` crops each; process r of w takes the r-th of w
