@@ -106,6 +106,12 @@ def test_the_tree_is_the_tree():
         assert modules <= set(re.findall(r"\w+", text)), name
 
 
+def test_files_that_pages_name_exist():
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for name in re.findall(r"\b(?:hyspark|tests|benchmarks)/[\w/]+\.py", page.read_text()):
+            assert (ROOT / name).is_file(), f"{page.name}: {name}"
+
+
 def test_linked_files_exist():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?://)([^)]+)\)", page.read_text()):
