@@ -33,16 +33,16 @@ demo: setup
 	@echo "--- phantom CTs"
 	$(BIN)/hyspark phantom --out $(DEMO) --num_labelled 6 --num_unlabelled 18
 	@echo "--- data lists"
-	$(BIN)/python generate_js.py --data_path $(DEMO) --splits auto --val_fraction 0.33
-	$(BIN)/python generate_js.py --data_path $(DEMO) --labels --splits auto --val_fraction 0.33 \
-		--output $(DEMO)/labelled.json
+	$(BIN)/python generate_js.py --data $(DEMO) --splits auto --val_fraction 0.33
+	$(BIN)/python generate_js.py --data $(DEMO) --labels --splits auto --val_fraction 0.33 \
+		--out $(DEMO)/labelled.json
 	@echo "--- pre-training on unlabelled volumes"
-	$(BIN)/python train.py --config configs/pretrain_demo.yaml --data_path $(DEMO) --exp_dir $(RUNS)/demo
+	$(BIN)/python train.py --config configs/pretrain_demo.yaml --data $(DEMO) --out $(RUNS)/demo
 	@echo "--- fine-tuning on 4 labelled volumes, from these weights and from scratch"
-	$(BIN)/python finetune_btcv.py --config configs/finetune_demo.yaml --data_dir $(DEMO) \
-		--pretrained $(RUNS)/demo/hyspark_1kpretrained_timm_style.pth --logdir $(RUNS)/demo_pretrained
-	$(BIN)/python finetune_btcv.py --config configs/finetune_demo.yaml --data_dir $(DEMO) \
-		--pretrained none --logdir $(RUNS)/demo_scratch
+	$(BIN)/python finetune_btcv.py --config configs/finetune_demo.yaml --data $(DEMO) \
+		--weights $(RUNS)/demo/hyspark_1kpretrained_timm_style.pth --out $(RUNS)/demo_pretrained
+	$(BIN)/python finetune_btcv.py --config configs/finetune_demo.yaml --data $(DEMO) \
+		--weights none --out $(RUNS)/demo_scratch
 	@echo "--- result"
 	@$(BIN)/hyspark compare $(RUNS)/demo_pretrained $(RUNS)/demo_scratch
 	@echo "demo: report $(RUNS)/demo/report.html, pictures $(RUNS)/demo/pictures"

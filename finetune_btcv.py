@@ -1,8 +1,8 @@
 """Fine-tune the segmentation network on labelled CT: BTCV, or any nnU-Net data set or decathlon list.
 
-    recipe="--config configs/finetune_btcv.yaml --data_dir data/Dataset015_BTCV"
-    python finetune_btcv.py $recipe --pretrained ckpt/encoder.pth --logdir ckpt/btcv
-    python finetune_btcv.py $recipe --pretrained none --logdir ckpt/btcv_scratch
+    recipe="--config configs/finetune_btcv.yaml --data data/Dataset015_BTCV"
+    python finetune_btcv.py $recipe --weights ckpt/encoder.pth --out ckpt/btcv
+    python finetune_btcv.py $recipe --weights none --out ckpt/btcv_scratch
 
 The same command continues an interrupted run; --help lists every setting. The same as `hyspark finetune`.
 """

@@ -2,15 +2,15 @@
 
 For pre-training, all images:
 
-    python generate_js.py --data_path data
+    python generate_js.py --data data
 
 For fine-tuning, labelled cases, split into training and validation:
 
-    python generate_js.py --data_path data --labels --splits auto --output data/labelled.json
+    python generate_js.py --data data --labels --splits auto --out data/labelled.json
 
 From a folder of loose NIfTI files, first brought into nnU-Net layout:
 
-    python generate_js.py --data_path data --organize_from my_scans --organize_to data/Dataset042_Mine
+    python generate_js.py --data data --organize_from my_scans --organize_to data/Dataset042_Mine
 
 The same as `hyspark datalist`.
 """

@@ -71,7 +71,7 @@ def make_phantoms(folder: str, number: int, spacing: tuple[float, ...]) -> dict[
     start = time.perf_counter()
     with ProcessPoolExecutor(min(number, available_cores()), get_context("spawn")) as pool:
         list(pool.map(partial(phantom_file, images, spacing=spacing), range(number)))
-    commands.datalist(["--data_path", folder])
+    commands.datalist(["--data", folder])
     return {"volumes": number, "s": time.perf_counter() - start}
 
 
@@ -92,15 +92,15 @@ def training(
         torchrun: whether one process is started by it, so that it goes through DDP (NCCL on a GPU).
     """
     options = {
-        "data_path": folder,
-        "exp_dir": run,
+        "data": folder,
+        "out": run,
         "spacing": spacing,
         "device": size.device,
         "precision": precision,
         "dataloader_workers": workers,
         "max_steps": steps,
-        "input_size": size.edge,
-        "ep": 100 * steps,
+        "crop_size": size.edge,
+        "epochs": 100 * steps,
         "picture_every": 0,
         "val_fraction": 0,
     } | {NETWORK.get(name, name): value for name, value in size.options.items()}

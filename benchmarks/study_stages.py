@@ -15,7 +15,7 @@ from study_time import Budget, Limit, OutOfTimeError, epochs_that_fit, seeds_at_
 from hyspark.comparison.benefit import benefit
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import read_yaml
-from hyspark.config.segmentation import FinetuneConfig
+from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.batches.loader import Share
 from hyspark.models.weights.export import export_weights
 from hyspark.planning.plan import crops_per_process
@@ -40,10 +40,10 @@ TOY = {
     "crops_per_volume": 1,
 }
 """Settings of both recipes on the CPU."""
-TOY_PRETRAIN = {"input_size": (32,), "bs": 2}
+TOY_PRETRAIN = {"crop_size": (32,), "batch_size": 2}
 TOY_FINETUNE = {
-    **{"roi_x": 32, "roi_y": 32, "roi_z": 32, "decoder_min_width": 0, "infer_overlap": 0.0},
-    **{"steps_per_epoch": 2, "max_epochs": 2, "val_every": 2, "warmup_epochs": 1},
+    **{"crop_size": (32,), "decoder_min_width": 0, "infer_overlap": 0.0},
+    **{"steps_per_epoch": 2, "epochs": 2, "val_every": 2, "warmup_epochs": 1},
     **{"left_right": (), "flip_prob": (0.0, 0.0, 0.0)},
 }
 
@@ -87,7 +87,7 @@ def run(arguments: Any, budget: Budget) -> int:
     return 0 if content["pretraining"]["weights_mb"] else EXIT_CODE
 
 
-def settings(arguments: Any, found: dict[str, Any]) -> tuple[PretrainConfig, FinetuneConfig]:
+def settings(arguments: Any, found: dict[str, Any]) -> tuple[PretrainConfig, SegmentationConfig]:
     """Read both recipes, and put the folders and the data's spacing in."""
     data, out = Path(arguments.data), Path(arguments.out)
     where: dict[str, Any] = {"store_dir": str(out / "store"), "spacing": tuple(found["spacing_mm"])}
@@ -95,17 +95,17 @@ def settings(arguments: Any, found: dict[str, Any]) -> tuple[PretrainConfig, Fin
     toy = arguments.device == "cpu"
     pretraining: dict[str, Any] = read_yaml(arguments.pretrain_config, PretrainConfig)
     pretraining |= where | (TOY | TOY_PRETRAIN if toy else {})
-    pretraining |= {"data_path": str(data), "exp_dir": str(out / "pretrain")}
-    finetuning: dict[str, Any] = read_yaml(arguments.finetune_config, FinetuneConfig)
-    finetuning |= where | (TOY | TOY_FINETUNE if toy else {}) | {"data_dir": str(data / found["labelled"])}
-    return PretrainConfig(**pretraining), FinetuneConfig(**finetuning)
+    pretraining |= {"data": str(data), "out": str(out / "pretrain")}
+    finetuning: dict[str, Any] = read_yaml(arguments.finetune_config, SegmentationConfig)
+    finetuning |= where | (TOY | TOY_FINETUNE if toy else {}) | {"data": str(data / found["labelled"])}
+    return PretrainConfig(**pretraining), SegmentationConfig(**finetuning)
 
 
 def describe(arguments: Any, found: dict[str, Any], config: PretrainConfig) -> dict[str, Any]:
     """Collect machine, data and settings as study.json shows them."""
     spacing = found["spacing_mm"]
     data = found | {"patch_mm": [PATCH * mm for mm in spacing]}
-    data["crop_mm"] = [n * mm for n, mm in zip(config.crop_size, spacing, strict=True)]
+    data["crop_mm"] = [n * mm for n, mm in zip(config.crop_shape, spacing, strict=True)]
     asked = {name: getattr(arguments, name) for name in ("jobs", "num_labelled", "max_seeds")}
     return {"machine": machine(), "is_toy": arguments.device == "cpu", "settings": asked, "data": data}
 
@@ -119,7 +119,7 @@ def pretrain(config: PretrainConfig, out: Path, budget: Budget) -> None:
     if not path.is_file():
         write_json(path, plan(config, budget))
     chosen = json.loads(path.read_text())
-    config = replace(config, ep=chosen["epochs"], wp_ep=chosen["warmup_epochs"])
+    config = replace(config, epochs=chosen["epochs"], warmup_epochs=chosen["warmup_epochs"])
     tasks_pretrain.pretrain(config)
     export_weights(training_file(config), weights, decoder=True)
 
@@ -129,10 +129,10 @@ def plan(config: PretrainConfig, budget: Budget) -> dict[str, Any]:
     processes = find_processes(config.device)
     training, validation = tasks_pretrain.find_cases(config)
     clock = time.monotonic()
-    prepared(config, processes, Path(config.data_path), [*training, *validation])
+    prepared(config, processes, Path(config.data), [*training, *validation])
     preparing = time.monotonic() - clock
     crops = crops_per_process(config, processes)
-    task = Pretraining(config, Share(config.bs, 0, 1), [], [])
+    task = Pretraining(config, Share(config.batch_size, 0, 1), [], [])
     make = partial(tasks_pretrain.build, config)
     trial = next(trials(config, processes, make, task, task.random_batch, crops, None, crops), None)
     if trial is None:
@@ -154,7 +154,7 @@ def plan(config: PretrainConfig, budget: Budget) -> dict[str, Any]:
     }
 
 
-def finetune(config: FinetuneConfig, out: Path, arguments: Any, after_report: Any) -> list[str]:
+def finetune(config: SegmentationConfig, out: Path, arguments: Any, after_report: Any) -> list[str]:
     """Compare random with pre-trained weights, a few more seeds at a time; returns the names of failed runs."""
     weights = study_results.folder_of(out) / study_results.WEIGHTS
     starts = {"scratch": "none", "pretrained": str(weights)}

@@ -26,6 +26,6 @@ def data_wait(steps: int = 12, num_workers: int = 2) -> dict[str, float]:
 def train(folder: str, steps: int, num_workers: int) -> None:
     """The commands a user types."""
     commands.phantom(["--out", f"{folder}/data", "--num_labelled", "0", "--num_unlabelled", "6"])
-    commands.datalist(["--data_path", f"{folder}/data"])
+    commands.datalist(["--data", f"{folder}/data"])
     limits = ["--max_steps", str(steps), "--dataloader_workers", str(num_workers), "--picture_every", "0"]
-    commands.pretrain(["--config", str(RECIPE), "--data_path", f"{folder}/data", "--exp_dir", f"{folder}/run", *limits])
+    commands.pretrain(["--config", str(RECIPE), "--data", f"{folder}/data", "--out", f"{folder}/run", *limits])

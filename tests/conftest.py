@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hyspark.config.classification import ClassifyConfig
+from hyspark.config.classification import ClassificationConfig
 from hyspark.config.pretrain import PretrainConfig
-from hyspark.config.segmentation import FinetuneConfig
+from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets import build, datalist_json
 from hyspark.data.synthetic.phantom import write_phantoms
 from hyspark.evaluation.classification import predict
@@ -59,38 +59,38 @@ def pretraining(phantoms: Path, tmp_path: Path) -> PretrainConfig:
     """Settings of a pre-training that takes seconds: 6 volumes, 3 steps an epoch, 2 epochs."""
     return PretrainConfig(
         **SMALL,
-        data_path=str(phantoms),
-        exp_dir=str(tmp_path / "run"),
-        input_size=(32,),
+        data=str(phantoms),
+        out=str(tmp_path / "run"),
+        crop_size=(32,),
         decoder_width=16,
-        bs=2,
+        batch_size=2,
         crops_per_volume=2,
-        ep=2,
-        wp_ep=1,
-        base_lr=1e-3,
+        epochs=2,
+        warmup_epochs=1,
+        lr=1e-3,
         picture_every=0,
     )
 
 
 @pytest.fixture
-def finetuning(phantoms: Path, tmp_path: Path) -> FinetuneConfig:
+def finetuning(phantoms: Path, tmp_path: Path) -> SegmentationConfig:
     """Settings of a fine-tuning that takes seconds: 2 training cases and 1 validation case, 1 step an epoch, 4
     epochs.
     """
-    return FinetuneConfig(
+    return SegmentationConfig(
         **SMALL,
-        data_dir=str(phantoms / "Dataset900_PhantomLabelled"),
-        logdir=str(tmp_path / "finetune"),
+        data=str(phantoms / "Dataset900_PhantomLabelled"),
+        out=str(tmp_path / "finetune"),
         store_dir=str(phantoms / "prepared"),
         roi_x=32,
         roi_y=32,
         roi_z=32,
         batch_size=2,
         crops_per_volume=1,
-        max_epochs=4,
+        epochs=4,
         val_every=2,
         warmup_epochs=1,
-        optim_lr=1e-3,
+        lr=1e-3,
     )
 
 
@@ -121,25 +121,25 @@ def image_data(tmp_path_factory: pytest.TempPathFactory, write_images: Writer) -
 
 
 @pytest.fixture
-def classifying_drawn(image_data: Path, tmp_path: Path) -> ClassifyConfig:
+def classifying_drawn(image_data: Path, tmp_path: Path) -> ClassificationConfig:
     """A run that takes seconds: 2 steps an epoch, 2 epochs; with its pictures, which take longer than the rest."""
-    return ClassifyConfig(
-        data_dir=str(image_data),
-        logdir=str(tmp_path / "run"),
+    return ClassificationConfig(
+        data=str(image_data),
+        out=str(tmp_path / "run"),
         model="timm/test_resnet",
-        channels=1,
-        input_size=32,
+        in_channels=1,
+        crop_size=32,
         batch_size=8,
-        max_epochs=2,
+        epochs=2,
         freeze_epochs=0,
-        optim_lr=1e-3,
+        lr=1e-3,
         device="cpu",
         dataloader_workers=0,
     )
 
 
 @pytest.fixture
-def classifying(classifying_drawn: ClassifyConfig, monkeypatch: pytest.MonkeyPatch) -> ClassifyConfig:
+def classifying(classifying_drawn: ClassificationConfig, monkeypatch: pytest.MonkeyPatch) -> ClassificationConfig:
     """The same without pictures."""
     monkeypatch.setattr(predict, "mistakes_figure", lambda scored, images: None)
     return classifying_drawn

@@ -8,9 +8,9 @@ import pytest
 
 from hyspark.cli import arguments as cli_arguments
 from hyspark.cli import main, parsing
-from hyspark.config.classification import ClassifyConfig
+from hyspark.config.classification import ClassificationConfig
 from hyspark.config.pretrain import PretrainConfig
-from hyspark.config.segmentation import FinetuneConfig
+from hyspark.config.segmentation import SegmentationConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "data/README.md", "ckpt/README.md")]
@@ -59,12 +59,14 @@ def test_every_command_shown_has_flags_that_exist(verb, argv, monkeypatch):
     if verb == "pretrain":
         parsing.read_config(PretrainConfig, verb, argv)
     elif verb == "finetune":
-        parsing.read_config(FinetuneConfig, verb, argv)
+        parsing.read_config(SegmentationConfig, verb, argv)
     elif verb == "finetune_classify":
-        parsing.read_config(ClassifyConfig, verb, argv)
+        parsing.read_config(ClassificationConfig, verb, argv)
     elif verb == "benefit":
         args = cli_arguments.BenefitArguments(allow_abbrev=False).parse_args(argv, known_only=True)
-        parsing.read_config({"segment": FinetuneConfig, "classify": ClassifyConfig}[args.task], verb, args.extra_args)
+        parsing.read_config(
+            {"segment": SegmentationConfig, "classify": ClassificationConfig}[args.task], verb, args.extra_args
+        )
     else:
         arguments = {
             "datalist": cli_arguments.DatalistArguments,

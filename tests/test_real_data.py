@@ -32,7 +32,7 @@ def test_pretraining_and_finetuning_on_real_ct(pretraining, finetuning, tmp_path
         + build.build(Path(REAL) / "Dataset502_BodyCT").training[:2]
     )
     datalist_json.write(datasets_cases.Datalist(training=cases), tmp_path / "dataset.json")
-    config = replace(pretraining, data_path=str(tmp_path), ep=1)
+    config = replace(pretraining, data=str(tmp_path), epochs=1)
     pretrain(config)
     values = [json.loads(line) for line in (config.run_folder / "metrics.jsonl").read_text().splitlines()]
     assert all(math.isfinite(m.get("loss", m.get("val_loss"))) for m in values)
@@ -41,12 +41,12 @@ def test_pretraining_and_finetuning_on_real_ct(pretraining, finetuning, tmp_path
     datalist_json.write(few, tmp_path / "labelled.json")
     tuned = replace(
         finetuning,
-        data_dir=str(tmp_path),
+        data=str(tmp_path),
         json_list="labelled.json",
         store_dir=str(tmp_path / "prepared"),
-        pretrained=str(encoder_file(config)),
+        weights=str(encoder_file(config)),
         spacing=config.spacing,
-        max_epochs=2,
+        epochs=2,
     )
     finetune(tuned)
     organs = read_scores(tuned.run_folder)["last"]

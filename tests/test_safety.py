@@ -122,7 +122,7 @@ def test_a_data_list_cannot_have_files_written_elsewhere(pretraining, tmp_path):
     images = [f"../outside/Dataset001_Evil/imagesTr/{name}_0000.nii.gz" for name in names]
     (data / "dataset.json").write_text(json.dumps({"training": images[3:], "validation": images[:3]}))
     before = below(tmp_path)
-    pretrain(replace(pretraining, data_path=str(data), max_steps=1, bs=1))
+    pretrain(replace(pretraining, data=str(data), max_steps=1, batch_size=1))
     written = below(tmp_path) - before
     assert written
     assert all({data / "prepared", pretraining.run_folder} & {path, *path.parents} for path in written)
@@ -137,7 +137,7 @@ def test_the_report_escapes_names_and_holds_no_header_text(pretraining, tmp_path
     found = nnunet.find_images(data, labels=False, channel="0000")
     listed = Datalist(tuple(c for c in found if c.name != "third"), tuple(c for c in found if c.name == "third"))
     datalist_json.write(listed, data / "dataset.json")
-    config = replace(pretraining, data_path=str(data), max_steps=1, bs=1, on_bad_case="skip", picture_every=1)
+    config = replace(pretraining, data=str(data), max_steps=1, batch_size=1, on_bad_case="skip", picture_every=1)
     page = (pretrain(config) / "report.html").read_text()
     assert "&lt;i&gt;bad&lt;" in page
     assert "<i>bad" not in page

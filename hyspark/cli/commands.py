@@ -20,10 +20,10 @@ from hyspark.cli.arguments import (
     SlicesArguments,
     WeightsArguments,
 )
-from hyspark.cli.parsing import options, parse, read_config
-from hyspark.config.classification import ClassifyConfig
+from hyspark.cli.parsing import options, parse, present_words, read_config
+from hyspark.config.classification import ClassificationConfig
 from hyspark.config.pretrain import PretrainConfig
-from hyspark.config.segmentation import FinetuneConfig
+from hyspark.config.segmentation import SegmentationConfig
 
 
 def datalist(argv: Sequence[str]) -> None:
@@ -40,14 +40,14 @@ def datalist(argv: Sequence[str]) -> None:
         num = organize_by_names(Path(args.organize_from), Path(args.organize_to), copy=args.copy)
         print(f"{num} images {'copied' if args.copy else 'linked'} into {args.organize_to}/imagesTr")
     found = build.build(
-        Path(args.data_path),
+        Path(args.data),
         labels=args.labels,
         channel=args.channel,
         splits=args.splits,
         val_fraction=args.val_fraction,
         seed=args.seed,
     )
-    path = Path(args.output) if args.output else Path(args.data_path) / "dataset.json"
+    path = Path(args.out) if args.out else Path(args.data) / "dataset.json"
     datalist_json.write(found, path)
     for dataset, numbers in build.counts(found).items():
         print(f"{dataset}: " + ", ".join(f"{num} {kind.replace('_', ' ')}" for kind, num in numbers.items()))
@@ -81,7 +81,7 @@ def pretrain(argv: Sequence[str]) -> None:
 
 def finetune(argv: Sequence[str]) -> None:
     """Fine-tune for segmentation (finetune_btcv.py)."""
-    config = read_config(FinetuneConfig, "hyspark finetune", argv)
+    config = read_config(SegmentationConfig, "hyspark finetune", argv)
     from hyspark.tasks.segmentation import finetune as run
 
     run(config)
@@ -89,7 +89,7 @@ def finetune(argv: Sequence[str]) -> None:
 
 def finetune_classify(argv: Sequence[str]) -> None:
     """Fine-tune for the classification of images (finetune_classify.py)."""
-    config = read_config(ClassifyConfig, "hyspark finetune_classify", argv)
+    config = read_config(ClassificationConfig, "hyspark finetune_classify", argv)
     from hyspark.tasks.classification import finetune_classify as run
 
     run(config)
@@ -108,9 +108,9 @@ def segmentation_network(args: WeightsArguments) -> Any:
     from hyspark.models.segmentation import build_hybird
 
     return build_hybird(
-        args.in_channel or 1,
-        args.n_classes,
-        args.img_size[0] if len(args.img_size) == 1 else args.img_size,
+        args.in_channels or 1,
+        args.out_channels,
+        args.crop_size[0] if len(args.crop_size) == 1 else args.crop_size,
         widths=args.encoder_widths,
         depths=args.encoder_depths,
         expansions=args.expansions,
@@ -127,14 +127,14 @@ def other_network(args: WeightsArguments) -> Any:
     from hyspark.models.backbones import build_backbone
 
     own = [
-        *("n_classes", "encoder_widths", "encoder_depths", "expansions", "vit_depth", "num_heads"),
+        *("out_channels", "encoder_widths", "encoder_depths", "expansions", "vit_depth", "num_heads"),
         *("decoder", "decoder_width", "decoder_min_width"),
     ]
     if given := [name for name in own if getattr(args, name) != getattr(WeightsArguments, name)]:
-        raise ValueError(f"{', '.join(given)}: of the segmentation network; leave out for {args.model}")
+        raise ValueError(f"{', '.join(given)}: not read for {args.model}, but for the segmentation network; drop them")
     of_images = args.model.startswith(("timm/", "torchvision/"))
-    axes = len(args.img_size) if len(args.img_size) > 1 else 2 if of_images else 3
-    return build_backbone(args.model, args.in_channel or (3 if of_images else 1), axes).network
+    axes = len(args.crop_size) if len(args.crop_size) > 1 else 2 if of_images else 3
+    return build_backbone(args.model, args.in_channels or (3 if of_images else 1), axes).network
 
 
 def export(argv: Sequence[str]) -> None:
@@ -271,12 +271,12 @@ def classify(argv: Sequence[str]) -> None:
 def benefit(argv: Sequence[str]) -> None:
     """Fine-tune from several starts at several numbers of labels, and report what pre-training gives."""
     parser = BenefitArguments(prog="hyspark benefit", allow_abbrev=False)
-    args = parser.parse_args(list(argv), known_only=True)
-    config_class: Any = {"segment": FinetuneConfig, "classify": ClassifyConfig}[args.task]
+    args = parser.parse_args(present_words(argv, parser.old_spellings()), known_only=True)
+    config_class: Any = {"segment": SegmentationConfig, "classify": ClassificationConfig}[args.task]
     base = read_config(config_class, "hyspark benefit", args.extra_args, also=options(parser))
     from hyspark.comparison import benefit as comparison_benefit
 
-    starts = comparison_benefit.read_starts(args.starts)
+    starts = comparison_benefit.read_starts(args.initial_weights)
     try:
         failed = comparison_benefit.benefit(
             base,

@@ -1,62 +1,180 @@
 """From words to settings: flags made of the fields of a dataclass, over a YAML recipe."""
 
-from argparse import BooleanOptionalAction
-from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from argparse import SUPPRESS, Action, BooleanOptionalAction
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from inspect import cleandoc
 from itertools import pairwise
 from typing import Any
 
-from tap import to_tap_class
+from tap import Tap, to_tap_class
 
-from hyspark.config.recipes import ConfigT, field_help, read_yaml
+from hyspark.config.recipes import ConfigT, axis_values, field_help, old_spellings, read_yaml
+from hyspark.utils.settings import GROUPS, FieldInfo, field_info
 from hyspark.utils.text import nearest
+
+METAVARS = {int: "N", float: "X", str: "TEXT"}
+"""Placeholders in the help, by the type of a value."""
+
+
+class Arguments(Tap):
+    """Flags of a verb. The help has an example on top and, for many flags, groups."""
+
+    def old_spellings(self) -> dict[str, str]:
+        """Return the earlier spellings of flags, each with the present one, without dashes."""
+        return {}
+
+    def sections(self) -> dict[str, list[Action]]:
+        """Return the flags by section of the help."""
+        shown = [action for action in self._actions if action.help != SUPPRESS]
+        return {
+            "arguments": [action for action in shown if not action.option_strings],
+            "flags": sorted((action for action in shown if action.option_strings), key=lambda one: not one.required),
+        }
+
+    def format_help(self) -> str:
+        """Write the usage, the description with its example, and the sections."""
+        text, _, example = cleandoc(self.description or "").partition("\nExample:\n")
+        sections = {title: actions for title, actions in self.sections().items() if actions}
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, [])
+        formatter.add_text(text)
+        help_text = formatter.format_help()
+        if example:
+            help_text += f"\nexample:\n{example.rstrip()}\n"
+        for title, actions in sections.items():
+            formatter = self._get_formatter()
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+            help_text += f"\n{formatter.format_help()}"
+        return help_text
 
 
 def options(parser: Any) -> list[str]:
-    """The flags that a parser knows."""
+    """List the flags that a parser knows."""
     return [option for action in parser._actions for option in action.option_strings]
 
 
 def parse(parser: Any, argv: Sequence[str], also: Sequence[str] = ()) -> Any:
-    """Parsed flags; raises ValueError, naming the nearest flag, for an unknown one.
+    """Parse the words of a verb.
 
-    also: flags of the command that were parsed before.
+    Args:
+        parser: Parser of the verb.
+        argv: Words behind the verb.
+        also: Further flags of the verb, parsed before.
+
+    Raises:
+        ValueError: There is an unknown flag; the message names the nearest one.
     """
-    args = parser.parse_args(list(argv), known_only=True)
+    old = parser.old_spellings()
+    args = parser.parse_args(present_words(argv, old), known_only=True)
     if args.extra_args:
         flag = args.extra_args[0].split("=")[0]
-        raise ValueError(f"unknown argument {flag!r}{nearest(flag, [*also, *options(parser)])}; --help lists all")
+        known = {name: name for name in (*also, *options(parser))} | {f"--{a}": f"--{b}" for a, b in old.items()}
+        raise ValueError(f"unknown argument {flag!r}{nearest(flag, known)}; --help lists all")
     return args
 
 
-def read_config(config_class: type[ConfigT], prog: str, argv: Sequence[str], also: Sequence[str] = ()) -> ConfigT:
-    """Settings from defaults, then the YAML that --config names, then flags. Every field is a flag.
+def present_words(argv: Sequence[str], old: Mapping[str, str]) -> list[str]:
+    """Replace earlier spellings of flags by the present ones."""
+    words = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        known = flag.startswith("--") and flag[2:] in old
+        words.append(f"--{old[flag[2:]]}{equals}{value}" if known else word)
+    return words
 
-    also: of `parse`.
-    Raises ValueError for an unknown key or flag and for values that do not fit.
+
+def read_config(config_class: type[ConfigT], prog: str, argv: Sequence[str], also: Sequence[str] = ()) -> ConfigT:
+    """Read settings: defaults, over them the YAML that --config names, over these the flags.
+
+    Args:
+        config_class: Class of the settings; every field is a flag.
+        prog: Program and verb, for the help.
+        argv: Words behind the verb.
+        also: Further flags of the verb, parsed before.
+
+    Raises:
+        ValueError: There is an unknown key or flag, or a value that does not fit.
     """
     base: Any = to_tap_class(config_class)
     help_texts = field_help(config_class)
+    infos: dict[str, FieldInfo] = field_info(config_class)
 
-    class Flags(base):
+    class Flags(Arguments, base):
         def configure(self) -> None:
-            self.add_argument("--config", type=str, default="", help="YAML recipe (see configs/); flags override it")
+            text = "YAML recipe (see configs/); flags override it."
+            self.add_argument("--config", type=str, default="", help=text, metavar="YAML")
             for field in fields(config_class):
-                assert field.default is not MISSING
-                extra = {"action": BooleanOptionalAction} if isinstance(field.default, bool) else {}
-                text = help_texts[field.name].replace("%", "%%") + " (default: %(default)s)"
+                extra: dict[str, Any] = {"metavar": METAVARS.get(kind_of(field.default))}
+                if isinstance(field.default, bool):
+                    extra = {"action": BooleanOptionalAction}
+                text = f"{help_texts[field.name]}{default_text(field.default)}".replace("%", "%%")
                 self.add_argument(f"--{field.name}", default=field.default, help=text, **extra)
 
-    parser = Flags(prog=prog, description=config_class.__doc__, allow_abbrev=False)
-    path = recipe_path(argv)
-    if path:
-        parser.set_defaults(**read_yaml(path, config_class))
-    args = parse(parser, argv, also)
+        def old_spellings(self) -> dict[str, str]:
+            return old_spellings(config_class)
+
+        def sections(self) -> dict[str, list[Action]]:
+            by_name = {action.dest: action for action in self._actions}
+            first = ["config", *(name for name, info in infos.items() if info.first)]
+            sections = {"flags that matter first": [by_name[name] for name in first]}
+            for group in GROUPS:
+                sections[group] = [by_name[n] for n, info in infos.items() if info.group == group and n not in first]
+            return sections
+
+    usage = f"{prog} [--config YAML] [--FLAG VALUE ...]"
+    parser = Flags(prog=prog, usage=usage, description=config_class.__doc__, allow_abbrev=False)
+    recipe: dict[str, Any] = {}
+    if path := recipe_path(argv):
+        recipe = read_yaml(path, config_class)
+        parser.set_defaults(**recipe)
+    args = parse(parser, gathered_axes(argv, config_class, recipe), also)
     return config_class(**{f.name: getattr(args, f.name) for f in fields(config_class)})
 
 
+def kind_of(value: Any) -> type:
+    """Return the type of a default value, or of its elements."""
+    return type(value[0]) if isinstance(value, tuple) and value else str if value == () else type(value)
+
+
+def default_text(value: Any) -> str:
+    """Write a default value at the end of a help text; nothing for an empty one."""
+    text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return f" (default: {text})" if text else ""
+
+
+def gathered_axes(argv: Sequence[str], config_class: type, recipe: Mapping[str, Any]) -> list[str]:
+    """Replace earlier flags of one axis each, such as --roi_x, by the flag of all axes.
+
+    Args:
+        argv: Words behind the verb.
+        config_class: Class of the settings.
+        recipe: Settings that the flags override.
+
+    Raises:
+        ValueError: Both spellings are given.
+    """
+    words = list(argv)
+    for name, info in field_info(config_class).items():
+        edges = axis_values(recipe.get(name, getattr(config_class, name)), info.old_axes) if info.old_axes else []
+        given, kept, rest = [], [], iter(words)
+        for word in rest:
+            flag, equals, value = word.partition("=")
+            if flag.startswith("--") and flag[2:] in info.old_axes:
+                given.append(flag)
+                edges[info.old_axes.index(flag[2:])] = value if equals else next(rest, "")
+            else:
+                kept.append(word)
+        if given and any(word.split("=")[0] == f"--{name}" for word in words):
+            raise ValueError(f"{', '.join(given)} and --{name} are one setting; use --{name} alone")
+        words = [*kept, f"--{name}", *map(str, edges)] if given else words
+    return words
+
+
 def recipe_path(argv: Sequence[str]) -> str:
-    """The value of --config (the last one, as for every flag), or nothing."""
+    """Find the value of --config, the last one as for every flag; empty if it is not given."""
     path = ""
     for word, following in pairwise([*argv, ""]):
         if word.startswith("--config="):

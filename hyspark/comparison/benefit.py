@@ -17,24 +17,21 @@ from typing import Any
 from hyspark.comparison import classification, segmentation
 from hyspark.comparison.jobs import Job, last_step, run_jobs
 from hyspark.comparison.table import Kind, Place, name_of
-from hyspark.config.classification import ClassifyConfig
+from hyspark.config.classification import ClassificationConfig
 from hyspark.config.recipes import as_plain, differences, read_yaml, write_yaml
-from hyspark.config.segmentation import FinetuneConfig
+from hyspark.config.segmentation import SegmentationConfig
 from hyspark.evaluation.protocol import SCORE_FILES
 from hyspark.training.run_folder import last_file
 from hyspark.utils.atomic import write_json
 from hyspark.utils.processes import available_cores
+from hyspark.utils.settings import field_info
 
-Config = FinetuneConfig | ClassifyConfig
-KINDS: dict[type, Kind] = {FinetuneConfig: segmentation.KIND, ClassifyConfig: classification.KIND}
+Config = SegmentationConfig | ClassificationConfig
+KINDS: dict[type, Kind] = {SegmentationConfig: segmentation.KIND, ClassificationConfig: classification.KIND}
 """What is compared, by the class of its settings."""
 
-GIVEN = {"logdir": "out", "pretrained": "starts", "seed": "seeds", "num_labelled": "num_labelled", "dry_run": "plan"}
+GIVEN = {"out": "out", "weights": "initial_weights", "seed": "seeds", "num_labelled": "num_labelled", "dry_run": "plan"}
 """Settings of a run that the comparison gives, and the flag that says them."""
-FIXED = ("max_steps", "test_dir", "data_dir")
-"""Settings that a run may be continued with, but that must be the same in all runs of a comparison."""
-OF_THE_MACHINE = ("store_dir", "dataloader_workers", "prepare_workers")
-"""Settings that say nothing of a result, which the report leaves out."""
 COMMAND = (sys.executable, "-c", "from hyspark.cli.main import main; main()")
 
 
@@ -70,8 +67,10 @@ class PlannedRun:
         """Settings of its folder that differ from those wanted now."""
         config_class = type(self.config)
         old = config_class(**read_yaml(self.config.run_folder / "config.yaml", config_class))
-        fixed = [(name, getattr(old, name), getattr(self.config, name)) for name in FIXED]
-        found = differences(as_plain(old), self.config) + [f"{n}: was {a}, is {b}" for n, a, b in fixed if a != b]
+        infos = field_info(config_class)
+        movable = [name for name, info in infos.items() if info.may_change and info.affects_results]
+        moved = [(name, getattr(old, name), getattr(self.config, name)) for name in movable]
+        found = differences(as_plain(old), self.config) + [f"{n}: was {a}, is {b}" for n, a, b in moved if a != b]
         return list(dict.fromkeys(found))
 
 
@@ -107,8 +106,8 @@ def benefit(
         kind.check_data([run.config for run in todo], starts)
         write_json(out / "data.json", {"digest": data})
     write_json(out / "starts.json", digests)
-    told = {k: v for k, v in as_plain(runs[0].config).items() if k not in (*GIVEN, *OF_THE_MACHINE)}
-    recipe = {k: v for k, v in told.items() if v != defaults[k]}
+    matters = {name for name, info in field_info(type(base)).items() if info.affects_results} - GIVEN.keys()
+    recipe = {k: v for k, v in as_plain(runs[0].config).items() if k in matters and v != defaults[k]}
     scored_on = "test" if runs[0].scores.name.endswith("test") else "validation"
     more = {
         "scored_on": scored_on,
@@ -196,7 +195,7 @@ def plan(
 def settings(base: Config, out: Path, place: Place, weights: str) -> Config:
     """The settings of one run."""
     folder = str(out / "runs" / name_of(place))
-    return replace(base, logdir=folder, pretrained=weights, seed=place.seed, num_labelled=place.num_labelled)
+    return replace(base, out=folder, weights=weights, seed=place.seed, num_labelled=place.num_labelled)
 
 
 def check_folders(runs: Sequence[PlannedRun]) -> None:
@@ -222,12 +221,12 @@ def check_weights(out: Path, starts: Mapping[str, str]) -> dict[str, str]:
         if weights == "none":
             continue
         if not Path(weights).is_file():
-            raise FileNotFoundError(f"no weights at {weights}, named by --starts {name}={weights}")
+            raise FileNotFoundError(f"no weights at {weights}, named by --initial_weights {name}={weights}")
         digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
         if digests.setdefault(name, digest) != digest:
             raise ValueError(
                 f"{weights} is not the file that runs of {name!r} in {out} were started from: its content has changed; "
-                "give it another name in --starts, or name another --out"
+                "give it another name in --initial_weights, or name another --out"
             )
     return digests
 

@@ -16,7 +16,7 @@ import numpy as np
 from hyspark.comparison.bootstrap import NUM_RESAMPLES, estimate
 from hyspark.comparison.report import write_class_benefit
 from hyspark.comparison.table import Kind, Place, budget, by_name, steps_and_seconds, tabulate
-from hyspark.config.classification import ClassifyConfig
+from hyspark.config.classification import ClassificationConfig
 from hyspark.data.readers.images import has_test_part
 from hyspark.evaluation.classification.metrics import METRICS, resampled
 from hyspark.evaluation.classification.predict import SCORES
@@ -106,17 +106,17 @@ def num_images(runs: Iterable[ClassifiedRun]) -> int:
     return next((len(run.scored.names) for run in runs), 0)
 
 
-def scores_folder(config: ClassifyConfig) -> Path:
+def scores_folder(config: ClassificationConfig) -> Path:
     """Of the test part, or test_dir, where there is one, else of the validation images."""
-    return config.run_folder / SCORES["test" if config.test_dir or has_test_part(Path(config.data_dir)) else "val"]
+    return config.run_folder / SCORES["test" if config.test_dir or has_test_part(Path(config.data)) else "val"]
 
 
-def num_training(config: ClassifyConfig) -> int:
+def num_training(config: ClassificationConfig) -> int:
     """Training images."""
     return len(find_parts(config)[0]["train"].names)
 
 
-def digest(config: ClassifyConfig) -> str:
+def digest(config: ClassificationConfig) -> str:
     """Of the names, classes and files of all images, in 12 digits."""
     found, classes = find_parts(replace(config, num_labelled=0, label_fraction=1.0))
     lines = ["\n".join(classes)]
@@ -133,7 +133,7 @@ def mark(source: Path | np.ndarray) -> str:
     return hashlib.sha256(f"{source.shape}".encode() + source.tobytes()).hexdigest()
 
 
-def check_data(configs: Sequence[ClassifyConfig], starts: Mapping[str, str]) -> None:
+def check_data(configs: Sequence[ClassificationConfig], starts: Mapping[str, str]) -> None:
     """Look at all images that the runs need, and load each start once.
 
     Raises ValueError or FileNotFoundError for data or weights that do not fit.
@@ -149,7 +149,7 @@ def check_data(configs: Sequence[ClassifyConfig], starts: Mapping[str, str]) -> 
 
 def report(
     out: Path,
-    finished: Mapping[Place, ClassifyConfig],
+    finished: Mapping[Place, ClassificationConfig],
     planned: Sequence[Place],
     starts: Mapping[str, str],
     more: Mapping[str, Any],

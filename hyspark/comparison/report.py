@@ -177,7 +177,7 @@ def fewer_labels(numbers: Mapping[str, Any], samples: str = "cases") -> list[str
 
 def rates(numbers: Mapping[str, Any]) -> list[str]:
     """Where the encoders of the starts learn at different rates."""
-    share = numbers["recipe"].get("pretrained_lr_share", 1)
+    share = numbers["recipe"].get("pretrained_lr_ratio", 1)
     note = f"A pre-trained encoder learns at {share:g} times the rate of one from scratch (pretrained_lr_share)."
     return [] if share == 1 else [note]
 

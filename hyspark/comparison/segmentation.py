@@ -19,7 +19,7 @@ import torch
 from hyspark.comparison.bootstrap import interval, organ_means, paired_difference, seed_means, weighted_mean
 from hyspark.comparison.report import write_benefit
 from hyspark.comparison.table import Kind, Place, budget, by_name, name_of, steps_and_seconds, tabulate
-from hyspark.config.segmentation import FinetuneConfig, check_decoder
+from hyspark.config.segmentation import SegmentationConfig, check_decoder
 from hyspark.data.datasets.cases import cases_digest
 from hyspark.data.preprocessing.prepare import is_there
 from hyspark.evaluation.segmentation.evaluate import find_labelled
@@ -131,17 +131,17 @@ def stacked(runs: Iterable[ScoredRun], metric: str, cases: Sequence[str], organs
     return np.array(rows, dtype=float).reshape(len(rows), len(cases), len(organs))
 
 
-def scores_folder(config: FinetuneConfig) -> Path:
+def scores_folder(config: SegmentationConfig) -> Path:
     """Of the cases in test_dir where there is one, else of the validation cases."""
     return config.run_folder / ("scores_test" if config.test_dir else "scores")
 
 
-def num_training(config: FinetuneConfig) -> int:
+def num_training(config: SegmentationConfig) -> int:
     """Labelled training cases."""
     return len(find_cases(config)[0])
 
 
-def digest(config: FinetuneConfig) -> str:
+def digest(config: SegmentationConfig) -> str:
     """Of the names and files of all cases to train on, to validate on and to score further, in 12 digits."""
     training, validation, _ = find_cases(replace(config, num_labelled=0, label_fraction=1.0))
     further = find_labelled(Path(config.test_dir), "all").cases if config.test_dir else []
@@ -149,7 +149,7 @@ def digest(config: FinetuneConfig) -> str:
     return text_digest(parts)
 
 
-def check_data(configs: Sequence[FinetuneConfig], starts: Mapping[str, str]) -> None:
+def check_data(configs: Sequence[SegmentationConfig], starts: Mapping[str, str]) -> None:
     """Look at the data and load each start once, and prepare the volumes, which runs side by side would all make.
 
     Raises ValueError or FileNotFoundError for data or weights that do not fit.
@@ -163,13 +163,13 @@ def check_data(configs: Sequence[FinetuneConfig], starts: Mapping[str, str]) -> 
             print(f"start {name}: {weights}\n{load_start(build(config, len(names)), weights, config)}")
     here = Processes(torch.device("cpu"))
     for config, training, validation, _ in found:
-        usable(config, here, Path(config.data_dir), training, validation, None, partial(label_fault, names=names))
+        usable(config, here, Path(config.data), training, validation, None, partial(label_fault, names=names))
     prepare_held_out(config, here, names)
 
 
 def report(
     out: Path,
-    finished: Mapping[Place, FinetuneConfig],
+    finished: Mapping[Place, SegmentationConfig],
     planned: Sequence[Place],
     starts: Mapping[str, str],
     more: Mapping[str, Any],

@@ -1,170 +1,178 @@
-"""Settings of pre-training as a frozen dataclass, with all their validation."""
+"""Settings of pre-training as a frozen dataclass, with their checks."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hyspark.config.checks import between, check_probabilities, not_negative, positive
 from hyspark.config.shared import EncoderSettings, VolumeSettings, check_encoder, check_run, check_volumes
-from hyspark.models.contrastive import METHODS as VIEW_METHODS
+from hyspark.models.contrastive import METHODS as CONTRASTIVE_METHODS
 from hyspark.models.masking.mask import grid_of
+from hyspark.utils.settings import field_info, setting
 from hyspark.utils.text import nearest
 
-METHODS = ("hyspark", "spark", *VIEW_METHODS)
-"""Of pre-training."""
-READ_BY = {
-    **dict.fromkeys((field.name for field in fields(EncoderSettings)), METHODS[:1]),
-    **dict.fromkeys(("compute", "hide"), METHODS[:1]),
-    **dict.fromkeys(("mask", "decoder_width", "compile"), METHODS[:2]),
-    **dict.fromkeys(("view_scale", "head_width"), VIEW_METHODS),
-    **{"local_views": ("swav",), "prototypes": ("swav",), "queue_size": ("moco",), "momentum": ("moco", "byol")},
-}
-"""Settings that not all methods read, with those that do."""
+METHODS = ("hyspark", "spark", *CONTRASTIVE_METHODS)
+"""Methods of pre-training."""
+MASKED = METHODS[:2]
+REPORTED: dict[str, Any] = {"may_change": True, "affects_results": False}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(VolumeSettings, EncoderSettings):
-    """Masked pre-training (`train.py`, `hyspark pretrain`)."""
+    """Pre-train a network on unlabelled CT.
 
-    exp_name: str = "debug"
-    """Name of the run, used in its report and for the default of exp_dir."""
-    exp_dir: str = ""
-    """Run folder; by default ckpt/<exp_name>. The same command on it continues the run."""
-    data_path: str = "data"
+    Example:
+        hyspark pretrain --config configs/pretrain.yaml --data data --out ckpt/pretrain --batch_size 4
+    """
+
+    data: str = setting("data", "data", first=True, old=("data_path",), may_change=True)
     """Folder with dataset.json, or the path of such a JSON."""
-    model: str = "hyspark"
-    """Network to pre-train: hyspark; or a method and a backbone, as spark/timm/resnet50, spark/torchvision/resnet50,
-    spark/monai/segresnet (in 3D too), or spark/mypackage.module:factory for one of your own. Methods: spark masks;
-    moco, byol and swav compare views of the same crop.
+    out: str = setting("", "run", first=True, old=("exp_dir",), **REPORTED)
+    """Run folder; by default ckpt/EXP_NAME. The same command on it continues the run."""
+    exp_name: str = setting("debug", "run", **REPORTED)
+    """Name of the run in its report."""
+    model: str = setting("hyspark", "network", first=True)
+    """Method and network. hyspark: the hybrid network of the paper. METHOD/BACKBONE: spark, moco, byol or swav with
+    timm/NAME, torchvision/NAME, monai/NAME (in 3D too), or PACKAGE.MODULE:FACTORY; for example spark/timm/resnet50.
+    spark masks patches; moco, byol and swav compare two views of a crop.
     """
-    slices: Literal["none", "sagittal", "coronal", "axial"] = "none"
-    """Take planes of the prepared volumes instead of crops, for networks of two axes."""
-    slice_stride: int = 1
-    """Planes whose number is a multiple of this."""
-    slice_scaling: Literal["window", "minmax"] = "window"
-    """Intensities of planes: the window of preparation to 0..1, or each plane's own smallest to largest value."""
-    channels: int = 1
-    """Times that the image is given to the network, one beside the other; networks made for photographs take 3."""
-    compute: Literal["packed", "masked"] = "packed"
-    """How hidden voxels are left out: packed, or the readable reference."""
-    hide: Literal["everywhere", "convolutions", "input"] = "everywhere"
-    """Where hidden patches are left out: everywhere is the method. For ablations: in the convolutions alone, so that
-    the transformer works on all tokens; or in the input alone, as zeros.
+    weights: str = setting("none", "network", first=True, old=("init_weight",))
+    """Initial weights: an encoder, a pre-training checkpoint, or published weights of a third-party network. none: random
+    initialisation. The optimizer and the projection heads of moco, byol and swav are always initialised anew.
     """
-    bs: int = 4
-    """Volumes per step, over all processes; each gives crops_per_volume crops."""
-    mask: float = 0.75
-    """Share of patches that are hidden."""
-    view_scale: float = 0.6
-    """Of moco, byol and swav: shortest edge of the part of a crop that becomes a view, as a share of the crop's."""
-    local_views: int = 0
-    """Of swav: further views, of small parts and half the size."""
-    head_width: int = 2048
-    """Of moco, byol and swav: hidden features of the projection that the loss sees."""
-    momentum: float = 0.99
-    """Of moco and byol: how slowly the copy that gives the targets follows; it rises to 1 by a cosine."""
-    queue_size: int = 4096
-    """Of moco: earlier crops that a crop is told from."""
-    prototypes: int = 300
-    """Of swav: clusters."""
-    input_size: tuple[int, ...] = (96,)
+    crop_size: tuple[int, ...] = setting((96,), "data", first=True, old=("input_size",))
     """Edge of a crop in voxels, one number or one per axis; multiples of 16."""
-    decoder_width: int = 768
-    """Channels of the reconstruction decoder at its deepest level; a multiple of 16."""
-    base_lr: float = 1e-4
-    """Peak learning rate, not scaled by the batch."""
-    ep: int = 100
-    """Epochs: passes over the training volumes."""
-    wp_ep: int = 40
-    """Warm-up epochs."""
-    wd: float = 0.04
-    """Weight decay at the start."""
-    wde: float = 0.2
-    """Weight decay at the end, reached by a cosine."""
-    clip: float = 5.0
+    mask_ratio: float = setting(0.75, "optimisation", first=True, old=("mask",), methods=MASKED)
+    """Fraction of patches that are hidden."""
+    batch_size: int = setting(4, "optimisation", first=True, old=("bs",))
+    """Volumes per step, over all processes; each gives crops_per_volume crops."""
+    epochs: int = setting(100, "optimisation", first=True, old=("ep",))
+    """Passes over the training volumes."""
+    lr: float = setting(1e-4, "optimisation", first=True, old=("base_lr",))
+    """Peak learning rate; it is not scaled by the batch size."""
+    warmup_epochs: int = setting(40, "optimisation", old=("wp_ep",))
+    """Epochs of linear warm-up."""
+    weight_decay: float = setting(0.04, "optimisation", old=("wd",))
+    """Weight decay at the first step."""
+    weight_decay_end: float = setting(0.2, "optimisation", old=("wde",))
+    """Weight decay at the last step, reached by a cosine."""
+    clip: float = setting(5.0, "optimisation")
     """Largest norm of the gradient; 0 does not clip."""
-    init_weight: str = ""
-    """Weights to start from: an encoder or pre-training checkpoint, or a published file for a network of others. The
-    optimizer starts fresh, and so do the heads of moco, byol and swav.
-    """
-    resume_from: str = ""
-    """Checkpoint (with decoder) of another run folder to continue from; a run's own folder is continued without it."""
-    val_fraction: float = 0.02
-    """Share of volumes held out for the validation loss where the data list has no validation part; at least one."""
-    flip_prob: tuple[float, float, float] = (0.2, 0.2, 0.1)
+    val_fraction: float = setting(0.02, "data")
+    """Fraction of volumes for validation if the data list has no validation part; at least one volume."""
+    flip_prob: tuple[float, float, float] = setting((0.2, 0.2, 0.1), "data")
     """Probability of a flip on each axis."""
-    picture_every: int = 5
-    """Epochs between reconstruction pictures; 0 makes them after the last epoch only."""
-    probe_data: str = ""
-    """Labelled data (an nnU-Net data set folder, or a decathlon JSON) that the features are tried on while they are
-    learned: Dice of a linear classifier of voxels. Only training cases of it are used; empty for none.
+    slices: Literal["none", "sagittal", "coronal", "axial"] = setting("none", "data")
+    """Use 2D slices of the prepared volumes instead of crops, for 2D networks."""
+    slice_stride: int = setting(1, "data")
+    """Use slices whose index is a multiple of this."""
+    slice_scaling: Literal["window", "minmax"] = setting("window", "data")
+    """Intensities of slices. window: hu_min to hu_max become 0 to 1. minmax: the smallest to the largest value of each
+    slice become 0 to 1.
     """
-    probe_every: int = 1
-    """Epochs between such probes; one is always taken before the first step and after the last."""
-    probe_cases: int = 8
-    """Labelled volumes of the probe: half of them fit the classifier, the others score it."""
+    in_channels: int = setting(1, "network", old=("channels",))
+    """Input channels; the image is repeated. Networks made for photographs take 3."""
+    decoder_width: int = setting(768, "network", methods=MASKED)
+    """Channels of the reconstruction decoder at its deepest level; a multiple of 16."""
+    compute: Literal["packed", "masked"] = setting("packed", "machine", methods=("hyspark",))
+    """How hidden voxels are skipped. packed: fast, visible patches alone. masked: the readable reference."""
+    hide: Literal["everywhere", "convolutions", "input"] = setting("everywhere", "network", methods=("hyspark",))
+    """Modules that do not see hidden patches. everywhere: the method. For ablations: convolutions, so that the
+    transformer sees all tokens; or input, which sets hidden voxels to zero once.
+    """
+    view_scale: float = setting(0.6, "optimisation", methods=CONTRASTIVE_METHODS)
+    """moco, byol, swav: shortest edge of a view before it is resized, as a fraction of the crop's edge."""
+    local_views: int = setting(0, "optimisation", methods=("swav",))
+    """swav: further views, of small regions and half the size."""
+    head_width: int = setting(2048, "network", methods=CONTRASTIVE_METHODS)
+    """moco, byol, swav: hidden features of the projection head."""
+    momentum: float = setting(0.99, "optimisation", methods=("moco", "byol"))
+    """moco, byol: momentum of the momentum encoder; it rises to 1 by a cosine."""
+    queue_size: int = setting(4096, "optimisation", methods=("moco",))
+    """moco: negatives, which are earlier crops."""
+    prototypes: int = setting(300, "network", methods=("swav",))
+    """swav: clusters."""
+    resume_from: str = setting("", "run", **REPORTED)
+    """Checkpoint (with decoder) of another run folder to continue from. A run's own folder continues without it."""
+    picture_every: int = setting(5, "run", **REPORTED)
+    """Epochs between pictures; 0 draws them after the last epoch only."""
+    probe_data: str = setting("", "run", **REPORTED)
+    """Labelled data for a linear probe of the features during pre-training: an nnU-Net data set folder, or a decathlon
+    JSON. Its training cases are used, and no others. Empty: no probe.
+    """
+    probe_every: int = setting(1, "run", **REPORTED)
+    """Epochs between linear probes; one is always taken before the first step and after the last."""
+    probe_cases: int = setting(8, "run", **REPORTED)
+    """Labelled volumes of the linear probe: half of them fit the classifier, the others score it."""
 
     def __post_init__(self) -> None:
         check_run(self)
         check_volumes(self)
         check_encoder(self)
-        positive(self, "bs", "ep", "decoder_width", "probe_every", "slice_stride", "channels")
+        positive(self, "batch_size", "epochs", "decoder_width", "probe_every", "slice_stride", "in_channels", "lr")
         positive(self, "head_width", "queue_size", "prototypes")
-        not_negative(self, "wp_ep", "wd", "wde", "clip", "picture_every", "local_views")
-        if self.probe_cases < 2:
-            raise ValueError(f"probe_cases is at least 2, to fit on one and score on another; it is {self.probe_cases}")
+        not_negative(self, "warmup_epochs", "weight_decay", "weight_decay_end", "clip", "picture_every", "local_views")
         between(self, "val_fraction", 0, 1)
-        axes = 3 if self.slices == "none" else 2
-        if len(self.input_size) not in (1, axes):
-            several = "three" if axes == 3 else "two"
-            raise ValueError(f"input_size takes one number or {several}, but got {list(self.input_size)}")
+        between(self, "momentum", 0, 1)
+        check_probabilities("flip_prob", self.flip_prob)
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio must lie between 0 and 1, but it is {self.mask_ratio}")
+        if not 0 < self.view_scale <= 1:
+            raise ValueError(f"view_scale must be above 0 and at most 1, but it is {self.view_scale}")
+        if self.probe_cases < 2:
+            raise ValueError(f"probe_cases must be at least 2 (one to fit, one to score), but it is {self.probe_cases}")
+        if len(self.crop_size) not in (1, self.axes):
+            several = "three" if self.axes == 3 else "two"
+            raise ValueError(f"crop_size takes one number or {several}, but got {list(self.crop_size)}")
+        self.check_model()
+        self.check_unread()
+        if self.compile != "none" and self.compute == "masked":
+            raise ValueError("compile needs compute=packed, but compute is masked; drop one of the two")
+        if self.slices == "none" and (self.slice_stride != 1 or self.slice_scaling != "window"):
+            raise ValueError("slice_stride and slice_scaling need slices; set slices, or drop the two")
+        if self.probe_data and (self.slices != "none" or self.model != "hyspark"):
+            raise ValueError("probe_data needs model=hyspark and slices=none; drop probe_data, or change these")
+
+    def check_model(self) -> None:
+        """Raise ValueError for a method or network that does not exist, or does not fit the batch."""
         if self.model == "hyspark":
-            grid_of(self.crop_size)
-            if self.channels != 1:
-                raise ValueError(f"hyspark takes one channel, but channels is {self.channels}")
+            grid_of(self.crop_shape)
+            if self.in_channels != 1:
+                raise ValueError(f"in_channels must be 1 for hyspark, but it is {self.in_channels}")
         elif self.method not in METHODS or not self.model.partition("/")[2]:
             raise ValueError(
                 f"model must be hyspark, or a method and a backbone (spark/timm/resnet50), not {self.model!r}; methods "
                 f"are {', '.join(METHODS[1:])}" + nearest(self.method, METHODS)
             )
+        crops = self.batch_size * self.crops_per_volume
+        if self.method in CONTRASTIVE_METHODS and crops < 2:
+            raise ValueError(f"{self.method} needs two crops a step or more; raise batch_size or crops_per_volume")
+        if self.method == "moco" and self.queue_size % crops:
+            raise ValueError(f"queue_size must be a multiple of a step's {crops} crops, but it is {self.queue_size}")
+
+    def check_unread(self) -> None:
+        """Raise ValueError for settings that the method does not read."""
         default = {field.name: field.default for field in fields(self)}
-        unread = [name for name, methods in READ_BY.items() if self.method not in methods]
+        unread = [name for name, info in field_info(type(self)).items() if self.method not in (info.methods or METHODS)]
         if given := [name for name in unread if getattr(self, name) != default[name]]:
-            raise ValueError(f"{', '.join(given)}: not read by {self.method}; leave out for {self.model}")
-        if self.compile != "none" and self.compute == "masked":
-            raise ValueError("compile is for compute packed; with the reference, compute masked, leave it out")
-        between(self, "momentum", 0, 1)
-        if not 0 < self.view_scale <= 1:
-            raise ValueError(f"view_scale must be above 0 and at most 1, but it is {self.view_scale}")
-        if self.method in VIEW_METHODS and self.bs * self.crops_per_volume < 2:
-            raise ValueError(f"{self.method} compares images: a step takes two crops or more (bs, crops_per_volume)")
-        if self.method == "moco" and self.queue_size % (self.bs * self.crops_per_volume):
-            raise ValueError(
-                f"queue_size must be a multiple of the {self.bs * self.crops_per_volume} crops of a step, but it is "
-                f"{self.queue_size}"
-            )
-        if self.slices == "none" and (self.slice_stride != 1 or self.slice_scaling != "window"):
-            raise ValueError("slice_stride and slice_scaling are for planes; name them by slices, or leave these out")
-        if self.probe_data and (self.slices != "none" or self.model != "hyspark"):
-            raise ValueError("the probe is of hyspark's crops; leave out probe_data for planes and other networks")
-        if not 0 < self.mask < 1:
-            raise ValueError(f"mask must lie between 0 and 1 (the share of hidden patches), but it is {self.mask}")
-        if self.base_lr <= 0:
-            raise ValueError(f"base_lr must be above 0, but it is {self.base_lr}")
-        check_probabilities("flip_prob", self.flip_prob)
+            raise ValueError(f"{', '.join(given)}: not read by {self.method}; drop for {self.model}")
 
     @property
     def method(self) -> str:
-        """The first part of the model's name."""
+        """Method of pre-training, one of METHODS."""
         return self.model.partition("/")[0]
 
     @property
-    def crop_size(self) -> tuple[int, ...]:
-        """Voxels per axis of what the network sees: three, or two of a plane."""
-        axes = 3 if self.slices == "none" else 2
-        return self.input_size * axes if len(self.input_size) == 1 else self.input_size
+    def axes(self) -> int:
+        """Axes of an image: 3, or 2 for slices."""
+        return 3 if self.slices == "none" else 2
+
+    @property
+    def crop_shape(self) -> tuple[int, ...]:
+        """Voxels of a crop on each axis: three, or two for slices."""
+        return self.crop_size * self.axes if len(self.crop_size) == 1 else self.crop_size
 
     @property
     def run_folder(self) -> Path:
-        """Where the run is written."""
-        return Path(self.exp_dir or f"ckpt/{self.exp_name}")
+        """Folder that the run writes to."""
+        return Path(self.out or f"ckpt/{self.exp_name}")

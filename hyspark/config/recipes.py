@@ -1,9 +1,7 @@
-"""Settings in YAML: reading a recipe, writing the resolved settings, and what may change between a run and its
-continuation.
-"""
+"""Settings in YAML: recipes are read, resolved settings are written, and earlier spellings become the present ones."""
 
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -11,33 +9,78 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 from docstring_parser import parse_from_object
 
-from hyspark.config.classification import ClassifyConfig
+from hyspark.config.classification import ClassificationConfig
 from hyspark.config.pretrain import PretrainConfig
-from hyspark.config.segmentation import FinetuneConfig
+from hyspark.config.segmentation import SegmentationConfig
 from hyspark.utils.atomic import write_whole
+from hyspark.utils.settings import field_info
 from hyspark.utils.text import nearest
 
-Config = PretrainConfig | FinetuneConfig | ClassifyConfig
-ConfigT = TypeVar("ConfigT", PretrainConfig, FinetuneConfig, ClassifyConfig)
+Config = PretrainConfig | SegmentationConfig | ClassificationConfig
+ConfigT = TypeVar("ConfigT", PretrainConfig, SegmentationConfig, ClassificationConfig)
 
 
 def field_help(config_class: type) -> dict[str, str]:
-    """The docstring of each field, base classes included."""
+    """Return the docstring of each field by name, base classes included."""
     docs: dict[str, str] = {}
     for cls in reversed(config_class.__mro__[:-1]):
         docs |= {p.arg_name: p.description or "" for p in parse_from_object(cls).params}
     return docs
 
 
-def read_yaml(path: str | Path, config_class: type) -> dict[str, Any]:
-    """Values of a YAML recipe, each in the type of its field.
+def old_spellings(config_class: type) -> dict[str, str]:
+    """Return the earlier spellings of settings, each with the present one."""
+    return {old: name for name, info in field_info(config_class).items() for old in (*info.old, *info.old_axes)}
 
-    Raises FileNotFoundError for a missing file; ValueError, naming the file, for an unknown key or a value of
-    another type.
+
+def present_spelling(values: Mapping[str, Any], config_class: type, source: str = "settings") -> dict[str, Any]:
+    """Replace earlier spellings of settings by the present ones.
+
+    Args:
+        values: Settings by name, in any spelling.
+        config_class: Class of the settings.
+        source: What messages call the origin of the values.
+
+    Raises:
+        ValueError: A setting is given in two spellings.
+    """
+    renamed = old_spellings(config_class)
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        new = renamed.get(name, name)
+        axes = field_info(config_class)[new].old_axes if name != new else ()
+        if name in axes:
+            edges = list(found.get(new, axis_values(getattr(config_class, new), axes)))
+            edges[axes.index(name)] = value
+            found[new] = edges
+            continue
+        if new in found:
+            raise ValueError(f"{source}: {name} and {new} are one setting; keep one of the two")
+        found[new] = "none" if (name, value) == ("init_weight", "") else value
+    for new, info in field_info(config_class).items():
+        if new in values and (given := [old for old in info.old_axes if old in values]):
+            raise ValueError(f"{source}: {', '.join(given)} and {new} are one setting; keep one of the two")
+    return found
+
+
+def axis_values(value: Sequence[Any], axes: Sequence[str]) -> list[Any]:
+    """Expand one value for all axes to one value per axis."""
+    return list(value) * len(axes) if len(value) == 1 else list(value)
+
+
+def read_yaml(path: str | Path, config_class: type) -> dict[str, Any]:
+    """Read a YAML recipe.
+
+    Returns:
+        Values by the present names of the settings, each in the type of its field.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no YAML mapping, or has an unknown key or a value of another type.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no recipe at {path}; the recipes that come with the project are in configs/")
+        raise FileNotFoundError(f"no recipe at {path}; the project's recipes are in configs/")
     try:
         loaded = yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -48,13 +91,19 @@ def read_yaml(path: str | Path, config_class: type) -> dict[str, Any]:
 
 
 def typed_values(loaded: Mapping[str, Any], config_class: type, source: str) -> dict[str, Any]:
-    """Plain values (see `as_plain`) in the types of their fields.
+    """Convert plain values (see `as_plain`) to the types of their fields.
 
-    Raises ValueError, naming the source, for an unknown key or a value of another type.
+    Args:
+        loaded: Values by name, in any spelling.
+        config_class: Class of the settings.
+        source: What messages call the origin of the values.
+
+    Raises:
+        ValueError: There is an unknown key, or a value of another type.
     """
     hints = {f.name: get_type_hints(config_class)[f.name] for f in fields(config_class)}
     values = {}
-    for key, value in loaded.items():
+    for key, value in present_spelling(loaded, config_class, source).items():
         if key not in hints:
             raise ValueError(f"{source}: unknown key {key!r}{nearest(str(key), hints)}")
         try:
@@ -70,8 +119,10 @@ def typed_values(loaded: Mapping[str, Any], config_class: type, source: str) -> 
 
 
 def coerce(value: Any, hint: Any) -> Any:
-    """A YAML value in a field's type: lists become tuples, whole numbers become floats where a float is wanted, 1e-4
-    is a number.
+    """Convert a YAML value to a field's type: lists become tuples, integers become floats, 1e-4 is a number.
+
+    Raises:
+        TypeError, ValueError: The value is of another type.
     """
     if get_origin(hint) is tuple:
         inner = get_args(hint)
@@ -89,46 +140,33 @@ def coerce(value: Any, hint: Any) -> Any:
 
 
 def write_yaml(config: Config, path: Path) -> None:
-    """Write every field, so that `--config` on the file gives the same settings."""
+    """Write every field, so that `--config` with the file gives the same settings."""
     write_whole(path, yaml.safe_dump(as_plain(config), sort_keys=False).encode())
 
 
 def as_plain(config: Config) -> dict[str, Any]:
-    """The fields as plain values, tuples as lists."""
+    """Convert settings to plain values, tuples to lists."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
 
 
-MAY_CHANGE = {
-    *("max_steps", "save_every", "dataloader_workers", "prepare_workers", "store_dir", "device", "dry_run"),
-    *("keep_last", "on_bad_case", "deterministic", "replay", "tf32", "cudnn_benchmark", "compile"),
-    *(
-        "exp_name",
-        "exp_dir",
-        "logdir",
-        "resume_from",
-        "picture_every",
-        "probe_data",
-        "probe_every",
-        "probe_cases",
-        "val_every",
-        "data_path",
-        "data_dir",
-        "test_dir",
-        "sw_batch_size",
-    ),
-}
-"""Fields that may differ between a run and its continuation: they change neither the batches nor the weights, or
-only move files.
-"""
-
-
 def differences(old: Mapping[str, Any], config: Config) -> list[str]:
-    """Settings that forbid continuing a run, one line each: 'name: was X, is Y'. A field that is not in `old` had
-    its default; the precision auto leaves the choice to the run.
+    """List the settings that forbid a run to continue.
+
+    Args:
+        old: Plain settings of the run, in any spelling. A missing field has its default.
+        config: Settings of the continuation. precision=auto keeps that of the run.
+
+    Returns:
+        Lines "name: was X, is Y".
     """
-    defaults = as_plain(type(config)())
-    return [
-        f"{name}: was {old.get(name, defaults[name])}, is {value}"
-        for name, value in as_plain(config).items()
-        if name not in MAY_CHANGE and (name, value) != ("precision", "auto") and old.get(name, defaults[name]) != value
-    ]
+    config_class = type(config)
+    known = as_plain(config_class()) | present_spelling(old, config_class)
+    infos = field_info(config_class)
+    lines = []
+    for name, value in as_plain(config).items():
+        before = known[name]
+        if infos[name].old_axes:
+            before, value = (axis_values(v, infos[name].old_axes) for v in (before, value))
+        if not infos[name].may_change and (name, value) != ("precision", "auto") and before != value:
+            lines.append(f"{name}: was {before}, is {value}")
+    return lines

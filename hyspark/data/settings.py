@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from math import inf
 from typing import Literal, get_args
 
+from hyspark.utils.settings import setting
+
 Axis = Literal["sagittal", "coronal", "axial"]
 Scaling = Literal["minmax", "window"]
 
@@ -12,11 +14,11 @@ Scaling = Literal["minmax", "window"]
 class PrepareSettings:
     """The deterministic part of the data path, done once per volume; together with the file it keys the store."""
 
-    spacing: tuple[float, float, float] = (1.5, 1.5, 1.5)
-    """Voxel spacing in mm that volumes are resampled to, in RAS order."""
-    hu_min: float = -175.0
+    spacing: tuple[float, float, float] = setting((1.5, 1.5, 1.5), "data")
+    """Voxel spacing in mm to which volumes are resampled, in RAS order."""
+    hu_min: float = setting(-175.0, "data")
     """Hounsfield units that become 0; lower values are clipped."""
-    hu_max: float = 250.0
+    hu_max: float = setting(250.0, "data")
     """Hounsfield units that become 1; higher values are clipped."""
 
 

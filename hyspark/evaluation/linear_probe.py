@@ -112,7 +112,7 @@ def make_probe(config: PretrainConfig, processes: Processes, cases: ProbeCases) 
     if not processes.is_main:
         return None
     num = len(cases.fit)
-    return cut_probe(volumes[:num], volumes[num:], cases.names, config.crop_size)
+    return cut_probe(volumes[:num], volumes[num:], cases.names, config.crop_shape)
 
 
 def cut_probe(

@@ -86,16 +86,16 @@ def plan_text(
 
 def crops_per_process(config: PretrainConfig, processes: Processes) -> int:
     """Crops of a step in one process."""
-    return config.bs // processes.world_size * config.crops_per_volume
+    return config.batch_size // processes.world_size * config.crops_per_volume
 
 
 def count_flops(config: PretrainConfig, model: HySparK | Siamese, crops: int) -> Flops | None:
     """FLOPs of a step of so many crops; None for networks that compare views, which are not counted."""
     if isinstance(model, Siamese):
         return None
-    size, channels = config.crop_size, config.channels
+    size, channels = config.crop_shape, config.in_channels
     grid = grid_of(size, model.encoder.patch)
-    visible = draw_visible(grid, config.mask, [torch.Generator().manual_seed(i) for i in range(crops)])
+    visible = draw_visible(grid, config.mask_ratio, [torch.Generator().manual_seed(i) for i in range(crops)])
     _, backward = flops_of_step(model, size, crops, visible, channels)
     encoder = {}
     if isinstance(model.encoder, HybridEncoder):
@@ -184,15 +184,15 @@ def shortage(config: PretrainConfig, processes: Processes, most: int, crops: int
     """What to change where a step does not fit."""
     change = []
     if most >= config.crops_per_volume:
-        change.append(f"--bs {most // config.crops_per_volume * processes.world_size}")
+        change.append(f"--batch_size {most // config.crops_per_volume * processes.world_size}")
     elif most:
-        change.append(f"--bs {processes.world_size} --crops_per_volume {most}")
+        change.append(f"--batch_size {processes.world_size} --crops_per_volume {most}")
     if config.precision == "fp32":
         change.append("--precision bf16")
     if config.method not in VIEW_METHODS and config.decoder_width > 16:
         change.append(f"--decoder_width {max(16, config.decoder_width // 32 * 16)}")
     if not most:
-        change.append("a smaller --input_size")
+        change.append("a smaller --crop_size")
     what = f"{crops} crops in a process do not fit the memory" if most else "not even one crop fits the memory"
     return f"{what}; try {' or '.join(change)}"
 

@@ -17,7 +17,7 @@ from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from hyspark.config.classification import ClassifyConfig
+from hyspark.config.classification import ClassificationConfig
 from hyspark.config.recipes import as_plain
 from hyspark.data.batches.images import Augmentation, ImageBatches
 from hyspark.data.batches.loader import Batch, Share
@@ -48,7 +48,7 @@ from hyspark.training.run_folder import begun, last_file, saved_state, settings_
 from hyspark.training.run_volumes import left_out_text
 
 
-def finetune_classify(config: ClassifyConfig) -> Path:
+def finetune_classify(config: ClassificationConfig) -> Path:
     """Fine-tune as the settings say, or continue; returns the run folder.
 
     Raises ValueError or FileNotFoundError for settings, weights and data that do not fit, OSError for a full disk,
@@ -77,7 +77,7 @@ def finetune_classify(config: ClassifyConfig) -> Path:
             processes,
             model,
             steps,
-            config.max_epochs,
+            config.epochs,
             state,
             left_out=images.left_out,
             make_optimizer=partial(make_optimizer, config),
@@ -99,14 +99,14 @@ def finetune_classify(config: ClassifyConfig) -> Path:
     return config.run_folder
 
 
-def build(config: ClassifyConfig, num_classes: int) -> nn.Module:
+def build(config: ClassificationConfig, num_classes: int) -> nn.Module:
     """The network with its seeded fresh weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_at(config.seed, "weights"))
         return network_of(config, num_classes)
 
 
-def start(config: ClassifyConfig, model: nn.Module, images: Images) -> dict[str, Any] | None:
+def start(config: ClassificationConfig, model: nn.Module, images: Images) -> dict[str, Any] | None:
     """The state that a run continues from; where there is none, the pre-trained weights are loaded.
 
     Raises ValueError where the run was begun on other images, and what loading weights raises.
@@ -118,12 +118,12 @@ def start(config: ClassifyConfig, model: nn.Module, images: Images) -> dict[str,
             f"  data: was {state['data']}, is {images.text}\n"
             f"  left out: was {left_out_text(state['left_out'])}, is {left_out_text(images.left_out)}"
         )
-    if not state and config.pretrained != "none":
-        LOG.info("weights of %s\n%s", config.pretrained, load_pretrained(model, config.pretrained))
+    if not state and config.weights != "none":
+        LOG.info("weights of %s\n%s", config.weights, load_pretrained(model, config.weights))
     return state
 
 
-def describe(config: ClassifyConfig, processes: Processes, model: nn.Module, images: Images) -> str:
+def describe(config: ClassificationConfig, processes: Processes, model: nn.Module, images: Images) -> str:
     """The run in a few lines, for the terminal."""
     sizes = ", ".join(f"{len(part)} {name}" for name, part in images.parts.items())
     megabytes = sum(image.numel() for part in images.parts.values() for image in part.images) / 1e6
@@ -131,14 +131,14 @@ def describe(config: ClassifyConfig, processes: Processes, model: nn.Module, ima
     return settings_text(
         config,
         processes,
-        data=f"{sizes} images from {config.data_dir}, {megabytes:.0f} MB in memory",
+        data=f"{sizes} images from {config.data}, {megabytes:.0f} MB in memory",
         classes=", ".join(images.classes),
         model=f"{config.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters",
-        steps=f"{config.max_epochs} epochs of {steps}, {config.batch_size} images each",
+        steps=f"{config.epochs} epochs of {steps}, {config.batch_size} images each",
     )
 
 
-def make_optimizer(config: ClassifyConfig, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(config: ClassificationConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Adam with weight decay in the gradient of all weights, or AdamW, over groups by layer."""
     network = distributed.bare(model)
     groups = optim.parameter_groups(network, config.layer_decay, optim.encoder_share(config), layers_of(network))
@@ -147,7 +147,7 @@ def make_optimizer(config: ClassifyConfig, model: nn.Module) -> torch.optim.Opti
     return torch.optim.Adam([group | {"decays": True} for group in groups], fused=True)
 
 
-def make_average(run: Run, config: ClassifyConfig, state: Mapping[str, Any] | None) -> ModelEmaV3 | None:
+def make_average(run: Run, config: ClassificationConfig, state: Mapping[str, Any] | None) -> ModelEmaV3 | None:
     """The moving average of the weights where the settings ask for one, as the state has it where there is one."""
     if not config.ema_decay:
         return None
@@ -181,7 +181,7 @@ class Classifying:
     weights, where there is one.
     """
 
-    config: ClassifyConfig
+    config: ClassificationConfig
     share: Share
     images: Images
     best: float
@@ -195,7 +195,7 @@ class Classifying:
         c = self.config
         augmentation = Augmentation(c.crop_scale, c.flip_prob, c.rotate_degrees, c.jitter)
         training = self.images.parts["train"]
-        return ImageBatches(training, self.share, c.input_size, augmentation, scaling_of(c), c.seed)
+        return ImageBatches(training, self.share, c.crop_size, augmentation, scaling_of(c), c.seed)
 
     def follow(self, run: Run) -> None:
         """Have the average follow the weights, from the optimizer's next step on."""
@@ -278,7 +278,7 @@ class Classifying:
             config=as_plain(c),
             environment=run_page.environment(),
             summary={
-                "start": "from scratch" if c.pretrained == "none" else f"weights of {c.pretrained}",
+                "start": "from scratch" if c.weights == "none" else f"weights of {c.weights}",
                 "network": c.model,
                 **numbers,
                 "left out": left_out_text(run.left_out),

@@ -25,7 +25,7 @@ class ViewPretraining(Pretraining):
     def recipe(self) -> ViewRecipe:
         """How views are made."""
         c = self.config
-        return ViewRecipe(c.crop_size, c.view_scale, c.local_views, c.flip_prob, planes_of(c))
+        return ViewRecipe(c.crop_shape, c.view_scale, c.local_views, c.flip_prob, planes_of(c))
 
     @property
     def batches(self) -> Dataset[Batch]:
@@ -65,7 +65,7 @@ class ViewPretraining(Pretraining):
     def fixed(self, volumes: Sequence[StoredVolume]) -> ValidationViews:
         """The same views in every epoch, of as many volumes at a time as there are in a step."""
         c = self.config
-        return ValidationViews(volumes, self.recipe, c.crops_per_volume, VALIDATION_SEED, together=c.bs)
+        return ValidationViews(volumes, self.recipe, c.crops_per_volume, VALIDATION_SEED, together=c.batch_size)
 
     def draw_pictures(self, run: Run, log: RunLog, step: int, epoch: int) -> None:
         """Views of the first held-out volumes (of training volumes where none are held out), which do not change."""

@@ -92,7 +92,7 @@ class Pretraining:
     def batches(self) -> Dataset[Batch]:
         """Crops with the seeds of their masks."""
         c = self.config
-        how = (c.crop_size, c.crops_per_volume, c.flip_prob, c.seed, planes_of(c))
+        how = (c.crop_shape, c.crops_per_volume, c.flip_prob, c.seed, planes_of(c))
         return PretrainBatches(self.training, self.share, *how)
 
     def begin(self, run: Run, step: int) -> None:
@@ -112,26 +112,29 @@ class Pretraining:
         is worked out there, so that CUDA need not be waited for.
         """
         generators = [torch.Generator().manual_seed(seed) for seed in batch["mask_seeds"]]
-        grid = grid_of(self.config.crop_size, run.network.encoder.patch)
-        return self.on_device(run, batch["volumes"]), draw_visible(grid, self.config.mask, generators)
+        grid = grid_of(self.config.crop_shape, run.network.encoder.patch)
+        return self.on_device(run, batch["volumes"]), draw_visible(grid, self.config.mask_ratio, generators)
 
     def on_device(self, run: Run, images: Tensor) -> Tensor:
         """(b, 1, *size) -> (b, channels, *size)."""
         images = images.to(run.processes.device, non_blocking=True)
-        return images.expand(-1, self.config.channels, *(-1,) * (images.ndim - 2))
+        return images.expand(-1, self.config.in_channels, *(-1,) * (images.ndim - 2))
 
     def random_batch(self, crops: int) -> Batch:
         """A batch of so many crops of noise."""
-        volumes = torch.rand(crops, 1, *self.config.crop_size)
+        volumes = torch.rand(crops, 1, *self.config.crop_shape)
         return {"volumes": volumes, "mask_seeds": range(crops), "cases": ["noise"] * crops}
 
     def rates(self, run: Run, step: int) -> dict[str, float]:
         """Warm-up and cosine of the learning rate, cosine of the weight decay."""
         config, total = self.config, run.total_steps
-        warmup = min(config.wp_ep * run.steps_per_epoch, total - 1)
+        warmup = min(config.warmup_epochs * run.steps_per_epoch, total - 1)
         factors = {"start_factor": START_FACTOR, "end_factor": END_FACTOR}
-        lr = optim.learning_rate(step, peak=config.base_lr, warmup=warmup, total=total, **factors)
-        return {"lr": lr, "wd": optim.weight_decay(step, start=config.wd, end=config.wde, total=total)}
+        lr = optim.learning_rate(step, peak=config.lr, warmup=warmup, total=total, **factors)
+        return {
+            "lr": lr,
+            "wd": optim.weight_decay(step, start=config.weight_decay, end=config.weight_decay_end, total=total),
+        }
 
     def is_due(self, run: Run, done: int) -> bool:
         """At the end of every epoch."""
@@ -189,7 +192,7 @@ class Pretraining:
     def fixed(self, volumes: Sequence[StoredVolume]) -> Any:
         """The same crops and masks in every epoch."""
         c = self.config
-        return ValidationCrops(volumes, c.crop_size, c.crops_per_volume, VALIDATION_SEED, planes_of(c))
+        return ValidationCrops(volumes, c.crop_shape, c.crops_per_volume, VALIDATION_SEED, planes_of(c))
 
     def draw_pictures(self, run: Run, log: RunLog, step: int, epoch: int) -> None:
         """Reconstructions of the first held-out volumes (of training volumes where none are held out): PNG and

@@ -48,7 +48,7 @@ def pretrain(config: PretrainConfig) -> Path:
     if config.replay:
         config, stopped = stopped_run(config, processes)
     config = with_precision(config, processes)
-    share = Share(config.bs, processes.rank, processes.world_size)
+    share = Share(config.batch_size, processes.rank, processes.world_size)
     cases = find_cases(config)
     probe_cases = find_probe_cases(Path(config.probe_data), config.probe_cases) if config.probe_data else None
     data = data_text(*cases)
@@ -61,12 +61,12 @@ def pretrain(config: PretrainConfig) -> Path:
         return config.run_folder
     with begun(config, processes, model, training_file(config)) as asked:
         state = stopped or start(config, model)
-        found = usable(config, processes, Path(config.data_path), *cases, state)
+        found = usable(config, processes, Path(config.data), *cases, state)
         probe = make_probe(config, processes, probe_cases) if probe_cases else None
         best = state["best"] if state else math.inf
         task = task_of(config)(config, share, found.training, found.validation, probe, best)
         steps = steps_per_epoch(config, found.training)
-        run = start_run(config, data, processes, model, steps, config.ep, state, left_out=found.left_out)
+        run = start_run(config, data, processes, model, steps, config.epochs, state, left_out=found.left_out)
         if stopped:
             LOG.info("%s", repeat(run, task, stopped["stopped_by"]))
             return config.run_folder
@@ -84,9 +84,9 @@ def pretrain(config: PretrainConfig) -> Path:
 def start(config: PretrainConfig, model: HySparK | Siamese) -> dict[str, Any] | None:
     """The state that a run continues from; where there is none, the weights that the settings name are loaded."""
     state = saved_state(config, training_file(config), config.resume_from)
-    if not state and config.init_weight:
+    if not state and config.weights != "none":
         part = model.encoder if isinstance(model, Siamese) else model
-        LOG.info("weights of %s\n%s", config.init_weight, load_start(part, config.init_weight, config))
+        LOG.info("weights of %s\n%s", config.weights, load_start(part, config.weights, config))
         if isinstance(model, Siamese):
             model.follow(0.0)
     return state
@@ -96,10 +96,10 @@ def find_cases(config: PretrainConfig) -> tuple[list[Case], list[Case]]:
     """Training and validation cases; where the list names no validation part, the same share of the volumes is
     always held out.
     """
-    path = Path(config.data_path)
+    path = Path(config.data)
     path = path if path.suffix == ".json" else path / "dataset.json"
     if not path.is_file():
-        raise FileNotFoundError(f"no data list at {path}; make it by: python generate_js.py --data_path {path.parent}")
+        raise FileNotFoundError(f"no data list at {path}; make it by: python generate_js.py --data {path.parent}")
     listed = datalist_json.read(path, require_files=False)
     training, validation = list(listed.training), list(listed.validation)
     if not validation:
@@ -109,7 +109,7 @@ def find_cases(config: PretrainConfig) -> tuple[list[Case], list[Case]]:
 
 def steps_per_epoch(config: PretrainConfig, training: Sequence[Case | StoredVolume]) -> int:
     """Steps in which every volume comes at least once."""
-    return math.ceil(len(training) / config.bs)
+    return math.ceil(len(training) / config.batch_size)
 
 
 def describe(
@@ -127,10 +127,10 @@ def describe(
     return settings_text(
         config,
         processes,
-        data=f"{len(training)} training and {len(validation)} validation volumes from {config.data_path}",
-        model=f"{config.model}, {num_parameters(model)} parameters, crops of {' x '.join(map(str, config.crop_size))}"
+        data=f"{len(training)} training and {len(validation)} validation volumes from {config.data}",
+        model=f"{config.model}, {num_parameters(model)} parameters, crops of {' x '.join(map(str, config.crop_shape))}"
         + (f"; without part in what is learned, left as they are: {', '.join(fixed)}" if fixed else ""),
-        steps=f"{config.ep} epochs of {steps}, {config.bs * config.crops_per_volume} crops each",
+        steps=f"{config.epochs} epochs of {steps}, {config.batch_size * config.crops_per_volume} crops each",
         probe=probe if config.probe_data else "none",
     )
 
@@ -156,14 +156,14 @@ def plan(
 ) -> str:
     """What the run will cost, for the terminal; takes trial steps, writes nothing."""
     free = memory.free_memory(processes)
-    task = task_of(config)(config, Share(config.bs, processes.rank, processes.world_size), [], [])
+    task = task_of(config)(config, Share(config.batch_size, processes.rank, processes.world_size), [], [])
     crops = crops_per_process(config, processes)
     make, least = partial(build, config), 2 if config.method in VIEW_METHODS else 1  # BatchNorm on vectors takes two
     trials = try_steps(config, processes, make, task, task.random_batch, crops, free, least)
     flops = count_flops(config, model, crops)
-    storage = survey(config, [*training, *validation], store_folder(config, Path(config.data_path)))
+    storage = survey(config, [*training, *validation], store_folder(config, Path(config.data)))
     per_epoch = steps_per_epoch(config, training)
-    left = min(config.ep * per_epoch, config.max_steps or math.inf) - first_step
+    left = min(config.epochs * per_epoch, config.max_steps or math.inf) - first_step
     steps = {"steps_per_epoch": per_epoch, "steps_left": max(0, int(left))}
     return plan_text(config, processes, model, flops, trials, free, storage, **steps)
 
@@ -185,11 +185,11 @@ def build(config: PretrainConfig, num_processes: int = 1) -> HySparK | Siamese:
 
 def network_of(config: PretrainConfig, num_processes: int) -> HySparK | Siamese:
     """The network that the settings say, with fresh weights from torch's generator."""
-    axes = len(config.crop_size)
+    axes = len(config.crop_shape)
     if config.method == "hyspark":
         return build_hyspark(
-            config.crop_size,
-            config.mask,
+            config.crop_shape,
+            config.mask_ratio,
             config.compute,
             hide=config.hide,
             widths=config.encoder_widths,
@@ -200,15 +200,15 @@ def network_of(config: PretrainConfig, num_processes: int) -> HySparK | Siamese:
             decoder_width=config.decoder_width,
             axes=axes,
         )
-    backbone = build_backbone(config.model.partition("/")[2], config.channels, axes)
-    shared: dict[str, Any] = {"in_channels": config.channels, "axes": axes, "run": backbone.run}
+    backbone = build_backbone(config.model.partition("/")[2], config.in_channels, axes)
+    shared: dict[str, Any] = {"in_channels": config.in_channels, "axes": axes, "run": backbone.run}
     if config.method == "spark":
         shared |= {"decoder_width": config.decoder_width}
-        return build_spark(backbone.network, config.crop_size, config.mask, **shared)
+        return build_spark(backbone.network, config.crop_shape, config.mask_ratio, **shared)
     return build_siamese(
         config.method,
         backbone.network,
-        config.crop_size,
+        config.crop_shape,
         head_width=config.head_width,
         queue_size=config.queue_size,
         num_prototypes=config.prototypes,

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hyspark.config.recipes import as_plain, write_yaml
-from hyspark.config.segmentation import FinetuneConfig, check_decoder
+from hyspark.config.segmentation import SegmentationConfig, check_decoder
 from hyspark.data.batches.augmentation import AffineRange
 from hyspark.data.batches.loader import Batch, Share
 from hyspark.data.batches.volumes import FinetuneBatches
@@ -59,7 +59,7 @@ SCORES = {"Validation cases, last weights": "scores", "Further cases, last weigh
 """Folders of scores in a run, by what the report calls them."""
 
 
-def finetune(config: FinetuneConfig) -> Path:
+def finetune(config: SegmentationConfig) -> Path:
     """Fine-tune as the settings say, or continue; returns the run folder.
 
     Raises ValueError or FileNotFoundError for settings, weights and data that do not fit, OSError for a full disk,
@@ -87,7 +87,7 @@ def finetune(config: FinetuneConfig) -> Path:
         return config.run_folder
     with begun(config, processes, model, last_file(config)) as asked:
         state = stopped or start(config, model)
-        where = (config, processes, Path(config.data_dir), training, validation, state)
+        where = (config, processes, Path(config.data), training, validation, state)
         found = usable(*where, fault=partial(label_fault, names=names))
         held_out = prepare_held_out(config, processes, names)
         criterion = DiceAndCrossEntropy(len(names), config.background_weight).to(processes.device)
@@ -103,7 +103,7 @@ def finetune(config: FinetuneConfig) -> Path:
             processes,
             model,
             steps,
-            config.max_epochs,
+            config.epochs,
             state,
             left_out=found.left_out,
             make_optimizer=partial(optim.adamw, layer_decay=config.layer_decay, encoder_share=encoder_share),
@@ -131,23 +131,23 @@ def finetune(config: FinetuneConfig) -> Path:
     return config.run_folder
 
 
-def start(config: FinetuneConfig, model: Hybird) -> dict[str, Any] | None:
+def start(config: SegmentationConfig, model: Hybird) -> dict[str, Any] | None:
     """The state that a run continues from; where there is none, the pre-trained weights are loaded."""
     state = saved_state(config, last_file(config))
     if not state:
         check_decoder(config)
-    if not state and config.pretrained != "none":
-        LOG.info("weights of %s\n%s", config.pretrained, load_start(model, config.pretrained, config))
+    if not state and config.weights != "none":
+        LOG.info("weights of %s\n%s", config.weights, load_start(model, config.weights, config))
     return state
 
 
-def last_weights(config: FinetuneConfig, run: Run) -> str:
+def last_weights(config: SegmentationConfig, run: Run) -> str:
     """What a protocol calls the weights that a run ends with."""
     return f"{last_file(config).name} after {max(run.first_step, run.last_step)} steps"
 
 
 def describe(
-    config: FinetuneConfig,
+    config: SegmentationConfig,
     processes: Processes,
     model: Hybird,
     num_training: int,
@@ -160,14 +160,14 @@ def describe(
     return settings_text(
         config,
         processes,
-        data=f"{num_training} training and {num_validation} validation cases from {config.data_dir}",
+        data=f"{num_training} training and {num_validation} validation cases from {config.data}",
         classes=", ".join(names),
-        model=f"hybird, {millions:.1f} M parameters, crops of {' x '.join(map(str, config.crop_size))}",
-        steps=f"{config.max_epochs} epochs of {steps}, {config.batch_size * config.crops_per_volume} crops each",
+        model=f"hybird, {millions:.1f} M parameters, crops of {' x '.join(map(str, config.crop_shape))}",
+        steps=f"{config.epochs} epochs of {steps}, {config.batch_size * config.crops_per_volume} crops each",
     )
 
 
-def build(config: FinetuneConfig, num_classes: int) -> Hybird:
+def build(config: SegmentationConfig, num_classes: int) -> Hybird:
     """The network with its seeded fresh weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_at(config.seed, "weights"))
@@ -194,7 +194,7 @@ class Finetuning:
     trained_on: of `Source`.
     """
 
-    config: FinetuneConfig
+    config: SegmentationConfig
     share: Share
     training: Sequence[StoredVolume]
     validation: Sequence[StoredVolume]
@@ -211,7 +211,7 @@ class Finetuning:
         drawing = (c.flip_prob, c.rot90_prob, c.intensity_prob, c.labelled_prob)
         swaps = left_right_pairs(c, self.names)
         affine = AffineRange(c.affine_prob, c.affine_degrees, c.affine_scale)
-        where = (self.training, self.share, c.crop_size, c.crops_per_volume)
+        where = (self.training, self.share, c.crop_shape, c.crops_per_volume)
         return FinetuneBatches(*where, *drawing, c.seed, swaps, affine)
 
     def begin(self, run: Run, step: int) -> None:
@@ -289,7 +289,7 @@ class Finetuning:
 
     def source(self, run: Run) -> Source:
         """What the scores of the validation cases are of."""
-        return Source(last_weights(self.config, run), f"validation cases of {self.config.data_dir}", self.trained_on)
+        return Source(last_weights(self.config, run), f"validation cases of {self.config.data}", self.trained_on)
 
     def segment(self, run: Run, index: int) -> Segmented:
         """Label maps of a validation case."""
@@ -342,7 +342,7 @@ class Finetuning:
             config=as_plain(c),
             environment=run_page.environment(),
             summary={
-                "start": "from scratch" if c.pretrained == "none" else f"weights of {c.pretrained}",
+                "start": "from scratch" if c.weights == "none" else f"weights of {c.weights}",
                 "training cases": str(len(self.training)),
                 "validation cases": str(len(self.validation)),
                 "left out": left_out_text(run.left_out),

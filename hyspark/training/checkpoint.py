@@ -146,7 +146,7 @@ def read_training_state(path: Path) -> dict[str, Any]:
                 f"{path} cannot be read as a checkpoint; is it damaged or cut short? ({first})"
             ) from error
     if not isinstance(state, dict) or "optimizer" not in state:
-        raise ValueError(f"{path} holds weights only and cannot be continued from; start from it with --init_weight")
+        raise ValueError(f"{path} holds weights only and cannot be continued from; start from it with --weights")
     if state.get("format") != FORMAT:
         raise ValueError(f"{path} has format {state.get('format')}, this version reads {FORMAT}")
     if state.pop("checksum", "") != checksum(state):

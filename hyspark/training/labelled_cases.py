@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from hyspark.config.segmentation import FinetuneConfig
+from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets import build, datalist_json
 from hyspark.data.datasets.cases import Case, Datalist
 from hyspark.data.datasets.splits import SEED, split_by_subject
@@ -15,7 +15,7 @@ from hyspark.utils.text import nearest
 BTCV_CLASSES = 14
 
 
-def find_cases(config: FinetuneConfig) -> tuple[list[Case], list[Case], list[str]]:
+def find_cases(config: SegmentationConfig) -> tuple[list[Case], list[Case], list[str]]:
     """Labelled training and validation cases, and the class names by label value.
 
     Raises ValueError where there is nothing to train or to validate on, or less than the settings ask for.
@@ -26,15 +26,15 @@ def find_cases(config: FinetuneConfig) -> tuple[list[Case], list[Case], list[str
         training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=SEED)
     if not training or not validation:
         raise ValueError(
-            f"{config.data_dir}: {len(training)} labelled cases to train on and {len(validation)} to validate on; "
+            f"{config.data}: {len(training)} labelled cases to train on and {len(validation)} to validate on; "
             "at least one of each is needed; name more cases in the data list, or change val_fraction"
         )
     return choose_labelled(training, config), validation, class_names(config, listed.labels)
 
 
-def read_cases(config: FinetuneConfig) -> Datalist:
+def read_cases(config: SegmentationConfig) -> Datalist:
     """The JSON that the settings name; else data_dir/dataset.json where it is a data list; else the nnU-Net folders."""
-    folder = Path(config.data_dir)
+    folder = Path(config.data)
     read = partial(datalist_json.read, require_labels=True, require_files=False)
     if config.json_list:
         inside = folder / config.json_list
@@ -45,7 +45,7 @@ def read_cases(config: FinetuneConfig) -> Datalist:
     return build.read_folder(folder, seed=SEED, val_fraction=config.val_fraction)
 
 
-def choose_labelled(training: Sequence[Case], config: FinetuneConfig) -> list[Case]:
+def choose_labelled(training: Sequence[Case], config: SegmentationConfig) -> list[Case]:
     """As many training cases as the settings ask for, in their order.
 
     The cases are drawn one after the other in an order that the seed gives, so that fewer are always among more.
@@ -53,13 +53,13 @@ def choose_labelled(training: Sequence[Case], config: FinetuneConfig) -> list[Ca
     """
     num = config.num_labelled or max(1, round(config.label_fraction * len(training)))
     if num > len(training):
-        raise ValueError(f"num_labelled is {num}, but {config.data_dir} has {len(training)} labelled training cases")
+        raise ValueError(f"num_labelled is {num}, but {config.data} has {len(training)} labelled training cases")
     by_name = sorted(range(len(training)), key=lambda i: (training[i].dataset, training[i].name))
     drawn = rng_at(config.seed, "labelled").permutation(len(training))[:num]
     return [training[i] for i in sorted(by_name[d] for d in drawn)]
 
 
-def class_names(config: FinetuneConfig, labels: dict[str, int] | None) -> list[str]:
+def class_names(config: SegmentationConfig, labels: dict[str, int] | None) -> list[str]:
     """Names by label value, background first; raises ValueError where out_channels and the data's labels disagree."""
     if not labels:
         num = config.out_channels or BTCV_CLASSES
@@ -74,7 +74,7 @@ def class_names(config: FinetuneConfig, labels: dict[str, int] | None) -> list[s
     return [by_value.get(v, f"class_{v}") for v in range(num)]
 
 
-def left_right_pairs(config: FinetuneConfig, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
+def left_right_pairs(config: SegmentationConfig, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
     """Label values that a left-right flip swaps; raises ValueError for what is no class, or comes twice."""
     known = {name: value for value, name in enumerate(names)} | {str(value): value for value in range(len(names))}
     pairs = [tuple(side.strip() for side in pair.split("=")) for pair in config.left_right]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hyspark.config.classification import ClassifyConfig
+from hyspark.config.classification import ClassificationConfig
 from hyspark.data.batches.images import short_side
 from hyspark.data.readers.images import FoundImages, ImageSet, decode, find_classes, find_images, nested_subset
 from hyspark.training.distributed import LOG
@@ -34,7 +34,7 @@ class Images:
         return f"{len(self.parts['train'])} training and {len(self.parts['val'])} validation images ({digest})"
 
 
-def read_images(config: ClassifyConfig) -> Images:
+def read_images(config: ClassificationConfig) -> Images:
     """The images of the settings' parts, in memory; of the training part those that the settings ask for.
 
     Raises ValueError or FileNotFoundError for data that do not fit, and, unless on_bad_case says skip, where images
@@ -44,7 +44,7 @@ def read_images(config: ClassifyConfig) -> Images:
     sets: dict[str, ImageSet] = {}
     wrong: dict[str, str] = {}
     for part, listed in found.items():
-        sets[part], faults = decode(listed, short_side(config.input_size))
+        sets[part], faults = decode(listed, short_side(config.crop_size))
         wrong |= {f"{part}/{name}": why for name, why in faults.items()}
     num = sum(len(listed.names) for listed in found.values())
     if wrong and config.on_bad_case == "stop":
@@ -52,13 +52,13 @@ def read_images(config: ClassifyConfig) -> Images:
     if wrong:
         LOG.warning("%s", unusable(wrong, num))
     if empty := [part for part, images in sets.items() if not len(images)]:
-        raise ValueError(f"{config.data_dir}: no image that can be used is left in {', '.join(empty)}")
+        raise ValueError(f"{config.data}: no image that can be used is left in {', '.join(empty)}")
     if twins := in_two_parts(sets):
         (name, twin), *_ = twins
         LOG.warning(
             "%s: %d times an image is in two parts, pixel for pixel, such as %s and %s; scores on these say nothing of "
             "new images, remove them from one part",
-            *(config.data_dir, len(twins), name, twin),
+            *(config.data, len(twins), name, twin),
         )
     return Images(sets, classes, list(wrong))
 
@@ -76,9 +76,9 @@ def in_two_parts(sets: Mapping[str, ImageSet]) -> list[tuple[str, str]]:
     return twins
 
 
-def find_parts(config: ClassifyConfig) -> tuple[dict[str, FoundImages], tuple[str, ...]]:
+def find_parts(config: ClassificationConfig) -> tuple[dict[str, FoundImages], tuple[str, ...]]:
     """The images of each part, not decoded yet, and the classes. Raises as `read_images`."""
-    found, classes = find_images(Path(config.data_dir))
+    found, classes = find_images(Path(config.data))
     training = found["train"]
     if config.num_labelled or config.label_fraction < 1:
         share = max(len(set(training.labels)), round(config.label_fraction * len(training.names)))

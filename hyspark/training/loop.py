@@ -133,7 +133,7 @@ def start_run(
     if state:
         model.load_state_dict(state["model"])
     model = distributed.share_gradients(model, processes, some_unused=freezes)
-    make_optimizer = make_optimizer or partial(optim.adamw, encoder_share=config.encoder_lr_share)
+    make_optimizer = make_optimizer or partial(optim.adamw, encoder_share=config.encoder_lr_ratio)
     optimizer = make_optimizer(model)
     scaler = loss_scaler(processes, config.precision)
     if state:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from hyspark.config.classification import ClassifyConfig
-from hyspark.config.segmentation import FinetuneConfig
+from hyspark.config.classification import ClassificationConfig
+from hyspark.config.segmentation import SegmentationConfig
 from hyspark.models.encoder import NUM_STAGES
 
 
@@ -31,18 +31,18 @@ def weight_decay(step: int, *, start: float, end: float, total: int) -> float:
 
 
 def finetuning_rates(
-    config: FinetuneConfig | ClassifyConfig, step: int, steps_per_epoch: int, total: int
+    config: SegmentationConfig | ClassificationConfig, step: int, steps_per_epoch: int, total: int
 ) -> dict[str, float]:
     """Learning rate `lr` and weight decay `wd` of a step: a linear warm-up, then a cosine to 0 or a constant rate."""
     warmup = min(config.warmup_epochs * steps_per_epoch, total - 1)
-    lr = learning_rate(step, peak=config.optim_lr, warmup=warmup, total=total)
+    lr = learning_rate(step, peak=config.lr, warmup=warmup, total=total)
     is_constant = config.lrschedule == "constant" and step >= warmup
-    return {"lr": config.optim_lr if is_constant else lr, "wd": config.reg_weight}
+    return {"lr": config.lr if is_constant else lr, "wd": config.weight_decay}
 
 
-def encoder_share(config: FinetuneConfig | ClassifyConfig) -> float:
+def encoder_share(config: SegmentationConfig | ClassificationConfig) -> float:
     """Learning rate of the encoder as a share of that of the rest, which depends on what it starts from."""
-    return config.encoder_lr_share * (1.0 if config.pretrained == "none" else config.pretrained_lr_share)
+    return config.encoder_lr_ratio * (1.0 if config.weights == "none" else config.pretrained_lr_ratio)
 
 
 def adamw(model: nn.Module, layer_decay: float = 1.0, encoder_share: float = 1.0) -> torch.optim.Optimizer:

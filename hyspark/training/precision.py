@@ -9,12 +9,12 @@ import torch
 import yaml
 
 from hyspark.config.recipes import Config, ConfigT
-from hyspark.config.segmentation import FinetuneConfig
+from hyspark.config.segmentation import SegmentationConfig
 from hyspark.config.shared import Precision, RunSettings
 from hyspark.training.distributed import LOG, Processes
 
 
-def precision_on(processes: Processes, config: FinetuneConfig) -> Precision:
+def precision_on(processes: Processes, config: SegmentationConfig) -> Precision:
     """The number format of the forward pass: the one that the network was trained in; on a CPU, where the short ones
     may be slow, fp32.
     """

@@ -9,9 +9,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import nn
 
-from hyspark.config.classification import ClassifyConfig
+from hyspark.config.classification import ClassificationConfig
 from hyspark.config.recipes import Config, as_plain, differences
-from hyspark.config.segmentation import FinetuneConfig
+from hyspark.config.segmentation import SegmentationConfig
 from hyspark.training import checkpoint, distributed
 from hyspark.training.distributed import LOG, Processes
 from hyspark.training.signals import Requests, requests
@@ -46,12 +46,12 @@ def locked(config: Config, processes: Processes) -> Iterator[None]:
         lock.release()
 
 
-def last_file(config: FinetuneConfig | ClassifyConfig) -> Path:
+def last_file(config: SegmentationConfig | ClassificationConfig) -> Path:
     """The state that a fine-tuning continues from."""
     return config.run_folder / "last.pth"
 
 
-def steps_per_epoch(config: FinetuneConfig | ClassifyConfig, num_training: int) -> int:
+def steps_per_epoch(config: SegmentationConfig | ClassificationConfig, num_training: int) -> int:
     """Of a fine-tuning: as set, or the steps in which every training case comes at least once."""
     return config.steps_per_epoch or math.ceil(num_training / config.batch_size)
 

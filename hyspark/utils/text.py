@@ -1,14 +1,19 @@
 """Numbers and lists as text for people."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """'; did you mean X?' for a near miss, else nothing."""
-    choices = list(choices)
-    matches = [c for c in choices if c.startswith(word)] or difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]}?" if matches else ""
+def nearest(word: str, choices: Iterable[str] | Mapping[str, str]) -> str:
+    """Write "; did you mean X?" for a near miss, else nothing.
+
+    Args:
+        word: What was given.
+        choices: What is known. The values of a mapping are suggested in place of its keys.
+    """
+    known = choices if isinstance(choices, Mapping) else {choice: choice for choice in choices}
+    matches = [c for c in known if c.startswith(word)] or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {known[matches[0]]}?" if matches else ""
 
 
 def listing(items: Iterable[str], limit: int = 10) -> str:

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from hyspark.comparison import benefit
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import read_yaml
-from hyspark.config.segmentation import FinetuneConfig
+from hyspark.config.segmentation import SegmentationConfig
 from hyspark.config.shared import EncoderSettings
 from hyspark.data.datasets import build as datasets_build
 from hyspark.data.datasets import datalist_json
@@ -163,7 +163,7 @@ def test_at_the_end_of_the_time_a_listener_gets_sigterm_and_others_an_error(stud
 
 def test_the_recipes_share_a_network_whose_weights_stay_below_16_mb():
     pre = PretrainConfig(**read_yaml(FOLDER.parent / "configs/pretrain_gpu_study.yaml", PretrainConfig))
-    fine = FinetuneConfig(**read_yaml(FOLDER.parent / "configs/finetune_gpu_study.yaml", FinetuneConfig))
+    fine = SegmentationConfig(**read_yaml(FOLDER.parent / "configs/finetune_gpu_study.yaml", SegmentationConfig))
     shared = [*(field.name for field in fields(EncoderSettings)), *(field.name for field in fields(PrepareSettings))]
     for name in (*shared, "decoder_width", "precision"):
         assert getattr(pre, name) == getattr(fine, name)
@@ -193,7 +193,7 @@ def test_a_stopped_study_continues_to_its_end(study, source, tmp_path, monkeypat
 
     def in_this_process(jobs, num_at_once, after_each):
         for job in jobs:
-            finetune(FinetuneConfig(**read_yaml(job.command[-1], FinetuneConfig)))
+            finetune(SegmentationConfig(**read_yaml(job.command[-1], SegmentationConfig)))
             done.append(job.name)
             after_each()
             if len(done) == 1:

@@ -12,25 +12,25 @@ import torch
 from hyspark.cli import commands, exit_codes, main, parsing
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import field_help
-from hyspark.config.segmentation import FinetuneConfig
+from hyspark.config.segmentation import SegmentationConfig
 from hyspark.evaluation.segmentation.scores import Scores, write_scores
 from hyspark.models.encoder import HybridEncoder
 from hyspark.models.segmentation import build_hybird
 from hyspark.utils.atomic import write_json
 
 ROOT = Path(__file__).parents[2]
-PUBLISHED = "--exp_name=debug --data_path=./data --model=hyspark --bs=12 --exp_dir=debug_hyspark_ddp_4"
+PUBLISHED = "--exp_name=debug --data=./data --model=hyspark --batch_size=12 --out=debug_hyspark_ddp_4"
 TINY = {"encoder_widths": (4, 4, 8, 8, 12), "encoder_depths": (1,) * 5, "expansions": (2,) * 5}
 TINY_FLAGS = [word for name, values in TINY.items() for word in (f"--{name}", *map(str, values))]
-TINY_FLAGS += ["--vit_depth", "1", "--num_heads", "2", "--img_size", "32", "--n_classes", "3"]
+TINY_FLAGS += ["--vit_depth", "1", "--num_heads", "2", "--crop_size", "32", "--out_channels", "3"]
 
 
 def pretrain_config(line: str) -> PretrainConfig:
     return parsing.read_config(PretrainConfig, "hyspark pretrain", line.split())
 
 
-def finetune_config(line: str) -> FinetuneConfig:
-    return parsing.read_config(FinetuneConfig, "hyspark finetune", line.split())
+def finetune_config(line: str) -> SegmentationConfig:
+    return parsing.read_config(SegmentationConfig, "hyspark finetune", line.split())
 
 
 def fails(argv: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
@@ -58,9 +58,9 @@ def make_dataset(folder: Path, names: str, labels: str = "", ending: str = ".nii
 
 def test_the_published_command_line_parses_unchanged():
     config = pretrain_config(PUBLISHED)
-    assert (config.exp_name, config.data_path, config.model, config.bs) == ("debug", "./data", "hyspark", 12)
+    assert (config.exp_name, config.data, config.model, config.batch_size) == ("debug", "./data", "hyspark", 12)
     assert str(config.run_folder) == "debug_hyspark_ddp_4"
-    untouched = PretrainConfig(exp_name="debug", data_path="./data", bs=12, exp_dir="debug_hyspark_ddp_4")
+    untouched = PretrainConfig(exp_name="debug", data="./data", batch_size=12, out="debug_hyspark_ddp_4")
     assert config == untouched
 
 
@@ -87,25 +87,25 @@ def test_the_other_published_flags_parse(flag, value, parsed, form):
 
 def test_unetr_flags_parse():
     line = (
-        "--data_dir=/data/btcv --json_list=dataset_0.json --logdir=./test --max_epochs=10 --val_every=5 --batch_size=2 "
-        "--optim_lr=4e-4 --reg_weight=1e-5 --warmup_epochs=5 --lrschedule=warmup_cosine --infer_overlap=0.7 "
+        "--data=/data/btcv --json_list=dataset_0.json --out=./test --epochs=10 --val_every=5 --batch_size=2 "
+        "--lr=4e-4 --weight_decay=1e-5 --warmup_epochs=5 --lrschedule=warmup_cosine --infer_overlap=0.7 "
         "--roi_x=64 --roi_y=64 --roi_z=96 --in_channels=1 --out_channels=14"
     )
     config = finetune_config(line)
     for word in line.split():
         name, value = word.removeprefix("--").split("=")
         assert type(getattr(config, name))(value) == getattr(config, name) != ""
-    assert config.crop_size == (64, 64, 96)
+    assert config.crop_shape == (64, 64, 96)
 
 
 def test_defaults_without_flags():
     assert pretrain_config("") == PretrainConfig()
-    assert finetune_config("") == FinetuneConfig()
+    assert finetune_config("") == SegmentationConfig()
 
 
 def test_values_of_several_numbers():
-    config = pretrain_config("--input_size 32 48 64 --spacing 1 2 2.5 --flip_prob 0 0 1 --encoder_widths 8 8 8 8 12")
-    assert (config.input_size, config.spacing) == ((32, 48, 64), (1.0, 2.0, 2.5))
+    config = pretrain_config("--crop_size 32 48 64 --spacing 1 2 2.5 --flip_prob 0 0 1 --encoder_widths 8 8 8 8 12")
+    assert (config.crop_size, config.spacing) == ((32, 48, 64), (1.0, 2.0, 2.5))
     assert (config.flip_prob, config.encoder_widths) == ((0.0, 0.0, 1.0), (8, 8, 8, 8, 12))
 
 
@@ -121,11 +121,11 @@ def test_booleans():
 def test_flags_override_the_recipe(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("bs: 6\nbase_lr: 1e-3\nspacing: [2, 2, 3]\ninput_size: 48\ndry_run: true\n")
-    for line in (f"--config {recipe} --bs 8", f"--bs=8 --config={recipe}"):
+    for line in (f"--config {recipe} --batch_size 8", f"--batch_size=8 --config={recipe}"):
         config = pretrain_config(line)
-        expected = {"bs": 8, "base_lr": 1e-3, "spacing": (2.0, 2.0, 3.0), "input_size": (48,), "dry_run": True}
+        expected = {"batch_size": 8, "lr": 1e-3, "spacing": (2.0, 2.0, 3.0), "crop_size": (48,), "dry_run": True}
         assert config == PretrainConfig(**expected)
-    assert pretrain_config(f"--config {recipe} --no-dry_run --base_lr 1e-4").dry_run is False
+    assert pretrain_config(f"--config {recipe} --no-dry_run --lr 1e-4").dry_run is False
 
 
 def test_the_last_recipe_counts(tmp_path):
@@ -146,26 +146,26 @@ def test_wrong_recipes_are_messages(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("pretrain --bss 3", "unknown argument '--bss'; did you mean --bs?"),
-        ("pretrain --base_lrr=3", "unknown argument '--base_lrr'; did you mean --base_lr?"),
-        ("finetune --max_epoch 3", "unknown argument '--max_epoch'; did you mean --max_epochs?"),
+        ("pretrain --bss 3", "unknown argument '--bss'; did you mean --batch_size?"),
+        ("pretrain --base_lrr=3", "unknown argument '--base_lrr'; did you mean --lr?"),
+        ("finetune --max_epoch 3", "unknown argument '--max_epoch'; did you mean --epochs?"),
         ("pretrain stray", "unknown argument 'stray'"),
-        ("datalist --datapath x", "unknown argument '--datapath'; did you mean --data_path?"),
+        ("datalist --datapath x", "unknown argument '--datapath'; did you mean --data?"),
         ("phantom --num_labeled 1", "unknown argument '--num_labeled'; did you mean --num_labelled?"),
         ("weights a.pth --classes 3", "unknown argument '--classes'"),
         ("compare a --fast", "unknown argument '--fast'"),
         # abbreviations
         ("pretrain --exp_n debug", "unknown argument '--exp_n'; did you mean --exp_name?"),
         ("pretrain --exp_n=debug", "unknown argument '--exp_n'; did you mean --exp_name?"),
-        ("finetune --max_e 3", "unknown argument '--max_e'; did you mean --max_epochs?"),
+        ("finetune --max_e 3", "unknown argument '--max_e'; did you mean --epochs?"),
         ("datalist --lab", "unknown argument '--lab'; did you mean --labels?"),
         # values
-        ("pretrain --bs x", "argument --bs: invalid int value: 'x'"),
-        ("pretrain --bs", "argument --bs: expected one argument"),
+        ("pretrain --batch_size x", "argument --batch_size: invalid int value: 'x'"),
+        ("pretrain --batch_size", "argument --batch_size: expected one argument"),
         ("pretrain --spacing 1 2", "argument --spacing: expected 3 arguments"),
         ("pretrain --precision fp61", "bf16"),
-        ("pretrain --input_size 100", "nearest that fits is (96, 96, 96)"),
-        ("pretrain --mask 1.5", "mask must lie between 0 and 1"),
+        ("pretrain --crop_size 100", "nearest that fits is (96, 96, 96)"),
+        ("pretrain --mask_ratio 1.5", "mask must lie between 0 and 1"),
         ("finetune --in_channels 3", "CT has one channel"),
         ("datalist --organize_from x", "--organize_from and --organize_to go together"),
         ("phantom --num_labelled -1", "at least 0"),
@@ -216,7 +216,7 @@ def test_help_of_every_verb(verb, capsys):
     assert exit_.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert f"usage: hyspark {verb}" in text
-    for name, config_class in (("pretrain", PretrainConfig), ("finetune", FinetuneConfig)):
+    for name, config_class in (("pretrain", PretrainConfig), ("finetune", SegmentationConfig)):
         if verb == name:
             assert "--config" in text
             for field, help_text in field_help(config_class).items():
@@ -230,7 +230,7 @@ def test_help_of_every_verb(verb, capsys):
 def test_datalist_writes_and_counts(tmp_path, capsys):
     make_dataset(tmp_path / "Dataset001_A", "a b c", "a b")
     make_dataset(tmp_path / "more" / "Dataset002_B", "d e", ending=".nii")
-    main.main(["datalist", "--data_path", str(tmp_path)])
+    main.main(["datalist", "--data", str(tmp_path)])
     output = capsys.readouterr().out
     assert "Dataset001_A: 3 training, 0 validation" in output
     assert "Dataset002_B: 2 training, 0 validation" in output
@@ -245,8 +245,8 @@ def test_datalist_writes_and_counts(tmp_path, capsys):
 def test_datalist_with_labels_and_split(tmp_path, capsys):
     make_dataset(tmp_path / "Dataset001_A", "a b c d e f", "a b c d e")
     output = tmp_path / "labelled.json"
-    flags = ["--labels", "--splits", "auto", "--val_fraction", "0.4", "--output", str(output)]
-    main.main(["datalist", "--data_path", str(tmp_path), *flags])
+    flags = ["--labels", "--splits", "auto", "--val_fraction", "0.4", "--out", str(output)]
+    main.main(["datalist", "--data", str(tmp_path), *flags])
     assert "3 training, 2 validation, 5 labelled, 1 left out" in capsys.readouterr().out
     listed = json.loads(output.read_text())
     assert [len(listed["training"]), len(listed["validation"])] == [3, 2]
@@ -260,7 +260,7 @@ def test_datalist_organizes_first(tmp_path, capsys):
         (tmp_path / "loose" / name).write_text(name)
     target = tmp_path / "data" / "Dataset042_Mine"
     flags = ["--organize_from", str(tmp_path / "loose"), "--organize_to", str(target), "--copy"]
-    main.main(["datalist", "--data_path", str(tmp_path / "data"), *flags])
+    main.main(["datalist", "--data", str(tmp_path / "data"), *flags])
     output = capsys.readouterr().out
     assert f"2 images copied into {target}/imagesTr" in output
     assert "Dataset042_Mine: 2 training" in output
@@ -268,18 +268,18 @@ def test_datalist_organizes_first(tmp_path, capsys):
 
 
 def test_datalist_that_finds_nothing(tmp_path, capsys):
-    message = fails(["datalist", "--data_path", str(tmp_path)], capsys)
+    message = fails(["datalist", "--data", str(tmp_path)], capsys)
     assert message.startswith("error: ")
     assert "no images found" in message
     assert "imagesTr" in message
     assert not (tmp_path / "dataset.json").exists()
-    assert "is not a folder" in fails(["datalist", "--data_path", str(tmp_path / "none")], capsys)
+    assert "is not a folder" in fails(["datalist", "--data", str(tmp_path / "none")], capsys)
 
 
 def test_datalist_with_duplicates(tmp_path, capsys):
     make_dataset(tmp_path / "Dataset001_A", "a")
     make_dataset(tmp_path / "Dataset001_A", "a", ending=".nii")
-    message = fails(["datalist", "--data_path", str(tmp_path)], capsys)
+    message = fails(["datalist", "--data", str(tmp_path)], capsys)
     assert "a_0000.nii.gz" in message
     assert "a_0000.nii " in message
     assert not (tmp_path / "dataset.json").exists()
@@ -287,7 +287,7 @@ def test_datalist_with_duplicates(tmp_path, capsys):
 
 def test_datalist_with_unpaired_labels(tmp_path, capsys):
     make_dataset(tmp_path / "Dataset001_A", "a b", "a c")
-    assert "c.nii.gz" in fails(["datalist", "--data_path", str(tmp_path), "--labels"], capsys)
+    assert "c.nii.gz" in fails(["datalist", "--data", str(tmp_path), "--labels"], capsys)
     assert not (tmp_path / "dataset.json").exists()
 
 
@@ -323,7 +323,7 @@ def test_weights_of_networks_of_others(tmp_path, capsys):
     main.main(["weights", path, "--model", "torchvision/resnet18"])
     assert "missing       2 (fresh: fc.* 2)" in capsys.readouterr().out
     assert "n_classes, decoder_width: of the segmentation network; leave out for timm/resnet18" in fails(
-        ["weights", path, "--model", "timm/resnet18", "--n_classes", "3", "--decoder_width", "32"], capsys
+        ["weights", path, "--model", "timm/resnet18", "--out_channels", "3", "--decoder_width", "32"], capsys
     )
     assert "did you mean resnet18" in fails(["weights", path, "--model", "timm/resnet_18"], capsys)
     assert "has shape" in fails(["weights", path, "--model", "monai/resnet18"], capsys)
@@ -401,12 +401,12 @@ def test_a_diverged_training_is_exit_code_1(monkeypatch, capsys):
 
 def test_one_of_several_processes_speaks(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    assert fails(["pretrain", "--mask", "2"], capsys) == ""
+    assert fails(["pretrain", "--mask_ratio", "2"], capsys) == ""
     monkeypatch.setenv("RANK", "0")
-    assert fails(["pretrain", "--mask", "2"], capsys) != ""
+    assert fails(["pretrain", "--mask_ratio", "2"], capsys) != ""
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")  # the first of the second machine
-    assert fails(["pretrain", "--mask", "2"], capsys) != ""
+    assert fails(["pretrain", "--mask_ratio", "2"], capsys) != ""
 
 
 def test_the_scripts_show_their_help(tmp_path):

@@ -17,7 +17,7 @@ import torch
 from hyspark.cli import main, parsing
 from hyspark.comparison import benefit, jobs, report
 from hyspark.config.recipes import read_yaml, write_yaml
-from hyspark.config.segmentation import FinetuneConfig
+from hyspark.config.segmentation import SegmentationConfig
 from hyspark.tasks.segmentation import build
 
 STAND_IN = """
@@ -52,8 +52,8 @@ def _stand_in(tmp_path, monkeypatch):
 @pytest.fixture
 def base(finetuning):
     """What all runs share."""
-    given = {"logdir": FinetuneConfig.logdir, "store_dir": str(Path(finetuning.data_dir) / "store")}
-    return replace(finetuning, **given, max_epochs=1, val_every=1)
+    given = {"out": SegmentationConfig.out, "store_dir": str(Path(finetuning.data) / "store")}
+    return replace(finetuning, **given, epochs=1, val_every=1)
 
 
 @pytest.fixture
@@ -82,12 +82,9 @@ def test_the_order_is_seed_by_seed_few_labels_first_starts_side_by_side(base, tm
 
 def test_runs_differ_in_start_labels_and_seed_alone(base, tmp_path):
     runs = benefit.plan(base, tmp_path, {"scratch": "none", "own": "x"}, [5, 10], [0, 1], 1)
-    shared = [
-        replace(run.config, logdir=base.logdir, pretrained="none", seed=0, num_labelled=base.num_labelled)
-        for run in runs
-    ]
+    shared = [replace(run.config, out=base.out, weights="none", seed=0, num_labelled=base.num_labelled) for run in runs]
     assert set(shared) == {base}
-    assert [(r.config.pretrained, r.config.num_labelled, r.config.seed) for r in runs[1:3]] == [
+    assert [(r.config.weights, r.config.num_labelled, r.config.seed) for r in runs[1:3]] == [
         ("x", 5, 0),
         ("none", 10, 0),
     ]
@@ -105,8 +102,8 @@ def test_loader_processes_are_shared_out_between_jobs(base, tmp_path, monkeypatc
     ("changed", "expected"),
     [
         ({"seed": 3}, "seed is given to each run of a comparison by --seeds"),
-        ({"pretrained": "x.pth"}, "pretrained is given to each run of a comparison by --starts"),
-        ({"logdir": "x"}, "by --out"),
+        ({"weights": "x.pth"}, "pretrained is given to each run of a comparison by --initial_weights"),
+        ({"out": "x"}, "by --out"),
         ({"num_labelled": 4}, "by --num_labelled"),
         ({"dry_run": True}, "by --plan"),
         ({"label_fraction": 0.5}, "not label_fraction"),
@@ -202,7 +199,7 @@ def test_a_failed_run_is_told_and_the_report_says_what_is_missing(base, starts, 
 def test_scores_of_the_test_cases_where_there_are_some(base, starts, tmp_path):
     with pytest.raises((FileNotFoundError, ValueError), match="no is not"):
         benefit.benefit(replace(base, test_dir=str(tmp_path / "no")), tmp_path / "out", starts, [1], [0])
-    assert benefit.benefit(replace(base, test_dir=base.data_dir), tmp_path / "out", starts, [1], [0]) == []
+    assert benefit.benefit(replace(base, test_dir=base.data), tmp_path / "out", starts, [1], [0]) == []
     assert (tmp_path / "out" / "runs" / "own_1_seed0" / "scores_test" / "cases.csv").exists()
     assert "scored on 4 test cases" in (tmp_path / "out" / "benefit.md").read_text()
 
@@ -231,7 +228,7 @@ def test_the_plan_runs_and_writes_nothing(base, starts, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("_stand_in")
-@pytest.mark.parametrize("changed", [{"optim_lr": 1e-2}, {"max_steps": 7}, {"test_dir": "."}, {"data_dir": "."}])
+@pytest.mark.parametrize("changed", [{"lr": 1e-2}, {"max_steps": 7}, {"test_dir": "."}, {"data": "."}])
 def test_runs_with_other_settings_are_refused(base, starts, tmp_path, changed):
     """Some may change in a single run, but then its scores are of another budget."""
     out = tmp_path / "out"
@@ -246,8 +243,8 @@ def test_runs_with_other_settings_are_refused(base, starts, tmp_path, changed):
 @pytest.fixture
 def copied(base, tmp_path):
     """Settings with data that may be changed."""
-    shutil.copytree(base.data_dir, tmp_path / "copy" / "Dataset900_PhantomLabelled")
-    return replace(base, data_dir=str(tmp_path / "copy" / "Dataset900_PhantomLabelled"))
+    shutil.copytree(base.data, tmp_path / "copy" / "Dataset900_PhantomLabelled")
+    return replace(base, data=str(tmp_path / "copy" / "Dataset900_PhantomLabelled"))
 
 
 @pytest.mark.usefixtures("_stand_in")
@@ -309,7 +306,7 @@ def test_weights_that_changed_between_calls_are_refused(base, starts, tmp_path):
 @pytest.mark.usefixtures("_stand_in")
 def test_weights_and_data_that_do_not_fit_stop_before_the_first_run(base, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(FileNotFoundError, match=r"--starts own=none\.pth"):
+    with pytest.raises(FileNotFoundError, match=r"--initial_weights own=none\.pth"):
         benefit.benefit(base, out, {"scratch": "none", "own": "none.pth"}, [1], [0])
     torch.save({"something.weight": torch.ones(2)}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"x\.pth"):
@@ -325,10 +322,10 @@ def test_weights_and_data_that_do_not_fit_stop_before_the_first_run(base, tmp_pa
 @pytest.mark.usefixtures("_stand_in")
 def test_a_comparison_does_with_broken_cases_what_its_runs_do(base, tmp_path):
     data = tmp_path / "Dataset900_PhantomLabelled"
-    shutil.copytree(base.data_dir, data)
+    shutil.copytree(base.data, data)
     for folder, ending in (("imagesTr", "_0000"), ("labelsTr", "")):
         (data / folder / f"bad{ending}.nii.gz").write_bytes(b"no volume")
-    base = replace(base, data_dir=str(data), store_dir="")
+    base = replace(base, data=str(data), store_dir="")
     with pytest.raises(ValueError, match=r"1 of 4 volumes cannot be used; .*--on_bad_case skip"):
         benefit.benefit(base, tmp_path, {"scratch": "none"}, [3], [0])
     assert benefit.benefit(replace(base, on_bad_case="skip"), tmp_path, {"scratch": "none"}, [3], [0]) == []
@@ -337,12 +334,12 @@ def test_a_comparison_does_with_broken_cases_what_its_runs_do(base, tmp_path):
 def test_the_command_line_reaches_the_engine(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(benefit, "benefit", lambda *args, **options: calls.append((args, options)) or [])
-    words = "benefit --out o --starts scratch=none own=x.pth --max_steps 7 --num_labelled 5 10 --seeds 3 4 --jobs 2"
+    words = "benefit --out o --initial_weights scratch=none own=x.pth --max_steps 7 --num_labelled 5 10 --seeds 3 4 --jobs 2"
     main.main(
-        [*words.split(), "--config", "configs/finetune_openkbp.yaml", "--data_dir", "d", "--flip_prob", "0", "0", ".1"]
+        [*words.split(), "--config", "configs/finetune_openkbp.yaml", "--data", "d", "--flip_prob", "0", "0", ".1"]
     )
-    recipe = read_yaml("configs/finetune_openkbp.yaml", FinetuneConfig)
-    expected = FinetuneConfig(**recipe | {"max_steps": 7, "data_dir": "d", "flip_prob": (0.0, 0.0, 0.1)})
+    recipe = read_yaml("configs/finetune_openkbp.yaml", SegmentationConfig)
+    expected = SegmentationConfig(**recipe | {"max_steps": 7, "data": "d", "flip_prob": (0.0, 0.0, 0.1)})
     (((base, out, starts, counts, seeds), options),) = calls
     assert (base, out, starts) == (expected, Path("o"), {"scratch": "none", "own": "x.pth"})
     assert (counts, tuple(seeds)) == ([5, 10], (3, 4))
@@ -353,14 +350,14 @@ def test_the_command_line_reaches_the_engine(monkeypatch, tmp_path):
     ("words", "expected"),
     [
         ("--max_step 7", "unknown argument '--max_step'; did you mean --max_steps?"),
-        ("--star a=none", "unknown argument '--star'; did you mean --starts?"),
+        ("--star a=none", "unknown argument '--star'; did you mean --initial_weights?"),
         ("--seed 3", "by --seeds"),
-        ("--optim_lr 0", "optim_lr must be above 0"),
-        ("--starts a", "NAME=FILE"),
+        ("--lr 0", "optim_lr must be above 0"),
+        ("--initial_weights a", "NAME=FILE"),
     ],
 )
 def test_wrong_command_lines_run_nothing(words, expected, tmp_path, capsys):
-    command = ["benefit", "--out", str(tmp_path / "o"), "--starts", "scratch=none", "--num_labelled", "5"]
+    command = ["benefit", "--out", str(tmp_path / "o"), "--initial_weights", "scratch=none", "--num_labelled", "5"]
     with pytest.raises(SystemExit) as exit_:
         main.main([*command, *words.split()])
     assert exit_.value.code == 2
@@ -369,7 +366,7 @@ def test_wrong_command_lines_run_nothing(words, expected, tmp_path, capsys):
 
 
 def test_failed_runs_and_interruptions_are_exit_codes(monkeypatch, capsys):
-    command = ["benefit", "--out", "o", "--starts", "scratch=none", "--num_labelled", "5"]
+    command = ["benefit", "--out", "o", "--initial_weights", "scratch=none", "--num_labelled", "5"]
 
     def interrupted(*args: object, **options: object) -> list[str]:
         raise KeyboardInterrupt
@@ -386,8 +383,8 @@ def test_the_recipe_left_in_a_run_is_its_settings(base, tmp_path):
     (run,) = benefit.plan(base, tmp_path, {"scratch": "none"}, [5], [3], 1)
     job = benefit.job(run)
     assert list(job.command[-3:-1]) == ["finetune", "--config"]
-    assert parsing.read_config(FinetuneConfig, "hyspark finetune", job.command[-2:]) == run.config
-    write_yaml(replace(run.config, optim_lr=1.0), Path(job.command[-1]))
+    assert parsing.read_config(SegmentationConfig, "hyspark finetune", job.command[-2:]) == run.config
+    write_yaml(replace(run.config, lr=1.0), Path(job.command[-1]))
     assert run.changes() == ["optim_lr: was 1.0, is 0.001"]
 
 
@@ -406,9 +403,9 @@ def test_two_starts_from_command_to_report(finetuning, processes, monkeypatch, t
     path = tmp_path / "own.pth"
     torch.save(build(finetuning, 9).state_dict(), path)
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
-    shared = replace(finetuning, logdir=FinetuneConfig.logdir, max_epochs=1)
+    shared = replace(finetuning, out=SegmentationConfig.out, epochs=1)
     write_yaml(shared, recipe)
-    words = ["benefit", "--config", str(recipe), "--out", str(out), "--starts", "scratch=none", f"own={path}"]
+    words = ["benefit", "--config", str(recipe), "--out", str(out), "--initial_weights", "scratch=none", f"own={path}"]
     words += ["--num_labelled", "1", "--seeds", "0"]
     if not processes:
         monkeypatch.setattr(benefit, "run_jobs", in_this_process)

@@ -12,7 +12,7 @@ from PIL import Image
 from hyspark.cli import main
 from hyspark.comparison import benefit, report
 from hyspark.comparison.classification import digest
-from hyspark.config.classification import ClassifyConfig
+from hyspark.config.classification import ClassificationConfig
 from hyspark.config.recipes import write_yaml
 from hyspark.tasks.classification import build
 
@@ -22,7 +22,7 @@ def base(classifying, monkeypatch):
     """What all runs share; no pictures."""
     monkeypatch.setattr(report, "save_figure", lambda figure, path: None)
     monkeypatch.setattr(report, "benefit_figure", lambda *args: None)
-    return replace(classifying, logdir=ClassifyConfig.logdir, max_epochs=1)
+    return replace(classifying, out=ClassificationConfig.out, epochs=1)
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_from_command_to_report_and_what_is_missing_is_made_later(base, starts, 
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
     write_yaml(base, recipe)
     words = ["benefit", "--task", "classify", "--config", str(recipe), "--out", str(out), "--seeds", "0", "1"]
-    words += ["--starts", *(f"{name}={path}" for name, path in starts.items()), "--label_fractions", "0.25"]
+    words += ["--initial_weights", *(f"{name}={path}" for name, path in starts.items()), "--label_fractions", "0.25"]
     first, second = Stopper(3), Stopper(9)
     monkeypatch.setattr(benefit, "run_jobs", first)
     with pytest.raises(SystemExit):
@@ -104,17 +104,17 @@ def test_a_run_that_is_not_scored_yet_is_not_finished(base, tmp_path):
 
 def test_the_data_is_known_by_what_it_holds(base, tmp_path):
     """Wherever it lies and however few of it a run takes; a changed image, or one on another side, is another."""
-    moved = shutil.copytree(base.data_dir, tmp_path / "moved")
+    moved = shutil.copytree(base.data, tmp_path / "moved")
     known = digest(base)
-    assert digest(replace(base, data_dir=str(moved), seed=5, num_labelled=4)) == known
+    assert digest(replace(base, data=str(moved), seed=5, num_labelled=4)) == known
     files = sorted(path for path in moved.rglob("*.png") if path.parent.parent.name == "train")
     pixels = np.asarray(Image.open(files[0]))
     Image.fromarray(np.roll(pixels, 1, 0)).save(files[0])
-    changed = digest(replace(base, data_dir=str(moved)))
+    changed = digest(replace(base, data=str(moved)))
     assert changed != known
     val = next(path for path in moved.rglob(files[0].parent.name) if path.parent.name == "val")
     files[0].rename(val / "moved.png")
-    assert digest(replace(base, data_dir=str(moved))) not in (known, changed)
+    assert digest(replace(base, data=str(moved))) not in (known, changed)
 
 
 def test_weights_and_data_that_do_not_fit_stop_before_the_first_run(base, tmp_path):

@@ -33,7 +33,7 @@ def numbers():
     planned = [Place(start, count, seed) for seed in (0, 1) for count in (5, 50) for start in STARTS]
     runs = {place: a_run(*place) for place in planned if place != Place("scratch", 50, 1)}
     found = compare(runs, planned, STARTS)
-    return found | {"scored_on": "test", "recipe": {"max_epochs": 4}, "digests": {"own": "ab" * 32, "other": "cd" * 32}}
+    return found | {"scored_on": "test", "recipe": {"epochs": 4}, "digests": {"own": "ab" * 32, "other": "cd" * 32}}
 
 
 def rows_of(text, heading):
@@ -79,7 +79,7 @@ def test_organs_surfaces_budgets_and_protocol(numbers):
 def test_fewer_labels_and_rates_of_their_own_stand_beside_the_table(numbers):
     assert "Trained on fewer" not in page(numbers)
     cells = [cell | {"training_cases": [4, 5] if cell["num_labelled"] == 5 else []} for cell in numbers["cells"]]
-    more = {"cells": cells, "recipe": {"pretrained_lr_share": 0.17}}
+    more = {"cells": cells, "recipe": {"pretrained_lr_ratio": 0.17}}
     text = page(numbers | more).split("## Organs")[0]
     assert "left out: scratch with 5 on 4; own with 5 on 4; other with 5 on 4." in text
     assert "learns at 0.17 times the rate of one from scratch" in text

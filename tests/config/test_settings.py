@@ -12,23 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hyspark
-from hyspark.config.classification import ClassifyConfig
+from hyspark.config.classification import ClassificationConfig
 from hyspark.config.pretrain import PretrainConfig
-from hyspark.config.recipes import MAY_CHANGE, as_plain, differences, field_help, read_yaml, write_yaml
-from hyspark.config.segmentation import FinetuneConfig
+from hyspark.config.recipes import as_plain, differences, field_help, read_yaml, write_yaml
+from hyspark.config.segmentation import SegmentationConfig
 from hyspark.utils.text import nearest
 
 PACKAGE = Path(hyspark.__file__).parent
 RECIPES = sorted((PACKAGE.parent / "configs").rglob("*.yaml"))
-VOLUMES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
-CLASSES = VOLUMES | {"finetune_classify": ClassifyConfig}
+VOLUMES = {"pretrain": PretrainConfig, "finetune": SegmentationConfig}
+CLASSES = VOLUMES | {"finetune_classify": ClassificationConfig}
 CLASSIFYING = ("tasks/classification.py", "evaluation/classification/predict.py", "training/labelled_images.py")
 PRETRAINING = ("tasks/pretrain.py", "tasks/masked.py", "tasks/contrastive.py", "planning/plan.py")
 SEGMENTING = ("tasks/segmentation.py", "evaluation/segmentation/evaluate.py")
 OTHER_TASKS = {
     PretrainConfig: (*SEGMENTING, "training/optim.py", *CLASSIFYING),
-    FinetuneConfig: (*PRETRAINING, *CLASSIFYING),
-    ClassifyConfig: (
+    SegmentationConfig: (*PRETRAINING, *CLASSIFYING),
+    ClassificationConfig: (
         *(*PRETRAINING, *SEGMENTING, "evaluation/segmentation/inference.py"),
         *("training/labelled_cases.py", "training/run_volumes.py"),
     ),
@@ -75,7 +75,7 @@ def properties_of(config_class: type) -> list[ast.FunctionDef]:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_loads(path):
     is_classification = "finetune_classify.py --config" in path.read_text()
-    config_class = ClassifyConfig if is_classification else VOLUMES[path.stem.split("_")[0]]
+    config_class = ClassificationConfig if is_classification else VOLUMES[path.stem.split("_")[0]]
     values = read_yaml(path, config_class)
     assert values
     config_class(**values)
@@ -122,26 +122,26 @@ def test_names_that_may_change_exist():
 
 def test_published_defaults():
     config = PretrainConfig()
-    assert (config.mask, config.base_lr, config.ep, config.wp_ep) == (0.75, 1e-4, 100, 40)
-    assert (config.wd, config.wde, config.clip, config.precision) == (0.04, 0.2, 5, "fp32")
-    assert config.crop_size == (96, 96, 96)
+    assert (config.mask_ratio, config.lr, config.epochs, config.warmup_epochs) == (0.75, 1e-4, 100, 40)
+    assert (config.weight_decay, config.weight_decay_end, config.clip, config.precision) == (0.04, 0.2, 5, "fp32")
+    assert config.crop_shape == (96, 96, 96)
     assert (config.spacing, config.hu_min, config.hu_max) == ((1.5, 1.5, 1.5), -175, 250)
     assert (config.flip_prob, config.crops_per_volume) == ((0.2, 0.2, 0.1), 4)
-    fine = FinetuneConfig()
-    study = ClassifyConfig()
+    fine = SegmentationConfig()
+    study = ClassificationConfig()
     assert (study.optimizer, study.optim_lr, study.reg_weight, study.batch_size) == ("adam", 1e-4, 5e-4, 64)
     assert (study.max_epochs, study.freeze_epochs, study.lrschedule) == (70, 10, "constant")
-    assert (fine.optim_lr, fine.reg_weight, fine.warmup_epochs, fine.infer_overlap) == (1e-4, 1e-5, 50, 0.5)
-    assert fine.crop_size == (96, 96, 96)
+    assert (fine.lr, fine.weight_decay, fine.warmup_epochs, fine.infer_overlap) == (1e-4, 1e-5, 50, 0.5)
+    assert fine.crop_shape == (96, 96, 96)
 
 
 def test_properties():
-    assert PretrainConfig(input_size=(32,)).crop_size == (32, 32, 32)
-    assert PretrainConfig(input_size=(32, 48, 64)).crop_size == (32, 48, 64)
-    assert FinetuneConfig(roi_x=32, roi_y=32, roi_z=48).crop_size == (32, 32, 48)
+    assert PretrainConfig(crop_size=(32,)).crop_shape == (32, 32, 32)
+    assert PretrainConfig(crop_size=(32, 48, 64)).crop_shape == (32, 48, 64)
+    assert SegmentationConfig(crop_size=(32, 32, 48)).crop_shape == (32, 32, 48)
     assert PretrainConfig(exp_name="a").run_folder == Path("ckpt/a")
-    assert PretrainConfig(exp_name="a", exp_dir="b/c").run_folder == Path("b/c")
-    assert FinetuneConfig(logdir="d").run_folder == Path("d")
+    assert PretrainConfig(exp_name="a", out="b/c").run_folder == Path("b/c")
+    assert SegmentationConfig(out="d").run_folder == Path("d")
 
 
 # YAML
@@ -150,7 +150,14 @@ def test_properties():
 def test_values_come_in_the_type_of_their_field(tmp_path):
     text = "base_lr: 1e-4\nwd: 1\nclip: '2.5'\nspacing: [1, 2, 3]\ninput_size: 48\nep: 7\ndry_run: true\nmodel: hyspark"
     values = read_yaml(recipe(tmp_path, text), PretrainConfig)
-    expected = {"base_lr": 1e-4, "wd": 1.0, "clip": 2.5, "spacing": (1.0, 2.0, 3.0), "input_size": (48,), "ep": 7}
+    expected = {
+        "lr": 1e-4,
+        "weight_decay": 1.0,
+        "clip": 2.5,
+        "spacing": (1.0, 2.0, 3.0),
+        "crop_size": (48,),
+        "epochs": 7,
+    }
     assert values == {**expected, "dry_run": True, "model": "hyspark"}
     assert [type(values[name]) for name in ("base_lr", "wd", "clip", "ep")] == [float, float, float, int]
     assert {type(x) for x in values["spacing"]} == {float}
@@ -224,8 +231,8 @@ WRONG_RUN = [
     ({"device": "tpu"}, "device must be one of auto, cpu, cuda"),
     ({"seed": -1}, "seed must not be negative"),
     ({"max_steps": -1}, "max_steps must not be negative"),
-    ({"encoder_lr_share": 0.0}, "encoder_lr_share must be above 0 and at most 1"),
-    ({"encoder_lr_share": 2.0}, "encoder_lr_share must be above 0 and at most 1"),
+    ({"encoder_lr_ratio": 0.0}, "encoder_lr_ratio must be above 0 and at most 1"),
+    ({"encoder_lr_ratio": 2.0}, "encoder_lr_ratio must be above 0 and at most 1"),
     ({"save_every": -1}, "save_every must not be negative"),
     ({"dataloader_workers": -2}, "dataloader_workers is a count, or -1"),
     ({"clip": -1.0}, "clip must not be negative"),
@@ -250,31 +257,31 @@ WRONG_VOLUMES = [
     ({"flip_prob": (-0.1, 0.5, 1.0)}, "flip_prob must be probabilities"),
 ]
 WRONG_PRETRAIN = [
-    ({"bs": 0}, "bs must be above 0"),
-    ({"ep": 0}, "ep must be above 0"),
+    ({"batch_size": 0}, "batch_size must be above 0"),
+    ({"epochs": 0}, "epochs must be above 0"),
     ({"decoder_width": 0}, "decoder_width must be above 0"),
-    ({"wp_ep": -1}, "wp_ep must not be negative"),
-    ({"wd": -0.1}, "wd must not be negative"),
-    ({"wde": -0.1}, "wde must not be negative"),
+    ({"warmup_epochs": -1}, "warmup_epochs must not be negative"),
+    ({"weight_decay": -0.1}, "weight_decay must not be negative"),
+    ({"weight_decay_end": -0.1}, "weight_decay_end must not be negative"),
     ({"picture_every": -1}, "picture_every must not be negative"),
-    ({"input_size": (96, 96)}, "input_size takes one number or three"),
-    ({"input_size": ()}, "input_size takes one number or three"),
-    ({"input_size": (100,)}, r"multiple of 16.*nearest that fits is \(96, 96, 96\)"),
-    ({"input_size": (96, 0, 96)}, "multiple of 16"),
+    ({"crop_size": (96, 96)}, "crop_size takes one number or three"),
+    ({"crop_size": ()}, "crop_size takes one number or three"),
+    ({"crop_size": (100,)}, r"multiple of 16.*nearest that fits is \(96, 96, 96\)"),
+    ({"crop_size": (96, 0, 96)}, "multiple of 16"),
     ({"model": "moco"}, "model must be hyspark, or a method and a backbone"),
     ({"model": "simclr/timm/resnet50"}, "methods are spark, moco, byol, swav"),
-    ({"model": "byol/timm/resnet50", "mask": 0.6}, "mask: not read by byol; leave out for byol/timm/resnet50"),
+    ({"model": "byol/timm/resnet50", "mask_ratio": 0.6}, "mask_ratio: not read by byol; drop for byol/timm/resnet50"),
     ({"model": "spark/timm/resnet50", "queue_size": 64}, "queue_size: not read by spark"),
     ({"prototypes": 10}, "prototypes: not read by hyspark"),
     ({"model": "moco/timm/resnet50", "queue_size": 100}, "queue_size must be a multiple of the 16 crops of a step"),
     ({"model": "moco/timm/resnet50", "momentum": 1.0}, "momentum must be at least 0 and below 1"),
     ({"model": "swav/timm/resnet50", "view_scale": 0.0}, "view_scale must be above 0 and at most 1"),
     ({"model": "swav/timm/resnet50", "local_views": -1}, "local_views must not be negative"),
-    ({"model": "byol/timm/resnet50", "bs": 1, "crops_per_volume": 1}, "byol compares images: a step takes two"),
-    ({"mask": 0.0}, "mask must lie between 0 and 1"),
-    ({"mask": 1.0}, "mask must lie between 0 and 1"),
-    ({"base_lr": 0.0}, "base_lr must be above 0"),
-    ({"base_lr": float("nan")}, "base_lr must be finite"),
+    ({"model": "byol/timm/resnet50", "batch_size": 1, "crops_per_volume": 1}, "byol compares images: a step takes two"),
+    ({"mask_ratio": 0.0}, "mask_ratio must lie between 0 and 1"),
+    ({"mask_ratio": 1.0}, "mask_ratio must lie between 0 and 1"),
+    ({"lr": 0.0}, "lr must be above 0"),
+    ({"lr": float("nan")}, "lr must be finite"),
     (
         {"model": "hyspark2"},
         "model must be hyspark, or a method and a backbone .* not 'hyspark2'; methods .*; did you mean hyspark",
@@ -283,14 +290,14 @@ WRONG_PRETRAIN = [
         {"model": "spark/timm/resnet50", "hide": "input", "vit_depth": 2},
         "vit_depth, hide: not read by spark; leave out for spark/timm/resnet50",
     ),
-    ({"channels": 3}, "hyspark takes one channel, but channels is 3"),
+    ({"in_channels": 3}, "in_channels must be 1 for hyspark, but it is 3"),
     ({"slice_stride": 2}, "slice_stride and slice_scaling are for planes"),
-    ({"slices": "axial", "input_size": (96, 96, 96)}, "input_size takes one number or two"),
+    ({"slices": "axial", "crop_size": (96, 96, 96)}, "crop_size takes one number or two"),
     ({"slices": "axial", "probe_data": "data"}, "the probe is of hyspark's crops"),
     ({"compute": "sparse"}, "compute must be one of packed, masked"),
 ]
 WRONG_FINETUNE = [
-    ({"max_epochs": 0}, "max_epochs must be above 0"),
+    ({"epochs": 0}, "epochs must be above 0"),
     ({"val_every": 0}, "val_every must be above 0"),
     ({"batch_size": 0}, "batch_size must be above 0"),
     ({"sw_batch_size": 0}, "sw_batch_size must be above 0"),
@@ -299,11 +306,11 @@ WRONG_FINETUNE = [
     ({"out_channels": -1}, "out_channels must not be negative"),
     ({"out_channels": 1}, "out_channels counts the background too"),
     ({"warmup_epochs": -1}, "warmup_epochs must not be negative"),
-    ({"reg_weight": -1.0}, "reg_weight must not be negative"),
-    ({"optim_lr": 0.0}, "optim_lr must be above 0"),
+    ({"weight_decay": -1.0}, "weight_decay must not be negative"),
+    ({"lr": 0.0}, "lr must be above 0"),
     ({"infer_overlap": 1.0}, "infer_overlap must be at least 0 and below 1"),
     ({"lrschedule": "warmup"}, "lrschedule must be one of.*did you mean warmup_cosine"),
-    ({"roi_z": 90}, "multiple of 16"),
+    ({"crop_size": (96, 96, 90)}, "multiple of 16"),
     ({"rot90_prob": 2.0}, "must be probabilities"),
     ({"intensity_prob": -1.0}, "must be probabilities"),
     ({"labelled_prob": 1.1}, "must be probabilities"),
@@ -316,23 +323,26 @@ WRONG_FINETUNE = [
     ({"label_fraction": 1.5}, "label_fraction and layer_decay are at most 1"),
     ({"num_labelled": 5, "label_fraction": 0.5}, "say the same in two ways"),
     ({"layer_decay": 1.1}, "label_fraction and layer_decay are at most 1"),
-    ({"pretrained_lr_share": 0.0}, "pretrained_lr_share must be above 0 and at most 1"),
+    ({"pretrained_lr_ratio": 0.0}, "pretrained_lr_ratio must be above 0 and at most 1"),
     ({"freeze_epochs": -1}, "freeze_epochs must not be negative"),
     ({"steps_per_epoch": -1}, "steps_per_epoch must not be negative"),
     ({"left_right": ("left kidney",)}, "left_right takes pairs such as"),
     ({"left_right": ("a=",)}, "left_right takes pairs such as"),
-    ({"roi_x": 64}, "roi_x equal to roi_y, but they are 64 and 96.*rot90_prob to 0"),
+    (
+        {"crop_size": (64, 96, 96)},
+        r"equal crop edges on the first two axes, but crop_size is \[64, 96, 96\].*rot90_prob to 0",
+    ),
 ]
 WRONG_CLASSIFY = [
     ({"model": "resnet50"}, "model must be timm/NAME or torchvision/NAME"),
     ({"model": "tim/resnet50"}, "not 'tim/resnet50'; did you mean timm"),
-    ({"channels": 2}, "channels must be 1 or 3"),
+    ({"in_channels": 2}, "in_channels must be 1 or 3"),
     ({"mean": (0.5, 0.5)}, "mean takes one number, or one per channel"),
-    ({"channels": 1, "std": (1.0, 1.0, 1.0)}, "std takes one number, or one per channel"),
+    ({"in_channels": 1, "std": (1.0, 1.0, 1.0)}, "std takes one number, or one per channel"),
     ({"std": (0.0,)}, "std must be above 0"),
     ({"num_labelled": 5, "label_fraction": 0.5}, "say the same in two ways"),
     ({"label_fraction": 1.5}, "label_fraction and layer_decay are at most 1"),
-    ({"pretrained_lr_share": 1.5}, "pretrained_lr_share must be above 0 and at most 1"),
+    ({"pretrained_lr_ratio": 1.5}, "pretrained_lr_ratio must be above 0 and at most 1"),
     ({"optimizer": "sgd"}, "optimizer must be one of adam, adamw"),
     ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1"),
     ({"ema_decay": 1.0}, "ema_decay must be at least 0 and below 1"),
@@ -341,12 +351,12 @@ WRONG_CLASSIFY = [
     ({"flip_prob": 1.5}, "flip_prob must be probabilities"),
     ({"batch_size": 5, "mixup": 0.1}, "batch_size must be even"),
     ({"mixup": -0.1}, "mixup must not be negative"),
-    ({"input_size": 0}, "input_size must be above 0"),
+    ({"crop_size": 0}, "crop_size must be above 0"),
 ]
 WRONG = [(c, *case) for c in CLASSES.values() for case in WRONG_RUN]
 WRONG += [(c, *case) for c in VOLUMES.values() for case in WRONG_VOLUMES]
-WRONG += [(ClassifyConfig, *case) for case in WRONG_CLASSIFY]
-WRONG += [(PretrainConfig, *case) for case in WRONG_PRETRAIN] + [(FinetuneConfig, *case) for case in WRONG_FINETUNE]
+WRONG += [(ClassificationConfig, *case) for case in WRONG_CLASSIFY]
+WRONG += [(PretrainConfig, *case) for case in WRONG_PRETRAIN] + [(SegmentationConfig, *case) for case in WRONG_FINETUNE]
 
 
 @pytest.mark.parametrize(("config_class", "values", "message"), WRONG, ids=[f"{c.__name__}-{v}" for c, v, _ in WRONG])
@@ -357,16 +367,24 @@ def test_wrong_settings_are_refused(config_class, values, message):
 
 def test_settings_at_the_edge_are_accepted():
     PretrainConfig(
-        clip=0.0, wp_ep=0, wd=0.0, wde=0.0, val_fraction=0.0, flip_prob=(0.0, 1.0, 0.5), dataloader_workers=-1
+        clip=0.0,
+        warmup_epochs=0,
+        weight_decay=0.0,
+        weight_decay_end=0.0,
+        val_fraction=0.0,
+        flip_prob=(0.0, 1.0, 0.5),
+        dataloader_workers=-1,
     )
-    FinetuneConfig(infer_overlap=0.0, out_channels=2, warmup_epochs=0, rot90_prob=1.0, intensity_prob=0.0)
-    FinetuneConfig(roi_x=64, rot90_prob=0.0)
-    ClassifyConfig(mean=(0.5, 0.5, 0.5), crop_scale=(1.0, 1.0), freeze_epochs=0, reg_weight=0.0, rotate_degrees=0.0)
+    SegmentationConfig(infer_overlap=0.0, out_channels=2, warmup_epochs=0, rot90_prob=1.0, intensity_prob=0.0)
+    SegmentationConfig(roi_x=64, rot90_prob=0.0)
+    ClassificationConfig(
+        mean=(0.5, 0.5, 0.5), crop_scale=(1.0, 1.0), freeze_epochs=0, weight_decay=0.0, rotate_degrees=0.0
+    )
 
 
 def test_nearest():
     assert nearest("base_lrr", ["wd", "base_lr"]) == "; did you mean base_lr?"
-    assert nearest("--exp", ["--ep", "--exp_name"]) == "; did you mean --exp_name?"
+    assert nearest("--exp", ["--epochs", "--exp_name"]) == "; did you mean --exp_name?"
     assert nearest("zzz", ["wd", "base_lr"]) == ""
 
 
@@ -375,7 +393,7 @@ def test_nearest():
 
 def test_differences_name_what_forbids_continuing():
     old = as_plain(PretrainConfig())
-    changed = PretrainConfig(base_lr=2e-4, input_size=(48,), max_steps=5, exp_dir="elsewhere", dataloader_workers=0)
+    changed = PretrainConfig(lr=2e-4, crop_size=(48,), max_steps=5, out="elsewhere", dataloader_workers=0)
     assert differences(old, PretrainConfig()) == []
     assert differences(old, changed) == ["input_size: was [96], is [48]", "base_lr: was 0.0001, is 0.0002"]
 
@@ -391,7 +409,7 @@ def test_only_named_fields_may_change(config_class):
 
 
 def test_a_setting_the_old_run_did_not_have_had_its_default():
-    old = as_plain(FinetuneConfig())
+    old = as_plain(SegmentationConfig())
     del old["rot90_prob"]
-    assert differences(old, FinetuneConfig()) == []
-    assert differences(old, FinetuneConfig(rot90_prob=0.5)) == ["rot90_prob: was 0.2, is 0.5"]
+    assert differences(old, SegmentationConfig()) == []
+    assert differences(old, SegmentationConfig(rot90_prob=0.5)) == ["rot90_prob: was 0.2, is 0.5"]

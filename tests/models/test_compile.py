@@ -99,12 +99,12 @@ def test_inductor_compiles_the_pretraining_network():
 
 
 def test_a_run_compiles_its_steps_and_not_its_validations(pretraining, monkeypatch):
-    small = replace(pretraining, bs=1, max_steps=2)
+    small = replace(pretraining, batch_size=1, max_steps=2)
     monkeypatch.setattr(pretrain, "compile_blocks", partial(compile_blocks, backend="aot_eager"))
     shapes = []
     depthwise = MedNeXtBlock.depthwise
     monkeypatch.setattr(MedNeXtBlock, "depthwise", lambda self, x, patches: watch(shapes, depthwise, self, x, patches))
-    plain = pretrain.pretrain(replace(small, exp_dir=f"{pretraining.exp_dir}_plain"))
+    plain = pretrain.pretrain(replace(small, out=f"{pretraining.out}_plain"))
     shapes.clear()
     folder = pretrain.pretrain(replace(small, compile="blocks"))
     lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (folder, plain)]

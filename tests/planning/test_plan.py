@@ -40,7 +40,7 @@ def text(config, store, trials=TRIALS, free=100 * GB, processes=CPU):
 
 
 def try_in(config, free, most=4, process=trial_steps.try_steps):
-    task = Pretraining(config, Share(config.bs), [], [])
+    task = Pretraining(config, Share(config.batch_size), [], [])
     return list(process(config, CPU, partial(build, config), task, task.random_batch, most, free))
 
 
@@ -82,10 +82,15 @@ def test_crops_count_per_process(pretraining, store):
 @pytest.mark.parametrize(
     ("settings", "trials", "free", "advice"),
     [
-        ({"bs": 3}, TRIALS, 7 * GB, "6 crops in a process do not fit the memory; try --bs 2 or --precision bf16"),
-        ({"precision": "bf16"}, TRIALS, 3 * GB, "4 crops in a process .* try --bs 1 --crops_per_volume 1$"),
+        (
+            {"batch_size": 3},
+            TRIALS,
+            7 * GB,
+            "6 crops in a process do not fit the memory; try --batch_size 2 or --precision bf16",
+        ),
+        ({"precision": "bf16"}, TRIALS, 3 * GB, "4 crops in a process .* try --batch_size 1 --crops_per_volume 1$"),
         ({"decoder_width": 64}, TRIALS[:1], 3 * GB, "4 crops .*--crops_per_volume 1 or .* or --decoder_width 32$"),
-        ({}, [], GB, "not even one crop fits the memory; try --precision bf16 or a smaller --input_size"),
+        ({}, [], GB, "not even one crop fits the memory; try --precision bf16 or a smaller --crop_size"),
         ({}, TRIALS, GB, "not even one crop"),
     ],
 )

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.curves
 @pytest.fixture
 def run_folder(tmp_path):
     steps = [
-        {"step": s, "epoch": s // 10, "loss": 1 / (s + 1), "lr": 1e-4, "wd": 0.04, "grad_norm": 1.0,
+        {"step": s, "epoch": s // 10, "loss": 1 / (s + 1), "lr": 1e-4, "weight_decay": 0.04, "grad_norm": 1.0,
          "samples_per_second": 6.0, "data_wait": 0.01}
         for s in range(30)
     ]  # fmt: skip

@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 from hyspark.config.shared import EncoderSettings
 
-PLANES = {"slices": "axial", "channels": 3, "input_size": (64,)}
+PLANES = {"slices": "axial", "in_channels": 3, "crop_size": (64,)}
 OTHERS = asdict(EncoderSettings())
 SIAMESE = OTHERS | PLANES | {"decoder_width": 768, "head_width": 16}
 PRETRAININGS = {
@@ -12,11 +12,11 @@ PRETRAININGS = {
     "masked": {"compute": "masked"},
     "hidden in convolutions": {"hide": "convolutions"},
     "hidden in the input": {"hide": "input"},
-    "hidden in the input, 2D": {"hide": "input", "slices": "axial", "input_size": (32,)},
-    "packed, 2D": {"slices": "axial", "input_size": (32,)},
-    "spark timm": OTHERS | PLANES | {"model": "spark/timm/resnet10t", "decoder_width": 32, "mask": 0.5},
-    "spark segresnet": OTHERS | {"model": "spark/monai/segresnet", "decoder_width": 16, "mask": 0.5},
-    "spark dynunet": OTHERS | {"model": "spark/monai/dynunet", "decoder_width": 16, "mask": 0.5},
+    "hidden in the input, 2D": {"hide": "input", "slices": "axial", "crop_size": (32,)},
+    "packed, 2D": {"slices": "axial", "crop_size": (32,)},
+    "spark timm": OTHERS | PLANES | {"model": "spark/timm/resnet10t", "decoder_width": 32, "mask_ratio": 0.5},
+    "spark segresnet": OTHERS | {"model": "spark/monai/segresnet", "decoder_width": 16, "mask_ratio": 0.5},
+    "spark dynunet": OTHERS | {"model": "spark/monai/dynunet", "decoder_width": 16, "mask_ratio": 0.5},
     "moco": SIAMESE | {"model": "moco/timm/resnet10t", "queue_size": 8},
     "byol": SIAMESE | {"model": "byol/timm/resnet10t"},
     "swav": SIAMESE | {"model": "swav/timm/resnet10t", "prototypes": 6, "local_views": 1},

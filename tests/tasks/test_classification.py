@@ -45,7 +45,7 @@ def same(a, b):
 
 @pytest.mark.curves
 def test_it_learns_and_leaves_a_run(classifying_drawn):
-    config = replace(classifying_drawn, max_epochs=20, optim_lr=1e-2, val_every=5)
+    config = replace(classifying_drawn, epochs=20, lr=1e-2, val_every=5)
     folder = finetune_classify(config)
     for name in ("config.yaml", "best.pth", "last.pth", "report.html", "scores/cases.csv", "scores_test/cases.csv"):
         assert (folder / name).is_file(), name
@@ -88,7 +88,7 @@ def test_it_learns_and_leaves_a_run(classifying_drawn):
 )
 def test_an_interrupted_run_continues_as_if_nothing_had_happened(config, tmp_path, more):
     config = replace(config, **more)
-    whole, parts = (replace(config, logdir=str(tmp_path / name)) for name in ("whole", "parts"))
+    whole, parts = (replace(config, out=str(tmp_path / name)) for name in ("whole", "parts"))
     finetune_classify(whole)
     finetune_classify(replace(parts, max_steps=1))
     torch.manual_seed(5)  # what a process has drawn before is not to matter
@@ -103,7 +103,7 @@ def test_an_interrupted_run_continues_as_if_nothing_had_happened(config, tmp_pat
 
 
 def test_the_average_is_what_is_kept(config):
-    config = replace(config, ema_decay=0.9, max_epochs=1)
+    config = replace(config, ema_decay=0.9, epochs=1)
     finetune_classify(config)
     assert same(state_of(config, "best.pth")["model"], state_of(config)["average"])
     assert "moving average" in summary_of(config)["protocol"]["weights"]
@@ -111,7 +111,7 @@ def test_the_average_is_what_is_kept(config):
 
 def test_the_average_follows_every_step(config):
     """timm's warm-up of the decay after steps 1 and 2 is 0 and 1 - 2 ** (-2 / 3)."""
-    config = replace(config, ema_decay=0.9, max_epochs=1)
+    config = replace(config, ema_decay=0.9, epochs=1)
     finetune_classify(replace(config, max_steps=1))
     first = state_of(config)
     assert same(first["average"], first["model"])
@@ -152,7 +152,7 @@ def test_scores_are_made_once_and_again_where_they_are_missing(config):
 
 def test_images_of_another_folder_are_scored_in_place_of_the_test_part(config, write_images, tmp_path):
     write_images(tmp_path / "more", {"dark": 2, "light": 1}, 3)
-    config = replace(config, max_epochs=1, test_dir=str(tmp_path / "more"))
+    config = replace(config, epochs=1, test_dir=str(tmp_path / "more"))
     finetune_classify(config)
     protocol = summary_of(config, "scores_test")["protocol"]
     assert (protocol["images"], protocol["num_images"]) == (str(tmp_path / "more"), 3)
@@ -168,8 +168,8 @@ def test_images_of_another_folder_are_scored_in_place_of_the_test_part(config, w
 def test_fewer_labels_and_pretrained_weights(config, tmp_path):
     weights = tmp_path / "own.pth"
     torch.save(build(replace(config, seed=7), 2).state_dict(), weights)
-    small = replace(config, label_fraction=0.25, pretrained=str(weights), optim_lr=1e-9, reg_weight=0.0)
-    finetune_classify(replace(small, max_epochs=1))
+    small = replace(config, label_fraction=0.25, weights=str(weights), lr=1e-9, weight_decay=0.0)
+    finetune_classify(replace(small, epochs=1))
     assert len(losses(small)) == 1  # 4 of 16 images
     given = torch.load(weights, weights_only=True)
     torch.testing.assert_close(state_of(small)["model"]["conv1.0.weight"], given["conv1.0.weight"], rtol=0, atol=1e-6)
@@ -181,7 +181,7 @@ def test_the_last_layer_starts_fresh_where_the_weights_have_none_that_fits(confi
     weights = tmp_path / "other.pth"
     given = build_classifier("timm/test_resnet", 1, num_classes).state_dict()
     torch.save(given, weights)
-    config = replace(config, pretrained=str(weights), optim_lr=1e-9, reg_weight=0.0, max_epochs=1)
+    config = replace(config, weights=str(weights), lr=1e-9, weight_decay=0.0, epochs=1)
     finetune_classify(config)
     found, fresh = state_of(config)["model"], build(config, 2).state_dict()
     torch.testing.assert_close(found["conv1.0.weight"], given["conv1.0.weight"], rtol=0, atol=1e-6)
@@ -280,7 +280,7 @@ def test_decay_is_in_the_gradient_of_all_weights_or_apart_from_it(config):
     set_rates(adam, lr=1.0, wd=0.5)
     assert type(adam) is torch.optim.Adam
     assert {group["weight_decay"] for group in adam.param_groups} == {0.5}
-    adamw = make_optimizer(replace(config, optimizer="adamw", layer_decay=0.5, encoder_lr_share=0.1), network)
+    adamw = make_optimizer(replace(config, optimizer="adamw", layer_decay=0.5, encoder_lr_ratio=0.1), network)
     set_rates(adamw, lr=1.0, wd=0.5)
     assert type(adamw) is torch.optim.AdamW
     found = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in adamw.param_groups for p in g["params"]}
@@ -289,7 +289,7 @@ def test_decay_is_in_the_gradient_of_all_weights_or_apart_from_it(config):
     assert found["fc.bias"] == (1.0, 0.0)
     assert found["layer4.0.conv1.weight"] == pytest.approx((0.1 * 0.5, 0.5))
     assert found["conv1.0.weight"] == pytest.approx((0.1 * 0.5**5, 0.5))
-    loaded = replace(config, optimizer="adamw", encoder_lr_share=0.1, pretrained_lr_share=0.2, pretrained="a.pth")
+    loaded = replace(config, optimizer="adamw", encoder_lr_ratio=0.1, pretrained_lr_ratio=0.2, weights="a.pth")
     assert sorted({g["share"] for g in make_optimizer(loaded, network).param_groups}) == pytest.approx([0.02, 1.0])
 
 

@@ -30,7 +30,7 @@ def comparing(pretraining):
             **METHODS[method],
             model=f"{method}/timm/resnet10t",
             slices="axial",
-            input_size=(64,),
+            crop_size=(64,),
             decoder_width=768,
             head_width=16,
         )
@@ -44,7 +44,7 @@ def metrics(config):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_leaves_the_networks_own_keys_and_a_report(comparing, method):
-    folder = pretrain(replace(comparing(method), ep=1))
+    folder = pretrain(replace(comparing(method), epochs=1))
     network = timm.create_model("resnet10t", num_classes=0, in_chans=1)
     for kind in ("1kpretrained", "best"):
         path = folder / f"{method}_timm_resnet10t_{kind}_timm_style.pth"
@@ -54,7 +54,7 @@ def test_a_run_leaves_the_networks_own_keys_and_a_report(comparing, method):
 
 def test_an_interrupted_run_continues_bit_for_bit(comparing, tmp_path):
     """With the slow copy and the queue where they were."""
-    whole, parts = (replace(comparing("moco"), exp_dir=str(tmp_path / name)) for name in ("whole", "parts"))
+    whole, parts = (replace(comparing("moco"), out=str(tmp_path / name)) for name in ("whole", "parts"))
     pretrain(whole)
     pretrain(replace(parts, max_steps=2))
     pretrain(replace(parts, dataloader_workers=1))
@@ -75,7 +75,7 @@ def test_a_run_starts_from_the_network_of_another(comparing, method, tmp_path):
     torch.save(given.state_dict(), tmp_path / "network.pth")
     config = comparing(method)
     network, fresh = build(config), build(config)
-    assert start(replace(config, init_weight=str(tmp_path / "network.pth")), network) is None
+    assert start(replace(config, weights=str(tmp_path / "network.pth")), network) is None
     assert all(torch.equal(value, given.state_dict()[key]) for key, value in network.encoder.weights().items())
     torch.testing.assert_close(network.project.state_dict(), fresh.project.state_dict())
     if method != "swav":
@@ -85,20 +85,20 @@ def test_a_run_starts_from_the_network_of_another(comparing, method, tmp_path):
 
 
 def test_a_step_that_is_not_finite_is_repeated(comparing, tmp_path, caplog):
-    config = replace(comparing("moco"), base_lr=1e30, clip=0.0)
+    config = replace(comparing("moco"), lr=1e30, clip=0.0)
     with pytest.raises(FloatingPointError, match="--replay"):
         pretrain(config)
     (file,) = config.run_folder.glob("nonfinite_step_*.pth")
     with caplog.at_level("INFO", "hyspark"):
         pretrain(replace(config, replay=str(file)))
-    assert caplog.text.count(": values 0") == config.bs * config.crops_per_volume
+    assert caplog.text.count(": values 0") == config.batch_size * config.crops_per_volume
     assert "not finite in fp32 either" in caplog.text
 
 
 @pytest.mark.parametrize(("size", "fixed"), [(32, ["layer4"]), (64, [])])
 def test_what_is_not_trained_is_told(comparing, size, fixed):
     """In a crop of one position at its stride the last stage has no map."""
-    config = replace(comparing("moco"), input_size=(size,))
+    config = replace(comparing("moco"), crop_size=(size,))
     network = build(config)
     assert untrained(network.encoder.backbone) == fixed
     text = describe(config, find_processes("cpu"), network, [], [])

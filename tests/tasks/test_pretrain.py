@@ -50,7 +50,7 @@ def test_a_run_folder_holds_what_is_promised(pretraining):
 
 
 def test_the_encoder_file_loads_into_segmentation(pretraining):
-    pretrain(replace(pretraining, ep=1))
+    pretrain(replace(pretraining, epochs=1))
     shape = {"widths": pretraining.encoder_widths, "depths": (1,) * 5, "expansions": (2,) * 5, "vit_depth": 1}
     model = hyspark.build_hybird(1, 4, 32, **shape)
     report = hyspark.load_pretrained(model, encoder_file(pretraining))
@@ -61,15 +61,15 @@ def test_the_encoder_file_loads_into_segmentation(pretraining):
 
 
 def test_the_loss_falls(pretraining):
-    config = replace(pretraining, ep=24, base_lr=3e-3, wp_ep=1)
+    config = replace(pretraining, epochs=24, lr=3e-3, warmup_epochs=1)
     pretrain(config)
     values = losses(config)
     assert sum(values[-6:]) / 6 < 0.95 * sum(values[:3]) / 3
 
 
 def test_an_interrupted_run_continues_as_if_nothing_had_happened(pretraining, tmp_path):
-    whole = replace(pretraining, exp_dir=str(tmp_path / "whole"))
-    parts = replace(pretraining, exp_dir=str(tmp_path / "parts"))
+    whole = replace(pretraining, out=str(tmp_path / "whole"))
+    parts = replace(pretraining, out=str(tmp_path / "parts"))
     pretrain(whole)
     pretrain(replace(parts, max_steps=2))
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:  # what a killed run may leave behind
@@ -82,7 +82,7 @@ def test_an_interrupted_run_continues_as_if_nothing_had_happened(pretraining, tm
 
 
 def test_a_finished_run_is_left_alone(pretraining):
-    config = replace(pretraining, ep=1)
+    config = replace(pretraining, epochs=1)
     pretrain(config)
     before = training_file(config).stat().st_mtime_ns
     pretrain(config)
@@ -92,14 +92,14 @@ def test_a_finished_run_is_left_alone(pretraining):
 def test_another_run_is_not_continued_by_mistake(pretraining):
     pretrain(replace(pretraining, max_steps=1))
     with pytest.raises(ValueError, match=r"mask: was 0\.75, is 0\.5"):
-        pretrain(replace(pretraining, mask=0.5))
+        pretrain(replace(pretraining, mask_ratio=0.5))
 
 
 def test_another_data_list_is_not_continued_by_mistake(pretraining, phantoms, tmp_path):
     listed = datalist_json.read(phantoms / "dataset.json")
     path = tmp_path / "list.json"
     datalist_json.write(listed, path)
-    config = replace(pretraining, data_path=str(path), store_dir=str(phantoms / "prepared"), max_steps=1)
+    config = replace(pretraining, data=str(path), store_dir=str(phantoms / "prepared"), max_steps=1)
     pretrain(config)
     datalist_json.write(replace(listed, training=listed.training[1:]), path)
     with pytest.raises(ValueError, match=r"data: was 6 training and 1 validation cases .*, is 5 training and 1"):
@@ -107,7 +107,7 @@ def test_another_data_list_is_not_continued_by_mistake(pretraining, phantoms, tm
 
 
 def test_weights_that_are_not_there_are_noticed_before_preparation(pretraining, tmp_path):
-    config = replace(pretraining, init_weight="nowhere.pth", store_dir=str(tmp_path / "store"))
+    config = replace(pretraining, weights="nowhere.pth", store_dir=str(tmp_path / "store"))
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         pretrain(config)
     assert not (tmp_path / "store").exists()
@@ -115,23 +115,23 @@ def test_weights_that_are_not_there_are_noticed_before_preparation(pretraining, 
 
 def test_validation_does_not_depend_on_the_seed(pretraining, tmp_path):
     def held_out(seed):
-        config = replace(pretraining, seed=seed, exp_dir=str(tmp_path / str(seed)))
+        config = replace(pretraining, seed=seed, out=str(tmp_path / str(seed)))
         return [c.name for c in find_cases(config)[1]]
 
     assert held_out(0) == held_out(1)
 
 
 def test_resume_from_takes_another_runs_state_and_init_weight_only_its_weights(pretraining, tmp_path):
-    first = replace(pretraining, exp_dir=str(tmp_path / "first"), max_steps=3)
+    first = replace(pretraining, out=str(tmp_path / "first"), max_steps=3)
     pretrain(first)
     source = str(training_file(first))
-    resumed = replace(pretraining, exp_dir=str(tmp_path / "resumed"), resume_from=source, max_steps=4)
+    resumed = replace(pretraining, out=str(tmp_path / "resumed"), resume_from=source, max_steps=4)
     pretrain(resumed)
     assert [m["step"] for m in metrics(resumed) if "loss" in m] == [3]
-    started = replace(pretraining, exp_dir=str(tmp_path / "started"), init_weight=source, max_steps=1)
+    started = replace(pretraining, out=str(tmp_path / "started"), weights=source, max_steps=1)
     pretrain(started)
     assert [m["step"] for m in metrics(started) if "loss" in m] == [0]
-    fresh = replace(pretraining, exp_dir=str(tmp_path / "fresh"), max_steps=1)
+    fresh = replace(pretraining, out=str(tmp_path / "fresh"), max_steps=1)
     pretrain(fresh)
     assert losses(started) != losses(fresh)
 
@@ -166,13 +166,13 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights():
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_other_precisions_train_on_the_cpu(pretraining, precision):
-    config = replace(pretraining, precision=precision, ep=1)
+    config = replace(pretraining, precision=precision, epochs=1)
     pretrain(config)
     assert all(math.isfinite(v) for v in losses(config))
 
 
 def test_non_cubic_crops_train(pretraining):
-    config = replace(pretraining, input_size=(32, 16, 48), max_steps=1)
+    config = replace(pretraining, crop_size=(32, 16, 48), max_steps=1)
     pretrain(config)
     assert len(losses(config)) == 1
 
@@ -181,9 +181,15 @@ def test_a_network_of_others_is_trained_on_planes_and_continues(pretraining, tmp
     """The files bear its name, the one to hand on its own keys; an interrupted run is the same run."""
     planes = {"model": "spark/timm/resnet10t", "slices": "coronal", "slice_stride": 2, "slice_scaling": "minmax"}
     config = replace(
-        pretraining, **asdict(EncoderSettings()), **planes, channels=3, input_size=(64,), mask=0.6, decoder_width=32
+        pretraining,
+        **asdict(EncoderSettings()),
+        **planes,
+        in_channels=3,
+        crop_size=(64,),
+        mask_ratio=0.6,
+        decoder_width=32,
     )
-    whole, parts = (replace(config, exp_dir=str(tmp_path / name)) for name in ("whole", "parts"))
+    whole, parts = (replace(config, out=str(tmp_path / name)) for name in ("whole", "parts"))
     folder = pretrain(whole)
     pretrain(replace(parts, max_steps=1))
     pretrain(parts)
@@ -198,7 +204,7 @@ def test_a_network_of_others_is_trained_on_planes_and_continues(pretraining, tmp
 
 def test_a_network_of_others_starts_from_weights(pretraining, tmp_path, caplog):
     """From its backbone alone, whatever its head, or with the decoder too."""
-    planes = {"model": "spark/timm/resnet10t", "slices": "axial", "channels": 3, "input_size": (64,)}
+    planes = {"model": "spark/timm/resnet10t", "slices": "axial", "in_channels": 3, "crop_size": (64,)}
     config = replace(pretraining, **asdict(EncoderSettings()), **planes, decoder_width=32)
     other = build(replace(config, seed=1))
     head = {"fc.weight": torch.zeros(5, 512), "fc.bias": torch.zeros(5)}
@@ -207,27 +213,27 @@ def test_a_network_of_others_starts_from_weights(pretraining, tmp_path, caplog):
     for name, keys in (("backbone.pth", other.encoder.state_dict()), ("all.pth", other.state_dict())):
         model = build(config)
         with caplog.at_level("INFO"):
-            assert start(replace(config, init_weight=str(tmp_path / name)), model) is None
+            assert start(replace(config, weights=str(tmp_path / name)), model) is None
         own = model.encoder.state_dict() if name == "backbone.pth" else model.state_dict()
         assert own.keys() == keys.keys()
         assert all(torch.equal(own[key], keys[key]) for key in keys)
     assert "fc.weight, fc.bias: head of its own, not part of this model" in caplog.text
     torch.save({"conv1.0.weight": torch.zeros(24, 3, 3, 3)}, tmp_path / "cut.pth")
     with pytest.raises(ValueError, match=r"cut\.pth lacks"):
-        start(replace(config, init_weight=str(tmp_path / "cut.pth")), build(config))
+        start(replace(config, weights=str(tmp_path / "cut.pth")), build(config))
 
 
 def test_volumes_may_train_a_network_of_monai(pretraining):
     shape = asdict(EncoderSettings())  # of hyspark's own encoder
-    folder = pretrain(replace(pretraining, **shape, model="spark/monai/segresnet", decoder_width=16, ep=1))
+    folder = pretrain(replace(pretraining, **shape, model="spark/monai/segresnet", decoder_width=16, epochs=1))
     SegResNet(3, 16, 1).load_state_dict(
         torch.load(folder / "spark_monai_segresnet_best_timm_style.pth", weights_only=True), strict=True
     )
 
 
 def test_no_data_list_says_how_to_make_one(pretraining, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"dataset\.json; make it by: python generate_js\.py --data_path"):
-        pretrain(replace(pretraining, data_path=str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match=r"dataset\.json; make it by: python generate_js\.py --data"):
+        pretrain(replace(pretraining, data=str(tmp_path)))
 
 
 def test_torn_metrics_lines_are_dropped():
@@ -257,7 +263,7 @@ def probes(config):
 
 
 def test_a_probe_is_taken_before_the_first_step_and_with_the_epochs(probing):
-    config = replace(probing, ep=4, probe_every=2)
+    config = replace(probing, epochs=4, probe_every=2)
     folder = pretrain(config)
     taken = probes(config)
     assert [(m["step"], m["epoch"]) for m in taken] == [(-1, 0), (2, 0), (8, 2), (11, 3)]
@@ -279,7 +285,7 @@ def probe_of(config):
 
 
 def test_a_run_with_a_probe_and_one_without_are_the_same(pretraining, probing, tmp_path):
-    without = replace(pretraining, exp_dir=str(tmp_path / "without"))
+    without = replace(pretraining, out=str(tmp_path / "without"))
     pretrain(without)
     assert not probes(without)
     pretrain(probing)
@@ -290,8 +296,8 @@ def test_a_run_with_a_probe_and_one_without_are_the_same(pretraining, probing, t
 
 
 def test_an_interrupted_run_probes_as_an_uninterrupted_one(probing, tmp_path):
-    whole = replace(probing, exp_dir=str(tmp_path / "whole"))
-    parts = replace(probing, exp_dir=str(tmp_path / "parts"))
+    whole = replace(probing, out=str(tmp_path / "whole"))
+    parts = replace(probing, out=str(tmp_path / "parts"))
     pretrain(whole)
     parts.run_folder.mkdir()
     # What a run killed before its first checkpoint leaves behind; and a probe may come and go between the parts.

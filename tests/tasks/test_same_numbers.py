@@ -45,20 +45,20 @@ def assert_recorded(kind: str, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_masked_pretraining(pretraining):
-    assert_recorded("masked", pretrain(replace(pretraining, ep=4, max_steps=STEPS)))
+    assert_recorded("masked", pretrain(replace(pretraining, epochs=4, max_steps=STEPS)))
 
 
 @pytest.mark.slow
 def test_contrastive_pretraining(pretraining):
-    config = replace(pretraining, **PRETRAININGS["moco"], ep=4, max_steps=STEPS)
+    config = replace(pretraining, **PRETRAININGS["moco"], epochs=4, max_steps=STEPS)
     assert_recorded("contrastive", pretrain(config))
 
 
 @pytest.mark.slow
 def test_segmentation(finetuning):
-    assert_recorded("segmentation", finetune(replace(finetuning, max_epochs=STEPS, val_every=STEPS)))
+    assert_recorded("segmentation", finetune(replace(finetuning, epochs=STEPS, val_every=STEPS)))
 
 
 @pytest.mark.slow
 def test_classification(classifying):
-    assert_recorded("classification", finetune_classify(replace(classifying, max_epochs=5, val_every=5)))
+    assert_recorded("classification", finetune_classify(replace(classifying, epochs=5, val_every=5)))

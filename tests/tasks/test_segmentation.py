@@ -30,8 +30,8 @@ def metrics(config):
 
 @pytest.mark.curves
 def test_from_pretraining_to_a_table(pretraining, finetuning, capsys):
-    pretrain(replace(pretraining, ep=1))
-    config = replace(finetuning, pretrained=str(encoder_file(pretraining)))
+    pretrain(replace(pretraining, epochs=1))
+    config = replace(finetuning, weights=str(encoder_file(pretraining)))
     folder = finetune(config)
     for name in ("config.yaml", "metrics.jsonl", "best.pth", "last.pth", "dice.json", "report.html", "pictures"):
         assert (folder / name).exists(), name
@@ -45,7 +45,7 @@ def test_from_pretraining_to_a_table(pretraining, finetuning, capsys):
     assert {name: row["dice"] for name, row in summary["organs"].items()} == pytest.approx(scores["last"])
     assert list(scores["best"]) == list(scores["last"]) == ORGANS
     assert [m["epoch"] for m in metrics(config) if "dice_mean" in m] == [1, 3]
-    scratch = replace(finetuning, logdir=str(folder.parent / "scratch"))
+    scratch = replace(finetuning, out=str(folder.parent / "scratch"))
     finetune(scratch)
     first = [next(m["loss"] for m in metrics(c)) for c in (config, scratch)]
     assert first[0] != first[1]
@@ -57,18 +57,18 @@ def test_from_pretraining_to_a_table(pretraining, finetuning, capsys):
 
 def test_the_decoder_of_pre_training_comes_along(pretraining, finetuning, tmp_path):
     """With turns and stretches, interrupted and continued, and read back for prediction."""
-    pretrain(replace(pretraining, ep=1))
+    pretrain(replace(pretraining, epochs=1))
     source = training_file(pretraining)
     light = replace(
         finetuning,
         decoder="light",
         decoder_width=16,
         affine_prob=0.7,
-        pretrained=str(source),
-        optim_lr=1e-9,
-        reg_weight=0,
+        weights=str(source),
+        lr=1e-9,
+        weight_decay=0,
     )
-    whole, parts = (replace(light, logdir=str(tmp_path / name)) for name in ("whole", "parts"))
+    whole, parts = (replace(light, out=str(tmp_path / name)) for name in ("whole", "parts"))
     finetune(whole)
     finetune(replace(parts, max_steps=1))
     finetune(parts)
@@ -81,8 +81,8 @@ def test_the_decoder_of_pre_training_comes_along(pretraining, finetuning, tmp_pa
 
 
 def test_an_interrupted_run_continues_as_if_nothing_had_happened(finetuning, tmp_path):
-    whole = replace(finetuning, logdir=str(tmp_path / "whole"))
-    parts = replace(finetuning, logdir=str(tmp_path / "parts"))
+    whole = replace(finetuning, out=str(tmp_path / "whole"))
+    parts = replace(finetuning, out=str(tmp_path / "parts"))
     finetune(whole)
     finetune(replace(parts, max_steps=1))
     finetune(replace(parts, dataloader_workers=1))
@@ -93,7 +93,7 @@ def test_an_interrupted_run_continues_as_if_nothing_had_happened(finetuning, tmp
 
 
 def test_the_organs_are_learnt(finetuning):
-    config = replace(finetuning, max_epochs=60, val_every=60, optim_lr=5e-3, warmup_epochs=2, flip_prob=(0.0, 0.0, 0.0))
+    config = replace(finetuning, epochs=60, val_every=60, lr=5e-3, warmup_epochs=2, flip_prob=(0.0, 0.0, 0.0))
     finetune(config)
     values = [m["loss"] for m in metrics(config) if "loss" in m]
     assert sum(values[-5:]) < 0.8 * sum(values[:5])
@@ -129,7 +129,7 @@ def test_the_loss_is_that_of_monai():
 
 
 def test_a_label_value_that_is_no_class_stops_before_the_first_step(finetuning, tmp_path):
-    listed = datasets_build.build(finetuning.data_dir, labels=True, splits="auto")
+    listed = datasets_build.build(finetuning.data, labels=True, splits="auto")
     datalist_json.write(replace(listed, labels={"background": 0, "liver": 1}), tmp_path / "list.json")
     with pytest.raises(ValueError, match="holds the value 8, but the classes go from 0 to 1"):
         finetune(replace(finetuning, json_list=str(tmp_path / "list.json")))
@@ -140,7 +140,7 @@ def test_wrong_weights_stop_before_the_first_step(finetuning, tmp_path):
     path = tmp_path / "x.pth"
     torch.save({"something.weight": torch.ones(2)}, path)
     with pytest.raises(ValueError, match=r"x\.pth"):
-        finetune(replace(finetuning, pretrained=str(path)))
+        finetune(replace(finetuning, weights=str(path)))
     assert not (finetuning.run_folder / "metrics.jsonl").exists()
 
 
@@ -150,9 +150,9 @@ def weights_of(config, name="last.pth"):
 
 @pytest.mark.parametrize("weight", [1.0, 0.2])
 def test_passes_of_a_step_add_up_to_the_step(finetuning, tmp_path, weight):
-    config = replace(finetuning, crops_per_volume=2, max_epochs=2, background_weight=weight)
-    whole = replace(config, logdir=str(tmp_path / "whole"))
-    split = replace(config, logdir=str(tmp_path / "split"), accumulate=4)
+    config = replace(finetuning, crops_per_volume=2, epochs=2, background_weight=weight)
+    whole = replace(config, out=str(tmp_path / "whole"))
+    split = replace(config, out=str(tmp_path / "split"), accumulate=4)
     finetune(whole)
     finetune(split)
     a, b = ([m for m in metrics(c) if "loss" in m] for c in (whole, split))
@@ -173,7 +173,7 @@ def test_parts_of_a_batch():
 
 def test_a_frozen_encoder_stays_and_the_decoder_learns(finetuning):
     start = {k: v.clone() for k, v in build(finetuning, 1 + len(ORGANS)).state_dict().items()}
-    config = replace(finetuning, freeze_epochs=2, max_epochs=4)
+    config = replace(finetuning, freeze_epochs=2, epochs=4)
     finetune(replace(config, max_steps=2))
     frozen = weights_of(config)
     moved = {key.split(".")[0] for key in start if not torch.equal(start[key], frozen[key])}
@@ -185,7 +185,7 @@ def test_a_frozen_encoder_stays_and_the_decoder_learns(finetuning):
 
 def test_lower_layers_learn_more_slowly(finetuning):
     start = build(finetuning, 1 + len(ORGANS)).state_dict()
-    config = replace(finetuning, layer_decay=0.5, max_epochs=1, warmup_epochs=0)
+    config = replace(finetuning, layer_decay=0.5, epochs=1, warmup_epochs=0)
     finetune(config)
     moved = {key: (value - start[key]).abs().max().item() for key, value in weights_of(config).items()}
     # The first step of AdamW moves a weight by the learning rate, whatever its gradient.
@@ -197,10 +197,10 @@ def test_lower_layers_learn_more_slowly(finetuning):
 def test_a_pretrained_encoder_has_a_rate_of_its_own(finetuning, tmp_path):
     start = build(finetuning, 1 + len(ORGANS)).state_dict()
     torch.save(start, tmp_path / "start.pth")
-    config = replace(finetuning, encoder_lr_share=0.5, pretrained_lr_share=0.2, max_epochs=1, warmup_epochs=0)
+    config = replace(finetuning, encoder_lr_ratio=0.5, pretrained_lr_ratio=0.2, epochs=1, warmup_epochs=0)
     starts = {
         "scratch": config,
-        "pretrained": replace(config, pretrained=str(tmp_path / "start.pth"), logdir=str(tmp_path / "run")),
+        "pretrained": replace(config, weights=str(tmp_path / "start.pth"), out=str(tmp_path / "run")),
     }
     moved = {}
     for name, run in starts.items():
@@ -237,14 +237,14 @@ def test_settings_of_the_other_decoder_are_refused_in_a_new_run(finetuning, sett
         finetune(config)
     with monkeypatch.context() as before:
         before.setattr("hyspark.tasks.segmentation.check_decoder", lambda config: None)
-        finetune(replace(config, max_epochs=1, max_steps=1))
-    finetune(replace(config, max_epochs=1))
+        finetune(replace(config, epochs=1, max_steps=1))
+    finetune(replace(config, epochs=1))
     assert getattr(load_network(config.run_folder).config, setting) == 32
 
 
 def test_without_an_organ_in_validation_there_is_no_dice(finetuning, tmp_path, caplog):
-    folder = shutil.copytree(finetuning.data_dir, tmp_path / "Dataset902_Empty")
-    config = replace(finetuning, data_dir=str(folder), max_epochs=1)
+    folder = shutil.copytree(finetuning.data, tmp_path / "Dataset902_Empty")
+    config = replace(finetuning, data=str(folder), epochs=1)
     (case,) = find_cases(config)[1]
     image = nibabel.load(case.label)
     nibabel.save(nibabel.Nifti1Image(np.zeros_like(image.dataobj), image.affine), case.label)
@@ -255,13 +255,13 @@ def test_without_an_organ_in_validation_there_is_no_dice(finetuning, tmp_path, c
 
 
 def test_epochs_of_a_set_length(finetuning):
-    config = replace(finetuning, steps_per_epoch=3, max_epochs=2, num_labelled=1)
+    config = replace(finetuning, steps_per_epoch=3, epochs=2, num_labelled=1)
     finetune(config)
     assert [m["epoch"] for m in metrics(config) if "loss" in m] == [0, 0, 0, 1, 1, 1]
 
 
 def test_further_cases_are_scored_once_by_the_last_weights(finetuning, tmp_path, caplog):
-    config = replace(finetuning, max_epochs=2, test_dir=finetuning.data_dir)
+    config = replace(finetuning, epochs=2, test_dir=finetuning.data)
     finetune(config)
     path = config.run_folder / "scores_test" / "summary.json"
     summary = json.loads(path.read_text())
@@ -286,14 +286,14 @@ def test_further_cases_are_scored_once_by_the_last_weights(finetuning, tmp_path,
     assert (own / "cases.csv").read_text() == scores
     assert read_summary(own)["protocol"]["scored_cases_trained_on"] == 0
     others = tmp_path / "Dataset901_Others"  # as many cases
-    shutil.copytree(finetuning.data_dir, others)
+    shutil.copytree(finetuning.data, others)
     label = sorted((others / "labelsTr").iterdir())[0]
     nibabel.save(nibabel.Nifti1Image(np.zeros_like(nibabel.load(label).dataobj), nibabel.load(label).affine), label)
     finetune(replace(config, test_dir=str(others)))
     assert read_summary(path.parent)["protocol"]["data_digest"] != summary["protocol"]["data_digest"]
     assert str(others) in (config.run_folder / "config.yaml").read_text()
     with pytest.raises(FileNotFoundError):
-        finetune(replace(config, test_dir=str(tmp_path / "none"), logdir=str(tmp_path / "other")))
+        finetune(replace(config, test_dir=str(tmp_path / "none"), out=str(tmp_path / "other")))
 
 
 def test_a_left_right_pair_that_is_no_class_is_found_at_once(finetuning):

@@ -17,8 +17,8 @@ from hyspark.config.recipes import write_yaml
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {
     "PretrainConfig": "train.py",
-    "FinetuneConfig": "finetune_btcv.py",
-    "ClassifyConfig": "finetune_classify.py",
+    "SegmentationConfig": "finetune_btcv.py",
+    "ClassificationConfig": "finetune_classify.py",
 }
 
 

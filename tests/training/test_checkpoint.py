@@ -21,10 +21,10 @@ def test_training_state_survives_the_disk(tmp_path):
     layer(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     path = tmp_path / "state.pth"
-    whole = checkpoint.training_state(7, {"bs": 4}, "2 cases", model=layer, optimizer=optimizer)
+    whole = checkpoint.training_state(7, {"batch_size": 4}, "2 cases", model=layer, optimizer=optimizer)
     checkpoint.save(checkpoint.sealed(whole), path)
     state = checkpoint.read_training_state(path)
-    assert (state["step"], state["config"], state["data"]) == (7, {"bs": 4}, "2 cases")
+    assert (state["step"], state["config"], state["data"]) == (7, {"batch_size": 4}, "2 cases")
     assert torch.equal(state["model"]["weight"], layer.weight)
     assert torch.equal(state["optimizer"]["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
 

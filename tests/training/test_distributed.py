@@ -63,8 +63,8 @@ def check_same_training(one, two, fresh, weights, rel=1e-4):
 
 def test_two_processes_equal_one_in_pretraining(pretraining, phantoms, tmp_path):
     probe = {"probe_data": str(phantoms / "Dataset900_PhantomLabelled"), "probe_cases": 2}
-    one = replace(pretraining, exp_dir=str(tmp_path / "one"), max_steps=2, **probe)
-    two = replace(one, exp_dir=str(tmp_path / "two"))
+    one = replace(pretraining, out=str(tmp_path / "one"), max_steps=2, **probe)
+    two = replace(one, out=str(tmp_path / "two"))
     pretrain(one)
     torchrun(two)
     check_same_training(one, two, dict(build_pretraining(one).named_parameters()), training_file)
@@ -76,7 +76,7 @@ def test_two_processes_equal_one_in_pretraining(pretraining, phantoms, tmp_path)
 @pytest.mark.parametrize(
     ("model", "options"),
     [
-        ("spark/timm/resnet10t", {"mask": 0.5, "decoder_width": 32}),
+        ("spark/timm/resnet10t", {"mask_ratio": 0.5, "decoder_width": 32}),
         ("moco/timm/resnet10t", {"queue_size": 8}),
         ("swav/timm/resnet10t", {"prototypes": 6, "local_views": 1}),
     ],
@@ -86,9 +86,9 @@ def test_two_processes_equal_one_around_a_network_of_others(pretraining, tmp_pat
     is_masked = model.startswith("spark")
     plain = asdict(EncoderSettings()) | ({} if is_masked else {"decoder_width": 768, "head_width": 16})
     pretraining = replace(pretraining, **(plain | options), model=model)
-    planes = {"slices": "axial", "channels": 3, "input_size": (64,)}
-    one = replace(pretraining, exp_dir=str(tmp_path / "one"), max_steps=2, **planes)
-    two = replace(one, exp_dir=str(tmp_path / "two"))
+    planes = {"slices": "axial", "in_channels": 3, "crop_size": (64,)}
+    one = replace(pretraining, out=str(tmp_path / "one"), max_steps=2, **planes)
+    two = replace(one, out=str(tmp_path / "two"))
     pretrain(one)
     torchrun(two)
     # Assignments are of exp(20 x), and rounding with them. Four crops that are much alike come apart in MoCo's
@@ -99,8 +99,8 @@ def test_two_processes_equal_one_around_a_network_of_others(pretraining, tmp_pat
 
 def test_two_processes_equal_one_in_finetuning(finetuning, tmp_path):
     """Of which one sees more of the background than the other, which counts less."""
-    one = replace(finetuning, logdir=str(tmp_path / "one"), max_steps=2, background_weight=0.2)
-    two = replace(one, logdir=str(tmp_path / "two"))
+    one = replace(finetuning, out=str(tmp_path / "one"), max_steps=2, background_weight=0.2)
+    two = replace(one, out=str(tmp_path / "two"))
     finetune(one)
     torchrun(two)
     check_same_training(one, two, dict(build_finetuning(one, 9).named_parameters()), last_file)
@@ -112,15 +112,15 @@ def test_two_processes_equal_one_in_classification(classifying, tmp_path):
     """
     (tmp_path / "data" / "val" / "light").mkdir(parents=True)
     for source in ("train", "val/dark", *(f"val/light/{i:02d}.png" for i in range(3))):
-        (tmp_path / "data" / source).symlink_to(Path(classifying.data_dir) / source)
+        (tmp_path / "data" / source).symlink_to(Path(classifying.data) / source)
     given = {
         "model": "timm/test_efficientnet",
         "freeze_epochs": 1,
         "num_labelled": 6,
-        "data_dir": str(tmp_path / "data"),
+        "data": str(tmp_path / "data"),
     }
-    one = replace(classifying, logdir=str(tmp_path / "one"), ema_decay=0.9, **given)
-    two = replace(one, logdir=str(tmp_path / "two"))
+    one = replace(classifying, out=str(tmp_path / "one"), ema_decay=0.9, **given)
+    two = replace(one, out=str(tmp_path / "two"))
     finetune_classify(one)
     torchrun(two)
     check_same_training(one, two, dict(build_classification(one, 2).named_parameters()), last_state)
@@ -263,4 +263,4 @@ def test_cuda_that_is_not_there_is_refused_with_advice(monkeypatch):
 def test_a_batch_that_does_not_divide_is_refused(pretraining, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="multiple of their number"):
-        pretrain(replace(pretraining, bs=3))
+        pretrain(replace(pretraining, batch_size=3))

@@ -67,7 +67,7 @@ def check_run(run, task, batch):
 @pytest.mark.parametrize("kind", PRETRAININGS)
 def test_pretraining(pretraining, kind):
     config = replace(pretraining, **PRETRAININGS[kind], device="cuda")
-    task = task_of(config)(config, Share(config.bs), [], [])
+    task = task_of(config)(config, Share(config.batch_size), [], [])
     run = begin(config, build_pretraining(config))
     batch = task.random_batch(2)
     check_run(run, task, batch)
@@ -80,7 +80,7 @@ def test_pooling_where_kernels_have_to_be_deterministic(pretraining, monkeypatch
     """Not by max_pool3d, of which torch 2.11 has no such backward pass on CUDA."""
     monkeypatch.setattr(encoder, "MAX_POOL", {})
     config = replace(pretraining, device="cuda")
-    task = task_of(config)(config, Share(config.bs), [], [])
+    task = task_of(config)(config, Share(config.batch_size), [], [])
     run = begin(config, build_pretraining(config))
     torch.use_deterministic_algorithms(True)
     try:

@@ -73,7 +73,7 @@ def test_auto_is_bf16_where_the_gpu_has_it():
 )
 def test_a_run_learns_the_same(pretraining, settings, bound):
     run = replace(pretraining, device="cuda", decoder_width=64)
-    plain = replace(run, tf32="none", exp_dir=f"{pretraining.exp_dir}_plain")
+    plain = replace(run, tf32="none", out=f"{pretraining.out}_plain")
     assert losses(pretrain(replace(run, **settings))) == pytest.approx(losses(pretrain(plain)), rel=bound)
 
 

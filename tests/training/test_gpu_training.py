@@ -79,7 +79,7 @@ def test_pretraining_trains_in_fp16_and_is_probed(pretraining, phantoms):
 @pytest.mark.parametrize("decoder", ["released", "light"])
 def test_finetuning_trains_in_bf16(finetuning, decoder):
     width = 16 if decoder == "light" else finetuning.decoder_width
-    config = replace(finetuning, device=DEVICE, precision="bf16", decoder=decoder, decoder_width=width, max_epochs=2)
+    config = replace(finetuning, device=DEVICE, precision="bf16", decoder=decoder, decoder_width=width, epochs=2)
     finetune(config)
     assert is_finite(config)
     assert (config.run_folder / "scores" / "summary.json").is_file()
@@ -96,7 +96,7 @@ def test_classification_trains_in_bf16(classifying):
 
 
 def test_cuda_repeats_the_cpu_run(pretraining, tmp_path, full_precision):
-    cpu, cuda = (replace(pretraining, exp_dir=str(tmp_path / name)) for name in ("cpu", "cuda"))
+    cpu, cuda = (replace(pretraining, out=str(tmp_path / name)) for name in ("cpu", "cuda"))
     pretrain(cpu)
     pretrain(replace(cuda, device=DEVICE))
     assert losses(cuda) == pytest.approx(losses(cpu), rel=1e-2)
@@ -112,7 +112,7 @@ def test_batches_come_pinned_and_loader_processes_change_nothing(pretraining, tm
         return loss(task, run, batch)
 
     monkeypatch.setattr(Pretraining, "loss", noted)
-    runs = [replace(pretraining, device=DEVICE, max_steps=3, exp_dir=str(tmp_path / name)) for name in ("own", "two")]
+    runs = [replace(pretraining, device=DEVICE, max_steps=3, out=str(tmp_path / name)) for name in ("own", "two")]
     pretrain(runs[0])
     pretrain(replace(runs[1], dataloader_workers=2))
     assert len(pinned) == 6
@@ -124,7 +124,7 @@ def test_batches_come_pinned_and_loader_processes_change_nothing(pretraining, tm
 
 @pytest.mark.parametrize(("first", "then"), [("cpu", DEVICE), (DEVICE, "cpu")])
 def test_a_run_continues_on_another_device(pretraining, tmp_path, full_precision, first, then):
-    whole, parts = (replace(pretraining, exp_dir=str(tmp_path / name)) for name in ("whole", "parts"))
+    whole, parts = (replace(pretraining, out=str(tmp_path / name)) for name in ("whole", "parts"))
     pretrain(whole)
     pretrain(replace(parts, device=first, max_steps=3))
     pretrain(replace(parts, device=then))
@@ -169,7 +169,7 @@ def test_fused_adamw_after_clipping_moves_weights_as_on_the_cpu(pretraining, ful
 
 def test_a_resumed_run_repeats_bit_for_bit_on_cuda(pretraining, tmp_path):
     config = replace(pretraining, device=DEVICE, deterministic=True, precision="bf16")
-    whole, parts = (replace(config, exp_dir=str(tmp_path / name)) for name in ("whole", "parts"))
+    whole, parts = (replace(config, out=str(tmp_path / name)) for name in ("whole", "parts"))
     call_all({"args": command(whole)}, {"args": command(replace(parts, max_steps=3))})
     call_all({"args": command(parts)})
     assert len(losses(parts)) == 6
@@ -180,8 +180,8 @@ def test_a_resumed_run_repeats_bit_for_bit_on_cuda(pretraining, tmp_path):
 @pytest.mark.parametrize("decoder", ["released", "light"])
 def test_finetuning_repeats_bit_for_bit_on_cuda(finetuning, tmp_path, decoder):
     width = 16 if decoder == "light" else finetuning.decoder_width
-    config = replace(finetuning, device=DEVICE, deterministic=True, decoder=decoder, decoder_width=width, max_epochs=2)
-    one, two = (replace(config, logdir=str(tmp_path / name)) for name in ("one", "two"))
+    config = replace(finetuning, device=DEVICE, deterministic=True, decoder=decoder, decoder_width=width, epochs=2)
+    one, two = (replace(config, out=str(tmp_path / name)) for name in ("one", "two"))
     call_all({"args": command(one)}, {"args": command(two)})
     assert is_finite(one)
     assert results(two) == results(one)
@@ -197,8 +197,8 @@ def test_finetuning_repeats_bit_for_bit_on_cuda(finetuning, tmp_path, decoder):
 def test_nccl_with_synchronised_statistics(pretraining, tmp_path, kind, norms):
     """Under torchrun, also on one GPU. A network of others keeps its BatchNorms, which the mask's context computes."""
     count = torch.cuda.device_count()
-    config = replace(pretraining, **PRETRAININGS[kind], device=DEVICE, bs=2 * count, max_steps=3)
-    plain, shared = (replace(config, exp_dir=str(tmp_path / name)) for name in ("plain", "shared"))
+    config = replace(pretraining, **PRETRAININGS[kind], device=DEVICE, batch_size=2 * count, max_steps=3)
+    plain, shared = (replace(config, out=str(tmp_path / name)) for name in ("plain", "shared"))
     how, out = launch(shared, processes=count)
     (written,) = call_all(how)
     assert json.loads(out.read_text()) == {
@@ -215,7 +215,7 @@ def test_nccl_with_synchronised_statistics(pretraining, tmp_path, kind, norms):
 
 
 def test_a_step_that_is_not_finite_is_repeated_on_the_cpu(pretraining, caplog):
-    config = replace(pretraining, device=DEVICE, base_lr=1e18, clip=0.0)
+    config = replace(pretraining, device=DEVICE, lr=1e18, clip=0.0)
     with pytest.raises(FloatingPointError, match="--replay"):
         pretrain(config)
     (file,) = config.run_folder.glob("nonfinite_step_*.pth")

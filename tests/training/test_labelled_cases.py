@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hyspark.config.segmentation import FinetuneConfig
+from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets import build, cases, datalist_json
 from hyspark.data.datasets.cases import Case
 from hyspark.training.labelled_cases import choose_labelled, class_names, find_cases, left_right_pairs, one_sided
@@ -14,7 +14,7 @@ CASES = [Case(f"case_{i:02d}", "D", Path(f"case_{i:02d}.nii.gz")) for i in range
 
 
 def test_a_decathlon_list_and_the_folders_give_the_same_cases(finetuning, tmp_path):
-    folder = finetuning.data_dir
+    folder = finetuning.data
     listed = build.build(folder, labels=True, splits="auto", val_fraction=finetuning.val_fraction, seed=finetuning.seed)
     path = tmp_path / "list.json"
     datalist_json.write(listed, path)
@@ -27,7 +27,7 @@ def test_a_decathlon_list_and_the_folders_give_the_same_cases(finetuning, tmp_pa
 
 def test_all_seeds_are_validated_on_the_same_cases(finetuning, tmp_path):
     """Or a comparison over seeds would mix cases; the list of a data set without splits included."""
-    listed = build.build(finetuning.data_dir, labels=True)
+    listed = build.build(finetuning.data, labels=True)
     datalist_json.write(cases.Datalist(listed.training + listed.validation, (), listed.labels), tmp_path / "list.json")
     for config in (finetuning, replace(finetuning, json_list=str(tmp_path / "list.json"))):
         parts = [find_cases(replace(config, seed=seed))[1] for seed in range(8)]
@@ -44,39 +44,41 @@ def test_class_names_and_counts(finetuning):
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
 def test_fewer_labelled_cases_are_among_more(seed):
-    chosen = [choose_labelled(CASES, FinetuneConfig(num_labelled=n, seed=seed)) for n in range(1, 31)]
+    chosen = [choose_labelled(CASES, SegmentationConfig(num_labelled=n, seed=seed)) for n in range(1, 31)]
     assert [len(c) for c in chosen] == list(range(1, 31))
     assert all(set(few) < set(more) for few, more in pairwise(chosen))
     assert all([c.name for c in few] == sorted(c.name for c in few) for few in chosen)
 
 
 def test_the_choice_depends_on_the_seed_and_not_on_the_order():
-    config = FinetuneConfig(num_labelled=5)
+    config = SegmentationConfig(num_labelled=5)
     first = {c.name for c in choose_labelled(CASES, config)}
     assert first == {c.name for c in choose_labelled(CASES[::-1], config)}
     assert first != {c.name for c in choose_labelled(CASES, replace(config, seed=1))}
 
 
 def test_a_share_of_the_cases():
-    assert len(choose_labelled(CASES, FinetuneConfig(label_fraction=0.1))) == 3
-    assert len(choose_labelled(CASES, FinetuneConfig(label_fraction=0.001))) == 1
-    assert choose_labelled(CASES, FinetuneConfig()) == CASES
-    a, b = (choose_labelled(CASES, c) for c in (FinetuneConfig(label_fraction=0.1), FinetuneConfig(num_labelled=3)))
+    assert len(choose_labelled(CASES, SegmentationConfig(label_fraction=0.1))) == 3
+    assert len(choose_labelled(CASES, SegmentationConfig(label_fraction=0.001))) == 1
+    assert choose_labelled(CASES, SegmentationConfig()) == CASES
+    a, b = (
+        choose_labelled(CASES, c) for c in (SegmentationConfig(label_fraction=0.1), SegmentationConfig(num_labelled=3))
+    )
     assert a == b
     with pytest.raises(ValueError, match=r"num_labelled is 31, but data has 30"):
-        choose_labelled(CASES, FinetuneConfig(num_labelled=31))
+        choose_labelled(CASES, SegmentationConfig(num_labelled=31))
 
 
 def test_pairs_of_left_and_right_classes():
     names = ["background", "liver", "left kidney", "right kidney"]
-    assert left_right_pairs(FinetuneConfig(left_right=("right kidney = left kidney",)), names) == ((3, 2),)
-    assert left_right_pairs(FinetuneConfig(left_right=("2=3",)), names) == ((2, 3),)
-    assert left_right_pairs(FinetuneConfig(), names) == ()
+    assert left_right_pairs(SegmentationConfig(left_right=("right kidney = left kidney",)), names) == ((3, 2),)
+    assert left_right_pairs(SegmentationConfig(left_right=("2=3",)), names) == ((2, 3),)
+    assert left_right_pairs(SegmentationConfig(), names) == ()
     with pytest.raises(ValueError, match=r"'left kidny', which is no class; did you mean left kidney"):
-        left_right_pairs(FinetuneConfig(left_right=("left kidny=right kidney",)), names)
+        left_right_pairs(SegmentationConfig(left_right=("left kidny=right kidney",)), names)
     with pytest.raises(ValueError, match="twice, or the background"):
-        left_right_pairs(FinetuneConfig(left_right=("2=3", "1=2")), names)
+        left_right_pairs(SegmentationConfig(left_right=("2=3", "1=2")), names)
     with pytest.raises(ValueError, match="twice, or the background"):
-        left_right_pairs(FinetuneConfig(left_right=("0=3",)), names)
+        left_right_pairs(SegmentationConfig(left_right=("0=3",)), names)
     assert one_sided(names) == ["left kidney", "right kidney"]
     assert one_sided([*names, "left lung", "right lung"], [(3, 2)]) == ["left lung", "right lung"]

@@ -26,7 +26,7 @@ def call(**command):
 
 def test_pretraining_begun_plainly_continues_under_torchrun(pretraining, tmp_path):
     """There the process is in a group, and the model shares gradients; validation gathers."""
-    whole, parts = (replace(pretraining, exp_dir=str(tmp_path / name)) for name in ("whole", "parts"))
+    whole, parts = (replace(pretraining, out=str(tmp_path / name)) for name in ("whole", "parts"))
     pretrain(whole)
     pretrain(replace(parts, max_steps=3))
     how, out = launch(parts)
@@ -44,8 +44,8 @@ def test_pretraining_begun_plainly_continues_under_torchrun(pretraining, tmp_pat
 
 def test_finetuning_in_parts_of_a_batch_repeats_a_plain_run(finetuning, tmp_path):
     """Of which only the last has the gradients averaged; with an encoder that first gets none."""
-    settings = replace(finetuning, accumulate=2, freeze_epochs=1, max_epochs=3, val_every=3)
-    plain, alone = (replace(settings, logdir=str(tmp_path / name)) for name in ("plain", "alone"))
+    settings = replace(finetuning, accumulate=2, freeze_epochs=1, epochs=3, val_every=3)
+    plain, alone = (replace(settings, out=str(tmp_path / name)) for name in ("plain", "alone"))
     finetune(plain)
     call(args=command(alone, by_torchrun=True))
     assert results(alone) == results(plain)
@@ -53,7 +53,7 @@ def test_finetuning_in_parts_of_a_batch_repeats_a_plain_run(finetuning, tmp_path
 
 
 def test_a_replay_and_a_plan_join_no_group(pretraining, tmp_path, monkeypatch, caplog):
-    config = replace(pretraining, base_lr=1e18, clip=0.0)
+    config = replace(pretraining, lr=1e18, clip=0.0)
     with pytest.raises(FloatingPointError):
         pretrain(config)
     (file,) = config.run_folder.glob("nonfinite_step_*.pth")
@@ -61,7 +61,7 @@ def test_a_replay_and_a_plan_join_no_group(pretraining, tmp_path, monkeypatch, c
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: pytest.fail("joined"))
     with caplog.at_level(logging.INFO, "hyspark"):
         pretrain(replace(config, replay=str(file)))
-        pretrain(replace(config, exp_dir=str(tmp_path / "plan"), dry_run=True))
+        pretrain(replace(config, out=str(tmp_path / "plan"), dry_run=True))
     assert "not finite in fp32 either" in caplog.text
     assert "per step of 4 crops" in caplog.text
 

@@ -63,7 +63,7 @@ def test_a_named_precision_is_taken_as_it_is(monkeypatch):
 def test_a_run_keeps_the_precision_that_auto_chose(pretraining, monkeypatch):
     """Begun where bf16 is slow, continued where it is fast: in fp32, as all of its steps."""
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
-    whole = pretrain(replace(pretraining, exp_dir=f"{pretraining.exp_dir}_whole", max_steps=3))
+    whole = pretrain(replace(pretraining, out=f"{pretraining.out}_whole", max_steps=3))
     begun = replace(pretraining, precision="auto", max_steps=2)
     folder = pretrain(begun)
     assert yaml.safe_load((folder / "config.yaml").read_text())["precision"] == "fp32"

@@ -32,7 +32,7 @@ from tests.training.attacks import command, end, output, results, same_weights, 
 @pytest.fixture
 def whole(pretraining, tmp_path):
     """An undisturbed pre-training of 6 steps with reviews after 3 and 6."""
-    config = replace(pretraining, exp_dir=str(tmp_path / "whole"))
+    config = replace(pretraining, out=str(tmp_path / "whole"))
     pretrain(config)
     return config
 
@@ -47,7 +47,7 @@ def same_pretraining(one, two):
 
 
 def test_killed_processes_and_other_numbers_of_loader_workers_change_nothing(pretraining, whole, tmp_path):
-    config = replace(pretraining, exp_dir=str(tmp_path / "killed"), save_every=1)
+    config = replace(pretraining, out=str(tmp_path / "killed"), save_every=1)
     for step, workers in ((1, 2), (3, 0)):
         process = start(config, "--dataloader_workers", str(workers))
         wait_for_step(config, process, step)
@@ -58,9 +58,9 @@ def test_killed_processes_and_other_numbers_of_loader_workers_change_nothing(pre
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_save_and_end_with_a_code_of_their_own(finetuning, tmp_path, number):
-    whole = replace(finetuning, logdir=str(tmp_path / "whole"), max_epochs=6)
+    whole = replace(finetuning, out=str(tmp_path / "whole"), epochs=6)
     finetune(whole)
-    config = replace(whole, logdir=str(tmp_path / "stopped"), val_every=6)
+    config = replace(whole, out=str(tmp_path / "stopped"), val_every=6)
     process = start(config, "--dataloader_workers", "1")
     wait_for_step(config, process, 1)
     assert end(process, number) == EXIT_CODE
@@ -75,8 +75,8 @@ def test_signals_save_and_end_with_a_code_of_their_own(finetuning, tmp_path, num
 
 def test_a_killed_process_of_two_is_started_again_by_torchrun(pretraining, tmp_path):
     """And then the run goes on as one process: the same batches, losses equal to rounding."""
-    one = replace(pretraining, exp_dir=str(tmp_path / "one"), max_steps=5)
-    two = replace(one, exp_dir=str(tmp_path / "two"), save_every=1, max_steps=4)
+    one = replace(pretraining, out=str(tmp_path / "one"), max_steps=5)
+    two = replace(one, out=str(tmp_path / "two"), save_every=1, max_steps=4)
     pretrain(one)
     process = start(two, processes=2, restarts=1)
     wait_for_step(two, process, 1)
@@ -135,7 +135,7 @@ def test_a_review_that_was_cut_off_is_done_again(pretraining, whole, monkeypatch
 
 
 def test_a_review_of_finetuning_that_was_cut_off_is_done_again(finetuning, tmp_path, monkeypatch):
-    whole = replace(finetuning, logdir=str(tmp_path / "whole"))
+    whole = replace(finetuning, out=str(tmp_path / "whole"))
     finetune(whole)
     review = Finetuning.review
 
@@ -275,7 +275,7 @@ def test_a_disk_that_is_full_is_no_fault_of_a_case(pretraining, tmp_path, monkey
 
 
 def test_broken_cases_stop_the_run_with_one_message(pretraining, with_broken, phantoms):
-    config = replace(pretraining, data_path=str(with_broken), store_dir=str(phantoms / "prepared"))
+    config = replace(pretraining, data=str(with_broken), store_dir=str(phantoms / "prepared"))
     done = subprocess.run(command(config), capture_output=True, text=True, timeout=240)
     assert done.returncode == 2
     message = done.stderr[done.stderr.index("error: ") :]
@@ -288,7 +288,7 @@ def test_broken_cases_stop_the_run_with_one_message(pretraining, with_broken, ph
 
 def test_broken_cases_are_left_out_where_the_settings_say_so(pretraining, with_broken, phantoms, whole, caplog):
     store = str(phantoms / "prepared")
-    config = replace(pretraining, data_path=str(with_broken), store_dir=store, on_bad_case="skip")
+    config = replace(pretraining, data=str(with_broken), store_dir=store, on_bad_case="skip")
     pretrain(replace(config, max_steps=3))
     assert "2 of 9 volumes cannot be used and are left out" in caplog.text
     assert "2: bad1, bad2" in (config.run_folder / "report.html").read_text()
@@ -299,7 +299,7 @@ def test_broken_cases_are_left_out_where_the_settings_say_so(pretraining, with_b
 def test_a_run_does_not_go_on_without_a_case_that_it_began_with(pretraining, phantoms, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(phantoms, data)
-    config = replace(pretraining, data_path=str(data), on_bad_case="skip")
+    config = replace(pretraining, data=str(data), on_bad_case="skip")
     pretrain(replace(config, max_steps=2))
     image = datalist_json.read(data / "dataset.json").training[0].image
     image.unlink()
@@ -318,7 +318,7 @@ def test_labels_beyond_the_classes_are_broken_cases_too(finetuning, phantoms, tm
     declared = json.loads((data / "dataset.json").read_text())
     declared["labels"] = {name: value for name, value in declared["labels"].items() if value < 8}
     (data / "dataset.json").write_text(json.dumps(declared))
-    config = replace(finetuning, data_dir=str(data), store_dir="")
+    config = replace(finetuning, data=str(data), store_dir="")
     with pytest.raises(ValueError, match="3 of 3 volumes cannot be used") as error:
         finetune(config)
     assert str(error.value).count("its label holds the value 8") == 3

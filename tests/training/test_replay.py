@@ -25,17 +25,17 @@ def stop_at_overflow(config, run):
 
 
 def test_a_step_of_pretraining_is_repeated(pretraining, tmp_path, caplog):
-    file = stop_at_overflow(replace(pretraining, base_lr=1e18, clip=0.0), pretrain)
+    file = stop_at_overflow(replace(pretraining, lr=1e18, clip=0.0), pretrain)
     step = int(file.stem.rpartition("_")[2])
     assert step > 0
     lines = (pretraining.run_folder / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == step - 1
     before = file.read_bytes()
     with caplog.at_level(logging.INFO, "hyspark"):
-        pretrain(replace(pretraining, exp_dir=str(tmp_path / "elsewhere"), replay=str(file)))
+        pretrain(replace(pretraining, out=str(tmp_path / "elsewhere"), replay=str(file)))
     assert f"step {step} stopped the run: the " in caplog.text
     assert "not finite in fp32 either, first in the output of " in caplog.text
-    assert caplog.text.count("values 0 to ") == pretraining.bs * pretraining.crops_per_volume
+    assert caplog.text.count("values 0 to ") == pretraining.batch_size * pretraining.crops_per_volume
     assert file.read_bytes() == before
     assert not (tmp_path / "elsewhere").exists()
     assert len((pretraining.run_folder / "metrics.jsonl").read_text().splitlines()) == len(lines)
@@ -71,7 +71,7 @@ def test_a_file_does_not_choose_what_is_run(pretraining, tmp_path, monkeypatch):
     """A function to build the network by is called where the user names it, not where a file does."""
     (tmp_path / "planted.py").write_text("def make(in_channels, axes):\n    raise RuntimeError('called')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    file = stop_at_overflow(replace(pretraining, base_lr=1e18, clip=0.0), pretrain)
+    file = stop_at_overflow(replace(pretraining, lr=1e18, clip=0.0), pretrain)
     state = torch.load(file, weights_only=True)
     del state["checksum"]
     state["config"] |= {"model": "spark/planted:make", **asdict(EncoderSettings())}
@@ -99,7 +99,7 @@ def test_the_scale_of_fp16_has_a_floor(pretraining, monkeypatch):
 
     monkeypatch.setattr(loop, "gradient_norm", nowhere_finite)
     with pytest.raises(FloatingPointError, match="gradient norm is nan at step 16"):
-        pretrain(replace(pretraining, precision="fp16", ep=20))
+        pretrain(replace(pretraining, precision="fp16", epochs=20))
     assert norms == [2.0**k for k in range(16, -1, -1)]
 
 
@@ -116,7 +116,7 @@ def test_gradients_are_clipped_at_their_true_size_under_a_loss_scale(pretraining
 
     monkeypatch.setattr(loop, "gradient_norm", note)
     pretrain(replace(pretraining, clip=1e-3, max_steps=1))
-    pretrain(replace(pretraining, clip=1e-3, max_steps=1, precision="fp16", exp_dir=pretraining.exp_dir + "16"))
+    pretrain(replace(pretraining, clip=1e-3, max_steps=1, precision="fp16", out=pretraining.out + "16"))
     (norm, size), (norm16, size16) = clipped
     assert norm > 2e-3
     assert norm16 == pytest.approx(norm, rel=0.05)

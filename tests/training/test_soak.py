@@ -30,9 +30,9 @@ SECONDS = float(os.environ.get("HYSPARK_SOAK_SECONDS", 180))
 def test_twenty_kills_leave_the_losses_of_none(pretraining, finetuning, tmp_path, task):
     """Killed at random moments, with 0 to 2 loader workers; losses and weights equal bit for bit."""
     if task == "pretrain":
-        config, run, file = replace(pretraining, ep=40, save_every=2), pretrain, training_file
+        config, run, file = replace(pretraining, epochs=40, save_every=2), pretrain, training_file
     else:
-        config, run, file = replace(finetuning, max_epochs=120, val_every=10, save_every=2), finetune, last_file
+        config, run, file = replace(finetuning, epochs=120, val_every=10, save_every=2), finetune, last_file
     folder = "exp_dir" if task == "pretrain" else "logdir"
     whole, config = (replace(config, **{folder: str(tmp_path / name)}) for name in ("whole", "killed"))
     run(whole)
@@ -52,7 +52,7 @@ def test_twenty_kills_leave_the_losses_of_none(pretraining, finetuning, tmp_path
 def test_a_run_to_which_everything_happens_ends_as_an_undisturbed_one(pretraining, phantoms, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(phantoms, data, ignore=shutil.ignore_patterns("prepared"))
-    config = replace(pretraining, data_path=str(data), ep=1000, save_every=3, exp_dir=str(tmp_path / "run"))
+    config = replace(pretraining, data=str(data), epochs=1000, save_every=3, out=str(tmp_path / "run"))
     cases = datalist_json.read(data / "dataset.json").training
     rng = random.Random(1)
     faults: Counter[str] = Counter()
@@ -67,7 +67,7 @@ def test_a_run_to_which_everything_happens_ends_as_an_undisturbed_one(pretrainin
         inject(fault, config, cases, data, rng)
     reached = last_step(config) + 1
     print(f"\n{reached} steps; faults injected: {dict(faults)}")
-    whole = replace(config, exp_dir=str(tmp_path / "whole"))
+    whole = replace(config, out=str(tmp_path / "whole"))
     for run in (config, whole):
         pretrain(replace(run, max_steps=reached + 3))
     losses = [[line for line in results(run) if "loss" in line] for run in (config, whole)]

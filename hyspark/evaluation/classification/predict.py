@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hyspark.config.classification import ClassifyConfig
+from hyspark.config.classification import ClassificationConfig
 from hyspark.config.recipes import typed_values
 from hyspark.data.batches.images import Scaling, centre_crop, short_side
 from hyspark.data.readers.images import FoundImages, ImageSet, class_folders, decode, find_classes, image_files
@@ -33,7 +33,7 @@ SELECTION = {
 }
 
 
-def load_classifier(path: Path) -> tuple[nn.Module, ClassifyConfig, tuple[str, ...], str]:
+def load_classifier(path: Path) -> tuple[nn.Module, ClassificationConfig, tuple[str, ...], str]:
     """A fine-tuned network on the CPU, in evaluation mode, its settings, its class names, and what its weights are.
 
     path: best.pth of a run of `finetune_classify`, or the run's folder. Nothing stored in it is executed. Raises
@@ -45,7 +45,7 @@ def load_classifier(path: Path) -> tuple[nn.Module, ClassifyConfig, tuple[str, .
     contents = read_contents(path)
     if not isinstance(contents, Mapping) or not {"model", "config", "classes", "weights"} <= set(contents):
         raise ValueError(f"{path} is no fine-tuned classifier; give the best.pth of such a run, or its folder")
-    config = ClassifyConfig(**typed_values(contents["config"], ClassifyConfig, str(path)))
+    config = ClassificationConfig(**typed_values(contents["config"], ClassificationConfig, str(path)))
     classes = tuple(str(name) for name in contents["classes"])
     network = network_of(config, len(classes))
     try:
@@ -55,33 +55,35 @@ def load_classifier(path: Path) -> tuple[nn.Module, ClassifyConfig, tuple[str, .
     return network.eval(), config, classes, str(contents["weights"])
 
 
-def network_of(config: ClassifyConfig, num_classes: int) -> nn.Module:
+def network_of(config: ClassificationConfig, num_classes: int) -> nn.Module:
     """The network that the settings say, with fresh weights from torch's generator."""
-    return build_classifier(config.model, config.channels, num_classes, config.drop_path)
+    return build_classifier(config.model, config.in_channels, num_classes, config.drop_path)
 
 
-def scaling_of(config: ClassifyConfig) -> Scaling:
+def scaling_of(config: ClassificationConfig) -> Scaling:
     """From pixels to what the network sees."""
-    return Scaling(config.channels, config.mean, config.std)
+    return Scaling(config.in_channels, config.mean, config.std)
 
 
-def probabilities(network: nn.Module, images: ImageSet, config: ClassifyConfig, processes: Processes) -> np.ndarray:
+def probabilities(
+    network: nn.Module, images: ImageSet, config: ClassificationConfig, processes: Processes
+) -> np.ndarray:
     """Probabilities float64 (n, classes) of images, each process doing its share; the network in evaluation mode."""
     mine = range(processes.rank, len(images), processes.world_size)
     rows: list[tuple[int, list[float]]] = []
     with torch.no_grad():
         for start in range(0, len(mine), config.batch_size):
             indices = mine[start : start + config.batch_size]
-            crops = [centre_crop(images.images[i], config.input_size, scaling_of(config)) for i in indices]
+            crops = [centre_crop(images.images[i], config.crop_size, scaling_of(config)) for i in indices]
             with autocast(processes, config.precision):
                 scores = network(torch.stack(crops).to(processes.device))
             rows += zip(indices, scores.double().softmax(1).tolist(), strict=True)
     return np.array([row for _, row in sorted(distributed.gather(rows, processes))])
 
 
-def protocol_of(config: ClassifyConfig, weights: str, images: str, selection: str) -> dict[str, Any]:
+def protocol_of(config: ClassificationConfig, weights: str, images: str, selection: str) -> dict[str, Any]:
     """How images are scored, in plain values. selection: what the weights were chosen by."""
-    edge = config.input_size
+    edge = config.crop_size
     return {
         "weights": weights,
         "images": images,
@@ -105,7 +107,7 @@ def scored_parts(parts: Mapping[str, Any]) -> list[str]:
     return [part for part in SCORES if part in parts]
 
 
-def score_best(config: ClassifyConfig, images: Images, processes: Processes) -> None:
+def score_best(config: ClassificationConfig, images: Images, processes: Processes) -> None:
     """Write the scores of the best weights, unless those of these images are there: of the validation images, then of
     the test images, which are looked at here alone.
     """
@@ -113,7 +115,7 @@ def score_best(config: ClassifyConfig, images: Images, processes: Processes) -> 
     network.to(processes.device)
     for part in scored_parts(images.parts):
         out = config.run_folder / SCORES[part]
-        where = config.test_dir if part == "test" and config.test_dir else f"{part} of {config.data_dir}"
+        where = config.test_dir if part == "test" and config.test_dir else f"{part} of {config.data}"
         protocol = protocol_of(config, weights, where, SELECTION[part]) | {TRAINED_ON: len(images.parts["train"])}
         if is_scored(out, images.parts[part], classes, protocol):
             continue
@@ -135,9 +137,9 @@ def is_scored(out: Path, images: ImageSet, classes: Sequence[str], protocol: Map
     return scored.names == images.names and truth == [classes[label] for label in images.labels]
 
 
-def decoded(found: FoundImages, config: ClassifyConfig) -> ImageSet:
+def decoded(found: FoundImages, config: ClassificationConfig) -> ImageSet:
     """Images in memory; raises ValueError that lists all that cannot be used."""
-    images, wrong = decode(found, short_side(config.input_size))
+    images, wrong = decode(found, short_side(config.crop_size))
     if wrong:
         raise ValueError(unusable(wrong, len(found.names)))
     return images

@@ -15,7 +15,7 @@ from nibabel.affines import voxel_sizes
 from torch import nn
 from tqdm import tqdm
 
-from hyspark.config.segmentation import FinetuneConfig
+from hyspark.config.segmentation import SegmentationConfig
 from hyspark.config.shared import Precision
 from hyspark.data.datasets import datalist_json, nnunet
 from hyspark.data.datasets.cases import Case, cases_digest, common_labels
@@ -57,12 +57,12 @@ class Scoring:
         if not 0 < self.tolerance < np.inf:
             raise ValueError(f"tolerance must be above 0 mm, but it is {self.tolerance}")
 
-    def windows(self, config: FinetuneConfig, names: Sequence[str]) -> Windows:
+    def windows(self, config: SegmentationConfig, names: Sequence[str]) -> Windows:
         """The windows for a network with these settings and classes; raises ValueError for what does not fit it."""
         overlap = config.infer_overlap if self.overlap is None else self.overlap
         return inference.windows_of(config, names, overlap, self.flips)
 
-    def protocol(self, config: FinetuneConfig, names: Sequence[str], precision: str) -> dict[str, Any]:
+    def protocol(self, config: SegmentationConfig, names: Sequence[str], precision: str) -> dict[str, Any]:
         """All of it in plain values, with what the network's settings decide."""
         windows = self.windows(config, names)
         return {
@@ -149,7 +149,7 @@ class Scored:
 
 def is_scored(
     out: Path,
-    config: FinetuneConfig,
+    config: SegmentationConfig,
     names: Sequence[str],
     cases: Sequence[Case],
     processes: Processes,
@@ -178,7 +178,7 @@ def have_same_cases(folders: Sequence[Path]) -> bool:
 
 def score_cases(
     network: nn.Module,
-    config: FinetuneConfig,
+    config: SegmentationConfig,
     names: Sequence[str],
     volumes: Sequence[StoredVolume],
     cases: Sequence[Case],

@@ -17,7 +17,7 @@ from scipy.ndimage import affine_transform, find_objects, label
 from torch import Tensor, nn
 
 from hyspark.config.recipes import typed_values
-from hyspark.config.segmentation import FinetuneConfig
+from hyspark.config.segmentation import SegmentationConfig
 from hyspark.models.segmentation import Hybird, build_hybird
 from hyspark.models.weights.files import read_contents
 from hyspark.training.labelled_cases import left_right_pairs, one_sided
@@ -50,7 +50,7 @@ class Trained(NamedTuple):
     """
 
     network: Hybird
-    config: FinetuneConfig
+    config: SegmentationConfig
     names: list[str]
     trained_on: list[str]
 
@@ -76,7 +76,7 @@ def load_network(path: Path) -> Trained:
             f"{path} is no fine-tuned network for segmentation, but {what}; "
             "give the best.pth that fine-tuning wrote (hyspark finetune), or its run folder"
         )
-    config = FinetuneConfig(**typed_values(contents["config"], FinetuneConfig, str(path)))
+    config = SegmentationConfig(**typed_values(contents["config"], SegmentationConfig, str(path)))
     names = [str(name) for name in contents["classes"]]
     model = network_of(config, len(names))
     try:
@@ -86,12 +86,12 @@ def load_network(path: Path) -> Trained:
     return Trained(model.eval(), config, names, list(contents.get("trained_on", [])))
 
 
-def network_of(config: FinetuneConfig, num_classes: int) -> Hybird:
+def network_of(config: SegmentationConfig, num_classes: int) -> Hybird:
     """The network that the settings say, with fresh weights from torch's generator."""
     return build_hybird(
         config.in_channels,
         num_classes,
-        config.crop_size,
+        config.crop_shape,
         widths=config.encoder_widths,
         depths=config.encoder_depths,
         expansions=config.expansions,
@@ -103,7 +103,9 @@ def network_of(config: FinetuneConfig, num_classes: int) -> Hybird:
     )
 
 
-def windows_of(config: FinetuneConfig, names: Sequence[str], overlap: float, flips: tuple[int, ...] = ()) -> Windows:
+def windows_of(
+    config: SegmentationConfig, names: Sequence[str], overlap: float, flips: tuple[int, ...] = ()
+) -> Windows:
     """The windows of a network with these settings and classes.
 
     Raises ValueError for an overlap or axes that there are not, and for flips of left and right where the settings do
@@ -120,7 +122,7 @@ def windows_of(config: FinetuneConfig, names: Sequence[str], overlap: float, fli
             f"a flip of axis 0 would mix up {', '.join(unpaired)}: left_right of the network's training does not say "
             "with which classes they change places; leave axis 0 out of flips"
         )
-    return Windows(config.crop_size, overlap, config.sw_batch_size, flips, swaps)
+    return Windows(config.crop_shape, overlap, config.sw_batch_size, flips, swaps)
 
 
 def class_scores(model: nn.Module, image: Tensor, windows: Windows, device: torch.device) -> Tensor:

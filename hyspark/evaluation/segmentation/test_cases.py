@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from hyspark.config.segmentation import FinetuneConfig
+from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets.cases import Case
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.evaluation.segmentation.evaluate import Source, check_classes, find_labelled, is_scored, score_cases
@@ -24,7 +24,7 @@ class HeldOut:
     text: str
 
 
-def prepare_held_out(config: FinetuneConfig, processes: Processes, names: Sequence[str]) -> HeldOut:
+def prepare_held_out(config: SegmentationConfig, processes: Processes, names: Sequence[str]) -> HeldOut:
     """The cases of test_dir.
 
     Raises ValueError or FileNotFoundError where there are none, or their classes are others than the run's.
@@ -41,7 +41,7 @@ def prepare_held_out(config: FinetuneConfig, processes: Processes, names: Sequen
 
 def score_held_out(
     network: nn.Module,
-    config: FinetuneConfig,
+    config: SegmentationConfig,
     names: Sequence[str],
     held_out: HeldOut,
     processes: Processes,

@@ -16,7 +16,7 @@ from hyspark.utils.atomic import write_whole
 MADE_WITH = (
     *("encoder_widths", "encoder_depths", "expansions", "vit_depth", "num_heads"),
     *("decoder_width", "decoder_min_width"),
-    *("spacing", "hu_min", "hu_max", "input_size", "mask", "hide"),
+    *("spacing", "hu_min", "hu_max", "crop_size", "input_size", "mask_ratio", "mask", "hide"),
 )
 """Settings that the file carries as its metadata, where the source knows them: those that a network must share to take
 the weights, and those of the pre-training.

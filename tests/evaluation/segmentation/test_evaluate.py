@@ -13,7 +13,7 @@ import torch
 from nibabel.orientations import axcodes2ornt, ornt_transform
 
 from hyspark.config.recipes import as_plain
-from hyspark.config.segmentation import FinetuneConfig
+from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets import build, cases, datalist_json
 from hyspark.data.preprocessing.prepare import prepare_all
 from hyspark.evaluation.segmentation.evaluate import (
@@ -95,7 +95,7 @@ def labelled(tmp_path):
 
 
 NAMES = ["background", "liver", "aorta"]
-BOXES = FinetuneConfig(spacing=(2.0, 2.0, 3.0), roi_x=16, roi_y=16, roi_z=16, device="cpu", prepare_workers=1)
+BOXES = SegmentationConfig(spacing=(2.0, 2.0, 3.0), roi_x=16, roi_y=16, roi_z=16, device="cpu", prepare_workers=1)
 
 
 def scored(folder, out, config=BOXES, trained_on=(), **options):

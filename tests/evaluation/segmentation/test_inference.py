@@ -8,7 +8,7 @@ from monai.data import MetaTensor
 from monai.transforms import SpatialResample
 from scipy.ndimage import map_coordinates
 
-from hyspark.config.classification import ClassifyConfig
+from hyspark.config.classification import ClassificationConfig
 from hyspark.config.recipes import as_plain
 from hyspark.data.datasets.cases import Case
 from hyspark.data.preprocessing.prepare import prepare_case
@@ -217,7 +217,7 @@ def test_files_that_are_no_fine_tuned_network(finetuning, tmp_path):
     torch.save(whole, path)
     with pytest.raises(ValueError, match="its weights are not those of the network"):
         load_network(path)
-    torch.save(whole | {"config": as_plain(ClassifyConfig()), "weights": "best"}, path)
+    torch.save(whole | {"config": as_plain(ClassificationConfig()), "weights": "best"}, path)
     with pytest.raises(ValueError, match=r"a classifier of images \(hyspark classify\)"):
         load_network(path)
     torch.save(whole | {"config": as_plain(finetuning) | {"colour": 3}}, path)

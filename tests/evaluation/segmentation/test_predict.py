@@ -12,14 +12,14 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 
 from hyspark.cli.main import main
 from hyspark.config.recipes import as_plain
-from hyspark.config.segmentation import FinetuneConfig
+from hyspark.config.segmentation import SegmentationConfig
 from hyspark.evaluation.segmentation import predict
 from hyspark.evaluation.segmentation.evaluate import Scoring
 from hyspark.evaluation.segmentation.inference import Trained, network_of
 from hyspark.training import checkpoint
 
 NAMES = ["background", "liver", "aorta"]
-CONFIG = FinetuneConfig(
+CONFIG = SegmentationConfig(
     encoder_widths=(6, 6, 12, 12, 24),
     encoder_depths=(1,) * 5,
     expansions=(2,) * 5,

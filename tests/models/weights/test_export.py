@@ -52,7 +52,7 @@ def test_the_decoder_of_a_network_for_segmentation_stays_behind(make_hybird, tmp
 
 
 def test_settings_are_read_back_and_handed_on(make_hyspark, make_hybird, tmp_path):
-    settings = {"num_heads": 2, "spacing": [4.0, 4.0, 3.0], "decoder_min_width": 16, "logdir": "private"}
+    settings = {"num_heads": 2, "spacing": [4.0, 4.0, 3.0], "decoder_min_width": 16, "out": "private"}
     torch.save({"model": make_hyspark(num_heads=2).state_dict(), "config": settings}, tmp_path / "run.pth")
     export_weights(tmp_path / "run.pth", tmp_path / "a.safetensors")
     export_weights(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
