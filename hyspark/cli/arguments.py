@@ -193,7 +193,7 @@ class SlicesArguments(Arguments):
     stride: int = 1  # Write each slice whose index is a multiple of this
     scaling: Scaling = "minmax"  # Black and white: the range of each slice, or a window
     hu_min: float | None = (
-        None  # HU to which lower values are clipped; by default none, or that of pre-training for a window
+        None  # HU to which lower values are clipped; by default none, in a window as in pre-training
     )
     hu_max: float | None = None  # HU to which higher values are clipped; the same default
     size: int = 0  # Pixels of the short side; 0 keeps the resolution
