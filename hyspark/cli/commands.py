@@ -55,7 +55,7 @@ def datalist(argv: Sequence[str]) -> None:
 
 
 def check(argv: Sequence[str]) -> None:
-    """Look for everything that is wrong with a data set."""
+    """Find everything that is wrong with a data set."""
     args = parse(CheckArguments(prog="hyspark check", allow_abbrev=False), argv)
     from hyspark.data.preprocessing.estimate import estimate
     from hyspark.data.quality.check import check as look
@@ -72,7 +72,7 @@ def check(argv: Sequence[str]) -> None:
 
 
 def pretrain(argv: Sequence[str]) -> None:
-    """Pre-train on unlabelled CT (train.py)."""
+    """Pre-train a network on unlabelled CT (train.py)."""
     config = read_config(PretrainConfig, "hyspark pretrain", argv)
     from hyspark.tasks.pretrain import pretrain as run
 
@@ -80,23 +80,23 @@ def pretrain(argv: Sequence[str]) -> None:
 
 
 def finetune(argv: Sequence[str]) -> None:
-    """Fine-tune for segmentation (finetune_btcv.py)."""
+    """Fine-tune the segmentation network on labelled CT (finetune_btcv.py)."""
     config = read_config(SegmentationConfig, "hyspark finetune", argv)
     from hyspark.tasks.segmentation import finetune as run
 
     run(config)
 
 
-def finetune_classify(argv: Sequence[str]) -> None:
-    """Fine-tune for the classification of images (finetune_classify.py)."""
-    config = read_config(ClassificationConfig, "hyspark finetune_classify", argv)
+def finetune_classifier(argv: Sequence[str]) -> None:
+    """Fine-tune a classifier on labelled images."""
+    config = read_config(ClassificationConfig, "hyspark finetune-classifier", argv)
     from hyspark.tasks.classification import finetune_classify as run
 
     run(config)
 
 
 def weights(argv: Sequence[str]) -> None:
-    """Print what of a weights file fits the segmentation network, or another one."""
+    """Print which keys of a weights file fit a network."""
     from hyspark.models.weights.load import load_pretrained
 
     args = parse(WeightsArguments(prog="hyspark weights", allow_abbrev=False), argv)
@@ -157,7 +157,7 @@ def export(argv: Sequence[str]) -> None:
 
 
 def phantom(argv: Sequence[str]) -> None:
-    """Write procedural CTs to try things with."""
+    """Write procedural CTs in nnU-Net layout."""
     from hyspark.data.synthetic.phantom import write_phantoms
 
     args = parse(PhantomArguments(prog="hyspark phantom", allow_abbrev=False), argv)
@@ -198,7 +198,7 @@ def slices(argv: Sequence[str]) -> None:
 
 
 def compare(argv: Sequence[str]) -> None:
-    """Print the Dice of fine-tuning runs side by side."""
+    """Print the scores of fine-tuning runs side by side."""
     args = parse(CompareArguments(prog="hyspark compare", allow_abbrev=False), argv)
     from hyspark.evaluation.segmentation.evaluate import have_same_cases
     from hyspark.evaluation.segmentation.scores import read_scores
@@ -236,7 +236,7 @@ def evaluate(argv: Sequence[str]) -> None:
 
 
 def predict(argv: Sequence[str]) -> None:
-    """Write label maps for volumes."""
+    """Predict label maps of volumes, or class probabilities of images."""
     args = parse(PredictArguments(prog="hyspark predict", allow_abbrev=False), argv)
     from hyspark.evaluation.segmentation import predict as segmentation_predict
     from hyspark.evaluation.segmentation.evaluate import Scoring
@@ -269,7 +269,7 @@ def classify(argv: Sequence[str]) -> None:
 
 
 def benefit(argv: Sequence[str]) -> None:
-    """Fine-tune from several starts at several numbers of labels, and report what pre-training gives."""
+    """Fine-tune from several initial weights on several numbers of labels, and report the differences."""
     parser = BenefitArguments(prog="hyspark benefit", allow_abbrev=False)
     args = parser.parse_args(present_words(argv, parser.old_spellings()), known_only=True)
     config_class: Any = {"segment": SegmentationConfig, "classify": ClassificationConfig}[args.task]

@@ -35,8 +35,8 @@ GROUPS = {
 }
 """Verbs by purpose, with their help; each is a function of hyspark.cli.commands, with _ for -."""
 VERBS = {verb: text for verbs in GROUPS.values() for verb, text in verbs.items()}
-EARLIER = ("finetune_classify", "classify")
-"""Verbs of earlier versions, which still work and are not listed."""
+EARLIER = {"finetune_classify": "finetune-classifier", "classify": "classify"}
+"""Verbs of earlier versions, which still work and are not listed, with their present functions."""
 SHELLS = ("bash", "zsh", "tcsh")
 
 
@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    run(getattr(import_module("hyspark.cli.commands"), argv[0].replace("-", "_")), argv[1:])
+    function = EARLIER.get(argv[0], argv[0]).replace("-", "_")
+    run(getattr(import_module("hyspark.cli.commands"), function), argv[1:])
 
 
 def usage() -> str:

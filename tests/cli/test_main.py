@@ -233,7 +233,7 @@ def test_the_command_without_a_verb(capsys):
 
 def test_every_verb_is_a_command_with_the_help_that_is_shown():
     for verb, text in main.VERBS.items():
-        assert getattr(commands, verb).__doc__ == text
+        assert getattr(commands, verb.replace("-", "_")).__doc__ == text
 
 
 def test_help_and_version_import_nothing_heavy():
@@ -443,14 +443,50 @@ def test_a_diverged_training_is_exit_code_1(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: the loss is nan\n"
 
 
-def test_one_of_several_processes_speaks(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    assert fails(["pretrain", "--mask_ratio", "2"], capsys) == ""
+def test_every_rank_prints_its_error_with_the_rank(monkeypatch, capsys):
+    assert fails(["pretrain", "--mask_ratio", "2"], capsys).startswith("error: mask_ratio")
     monkeypatch.setenv("RANK", "0")
-    assert fails(["pretrain", "--mask_ratio", "2"], capsys) != ""
-    monkeypatch.setenv("RANK", "2")
-    monkeypatch.setenv("LOCAL_RANK", "0")  # the first of the second machine
-    assert fails(["pretrain", "--mask_ratio", "2"], capsys) != ""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert fails(["pretrain", "--mask_ratio", "2"], capsys).startswith("error: mask_ratio")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank in ("0", "3"):
+        monkeypatch.setenv("RANK", rank)
+        assert fails(["pretrain", "--mask_ratio", "2"], capsys).startswith(f"error (rank {rank}): mask_ratio")
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError, NotImplementedError, ValueError, OSError])
+def test_a_missing_extra_or_an_unsupported_network_is_one_line(error, monkeypatch, capsys):
+    def failed(argv: list[str]) -> None:
+        raise error("moco needs lightly: pip install 'hyspark[views]'")
+
+    monkeypatch.setattr(exit_codes, "raised_here", lambda error: True)
+    with pytest.raises(SystemExit) as exit_:
+        exit_codes.run(failed, [])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "error: moco needs lightly: pip install 'hyspark[views]'\n"
+
+
+# Completion
+
+
+def test_completion_scripts(capsys, monkeypatch):
+    main.main(["--completion", "bash"])
+    script = capsys.readouterr().out
+    for word in (*main.VERBS, "--batch_size", "--mask_ratio", "--num_unlabelled", "released"):
+        assert word in script
+    checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    assert "expected one of bash, zsh, tcsh, got fish" in fails(["--completion", "fish"], capsys)
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert "pip install 'hyspark[completion]'" in fails(["--completion", "zsh"], capsys)
+
+
+def test_verbs_of_earlier_versions_still_work(capsys):
+    for verb, expected in (("finetune_classify", "hyspark finetune-classifier"), ("classify", "hyspark classify")):
+        with pytest.raises(SystemExit) as exit_:
+            main.main([verb, "--help"])
+        assert exit_.value.code == 0
+        assert f"usage: {expected}" in capsys.readouterr().out
 
 
 def test_the_scripts_show_their_help(tmp_path):

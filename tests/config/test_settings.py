@@ -22,7 +22,7 @@ from hyspark.utils.text import nearest
 PACKAGE = Path(hyspark.__file__).parent
 RECIPES = sorted((PACKAGE.parent / "configs").rglob("*.yaml"))
 VOLUMES = {"pretrain": PretrainConfig, "finetune": SegmentationConfig}
-CLASSES = VOLUMES | {"finetune_classify": ClassificationConfig}
+CLASSES = VOLUMES | {"finetune-classifier": ClassificationConfig}
 CLASSIFYING = ("tasks/classification.py", "evaluation/classification/predict.py", "training/labelled_images.py")
 PRETRAINING = ("tasks/pretrain.py", "tasks/masked.py", "tasks/contrastive.py", "planning/plan.py")
 SEGMENTING = ("tasks/segmentation.py", "evaluation/segmentation/evaluate.py")
@@ -75,7 +75,7 @@ def properties_of(config_class: type) -> list[ast.FunctionDef]:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_loads(path):
-    is_classification = "finetune_classify.py --config" in path.read_text()
+    is_classification = "finetune-classifier --config" in path.read_text()
     config_class = ClassificationConfig if is_classification else VOLUMES[path.stem.split("_")[0]]
     values = read_yaml(path, config_class)
     assert values
