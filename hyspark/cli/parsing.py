@@ -71,8 +71,9 @@ def parse(parser: Any, argv: Sequence[str], also: Sequence[str] = ()) -> Any:
     args = parser.parse_args(present_words(argv, old), known_only=True)
     if args.extra_args:
         flag = args.extra_args[0].split("=")[0]
-        known = {name: name for name in (*also, *options(parser))} | {f"--{a}": f"--{b}" for a, b in old.items()}
-        raise ValueError(f"unknown argument {flag!r}{nearest(flag, known)}; --help lists all")
+        renamed = {f"--{before}": f"--{present}" for before, present in old.items()}
+        suggestion = nearest(flag, [*also, *options(parser)], renamed)
+        raise ValueError(f"unknown argument {flag!r}{suggestion}; --help lists all")
     return args
 
 

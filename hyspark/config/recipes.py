@@ -44,22 +44,21 @@ def present_spelling(values: Mapping[str, Any], config_class: type, source: str 
     Raises:
         ValueError: A setting is given in two spellings.
     """
-    renamed = old_spellings(config_class)
+    renamed, infos = old_spellings(config_class), field_info(config_class)
     found: dict[str, Any] = {}
+    spelled: dict[str, list[str]] = {}
     for name, value in values.items():
         new = renamed.get(name, name)
-        axes = field_info(config_class)[new].old_axes if name != new else ()
+        axes = infos[new].old_axes if new in infos else ()
+        spelled.setdefault(new, []).append(name)
+        if len(spelled[new]) > 1 and not set(spelled[new]) <= set(axes):
+            raise ValueError(f"{source}: {' and '.join(spelled[new])} are one setting; keep one of the two")
         if name in axes:
-            edges = list(found.get(new, axis_values(getattr(config_class, new), axes)))
+            edges = axis_values(found.get(new, getattr(config_class, new)), axes)
             edges[axes.index(name)] = value
             found[new] = edges
-            continue
-        if new in found:
-            raise ValueError(f"{source}: {name} and {new} are one setting; keep one of the two")
-        found[new] = "none" if (name, value) == ("init_weight", "") else value
-    for new, info in field_info(config_class).items():
-        if new in values and (given := [old for old in info.old_axes if old in values]):
-            raise ValueError(f"{source}: {', '.join(given)} and {new} are one setting; keep one of the two")
+        else:
+            found[new] = "none" if (name, value) == ("init_weight", "") else value
     return found
 
 
@@ -102,10 +101,12 @@ def typed_values(loaded: Mapping[str, Any], config_class: type, source: str) -> 
         ValueError: There is an unknown key, or a value of another type.
     """
     hints = {f.name: get_type_hints(config_class)[f.name] for f in fields(config_class)}
+    renamed = old_spellings(config_class)
+    given = {renamed.get(key, key): key for key in loaded}
     values = {}
     for key, value in present_spelling(loaded, config_class, source).items():
         if key not in hints:
-            raise ValueError(f"{source}: unknown key {key!r}{nearest(str(key), hints)}")
+            raise ValueError(f"{source}: unknown key {key!r}{nearest(str(key), hints, renamed)}")
         try:
             values[key] = coerce(value, hints[key])
         except (TypeError, ValueError):
@@ -114,7 +115,7 @@ def typed_values(loaded: Mapping[str, Any], config_class: type, source: str) -> 
                 if isinstance(hints[key], types.GenericAlias)
                 else getattr(hints[key], "__name__", hints[key])
             )
-            raise ValueError(f"{source}: {key} should be {wanted}, but it is {value!r}") from None
+            raise ValueError(f"{source}: {given[key]} should be {wanted}, but it is {value!r}") from None
     return values
 
 

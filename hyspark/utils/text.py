@@ -4,16 +4,17 @@ import difflib
 from collections.abc import Iterable, Mapping
 
 
-def nearest(word: str, choices: Iterable[str] | Mapping[str, str]) -> str:
+def nearest(word: str, choices: Iterable[str], renamed: Mapping[str, str] | None = None) -> str:
     """Write "; did you mean X?" for a near miss, else nothing.
 
     Args:
         word: What was given.
-        choices: What is known. The values of a mapping are suggested in place of its keys.
+        choices: What is known.
+        renamed: Earlier names of choices, which are known too; the present one is suggested.
     """
-    known = choices if isinstance(choices, Mapping) else {choice: choice for choice in choices}
-    matches = [c for c in known if c.startswith(word)] or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {known[matches[0]]}?" if matches else ""
+    present = {choice: choice for choice in choices} | dict(renamed or {})
+    matches = [c for c in present if c.startswith(word)] or difflib.get_close_matches(word, present, n=1, cutoff=0.5)
+    return f"; did you mean {present[matches[0]]}?" if matches else ""
 
 
 def listing(items: Iterable[str], limit: int = 10) -> str:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import timm
 import torch
 
 from hyspark.cli import commands, exit_codes, main, parsing
+from hyspark.config.classification import ClassificationConfig
 from hyspark.config.pretrain import PretrainConfig
-from hyspark.config.recipes import field_help
+from hyspark.config.recipes import field_help, old_spellings
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.evaluation.segmentation.scores import Scores, write_scores
 from hyspark.models.encoder import HybridEncoder
@@ -19,7 +21,7 @@ from hyspark.models.segmentation import build_hybird
 from hyspark.utils.atomic import write_json
 
 ROOT = Path(__file__).parents[2]
-PUBLISHED = "--exp_name=debug --data=./data --model=hyspark --batch_size=12 --out=debug_hyspark_ddp_4"
+PUBLISHED = "--exp_name=debug --data_path=./data --model=hyspark --bs=12 --exp_dir=debug_hyspark_ddp_4"
 TINY = {"encoder_widths": (4, 4, 8, 8, 12), "encoder_depths": (1,) * 5, "expansions": (2,) * 5}
 TINY_FLAGS = [word for name, values in TINY.items() for word in (f"--{name}", *map(str, values))]
 TINY_FLAGS += ["--vit_depth", "1", "--num_heads", "2", "--crop_size", "32", "--out_channels", "3"]
@@ -67,35 +69,75 @@ def test_the_published_command_line_parses_unchanged():
 @pytest.mark.parametrize(
     ("flag", "value", "parsed"),
     [
-        ("mask", "0.6", 0.6),
-        ("input_size", "64", (64,)),
-        ("base_lr", "2e-4", 2e-4),
-        ("ep", "10", 10),
-        ("wp_ep", "2", 2),
-        ("wd", "0.1", 0.1),
-        ("wde", "0.3", 0.3),
-        ("clip", "1", 1.0),
-        ("init_weight", "a/b.pth", "a/b.pth"),
-        ("resume_from", "c.pth", "c.pth"),
-        ("dataloader_workers", "8", 8),
+        ("mask", "0.6", {"mask_ratio": 0.6}),
+        ("input_size", "64", {"crop_size": (64,)}),
+        ("base_lr", "2e-4", {"lr": 2e-4}),
+        ("ep", "10", {"epochs": 10}),
+        ("wp_ep", "2", {"warmup_epochs": 2}),
+        ("wd", "0.1", {"weight_decay": 0.1}),
+        ("wde", "0.3", {"weight_decay_end": 0.3}),
+        ("clip", "1", {"clip": 1.0}),
+        ("init_weight", "a/b.pth", {"weights": "a/b.pth"}),
+        ("resume_from", "c.pth", {"resume_from": "c.pth"}),
+        ("dataloader_workers", "8", {"dataloader_workers": 8}),
     ],
 )
 @pytest.mark.parametrize("form", ["--{}={}", "--{} {}"])
 def test_the_other_published_flags_parse(flag, value, parsed, form):
-    assert getattr(pretrain_config(f"{PUBLISHED} {form.format(flag, value)}"), flag) == parsed
+    assert pretrain_config(f"{PUBLISHED} {form.format(flag, value)}") == replace(pretrain_config(PUBLISHED), **parsed)
 
 
 def test_unetr_flags_parse():
     line = (
-        "--data=/data/btcv --json_list=dataset_0.json --out=./test --epochs=10 --val_every=5 --batch_size=2 "
-        "--lr=4e-4 --weight_decay=1e-5 --warmup_epochs=5 --lrschedule=warmup_cosine --infer_overlap=0.7 "
+        "--data_dir=/data/btcv --json_list=dataset_0.json --logdir=./test --max_epochs=10 --val_every=5 --batch_size=2 "
+        "--optim_lr=4e-4 --reg_weight=1e-5 --warmup_epochs=5 --lrschedule=warmup_cosine --infer_overlap=0.7 "
         "--roi_x=64 --roi_y=64 --roi_z=96 --in_channels=1 --out_channels=14"
     )
-    config = finetune_config(line)
-    for word in line.split():
-        name, value = word.removeprefix("--").split("=")
-        assert type(getattr(config, name))(value) == getattr(config, name) != ""
-    assert config.crop_shape == (64, 64, 96)
+    assert finetune_config(line) == SegmentationConfig(
+        data="/data/btcv",
+        json_list="dataset_0.json",
+        out="./test",
+        epochs=10,
+        val_every=5,
+        batch_size=2,
+        lr=4e-4,
+        weight_decay=1e-5,
+        warmup_epochs=5,
+        infer_overlap=0.7,
+        crop_size=(64, 64, 96),
+        out_channels=14,
+    )
+
+
+def test_flags_of_one_axis_override_the_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("roi_x: 64\nroi_y: 64\nroi_z: 32\n")
+    assert finetune_config(f"--config {recipe}").crop_size == (64, 64, 32)
+    assert finetune_config(f"--config {recipe} --roi_z 48").crop_size == (64, 64, 48)
+    recipe.write_text("crop_size: 64\n")
+    assert finetune_config(f"--config {recipe} --roi_z=48").crop_size == (64, 64, 48)
+    with pytest.raises(ValueError, match="--roi_z and --crop_size are one setting"):
+        finetune_config("--roi_z 48 --crop_size 32")
+
+
+@pytest.mark.parametrize("config_class", [PretrainConfig, SegmentationConfig, ClassificationConfig])
+def test_an_earlier_spelling_gives_the_present_setting(config_class):
+    for old, name in old_spellings(config_class).items():
+        if old.startswith("roi_"):
+            continue
+        value = "32" if name == "crop_size" else "0.5" if isinstance(getattr(config_class, name), float) else "1"
+        read = parsing.read_config(config_class, "hyspark", [f"--{old}", value])
+        assert read == parsing.read_config(config_class, "hyspark", [f"--{name}={value}"])
+        assert read == parsing.read_config(config_class, "hyspark", [f"--{old}={value}"])
+        if old != "channels":
+            assert read != config_class()
+
+
+def test_the_help_shows_present_spellings_only(capsys):
+    with pytest.raises(SystemExit):
+        main.main(["finetune", "--help"])
+    words = set(capsys.readouterr().out.replace(",", " ").split())
+    assert not {f"--{old}" for old in old_spellings(SegmentationConfig)} & words
 
 
 def test_defaults_without_flags():
@@ -131,13 +173,15 @@ def test_flags_override_the_recipe(tmp_path):
 def test_the_last_recipe_counts(tmp_path):
     for name, bs in (("a", 3), ("b", 5)):
         (tmp_path / name).write_text(f"bs: {bs}\n")
-    assert pretrain_config(f"--config={tmp_path / 'a'} --config {tmp_path / 'b'}").bs == 5
+    assert pretrain_config(f"--config={tmp_path / 'a'} --config {tmp_path / 'b'}").batch_size == 5
 
 
 def test_wrong_recipes_are_messages(tmp_path, capsys):
     assert "no recipe at none.yaml" in fails(["pretrain", "--config", "none.yaml"], capsys)
     (tmp_path / "a.yaml").write_text("max_epoch: 3\n")
-    assert "did you mean max_epochs?" in fails(["finetune", f"--config={tmp_path / 'a.yaml'}"], capsys)
+    assert "unknown key 'max_epoch'; did you mean epochs?" in fails(
+        ["finetune", f"--config={tmp_path / 'a.yaml'}"], capsys
+    )
 
 
 # Wrong command lines
@@ -165,8 +209,8 @@ def test_wrong_recipes_are_messages(tmp_path, capsys):
         ("pretrain --spacing 1 2", "argument --spacing: expected 3 arguments"),
         ("pretrain --precision fp61", "bf16"),
         ("pretrain --crop_size 100", "nearest that fits is (96, 96, 96)"),
-        ("pretrain --mask_ratio 1.5", "mask must lie between 0 and 1"),
-        ("finetune --in_channels 3", "CT has one channel"),
+        ("pretrain --mask_ratio 1.5", "mask_ratio must lie between 0 and 1"),
+        ("finetune --in_channels 3", "in_channels must be 1, since CT has one channel"),
         ("datalist --organize_from x", "--organize_from and --organize_to go together"),
         ("phantom --num_labelled -1", "at least 0"),
     ],
@@ -322,7 +366,7 @@ def test_weights_of_networks_of_others(tmp_path, capsys):
     assert "unexpected    2 (fc.weight, fc.bias: head of its own, not part of this model)" in report
     main.main(["weights", path, "--model", "torchvision/resnet18"])
     assert "missing       2 (fresh: fc.* 2)" in capsys.readouterr().out
-    assert "n_classes, decoder_width: of the segmentation network; leave out for timm/resnet18" in fails(
+    assert "out_channels, decoder_width: not read for timm/resnet18" in fails(
         ["weights", path, "--model", "timm/resnet18", "--out_channels", "3", "--decoder_width", "32"], capsys
     )
     assert "did you mean resnet18" in fails(["weights", path, "--model", "timm/resnet_18"], capsys)

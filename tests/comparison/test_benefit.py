@@ -334,7 +334,7 @@ def test_a_comparison_does_with_broken_cases_what_its_runs_do(base, tmp_path):
 def test_the_command_line_reaches_the_engine(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(benefit, "benefit", lambda *args, **options: calls.append((args, options)) or [])
-    words = "benefit --out o --initial_weights scratch=none own=x.pth --max_steps 7 --num_labelled 5 10 --seeds 3 4 --jobs 2"
+    words = "benefit --out o --starts scratch=none own=x.pth --max_steps 7 --num_labelled 5 10 --seeds 3 4 --jobs 2"
     main.main(
         [*words.split(), "--config", "configs/finetune_openkbp.yaml", "--data", "d", "--flip_prob", "0", "0", ".1"]
     )

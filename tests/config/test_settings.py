@@ -16,6 +16,7 @@ from hyspark.config.classification import ClassificationConfig
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import as_plain, differences, field_help, read_yaml, write_yaml
 from hyspark.config.segmentation import SegmentationConfig
+from hyspark.utils.settings import GROUPS, field_info
 from hyspark.utils.text import nearest
 
 PACKAGE = Path(hyspark.__file__).parent
@@ -116,8 +117,15 @@ def test_defaults_are_valid_frozen_and_plain(config_class):
         assert isinstance(value, bool | int | float | str | list)
 
 
-def test_names_that_may_change_exist():
-    assert set().union(*map(names_of, CLASSES.values())) >= MAY_CHANGE
+@every
+def test_every_field_says_what_is_known_of_it(config_class):
+    infos = field_info(config_class)
+    assert set(infos) == names_of(config_class)
+    assert {info.group for info in infos.values()} == set(GROUPS)
+    assert sum(info.first for info in infos.values()) == 9
+    old = [spelling for info in infos.values() for spelling in (*info.old, *info.old_axes)]
+    assert len(set(old)) == len(old)
+    assert not set(old) & names_of(config_class)
 
 
 def test_published_defaults():
@@ -129,8 +137,8 @@ def test_published_defaults():
     assert (config.flip_prob, config.crops_per_volume) == ((0.2, 0.2, 0.1), 4)
     fine = SegmentationConfig()
     study = ClassificationConfig()
-    assert (study.optimizer, study.optim_lr, study.reg_weight, study.batch_size) == ("adam", 1e-4, 5e-4, 64)
-    assert (study.max_epochs, study.freeze_epochs, study.lrschedule) == (70, 10, "constant")
+    assert (study.optimizer, study.lr, study.weight_decay, study.batch_size) == ("adam", 1e-4, 5e-4, 64)
+    assert (study.epochs, study.freeze_epochs, study.lrschedule) == (70, 10, "constant")
     assert (fine.lr, fine.weight_decay, fine.warmup_epochs, fine.infer_overlap) == (1e-4, 1e-5, 50, 0.5)
     assert fine.crop_shape == (96, 96, 96)
 
@@ -159,7 +167,7 @@ def test_values_come_in_the_type_of_their_field(tmp_path):
         "epochs": 7,
     }
     assert values == {**expected, "dry_run": True, "model": "hyspark"}
-    assert [type(values[name]) for name in ("base_lr", "wd", "clip", "ep")] == [float, float, float, int]
+    assert [type(values[name]) for name in ("lr", "weight_decay", "clip", "epochs")] == [float, float, float, int]
     assert {type(x) for x in values["spacing"]} == {float}
 
 
@@ -170,7 +178,7 @@ def test_empty_recipe_is_no_change(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("base_lrr: 1", "unknown key 'base_lrr'; did you mean base_lr\\?"),
+        ("base_lrr: 1", "unknown key 'base_lrr'; did you mean lr\\?"),
         ("max_epoch: 1", "unknown key 'max_epoch'"),
         ("ep: ten", "ep should be int, but it is 'ten'"),
         ("ep: 1.5", "ep should be int, but it is 1.5"),
@@ -273,11 +281,11 @@ WRONG_PRETRAIN = [
     ({"model": "byol/timm/resnet50", "mask_ratio": 0.6}, "mask_ratio: not read by byol; drop for byol/timm/resnet50"),
     ({"model": "spark/timm/resnet50", "queue_size": 64}, "queue_size: not read by spark"),
     ({"prototypes": 10}, "prototypes: not read by hyspark"),
-    ({"model": "moco/timm/resnet50", "queue_size": 100}, "queue_size must be a multiple of the 16 crops of a step"),
+    ({"model": "moco/timm/resnet50", "queue_size": 100}, "queue_size must be a multiple of a step's 16 crops"),
     ({"model": "moco/timm/resnet50", "momentum": 1.0}, "momentum must be at least 0 and below 1"),
     ({"model": "swav/timm/resnet50", "view_scale": 0.0}, "view_scale must be above 0 and at most 1"),
     ({"model": "swav/timm/resnet50", "local_views": -1}, "local_views must not be negative"),
-    ({"model": "byol/timm/resnet50", "batch_size": 1, "crops_per_volume": 1}, "byol compares images: a step takes two"),
+    ({"model": "byol/timm/resnet50", "batch_size": 1, "crops_per_volume": 1}, "byol needs two crops a step or more"),
     ({"mask_ratio": 0.0}, "mask_ratio must lie between 0 and 1"),
     ({"mask_ratio": 1.0}, "mask_ratio must lie between 0 and 1"),
     ({"lr": 0.0}, "lr must be above 0"),
@@ -288,12 +296,12 @@ WRONG_PRETRAIN = [
     ),
     (
         {"model": "spark/timm/resnet50", "hide": "input", "vit_depth": 2},
-        "vit_depth, hide: not read by spark; leave out for spark/timm/resnet50",
+        "vit_depth, hide: not read by spark; drop for spark/timm/resnet50",
     ),
     ({"in_channels": 3}, "in_channels must be 1 for hyspark, but it is 3"),
-    ({"slice_stride": 2}, "slice_stride and slice_scaling are for planes"),
+    ({"slice_stride": 2}, "slice_stride and slice_scaling need slices"),
     ({"slices": "axial", "crop_size": (96, 96, 96)}, "crop_size takes one number or two"),
-    ({"slices": "axial", "probe_data": "data"}, "the probe is of hyspark's crops"),
+    ({"slices": "axial", "probe_data": "data"}, "probe_data needs model=hyspark"),
     ({"compute": "sparse"}, "compute must be one of packed, masked"),
 ]
 WRONG_FINETUNE = [
@@ -304,7 +312,7 @@ WRONG_FINETUNE = [
     ({"in_channels": 0}, "in_channels must be above 0"),
     ({"in_channels": 2}, "CT has one channel"),
     ({"out_channels": -1}, "out_channels must not be negative"),
-    ({"out_channels": 1}, "out_channels counts the background too"),
+    ({"out_channels": 1}, "out_channels includes the background"),
     ({"warmup_epochs": -1}, "warmup_epochs must not be negative"),
     ({"weight_decay": -1.0}, "weight_decay must not be negative"),
     ({"lr": 0.0}, "lr must be above 0"),
@@ -321,7 +329,7 @@ WRONG_FINETUNE = [
     ({"num_labelled": -1}, "num_labelled must not be negative"),
     ({"label_fraction": 0.0}, "label_fraction must be above 0"),
     ({"label_fraction": 1.5}, "label_fraction and layer_decay are at most 1"),
-    ({"num_labelled": 5, "label_fraction": 0.5}, "say the same in two ways"),
+    ({"num_labelled": 5, "label_fraction": 0.5}, "both set the number of labelled cases"),
     ({"layer_decay": 1.1}, "label_fraction and layer_decay are at most 1"),
     ({"pretrained_lr_ratio": 0.0}, "pretrained_lr_ratio must be above 0 and at most 1"),
     ({"freeze_epochs": -1}, "freeze_epochs must not be negative"),
@@ -340,14 +348,14 @@ WRONG_CLASSIFY = [
     ({"mean": (0.5, 0.5)}, "mean takes one number, or one per channel"),
     ({"in_channels": 1, "std": (1.0, 1.0, 1.0)}, "std takes one number, or one per channel"),
     ({"std": (0.0,)}, "std must be above 0"),
-    ({"num_labelled": 5, "label_fraction": 0.5}, "say the same in two ways"),
+    ({"num_labelled": 5, "label_fraction": 0.5}, "both set the number of labelled cases"),
     ({"label_fraction": 1.5}, "label_fraction and layer_decay are at most 1"),
     ({"pretrained_lr_ratio": 1.5}, "pretrained_lr_ratio must be above 0 and at most 1"),
     ({"optimizer": "sgd"}, "optimizer must be one of adam, adamw"),
     ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1"),
     ({"ema_decay": 1.0}, "ema_decay must be at least 0 and below 1"),
-    ({"crop_scale": (0.9, 0.5)}, "crop_scale must be two rising shares"),
-    ({"crop_scale": (0.0, 0.5)}, "crop_scale must be two rising shares"),
+    ({"crop_scale": (0.9, 0.5)}, "crop_scale takes two rising fractions"),
+    ({"crop_scale": (0.0, 0.5)}, "crop_scale takes two rising fractions"),
     ({"flip_prob": 1.5}, "flip_prob must be probabilities"),
     ({"batch_size": 5, "mixup": 0.1}, "batch_size must be even"),
     ({"mixup": -0.1}, "mixup must not be negative"),
@@ -376,7 +384,7 @@ def test_settings_at_the_edge_are_accepted():
         dataloader_workers=-1,
     )
     SegmentationConfig(infer_overlap=0.0, out_channels=2, warmup_epochs=0, rot90_prob=1.0, intensity_prob=0.0)
-    SegmentationConfig(roi_x=64, rot90_prob=0.0)
+    SegmentationConfig(crop_size=(64, 96, 96), rot90_prob=0.0)
     ClassificationConfig(
         mean=(0.5, 0.5, 0.5), crop_scale=(1.0, 1.0), freeze_epochs=0, weight_decay=0.0, rotate_degrees=0.0
     )
@@ -386,6 +394,50 @@ def test_nearest():
     assert nearest("base_lrr", ["wd", "base_lr"]) == "; did you mean base_lr?"
     assert nearest("--exp", ["--epochs", "--exp_name"]) == "; did you mean --exp_name?"
     assert nearest("zzz", ["wd", "base_lr"]) == ""
+    assert nearest("--bss", ["--batch_size", "--lr"], {"--bs": "--batch_size"}) == "; did you mean --batch_size?"
+
+
+# Earlier spellings
+
+
+def test_earlier_spellings_in_a_recipe(tmp_path):
+    text = "data_dir: d\nlogdir: o\npretrained: none\nroi_x: 64\nroi_y: 64\nroi_z: 32\nmax_epochs: 3\noptim_lr: 1e-3\n"
+    expected = {"data": "d", "out": "o", "weights": "none", "crop_size": (64, 64, 32), "epochs": 3, "lr": 1e-3}
+    assert read_yaml(recipe(tmp_path, text), SegmentationConfig) == expected
+    assert read_yaml(recipe(tmp_path, "roi_z: 48"), SegmentationConfig) == {"crop_size": (96, 96, 48)}
+    assert read_yaml(recipe(tmp_path, "init_weight: ''"), PretrainConfig) == {"weights": "none"}
+    assert read_yaml(recipe(tmp_path, "channels: 1\ninput_size: 64"), ClassificationConfig) == {
+        "in_channels": 1,
+        "crop_size": 64,
+    }
+
+
+@pytest.mark.parametrize("text", ["bs: 2\nbatch_size: 2", "batch_size: 2\nbs: 2"])
+def test_two_spellings_of_one_setting_are_refused(tmp_path, text):
+    with pytest.raises(ValueError, match=r"recipe\.yaml: (bs and batch_size|batch_size and bs) are one setting"):
+        read_yaml(recipe(tmp_path, text), PretrainConfig)
+    for text in ("roi_x: 32\ncrop_size: 32", "crop_size: 32\nroi_x: 32"):
+        with pytest.raises(ValueError, match=r"(roi_x and crop_size|crop_size and roi_x) are one setting"):
+            read_yaml(recipe(tmp_path, text), SegmentationConfig)
+
+
+def test_a_run_with_earlier_spellings_continues():
+    old = as_plain(PretrainConfig())
+    for name, before in (("batch_size", "bs"), ("crop_size", "input_size"), ("lr", "base_lr"), ("out", "exp_dir")):
+        old[before] = old.pop(name)
+    old["init_weight"] = ""
+    del old["weights"]
+    assert differences(old, PretrainConfig()) == []
+    assert differences(old | {"bs": 2}, PretrainConfig()) == ["batch_size: was 2, is 4"]
+    fine = as_plain(SegmentationConfig())
+    del fine["crop_size"]
+    fine |= {"roi_x": 96, "roi_y": 96, "roi_z": 64}
+    assert differences(fine, SegmentationConfig(crop_size=(96, 96, 64))) == []
+    assert differences(fine, SegmentationConfig()) == ["crop_size: was [96, 96, 64], is [96, 96, 96]"]
+
+
+def test_an_empty_path_of_weights_is_none():
+    assert PretrainConfig(weights="").weights == "none"
 
 
 # Continuing a run
@@ -395,17 +447,17 @@ def test_differences_name_what_forbids_continuing():
     old = as_plain(PretrainConfig())
     changed = PretrainConfig(lr=2e-4, crop_size=(48,), max_steps=5, out="elsewhere", dataloader_workers=0)
     assert differences(old, PretrainConfig()) == []
-    assert differences(old, changed) == ["input_size: was [96], is [48]", "base_lr: was 0.0001, is 0.0002"]
+    assert differences(old, changed) == ["crop_size: was [96], is [48]", "lr: was 0.0001, is 0.0002"]
 
 
 @every
 def test_only_named_fields_may_change(config_class):
-    old = as_plain(config_class())
+    old, infos = as_plain(config_class()), field_info(config_class)
     for name in names_of(config_class):
         lines = differences({**old, name: "something else"}, config_class())
-        assert bool(lines) == (name not in MAY_CHANGE)
-    assert all(name in MAY_CHANGE for name in ("max_steps", "store_dir", "device", "dataloader_workers"))
-    assert not {"seed", "bs", "batch_size", "base_lr", "optim_lr", "ep", "max_epochs", "spacing"} & MAY_CHANGE
+        assert bool(lines) == (not infos[name].may_change)
+    assert all(infos[name].may_change for name in ("max_steps", "device", "dataloader_workers", "data", "out"))
+    assert not any(infos[name].may_change for name in ("seed", "batch_size", "lr", "epochs", "crop_size", "weights"))
 
 
 def test_a_setting_the_old_run_did_not_have_had_its_default():
