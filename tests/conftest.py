@@ -13,7 +13,7 @@ from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets import build, datalist_json
 from hyspark.data.synthetic.phantom import write_phantoms
-from hyspark.evaluation.classification import predict
+from hyspark.evaluation.classification import evaluate
 from hyspark.reports import run_page
 
 Writer = Callable[[Path, Mapping[str, int], int], None]
@@ -141,7 +141,7 @@ def classifying_drawn(image_data: Path, tmp_path: Path) -> ClassificationConfig:
 @pytest.fixture
 def classifying(classifying_drawn: ClassificationConfig, monkeypatch: pytest.MonkeyPatch) -> ClassificationConfig:
     """The same without pictures."""
-    monkeypatch.setattr(predict, "mistakes_figure", lambda scored, images: None)
+    monkeypatch.setattr(evaluate, "mistakes_figure", lambda scored, images: None)
     return classifying_drawn
 
 

@@ -221,7 +221,7 @@ def evaluate(argv: Sequence[str]) -> None:
     from hyspark.evaluation.segmentation import evaluate as segmentation_evaluate
     from hyspark.evaluation.segmentation.scores import text_table
 
-    summary = segmentation_evaluate.evaluate(
+    summary = segmentation_evaluate.evaluate_segmentation(
         Path(args.weights),
         Path(args.data),
         Path(args.out),
@@ -241,7 +241,7 @@ def predict(argv: Sequence[str]) -> None:
     from hyspark.evaluation.segmentation import predict as segmentation_predict
     from hyspark.evaluation.segmentation.evaluate import Scoring
 
-    failures = segmentation_predict.predict(
+    failures = segmentation_predict.predict_segmentation(
         Path(args.weights),
         [Path(path) for path in args.inputs],
         Path(args.out),

@@ -18,8 +18,8 @@ from hyspark.comparison.report import write_class_benefit
 from hyspark.comparison.table import Kind, Place, budget, by_name, steps_and_seconds, tabulate
 from hyspark.config.classification import ClassificationConfig
 from hyspark.data.readers.images import has_test_part
+from hyspark.evaluation.classification.evaluate import SCORES
 from hyspark.evaluation.classification.metrics import METRICS, resampled
-from hyspark.evaluation.classification.predict import SCORES
 from hyspark.evaluation.classification.scores import Classified, read_cases, read_summary
 from hyspark.models.weights.load import load_pretrained
 from hyspark.tasks.classification import build

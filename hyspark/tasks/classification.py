@@ -23,16 +23,13 @@ from hyspark.data.batches.images import Augmentation, ImageBatches
 from hyspark.data.batches.loader import Batch, Share
 from hyspark.data.seeds import seed_at
 from hyspark.evaluation.classification import scores as classification_scores
-from hyspark.evaluation.classification.metrics import class_scores as measured
-from hyspark.evaluation.classification.predict import (
-    HEADINGS,
-    SCORES,
-    network_of,
-    probabilities,
-    scaling_of,
-    score_best,
-    scored_parts,
+from hyspark.evaluation.classification.evaluate import HEADINGS, SCORES, score_best, scored_parts
+from hyspark.evaluation.classification.inference import (
+    class_probabilities,
+    classifier_from_config,
+    scaling_from_config,
 )
+from hyspark.evaluation.classification.metrics import class_scores as measured
 from hyspark.models.classifier import backbone_learns, layers_of
 from hyspark.models.weights.load import load_pretrained
 from hyspark.reports import run_page
@@ -103,7 +100,7 @@ def build(config: ClassificationConfig, num_classes: int) -> nn.Module:
     """The network with its seeded fresh weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_at(config.seed, "weights"))
-        return network_of(config, num_classes)
+        return classifier_from_config(config, num_classes)
 
 
 def start(config: ClassificationConfig, model: nn.Module, images: Images) -> dict[str, Any] | None:
@@ -195,7 +192,7 @@ class Classifying:
         c = self.config
         augmentation = Augmentation(c.crop_scale, c.flip_prob, c.rotate_degrees, c.jitter)
         training = self.images.parts["train"]
-        return ImageBatches(training, self.share, c.crop_size, augmentation, scaling_of(c), c.seed)
+        return ImageBatches(training, self.share, c.crop_size, augmentation, scaling_from_config(c), c.seed)
 
     def follow(self, run: Run) -> None:
         """Have the average follow the weights, from the optimizer's next step on."""
@@ -237,7 +234,7 @@ class Classifying:
         """Validate; keep the weights where their accuracy is the best so far, the earlier ones of equals."""
         network = self.average.module if self.average else run.network
         images = self.images.parts["val"]
-        values = probabilities(network, images, self.config, run.processes)
+        values = class_probabilities(network, images, self.config, run.processes)
         scores = measured(np.array(images.labels), values)
         is_best = scores["accuracy"] > self.best
         if is_best:

@@ -34,7 +34,7 @@ from hyspark.evaluation.segmentation.evaluate import (
     score_cases,
     segment_case,
 )
-from hyspark.evaluation.segmentation.inference import network_of, windows_of
+from hyspark.evaluation.segmentation.inference import hybird_from_config, windows_of
 from hyspark.evaluation.segmentation.metrics import dice
 from hyspark.evaluation.segmentation.scores import Scores, mean_of, read_scores, write_scores
 from hyspark.evaluation.segmentation.test_cases import prepare_held_out, score_held_out
@@ -171,7 +171,7 @@ def build(config: SegmentationConfig, num_classes: int) -> Hybird:
     """The network with its seeded fresh weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_at(config.seed, "weights"))
-        network = network_of(config, num_classes)
+        network = hybird_from_config(config, num_classes)
     if config.compile == "blocks" and not config.replay:
         compile_blocks(network)
     return network

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from hyspark.cli import main
-from hyspark.evaluation.classification.predict import load_classifier
+from hyspark.evaluation.classification.inference import load_classifier
 from hyspark.models.classifier import build_classifier, head_of, layers_of
 from hyspark.tasks.classification import build, finetune_classify, make_optimizer
 from hyspark.training.labelled_images import read_images
@@ -321,5 +321,5 @@ def test_files_that_are_no_classifier(config, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no best\.pth"):
         load_classifier(tmp_path)
     torch.save({"fc.weight": torch.ones(2)}, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match=r"x\.pth is no fine-tuned classifier"):
+    with pytest.raises(ValueError, match=r"x\.pth expected a fine-tuned network for classification"):
         load_classifier(tmp_path / "x.pth")

@@ -8,8 +8,8 @@ import torch
 import hyspark
 from hyspark.config.recipes import as_plain
 from hyspark.data.synthetic.phantom import write_phantoms
-from hyspark.evaluation.segmentation.inference import Windows, class_scores, network_of
-from hyspark.evaluation.segmentation.predict import predict
+from hyspark.evaluation.segmentation.inference import Windows, class_scores, hybird_from_config
+from hyspark.evaluation.segmentation.predict import predict_segmentation
 from hyspark.training import checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -45,7 +45,7 @@ def test_windows_go_through_the_gpu_and_scores_lie_in_main_memory(full_precision
 
 def test_predicted_label_maps_are_those_of_the_cpu(finetuning, tmp_path, full_precision):
     """From a file of weights and volumes on the disk to label maps on their grids."""
-    network = varied(network_of(finetuning, 3))
+    network = varied(hybird_from_config(finetuning, 3))
     names = ["background", "liver", "aorta"]
     contents = {"model": network.state_dict(), "config": as_plain(finetuning), "classes": names}
     checkpoint.save(contents, tmp_path / "best.pth")
@@ -54,7 +54,7 @@ def test_predicted_label_maps_are_those_of_the_cpu(finetuning, tmp_path, full_pr
     assert volumes
     outs = (tmp_path / "one", tmp_path / "two")
     for device, out in zip(("cpu", DEVICE), outs, strict=True):
-        assert predict(tmp_path / "best.pth", volumes, out, device=device, num_workers=1) == {}
+        assert predict_segmentation(tmp_path / "best.pth", volumes, out, device=device, num_workers=1) == {}
     for path in outs[0].iterdir():
         one, two = (np.asarray(nibabel.load(out / path.name).dataobj) for out in outs)
         assert len(np.unique(one)) > 1

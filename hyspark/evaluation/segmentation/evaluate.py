@@ -242,7 +242,7 @@ def case_panel(
     return segmentation_panel(image, truth, prediction, names, title=title, spacing=spacing)
 
 
-def evaluate(
+def evaluate_segmentation(
     weights: Path,
     data: Path,
     out: Path,

@@ -4,7 +4,7 @@ the file that the volume was prepared from.
 Shapes: n classes, background included; (h, w, d) voxels of the prepared grid, in RAS.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from hyspark.config.recipes import typed_values
 from hyspark.config.segmentation import SegmentationConfig
+from hyspark.evaluation.network_kind import read_fine_tuned
 from hyspark.models.segmentation import Hybird, build_hybird
-from hyspark.models.weights.files import read_contents
 from hyspark.training.labelled_cases import left_right_pairs, one_sided
 
 STRAIGHT = 0.05
@@ -56,38 +56,28 @@ class Trained(NamedTuple):
 
 
 def load_network(path: Path) -> Trained:
-    """The network that fine-tuning left in a file.
+    """Load the segmentation network that fine-tuning left in a file. Nothing stored in it is executed.
 
-    path: best.pth of a fine-tuning run, or the run's folder. Nothing stored in it is executed. Raises
-    FileNotFoundError; ValueError where the file is damaged or is no fine-tuned network.
+    Args:
+        path: best.pth of a fine-tuning run, or the run folder.
+
+    Raises:
+        FileNotFoundError: There is no such file, or the folder holds no best.pth.
+        ValueError: The file is damaged, or holds no network fine-tuned for segmentation.
     """
-    if path.is_dir() and not (path / "best.pth").is_file():
-        raise FileNotFoundError(f"{path} holds no best.pth; is it a fine-tuning run that was validated?")
-    path = path / "best.pth" if path.is_dir() else path
-    contents = read_contents(path)
-    contents = contents if isinstance(contents, Mapping) else {}
-    if not {"model", "config", "classes"} <= set(contents) or "weights" in contents:
-        what = "weights without settings and class names"
-        if "optimizer" in contents:
-            what = "a state to continue training from"
-        elif "weights" in contents:
-            what = "a classifier of images (hyspark classify)"
-        raise ValueError(
-            f"{path} is no fine-tuned network for segmentation, but {what}; "
-            "give the best.pth that fine-tuning wrote (hyspark finetune), or its run folder"
-        )
+    path, _, contents = read_fine_tuned(path, "segmentation")
     config = SegmentationConfig(**typed_values(contents["config"], SegmentationConfig, str(path)))
     names = [str(name) for name in contents["classes"]]
-    model = network_of(config, len(names))
+    model = hybird_from_config(config, len(names))
     try:
         model.load_state_dict(contents["model"])
     except RuntimeError as error:
-        raise ValueError(f"{path}: its weights are not those of the network that its settings say ({error})") from error
+        raise ValueError(f"{path}: its weights do not fit the network that its settings describe ({error})") from error
     return Trained(model.eval(), config, names, list(contents.get("trained_on", [])))
 
 
-def network_of(config: SegmentationConfig, num_classes: int) -> Hybird:
-    """The network that the settings say, with fresh weights from torch's generator."""
+def hybird_from_config(config: SegmentationConfig, num_classes: int) -> Hybird:
+    """Build the network that the settings describe, randomly initialised by torch's generator."""
     return build_hybird(
         config.in_channels,
         num_classes,

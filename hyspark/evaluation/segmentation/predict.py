@@ -36,7 +36,7 @@ MOST_WORKERS = 4
 """Prepared volumes that wait take memory; so many workers keep ahead of any network."""
 
 
-def predict(
+def predict_segmentation(
     weights: Path,
     inputs: Sequence[Path],
     out: Path,

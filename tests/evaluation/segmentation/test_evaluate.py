@@ -20,13 +20,13 @@ from hyspark.evaluation.segmentation.evaluate import (
     Scoring,
     Source,
     check_classes,
-    evaluate,
+    evaluate_segmentation,
     find_labelled,
     is_scored,
     mean_dice,
     score_cases,
 )
-from hyspark.evaluation.segmentation.inference import network_of
+from hyspark.evaluation.segmentation.inference import hybird_from_config
 from hyspark.evaluation.segmentation.scores import Scores, read_scores, write_scores
 from hyspark.training import checkpoint, precision
 from hyspark.training.distributed import find_processes
@@ -202,22 +202,26 @@ def test_flips_of_sides_need_their_pairs(labelled, tmp_path):
 def weights(tmp_path):
     """best.pth of an untrained network for the boxes."""
     config = replace(BOXES, **TINY)
-    contents = {"model": network_of(config, 3).state_dict(), "config": as_plain(config), "classes": NAMES}
+    contents = {"model": hybird_from_config(config, 3).state_dict(), "config": as_plain(config), "classes": NAMES}
     checkpoint.save(contents, tmp_path / "run" / "best.pth")
     return tmp_path / "run"
 
 
 def test_a_folder_and_a_list_of_unseen_cases(labelled, weights, tmp_path):
     options = {"device": "cpu", "store_dir": str(tmp_path / "store"), "prepare_workers": 1}
-    by_folder = evaluate(weights, labelled, tmp_path / "folder", **options)
+    by_folder = evaluate_segmentation(weights, labelled, tmp_path / "folder", **options)
     assert by_folder["protocol"]["num_cases"] == 3
     listed = build.build(labelled, labels=True)
     parts = cases.Datalist(listed.training[:2], listed.training[2:], listed.labels)
     datalist_json.write(parts, tmp_path / "list.json")
-    by_list = evaluate(weights / "best.pth", tmp_path / "list.json", tmp_path / "list", part="all", **options)
+    by_list = evaluate_segmentation(
+        weights / "best.pth", tmp_path / "list.json", tmp_path / "list", part="all", **options
+    )
     assert by_list["organs"] == by_folder["organs"]
     for part, text in (("validation", "validation"), ("", "validation"), ("training", "training")):
-        found = evaluate(weights, tmp_path / "list.json", tmp_path / "one", part=part, **options)["protocol"]
+        found = evaluate_segmentation(weights, tmp_path / "list.json", tmp_path / "one", part=part, **options)[
+            "protocol"
+        ]
         assert found["num_cases"] == (1 if text == "validation" else 2)
         assert found["data"] == f"{text} cases of {tmp_path / 'list.json'}"
     datalist_json.write(cases.Datalist(listed.training, (), listed.labels), tmp_path / "all.json")
@@ -233,13 +237,15 @@ def test_data_that_do_not_fit_the_network(labelled, weights, tmp_path):
     content = {"labels": {"background": 0, "aorta": 1, "liver": 2}}
     (labelled / "dataset.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="the value 1 is 'aorta' there, but 'liver' for the network"):
-        evaluate(weights, labelled, tmp_path / "out", device="cpu")
+        evaluate_segmentation(weights, labelled, tmp_path / "out", device="cpu")
     (labelled / "dataset.json").unlink()
     write_case(labelled, "more")
     path = labelled / "labelsTr" / "more.nii.gz"
     nibabel.save(nibabel.Nifti1Image(np.full((24, 22, 20), 3, np.uint8), np.diag([2, 2, 3, 1])), path)
     with pytest.raises(ValueError, match="more: its label holds the value 3"):
-        evaluate(weights, labelled, tmp_path / "out", device="cpu", store_dir=str(tmp_path / "s"), prepare_workers=1)
+        evaluate_segmentation(
+            weights, labelled, tmp_path / "out", device="cpu", store_dir=str(tmp_path / "s"), prepare_workers=1
+        )
     assert not (tmp_path / "out").exists()
 
 

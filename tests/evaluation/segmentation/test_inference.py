@@ -17,9 +17,9 @@ from hyspark.data.synthetic.phantom import make_phantom
 from hyspark.evaluation.segmentation.inference import (
     Windows,
     class_scores,
+    hybird_from_config,
     largest_components,
     load_network,
-    network_of,
     to_grid,
 )
 from hyspark.training import checkpoint
@@ -187,7 +187,7 @@ def test_the_largest_part_of_each_class_is_kept():
 
 def test_a_network_comes_back_from_its_file(finetuning, tmp_path):
     names = ["background", "liver", "spleen"]
-    model = network_of(finetuning, 3)
+    model = hybird_from_config(finetuning, 3)
     contents = {"model": model.state_dict(), "config": as_plain(finetuning), "classes": names}
     checkpoint.save(contents, tmp_path / "best.pth")
     volumes = torch.rand(1, 1, 32, 32, 32)
@@ -201,24 +201,26 @@ def test_a_network_comes_back_from_its_file(finetuning, tmp_path):
 
 
 def test_files_that_are_no_fine_tuned_network(finetuning, tmp_path):
-    model = network_of(finetuning, 3)
+    model = hybird_from_config(finetuning, 3)
     with pytest.raises(FileNotFoundError, match=r"holds no best\.pth"):
         load_network(tmp_path)
     with pytest.raises(FileNotFoundError, match="no weights at"):
         load_network(tmp_path / "none.pth")
     path = tmp_path / "encoder.pth"
     torch.save({key: value for key, value in model.state_dict().items() if not key.startswith("decoder.")}, path)
-    with pytest.raises(ValueError, match=r"no fine-tuned network for segmentation, but weights without"):
+    with pytest.raises(
+        ValueError, match="expected a fine-tuned network for segmentation, got weights without settings"
+    ):
         load_network(path)
     torch.save({"model": model.state_dict(), "config": as_plain(finetuning), "optimizer": {}}, path)
     with pytest.raises(ValueError, match="a state to continue training from"):
         load_network(path)
     whole = {"model": model.state_dict(), "config": as_plain(finetuning), "classes": ["background", "liver"]}
     torch.save(whole, path)
-    with pytest.raises(ValueError, match="its weights are not those of the network"):
+    with pytest.raises(ValueError, match="its weights do not fit the network"):
         load_network(path)
     torch.save(whole | {"config": as_plain(ClassificationConfig()), "weights": "best"}, path)
-    with pytest.raises(ValueError, match=r"a classifier of images \(hyspark classify\)"):
+    with pytest.raises(ValueError, match="for segmentation, got classification"):
         load_network(path)
     torch.save(whole | {"config": as_plain(finetuning) | {"colour": 3}}, path)
     with pytest.raises(ValueError, match=r"encoder\.pth: unknown key 'colour'"):

@@ -15,7 +15,7 @@ from hyspark.config.recipes import as_plain
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.evaluation.segmentation import predict
 from hyspark.evaluation.segmentation.evaluate import Scoring
-from hyspark.evaluation.segmentation.inference import Trained, network_of
+from hyspark.evaluation.segmentation.inference import Trained, hybird_from_config
 from hyspark.training import checkpoint
 
 NAMES = ["background", "liver", "aorta"]
@@ -42,7 +42,7 @@ class Levels(torch.nn.Module):
 @pytest.fixture
 def weights(tmp_path):
     """A run folder with an untrained network."""
-    contents = {"model": network_of(CONFIG, 3).state_dict(), "config": as_plain(CONFIG), "classes": NAMES}
+    contents = {"model": hybird_from_config(CONFIG, 3).state_dict(), "config": as_plain(CONFIG), "classes": NAMES}
     checkpoint.save(contents, tmp_path / "run" / "best.pth")
     return tmp_path / "run"
 
@@ -85,7 +85,7 @@ def write_volume(path, orientation="RAS", turn=0.0):
 def test_a_label_map_lies_where_its_volume_does(knowing, tmp_path, orientation, ending, turn):
     source = tmp_path / "in" / f"case_0000{ending}"
     truth = write_volume(source, orientation, turn)
-    assert predict.predict(tmp_path, [source], tmp_path / "out", device="cpu", num_workers=1) == {}
+    assert predict.predict_segmentation(tmp_path, [source], tmp_path / "out", device="cpu", num_workers=1) == {}
     found, given = nibabel.load(tmp_path / "out" / "case.nii.gz"), nibabel.load(source)
     assert np.array_equal(found.get_fdata(), truth)
     assert np.array_equal(found.affine, given.affine)
@@ -95,7 +95,7 @@ def test_a_label_map_lies_where_its_volume_does(knowing, tmp_path, orientation, 
 
 def test_a_header_says_a_label_map_and_names_nobody(knowing, tmp_path):
     write_volume(tmp_path / "in" / "case.nii.gz")
-    predict.predict(tmp_path, [tmp_path / "in"], tmp_path / "out", device="cpu", num_workers=1)
+    predict.predict_segmentation(tmp_path, [tmp_path / "in"], tmp_path / "out", device="cpu", num_workers=1)
     path = tmp_path / "out" / "case.nii.gz"
     header = nibabel.load(path).header
     assert header.get_data_dtype() == np.uint8
@@ -136,7 +136,7 @@ def test_workers_keep_the_order(tmp_path):
 def test_only_the_largest_part_if_asked(knowing, tmp_path):
     truth = write_volume(tmp_path / "x.nii.gz")
     options = {"device": "cpu", "num_workers": 1, "scoring": Scoring(largest_component=True)}
-    predict.predict(tmp_path, [tmp_path / "x.nii.gz"], tmp_path / "out", **options)
+    predict.predict_segmentation(tmp_path, [tmp_path / "x.nii.gz"], tmp_path / "out", **options)
     truth[4, 4, 4] = 0
     assert np.array_equal(nibabel.load(tmp_path / "out" / "x.nii.gz").get_fdata(), truth)
 
@@ -176,8 +176,10 @@ def test_flips_of_left_and_right_need_pairs(monkeypatch, tmp_path):
     monkeypatch.setattr(predict, "load_network", lambda path: Trained(Levels(), CONFIG, sided, []))
     write_volume(tmp_path / "x.nii.gz")
     with pytest.raises(ValueError, match="leave axis 0 out"):
-        predict.predict(tmp_path, [tmp_path / "x.nii.gz"], tmp_path / "out", scoring=Scoring(flips=(0,)), device="cpu")
+        predict.predict_segmentation(
+            tmp_path, [tmp_path / "x.nii.gz"], tmp_path / "out", scoring=Scoring(flips=(0,)), device="cpu"
+        )
     paired = replace(CONFIG, left_right=("left kidney=right kidney",))
     monkeypatch.setattr(predict, "load_network", lambda path: Trained(Levels(), paired, sided, []))
     options = {"scoring": Scoring(flips=(0,)), "device": "cpu", "num_workers": 1}
-    assert predict.predict(tmp_path, [tmp_path / "x.nii.gz"], tmp_path / "out", **options) == {}
+    assert predict.predict_segmentation(tmp_path, [tmp_path / "x.nii.gz"], tmp_path / "out", **options) == {}
