@@ -180,8 +180,9 @@ class PhantomArguments(Arguments):
 
 
 class SlicesArguments(Arguments):
-    """Write the slices of CTs, NIfTI or DICOM, as PNG files: OUT/train/1 and OUT/val/1, with no patient in both. The same
-    command on the same folder continues. Exit code 1: some volume was unreadable.
+    """Write the slices of CTs, NIfTI or DICOM, as PNG files: OUT/train/1 and OUT/val/1, with no patient in both.
+
+    The same command on the same folder continues. Exit code 1: some volume was unreadable.
 
     Example:
         hyspark slices scans --out data/slices --axis axial --stride 4
@@ -192,9 +193,7 @@ class SlicesArguments(Arguments):
     axis: Axis = "axial"  # Orientation of the slices
     stride: int = 1  # Write each slice whose index is a multiple of this
     scaling: Scaling = "minmax"  # Black and white: the range of each slice, or a window
-    hu_min: float | None = (
-        None  # HU to which lower values are clipped; by default none, in a window as in pre-training
-    )
+    hu_min: float | None = None  # HU to which lower values are clipped; by default none, in a window as in pre-training
     hu_max: float | None = None  # HU to which higher values are clipped; the same default
     size: int = 0  # Pixels of the short side; 0 keeps the resolution
     val_fraction: float = 0.2  # Fraction of patients in val

@@ -15,6 +15,7 @@ from hyspark.cli.arguments import (
     DatalistArguments,
     EvaluateArguments,
     ExportArguments,
+    NetworkArguments,
     PhantomArguments,
     PredictArguments,
     SlicesArguments,
@@ -218,42 +219,40 @@ def compare(argv: Sequence[str]) -> None:
 def evaluate(argv: Sequence[str]) -> None:
     """Score a fine-tuned network on labelled cases."""
     args = parse(EvaluateArguments(prog="hyspark evaluate", allow_abbrev=False), argv)
-    from hyspark.evaluation.segmentation import evaluate as segmentation_evaluate
+    from hyspark.evaluation.classification.scores import metrics_text
     from hyspark.evaluation.segmentation.scores import text_table
+    from hyspark.tasks import api
 
-    summary = segmentation_evaluate.evaluate_segmentation(
-        Path(args.weights),
-        Path(args.data),
-        Path(args.out),
-        part=args.part,
-        scoring=segmentation_evaluate.Scoring(args.overlap, args.flips, args.largest_component, args.tolerance),
-        device=args.device,
-        store_dir=args.store_dir,
-        prepare_workers=args.prepare_workers,
-    )
-    print(text_table(summary))
-    print(f"scores of each case, table, protocol and pictures: {args.out}")
+    summary = api.evaluate(args.weights, args.data, args.out, device=args.device, **given_options(args)).summary
+    if "metrics" in summary:
+        print(f"{metrics_text(summary['metrics'])} on {summary['protocol']['num_images']} images")
+    else:
+        print(text_table(summary))
+    print(f"scores of each case, protocol and pictures: {args.out}")
 
 
 def predict(argv: Sequence[str]) -> None:
     """Predict label maps of volumes, or class probabilities of images."""
     args = parse(PredictArguments(prog="hyspark predict", allow_abbrev=False), argv)
-    from hyspark.evaluation.segmentation import predict as segmentation_predict
-    from hyspark.evaluation.segmentation.evaluate import Scoring
+    from hyspark.tasks import api
 
-    failures = segmentation_predict.predict_segmentation(
-        Path(args.weights),
-        [Path(path) for path in args.inputs],
-        Path(args.out),
-        scoring=Scoring(args.overlap, args.flips, args.largest_component),
-        device=args.device,
-        num_workers=args.prepare_workers,
-        overwrite=args.overwrite,
+    made = api.predict(args.weights, args.inputs, args.out, device=args.device, **given_options(args))
+    print(
+        f"{len(made.files)} written: {made.files[0]}{', ...' if made.files[1:] else ''}"
+        if made.files
+        else "none written"
     )
-    for why in failures.values():
+    for why in made.failures.values():
         print(f"not predicted: {why}", file=sys.stderr)
-    if failures:
+    if made.failures:
         sys.exit(1)
+
+
+def given_options(args: NetworkArguments) -> dict[str, Any]:
+    """Return the options whose values are not the defaults."""
+    fixed = ("weights", "data", "inputs", "out", "device")
+    options = {name: value for name, value in args.as_dict().items() if name not in fixed}
+    return {name: value for name, value in options.items() if value != getattr(type(args), name)}
 
 
 def classify(argv: Sequence[str]) -> None:

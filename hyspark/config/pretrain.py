@@ -176,3 +176,8 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
     def run_folder(self) -> Path:
         """Folder that the run writes to."""
         return Path(self.out or f"ckpt/{self.exp_name}")
+
+
+def list_methods() -> list[str]:
+    """List the methods of pre-training: values of `model`, or its first part before the backbone."""
+    return list(METHODS)
