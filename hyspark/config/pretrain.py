@@ -6,17 +6,17 @@ from typing import Literal
 
 from hyspark.config.checks import between, check_probabilities, not_negative, positive
 from hyspark.config.shared import EncoderSettings, VolumeSettings, check_encoder, check_run, check_volumes
-from hyspark.models.contrastive import METHODS as VIEW_METHODS
+from hyspark.models.contrastive import CONTRASTIVE_METHODS
 from hyspark.models.masking.mask import grid_of
 from hyspark.utils.text import nearest
 
-METHODS = ("hyspark", "spark", *VIEW_METHODS)
+METHODS = ("hyspark", "spark", *CONTRASTIVE_METHODS)
 """Of pre-training."""
 READ_BY = {
     **dict.fromkeys((field.name for field in fields(EncoderSettings)), METHODS[:1]),
     **dict.fromkeys(("compute", "hide"), METHODS[:1]),
     **dict.fromkeys(("mask", "decoder_width", "compile"), METHODS[:2]),
-    **dict.fromkeys(("view_scale", "head_width"), VIEW_METHODS),
+    **dict.fromkeys(("view_scale", "head_width"), CONTRASTIVE_METHODS),
     **{"local_views": ("swav",), "prototypes": ("swav",), "queue_size": ("moco",), "momentum": ("moco", "byol")},
 }
 """Settings that not all methods read, with those that do."""
@@ -136,7 +136,7 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
         between(self, "momentum", 0, 1)
         if not 0 < self.view_scale <= 1:
             raise ValueError(f"view_scale must be above 0 and at most 1, but it is {self.view_scale}")
-        if self.method in VIEW_METHODS and self.bs * self.crops_per_volume < 2:
+        if self.method in CONTRASTIVE_METHODS and self.bs * self.crops_per_volume < 2:
             raise ValueError(f"{self.method} compares images: a step takes two crops or more (bs, crops_per_volume)")
         if self.method == "moco" and self.queue_size % (self.bs * self.crops_per_volume):
             raise ValueError(

@@ -29,8 +29,8 @@ def build_backbone(name: str, in_channels: int, axes: int) -> Backbone:
     """
     library, slash, rest = name.partition("/")
     if ":" in name:
-        return Backbone(from_factory(name, in_channels, axes))
-    makers = {"timm": from_timm, "torchvision": from_torchvision, "monai": from_monai}
+        return Backbone(build_from_factory(name, in_channels, axes))
+    makers = {"timm": build_timm, "torchvision": build_torchvision, "monai": build_monai}
     if not slash or library not in makers:
         raise ValueError(
             f"no backbone {name!r}: expected timm/NAME, torchvision/NAME, monai/NAME or PACKAGE.MODULE:FACTORY"
@@ -38,26 +38,26 @@ def build_backbone(name: str, in_channels: int, axes: int) -> Backbone:
     return makers[library](rest, in_channels, axes)
 
 
-def from_timm(name: str, in_channels: int, axes: int) -> Backbone:
+def build_timm(name: str, in_channels: int, axes: int) -> Backbone:
     """Without a classifier."""
-    known(name, timm.list_models(), "timm")
-    planar(name, axes)
+    check_name(name, timm.list_models(), "timm")
+    check_2d(name, axes)
     return Backbone(timm.create_model(name, in_chans=in_channels, num_classes=0))
 
 
-def from_torchvision(name: str, in_channels: int, axes: int) -> Backbone:
+def build_torchvision(name: str, in_channels: int, axes: int) -> Backbone:
     """As it is, classifier included."""
-    known(name, torchvision.models.list_models(module=torchvision.models), "torchvision")
-    planar(name, axes)
+    check_name(name, torchvision.models.list_models(module=torchvision.models), "torchvision")
+    check_2d(name, axes)
     if in_channels != 3:
         raise ValueError(f"torchvision's {name} takes three channels, but the data have {in_channels}")
     return Backbone(torchvision.models.get_model(name, weights=None))
 
 
-def from_monai(name: str, in_channels: int, axes: int) -> Backbone:
+def build_monai(name: str, in_channels: int, axes: int) -> Backbone:
     """A ResNet, or the encoder's half of a segmentation network, of which the rest stays as it is."""
     sizes = [f"resnet{depth}" for depth in (10, 18, 34, 50, 101, 152, 200)]
-    known(name, [*sizes, "segresnet", "dynunet"], "monai")
+    check_name(name, [*sizes, "segresnet", "dynunet"], "monai")
     if name == "segresnet":
         return Backbone(nets.SegResNet(axes, 16, in_channels), lambda net, x: net.encode(x))
     if name == "dynunet":
@@ -69,7 +69,7 @@ def from_monai(name: str, in_channels: int, axes: int) -> Backbone:
     return Backbone(build(spatial_dims=axes, n_input_channels=in_channels, **options))
 
 
-def from_factory(name: str, in_channels: int, axes: int) -> nn.Module:
+def build_from_factory(name: str, in_channels: int, axes: int) -> nn.Module:
     """What the user's own function gives."""
     module, _, factory = name.partition(":")
     try:
@@ -91,7 +91,7 @@ def run_dynunet(net: nets.DynUNet, x: Tensor) -> Tensor:
     return out
 
 
-def known(name: str, names: Iterable[str], library: str) -> None:
+def check_name(name: str, names: Iterable[str], library: str) -> None:
     """Raises ValueError, naming the nearest, for a name that is not among these."""
     names = list(names)
     if name not in names:
@@ -99,7 +99,7 @@ def known(name: str, names: Iterable[str], library: str) -> None:
         raise ValueError(f"{library} has no {name!r} here" + (f"; did you mean {', '.join(near)}?" if near else ""))
 
 
-def planar(name: str, axes: int) -> None:
+def check_2d(name: str, axes: int) -> None:
     """Raises ValueError where volumes are asked of a network for images."""
     if axes != 2:
         raise ValueError(f"{name} takes images of two axes, but the data have {axes}; MONAI's networks take three")

@@ -9,7 +9,7 @@ from timm.models import group_parameters
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hyspark.models.backbones import known
+from hyspark.models.backbones import check_name
 
 SEVERAL_OUTPUTS = ("googlenet", "inception_v3")
 """Networks of torchvision with further classifiers on the way, which a loss of their own would be needed for."""
@@ -24,14 +24,14 @@ def build_classifier(name: str, channels: int, num_classes: int, drop_path: floa
     """
     library, _, rest = name.partition("/")
     if library == "timm":
-        known(rest, timm.list_models(), library)
+        check_name(rest, timm.list_models(), library)
         options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
         try:
             created: nn.Module = timm.create_model(rest, in_chans=channels, num_classes=num_classes, **options)
         except TypeError as error:
             raise ValueError(f"{name} cannot be built with drop_path={drop_path}: {error}; set it to 0") from error
         return created
-    known(rest, torchvision.models.list_models(module=torchvision.models), library)
+    check_name(rest, torchvision.models.list_models(module=torchvision.models), library)
     if channels != 3 or drop_path:
         raise ValueError(
             f"torchvision's {rest} takes three channels and has no drop_path to set, but channels is {channels} and "
@@ -43,7 +43,7 @@ def build_classifier(name: str, channels: int, num_classes: int, drop_path: floa
     return network
 
 
-def head_of(network: nn.Module) -> nn.Module:
+def get_head(network: nn.Module) -> nn.Module:
     """The last layer, which gives the class scores and starts fresh; the two of networks that were distilled."""
     head = getattr(network, "get_classifier", lambda: None)()
     if isinstance(head, tuple):
@@ -53,37 +53,37 @@ def head_of(network: nn.Module) -> nn.Module:
     return [module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
 
 
-def layers_of(network: nn.Module) -> dict[str, int | None]:
+def layer_indices(network: nn.Module) -> dict[str, int | None]:
     """Place of each parameter, counted from the input; None for those of the last layer.
 
     timm's networks know their layers. For others, a layer is a part with weights of the network, or of a chain in it
     (`nn.Sequential`); a norm is of the layer before it.
     """
-    head = {id(parameter) for parameter in head_of(network).parameters()}
+    head = {id(parameter) for parameter in get_head(network).parameters()}
     places: dict[str, int] = {}
     if matcher := getattr(network, "group_matcher", None):
         places = group_parameters(network, matcher(coarse=False), reverse=True)
     else:
         place = -1
-        for prefix, part in chained(network):
+        for prefix, part in iterate_layers(network):
             place += any(parameter.ndim > 1 for parameter in part.parameters())
             places |= {f"{prefix}.{name}": max(place, 0) for name, _ in part.named_parameters()}
     return {name: None if id(p) in head else int(places.get(name, 0)) for name, p in network.named_parameters()}
 
 
-def chained(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def iterate_layers(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Parts of a network with their names, chains taken apart."""
     for name, child in network.named_children():
         if isinstance(child, nn.Sequential):
-            yield from chained(child, f"{prefix}{name}.")
+            yield from iterate_layers(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child
 
 
-def backbone_learns(network: nn.Module, learns: bool) -> None:
+def set_backbone_trainable(network: nn.Module, learns: bool) -> None:
     """Whether all weights learn, or those of the last layer and of BatchNorm alone."""
     network.requires_grad_(learns)
-    head_of(network).requires_grad_(True)
+    get_head(network).requires_grad_(True)
     for module in network.modules():
         if isinstance(module, _BatchNorm):
             module.requires_grad_(True)

@@ -4,9 +4,9 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from hyspark.models.blocks import FusionBlock, MedNeXtBlock, MedNeXtUpBlock
-from hyspark.models.light_decoder import DecoderLevel
+from hyspark.models.light_decoder import LightDecoderLevel
 
-BLOCKS = (MedNeXtBlock, MedNeXtUpBlock, FusionBlock, DecoderLevel, Block)
+BLOCKS = (MedNeXtBlock, MedNeXtUpBlock, FusionBlock, LightDecoderLevel, Block)
 VARIANTS = 64
 """Compiled versions of one kind of block that torch may keep, one per width and shape. Its own limit is 8."""
 

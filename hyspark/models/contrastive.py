@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyspark.models.spark import PyramidEncoder, outputs
+from hyspark.models.spark import PyramidEncoder, record_outputs
 
-METHODS = ("moco", "byol", "swav")
+CONTRASTIVE_METHODS = ("moco", "byol", "swav")
 PROJECTION = {"moco": 128, "byol": 256, "swav": 128}
 """Features of a projection, as published."""
 MOCO_TEMPERATURE = 0.2
@@ -27,7 +27,7 @@ MOCO_TEMPERATURE = 0.2
 
 @dataclass
 class SiameseOutput:
-    """What one pass gives. loss: scalar. projections: (b, f) of the first views, of unit length; alike for all images
+    """What one pass gives. loss: scalar. projections: (b, f) of the first views, of normalise length; alike for all images
     where the network has collapsed.
     """
 
@@ -57,7 +57,7 @@ class PooledEncoder(nn.Module):
         self.width = pyramid.maps[0][0]
 
     def forward(self, images: Tensor) -> Tensor:
-        with outputs(self.backbone, [self.tap]) as seen:
+        with record_outputs(self.backbone, [self.tap]) as seen:
             self.run(self.backbone, images)
         return seen[self.tap].flatten(2).mean(-1)
 
@@ -66,7 +66,7 @@ class PooledEncoder(nn.Module):
         return self.backbone.state_dict()
 
 
-class Teacher(nn.Module):
+class MomentumEncoder(nn.Module):
     """A slow copy of a network, (b, in_channels, *size) -> (b, f): its weights are moving averages of the network's,
     its batch statistics are its own, since those of the network do not fit weights that lag behind.
     """
@@ -80,7 +80,7 @@ class Teacher(nn.Module):
         out: Tensor = self.module(images).float()
         return out
 
-    def without_batch(self, images: Tensor) -> Tensor:
+    def encode_keys(self, images: Tensor) -> Tensor:
         """What it gives each image whatever the others are: by statistics of earlier batches. In training this batch
         joins them afterwards; the first gives them whole, since those that norms begin with fit nothing.
         """
@@ -122,28 +122,28 @@ class Siamese(nn.Module):
         """Called before each step."""
 
 
-class Taught(Siamese):
+class MomentumSiamese(Siamese):
     """A method whose targets are projections by a slow copy of the network."""
 
     def __init__(self, encoder: PooledEncoder, head: nn.Module, criterion: nn.Module) -> None:
         super().__init__(encoder)
         self.project = head
-        self.teacher = Teacher(nn.Sequential(encoder, head))
+        self.teacher = MomentumEncoder(nn.Sequential(encoder, head))
         self.criterion = criterion
 
     def follow(self, momentum: float) -> None:
         self.teacher.follow(nn.Sequential(self.encoder, self.project), momentum)
 
 
-class MoCo(Taught):
+class MoCo(MomentumSiamese):
     """MoCo v2: the first view must be found again, by its projection, between the second and keys of earlier images."""
 
     def forward(self, views: Sequence[Tensor]) -> SiameseOutput:
         query = self.project(self.encoder(views[0])).float()
-        return SiameseOutput(self.criterion(query, self.teacher.without_batch(views[1])), unit(query))
+        return SiameseOutput(self.criterion(query, self.teacher.encode_keys(views[1])), normalise(query))
 
 
-class BYOL(Taught):
+class BYOL(MomentumSiamese):
     """BYOL: of each view the slow copy's projection of the other is predicted."""
 
     def __init__(self, encoder: PooledEncoder, head: nn.Module, criterion: nn.Module, predictor: nn.Module) -> None:
@@ -154,7 +154,7 @@ class BYOL(Taught):
         found = [self.project(self.encoder(view)) for view in views[:2]]
         wanted = [self.teacher(view) for view in views[:2]]
         losses = [self.criterion(self.predict(a).float(), b) for a, b in zip(found, reversed(wanted), strict=True)]
-        return SiameseOutput((losses[0] + losses[1]) / 2, unit(found[0]))
+        return SiameseOutput((losses[0] + losses[1]) / 2, normalise(found[0]))
 
 
 class SwAV(Siamese):
@@ -170,7 +170,7 @@ class SwAV(Siamese):
         self.criterion: Any = criterion
 
     def forward(self, views: Sequence[Tensor]) -> SiameseOutput:
-        projections = [unit(self.project(self.encoder(view))) for view in views]
+        projections = [normalise(self.project(self.encoder(view))) for view in views]
         scores = [self.prototypes(x).float() for x in projections]
         return SiameseOutput(self.criterion(scores[:2], scores[2:]).sum(), projections[0])  # of one number
 
@@ -180,12 +180,12 @@ class SwAV(Siamese):
         return super().train(mode)
 
     def follow(self, momentum: float) -> None:
-        """Prototypes have unit length."""
+        """Prototypes have normalise length."""
         self.prototypes.normalize()
 
 
-def unit(x: Tensor) -> Tensor:
-    """(b, f) -> the same at unit length."""
+def normalise(x: Tensor) -> Tensor:
+    """(b, f) -> the same at normalise length."""
     return nn.functional.normalize(x.float(), dim=1)
 
 
@@ -210,8 +210,8 @@ def build_siamese(
 
     Raises ValueError for an unknown method, ModuleNotFoundError where lightly is missing.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    if method not in CONTRASTIVE_METHODS:
+        raise ValueError(f"method must be one of {', '.join(CONTRASTIVE_METHODS)}, not {method!r}")
     try:
         from lightly import loss
         from lightly.models.modules import heads
@@ -224,7 +224,7 @@ def build_siamese(
     if method == "moco":
         bank = (queue_size, PROJECTION[method])
         criterion = loss.NTXentLoss(MOCO_TEMPERATURE, bank, gather_distributed=together)
-        keep(criterion.memory_bank)
+        make_persistent(criterion.memory_bank)
         return MoCo(encoder, heads.MoCoProjectionHead(*shape, batch_norm=True), criterion)
     if method == "byol":
         predictor = heads.BYOLPredictionHead(PROJECTION[method], head_width, PROJECTION[method])
@@ -233,7 +233,7 @@ def build_siamese(
     return SwAV(encoder, heads.SwaVProjectionHead(*shape), prototypes, loss.SwaVLoss(), together)
 
 
-def keep(bank: nn.Module) -> None:
+def make_persistent(bank: nn.Module) -> None:
     """Make the keys part of the state, so that a run continues with them; lightly leaves them out."""
     for name, buffer in list(bank.named_buffers()):
         bank.register_buffer(name, buffer, persistent=True)

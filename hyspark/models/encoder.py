@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hyspark.models.blocks import CONV, MedNeXtBlock
 from hyspark.models.masking.context import hidden
 from hyspark.models.masking.mask import PATCH, grid_of, visible_at
-from hyspark.models.masking.packed import Patches, patches_of, same_conv
+from hyspark.models.masking.packed import Patches, build_patches, same_conv
 from hyspark.models.vit import TokenTransformer
 
 WIDTHS = (32, 64, 128, 256, 384)
@@ -26,19 +26,19 @@ NUM_STAGES = 5
 MAX_POOL = {2: F.max_pool2d, 3: F.max_pool3d}
 
 
-def halved(x: Tensor) -> Tensor:
+def max_pool_2x(x: Tensor) -> Tensor:
     """Take the largest of each 2^n positions: (b, c, *size) -> (b, c, *(size / 2)).
 
     Of max_pool3d, torch (2.11, but not 2.14) refuses the backward pass on CUDA where kernels have to be deterministic.
     """
     if x.device.type != "cpu" and x.ndim == 5 and torch.are_deterministic_algorithms_enabled():
-        return halved_by_axis(x)
+        return max_pool_by_axis(x)
     out: Tensor = MAX_POOL[x.ndim - 2](x, 2)
     return out
 
 
-def halved_by_axis(x: Tensor) -> Tensor:
-    """`halved`, one axis after the other; where two are equal, both get half of the gradient."""
+def max_pool_by_axis(x: Tensor) -> Tensor:
+    """`max_pool_2x`, one axis after the other; where two are equal, both get half of the gradient."""
     for axis in range(2, x.ndim):
         even, odd = ((slice(None),) * axis + (slice(start, None, 2),) for start in (0, 1))
         x = torch.maximum(x[even], x[odd])
@@ -78,7 +78,7 @@ class ConvStages(nn.Module):
             if s < NUM_STAGES:
                 x = same_conv(self.get_submodule(f"expend{s}"), x, patches)
                 features.append(x)
-                x = halved(x)
+                x = max_pool_2x(x)
         return [*features, x]
 
 
@@ -161,7 +161,7 @@ class HybridEncoder(nn.Module):
 
     def patches(self, volumes: Tensor, visible: Tensor) -> Patches:
         """Geometry of a mask for these volumes; raises ValueError for a mask of another shape."""
-        return patches_of(volumes, visible, self.patch)
+        return build_patches(volumes, visible, self.patch)
 
     def encode(self, volumes: Tensor, patches: Patches) -> list[Tensor]:
         """The five maps at visible patches alone, (p, c, *edges), finest first; what `forward` spreads out."""

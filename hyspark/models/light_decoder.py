@@ -1,4 +1,4 @@
-"""The light decoder, SparK's U-Net, and the projections that lead the encoder's maps to it: of pre-training, and of a
+"""The light decoder, SparK's U-Net, and the build_projections that lead the encoder's maps to it: of pre-training, and of a
 segmentation network that takes them over.
 
 Shapes: b batch, c channels, *size voxels per axis.
@@ -65,7 +65,7 @@ class Densify(nn.Module):
         return out
 
 
-def projections(kind: type[nn.Module], maps: Maps, decoder_width: int, axes: int) -> nn.ModuleList:
+def build_projections(kind: type[nn.Module], maps: Maps, decoder_width: int, axes: int) -> nn.ModuleList:
     """One Projection or Densify for each map that the decoder takes.
 
     Raises ValueError for a decoder's width that does not halve as often as the resolution doubles.
@@ -73,7 +73,7 @@ def projections(kind: type[nn.Module], maps: Maps, decoder_width: int, axes: int
     deepest = maps[0][1]
     if decoder_width < deepest or decoder_width % deepest:
         raise ValueError(
-            f"the decoder width must be a multiple of {deepest}, since it halves {levels_of(maps)} times; "
+            f"the decoder width must be a multiple of {deepest}, since it halves {count_levels(maps)} times; "
             f"it is {decoder_width}"
         )
     return nn.ModuleList(
@@ -91,7 +91,7 @@ def check_min_width(decoder_width: int, decoder_min_width: int) -> None:
         )
 
 
-def levels_of(maps: Maps) -> int:
+def count_levels(maps: Maps) -> int:
     """Doublings of the resolution from the deepest map to the input.
 
     Raises ValueError where strides are no powers of two.
@@ -114,7 +114,7 @@ def double_conv(widths: Sequence[int], axes: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-class DecoderLevel(nn.Module):
+class LightDecoderLevel(nn.Module):
     """Doubles the resolution, after fusing a skip where there is one: (b, c, *size) -> (b, c_out, *(2 * size)).
 
     skip: channels of the skip; 0 for none.
@@ -132,11 +132,11 @@ class DecoderLevel(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.Module | None, skip: Tensor | None) -> tuple[Tensor, nn.Module]:
         if self.fuse is not None and skip is not None:
-            x = normed(self.fuse[0], x, norm, skip)
-            x = normed(self.fuse[3], x, self.fuse[1])
+            x = apply_norm_relu(self.fuse[0], x, norm, skip)
+            x = apply_norm_relu(self.fuse[3], x, self.fuse[1])
             norm = self.fuse[4]
-        x = normed(self.upsample, x, norm)
-        x = normed(self.refine[3], x, self.refine[1])
+        x = apply_norm_relu(self.upsample, x, norm)
+        x = apply_norm_relu(self.refine[3], x, self.refine[1])
         return x, self.refine[4]
 
     def upsample(self, x: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class DecoderLevel(nn.Module):
         return up_convolution(x, self.up.weight, conv)
 
 
-def normed(layer: Callable[[Tensor], Tensor], x: Tensor, norm: nn.Module | None, *skips: Tensor) -> Tensor:
+def apply_norm_relu(layer: Callable[[Tensor], Tensor], x: Tensor, norm: nn.Module | None, *skips: Tensor) -> Tensor:
     """layer(concatenate(ReLU(norm(x)), *skips)); without a norm x is taken as it is. Only x and the skips are kept for
     the backward pass.
     """
@@ -192,13 +192,13 @@ class LightDecoder(nn.Module):
     ) -> None:
         super().__init__()
         check_min_width(width, min_width)
-        num_levels = levels_of(maps)
+        num_levels = count_levels(maps)
         widths = [max(width >> level, min_width) for level in range(num_levels)]
         last = max(width >> num_levels, min_width // 2)
         fused = {maps[0][1] // stride for _, stride in maps[1:]}
         skips = [(width >> level) * (1 << level in fused) for level in range(num_levels)]
         self.levels = nn.ModuleList(
-            DecoderLevel(w_in, w_out, skip, axes)
+            LightDecoderLevel(w_in, w_out, skip, axes)
             for w_in, w_out, skip in zip(widths, [*widths[1:], last], skips, strict=True)
         )
         self.fuse = double_conv((last + finest, 2 * last, 2 * last), axes) if finest else None
@@ -218,7 +218,7 @@ class LightDecoder(nn.Module):
         for level in self.levels:
             x, norm = level(x, norm, skips.pop(0) if level.fuse is not None else None)
         if self.fuse is not None:
-            x = normed(self.fuse[0], x, norm, *finest)
-            x = normed(self.fuse[3], x, self.fuse[1])
+            x = apply_norm_relu(self.fuse[0], x, norm, *finest)
+            x = apply_norm_relu(self.fuse[3], x, self.fuse[1])
             norm = self.fuse[4]
-        return normed(self.out, x, norm)
+        return apply_norm_relu(self.out, x, norm)

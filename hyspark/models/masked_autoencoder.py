@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hyspark.models.encoder import DEPTHS, EXPANSIONS, WIDTHS, HybridEncoder
-from hyspark.models.light_decoder import Densify, LightDecoder, projections
+from hyspark.models.light_decoder import Densify, LightDecoder, build_projections
 from hyspark.models.masking.mask import draw_visible, grid_of, num_visible, patchify, unpatchify
 from hyspark.models.masking.packed import Patches
 
@@ -56,7 +56,7 @@ class MaskedEncoder(Protocol):
         """Maps at visible patches alone, (p, c, *edges), finest first; the last are those of `maps`."""
 
 
-class HySparK(nn.Module):
+class MaskedAutoencoder(nn.Module):
     """Encoder and light decoder with the masked reconstruction loss. Build it with `build_hyspark`, or, around another
     network, with `build_spark`.
     """
@@ -72,7 +72,7 @@ class HySparK(nn.Module):
         axes = len(encoder.img_size)
         self.mask_ratio = mask_ratio
         self.encoder = encoder
-        self.densify = projections(Densify, encoder.maps, decoder_width, axes)
+        self.densify = build_projections(Densify, encoder.maps, decoder_width, axes)
         self.decoder = LightDecoder(encoder.maps, decoder_width, axes, encoder.in_channels)
 
     def forward(self, volumes: Tensor, visible: Tensor | None = None) -> PretrainingOutput:
@@ -137,7 +137,7 @@ def build_hyspark(
     num_heads: int = 12,
     decoder_width: int = 768,
     axes: int = 3,
-) -> HySparK:
+) -> MaskedAutoencoder:
     """The pre-training network; the defaults are HySparK-B of the paper.
 
     compute: "packed" computes visible patches only; "masked" is the readable reference, which computes every voxel
@@ -145,4 +145,4 @@ def build_hyspark(
     or a mask ratio that do not fit together.
     """
     encoder = HybridEncoder(1, img_size, widths, depths, expansions, vit_depth, num_heads, axes, compute, hide)
-    return HySparK(encoder, mask_ratio, decoder_width)
+    return MaskedAutoencoder(encoder, mask_ratio, decoder_width)

@@ -21,13 +21,13 @@ def recomputed(function: Callable[..., Any], *args: Any, batch_norm: nn.Module |
         return function(*args)
 
     def contexts() -> tuple[Any, Any]:
-        return nullcontext(), unmoved(batch_norm) if isinstance(batch_norm, _BatchNorm) else nullcontext()
+        return nullcontext(), freeze_statistics(batch_norm) if isinstance(batch_norm, _BatchNorm) else nullcontext()
 
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 @contextmanager
-def unmoved(norm: _BatchNorm) -> Iterator[None]:
+def freeze_statistics(norm: _BatchNorm) -> Iterator[None]:
     """The running statistics of a BatchNorm stay as they are inside the block."""
     momentum, count = norm.momentum, norm.num_batches_tracked
     before = None if count is None else count.clone()

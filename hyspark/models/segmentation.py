@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from hyspark.models.blocks import CONV, FusionBlock, MedNeXtBlock, MedNeXtUpBlock
 from hyspark.models.encoder import DEPTHS, EXPANSIONS, NUM_STAGES, WIDTHS, HybridEncoder
-from hyspark.models.light_decoder import LightDecoder, Projection, projections
+from hyspark.models.light_decoder import LightDecoder, Projection, build_projections
 from hyspark.models.masking.mask import grid_of
 
 UP_EXPANSION = 4
 
 
-class DecoderLevel(nn.Module):
+class SegmentationLevel(nn.Module):
     """Doubles the resolution of `deep` and fuses it with a skip of the same width.
 
     deep (b, c, *size), skip (b, c, *(2 * size)) -> (b, c_out, *(2 * size)).
@@ -53,7 +53,7 @@ class SegmentationDecoder(nn.Module):
     def __init__(self, n_classes: int, widths: Sequence[int], expansions: Sequence[int], axes: int) -> None:
         super().__init__()
         for level in range(NUM_STAGES - 1, 0, -1):
-            block = DecoderLevel(widths[level], widths[level - 1], expansions[level - 1], axes)
+            block = SegmentationLevel(widths[level], widths[level - 1], expansions[level - 1], axes)
             self.add_module(f"decoder{level}", block)
         self.out = ClassScores(widths[0], n_classes, axes)
 
@@ -68,10 +68,10 @@ class SegmentationDecoder(nn.Module):
 class Hybird(nn.Module):
     """A segmentation network; the decoder of the subclass takes the five maps to class scores.
 
-    starts_fresh: first parts of the keys that stay fresh where weights of pre-training have them too.
+    reinitialised: first parts of the keys that stay fresh where weights of pre-training have them too.
     """
 
-    starts_fresh: tuple[str, ...] = ()
+    reinitialised: tuple[str, ...] = ()
 
     def __init__(self, encoder: HybridEncoder) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Hybird(nn.Module):
         self.embeddings = encoder.embeddings
         self.mae = encoder.mae
 
-    def encoder_learns(self, learns: bool) -> None:
+    def set_encoder_trainable(self, learns: bool) -> None:
         """Whether the encoder's weights get gradients."""
         for part in (self.embeddings, self.mae):
             part.requires_grad_(learns)
@@ -122,12 +122,12 @@ class LightHybird(Hybird):
     def __init__(self, encoder: HybridEncoder, n_classes: int, decoder_width: int, decoder_min_width: int = 0) -> None:
         super().__init__(encoder)
         axes = len(encoder.img_size)
-        self.densify = projections(Projection, encoder.maps, decoder_width, axes)
+        self.densify = build_projections(Projection, encoder.maps, decoder_width, axes)
         finest = encoder.widths[1]
         self.decoder = LightDecoder(encoder.maps, decoder_width, axes, n_classes, finest, decoder_min_width)
         last = len(self.decoder.levels) - 1
         narrow = (level for level in range(last) if decoder_width >> level + 1 < decoder_min_width)
-        self.starts_fresh = tuple(f"decoder.levels.{level}." for level in (*narrow, last))
+        self.reinitialised = tuple(f"decoder.levels.{level}." for level in (*narrow, last))
 
     def decode(self, features: list[Tensor]) -> Tensor:
         finest, *deeper = features

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyspark.models.masked_autoencoder import HySparK
-from hyspark.models.masking.context import hidden, of_one_process
+from hyspark.models.masked_autoencoder import MaskedAutoencoder
+from hyspark.models.masking.context import hidden, identity
 from hyspark.models.masking.mask import grid_of
-from hyspark.models.masking.packed import Patches, patches_of
+from hyspark.models.masking.packed import Patches, build_patches
 
 
 class PyramidEncoder(nn.Module):
@@ -27,7 +27,7 @@ class PyramidEncoder(nn.Module):
         backbone: the network. Modules without a part in its maps (a head) may be there and are not trained.
         img_size: voxels per axis of a crop.
         in_channels: channels of its input.
-        taps: names of the modules whose outputs are the maps; by default those that timm names, else the last module
+        taps: names of the modules whose record_outputs are the maps; by default those that timm names, else the last module
         to give a map of each size.
         run: run(backbone, x) computes the maps; by default `forward_features` where there is one, else all of it.
         safe: torch functions that the network uses on other things than positions, see `hidden`.
@@ -50,19 +50,19 @@ class PyramidEncoder(nn.Module):
         self.in_channels = in_channels
         self.run = run or run_features
         self.safe = safe
-        self.total: Callable[[Tensor], Tensor] = of_one_process
-        found = self.dry_pass(taps if taps is not None else named_by_timm(backbone))
+        self.total: Callable[[Tensor], Tensor] = identity
+        found = self.find_taps(taps if taps is not None else timm_taps(backbone))
         self.taps = list(found)
         self.maps = [(channels, stride) for channels, stride in reversed(found.values())]
         self.patch = self.maps[0][1]
         grid_of(self.img_size, self.patch)
 
-    def dry_pass(self, taps: Sequence[str] | None) -> dict[str, tuple[int, int]]:
+    def find_taps(self, taps: Sequence[str] | None) -> dict[str, tuple[int, int]]:
         """Channels and stride of the last map of each stride, finest first, by the name of the module that gives it."""
         names = {name for name, _ in self.backbone.named_modules() if name} if taps is None else set(taps)
         was_training = self.backbone.training
         self.backbone.eval()
-        with torch.enable_grad(), outputs(self.backbone, names) as seen:
+        with torch.enable_grad(), record_outputs(self.backbone, names) as seen:
             like = next(self.backbone.parameters())
             self.run(self.backbone, like.new_zeros(1, self.in_channels, *self.img_size))
         self.backbone.train(was_training)
@@ -75,7 +75,7 @@ class PyramidEncoder(nn.Module):
                 f"{type(self.backbone).__name__} gives no map at stride 2, 4, 8, ... of a crop of {self.img_size}; "
                 "name the modules that do (taps), or make the crop larger"
             )
-        leave_out_unused(self.backbone, [seen[name] for name, _ in by_stride.values()])
+        freeze_unused(self.backbone, [seen[name] for name, _ in by_stride.values()])
         return {name: (channels, stride) for stride, (name, channels) in sorted(by_stride.items())}
 
     def weights(self) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ class PyramidEncoder(nn.Module):
 
     def patches(self, volumes: Tensor, visible: Tensor) -> Patches:
         """Geometry of a mask for these volumes; raises ValueError for a mask of another shape."""
-        return patches_of(volumes, visible, self.patch)
+        return build_patches(volumes, visible, self.patch)
 
     def encode(self, volumes: Tensor, patches: Patches) -> list[Tensor]:
         """The maps at visible patches alone, (p, c, *edges), finest first."""
@@ -102,13 +102,13 @@ class PyramidEncoder(nn.Module):
 
     def features(self, volumes: Tensor) -> list[Tensor]:
         """The maps of the network as it is, finest first."""
-        with outputs(self.backbone, self.taps) as seen:
+        with record_outputs(self.backbone, self.taps) as seen:
             self.run(self.backbone, volumes)
         return [seen[name] for name in self.taps]
 
 
-def leave_out_unused(network: nn.Module, maps: Sequence[Tensor]) -> None:
-    """Take the weights of a network that have no part in these outputs of it, as those of a classifier, out of
+def freeze_unused(network: nn.Module, maps: Sequence[Tensor]) -> None:
+    """Take the weights of a network that have no part in these record_outputs of it, as those of a classifier, out of
     training: DistributedDataParallel waits for a gradient of all others.
     """
     nodes: list[Any] = [x.grad_fn for x in maps]
@@ -131,7 +131,7 @@ def run_features(backbone: nn.Module, x: Tensor) -> Any:
     return features(x)
 
 
-def named_by_timm(backbone: nn.Module) -> list[str] | None:
+def timm_taps(backbone: nn.Module) -> list[str] | None:
     """The modules that give timm's feature maps, where it is a network of timm."""
     info = getattr(backbone, "feature_info", None)
     names = [entry.get("module", "") for entry in info] if isinstance(info, list) else []
@@ -139,7 +139,7 @@ def named_by_timm(backbone: nn.Module) -> list[str] | None:
 
 
 @contextmanager
-def outputs(network: nn.Module, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
+def record_outputs(network: nn.Module, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
     """What modules give while the network runs inside the block, by name, the last of each, in the order in which they
     end.
     """
@@ -191,11 +191,11 @@ def build_spark(
     taps: Sequence[str] | None = None,
     run: Callable[[nn.Module, Tensor], Any] | None = None,
     safe: Collection[Callable[..., Any]] = (),
-) -> HySparK:
+) -> MaskedAutoencoder:
     """SparK's pre-training network around any backbone; the defaults are those of the paper for ResNet-50.
 
     img_size: voxels per axis, one number or one per axis, a multiple of the backbone's total stride. For the rest see
     PyramidEncoder and HySparK. Raises ValueError where sizes, strides, widths and mask ratio do not fit together.
     """
     size = (img_size,) * axes if isinstance(img_size, int) else tuple(img_size)
-    return HySparK(PyramidEncoder(backbone, size, in_channels, taps, run, safe), mask_ratio, decoder_width)
+    return MaskedAutoencoder(PyramidEncoder(backbone, size, in_channels, taps, run, safe), mask_ratio, decoder_width)

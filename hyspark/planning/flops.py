@@ -1,4 +1,4 @@
-"""What a network costs to run, in floating-point operations (FLOPs): a multiplication and an addition are two.
+"""What a network costs to run_forward, in floating-point operations (FLOPs): a multiplication and an addition are two.
 
 torch counts convolutions, matrix products and attention while the network runs on fake tensors, which have a shape
 and a device but no numbers, so that a count takes neither memory nor a noticeable time. (The meta device would do the
@@ -29,27 +29,27 @@ def flops_by_layer(
     volumes alone. What is computed without a weight of its own (attention, the composed up-convolution) stands under
     the module that computes it. The sum is the whole pass; the network itself stays as it is.
     """
-    twin, volumes = without_numbers(net, (num_crops, channels, *size))
-    with torch.no_grad(), counting() as counter, ByLayer(twin, counter) as layers:
-        run(twin, volumes, visible)
+    twin, volumes = fake_copy(net, (num_crops, channels, *size))
+    with torch.no_grad(), flop_counter() as counter, LayerCounter(twin, counter) as layers:
+        run_forward(twin, volumes, visible)
     return layers.flops
 
 
-def flops_of_step(
+def step_flops(
     net: nn.Module, size: Sequence[int], num_crops: int, visible: Tensor | None = None, channels: int = 1
 ) -> tuple[int, int]:
     """FLOPs of the forward and of the backward pass of a network whose output has a `loss`; what the backward pass
     computes again belongs to it. Arguments as in `flops_by_layer`.
     """
-    twin, volumes = without_numbers(net, (num_crops, channels, *size))
-    with counting() as forward:
-        loss = run(twin, volumes, visible).loss
-    with counting() as backward:
+    twin, volumes = fake_copy(net, (num_crops, channels, *size))
+    with flop_counter() as forward:
+        loss = run_forward(twin, volumes, visible).loss
+    with flop_counter() as backward:
         loss.backward()
     return forward.get_total_flops(), backward.get_total_flops()
 
 
-def by_part(layers: dict[str, int]) -> dict[str, int]:
+def sum_by_module(layers: dict[str, int]) -> dict[str, int]:
     """Sums over the first word of the names: {"encoder": ..., "decoder": ...}."""
     parts: dict[str, int] = {}
     for name, flops in layers.items():
@@ -58,13 +58,13 @@ def by_part(layers: dict[str, int]) -> dict[str, int]:
     return parts
 
 
-def run(net: nn.Module, volumes: Tensor, visible: Tensor | None) -> Any:
+def run_forward(net: nn.Module, volumes: Tensor, visible: Tensor | None) -> Any:
     """The network's output; attention as matrix products, which torch counts on every device."""
     with sdpa_kernel(SDPBackend.MATH):
         return net(volumes) if visible is None else net(volumes, visible)
 
 
-def without_numbers(net: nn.Module, shape: Sequence[int]) -> tuple[nn.Module, Tensor]:
+def fake_copy(net: nn.Module, shape: Sequence[int]) -> tuple[nn.Module, Tensor]:
     """A copy of the network and volumes of this shape, both of fake tensors on the CPU."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)  # the geometry of a mask is worked out with its real numbers
     with fake:
@@ -74,7 +74,7 @@ def without_numbers(net: nn.Module, shape: Sequence[int]) -> tuple[nn.Module, Te
     return copy.deepcopy(net, memo), volumes
 
 
-def counting() -> FlopCounterMode:
+def flop_counter() -> FlopCounterMode:
     """torch's counter, with a right count for the weight gradient of grouped convolutions: torch's own (2.15) is too
     large by the number of groups.
     """
@@ -102,7 +102,7 @@ def convolution_backward(
     return (wanted[0] + wanted[1]) * 2 * x[0] * positions * math.prod(weight)
 
 
-class ByLayer(TorchFunctionMode):
+class LayerCounter(TorchFunctionMode):
     """Inside the block, `flops` gathers what `counter` counts by the layer whose weight a function is given, else by
     the innermost module at work.
     """
@@ -114,7 +114,7 @@ class ByLayer(TorchFunctionMode):
         self.layers = {id(p): name.rpartition(".")[0] for name, p in net.named_parameters()}
         self.modules = ModuleTracker()
 
-    def __enter__(self) -> "ByLayer":
+    def __enter__(self) -> "LayerCounter":
         self.modules.__enter__()
         super().__enter__()
         return self

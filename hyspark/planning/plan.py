@@ -14,13 +14,12 @@ from torch import nn
 
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.data.preprocessing.store_size import Storage
-from hyspark.models.contrastive import METHODS as VIEW_METHODS
-from hyspark.models.contrastive import Siamese
+from hyspark.models.contrastive import CONTRASTIVE_METHODS, Siamese
 from hyspark.models.encoder import HybridEncoder
-from hyspark.models.masked_autoencoder import HySparK
+from hyspark.models.masked_autoencoder import MaskedAutoencoder
 from hyspark.models.masking.mask import draw_visible, grid_of
-from hyspark.planning.flops import by_part, flops_by_layer, flops_of_step
-from hyspark.planning.trial_steps import Trial, extrapolated
+from hyspark.planning.flops import flops_by_layer, step_flops, sum_by_module
+from hyspark.planning.trial_steps import Trial, extrapolate
 from hyspark.training.distributed import Processes
 from hyspark.utils.text import duration, scaled, size
 
@@ -61,10 +60,10 @@ class Memory:
         return (self.free - self.base) // self.per_crop if self.per_crop else math.inf
 
 
-def plan_text(
+def format_plan(
     config: PretrainConfig,
     processes: Processes,
-    model: HySparK | Siamese,
+    model: MaskedAutoencoder | Siamese,
     flops: Flops | None,
     trials: Sequence[Trial],
     free: int | None,
@@ -89,14 +88,14 @@ def crops_per_process(config: PretrainConfig, processes: Processes) -> int:
     return config.bs // processes.world_size * config.crops_per_volume
 
 
-def count_flops(config: PretrainConfig, model: HySparK | Siamese, crops: int) -> Flops | None:
+def count_flops(config: PretrainConfig, model: MaskedAutoencoder | Siamese, crops: int) -> Flops | None:
     """FLOPs of a step of so many crops; None for networks that compare views, which are not counted."""
     if isinstance(model, Siamese):
         return None
     size, channels = config.crop_size, config.channels
     grid = grid_of(size, model.encoder.patch)
     visible = draw_visible(grid, config.mask, [torch.Generator().manual_seed(i) for i in range(crops)])
-    _, backward = flops_of_step(model, size, crops, visible, channels)
+    _, backward = step_flops(model, size, crops, visible, channels)
     encoder = {}
     if isinstance(model.encoder, HybridEncoder):
         chosen = model.encoder.compute
@@ -105,7 +104,7 @@ def count_flops(config: PretrainConfig, model: HySparK | Siamese, crops: int) ->
                 encoder[model.encoder.compute] = sum(flops_by_layer(model.encoder, size, crops, visible).values())
         finally:
             model.encoder.compute = chosen
-    return Flops(by_part(flops_by_layer(model, size, crops, visible, channels)), encoder, backward)
+    return Flops(sum_by_module(flops_by_layer(model, size, crops, visible, channels)), encoder, backward)
 
 
 def estimate_memory(trials: Sequence[Trial], free: int | None) -> Memory:
@@ -113,8 +112,8 @@ def estimate_memory(trials: Sequence[Trial], free: int | None) -> Memory:
     peaks = [(t.crops, t.peak) for t in trials if t.peak is not None]
     if len(peaks) < 2:
         return Memory(None, None, free)
-    base = extrapolated(peaks, 0)
-    return Memory(base, extrapolated(peaks, 1) - base, free)
+    base = extrapolate(peaks, 0)
+    return Memory(base, extrapolate(peaks, 1) - base, free)
 
 
 def state_bytes(model: nn.Module) -> tuple[int, int, int]:
@@ -164,7 +163,9 @@ def memory_lines(
     total = memory.of(crops)
     if memory.base is not None and memory.per_crop is not None and total is not None:
         parts = f"{size(memory.per_crop)} per crop and {size(memory.base)} for all else"
-        lines.append(("", f"{size(total)} at the peak of {crops} crops: {parts} (estimated from {tried(trials)})"))
+        lines.append(
+            ("", f"{size(total)} at the peak of {crops} crops: {parts} (estimated from {describe_trials(trials)})")
+        )
     elif len(trials) == 1:
         lines.append(("", f"{size(trials[0].peak or state)} at the peak of one crop; two do not fit"))
     fits = (
@@ -176,11 +177,11 @@ def memory_lines(
     lines.append(("", f"{fits}; loader processes come on top"))
     most_crops = memory.most if len(trials) >= 2 else len(trials)
     if most_crops is not None and most_crops < crops:
-        lines.append(("WARNING", shortage(config, processes, int(most_crops), crops)))
+        lines.append(("WARNING", memory_advice(config, processes, int(most_crops), crops)))
     return lines
 
 
-def shortage(config: PretrainConfig, processes: Processes, most: int, crops: int) -> str:
+def memory_advice(config: PretrainConfig, processes: Processes, most: int, crops: int) -> str:
     """What to change where a step does not fit."""
     change = []
     if most >= config.crops_per_volume:
@@ -189,7 +190,7 @@ def shortage(config: PretrainConfig, processes: Processes, most: int, crops: int
         change.append(f"--bs {processes.world_size} --crops_per_volume {most}")
     if config.precision == "fp32":
         change.append("--precision bf16")
-    if config.method not in VIEW_METHODS and config.decoder_width > 16:
+    if config.method not in CONTRASTIVE_METHODS and config.decoder_width > 16:
         change.append(f"--decoder_width {max(16, config.decoder_width // 32 * 16)}")
     if not most:
         change.append("a smaller --input_size")
@@ -204,7 +205,7 @@ def time_lines(
     if not trials:
         return [("time", "unknown: no step could be tried")]
     step = seconds_per_step(trials, crops)
-    how = "measured" if crops in [t.crops for t in trials] else f"extrapolated from {tried(trials)}"
+    how = "measured" if crops in [t.crops for t in trials] else f"extrapolated from {describe_trials(trials)}"
     alone = "" if processes.world_size == 1 else f" by one of {processes.world_size} processes alone"
     busy = "with the machine as busy as it is now"
     return [
@@ -223,7 +224,7 @@ def seconds_per_step(trials: Sequence[Trial], crops: int) -> float:
     if crops in known:
         return known[crops]
     proportional = trials[-1].seconds * crops / trials[-1].crops
-    line = extrapolated([(t.crops, t.seconds) for t in trials], crops)
+    line = extrapolate([(t.crops, t.seconds) for t in trials], crops)
     return min(max(line, trials[-1].seconds), proportional) if len(trials) > 1 else proportional
 
 
@@ -248,6 +249,6 @@ def storage_lines(storage: Storage) -> list[tuple[str, str]]:
     return lines
 
 
-def tried(trials: Sequence[Trial]) -> str:
+def describe_trials(trials: Sequence[Trial]) -> str:
     """The trials that estimates rest on: "steps of 2 and 4 crops"."""
     return f"steps of {' and '.join(str(t.crops) for t in trials[-2:])} crops"

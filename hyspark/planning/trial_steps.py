@@ -24,7 +24,7 @@ from hyspark.training.loop import Task, start_run, update
 REPEATS, SHORT = 3, 1.0
 """The fastest of so many steps counts, where a step takes less than so many seconds."""
 PATIENCE = 5.0
-"""More crops than in the first two trials are tried where a step is expected to take at most so many seconds."""
+"""More crops than in the first two iterate_trials are tried where a step is expected to take at most so many seconds."""
 RESERVE = 0.2
 """Share of the free memory that steps of more crops than those leave alone."""
 
@@ -38,7 +38,7 @@ class Trial:
     peak: int | None
 
 
-def try_steps(
+def run_trials(
     config: Config,
     processes: Processes,
     make: Callable[[], nn.Module],
@@ -54,10 +54,10 @@ def try_steps(
     taken. least: crops that a step needs. Raises RuntimeError where a step fails for another reason than memory.
     """
     args = (config, processes, make, task, make_batch, most, free, least)
-    return list(trials(*args)) if processes.device.type != "cpu" else in_fresh_process(*args)
+    return list(iterate_trials(*args)) if processes.device.type != "cpu" else run_in_subprocess(*args)
 
 
-def trials(
+def iterate_trials(
     config: Config,
     processes: Processes,
     make: Callable[[], nn.Module],
@@ -67,7 +67,7 @@ def trials(
     free: int | None,
     least: int = 1,
 ) -> Iterator[Trial]:
-    """The trials, in this process; they end where memory runs out."""
+    """The iterate_trials, in this process; they end where memory runs out."""
     found: list[Trial] = []
     try:
         alone = replace(processes, rank=0, world_size=1, by_torchrun=False)
@@ -105,13 +105,13 @@ def sizes(most: int, least: int = 1) -> list[int]:
 
 
 def is_cheap(found: Sequence[Trial], crops: int, free: int | None) -> bool:
-    """Whether a step of so many crops should take little time and leave some memory, by the trials before it."""
-    seconds = extrapolated([(t.crops, t.seconds) for t in found], crops)
+    """Whether a step of so many crops should take little time and leave some memory, by the iterate_trials before it."""
+    seconds = extrapolate([(t.crops, t.seconds) for t in found], crops)
     peaks = [(t.crops, t.peak) for t in found if t.peak is not None]
-    return seconds <= PATIENCE and (free is None or not peaks or extrapolated(peaks, crops) <= (1 - RESERVE) * free)
+    return seconds <= PATIENCE and (free is None or not peaks or extrapolate(peaks, crops) <= (1 - RESERVE) * free)
 
 
-def extrapolated(points: Sequence[tuple[float, float]], x: float) -> float:
+def extrapolate(points: Sequence[tuple[float, float]], x: float) -> float:
     """Value at x of the straight line through the last two points; of the only point where there is one."""
     (x1, y1), (x2, y2) = points[-2:] if len(points) > 1 else [points[0]] * 2
     return y2 if x == x2 or x1 == x2 else y2 + (x - x2) * (y2 - y1) / (x2 - x1)
@@ -127,8 +127,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or without_class
 
 
-def in_fresh_process(*args: Any) -> list[Trial]:
-    """What `trials` gives, taken in a new process. One that the system kills counts as one that ran out of memory."""
+def run_in_subprocess(*args: Any) -> list[Trial]:
+    """What `iterate_trials` gives, taken in a new process. One that the system kills counts as one that ran out of memory."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=send_trials, args=(sender, torch.get_num_threads(), *args))
@@ -149,7 +149,7 @@ def send_trials(sender: Connection, threads: int, *args: Any) -> None:
     torch.set_num_threads(threads)
     limit_memory(args[-2])
     with sender:
-        for trial in trials(*args):
+        for trial in iterate_trials(*args):
             sender.send(trial)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hyspark.models.spark import PyramidEncoder
 
 
-class SumOverProcesses(torch.autograd.Function):
+class AllReduceSum(torch.autograd.Function):
     """Sum of a tensor over all processes; gradients flow back to each of them."""
 
     @staticmethod
@@ -21,7 +21,7 @@ class SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return SumOverProcesses.forward(ctx, grad)
+        return AllReduceSum.forward(ctx, grad)
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -45,11 +45,11 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         shape = (1, -1, *(1,) * (input.ndim - 2))
         x = input.float()
         count = x.new_tensor([x.numel() / x.shape[1]])
-        total = SumOverProcesses.apply(torch.cat([x.sum(axes), count]))
+        total = AllReduceSum.apply(torch.cat([x.sum(axes), count]))
         num = total[-1].detach()
         mean = total[:-1] / num
         centred = x - mean.view(shape)
-        variance = SumOverProcesses.apply(centred.square().sum(axes)) / num
+        variance = AllReduceSum.apply(centred.square().sum(axes)) / num
         self.remember(mean.detach(), variance.detach() * (num / (num - 1)))
         out = centred * (variance + self.eps).rsqrt().view(shape)
         if self.affine:
@@ -79,14 +79,14 @@ def global_batch_norm(norm: nn.modules.batchnorm._BatchNorm) -> GlobalBatchNorm:
     return new.requires_grad_(all(p.requires_grad for p in norm.parameters()))
 
 
-def share_statistics(module: nn.Module, shared: Callable[[Any], nn.Module]) -> None:
+def synchronise_batch_norms(module: nn.Module, shared: Callable[[Any], nn.Module]) -> None:
     """Put `shared(norm)` in the place of every BatchNorm, keeping names, weights and statistics. A pyramid's network
     stays as it is, which is what it is for: its statistics are taken, and shared, by the mask's context.
     """
     for name, child in module.named_children():
         if isinstance(child, PyramidEncoder):
-            child.total = SumOverProcesses.apply
+            child.total = AllReduceSum.apply
         elif isinstance(child, nn.modules.batchnorm._BatchNorm):
             module.add_module(name, shared(child))
         else:
-            share_statistics(child, shared)
+            synchronise_batch_norms(child, shared)

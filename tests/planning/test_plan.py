@@ -36,10 +36,10 @@ def store(tmp_path):
 
 def text(config, store, trials=TRIALS, free=100 * GB, processes=CPU):
     steps = {"steps_per_epoch": 3, "steps_left": 300}
-    return plan.plan_text(config, processes, build(config), FLOPS, trials, free, store, **steps)
+    return plan.format_plan(config, processes, build(config), FLOPS, trials, free, store, **steps)
 
 
-def try_in(config, free, most=4, process=trial_steps.try_steps):
+def try_in(config, free, most=4, process=trial_steps.run_trials):
     task = Pretraining(config, Share(config.bs), [], [])
     return list(process(config, CPU, partial(build, config), task, task.random_batch, most, free))
 

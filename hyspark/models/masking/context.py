@@ -25,7 +25,7 @@ from hyspark.models.masking.mask import visible_at
 from hyspark.models.masking.rules import MIXES_POSITIONS, RULES, mixes
 
 
-def of_one_process(x: Tensor) -> Tensor:
+def identity(x: Tensor) -> Tensor:
     """The sum over one process."""
     return x
 
@@ -48,13 +48,13 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
         self,
         visible: Tensor,
         safe: Collection[Callable[..., Any]] = (),
-        total: Callable[[Tensor], Tensor] = of_one_process,
+        total: Callable[[Tensor], Tensor] = identity,
     ) -> None:
         super().__init__()
         self.visible = visible
         self.safe = frozenset(safe)
         self.total = total
-        self.is_shared = total is not of_one_process
+        self.is_shared = total is not identity
         self.axes = visible.ndim - 2
         self.masks: dict[tuple[int, ...], Tensor] = {}
         self.padded: tuple[Tensor, tuple[Tensor, ...]] | None = None

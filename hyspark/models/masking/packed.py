@@ -27,7 +27,7 @@ from torch._dynamo import maybe_mark_dynamic
 from hyspark.models.masking.mask import PATCH, grid_of
 from hyspark.models.recompute import recomputed
 
-EDGES = (16, 8, 4, 2, 1)
+PATCH_EDGES = (16, 8, 4, 2, 1)
 """Voxels per axis of a patch at the five resolutions of the encoder."""
 DENSE_EDGES = (1,)
 """Edges at which a convolution of the dense map, hidden positions included, is faster than one of patches with halo: a
@@ -56,12 +56,13 @@ class Patches:
         self.num_samples, _, *self.grid = visible.shape
         self.axes = len(self.grid)
         place = visible[:, 0].nonzero()  # (p, 1 + axes): sample, then position in the grid
-        neighbours = number_neighbours(visible, place)
+        neighbours = index_neighbours(visible, place)
         self.visible = visible.to(device, non_blocking=True)
         self.place = [column.to(device, non_blocking=True) for column in place.unbind(1)]
         self.token = visible.flatten(1).nonzero()[:, 1].to(device, non_blocking=True)
         self.halos = {
-            edge: tuple(index.to(device, non_blocking=True) for index in halo_rows(neighbours, edge)) for edge in EDGES
+            edge: tuple(index.to(device, non_blocking=True) for index in halo_indices(neighbours, edge))
+            for edge in PATCH_EDGES
         }
         for index in itertools.chain(*self.halos.values()):
             maybe_mark_dynamic(index, 0)  # as long as there are neighbours: torch.compile is not to start anew for it
@@ -104,7 +105,7 @@ class Patches:
         longest = max(self.counts)
         if min(self.counts) == longest:
             return rows.view(self.num_samples, longest, -1), None
-        is_token = self.slots(rows.device)
+        is_token = self.token_slots(rows.device)
         padded = rows.new_zeros(*is_token.shape, rows.shape[-1])
         return padded.masked_scatter(is_token[..., None], rows), is_token[:, None, None]
 
@@ -112,9 +113,9 @@ class Patches:
         """The inverse of `tokens`: (b, v, c) -> (p, c)."""
         if min(self.counts) == max(self.counts):
             return tokens.flatten(0, 1)
-        return tokens[self.slots(tokens.device)]
+        return tokens[self.token_slots(tokens.device)]
 
-    def slots(self, device: torch.device) -> Tensor:
+    def token_slots(self, device: torch.device) -> Tensor:
         """Which places of the padded sequences hold a token: bool (b, v)."""
         counts = torch.tensor(self.counts, device=device)
         return torch.arange(max(self.counts), device=device) < counts[:, None]
@@ -129,7 +130,7 @@ class Halo(torch.autograd.Function):
         inside = patches.movedim(1, -1)
         p, *edges, c = inside.shape
         out = patches.new_zeros(p, *(edge + 2 for edge in edges), c)
-        out[inner(len(edges))] = inside
+        out[interior(len(edges))] = inside
         out.view(-1, c).index_copy_(0, target, inside.reshape(-1, c).index_select(0, source))
         return out.movedim(-1, 1)
 
@@ -138,17 +139,17 @@ class Halo(torch.autograd.Function):
         target, source = ctx.saved_tensors
         padded = gradient.movedim(1, -1)
         c = padded.shape[-1]
-        out = padded[inner(gradient.ndim - 2)].contiguous()
+        out = padded[interior(gradient.ndim - 2)].contiguous()
         out.view(-1, c).index_add_(0, source, padded.reshape(-1, c).index_select(0, target))
         return out.movedim(-1, 1), None, None
 
 
-def inner(axes: int) -> tuple[slice, ...]:
+def interior(axes: int) -> tuple[slice, ...]:
     """Index of what a border of one voxel surrounds, behind the batch axis."""
     return (slice(None),) + (slice(1, -1),) * axes
 
 
-def patches_of(volumes: Tensor, visible: Tensor, patch: int) -> Patches:
+def build_patches(volumes: Tensor, visible: Tensor, patch: int) -> Patches:
     """Geometry of a mask for volumes (b, c, *size) and patches of this edge; raises ValueError for a mask of another
     shape.
     """
@@ -161,7 +162,7 @@ def patches_of(volumes: Tensor, visible: Tensor, patch: int) -> Patches:
     return Patches(visible, volumes.device)
 
 
-def number_neighbours(visible: Tensor, place: Tensor) -> Tensor:
+def index_neighbours(visible: Tensor, place: Tensor) -> Tensor:
     """Which patch lies in each direction: int64 (p, 3^axes), -1 where it is hidden or outside; directions in
     row-major order from (-1, ..., -1) to (1, ..., 1).
 
@@ -170,7 +171,7 @@ def number_neighbours(visible: Tensor, place: Tensor) -> Tensor:
     axes = place.shape[1] - 1
     b, _, *grid = visible.shape
     numbers = torch.full((b, *(g + 2 for g in grid)), -1, device=visible.device)
-    numbers[inner(axes)][visible[:, 0]] = torch.arange(len(place), device=visible.device)
+    numbers[interior(axes)][visible[:, 0]] = torch.arange(len(place), device=visible.device)
     sample, *position = place.unbind(1)
     directions = itertools.product((0, 1, 2), repeat=axes)
     near = [(sample, *(p + d for p, d in zip(position, step, strict=True))) for step in directions]
@@ -178,7 +179,7 @@ def number_neighbours(visible: Tensor, place: Tensor) -> Tensor:
 
 
 @lru_cache
-def shell(edge: int, axes: int) -> tuple[Tensor, Tensor, Tensor]:
+def halo_shell(edge: int, axes: int) -> tuple[Tensor, Tensor, Tensor]:
     """The voxels around a patch: three int64 (s,), for each the row within the patch with halo, the direction of the
     neighbour it lies in, and the row within that neighbour; s = (edge + 2)^axes - edge^axes.
     """
@@ -192,12 +193,12 @@ def shell(edge: int, axes: int) -> tuple[Tensor, Tensor, Tensor]:
     return outside, flat(step + 1, 3)[outside], flat(voxel, edge)[outside]
 
 
-def halo_rows(neighbours: Tensor, edge: int) -> tuple[Tensor, Tensor]:
+def halo_indices(neighbours: Tensor, edge: int) -> tuple[Tensor, Tensor]:
     """Which voxel goes where in the halos of all patches: int64 (k,) twice, the row among the p * (edge + 2)^axes with
     halo and the row among the p * edge^axes it comes from. What is not named stays zero.
     """
     axes = round(math.log(neighbours.shape[1], 3))
-    row, direction, voxel = (index.to(neighbours.device) for index in shell(edge, axes))
+    row, direction, voxel = (index.to(neighbours.device) for index in halo_shell(edge, axes))
     owner = neighbours[:, direction]  # (p, s)
     exists = owner >= 0
     target = torch.arange(len(owner), device=owner.device)[:, None] * (edge + 2) ** axes + row
@@ -223,4 +224,4 @@ def same_conv(layer: nn.Module, x: Tensor, patches: Patches | None) -> Tensor:
     return out
 
 
-assert EDGES[0] == PATCH
+assert PATCH_EDGES[0] == PATCH

@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hyspark.models.weights.export import as_dtype
-from hyspark.models.weights.files import read_weights, without_wrappers
-from hyspark.models.weights.third_party import COUNTER, SETTINGS, SOURCES, why_left_aside
+from hyspark.models.weights.export import cast_tensor
+from hyspark.models.weights.files import read_weights, strip_wrappers
+from hyspark.models.weights.third_party import COUNTER, FILE_PREFIXES, SPARK_SETTINGS, reason_to_ignore
 from hyspark.utils.atomic import write_whole
 
-NORM = ("weight", "bias", "running_mean", "running_var")
-STEM = re.compile(r"(conv1)\.(weight)|(bn1)\.(weight|bias|running_mean|running_var)")
-BLOCK = re.compile(
+NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+RESNET_STEM = re.compile(r"(conv1)\.(weight)|(bn1)\.(weight|bias|running_mean|running_var)")
+RESNET_BLOCK = re.compile(
     r"layer([1-4])\.(\d+)\.(?:(conv[123]|downsample\.0)\.(weight)|"
     r"(bn[123]|downsample\.1)\.(weight|bias|running_mean|running_var))"
 )
@@ -44,15 +44,15 @@ def write_detectron2(source: str | Path, out: Path, dtype: torch.dtype = torch.f
     """
     if out.suffix != ".pkl":
         raise ValueError(f"{out}: detectron2 knows its own format by the ending .pkl; give it that")
-    weights = detectron2_weights(read_weights(source, SETTINGS), str(source))
-    weights = {key: as_dtype(value, dtype, f"{source}: {key}") for key, value in weights.items()}
+    weights = detectron2_weights(read_weights(source, SPARK_SETTINGS), str(source))
+    weights = {key: cast_tensor(value, dtype, f"{source}: {key}") for key, value in weights.items()}
     # detectron2 puts the network below names of its own (backbone.bottom_up.), which its heuristics find.
     contents = {
         "model": {key: value.numpy() for key, value in weights.items()},
         "__author__": "HySparK",
         "matching_heuristics": True,
     }
-    write_whole(out, pickled(contents))
+    write_whole(out, portable_pickle(contents))
     return weights
 
 
@@ -61,8 +61,8 @@ def detectron2_weights(given: Mapping[str, Tensor], name: str) -> dict[str, Tens
 
     Raises ValueError, naming `name`, for anything but a whole 2D ResNet of basic or bottleneck blocks.
     """
-    plain = {without_wrappers(key): value for key, value in given.items()}
-    source = next((s for s in SOURCES if {f"{s}conv1.weight", f"{s}layer1.0.conv1.weight"} <= plain.keys()), None)
+    plain = {strip_wrappers(key): value for key, value in given.items()}
+    source = next((s for s in FILE_PREFIXES if {f"{s}conv1.weight", f"{s}layer1.0.conv1.weight"} <= plain.keys()), None)
     if source is None:
         raise ValueError(f"{name} holds no ResNet of basic or bottleneck blocks, which alone detectron2 has names for")
     weights = {}
@@ -73,20 +73,20 @@ def detectron2_weights(given: Mapping[str, Tensor], name: str) -> dict[str, Tens
             if value.ndim not in (1, 4):
                 raise ValueError(f"{name}: {key} has {value.ndim - 2} axes; detectron2 takes images, of two")
             weights[own] = value
-        elif not rest.endswith(COUNTER) and not why_left_aside(rest, rest, {}):
+        elif not rest.endswith(COUNTER) and not reason_to_ignore(rest, rest, {}):
             raise ValueError(
                 f"{name}: {key} is of no ResNet of basic or bottleneck blocks, which alone detectron2 has names for"
             )
-    check_whole(weights, name)
+    check_resnet_complete(weights, name)
     return weights
 
 
 def detectron2_name(key: str) -> str | None:
     """A ResNet's key in detectron2's terms; None where it is none of a ResNet's body."""
-    if found := STEM.fullmatch(key):
+    if found := RESNET_STEM.fullmatch(key):
         conv, _, norm, part = found.groups()
         return "stem.conv1.weight" if conv else f"stem.conv1.norm.{part}" if norm else None
-    if found := BLOCK.fullmatch(key):
+    if found := RESNET_BLOCK.fullmatch(key):
         stage, block, conv, _, norm, part = found.groups()
         layer = (conv or norm).replace("bn", "conv").replace("downsample.0", "shortcut")
         layer = layer.replace("downsample.1", "shortcut")
@@ -94,7 +94,7 @@ def detectron2_name(key: str) -> str | None:
     return None
 
 
-def check_whole(weights: Mapping[str, Tensor], name: str) -> None:
+def check_resnet_complete(weights: Mapping[str, Tensor], name: str) -> None:
     """Raises ValueError where a stage, a block or part of one is not there."""
     depth = 3 if "res2.0.conv3.weight" in weights else 2  # convolutions of a block: bottleneck or basic
     needed = ["stem.conv1"]
@@ -103,12 +103,12 @@ def check_whole(weights: Mapping[str, Tensor], name: str) -> None:
         needed += [f"res{stage}.{b}.conv{n + 1}" for b in range(max(blocks, default=0) + 1) for n in range(depth)]
         if stage > 2 or depth == 3:
             needed.append(f"res{stage}.0.shortcut")
-    parts = ("weight", *(f"norm.{part}" for part in NORM))
+    parts = ("weight", *(f"norm.{part}" for part in NORM_TENSORS))
     if lacking := [f"{layer}.{part}" for layer in needed for part in parts if f"{layer}.{part}" not in weights]:
         raise ValueError(f"{name} lacks {len(lacking)} tensors of the ResNet ({', '.join(lacking[:3])}, ...)")
 
 
-def pickled(contents: Any) -> bytes:
+def portable_pickle(contents: Any) -> bytes:
     """A pickle whose arrays any numpy reads: by default it names modules that numpy 1 and 2 keep at different places,
     and detectron2 is often installed beside an old one.
     """

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from hyspark.models.weights.files import made_with, read_contents, unwrap, without_wrappers
+from hyspark.models.weights.files import made_with, read_contents, strip_wrappers, unwrap_state_dict
 from hyspark.models.weights.load import ENCODER, LIGHT_DECODER, MASK_TOKEN, RELEASED_DECODER
 from hyspark.utils.atomic import write_whole
 
@@ -36,20 +36,20 @@ def export_weights(
     if out.suffix != ".safetensors":
         raise ValueError(f"{out}: the file is written as .safetensors; give it that ending")
     contents = read_contents(source)
-    weights = parts_of(unwrap(contents, str(source)), str(source), dtype, decoder)
+    weights = select_weights(unwrap_state_dict(contents, str(source)), str(source), dtype, decoder)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, save(weights, metadata=metadata_of(made_with(contents))))
+    write_whole(out, save(weights, metadata=export_metadata(made_with(contents))))
     return weights
 
 
-def parts_of(given: Mapping[str, Tensor], name: str, dtype: torch.dtype, decoder: bool) -> dict[str, Tensor]:
+def select_weights(given: Mapping[str, Tensor], name: str, dtype: torch.dtype, decoder: bool) -> dict[str, Tensor]:
     """The encoder's tensors by their released names, and those of the light decoder where asked for, contiguous."""
     wanted = ENCODER + (LIGHT_DECODER if decoder else ())
     weights = {}
     for key, value in given.items():
-        own = without_wrappers(key).removeprefix("encoder.")
+        own = strip_wrappers(key).removeprefix("encoder.")
         if own.startswith(wanted) and not own.startswith((MASK_TOKEN, *RELEASED_DECODER)):
-            weights[own] = as_dtype(value, dtype, f"{name}: {key}")
+            weights[own] = cast_tensor(value, dtype, f"{name}: {key}")
     needed = {"encoder": ENCODER} | ({"light decoder": ("decoder.levels.",)} if decoder else {})
     for part, prefixes in needed.items():
         if not any(own.startswith(prefixes) for own in weights):
@@ -58,7 +58,7 @@ def parts_of(given: Mapping[str, Tensor], name: str, dtype: torch.dtype, decoder
     return weights
 
 
-def as_dtype(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def cast_tensor(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """A tensor in another number format, contiguous; raises ValueError, naming it, for values that this cannot hold."""
     value = value.to(dtype) if value.is_floating_point() else value  # BatchNorm counts its batches
     if not value.isfinite().all():
@@ -66,6 +66,6 @@ def as_dtype(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return value.contiguous()
 
 
-def metadata_of(known: Mapping[str, Any]) -> dict[str, str]:
+def export_metadata(known: Mapping[str, Any]) -> dict[str, str]:
     """Settings as safetensors keeps them, text by name; each value is JSON."""
     return {"format": "pt"} | {name: json.dumps(known[name]) for name in MADE_WITH if name in known}

@@ -18,12 +18,12 @@ WRAPPERS = ("module.", "_orig_mod.")
 
 
 def read_weights(path: str | Path, settings: Collection[str] = ()) -> dict[str, Tensor]:
-    """The state dict in a file, without executing anything stored in it; settings as in `unwrap`.
+    """The state dict in a file, without executing anything stored in it; settings as in `unwrap_state_dict`.
 
     Raises FileNotFoundError; ValueError, naming the file, where it is damaged, holds other objects than plain data,
     or no weights.
     """
-    return unwrap(read_contents(path), str(path), settings)
+    return unwrap_state_dict(read_contents(path), str(path), settings)
 
 
 def read_contents(path: str | Path) -> object:
@@ -38,18 +38,18 @@ def read_contents(path: str | Path) -> object:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 about = file.metadata() or {}
-            return {"model": load_file(path), "config": {name: parsed(text) for name, text in about.items()}}
+            return {"model": load_file(path), "config": {name: parse_json(text) for name, text in about.items()}}
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} was not opened: it is damaged, or holds Python objects other than tensors, which could run code. "
-            f"Ask its author for a plain state dict or a .safetensors file{way_out(path)}"
+            f"Ask its author for a plain state dict or a .safetensors file{unpickling_advice(path)}"
         ) from error
     except Exception as error:  # torch raises many kinds for a torn file, and safetensors its own
         raise ValueError(f"{path} cannot be read as weights; is it damaged or cut short? ({error})") from error
 
 
-def parsed(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """What a text says as JSON; the text itself where it is none."""
     try:
         return json.loads(text)
@@ -66,7 +66,7 @@ def made_with(contents: object) -> Mapping[str, Any]:
     return {}
 
 
-def way_out(path: Path) -> str:
+def unpickling_advice(path: Path) -> str:
     """What to type for a file that holds Python objects, naming them, where one trusts them; nothing for a damaged
     one.
     """
@@ -84,7 +84,7 @@ def way_out(path: Path) -> str:
     )
 
 
-def unwrap(loaded: object, name: str, settings: Collection[str] = ()) -> dict[str, Tensor]:
+def unwrap_state_dict(loaded: object, name: str, settings: Collection[str] = ()) -> dict[str, Tensor]:
     """The state dict inside a checkpoint; raises ValueError where there is none.
 
     settings: names of plain data that may lie among its tensors and are left out.
@@ -105,7 +105,7 @@ def unwrap(loaded: object, name: str, settings: Collection[str] = ()) -> dict[st
     return weights
 
 
-def without_wrappers(key: str) -> str:
+def strip_wrappers(key: str) -> str:
     """A key as the network itself names it."""
     while key.startswith(WRAPPERS):
         key = key.removeprefix("module.").removeprefix("_orig_mod.")

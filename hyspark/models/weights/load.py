@@ -17,8 +17,15 @@ from torch import Tensor, nn
 from hyspark.models.encoder import NUM_STAGES, HybridEncoder
 from hyspark.models.segmentation import Hybird
 from hyspark.models.vit import TokenTransformer
-from hyspark.models.weights.files import made_with, read_contents, unwrap, without_wrappers
-from hyspark.models.weights.third_party import SETTINGS, Fit, adapt_channels, decoder_width, fit, nothing_matches
+from hyspark.models.weights.files import made_with, read_contents, strip_wrappers, unwrap_state_dict
+from hyspark.models.weights.third_party import (
+    SPARK_SETTINGS,
+    WeightMatch,
+    adapt_channels,
+    decoder_width,
+    match_third_party,
+    no_match_error,
+)
 
 MASK_TOKEN = "mae.mask_token"
 ENCODER = ("embeddings.", "mae.")
@@ -45,14 +52,15 @@ class LoadReport:
     def __str__(self) -> str:
         lines = [
             f"matched    {len(self.matched):4d} keys, covering {self.coverage:.1%} of the model's parameters",
-            f"adapted    {len(self.adapted):4d}" + summary(self.adapted),
-            f"missing    {len(self.missing):4d}" + (f" (fresh: {groups(self.missing)})" if self.missing else ""),
-            f"unexpected {len(self.unexpected):4d}" + summary(self.unexpected),
+            f"adapted    {len(self.adapted):4d}" + join_reasons(self.adapted),
+            f"missing    {len(self.missing):4d}"
+            + (f" (fresh: {count_by_module(self.missing)})" if self.missing else ""),
+            f"unexpected {len(self.unexpected):4d}" + join_reasons(self.unexpected),
         ]
         return "\n".join(lines)
 
 
-def summary(reasons: Mapping[str, str]) -> str:
+def join_reasons(reasons: Mapping[str, str]) -> str:
     """Keys joined by their reason, at most three of each named."""
     by_reason: dict[str, list[str]] = {}
     for key, reason in reasons.items():
@@ -64,7 +72,7 @@ def summary(reasons: Mapping[str, str]) -> str:
     return f" ({'; '.join(parts)})" if parts else ""
 
 
-def groups(keys: tuple[str, ...]) -> str:
+def count_by_module(keys: tuple[str, ...]) -> str:
     """First parts of key names with their counts, e.g. 'decoder.* 98'."""
     counts: dict[str, int] = {}
     for key in keys:
@@ -73,9 +81,9 @@ def groups(keys: tuple[str, ...]) -> str:
     return ", ".join(f"{head}.* {num}" for head, num in counts.items())
 
 
-def plain_key(key: str, wanted: Mapping[str, Tensor]) -> str:
+def model_key(key: str, wanted: Mapping[str, Tensor]) -> str:
     """A source key in the model's terms: wrappers' prefixes off, `encoder.` off or on as the model has it."""
-    key = without_wrappers(key)
+    key = strip_wrappers(key)
     for candidate in (key, key.removeprefix("encoder."), f"encoder.{key}"):
         if candidate in wanted:
             return candidate
@@ -96,12 +104,12 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor])
     of attention heads, which no shape shows. The model is unchanged then.
     """
     name = "the state dict" if isinstance(source, Mapping) else str(source)
-    own = is_own(model)
-    settings = () if own else SETTINGS
+    own = is_own_network(model)
+    settings = () if own else SPARK_SETTINGS
     contents = source if isinstance(source, Mapping) else read_contents(source)
-    given = unwrap(contents, name, settings)
-    check_heads(model, made_with(contents), name)
-    found = fit_own(model, given, name) if own else fit(model, given, name)
+    given = unwrap_state_dict(contents, name, settings)
+    check_num_heads(model, made_with(contents), name)
+    found = match_own(model, given, name) if own else match_third_party(model, given, name)
     state = model.state_dict()  # its own, for the versions that some networks keep beside the values
     state.update(found.loaded)
     model.load_state_dict(state)
@@ -110,13 +118,13 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor])
     return LoadReport(found.matched, found.adapted, found.missing, found.unexpected, coverage, made_with(contents))
 
 
-def is_own(model: nn.Module) -> bool:
+def is_own_network(model: nn.Module) -> bool:
     """Whether a network is one of this package, around its own encoder."""
     encoder = getattr(model, "encoder", model)
     return isinstance(encoder, HybridEncoder) or isinstance(model, Hybird)
 
 
-def check_heads(model: nn.Module, settings: Mapping[str, Any], name: str) -> None:
+def check_num_heads(model: nn.Module, settings: Mapping[str, Any], name: str) -> None:
     """Raises ValueError where weights were made with another number of attention heads than the model has."""
     given = settings.get("num_heads")
     found = {part.num_heads for part in model.modules() if isinstance(part, TokenTransformer)}
@@ -128,16 +136,16 @@ def check_heads(model: nn.Module, settings: Mapping[str, Any], name: str) -> Non
         )
 
 
-def fit_own(model: nn.Module, given: Mapping[str, Tensor], name: str) -> Fit:
+def match_own(model: nn.Module, given: Mapping[str, Tensor], name: str) -> WeightMatch:
     """The keys and values of a network of this package in a state dict; raises as `load_pretrained`."""
     wanted = model.state_dict()
-    is_segmentation = any(without_wrappers(key).startswith("decoder.fuse.") for key in given)
-    fresh = model.starts_fresh if isinstance(model, Hybird) and not is_segmentation else ()
+    is_segmentation = any(strip_wrappers(key).startswith("decoder.fuse.") for key in given)
+    fresh = model.reinitialised if isinstance(model, Hybird) and not is_segmentation else ()
     matched, adapted, unexpected, loaded = [], {}, {}, {}
     for key, value in given.items():
-        own = plain_key(key, wanted)
+        own = model_key(key, wanted)
         if own not in wanted:
-            unexpected[key] = why_unexpected(own, name, as_built(given))
+            unexpected[key] = reason_unexpected(own, name, build_advice(given))
         elif own.startswith(fresh):
             unexpected[key] = "paints grey values, classes are learned sooner from a fresh one"
         elif own in loaded:
@@ -157,16 +165,16 @@ def fit_own(model: nn.Module, given: Mapping[str, Tensor], name: str) -> Fit:
         else:
             raise ValueError(
                 f"{name}: {key} has shape {tuple(value.shape)}, the model wants {tuple(wanted[own].shape)}; "
-                f"{as_built(given)}"
+                f"{build_advice(given)}"
             )
     if not matched:
-        raise nothing_matches(given, wanted, name)
+        raise no_match_error(given, wanted, name)
     missing = tuple(key for key in wanted if key not in loaded)
-    check_missing(missing, name, as_built(given))
-    return Fit(loaded, tuple(matched), adapted, missing, unexpected)
+    check_encoder_complete(missing, name, build_advice(given))
+    return WeightMatch(loaded, tuple(matched), adapted, missing, unexpected)
 
 
-def as_built(weights: Mapping[str, Tensor]) -> str:
+def build_advice(weights: Mapping[str, Tensor]) -> str:
     """What to do where a model has another shape than these weights, with the flags for the shape that they show."""
     layers: dict[tuple[int, int], dict[str, int]] = {}
     blocks = set()
@@ -201,7 +209,7 @@ def same_positions(value: Tensor, own: Tensor) -> bool:
     return value.shape == own.shape and torch.allclose(value.to(own), own, atol=1e-2)
 
 
-def why_unexpected(key: str, name: str, advice: str) -> str:
+def reason_unexpected(key: str, name: str, advice: str) -> str:
     """Why a key may be left aside; raises ValueError where there is no reason."""
     if key.removeprefix("encoder.") == MASK_TOKEN:
         return "stored by the release, never trained, not used"
@@ -216,7 +224,7 @@ def why_unexpected(key: str, name: str, advice: str) -> str:
     raise ValueError(f"{name}: key {key!r} is not explained: no network of this package has it")
 
 
-def check_missing(missing: tuple[str, ...], name: str, advice: str) -> None:
+def check_encoder_complete(missing: tuple[str, ...], name: str, advice: str) -> None:
     """Raises ValueError where part of the encoder has no weights; fixed positions need none."""
     part = [k for k in missing if k.removeprefix("encoder.").startswith(ENCODER) and not k.endswith("pos_embed")]
     if part:

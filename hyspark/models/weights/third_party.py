@@ -1,7 +1,7 @@
 """Weights into networks of others (torchvision, timm, MONAI, the user's own): which key of a file is which of theirs.
 
 File and network each keep the backbone under a prefix of their own: `encoder_q.` in a file of MoCo, `backbone.body.` in
-a detector. The two prefixes under which most names agree are taken. Then every key of the file needs a reason, and
+a detector. The two find_prefixes under which most names agree are taken. Then every key of the file needs a reason, and
 every key of the network under its prefix a value, but for heads and decoders, which may be absent as a whole.
 What lies outside the network's prefix stays fresh.
 """
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from hyspark.models.weights.files import without_wrappers
+from hyspark.models.weights.files import strip_wrappers
 
-SOURCES = (
+FILE_PREFIXES = (
     "",
     "model.",  # SwAV of Lightning Bolts
     "encoder_q.",  # MoCo
@@ -25,16 +25,16 @@ SOURCES = (
     "sparse_encoder.sp_cnn.",  # SparK's own
 )
 """Prefixes under which files keep a backbone."""
-SETTINGS = ("config",)
+SPARK_SETTINGS = ("config",)
 """What SparK's own files keep among the tensors."""
-HEADS = (
+HEAD_MODULES = (
     *("fc", "_fc", "classifier", "head", "heads", "head_dist", "class_layers", "last_linear", "classification_head"),
     *("aux1", "aux2", "AuxLogits", "segmentation_head", "conv_final", "output_block", "deep_supervision_heads"),
 )
 """Modules that give class scores in networks of torchvision and MONAI; those of timm say which it is."""
-DECODERS = ("decoder", "up_layers", "up_samples", "upsamples")
+DECODER_MODULES = ("decoder", "up_layers", "up_samples", "upsamples")
 """Modules behind the encoder in MONAI's FlexibleUNet, SegResNet and DynUNet."""
-EXTRAS = {
+IGNORED_KEYS = {
     r"encoder_k\.": "momentum encoder of MoCo, encoder_q is taken",
     r"(val_)?queue(_ptr)?$": "queue of MoCo",
     r"target_network\.": "momentum encoder of BYOL, online_network is taken",
@@ -47,15 +47,15 @@ EXTRAS = {
     r"prototypes": "prototypes of SwAV",
     r"(dense_decoder|densify_norms|densify_projs|mask_tokens|densify)\.": "decoder of pre-training",
     r"(imn_m|imn_s|norm_black)$": "stored by SparK, not used",
-    rf"({'|'.join(HEADS)})\.": "head of its own, not part of this model",
-    rf"({'|'.join(DECODERS)})\.": "decoder, not part of this model",
+    rf"({'|'.join(HEAD_MODULES)})\.": "head of its own, not part of this model",
+    rf"({'|'.join(DECODER_MODULES)})\.": "decoder, not part of this model",
 }
 """Keys, by the beginning of their names, that a file may have beside those of the network, and why."""
 COUNTER = ".num_batches_tracked"
 
 
 @dataclass(frozen=True)
-class Fit:
+class WeightMatch:
     """A file's weights in a network's terms. loaded: values by the network's keys. The rest as in LoadReport."""
 
     loaded: dict[str, Tensor]
@@ -65,16 +65,16 @@ class Fit:
     unexpected: dict[str, str]
 
 
-def fit(model: nn.Module, given: Mapping[str, Tensor], name: str) -> Fit:
+def match_third_party(model: nn.Module, given: Mapping[str, Tensor], name: str) -> WeightMatch:
     """Find the network's key and value for each key of a state dict.
 
     Raises ValueError, naming `name`, where nothing or more than one part of the network matches, where a key is
     unexplained, where shapes do not fit or where part of the backbone is missing.
     """
     wanted = model.state_dict()
-    source, own = prefixes(given, wanted, name)
-    pairs, unexpected = pair(given, wanted, source, own, name)
-    heads = tops_of(model, own, HEADS)
+    source, own = find_prefixes(given, wanted, name)
+    pairs, unexpected = pair_keys(given, wanted, source, own, name)
+    heads = module_prefixes(model, own, HEAD_MODULES)
     channels = stem_channels((given[pairs[key]], want) for key, want in wanted.items() if key in pairs)
     loaded, matched, adapted = {}, [], {}
     for target, key in pairs.items():
@@ -94,13 +94,13 @@ def fit(model: nn.Module, given: Mapping[str, Tensor], name: str) -> Fit:
                 f"{name}: {key} has shape {tuple(value.shape)}, the model wants {tuple(want.shape)}; build the model "
                 f"as the weights were{flag}"
             )
-    missing = without_values(wanted, loaded)
-    tops = (*heads, *tops_of(model, own, DECODERS))
-    check_missing([key for key in missing if key.startswith(own)], pairs, tops, wanted, name)
-    return Fit(loaded, tuple(matched), adapted, missing, unexpected)
+    missing = find_missing(wanted, loaded)
+    tops = (*heads, *module_prefixes(model, own, DECODER_MODULES))
+    check_backbone_complete([key for key in missing if key.startswith(own)], pairs, tops, wanted, name)
+    return WeightMatch(loaded, tuple(matched), adapted, missing, unexpected)
 
 
-def pair(
+def pair_keys(
     given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str, own: str, name: str
 ) -> tuple[dict[str, str], dict[str, str]]:
     """The network's keys with those of the file, and the other keys of the file with the reasons for which they may be
@@ -108,13 +108,13 @@ def pair(
     """
     pairs, unexpected, unexplained = {}, {}, []
     for key in given:
-        rest = without_wrappers(key)
+        rest = strip_wrappers(key)
         target = own + rest.removeprefix(source)
         if rest.startswith(source) and target in wanted:
             if target in pairs:
                 raise ValueError(f"{name}: two keys stand for {target}; it mixes more than one network")
             pairs[target] = key
-        elif why := why_left_aside(rest.removeprefix(source), target, wanted):
+        elif why := reason_to_ignore(rest.removeprefix(source), target, wanted):
             unexpected[key] = why
         else:
             unexplained.append(key)
@@ -126,23 +126,23 @@ def pair(
     return pairs, unexpected
 
 
-def prefixes(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> tuple[str, str]:
+def find_prefixes(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> tuple[str, str]:
     """The prefix of the backbone in the file, and in the network: those under which most names agree, and of several
     such those under which most shapes do.
 
     Raises ValueError where no key matches, or where the weights fit two parts of the network equally well.
     """
-    shapes = {without_wrappers(key): value.shape for key, value in given.items()}
+    shapes = {strip_wrappers(key): value.shape for key, value in given.items()}
     first = {f"{key.split('.')[0]}." for key in shapes}
-    sources = (*SOURCES, *(first.difference(SOURCES) if len(first) == 1 else ()))
-    below = keys_below(wanted)
+    sources = (*FILE_PREFIXES, *(first.difference(FILE_PREFIXES) if len(first) == 1 else ()))
+    below = keys_by_prefix(wanted)
     best = (0, 0)
     found: dict[frozenset[tuple[str, int]], tuple[str, str]] = {}
     for source in sources:
         rests = {key.removeprefix(source) for key in shapes if key.startswith(source)}
         for own, own_rests in below.items():
             shared = rests & own_rests
-            if len(shared) < best[0] or not shared or (source not in SOURCES and own.endswith(source)):
+            if len(shared) < best[0] or not shared or (source not in FILE_PREFIXES and own.endswith(source)):
                 continue
             fits = (len(shared), sum(shapes[source + rest] == wanted[own + rest].shape for rest in shared))
             if fits > best:
@@ -153,7 +153,7 @@ def prefixes(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: st
                 meaning = frozenset((source + rest, wanted[own + rest].data_ptr()) for rest in shared)
                 found[meaning] = max(found.get(meaning, (source, own)), (source, own), key=lambda pair: len(pair[1]))
     if not found:
-        raise nothing_matches(given, wanted, name)
+        raise no_match_error(given, wanted, name)
     if len(found) > 1:
         places = ", ".join(f"{source}* as {own}*" for source, own in found.values())
         raise ValueError(
@@ -163,8 +163,8 @@ def prefixes(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: st
     return next(iter(found.values()))
 
 
-def keys_below(wanted: Iterable[str]) -> dict[str, set[str]]:
-    """The prefixes of a network's keys, and the rest of the keys below each."""
+def keys_by_prefix(wanted: Iterable[str]) -> dict[str, set[str]]:
+    """The find_prefixes of a network's keys, and the rest of the keys below each."""
     below: dict[str, set[str]] = {}
     for key in wanted:
         parts = key.split(".")
@@ -173,7 +173,7 @@ def keys_below(wanted: Iterable[str]) -> dict[str, set[str]]:
     return below
 
 
-def nothing_matches(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> ValueError:
+def no_match_error(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> ValueError:
     """The error where no key is one of the model's."""
     return ValueError(
         f"{name}: none of its {len(given)} keys is one of the model's (it begins with {next(iter(given))!r}, "
@@ -181,12 +181,12 @@ def nothing_matches(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], n
     )
 
 
-def tops_of(model: nn.Module, own: str, names: tuple[str, ...]) -> tuple[str, ...]:
+def module_prefixes(model: nn.Module, own: str, names: tuple[str, ...]) -> tuple[str, ...]:
     """Prefixes of what may lie on top of a backbone at `own`, or at a usual place below it. Of networks of timm, heads
     are what they say.
     """
     found = []
-    for root in (own + source for source in SOURCES):
+    for root in (own + source for source in FILE_PREFIXES):
         try:
             part = model.get_submodule(root.rstrip("."))
         except AttributeError:
@@ -198,11 +198,11 @@ def tops_of(model: nn.Module, own: str, names: tuple[str, ...]) -> tuple[str, ..
     return tuple(found)
 
 
-def why_left_aside(rest: str, target: str, wanted: Mapping[str, Tensor]) -> str | None:
+def reason_to_ignore(rest: str, target: str, wanted: Mapping[str, Tensor]) -> str | None:
     """Why a key of the file, which the model does not have, may be left aside; None where there is no reason."""
     if target.endswith(COUNTER) and target.removesuffix(COUNTER) + ".running_mean" in wanted:
         return "count of batches, which the model's norms do not keep"
-    return next((why for pattern, why in EXTRAS.items() if re.match(pattern, rest)), None)
+    return next((why for pattern, why in IGNORED_KEYS.items() if re.match(pattern, rest)), None)
 
 
 def is_stem(value: Tensor, want: Tensor) -> bool:
@@ -228,13 +228,13 @@ def adapt_channels(weight: Tensor, num_channels: int) -> Tensor:
     return mean.expand(-1, num_channels, *mean.shape[2:]).clone()
 
 
-def without_values(wanted: Mapping[str, Tensor], loaded: Iterable[str]) -> tuple[str, ...]:
+def find_missing(wanted: Mapping[str, Tensor], loaded: Iterable[str]) -> tuple[str, ...]:
     """Keys of the network whose tensors got no value, under this name or another one."""
     done = {wanted[key].data_ptr() for key in loaded}
     return tuple(key for key, value in wanted.items() if value.data_ptr() not in done)
 
 
-def check_missing(
+def check_backbone_complete(
     missing: list[str], given: Iterable[str], tops: tuple[str, ...], wanted: Mapping[str, Tensor], name: str
 ) -> None:
     """Raises ValueError where something is missing but counters and whole heads or decoders.
