@@ -16,7 +16,7 @@ from hyspark import build_hyspark
 from hyspark.models.encoder import WIDTHS, HybridEncoder
 from hyspark.models.masking.context import hidden
 from hyspark.models.masking.mask import draw_visible
-from hyspark.models.masking.packed import PATCH_EDGES, same_conv
+from hyspark.models.masking.patches import PATCH_EDGES, same_conv
 from hyspark.planning.flops import flops_by_layer, step_flops, sum_by_module
 from hyspark.training.precision import AUTOCAST
 

@@ -87,7 +87,7 @@ def start(config: PretrainConfig, model: MaskedAutoencoder | Siamese) -> dict[st
         part = model.encoder if isinstance(model, Siamese) else model
         LOG.info("weights of %s\n%s", config.init_weight, load_start(part, config.init_weight, config))
         if isinstance(model, Siamese):
-            model.follow(0.0)
+            model.prepare_step(0.0)
     return state
 
 

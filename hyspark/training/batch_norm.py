@@ -85,7 +85,7 @@ def synchronise_batch_norms(module: nn.Module, shared: Callable[[Any], nn.Module
     """
     for name, child in module.named_children():
         if isinstance(child, PyramidEncoder):
-            child.total = AllReduceSum.apply
+            child.all_reduce = AllReduceSum.apply
         elif isinstance(child, nn.modules.batchnorm._BatchNorm):
             module.add_module(name, shared(child))
         else:

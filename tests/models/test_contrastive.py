@@ -125,7 +125,7 @@ def test_small_views_take_part_in_swav():
 def test_prototypes_have_unit_length_before_a_step():
     net = siamese_of("swav")
     torch.nn.init.normal_(net.prototypes.heads[0].weight)
-    net.follow(0.9)
+    net.prepare_step(0.9)
     torch.testing.assert_close(net.prototypes.heads[0].weight.norm(dim=1), torch.ones(5))
 
 
@@ -137,11 +137,11 @@ def test_the_slow_copy_moves_towards_the_network(method):
         net.encoder.backbone.conv1[0].weight.add_(1.0)
     net(views())
     assert torch.equal(net.teacher.module[0].backbone.conv1[0].weight, old)
-    net.follow(0.75)
+    net.prepare_step(0.75)
     torch.testing.assert_close(net.teacher.module[0].backbone.conv1[0].weight, old + 0.25)
-    net.follow(1.0)
+    net.prepare_step(1.0)
     torch.testing.assert_close(net.teacher.module[0].backbone.conv1[0].weight, old + 0.25)
-    net.follow(0.0)
+    net.prepare_step(0.0)
     for key, value in net.encoder.state_dict().items():
         assert torch.equal(net.teacher.module[0].state_dict()[key], value), key
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hyspark import build_hyspark
 from hyspark.models.encoder import HybridEncoder
 from hyspark.models.masking.mask import draw_visible, visible_at
-from hyspark.models.masking.packed import PATCH_EDGES, Patches
+from hyspark.models.masking.patches import PATCH_EDGES, Patches
 
 WIDTHS = (6, 12, 12, 24, 48)
 
