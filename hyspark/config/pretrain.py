@@ -22,6 +22,11 @@ READ_BY = {
 """Settings that not all methods read, with those that do."""
 
 
+def list_methods() -> list[str]:
+    """List the methods of pre-training, as in `--model METHOD/BACKBONE`."""
+    return list(METHODS)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(VolumeSettings, EncoderSettings):
     """Masked pre-training (`train.py`, `hyspark pretrain`)."""

@@ -9,7 +9,7 @@ from timm.models import group_parameters
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hyspark.models.backbones import check_name
+from hyspark.models.backbones import check_name, torchvision_names
 
 AUXILIARY_OUTPUTS = ("googlenet", "inception_v3")
 """Networks of torchvision with auxiliary classifiers, which would need a loss of their own."""
@@ -36,7 +36,7 @@ def build_classifier(name: str, channels: int, num_classes: int, drop_path: floa
         except TypeError as error:
             raise ValueError(f"{name} cannot be built with drop_path={drop_path}: {error}; set it to 0") from error
         return created
-    check_name(rest, torchvision.models.list_models(module=torchvision.models), library)
+    check_name(rest, torchvision_names(), library)
     if channels != 3 or drop_path:
         raise ValueError(
             f"{name}: expected channels=3 and drop_path=0 for a network of torchvision, got channels={channels} and "
