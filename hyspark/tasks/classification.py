@@ -30,7 +30,7 @@ from hyspark.evaluation.classification.inference import (
     scaling_from_config,
 )
 from hyspark.evaluation.classification.metrics import class_scores as measured
-from hyspark.models.classifier import backbone_learns, layers_of
+from hyspark.models.classifier import layer_indices, set_backbone_trainable
 from hyspark.models.weights.load import load_pretrained
 from hyspark.reports import run_page
 from hyspark.reports.classification_part import score_parts
@@ -138,7 +138,7 @@ def describe(config: ClassificationConfig, processes: Processes, model: nn.Modul
 def make_optimizer(config: ClassificationConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Adam with weight decay in the gradient of all weights, or AdamW, over groups by layer."""
     network = distributed.bare(model)
-    groups = optim.parameter_groups(network, config.layer_decay, optim.encoder_share(config), layers_of(network))
+    groups = optim.parameter_groups(network, config.layer_decay, optim.encoder_share(config), layer_indices(network))
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     return torch.optim.Adam([group | {"decays": True} for group in groups], fused=True)
@@ -203,7 +203,7 @@ class Classifying:
         """Leave the backbone out of the first epochs, where the settings say so."""
         self.step = step
         if self.config.freeze_epochs:
-            backbone_learns(run.network, step >= self.config.freeze_epochs * run.steps_per_epoch)
+            set_backbone_trainable(run.network, step >= self.config.freeze_epochs * run.steps_per_epoch)
 
     def parts(self, run: Run, batch: Batch) -> list[Batch]:
         """All at once."""

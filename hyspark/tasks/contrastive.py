@@ -35,7 +35,7 @@ class ViewPretraining(Pretraining):
     def begin(self, run: Run, step: int) -> None:
         """Let what follows the network follow it: by a cosine from the settings' momentum to 1 at the last step."""
         share = step / max(1, run.total_steps - 1)
-        run.network.follow(1 - (1 - self.config.momentum) * (math.cos(math.pi * share) + 1) / 2)
+        run.network.prepare_step(1 - (1 - self.config.momentum) * (math.cos(math.pi * share) + 1) / 2)
 
     def inputs(self, run: Run, batch: Batch) -> tuple[Any, ...]:
         """The views (b, channels, *size), on the device."""

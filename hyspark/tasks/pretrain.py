@@ -19,12 +19,11 @@ from hyspark.data.seeds import seed_at
 from hyspark.evaluation.linear_probe import find_probe_cases, make_probe
 from hyspark.models.backbones import build_backbone
 from hyspark.models.compile import compile_blocks
-from hyspark.models.contrastive import METHODS as VIEW_METHODS
-from hyspark.models.contrastive import Siamese, build_siamese
-from hyspark.models.masked_autoencoder import HySparK, build_hyspark
+from hyspark.models.contrastive import CONTRASTIVE_METHODS, Siamese, build_siamese
+from hyspark.models.masked_autoencoder import MaskedAutoencoder, build_hyspark
 from hyspark.models.spark import build_spark
-from hyspark.planning.plan import count_flops, crops_per_process, plan_text
-from hyspark.planning.trial_steps import try_steps
+from hyspark.planning.plan import count_flops, crops_per_process, format_plan
+from hyspark.planning.trial_steps import run_trials
 from hyspark.tasks.contrastive import ViewPretraining
 from hyspark.tasks.masked import Pretraining, encoder_file, num_parameters, training_file
 from hyspark.training import distributed, memory
@@ -81,14 +80,14 @@ def pretrain(config: PretrainConfig) -> Path:
     return config.run_folder
 
 
-def start(config: PretrainConfig, model: HySparK | Siamese) -> dict[str, Any] | None:
+def start(config: PretrainConfig, model: MaskedAutoencoder | Siamese) -> dict[str, Any] | None:
     """The state that a run continues from; where there is none, the weights that the settings name are loaded."""
     state = saved_state(config, training_file(config), config.resume_from)
     if not state and config.weights != "none":
         part = model.encoder if isinstance(model, Siamese) else model
         LOG.info("weights of %s\n%s", config.weights, load_start(part, config.weights, config))
         if isinstance(model, Siamese):
-            model.follow(0.0)
+            model.prepare_step(0.0)
     return state
 
 
@@ -115,7 +114,7 @@ def steps_per_epoch(config: PretrainConfig, training: Sequence[Case | StoredVolu
 def describe(
     config: PretrainConfig,
     processes: Processes,
-    model: HySparK | Siamese,
+    model: MaskedAutoencoder | Siamese,
     training: Sequence[Case],
     validation: Sequence[Case],
 ) -> str:
@@ -149,7 +148,7 @@ def untrained(network: Any) -> list[str]:
 def plan(
     config: PretrainConfig,
     processes: Processes,
-    model: HySparK | Siamese,
+    model: MaskedAutoencoder | Siamese,
     training: Sequence[Case],
     validation: Sequence[Case],
     first_step: int,
@@ -158,22 +157,25 @@ def plan(
     free = memory.free_memory(processes)
     task = task_of(config)(config, Share(config.batch_size, processes.rank, processes.world_size), [], [])
     crops = crops_per_process(config, processes)
-    make, least = partial(build, config), 2 if config.method in VIEW_METHODS else 1  # BatchNorm on vectors takes two
-    trials = try_steps(config, processes, make, task, task.random_batch, crops, free, least)
+    make, least = (
+        partial(build, config),
+        2 if config.method in CONTRASTIVE_METHODS else 1,
+    )  # BatchNorm on vectors takes two
+    trials = run_trials(config, processes, make, task, task.random_batch, crops, free, least)
     flops = count_flops(config, model, crops)
     storage = survey(config, [*training, *validation], store_folder(config, Path(config.data)))
     per_epoch = steps_per_epoch(config, training)
     left = min(config.epochs * per_epoch, config.max_steps or math.inf) - first_step
     steps = {"steps_per_epoch": per_epoch, "steps_left": max(0, int(left))}
-    return plan_text(config, processes, model, flops, trials, free, storage, **steps)
+    return format_plan(config, processes, model, flops, trials, free, storage, **steps)
 
 
 def task_of(config: PretrainConfig) -> type[Pretraining]:
     """What the loop does for the method that the settings name."""
-    return ViewPretraining if config.method in VIEW_METHODS else Pretraining
+    return ViewPretraining if config.method in CONTRASTIVE_METHODS else Pretraining
 
 
-def build(config: PretrainConfig, num_processes: int = 1) -> HySparK | Siamese:
+def build(config: PretrainConfig, num_processes: int = 1) -> MaskedAutoencoder | Siamese:
     """The network with its seeded fresh weights; raises ValueError where its settings do not fit together."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_at(config.seed, "weights"))
@@ -183,7 +185,7 @@ def build(config: PretrainConfig, num_processes: int = 1) -> HySparK | Siamese:
     return network
 
 
-def network_of(config: PretrainConfig, num_processes: int) -> HySparK | Siamese:
+def network_of(config: PretrainConfig, num_processes: int) -> MaskedAutoencoder | Siamese:
     """The network that the settings say, with fresh weights from torch's generator."""
     axes = len(config.crop_shape)
     if config.method == "hyspark":

@@ -217,7 +217,7 @@ class Finetuning:
     def begin(self, run: Run, step: int) -> None:
         """Leave the encoder out of the first epochs, where the settings say so."""
         learns = step >= self.config.freeze_epochs * run.steps_per_epoch
-        run.network.encoder_learns(learns)
+        run.network.set_encoder_trainable(learns)
 
     def parts(self, run: Run, batch: Batch) -> list[Batch]:
         """Equal numbers of crops, each part with the weight of a part's voxels, as a mean over all processes."""
