@@ -249,10 +249,9 @@ def predict(argv: Sequence[str]) -> None:
 
 
 def given_options(args: NetworkArguments) -> dict[str, Any]:
-    """Return the options whose values are not the defaults."""
-    fixed = ("weights", "data", "inputs", "out", "device")
-    options = {name: value for name, value in args.as_dict().items() if name not in fixed}
-    return {name: value for name, value in options.items() if value != getattr(type(args), name)}
+    """Return the flags of evaluate and predict whose values are not the defaults, except --out and --device."""
+    names = {action.dest for action in args._actions if action.option_strings} - {"help", "out", "device"}
+    return {name: getattr(args, name) for name in names if getattr(args, name) != getattr(type(args), name)}
 
 
 def classify(argv: Sequence[str]) -> None:
