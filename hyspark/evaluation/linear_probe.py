@@ -35,9 +35,10 @@ from hyspark.data.datasets.cases import Case
 from hyspark.data.datasets.splits import SEED, split_by_subject
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.models.encoder import HybridEncoder
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
 from hyspark.training.metrics_log import RunLog
 from hyspark.training.run_volumes import prepared
+from hyspark.utils.log import LOG
 
 CROPS_PER_VOLUME = 2
 VOXELS_PER_CLASS = 200

@@ -38,7 +38,7 @@ from hyspark.models.weights.load import load_pretrained
 from hyspark.reports import run_page
 from hyspark.reports.classification_part import score_parts
 from hyspark.training import checkpoint, distributed, optim
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
 from hyspark.training.labelled_images import Images, read_images
 from hyspark.training.loop import Run, start_run, train
 from hyspark.training.metrics_log import RunLog
@@ -46,6 +46,7 @@ from hyspark.training.precision import with_precision
 from hyspark.training.replay import repeat, stopped_run
 from hyspark.training.run_folder import begun, last_file, saved_state, settings_text, steps_per_epoch
 from hyspark.training.run_volumes import left_out_text
+from hyspark.utils.log import LOG
 
 
 def finetune_classify(config: ClassifyConfig) -> Path:

@@ -27,11 +27,11 @@ from hyspark.models.masked_autoencoder import reconstruct
 from hyspark.models.masking.mask import draw_visible, grid_of, visible_at
 from hyspark.reports import run_page
 from hyspark.training import checkpoint, distributed, optim
-from hyspark.training.distributed import LOG
 from hyspark.training.loop import Run
 from hyspark.training.metrics_log import RunLog
 from hyspark.training.precision import autocast
 from hyspark.training.run_volumes import left_out_text
+from hyspark.utils.log import LOG
 
 START_FACTOR, END_FACTOR = 0.005, 0.001
 """Learning rate at the first and the last step, as shares of the peak."""

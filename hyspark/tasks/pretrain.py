@@ -28,13 +28,14 @@ from hyspark.planning.trial_steps import try_steps
 from hyspark.tasks.contrastive import ViewPretraining
 from hyspark.tasks.masked import Pretraining, encoder_file, num_parameters, training_file
 from hyspark.training import distributed, memory
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
 from hyspark.training.initial_weights import load_start
 from hyspark.training.loop import start_run, train
 from hyspark.training.precision import with_precision
 from hyspark.training.replay import repeat, stopped_run
 from hyspark.training.run_folder import begun, saved_state, settings_text
 from hyspark.training.run_volumes import data_text, store_folder, usable
+from hyspark.utils.log import LOG
 
 
 def pretrain(config: PretrainConfig) -> Path:

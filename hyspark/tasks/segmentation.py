@@ -43,7 +43,7 @@ from hyspark.models.compile import compile_blocks
 from hyspark.models.segmentation import Hybird
 from hyspark.reports import run_page
 from hyspark.training import checkpoint, distributed, optim
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
 from hyspark.training.initial_weights import load_start
 from hyspark.training.labelled_cases import find_cases, label_fault, left_right_pairs, one_sided
 from hyspark.training.loop import Run, start_run, train
@@ -54,6 +54,7 @@ from hyspark.training.replay import repeat, stopped_run
 from hyspark.training.run_folder import begun, last_file, saved_state, settings_text, steps_per_epoch
 from hyspark.training.run_volumes import data_text, left_out_text, usable
 from hyspark.utils.digests import content_digest
+from hyspark.utils.log import LOG
 
 SCORES = {"Validation cases, last weights": "scores", "Further cases, last weights": "scores_test"}
 """Folders of scores in a run, by what the report calls them."""

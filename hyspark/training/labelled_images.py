@@ -8,9 +8,9 @@ from pathlib import Path
 from hyspark.config.classification import ClassifyConfig
 from hyspark.data.batches.images import short_side
 from hyspark.data.readers.images import FoundImages, ImageSet, decode, find_classes, find_images, nested_subset
-from hyspark.training.distributed import LOG
 from hyspark.training.run_volumes import SKIP
 from hyspark.utils.digests import text_digest
+from hyspark.utils.log import LOG
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from hyspark.data.preprocessing.prepare import is_there, prepare_missing, stored
 from hyspark.data.preprocessing.store import StoredVolume, is_complete
 from hyspark.data.preprocessing.store_size import survey
 from hyspark.training import distributed
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
 from hyspark.utils.digests import text_digest
+from hyspark.utils.log import LOG
 
 GB = 10**9
 SKIP = "or leave them out with --on_bad_case skip"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from hyspark.training.distributed import LOG
+from hyspark.utils.log import LOG
 from hyspark.utils.processes import ASKING
 
 EXIT_CODE = 75

@@ -5,7 +5,6 @@ MONAI's transforms of these names give. Padding to the crop size happens when a 
 one prepared volume serves every crop size.
 """
 
-import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -33,13 +32,13 @@ from hyspark.data.preprocessing.store import (
 from hyspark.data.quality.examine import examine
 from hyspark.data.readers.nifti import check_header
 from hyspark.data.settings import PrepareSettings
+from hyspark.utils.log import LOG
 from hyspark.utils.processes import as_done, available_cores
 
 UNPREPARABLE = (ValueError, RuntimeError, OSError, EOFError)
 """What preparing a broken file raises."""
 MAX_LISTED = 5
 """Warnings that are shown in full."""
-LOG = logging.getLogger("hyspark")
 
 
 def to_unit_range_and_foreground(settings: PrepareSettings, keys: Sequence[str]) -> Compose:

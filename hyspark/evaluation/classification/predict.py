@@ -20,9 +20,10 @@ from hyspark.figures.panels import save_figure
 from hyspark.models.classifier import build_classifier
 from hyspark.models.weights.files import read_contents
 from hyspark.training import distributed
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
 from hyspark.training.labelled_images import Images, unusable
 from hyspark.training.precision import autocast
+from hyspark.utils.log import LOG
 
 SCORES = {"val": "scores", "test": "scores_test"}
 """Folders of scores in a run, by the part that is scored."""

@@ -30,12 +30,13 @@ from hyspark.evaluation.segmentation.scores import read_cases
 from hyspark.figures.panels import save_figure, segmentation_panel
 from hyspark.training import distributed
 from hyspark.training import precision as training_precision
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
 from hyspark.training.labelled_cases import check_labels
 from hyspark.training.precision import autocast
 from hyspark.training.run_volumes import prepared
 from hyspark.utils.atomic import to_json
 from hyspark.utils.digests import content_digest
+from hyspark.utils.log import LOG
 from hyspark.utils.text import listing
 
 TOLERANCE = 2.0

@@ -25,9 +25,9 @@ from hyspark.data.settings import PrepareSettings
 from hyspark.evaluation.segmentation.evaluate import Scoring
 from hyspark.evaluation.segmentation.inference import class_scores, largest_components, load_network, to_grid
 from hyspark.training import distributed
-from hyspark.training.distributed import LOG
 from hyspark.training.precision import autocast, precision_on
 from hyspark.utils.atomic import write_whole
+from hyspark.utils.log import LOG
 from hyspark.utils.paths import NIFTI, nifti_files, nifti_stem
 from hyspark.utils.processes import available_cores, pool
 from hyspark.utils.text import listing
