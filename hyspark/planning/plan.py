@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hyspark.config.pretrain import PretrainConfig
-from hyspark.data.preprocessing.store_size import Storage
+from hyspark.data.preprocessing.store_size import StoreSize
 from hyspark.models.contrastive import METHODS as VIEW_METHODS
 from hyspark.models.contrastive import Siamese
 from hyspark.models.encoder import HybridEncoder
@@ -22,7 +22,9 @@ from hyspark.models.masking.mask import draw_visible, grid_of
 from hyspark.planning.flops import by_part, flops_by_layer, flops_of_step
 from hyspark.planning.trial_steps import Trial, extrapolated
 from hyspark.training.distributed import Processes
-from hyspark.utils.text import duration, scaled, size
+from hyspark.utils.text import format_bytes as size
+from hyspark.utils.text import format_count as scaled
+from hyspark.utils.text import format_duration as duration
 
 ADAM_STATE = 2
 """Numbers per parameter that AdamW keeps."""
@@ -68,7 +70,7 @@ def plan_text(
     flops: Flops | None,
     trials: Sequence[Trial],
     free: int | None,
-    storage: Storage,
+    storage: StoreSize,
     *,
     steps_per_epoch: int,
     steps_left: int,
@@ -227,7 +229,7 @@ def seconds_per_step(trials: Sequence[Trial], crops: int) -> float:
     return min(max(line, trials[-1].seconds), proportional) if len(trials) > 1 else proportional
 
 
-def storage_lines(storage: Storage) -> list[tuple[str, str]]:
+def storage_lines(storage: StoreSize) -> list[tuple[str, str]]:
     """What is prepared, what is to come, and whether it fits the disk."""
     total = storage.prepared + storage.missing
     done = f"{storage.prepared} of {total} volumes prepared in {storage.folder}, {size(storage.prepared_bytes)}"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hyspark.config.classification import ClassifyConfig
 from hyspark.config.recipes import as_plain
 from hyspark.data.batches.images import Augmentation, ImageBatches
-from hyspark.data.batches.loader import Batch, Share
+from hyspark.data.batches.loader import Batch, Shard
 from hyspark.data.seeds import seed_at
 from hyspark.evaluation.classification import scores as classification_scores
 from hyspark.evaluation.classification.metrics import class_scores as measured
@@ -60,7 +60,7 @@ def finetune_classify(config: ClassifyConfig) -> Path:
     if config.replay:
         config, stopped = stopped_run(config, processes)
     config = with_precision(config, processes)
-    share = Share(config.batch_size, processes.rank, processes.world_size)
+    share = Shard(config.batch_size, processes.rank, processes.world_size)
     if (config.mixup or config.cutmix) and len(share.slots) % 2:
         raise ValueError(f"mixup and cutmix mix pairs, but each process has {len(share.slots)} images of a batch")
     images = read_images(config)
@@ -183,7 +183,7 @@ class Classifying:
     """
 
     config: ClassifyConfig
-    share: Share
+    share: Shard
     images: Images
     best: float
     best_after: int

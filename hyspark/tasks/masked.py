@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import as_plain
-from hyspark.data.batches.crops import Planes
-from hyspark.data.batches.loader import Batch, Share, make_loader
+from hyspark.data.batches.crops import SliceSampling
+from hyspark.data.batches.loader import Batch, Shard, make_loader
 from hyspark.data.batches.volumes import PretrainBatches, ValidationCrops
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.evaluation.linear_probe import Probe, take_probe
@@ -67,12 +67,12 @@ def num_parameters(model: torch.nn.Module) -> str:
     return f"{sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f} M"
 
 
-def planes_of(config: PretrainConfig) -> Planes | None:
+def planes_of(config: PretrainConfig) -> SliceSampling | None:
     """The planes that the settings ask for."""
     if config.slices == "none":
         return None
     axis = ("sagittal", "coronal", "axial").index(config.slices)
-    return Planes(axis, config.slice_stride, config.slice_scaling == "minmax")
+    return SliceSampling(axis, config.slice_stride, config.slice_scaling == "minmax")
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Pretraining:
     """
 
     config: PretrainConfig
-    share: Share
+    share: Shard
     training: Sequence[StoredVolume]
     validation: Sequence[StoredVolume]
     probe: Probe | None = None
@@ -208,7 +208,7 @@ class Pretraining:
             shown_planes: dict[str, Any] = {}
             if planes := planes_of(self.config):
                 image, mask, result = (np.expand_dims(x, planes.axis) for x in (image, mask, result))
-                shown_planes["planes"] = [self.config.slices]
+                shown_planes["slices"] = [self.config.slices]
             figure = reconstruction_panel(
                 image, mask, result.clip(0, 1), title=title, spacing=self.config.spacing, **shown_planes
             )

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from hyspark.config.recipes import as_plain, write_yaml
 from hyspark.config.segmentation import FinetuneConfig, check_decoder
 from hyspark.data.batches.augmentation import AffineRange
-from hyspark.data.batches.loader import Batch, Share
+from hyspark.data.batches.loader import Batch, Shard
 from hyspark.data.batches.volumes import FinetuneBatches
 from hyspark.data.datasets.cases import Case
 from hyspark.data.preprocessing.store import StoredVolume
@@ -71,7 +71,7 @@ def finetune(config: FinetuneConfig) -> Path:
     if config.replay:
         config, stopped = stopped_run(config, processes)
     config = with_precision(config, processes)
-    share = Share(config.batch_size, processes.rank, processes.world_size)
+    share = Shard(config.batch_size, processes.rank, processes.world_size)
     training, validation, names = find_cases(config)
     data = data_text(training, validation)
     swaps = left_right_pairs(config, names)
@@ -196,7 +196,7 @@ class Finetuning:
     """
 
     config: FinetuneConfig
-    share: Share
+    share: Shard
     training: Sequence[StoredVolume]
     validation: Sequence[StoredVolume]
     cases: Sequence[Case]

@@ -247,7 +247,7 @@ def test_datalist_with_labels_and_split(tmp_path, capsys):
     output = tmp_path / "labelled.json"
     flags = ["--labels", "--splits", "auto", "--val_fraction", "0.4", "--output", str(output)]
     main.main(["datalist", "--data_path", str(tmp_path), *flags])
-    assert "3 training, 2 validation, 5 labelled, 1 left out" in capsys.readouterr().out
+    assert "3 training, 2 validation, 5 labelled, 1 excluded" in capsys.readouterr().out
     listed = json.loads(output.read_text())
     assert [len(listed["training"]), len(listed["validation"])] == [3, 2]
     assert all(set(entry) == {"image", "label"} for entry in listed["training"] + listed["validation"])

@@ -10,7 +10,7 @@ from torch import nn
 
 from hyspark.config.classification import ClassifyConfig
 from hyspark.config.recipes import typed_values
-from hyspark.data.batches.images import Scaling, centre_crop, short_side
+from hyspark.data.batches.images import Normalisation, centre_crop, short_side
 from hyspark.data.readers.images import FoundImages, ImageSet, class_folders, decode, find_classes, image_files
 from hyspark.evaluation.classification import scores
 from hyspark.evaluation.classification.scores import Classified
@@ -61,9 +61,9 @@ def network_of(config: ClassifyConfig, num_classes: int) -> nn.Module:
     return build_classifier(config.model, config.channels, num_classes, config.drop_path)
 
 
-def scaling_of(config: ClassifyConfig) -> Scaling:
+def scaling_of(config: ClassifyConfig) -> Normalisation:
     """From pixels to what the network sees."""
-    return Scaling(config.channels, config.mean, config.std)
+    return Normalisation(config.channels, config.mean, config.std)
 
 
 def probabilities(network: nn.Module, images: ImageSet, config: ClassifyConfig, processes: Processes) -> np.ndarray:
