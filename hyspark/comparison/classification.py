@@ -17,7 +17,7 @@ from hyspark.comparison.bootstrap import NUM_RESAMPLES, estimate
 from hyspark.comparison.report import write_class_benefit
 from hyspark.comparison.table import Kind, Place, budget, by_name, steps_and_seconds, tabulate
 from hyspark.config.classification import ClassificationConfig
-from hyspark.data.readers.images import has_test_part
+from hyspark.data.readers.images import has_test_split
 from hyspark.evaluation.classification.evaluate import SCORES
 from hyspark.evaluation.classification.metrics import METRICS, resampled
 from hyspark.evaluation.classification.scores import Classified, read_cases, read_summary
@@ -108,7 +108,7 @@ def num_images(runs: Iterable[ClassifiedRun]) -> int:
 
 def scores_folder(config: ClassificationConfig) -> Path:
     """Of the test part, or test_dir, where there is one, else of the validation images."""
-    return config.run_folder / SCORES["test" if config.test_dir or has_test_part(Path(config.data)) else "val"]
+    return config.run_folder / SCORES["test" if config.test_dir or has_test_split(Path(config.data)) else "val"]
 
 
 def num_training(config: ClassificationConfig) -> int:

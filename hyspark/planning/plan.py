@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hyspark.config.pretrain import PretrainConfig
-from hyspark.data.preprocessing.store_size import Storage
+from hyspark.data.preprocessing.store_size import StoreSize
 from hyspark.models.contrastive import CONTRASTIVE_METHODS, Siamese
 from hyspark.models.encoder import HybridEncoder
 from hyspark.models.masked_autoencoder import MaskedAutoencoder
@@ -21,7 +21,9 @@ from hyspark.models.masking.mask import draw_visible, grid_of
 from hyspark.planning.flops import flops_by_layer, step_flops, sum_by_module
 from hyspark.planning.trial_steps import Trial, extrapolate
 from hyspark.training.distributed import Processes
-from hyspark.utils.text import duration, scaled, size
+from hyspark.utils.text import format_bytes as size
+from hyspark.utils.text import format_count as scaled
+from hyspark.utils.text import format_duration as duration
 
 ADAM_STATE = 2
 """Values per parameter in AdamW's state."""
@@ -77,7 +79,7 @@ def format_plan(
     flops: Flops | None,
     trials: Sequence[Trial],
     free: int | None,
-    storage: Storage,
+    storage: StoreSize,
     *,
     steps_per_epoch: int,
     steps_left: int,
@@ -247,7 +249,7 @@ def seconds_per_step(trials: Sequence[Trial], crops: int) -> float:
     return min(max(line, trials[-1].seconds), proportional) if len(trials) > 1 else proportional
 
 
-def storage_lines(storage: Storage) -> list[tuple[str, str]]:
+def storage_lines(storage: StoreSize) -> list[tuple[str, str]]:
     """Format the lines on the store: volumes prepared and missing, and a warning if they do not fit the disk."""
     total = storage.prepared + storage.missing
     done = f"{storage.prepared} of {total} volumes prepared in {storage.folder}, {size(storage.prepared_bytes)}"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hyspark.config.classification import ClassificationConfig
 from hyspark.config.recipes import as_plain
 from hyspark.data.batches.images import Augmentation, ImageBatches
-from hyspark.data.batches.loader import Batch, Share
+from hyspark.data.batches.loader import Batch, Shard
 from hyspark.data.seeds import seed_at
 from hyspark.evaluation.classification import scores as classification_scores
 from hyspark.evaluation.classification.evaluate import HEADINGS, SCORES, score_best, scored_parts
@@ -35,7 +35,7 @@ from hyspark.models.weights.load import load_pretrained
 from hyspark.reports import run_page
 from hyspark.reports.classification_part import score_parts
 from hyspark.training import checkpoint, distributed, optim
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
 from hyspark.training.labelled_images import Images, read_images
 from hyspark.training.loop import Run, start_run, train
 from hyspark.training.metrics_log import RunLog
@@ -43,6 +43,7 @@ from hyspark.training.precision import with_precision
 from hyspark.training.replay import repeat, stopped_run
 from hyspark.training.run_folder import begun, last_file, saved_state, settings_text, steps_per_epoch
 from hyspark.training.run_volumes import left_out_text
+from hyspark.utils.log import LOG
 
 
 def finetune_classify(config: ClassificationConfig) -> Path:
@@ -56,7 +57,7 @@ def finetune_classify(config: ClassificationConfig) -> Path:
     if config.replay:
         config, stopped = stopped_run(config, processes)
     config = with_precision(config, processes)
-    share = Share(config.batch_size, processes.rank, processes.world_size)
+    share = Shard(config.batch_size, processes.rank, processes.world_size)
     if (config.mixup or config.cutmix) and len(share.slots) % 2:
         raise ValueError(f"mixup and cutmix mix pairs, but each process has {len(share.slots)} images of a batch")
     images = read_images(config)
@@ -179,7 +180,7 @@ class Classifying:
     """
 
     config: ClassificationConfig
-    share: Share
+    share: Shard
     images: Images
     best: float
     best_after: int

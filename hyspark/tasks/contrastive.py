@@ -12,7 +12,7 @@ from hyspark.data.batches.loader import Batch
 from hyspark.data.batches.views import ValidationViews, ViewBatches, ViewRecipe
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.figures.panels import save_figure
-from hyspark.figures.planes import views_panel
+from hyspark.figures.slices import views_panel
 from hyspark.tasks.masked import NUM_PICTURES, VALIDATION_SEED, Pretraining, planes_of
 from hyspark.training.loop import Run
 from hyspark.training.metrics_log import RunLog

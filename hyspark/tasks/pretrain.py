@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from hyspark.config.pretrain import PretrainConfig
-from hyspark.data.batches.loader import Share
+from hyspark.data.batches.loader import Shard
 from hyspark.data.datasets import datalist_json
 from hyspark.data.datasets.cases import Case
-from hyspark.data.datasets.splits import SEED, split_by_subject
+from hyspark.data.datasets.splits import SPLIT_SEED, split_by_subject
 from hyspark.data.preprocessing.store import StoredVolume
-from hyspark.data.preprocessing.store_size import survey
+from hyspark.data.preprocessing.store_size import estimate_store_size
 from hyspark.data.seeds import seed_at
 from hyspark.evaluation.linear_probe import find_probe_cases, make_probe
 from hyspark.models.backbones import build_backbone
@@ -27,13 +27,14 @@ from hyspark.planning.trial_steps import run_trials
 from hyspark.tasks.contrastive import ViewPretraining
 from hyspark.tasks.masked import Pretraining, encoder_file, num_parameters, training_file
 from hyspark.training import distributed, memory
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
 from hyspark.training.initial_weights import load_start
 from hyspark.training.loop import start_run, train
 from hyspark.training.precision import with_precision
 from hyspark.training.replay import repeat, stopped_run
 from hyspark.training.run_folder import begun, saved_state, settings_text
 from hyspark.training.run_volumes import data_text, store_folder, usable
+from hyspark.utils.log import LOG
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -47,7 +48,7 @@ def pretrain(config: PretrainConfig) -> Path:
     if config.replay:
         config, stopped = stopped_run(config, processes)
     config = with_precision(config, processes)
-    share = Share(config.batch_size, processes.rank, processes.world_size)
+    share = Shard(config.batch_size, processes.rank, processes.world_size)
     cases = find_cases(config)
     probe_cases = find_probe_cases(Path(config.probe_data), config.probe_cases) if config.probe_data else None
     data = data_text(*cases)
@@ -99,10 +100,10 @@ def find_cases(config: PretrainConfig) -> tuple[list[Case], list[Case]]:
     path = path if path.suffix == ".json" else path / "dataset.json"
     if not path.is_file():
         raise FileNotFoundError(f"no data list at {path}; make it by: python generate_js.py --data {path.parent}")
-    listed = datalist_json.read(path, require_files=False)
+    listed = datalist_json.read_datalist(path, require_files=False)
     training, validation = list(listed.training), list(listed.validation)
     if not validation:
-        training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=SEED)
+        training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=SPLIT_SEED)
     return training, validation
 
 
@@ -155,7 +156,7 @@ def plan(
 ) -> str:
     """What the run will cost, for the terminal; takes trial steps, writes nothing."""
     free = memory.free_memory(processes)
-    task = task_of(config)(config, Share(config.batch_size, processes.rank, processes.world_size), [], [])
+    task = task_of(config)(config, Shard(config.batch_size, processes.rank, processes.world_size), [], [])
     crops = crops_per_process(config, processes)
     make, least = (
         partial(build, config),
@@ -163,7 +164,7 @@ def plan(
     )  # BatchNorm on vectors takes two
     trials = run_trials(config, processes, make, task, task.random_batch, crops, free, least)
     flops = count_flops(config, model, crops)
-    storage = survey(config, [*training, *validation], store_folder(config, Path(config.data)))
+    storage = estimate_store_size(config, [*training, *validation], store_folder(config, Path(config.data)))
     per_epoch = steps_per_epoch(config, training)
     left = min(config.epochs * per_epoch, config.max_steps or math.inf) - first_step
     steps = {"steps_per_epoch": per_epoch, "steps_left": max(0, int(left))}

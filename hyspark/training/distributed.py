@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hyspark.training.batch_norm import global_batch_norm, synchronise_batch_norms
+from hyspark.utils.log import LOG
 
-LOG = logging.getLogger("hyspark")
 T = TypeVar("T")
 
 

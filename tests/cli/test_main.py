@@ -21,7 +21,7 @@ from hyspark.models.segmentation import build_hybird
 from hyspark.utils.atomic import write_json
 
 ROOT = Path(__file__).parents[2]
-PUBLISHED = "--exp_name=debug --data_path=./data --model=hyspark --bs=12 --exp_dir=debug_hyspark_ddp_4"
+PUBLISHED = "--exp_name=debug --data=./data --model=hyspark --batch_size=12 --out=debug_hyspark_ddp_4"
 TINY = {"encoder_widths": (4, 4, 8, 8, 12), "encoder_depths": (1,) * 5, "expansions": (2,) * 5}
 TINY_FLAGS = [word for name, values in TINY.items() for word in (f"--{name}", *map(str, values))]
 TINY_FLAGS += ["--vit_depth", "1", "--num_heads", "2", "--crop_size", "32", "--out_channels", "3"]
@@ -89,8 +89,8 @@ def test_the_other_published_flags_parse(flag, value, parsed, form):
 
 def test_unetr_flags_parse():
     line = (
-        "--data_dir=/data/btcv --json_list=dataset_0.json --logdir=./test --max_epochs=10 --val_every=5 --batch_size=2 "
-        "--optim_lr=4e-4 --reg_weight=1e-5 --warmup_epochs=5 --lrschedule=warmup_cosine --infer_overlap=0.7 "
+        "--data=/data/btcv --json_list=dataset_0.json --out=./test --epochs=10 --val_every=5 --batch_size=2 "
+        "--lr=4e-4 --weight_decay=1e-5 --warmup_epochs=5 --lrschedule=warmup_cosine --infer_overlap=0.7 "
         "--roi_x=64 --roi_y=64 --roi_z=96 --in_channels=1 --out_channels=14"
     )
     assert finetune_config(line) == SegmentationConfig(
@@ -291,7 +291,7 @@ def test_datalist_with_labels_and_split(tmp_path, capsys):
     output = tmp_path / "labelled.json"
     flags = ["--labels", "--splits", "auto", "--val_fraction", "0.4", "--out", str(output)]
     main.main(["datalist", "--data", str(tmp_path), *flags])
-    assert "3 training, 2 validation, 5 labelled, 1 left out" in capsys.readouterr().out
+    assert "3 training, 2 validation, 5 labelled, 1 excluded" in capsys.readouterr().out
     listed = json.loads(output.read_text())
     assert [len(listed["training"]), len(listed["validation"])] == [3, 2]
     assert all(set(entry) == {"image", "label"} for entry in listed["training"] + listed["validation"])

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from hyspark.data.batches.loader import Share
+from hyspark.data.batches.loader import Shard
 from hyspark.data.preprocessing import store_size
 from hyspark.data.preprocessing.prepare import prepare_all
 from hyspark.planning import plan, trial_steps
@@ -28,7 +28,7 @@ FLOPS = plan.Flops({"encoder": 2 * GB, "densify": GB, "decoder": 7 * GB}, {"pack
 
 @pytest.fixture
 def store(tmp_path):
-    return store_size.Storage(
+    return store_size.StoreSize(
         tmp_path, prepared=2, prepared_bytes=3000, missing=4, missing_bytes=6 * GB, bytes_per_voxel=1.25,
         is_assumed=False, unreadable=0, free=7 * GB,
     )  # fmt: skip
@@ -39,8 +39,8 @@ def text(config, store, trials=TRIALS, free=100 * GB, processes=CPU):
     return plan.format_plan(config, processes, build(config), FLOPS, trials, free, store, **steps)
 
 
-def try_in(config, free, most=4, process=trial_steps.run_trials):
-    task = Pretraining(config, Share(config.batch_size), [], [])
+def try_in(config, free, most=4, process=trial_steps.try_steps):
+    task = Pretraining(config, Shard(config.batch_size), [], [])
     return list(process(config, CPU, partial(build, config), task, task.random_batch, most, free))
 
 
@@ -50,7 +50,7 @@ def try_in(config, free, most=4, process=trial_steps.run_trials):
 def test_every_promised_number_is_there(pretraining, store):
     plan = text(pretraining, store)
     weights = sum(p.numel() for p in build(pretraining).parameters())
-    assert f"{utils_text.scaled(weights)} parameters: encoder" in plan
+    assert f"{utils_text.format_count(weights)} parameters: encoder" in plan
     for pattern in (
         r"per step of 4 crops in a process: 10 G forward \(encoder 2 G, densify 1 G, decoder 7 G\)",
         r"21 G backward",
@@ -138,31 +138,35 @@ def test_flops_are_those_of_the_run(pretraining):
 
 def test_what_is_missing_is_estimated_by_what_is_prepared(pretraining, tmp_path):
     cases, _ = find_cases(pretraining)
-    before = store_size.survey(pretraining, cases, tmp_path / "store" / "deep")
+    before = store_size.estimate_store_size(pretraining, cases, tmp_path / "store" / "deep")
     assert (before.prepared, before.prepared_bytes, before.missing, before.is_assumed) == (0, 0, len(cases), True)
     assert before.free > 0
     prepare_all(cases[:3], pretraining, tmp_path, num_workers=1, progress=False)
-    after = store_size.survey(pretraining, cases, tmp_path)
+    after = store_size.estimate_store_size(pretraining, cases, tmp_path)
     assert (after.prepared, after.missing, after.is_assumed) == (3, len(cases) - 3, False)
     estimate = after.prepared_bytes + after.missing_bytes
     prepare_all(cases, pretraining, tmp_path, num_workers=1, progress=False)
-    done = store_size.survey(pretraining, cases, tmp_path)
+    done = store_size.estimate_store_size(pretraining, cases, tmp_path)
     assert (done.missing, done.missing_bytes) == (0, 0)
     assert done.prepared_bytes == pytest.approx(estimate, rel=0.25)
 
 
 def test_a_sample_of_the_headers_stands_for_all(pretraining, tmp_path, monkeypatch):
     cases, _ = find_cases(pretraining)
-    whole = store_size.survey(pretraining, cases, tmp_path)
-    monkeypatch.setattr(store_size, "MOST_HEADERS", 3)
-    assert store_size.survey(pretraining, cases, tmp_path).missing_bytes == pytest.approx(whole.missing_bytes, rel=0.5)
-    assert len(store_size.evenly(range(7))) == 3
+    whole = store_size.estimate_store_size(pretraining, cases, tmp_path)
+    monkeypatch.setattr(store_size, "MAX_HEADERS", 3)
+    assert store_size.estimate_store_size(pretraining, cases, tmp_path).missing_bytes == pytest.approx(
+        whole.missing_bytes, rel=0.5
+    )
+    assert len(store_size.sample_evenly(range(7))) == 3
 
 
 def test_files_without_a_header_are_counted(pretraining, tmp_path):
     cases, _ = find_cases(pretraining)
     (tmp_path / "a.nii.gz").write_text("")
-    found = store_size.survey(pretraining, [*cases, replace(cases[0], image=tmp_path / "a.nii.gz")], tmp_path)
+    found = store_size.estimate_store_size(
+        pretraining, [*cases, replace(cases[0], image=tmp_path / "a.nii.gz")], tmp_path
+    )
     assert found.unreadable == 1
 
 
@@ -211,7 +215,7 @@ def test_another_error_is_not_taken_for_missing_memory(pretraining):
     def broken():
         raise RuntimeError("wrong shape")
 
-    task = Pretraining(pretraining, Share(2), [], [])
+    task = Pretraining(pretraining, Shard(2), [], [])
     args = (pretraining, CPU, broken, task, task.random_batch)
     with pytest.raises(RuntimeError, match="wrong shape"):
         list(trial_steps.iterate_trials(*args, 1, None))
