@@ -370,7 +370,7 @@ def test_weights_of_networks_of_others(tmp_path, capsys):
         ["weights", path, "--model", "timm/resnet18", "--out_channels", "3", "--decoder_width", "32"], capsys
     )
     assert "did you mean resnet18" in fails(["weights", path, "--model", "timm/resnet_18"], capsys)
-    assert "has shape" in fails(["weights", path, "--model", "monai/resnet18"], capsys)
+    assert "the model expects shape" in fails(["weights", path, "--model", "monai/resnet18"], capsys)
     assert "none of its 122 keys" in fails(["weights", path, "--model", "monai/segresnet"], capsys)
 
 

@@ -39,7 +39,7 @@ def text(config, store, trials=TRIALS, free=100 * GB, processes=CPU):
     return plan.format_plan(config, processes, build(config), FLOPS, trials, free, store, **steps)
 
 
-def try_in(config, free, most=4, process=trial_steps.try_steps):
+def try_in(config, free, most=4, process=trial_steps.run_trials):
     task = Pretraining(config, Shard(config.batch_size), [], [])
     return list(process(config, CPU, partial(build, config), task, task.random_batch, most, free))
 
