@@ -161,7 +161,7 @@ def test_images_of_another_folder_are_scored_in_place_of_the_test_part(config, w
     with (config.run_folder / "scores_test" / "cases.csv").open() as file:
         found = {row["file"]: row["truth"] for row in csv.DictReader(file)}
     assert found == {"dark/01.png": "dark", "light/00.png": "light", "light/99.png": "light"}
-    with pytest.raises(FileNotFoundError, match="no folder nothing"):
+    with pytest.raises(FileNotFoundError, match="nothing: expected a folder that holds"):
         finetune_classify(replace(config, test_dir="nothing"))
 
 

@@ -313,6 +313,6 @@ def test_probe_data_that_does_not_fit_is_noticed_before_preparation(probing, tmp
     config = replace(probing, store_dir=str(tmp_path / "store"), probe_cases=9)
     with pytest.raises(ValueError, match=r"probe_cases is 9, but .* has \d labelled training cases"):
         pretrain(config)
-    with pytest.raises(FileNotFoundError, match="nowhere has no imagesTr"):
+    with pytest.raises(FileNotFoundError, match="nowhere: expected a folder with imagesTr and labelsTr"):
         pretrain(replace(config, probe_data=str(tmp_path / "nowhere")))
     assert not (tmp_path / "store").exists()
