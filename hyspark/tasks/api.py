@@ -90,7 +90,7 @@ def pretrain(config: StrPath | None = None, **settings: Any) -> TrainingRun:
         FileNotFoundError: Data or weights are missing.
         FloatingPointError: The loss is not finite.
     """
-    values = PretrainConfig(**merged(PretrainConfig, config, settings))
+    values = PretrainConfig(**merge_settings(PretrainConfig, config, settings))
     folder = run_pretraining(values)
     return TrainingRun(folder, encoder_file(values), folder / "report.html")
 
@@ -114,9 +114,9 @@ def finetune(
         FloatingPointError: The loss is not finite.
     """
     if task == "segmentation":
-        folder = run_segmentation(SegmentationConfig(**merged(SegmentationConfig, config, settings)))
+        folder = run_segmentation(SegmentationConfig(**merge_settings(SegmentationConfig, config, settings)))
     elif task == "classification":
-        folder = finetune_classify(ClassificationConfig(**merged(ClassificationConfig, config, settings)))
+        folder = finetune_classify(ClassificationConfig(**merge_settings(ClassificationConfig, config, settings)))
     else:
         raise ValueError(f"task: expected segmentation or classification, got {task!r}")
     return TrainingRun(folder, folder / "best.pth", folder / "report.html")
@@ -175,7 +175,7 @@ def predict(
     return Predictions([Path(out) / f"{name}.nii.gz" for name in names if name not in failures], failures)
 
 
-def merged(config_class: type, config: StrPath | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+def merge_settings(config_class: type, config: StrPath | None, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Put settings over those of a recipe, in the types of their fields."""
     plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in settings.items()}
     return (read_yaml(os.fspath(config), config_class) if config else {}) | typed_values(
