@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -19,7 +20,7 @@ from hyspark.config.recipes import Config
 from hyspark.data.batches.loader import Batch
 from hyspark.training import memory, optim
 from hyspark.training.distributed import Processes
-from hyspark.training.loop import Task, start_run, update
+from hyspark.training.loop import Task, make_run, update
 
 REPEATS, SHORT = 3, 1.0
 """The fastest of so many steps counts, where a step takes less than so many seconds."""
@@ -71,14 +72,14 @@ def trials(
     found: list[Trial] = []
     try:
         alone = replace(processes, rank=0, world_size=1, by_torchrun=False)
-        run = start_run(config, "", alone, make(), steps_per_epoch=1, epochs=1, state=None)
+        run = make_run(config, "", alone, make(), steps_per_epoch=1, state=None)
         run.model.train()
-        optim.set_rates(run.optimizer, lr=0.0, wd=0.0)
+        optim.set_lr_and_decay(run.optimizer, lr=0.0, wd=0.0)
 
         def seconds(batch: Batch) -> float:
             start = time.perf_counter()
             update(run, task, batch, step=0)
-            memory.synchronise(alone)
+            memory.synchronise_device(alone)
             return time.perf_counter() - start
 
         seconds(make_batch(least))  # the first step of all makes the optimizer's state
@@ -155,7 +156,7 @@ def send_trials(sender: Connection, threads: int, *args: Any) -> None:
 
 def limit_memory(free: int | None) -> None:
     """Let an allocation fail that goes beyond `free` bytes, rather than have Linux end some process."""
-    used = memory.proc_bytes("self/status", "VmData")
+    used = getattr(psutil.Process().memory_info(), "data", None)  # Linux and other Unix systems only
     if free is None or used is None:
         return
     import resource
