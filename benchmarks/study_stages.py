@@ -16,10 +16,10 @@ from hyspark.comparison.benefit import benefit
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import read_yaml
 from hyspark.config.segmentation import SegmentationConfig
-from hyspark.data.batches.loader import Share
+from hyspark.data.batches.loader import Shard
 from hyspark.models.weights.export import export_weights
 from hyspark.planning.plan import crops_per_process
-from hyspark.planning.trial_steps import trials
+from hyspark.planning.trial_steps import iterate_trials
 from hyspark.tasks import pretrain as tasks_pretrain
 from hyspark.tasks.masked import MaskedTask
 from hyspark.training.distributed import find_processes
@@ -133,9 +133,9 @@ def plan(config: PretrainConfig, budget: Budget) -> dict[str, Any]:
     prepare_volumes(config, processes, Path(config.data), [*training, *validation])
     preparing = time.monotonic() - clock
     crops = crops_per_process(config, processes)
-    task = MaskedTask(config, Share(config.batch_size, 0, 1), [], [])
+    task = MaskedTask(config, Shard(config.batch_size, 0, 1), [], [])
     make = partial(tasks_pretrain.initialise_pretraining, config)
-    trial = next(trials(config, processes, make, task, task.random_batch, crops, None, crops), None)
+    trial = next(iterate_trials(config, processes, make, task, task.random_batch, crops, None, crops), None)
     if trial is None:
         raise OSError(
             f"--pretrain_config: expected a step of {crops} crops to fit the memory, but it does not; lower bs"

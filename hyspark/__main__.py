@@ -1,4 +1,4 @@
-"""`python -m hyspark VERB`, the same as `hyspark VERB`; with torchrun: `torchrun --nproc_per_node=4 -m hyspark VERB`."""
+"""`python -m hyspark VERB`; under torchrun, `torchrun --nproc_per_node=4 -m hyspark VERB`."""
 
 from hyspark.cli.main import main
 

@@ -99,7 +99,6 @@ class ExportArguments(Arguments):
 class NetworkArguments(Arguments):
     """Flags that evaluate and predict share."""
 
-    weights: str  # best.pth of a fine-tuning run, or its run folder
     out: str  # Folder to write to
     overlap: float | None = None  # Segmentation: overlap of neighbouring windows, 0 <= x < 1; by default the run's own
     flips: tuple[
@@ -122,6 +121,7 @@ class EvaluateArguments(NetworkArguments):
         hyspark evaluate ckpt/btcv data/Dataset015_BTCV --out ckpt/btcv_scores
     """
 
+    weights: str  # best.pth of a fine-tuning run, or its run folder
     data: str  # nnU-Net data set (imagesTr, labelsTr), or a decathlon JSON; for a classifier, a folder CLASS/IMAGE
     part: Literal["", "all", "training", "validation"] = (
         ""  # Part of a JSON; by default validation if it has one, else all
@@ -142,6 +142,7 @@ class PredictArguments(NetworkArguments):
         hyspark predict ckpt/btcv scans/*.nii.gz --out ckpt/btcv_labels
     """
 
+    weights: str  # best.pth of a fine-tuning run, or its run folder
     inputs: list[str]  # NIfTI files, and folders that hold some; for a classifier, one folder of images
     overwrite: bool = False  # Segmentation: replace existing label maps
 

@@ -40,7 +40,7 @@ def datalist(argv: Sequence[str]) -> None:
     if args.organize_from:
         num = organize_by_names(Path(args.organize_from), Path(args.organize_to), copy=args.copy)
         print(f"{num} images {'copied' if args.copy else 'linked'} into {args.organize_to}/imagesTr")
-    found = build.build(
+    found = build.build_datalist(
         Path(args.data),
         labels=args.labels,
         channel=args.channel,
@@ -49,8 +49,8 @@ def datalist(argv: Sequence[str]) -> None:
         seed=args.seed,
     )
     path = Path(args.out) if args.out else Path(args.data) / "dataset.json"
-    datalist_json.write(found, path)
-    for dataset, numbers in build.counts(found).items():
+    datalist_json.write_datalist(found, path)
+    for dataset, numbers in build.count_cases(found).items():
         print(f"{dataset}: " + ", ".join(f"{num} {kind.replace('_', ' ')}" for kind, num in numbers.items()))
     print(f"written to {path}")
 
@@ -58,13 +58,13 @@ def datalist(argv: Sequence[str]) -> None:
 def check(argv: Sequence[str]) -> None:
     """Find everything that is wrong with a data set."""
     args = parse(CheckArguments(prog="hyspark check", allow_abbrev=False), argv)
-    from hyspark.data.preprocessing.estimate import estimate
-    from hyspark.data.quality.check import check as look
+    from hyspark.data.preprocessing.estimate import estimate_preparation
+    from hyspark.data.quality.check import check_dataset
     from hyspark.data.settings import PrepareSettings
     from hyspark.reports import data_check_page
 
-    examined, found = look(Path(args.data), hu_min=args.hu_min, num_workers=args.prepare_workers)
-    cost = estimate(examined, PrepareSettings(spacing=args.spacing, hu_min=args.hu_min))
+    examined, found = check_dataset(Path(args.data), hu_min=args.hu_min, num_workers=args.prepare_workers)
+    cost = estimate_preparation(examined, PrepareSettings(spacing=args.spacing, hu_min=args.hu_min))
     lines = data_check_page.facts(examined, cost, args.spacing)
     print(data_check_page.text(examined, found.findings, lines))
     print(f"\nreport {data_check_page.write(Path(args.out), args.data, examined, found.findings, lines, cost)}")
@@ -190,7 +190,7 @@ def slices(argv: Sequence[str]) -> None:
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         sys.exit(130)
-    print(write_slices.summary(record))
+    print(write_slices.summarise_slices(record))
     print(f"written to {args.out}; every volume: {Path(args.out) / write_slices.RECORD}")
     for failed in record["failed"]:
         print(f"not read: {failed['source']}: {failed['why']}", file=sys.stderr)
@@ -249,10 +249,9 @@ def predict(argv: Sequence[str]) -> None:
 
 
 def given_options(args: NetworkArguments) -> dict[str, Any]:
-    """Return the options whose values are not the defaults."""
-    fixed = ("weights", "data", "inputs", "out", "device")
-    options = {name: value for name, value in args.as_dict().items() if name not in fixed}
-    return {name: value for name, value in options.items() if value != getattr(type(args), name)}
+    """Return the flags of evaluate and predict whose values are not the defaults, except --out and --device."""
+    names = {action.dest for action in args._actions if action.option_strings} - {"help", "out", "device"}
+    return {name: getattr(args, name) for name in names if getattr(args, name) != getattr(type(args), name)}
 
 
 def classify(argv: Sequence[str]) -> None:

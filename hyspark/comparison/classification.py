@@ -17,7 +17,7 @@ from hyspark.comparison.bootstrap import NUM_RESAMPLES, estimate
 from hyspark.comparison.report import write_class_benefit
 from hyspark.comparison.table import Kind, Place, budget, by_name, steps_and_seconds, tabulate
 from hyspark.config.classification import ClassificationConfig
-from hyspark.data.readers.images import has_test_part
+from hyspark.data.readers.images import has_test_split
 from hyspark.evaluation.classification.evaluate import SCORES
 from hyspark.evaluation.classification.metrics import METRICS, resampled
 from hyspark.evaluation.classification.scores import Classified, read_cases, read_summary
@@ -108,7 +108,7 @@ def num_images(runs: Iterable[ClassifiedRun]) -> int:
 
 def scores_folder(config: ClassificationConfig) -> Path:
     """Of the test part, or test_dir, where there is one, else of the validation images."""
-    return config.run_folder / SCORES["test" if config.test_dir or has_test_part(Path(config.data)) else "val"]
+    return config.run_folder / SCORES["test" if config.test_dir or has_test_split(Path(config.data)) else "val"]
 
 
 def num_training(config: ClassificationConfig) -> int:
@@ -144,9 +144,8 @@ def check_data(configs: Sequence[ClassificationConfig], starts: Mapping[str, str
         images = read_images(config)
     for name, weights in starts.items():
         if weights != "none":
-            print(
-                f"start {name}: {weights}\n{load_pretrained(initialise_classifier(config, len(images.classes)), weights)}"
-            )
+            network = initialise_classifier(config, len(images.classes))
+            print(f"start {name}: {weights}\n{load_pretrained(network, weights)}")
 
 
 def report(

@@ -21,7 +21,7 @@ from hyspark.comparison.report import write_benefit
 from hyspark.comparison.table import Kind, Place, budget, by_name, name_of, steps_and_seconds, tabulate
 from hyspark.config.segmentation import SegmentationConfig, check_decoder
 from hyspark.data.datasets.cases import cases_digest
-from hyspark.data.preprocessing.prepare import is_there
+from hyspark.data.preprocessing.prepare import files_exist
 from hyspark.evaluation.segmentation.evaluate import find_labelled
 from hyspark.evaluation.segmentation.test_cases import prepare_held_out
 from hyspark.tasks.segmentation import initialise_segmentation
@@ -145,7 +145,7 @@ def digest(config: SegmentationConfig) -> str:
     """Of the names and files of all cases to train on, to validate on and to score further, in 12 digits."""
     training, validation, _ = find_labelled_cases(replace(config, num_labelled=0, label_fraction=1.0))
     further = find_labelled(Path(config.test_dir), "all").cases if config.test_dir else []
-    parts = [cases_digest([c for c in part if is_there(c)]) for part in (training, validation, further)]
+    parts = [cases_digest([c for c in part if files_exist(c)]) for part in (training, validation, further)]
     return text_digest(parts)
 
 
@@ -160,9 +160,8 @@ def check_data(configs: Sequence[SegmentationConfig], starts: Mapping[str, str])
     config, _, _, names = found[0]
     for name, weights in starts.items():
         if weights != "none":
-            print(
-                f"start {name}: {weights}\n{load_volume_weights(initialise_segmentation(config, len(names)), weights, config)}"
-            )
+            network = initialise_segmentation(config, len(names))
+            print(f"start {name}: {weights}\n{load_volume_weights(network, weights, config)}")
     here = Processes(torch.device("cpu"))
     for config, training, validation, _ in found:
         prepare_run_volumes(config, here, Path(config.data), training, validation, partial(label_fault, names=names))

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from hyspark.config.checks import between, check_probabilities, not_negative, positive
 from hyspark.config.shared import EncoderSettings, VolumeSettings, check_encoder, check_run, check_volumes
-from hyspark.models.contrastive import METHODS as CONTRASTIVE_METHODS
+from hyspark.models.contrastive import CONTRASTIVE_METHODS
 from hyspark.models.masking.mask import grid_of
 from hyspark.utils.settings import field_info, setting
 from hyspark.utils.text import nearest
@@ -15,6 +15,11 @@ METHODS = ("hyspark", "spark", *CONTRASTIVE_METHODS)
 """Methods of pre-training."""
 MASKED = METHODS[:2]
 REPORTED: dict[str, Any] = {"may_change": True, "affects_results": False}
+
+
+def list_methods() -> list[str]:
+    """List the methods of pre-training, as in `--model METHOD/BACKBONE`."""
+    return list(METHODS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,8 +181,3 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
     def run_folder(self) -> Path:
         """Folder that the run writes to."""
         return Path(self.out or f"ckpt/{self.exp_name}")
-
-
-def list_methods() -> list[str]:
-    """List the methods of pre-training: values of `model`, or its first part before the backbone."""
-    return list(METHODS)

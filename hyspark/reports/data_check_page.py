@@ -12,10 +12,10 @@ import matplotlib.image
 import numpy as np
 from matplotlib.figure import Figure
 
-from hyspark.data.preprocessing.estimate import Estimate
+from hyspark.data.preprocessing.estimate import PreparationEstimate
 from hyspark.data.quality.examine import HISTOGRAM, Examined
-from hyspark.data.quality.findings import KINDS, SEVERITIES, Finding
-from hyspark.figures.panels import DPI, png
+from hyspark.data.quality.findings import FINDING_KINDS, SEVERITIES, Finding
+from hyspark.figures.panels import DPI, figure_png
 from hyspark.reports.html import cards, data_url, page, table
 from hyspark.utils.atomic import write_json, write_whole
 
@@ -26,9 +26,9 @@ MOST_THUMBNAILS = 120
 
 
 def by_kind(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
-    """Findings by their kind, errors first, in the order of KINDS."""
+    """Findings by their kind, errors first, in the order of FINDING_KINDS."""
     found: dict[str, list[Finding]] = {}
-    order = list(KINDS)
+    order = list(FINDING_KINDS)
     for finding in sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), order.index(f.kind))):
         found.setdefault(finding.kind, []).append(finding)
     return found
@@ -44,7 +44,9 @@ def counts_text(findings: Sequence[Finding]) -> str:
     return ", ".join(f"{sum(f.severity == s for f in findings)} {s}s" for s in SEVERITIES)
 
 
-def facts(examined: Sequence[Examined], estimate: Estimate | None, spacing: Sequence[float]) -> dict[str, str]:
+def facts(
+    examined: Sequence[Examined], estimate: PreparationEstimate | None, spacing: Sequence[float]
+) -> dict[str, str]:
     """What the data set is, in a few lines."""
     read = [seen for seen in examined if seen.shape and seen.spacing]
     lines = {
@@ -91,9 +93,8 @@ def text(examined: Sequence[Examined], others: Sequence[Finding], lines: Mapping
     rows = [f"{name:12s} {value}" for name, value in lines.items()]
     rows.append(f"{'findings':12s} {counts_text(findings)}")
     for kind, found in by_kind(findings).items():
-        rows.append(
-            f"\n{KINDS[kind].severity}: {kind} ({len(found)}); expected {KINDS[kind].expected}: {KINDS[kind].advice}"
-        )
+        known = FINDING_KINDS[kind]
+        rows.append(f"\n{known.severity}: {kind} ({len(found)}); expected {known.expected}: {known.advice}")
         rows += [f"  {finding.file}: {finding.found}" for finding in found[:MOST_FILES]]
         if len(found) > MOST_FILES:
             rows.append(f"  and {len(found) - MOST_FILES} more")
@@ -106,7 +107,7 @@ def write(
     examined: Sequence[Examined],
     others: Sequence[Finding],
     lines: Mapping[str, str],
-    estimate: Estimate | None,
+    estimate: PreparationEstimate | None,
 ) -> Path:
     """Write check.json and check.html into a folder; returns the page."""
     findings = all_findings(examined, others)
@@ -115,7 +116,12 @@ def write(
         {
             "data": title,
             "findings": [
-                asdict(f) | {"severity": f.severity, "expected": KINDS[f.kind].expected, "advice": KINDS[f.kind].advice}
+                asdict(f)
+                | {
+                    "severity": f.severity,
+                    "expected": FINDING_KINDS[f.kind].expected,
+                    "advice": FINDING_KINDS[f.kind].advice,
+                }
                 for f in findings
             ],
             "cases": [case_numbers(seen) for seen in examined],
@@ -151,11 +157,13 @@ def findings_html(findings: Sequence[Finding]) -> list[str]:
         return ['<p class="note">None.</p>']
     parts = []
     for kind, found in by_kind(findings).items():
-        heading = f"{KINDS[kind].severity}: {kind} ({len(found)})"
+        heading = f"{FINDING_KINDS[kind].severity}: {kind} ({len(found)})"
         parts.append(
-            f"<details{' open' if KINDS[kind].severity == 'error' else ''}><summary>{escape(heading)}</summary>"
+            f"<details{' open' if FINDING_KINDS[kind].severity == 'error' else ''}><summary>{escape(heading)}</summary>"
         )
-        parts.append(f'<p class="note">expected {escape(KINDS[kind].expected)}: {escape(KINDS[kind].advice)}</p>')
+        parts.append(
+            f'<p class="note">expected {escape(FINDING_KINDS[kind].expected)}: {escape(FINDING_KINDS[kind].advice)}</p>'
+        )
         parts.append(table([[finding.file, finding.found] for finding in found], "text") + "</details>")
     return parts
 
@@ -179,7 +187,7 @@ def histograms_html(examined: Sequence[Examined]) -> str:
     if shares:
         values.stairs(np.mean(shares, axis=0), HISTOGRAM, fill=True)
         values.set(title="HU, mean over cases", ylabel="share of voxels", yscale="log")
-    return f'<div class="box"><img alt="histograms" src="{data_url(png(figure))}"></div>'
+    return f'<div class="box"><img alt="histograms" src="{data_url(figure_png(figure))}"></div>'
 
 
 def thumbnails_html(examined: Sequence[Examined]) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from hyspark.evaluation.protocol import protocol_text
 from hyspark.evaluation.segmentation.scores import score_rows
 from hyspark.figures.curves import CURVES, Curve, curves_figure
-from hyspark.figures.panels import png
+from hyspark.figures.panels import figure_png
 from hyspark.reports.html import cards, data_url, figure_html, page, table
 from hyspark.training.metrics_log import read_metrics
 from hyspark.utils.atomic import write_whole
@@ -165,8 +165,8 @@ def curves_html(path: Path) -> str:
     light, dark = (curves_figure(curves, dark=dark) for dark in (False, True))
     if light is None or dark is None:
         return '<p class="note">No metrics yet: metrics.jsonl is missing or empty.</p>'
-    source = f'<source media="(prefers-color-scheme: dark)" srcset="{data_url(png(dark))}">'
-    image = f'<img alt="training curves" src="{data_url(png(light))}">'
+    source = f'<source media="(prefers-color-scheme: dark)" srcset="{data_url(figure_png(dark))}">'
+    image = f'<img alt="training curves" src="{data_url(figure_png(light))}">'
     return f'<div class="box"><picture>{source}{image}</picture></div>'
 
 

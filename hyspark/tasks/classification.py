@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hyspark.config.classification import ClassificationConfig
 from hyspark.config.recipes import as_plain
 from hyspark.data.batches.images import Augmentation, ImageBatches
-from hyspark.data.batches.loader import Batch, Share
+from hyspark.data.batches.loader import Batch, Shard
 from hyspark.data.seeds import seed_at
 from hyspark.evaluation.classification import scores as classification_scores
 from hyspark.evaluation.classification.evaluate import HEADINGS, SCORES, score_best, scored_parts
@@ -30,19 +30,20 @@ from hyspark.evaluation.classification.inference import (
     scaling_from_config,
 )
 from hyspark.evaluation.classification.metrics import class_scores as measured
-from hyspark.models.classifier import backbone_learns, layers_of
+from hyspark.models.classifier import layer_indices, set_backbone_trainable
 from hyspark.models.weights.load import LoadReport, load_pretrained
 from hyspark.reports import run_page
 from hyspark.reports.classification_part import score_parts
 from hyspark.tasks.launch import Experiment, launch
 from hyspark.training import checkpoint, distributed, optim
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
 from hyspark.training.initial_weights import initialise
 from hyspark.training.labelled_images import LabelledImages, read_images
 from hyspark.training.loop import Run, Task, make_run
 from hyspark.training.metrics_log import RunLog
 from hyspark.training.run_folder import steps_per_epoch
 from hyspark.training.run_volumes import format_excluded
+from hyspark.utils.log import LOG
 
 
 def run_classification(config: ClassificationConfig) -> Path:
@@ -55,7 +56,7 @@ class ClassificationExperiment(Experiment["ClassificationTask"]):
 
     def __init__(self, config: ClassificationConfig, processes: Processes) -> None:
         self.config, self.processes = config, processes
-        self.shard = Share(config.batch_size, processes.rank, processes.world_size)
+        self.shard = Shard(config.batch_size, processes.rank, processes.world_size)
         num_own = len(self.shard.slots)
         if (config.mixup or config.cutmix) and num_own % 2:
             raise ValueError(f"mixup and cutmix mix pairs, but each process has {num_own} images of a batch")
@@ -123,7 +124,7 @@ def make_optimizer(config: ClassificationConfig, model: nn.Module) -> torch.opti
     """Make AdamW, or Adam with weight decay in the gradient of all weights; groups are by layer."""
     network = distributed.unwrap(model)
     ratio = optim.finetuning_encoder_lr_ratio(config)
-    groups = optim.parameter_groups(network, config.layer_decay, ratio, layers_of(network))
+    groups = optim.parameter_groups(network, config.layer_decay, ratio, layer_indices(network))
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     return torch.optim.Adam([group | {"decays": True} for group in groups], fused=True)
@@ -156,7 +157,7 @@ class ClassificationTask(Task):
     """
 
     config: ClassificationConfig
-    shard: Share
+    shard: Shard
     images: LabelledImages
     best: float
     best_after: int
@@ -175,7 +176,7 @@ class ClassificationTask(Task):
         """Freeze the backbone in the first epochs, if the settings say so."""
         self.step = step
         if self.config.freeze_epochs:
-            backbone_learns(run.network, step >= self.config.freeze_epochs * run.steps_per_epoch)
+            set_backbone_trainable(run.network, step >= self.config.freeze_epochs * run.steps_per_epoch)
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
         """Return the cross entropy, in fp32; dropout and mixing depend on seed, step and process alone."""

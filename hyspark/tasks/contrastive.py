@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from hyspark.config.pretrain import PretrainConfig
-from hyspark.data.batches.loader import Batch, Share
+from hyspark.data.batches.loader import Batch, Shard
 from hyspark.data.batches.views import ValidationViews, ViewBatches, ViewRecipe
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.evaluation.linear_probe import Probe
 from hyspark.figures.panels import save_figure
-from hyspark.figures.planes import views_panel
+from hyspark.figures.slices import views_panel
 from hyspark.tasks import pretrain_common as common
 from hyspark.training.loop import Run, Task
 from hyspark.training.metrics_log import RunLog
@@ -28,7 +28,7 @@ class ContrastiveTask(Task):
     """
 
     config: PretrainConfig
-    shard: Share
+    shard: Shard
     training: Sequence[StoredVolume]
     validation: Sequence[StoredVolume]
     probe: Probe | None = None
@@ -58,7 +58,7 @@ class ContrastiveTask(Task):
     def before_step(self, run: Run, step: int) -> None:
         """Update the momentum encoder, with a momentum that follows a cosine from the settings' value to 1."""
         progress = step / max(1, run.total_steps - 1)
-        run.network.follow(1 - (1 - self.config.momentum) * (math.cos(math.pi * progress) + 1) / 2)
+        run.network.prepare_step(1 - (1 - self.config.momentum) * (math.cos(math.pi * progress) + 1) / 2)
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
         """Return the loss of the method."""

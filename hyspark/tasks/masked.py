@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hyspark.config.pretrain import PretrainConfig
-from hyspark.data.batches.loader import Batch, Share
+from hyspark.data.batches.loader import Batch, Shard
 from hyspark.data.batches.volumes import PretrainBatches, ValidationCrops
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.evaluation.linear_probe import Probe
@@ -28,7 +28,7 @@ class MaskedTask(Task):
     """Pre-training by reconstructing hidden patches. Attributes are those of `pretrain_common.PretrainingTask`."""
 
     config: PretrainConfig
-    shard: Share
+    shard: Shard
     training: Sequence[StoredVolume]
     validation: Sequence[StoredVolume]
     probe: Probe | None = None
@@ -103,7 +103,7 @@ class MaskedTask(Task):
             options: dict[str, Any] = {"title": f"{name}, epoch {epoch}", "spacing": self.config.spacing}
             if sampling := common.slice_sampling(self.config):
                 image, mask, result = (np.expand_dims(x, sampling.axis) for x in (image, mask, result))
-                options["planes"] = [self.config.slices]
+                options["slices"] = [self.config.slices]
             figure = reconstruction_panel(image, mask, result.clip(0, 1), **options)
             save_figure(figure, self.config.run_folder / "pictures" / f"epoch_{epoch:04d}_{name}.png")
             log.board.add_figure(f"reconstruction/{name}", figure, step, close=False)

@@ -6,31 +6,31 @@ from pathlib import Path
 from typing import Any
 
 from hyspark.config.pretrain import PretrainConfig
-from hyspark.data.batches.loader import Share
+from hyspark.data.batches.loader import Shard
 from hyspark.data.datasets import datalist_json
 from hyspark.data.datasets.cases import Case
-from hyspark.data.datasets.splits import SEED, split_by_subject
-from hyspark.data.preprocessing.store_size import survey
+from hyspark.data.datasets.splits import SPLIT_SEED, split_by_subject
+from hyspark.data.preprocessing.store_size import estimate_store_size
 from hyspark.evaluation.linear_probe import find_probe_cases, make_probe
 from hyspark.models.backbones import build_backbone
 from hyspark.models.compile import compile_blocks
-from hyspark.models.contrastive import METHODS as VIEW_METHODS
-from hyspark.models.contrastive import Siamese, build_siamese
-from hyspark.models.masked_autoencoder import HySparK, build_hyspark
+from hyspark.models.contrastive import CONTRASTIVE_METHODS, Siamese, build_siamese
+from hyspark.models.masked_autoencoder import MaskedAutoencoder, build_hyspark
 from hyspark.models.spark import build_spark
 from hyspark.models.weights.load import LoadReport
-from hyspark.planning.plan import count_flops, crops_per_process, plan_text
-from hyspark.planning.trial_steps import try_steps
+from hyspark.planning.plan import count_flops, crops_per_process, format_plan
+from hyspark.planning.trial_steps import run_trials
 from hyspark.tasks.contrastive import ContrastiveTask
 from hyspark.tasks.launch import Experiment, launch
 from hyspark.tasks.masked import MaskedTask
 from hyspark.tasks.pretrain_common import format_num_parameters, write_pretraining_report
 from hyspark.training import memory
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
 from hyspark.training.initial_weights import initialise, load_volume_weights
 from hyspark.training.loop import Run, make_run
 from hyspark.training.run_folder import encoder_file, steps_per_epoch
 from hyspark.training.run_volumes import describe_cases, prepare_run_volumes, store_folder
+from hyspark.utils.log import LOG
 
 
 def run_pretraining(config: PretrainConfig) -> Path:
@@ -43,12 +43,12 @@ class PretrainingExperiment(Experiment[MaskedTask | ContrastiveTask]):
 
     def __init__(self, config: PretrainConfig, processes: Processes) -> None:
         self.config, self.processes = config, processes
-        self.shard = Share(config.batch_size, processes.rank, processes.world_size)
+        self.shard = Shard(config.batch_size, processes.rank, processes.world_size)
         self.training, self.validation = find_pretraining_cases(config)
         self.probe_cases = find_probe_cases(Path(config.probe_data), config.probe_cases) if config.probe_data else None
         self.data = describe_cases(self.training, self.validation)
         self.model = initialise_pretraining(config, processes.world_size)
-        self.task_class = ContrastiveTask if config.method in VIEW_METHODS else MaskedTask
+        self.task_class = ContrastiveTask if config.method in CONTRASTIVE_METHODS else MaskedTask
 
     def describe(self) -> dict[str, str]:
         """Describe data, network, steps and probe."""
@@ -74,7 +74,7 @@ class PretrainingExperiment(Experiment[MaskedTask | ContrastiveTask]):
         network = self.model.encoder if isinstance(self.model, Siamese) else self.model
         report = load_volume_weights(network, self.config.weights, self.config)
         if isinstance(self.model, Siamese):
-            self.model.follow(0.0)
+            self.model.prepare_step(0.0)
         return report
 
     def estimate_cost(self, first_step: int) -> str:
@@ -83,15 +83,16 @@ class PretrainingExperiment(Experiment[MaskedTask | ContrastiveTask]):
         free = memory.free_memory(processes)
         task = self.task_class(config, self.shard, [], [])
         crops = crops_per_process(config, processes)
-        least = 2 if config.method in VIEW_METHODS else 1  # BatchNorm on vectors takes two
+        least = 2 if config.method in CONTRASTIVE_METHODS else 1  # BatchNorm on vectors takes two
         make = partial(initialise_pretraining, config)
-        trials = try_steps(config, processes, make, task, task.random_batch, crops, free, least)
+        trials = run_trials(config, processes, make, task, task.random_batch, crops, free, least)
         flops = count_flops(config, self.model, crops)
-        storage = survey(config, [*self.training, *self.validation], store_folder(config, Path(config.data)))
+        store = store_folder(config, Path(config.data))
+        storage = estimate_store_size(config, [*self.training, *self.validation], store)
         per_epoch = steps_per_epoch(config, len(self.training))
         left = min(config.epochs * per_epoch, config.max_steps or math.inf) - first_step
         steps = {"steps_per_epoch": per_epoch, "steps_left": max(0, int(left))}
-        return plan_text(config, processes, self.model, flops, trials, free, storage, **steps)
+        return format_plan(config, processes, self.model, flops, trials, free, storage, **steps)
 
     def set_up(self, state: dict[str, Any] | None) -> tuple[Run, MaskedTask | ContrastiveTask]:
         """Prepare the volumes, and make run and task."""
@@ -124,10 +125,10 @@ def find_pretraining_cases(config: PretrainConfig) -> tuple[list[Case], list[Cas
     path = path if path.suffix == ".json" else path / "dataset.json"
     if not path.is_file():
         raise FileNotFoundError(f"no data list at {path}; make it by: python generate_js.py --data {path.parent}")
-    listed = datalist_json.read(path, require_files=False)
+    listed = datalist_json.read_datalist(path, require_files=False)
     training, validation = list(listed.training), list(listed.validation)
     if not validation:
-        training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=SEED)
+        training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=SPLIT_SEED)
     return training, validation
 
 
@@ -143,7 +144,7 @@ def untrained_modules(network: Any) -> list[str]:
     return [top for top, is_trained in trained.items() if not is_trained]
 
 
-def initialise_pretraining(config: PretrainConfig, num_processes: int = 1) -> HySparK | Siamese:
+def initialise_pretraining(config: PretrainConfig, num_processes: int = 1) -> MaskedAutoencoder | Siamese:
     """Build the network with random weights from the seed.
 
     Raises:
@@ -155,7 +156,7 @@ def initialise_pretraining(config: PretrainConfig, num_processes: int = 1) -> Hy
     return network
 
 
-def build_pretraining_network(config: PretrainConfig, num_processes: int) -> HySparK | Siamese:
+def build_pretraining_network(config: PretrainConfig, num_processes: int) -> MaskedAutoencoder | Siamese:
     """Build the network that the settings name, with random weights from torch's global generator."""
     axes = len(config.crop_shape)
     if config.method == "hyspark":

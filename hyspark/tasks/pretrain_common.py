@@ -13,18 +13,18 @@ from torch.utils.data import Dataset
 
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import as_plain
-from hyspark.data.batches.crops import Planes
+from hyspark.data.batches.crops import SliceSampling
 from hyspark.data.batches.loader import Batch, make_loader
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.evaluation.linear_probe import Probe, take_probe
 from hyspark.reports import run_page
 from hyspark.training import checkpoint, distributed, optim
-from hyspark.training.distributed import LOG
 from hyspark.training.loop import Run, Task
 from hyspark.training.metrics_log import RunLog
 from hyspark.training.precision import autocast
 from hyspark.training.run_folder import best_encoder_file, encoder_file
 from hyspark.training.run_volumes import format_excluded
+from hyspark.utils.log import LOG
 
 START_FACTOR, END_FACTOR = 0.005, 0.001
 """Learning rate at the first and the last step, as fractions of the peak."""
@@ -70,12 +70,12 @@ class PretrainingTask(Task, Protocol):
         """Draw pictures of the first held-out volumes, or of training volumes if none are held out."""
 
 
-def slice_sampling(config: PretrainConfig) -> Planes | None:
+def slice_sampling(config: PretrainConfig) -> SliceSampling | None:
     """Return which 2D slices of a volume are crops; None for crops in 3D."""
     if config.slices == "none":
         return None
     axis = ("sagittal", "coronal", "axial").index(config.slices)
-    return Planes(axis, config.slice_stride, config.slice_scaling == "minmax")
+    return SliceSampling(axis, config.slice_stride, config.slice_scaling == "minmax")
 
 
 def format_num_parameters(model: torch.nn.Module) -> str:

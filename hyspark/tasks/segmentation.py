@@ -17,7 +17,7 @@ from tqdm import tqdm
 from hyspark.config.recipes import as_plain, write_yaml
 from hyspark.config.segmentation import SegmentationConfig, check_decoder
 from hyspark.data.batches.augmentation import AffineRange
-from hyspark.data.batches.loader import Batch, Share
+from hyspark.data.batches.loader import Batch, Shard
 from hyspark.data.batches.volumes import FinetuneBatches
 from hyspark.data.readers.nifti import read_label
 from hyspark.evaluation.segmentation.evaluate import (
@@ -40,7 +40,7 @@ from hyspark.models.weights.load import LoadReport
 from hyspark.reports import run_page
 from hyspark.tasks.launch import Experiment, launch
 from hyspark.training import checkpoint, distributed, optim
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
 from hyspark.training.initial_weights import initialise, load_volume_weights
 from hyspark.training.labelled_cases import find_labelled_cases, label_fault, left_right_pairs, unpaired_sides
 from hyspark.training.loop import Run, Task, make_run
@@ -49,6 +49,7 @@ from hyspark.training.metrics_log import RunLog
 from hyspark.training.run_folder import checkpoint_file, steps_per_epoch
 from hyspark.training.run_volumes import RunVolumes, describe_cases, format_excluded, prepare_run_volumes
 from hyspark.utils.digests import content_digest
+from hyspark.utils.log import LOG
 
 SCORE_FOLDERS = {"Validation cases, last weights": "scores", "Further cases, last weights": "scores_test"}
 """Folders of scores in a run by their heading in the report."""
@@ -64,7 +65,7 @@ class SegmentationExperiment(Experiment["SegmentationTask"]):
 
     def __init__(self, config: SegmentationConfig, processes: Processes) -> None:
         self.config, self.processes = config, processes
-        self.shard = Share(config.batch_size, processes.rank, processes.world_size)
+        self.shard = Shard(config.batch_size, processes.rank, processes.world_size)
         self.training, self.validation, self.names = find_labelled_cases(config)
         self.data = describe_cases(self.training, self.validation)
         swaps = left_right_pairs(config, self.names)
@@ -181,7 +182,7 @@ class SegmentationTask(Task):
     """
 
     config: SegmentationConfig
-    shard: Share
+    shard: Shard
     volumes: RunVolumes
     names: Sequence[str]
     criterion: DiceAndCrossEntropy
@@ -201,7 +202,7 @@ class SegmentationTask(Task):
     def before_step(self, run: Run, step: int) -> None:
         """Freeze the encoder in the first epochs, if the settings say so."""
         learns = step >= self.config.freeze_epochs * run.steps_per_epoch
-        run.network.encoder_learns(learns)
+        run.network.set_encoder_trainable(learns)
 
     def micro_batches(self, run: Run, batch: Batch) -> list[Batch]:
         """Split a batch; each micro-batch gets the mean weight of a micro-batch's voxels over all processes."""

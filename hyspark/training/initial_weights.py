@@ -12,7 +12,7 @@ from hyspark.config.shared import VolumeSettings
 from hyspark.data.seeds import seed_at
 from hyspark.data.settings import PrepareSettings
 from hyspark.models.weights.load import LoadReport, load_pretrained
-from hyspark.training.distributed import LOG
+from hyspark.utils.log import LOG
 
 InitialisedT = TypeVar("InitialisedT", bound=nn.Module)
 INPUT_SETTINGS = tuple(setting.name for setting in fields(PrepareSettings))

@@ -7,9 +7,9 @@ from pathlib import Path
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets import build, datalist_json
 from hyspark.data.datasets.cases import Case, Datalist
-from hyspark.data.datasets.splits import SEED, split_by_subject
+from hyspark.data.datasets.splits import SPLIT_SEED, split_by_subject
+from hyspark.data.datasets.subsets import draw_subset, subset_size
 from hyspark.data.preprocessing.store import StoredVolume
-from hyspark.data.seeds import rng_at
 from hyspark.utils.text import nearest
 
 BTCV_CLASSES = 14
@@ -24,7 +24,7 @@ def find_labelled_cases(config: SegmentationConfig) -> tuple[list[Case], list[Ca
     listed = read_labelled_datalist(config)
     training, validation = list(listed.training), list(listed.validation)
     if not validation:
-        training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=SEED)
+        training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=SPLIT_SEED)
     if not training or not validation:
         raise ValueError(
             f"{config.data}: {len(training)} labelled cases to train on and {len(validation)} to validate on; "
@@ -36,30 +36,20 @@ def find_labelled_cases(config: SegmentationConfig) -> tuple[list[Case], list[Ca
 def read_labelled_datalist(config: SegmentationConfig) -> Datalist:
     """Read the JSON that the settings name; else DATA/dataset.json if it is a data list; else the nnU-Net folders."""
     folder = Path(config.data)
-    read = partial(datalist_json.read, require_labels=True, require_files=False)
+    read = partial(datalist_json.read_datalist, require_labels=True, require_files=False)
     if config.json_list:
         inside = folder / config.json_list
         return read(inside if inside.is_file() else Path(config.json_list))
     default = folder / "dataset.json"
     if default.is_file() and datalist_json.is_datalist(default):
         return read(default)
-    return build.read_folder(folder, seed=SEED, val_fraction=config.val_fraction)
+    return build.read_folder(folder, seed=SPLIT_SEED, val_fraction=config.val_fraction)
 
 
 def draw_labelled_subset(training: Sequence[Case], config: SegmentationConfig) -> list[Case]:
-    """Draw the number of training cases that the settings ask for, in their order.
-
-    The seed gives the order in which cases are drawn one by one, so that a smaller subset is part of a larger one.
-
-    Raises:
-        ValueError: There are fewer cases.
-    """
-    num = config.num_labelled or max(1, round(config.label_fraction * len(training)))
-    if num > len(training):
-        raise ValueError(f"num_labelled is {num}, but {config.data} has {len(training)} labelled training cases")
-    by_name = sorted(range(len(training)), key=lambda i: (training[i].dataset, training[i].name))
-    drawn = rng_at(config.seed, "labelled").permutation(len(training))[:num]
-    return [training[i] for i in sorted(by_name[d] for d in drawn)]
+    """Draw the number of training cases that the settings ask for, in their order; see `draw_subset`."""
+    num = subset_size(len(training), num_labelled=config.num_labelled, label_fraction=config.label_fraction)
+    return [training[i] for i in draw_subset([(case.dataset, case.name) for case in training], num, config.seed)]
 
 
 def class_names(config: SegmentationConfig, labels: dict[str, int] | None) -> list[str]:

@@ -22,11 +22,12 @@ from hyspark.config.recipes import Config, as_plain
 from hyspark.data.batches.loader import Batch, loading, make_loader
 from hyspark.training import checkpoint, distributed, optim
 from hyspark.training.checkpoint import explain_full_disk
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
 from hyspark.training.metrics_log import RunLog
 from hyspark.training.precision import autocast, configure_kernels, make_loss_scaler
 from hyspark.training.run_folder import checkpoint_file
 from hyspark.training.signals import StopRequested, StopRequests
+from hyspark.utils.log import LOG
 
 MIN_LOSS_SCALE = 1.0
 """Scale factor of fp16's losses below which a value that is not finite is not due to the scale."""

@@ -31,6 +31,11 @@ def peak_memory(processes: Processes) -> int | None:
     return max(1024 * int(found[1]), psutil.Process().memory_info().rss) if found else None  # VmHWM lags behind
 
 
+def data_memory() -> int | None:
+    """Measure the bytes of this process that RLIMIT_DATA limits; None on systems that do not report them."""
+    return getattr(psutil.Process().memory_info(), "data", None)
+
+
 def synchronise_device(processes: Processes) -> None:
     """Wait until the device has finished its queue."""
     if processes.device.type == "cuda":

@@ -11,7 +11,8 @@ import yaml
 from hyspark.config.recipes import Config, ConfigT
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.config.shared import Precision, RunSettings
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
+from hyspark.utils.log import LOG
 
 AUTOCAST_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

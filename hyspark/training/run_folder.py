@@ -13,8 +13,9 @@ from torch import nn
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import Config, as_plain, differences
 from hyspark.training import checkpoint, distributed
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
 from hyspark.training.signals import StopRequests, catch_stop_signals
+from hyspark.utils.log import LOG
 
 LOCK_TIMEOUT = 10.0
 """Seconds that a stopped process of the same run, or the loader processes of a killed one, have to end."""

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from hyspark.config.shared import VolumeSettings
 from hyspark.data.datasets.cases import Case
-from hyspark.data.preprocessing.prepare import is_there, prepare_missing, stored, unusable
+from hyspark.data.preprocessing.prepare import failure_message, files_exist, prepare_missing, stored_volumes
 from hyspark.data.preprocessing.store import StoredVolume, is_complete
-from hyspark.data.preprocessing.store_size import survey
+from hyspark.data.preprocessing.store_size import estimate_store_size
 from hyspark.training import distributed
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
 from hyspark.utils.digests import text_digest
+from hyspark.utils.log import LOG
 
 GB = 10**9
 SKIP_ADVICE = "or exclude them with --on_bad_case skip"
@@ -47,8 +48,8 @@ def prepare_volumes(
     """
     failed = prepare_on_each_machine(config, processes, data, cases)
     if failed:
-        raise ValueError(unusable(failed, len(cases)))
-    return stored(cases, config, store_folder(config, data))
+        raise ValueError(failure_message(failed, len(cases)))
+    return stored_volumes(cases, config, store_folder(config, data))
 
 
 def prepare_on_each_machine(
@@ -58,8 +59,8 @@ def prepare_on_each_machine(
     store = store_folder(config, data)
 
     def prepare() -> dict[str, tuple[str, ...]]:
-        whole = [case for case in cases if is_there(case)]
-        if not all(is_complete(volume.folder) for volume in stored(whole, config, store)):
+        whole = [case for case in cases if files_exist(case)]
+        if not all(is_complete(volume.folder) for volume in stored_volumes(whole, config, store)):
             warn_of_full_disk(config, store, cases)
         return prepare_missing(cases, config, store, config.prepare_workers, processes.is_main)
 
@@ -69,7 +70,7 @@ def prepare_on_each_machine(
 
 def warn_of_full_disk(config: VolumeSettings, store: Path, cases: Sequence[Case]) -> None:
     """Warn if the volumes to prepare will probably not fit the disk."""
-    estimate = survey(config, cases, store)
+    estimate = estimate_store_size(config, cases, store)
     if estimate.missing_bytes > estimate.free:
         LOG.warning(
             "the %d volumes to prepare will take about %.1f GB, but the disk of %s has %.1f GB free; "
@@ -129,10 +130,10 @@ def prepare_run_volumes(
     cases = [*training, *validation]
     failed = prepare_on_each_machine(config, processes, data, cases)
     whole = [case for case in cases if str(case.image) not in failed]
-    volumes = dict(zip(whole, stored(whole, config, store_folder(config, data)), strict=True))
+    volumes = dict(zip(whole, stored_volumes(whole, config, store_folder(config, data)), strict=True))
     failed |= {str(c.image): (f"{c.image}: {fault}",) for c in whole if (fault := find_fault(volumes[c]))}
     if failed and config.on_bad_case == "stop":
-        raise ValueError(unusable(failed, len(cases), SKIP_ADVICE))
+        raise ValueError(failure_message(failed, len(cases), SKIP_ADVICE))
     train_on, validate_on = ([c for c in part if str(c.image) not in failed] for part in (training, validation))
     excluded = [case.name for case in cases if str(case.image) in failed]
     if failed:

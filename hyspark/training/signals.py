@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from hyspark.training.distributed import LOG
-from hyspark.utils.processes import ASKING
+from hyspark.utils.log import LOG
+from hyspark.utils.processes import STOP_SIGNALS
 
 STOPPED_EXIT_CODE = 75
 """Exit code of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, "try again later"."""
@@ -68,7 +68,7 @@ def catch_stop_signals() -> Iterator[StopRequests]:
     """
     requests = StopRequests()
     in_main = threading.current_thread() is threading.main_thread()
-    caught = [number for number in ASKING if in_main and signal.getsignal(number) == signal.SIG_DFL]
+    caught = [number for number in STOP_SIGNALS if in_main and signal.getsignal(number) == signal.SIG_DFL]
     for number in caught:
         signal.signal(number, requests.receive)
     try:

@@ -326,7 +326,7 @@ def test_a_comparison_does_with_broken_cases_what_its_runs_do(base, tmp_path):
     for folder, ending in (("imagesTr", "_0000"), ("labelsTr", "")):
         (data / folder / f"bad{ending}.nii.gz").write_bytes(b"no volume")
     base = replace(base, data=str(data), store_dir="")
-    with pytest.raises(ValueError, match=r"1 of 4 volumes cannot be used; .*--on_bad_case skip"):
+    with pytest.raises(ValueError, match=r"1 of 4 volumes are unusable; .*--on_bad_case skip"):
         benefit.benefit(base, tmp_path, {"scratch": "none"}, [3], [0])
     assert benefit.benefit(replace(base, on_bad_case="skip"), tmp_path, {"scratch": "none"}, [3], [0]) == []
 

@@ -88,7 +88,7 @@ def test_options_of_segmentation_are_refused_for_a_classifier(classifying, image
         main.main(["predict", str(run.folder), str(image_data), "--out", str(tmp_path / "o"), "--overlap", "0.5"])
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
-    with pytest.raises(ValueError, match="unknown option 'overlapp'; .* did you mean overlap"):
+    with pytest.raises(ValueError, match=r"unknown option 'overlapp'; .* did you mean overlap"):
         hyspark.evaluate(run.folder, image_data / "test", tmp_path / "out", overlapp=0.5)
     with pytest.raises(ValueError, match="one folder of images, got 2 paths"):
         hyspark.predict(run.folder, [image_data, image_data], tmp_path / "out")

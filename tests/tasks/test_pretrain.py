@@ -97,12 +97,12 @@ def test_another_run_is_not_continued_by_mistake(pretraining):
 
 
 def test_another_data_list_is_not_continued_by_mistake(pretraining, phantoms, tmp_path):
-    listed = datalist_json.read(phantoms / "dataset.json")
+    listed = datalist_json.read_datalist(phantoms / "dataset.json")
     path = tmp_path / "list.json"
-    datalist_json.write(listed, path)
+    datalist_json.write_datalist(listed, path)
     config = replace(pretraining, data=str(path), store_dir=str(phantoms / "prepared"), max_steps=1)
     run_pretraining(config)
-    datalist_json.write(replace(listed, training=listed.training[1:]), path)
+    datalist_json.write_datalist(replace(listed, training=listed.training[1:]), path)
     with pytest.raises(ValueError, match=r"data: was 6 training and 1 validation cases .*, is 5 training and 1"):
         run_pretraining(config)
 
@@ -314,6 +314,6 @@ def test_probe_data_that_does_not_fit_is_noticed_before_preparation(probing, tmp
     config = replace(probing, store_dir=str(tmp_path / "store"), probe_cases=9)
     with pytest.raises(ValueError, match=r"probe_cases is 9, but .* has \d labelled training cases"):
         run_pretraining(config)
-    with pytest.raises(FileNotFoundError, match="nowhere has no imagesTr"):
+    with pytest.raises(FileNotFoundError, match="nowhere: expected a folder with imagesTr and labelsTr"):
         run_pretraining(replace(config, probe_data=str(tmp_path / "nowhere")))
     assert not (tmp_path / "store").exists()

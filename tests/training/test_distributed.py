@@ -20,7 +20,7 @@ from hyspark.tasks.pretrain import build as build_pretraining
 from hyspark.tasks.pretrain import run_pretraining
 from hyspark.tasks.segmentation import initialise_segmentation as build_finetuning
 from hyspark.tasks.segmentation import run_segmentation
-from hyspark.training.batch_norm import GlobalBatchNorm, global_batch_norm, share_statistics
+from hyspark.training.batch_norm import GlobalBatchNorm, global_batch_norm, synchronise_batch_norms
 from hyspark.training.distributed import Processes, find_processes, join_process_group, wrap_model
 from hyspark.training.run_folder import checkpoint_file, last_file
 from hyspark.training.run_folder import checkpoint_file as last_state
@@ -218,7 +218,7 @@ def test_share_statistics_keeps_weights_and_names():
     model = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 1), torch.nn.Sequential(torch.nn.BatchNorm3d(2)))
     model[1][0].running_mean.fill_(3.0)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    share_statistics(model, global_batch_norm)
+    synchronise_batch_norms(model, global_batch_norm)
     assert isinstance(model[1][0], GlobalBatchNorm)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -230,7 +230,7 @@ def test_share_statistics_keeps_activations_inside_norms(shared):
     network = build_classifier("timm/test_efficientnet", 3, 2).eval()
     images = torch.rand(2, 3, 64, 64)
     before, keys = network(images), network.state_dict().keys()
-    share_statistics(network, shared)
+    synchronise_batch_norms(network, shared)
     torch.testing.assert_close(network.eval()(images), before)
     assert network.state_dict().keys() == keys
 

@@ -56,7 +56,7 @@ def test_a_run_to_which_everything_happens_ends_as_an_undisturbed_one(pretrainin
     data = tmp_path / "data"
     shutil.copytree(phantoms, data, ignore=shutil.ignore_patterns("prepared"))
     config = replace(pretraining, data=str(data), epochs=1000, save_every=3, out=str(tmp_path / "run"))
-    cases = datalist_json.read(data / "dataset.json").training
+    cases = datalist_json.read_datalist(data / "dataset.json").training
     rng = random.Random(1)
     faults: Counter[str] = Counter()
     deadline = time.monotonic() + SECONDS
@@ -97,7 +97,7 @@ def inject(fault, config, cases, data, rng):
         image.with_suffix(".away").rename(image)
         return
     process = start(config, "--dataloader_workers", str(rng.randrange(2)))
-    # Of the two list_checkpoints kept one may be damaged at a time, so a second one is saved before that.
+    # Of the two checkpoints kept one may be damaged at a time, so a second one is saved before that.
     wait_for_step(config, process, last_step(config) + (7 if fault in ("corrupt", "truncate") else 1))
     time.sleep(rng.uniform(0, 3))
     if fault == "stop":

@@ -95,7 +95,7 @@ def labelled(tmp_path):
 
 
 NAMES = ["background", "liver", "aorta"]
-BOXES = SegmentationConfig(spacing=(2.0, 2.0, 3.0), roi_x=16, roi_y=16, roi_z=16, device="cpu", prepare_workers=1)
+BOXES = SegmentationConfig(spacing=(2.0, 2.0, 3.0), crop_size=(16,), device="cpu", prepare_workers=1)
 
 
 def scored(folder, out, config=BOXES, trained_on=(), **options):
@@ -211,9 +211,9 @@ def test_a_folder_and_a_list_of_unseen_cases(labelled, weights, tmp_path):
     options = {"device": "cpu", "store_dir": str(tmp_path / "store"), "prepare_workers": 1}
     by_folder = evaluate_segmentation(weights, labelled, tmp_path / "folder", **options)
     assert by_folder["protocol"]["num_cases"] == 3
-    listed = build.build(labelled, labels=True)
+    listed = build.build_datalist(labelled, labels=True)
     parts = cases.Datalist(listed.training[:2], listed.training[2:], listed.labels)
-    datalist_json.write(parts, tmp_path / "list.json")
+    datalist_json.write_datalist(parts, tmp_path / "list.json")
     by_list = evaluate_segmentation(
         weights / "best.pth", tmp_path / "list.json", tmp_path / "list", part="all", **options
     )
@@ -224,7 +224,7 @@ def test_a_folder_and_a_list_of_unseen_cases(labelled, weights, tmp_path):
         ]
         assert found["num_cases"] == (1 if text == "validation" else 2)
         assert found["data"] == f"{text} cases of {tmp_path / 'list.json'}"
-    datalist_json.write(cases.Datalist(listed.training, (), listed.labels), tmp_path / "all.json")
+    datalist_json.write_datalist(cases.Datalist(listed.training, (), listed.labels), tmp_path / "all.json")
     assert find_labelled(tmp_path / "all.json").text == f"all cases of {tmp_path / 'all.json'}"
     assert list((tmp_path / "one").glob("best_*.png"))
 
