@@ -75,25 +75,25 @@ def check(argv: Sequence[str]) -> None:
 def pretrain(argv: Sequence[str]) -> None:
     """Pre-train a network on unlabelled CT (train.py)."""
     config = read_config(PretrainConfig, "hyspark pretrain", argv)
-    from hyspark.tasks.pretrain import pretrain as run
+    from hyspark.tasks.pretrain import run_pretraining
 
-    run(config)
+    run_pretraining(config)
 
 
 def finetune(argv: Sequence[str]) -> None:
     """Fine-tune the segmentation network on labelled CT (finetune_btcv.py)."""
     config = read_config(SegmentationConfig, "hyspark finetune", argv)
-    from hyspark.tasks.segmentation import finetune as run
+    from hyspark.tasks.segmentation import run_segmentation
 
-    run(config)
+    run_segmentation(config)
 
 
 def finetune_classifier(argv: Sequence[str]) -> None:
     """Fine-tune a classifier on labelled images."""
     config = read_config(ClassificationConfig, "hyspark finetune-classifier", argv)
-    from hyspark.tasks.classification import finetune_classify as run
+    from hyspark.tasks.classification import run_classification
 
-    run(config)
+    run_classification(config)
 
 
 def weights(argv: Sequence[str]) -> None:

@@ -22,8 +22,8 @@ from hyspark.evaluation.classification.evaluate import SCORES
 from hyspark.evaluation.classification.metrics import METRICS, resampled
 from hyspark.evaluation.classification.scores import Classified, read_cases, read_summary
 from hyspark.models.weights.load import load_pretrained
-from hyspark.tasks.classification import build
-from hyspark.training.labelled_images import find_parts, read_images
+from hyspark.tasks.classification import initialise_classifier
+from hyspark.training.labelled_images import find_image_parts, read_images
 from hyspark.utils.digests import content_digest, text_digest
 
 MOST_DRAWS = 10_000_000
@@ -113,12 +113,12 @@ def scores_folder(config: ClassificationConfig) -> Path:
 
 def num_training(config: ClassificationConfig) -> int:
     """Training images."""
-    return len(find_parts(config)[0]["train"].names)
+    return len(find_image_parts(config)[0]["train"].names)
 
 
 def digest(config: ClassificationConfig) -> str:
     """Of the names, classes and files of all images, in 12 digits."""
-    found, classes = find_parts(replace(config, num_labelled=0, label_fraction=1.0))
+    found, classes = find_image_parts(replace(config, num_labelled=0, label_fraction=1.0))
     lines = ["\n".join(classes)]
     for part, images in found.items():
         rows = zip(map(mark, images.sources), images.names, images.labels, strict=True)
@@ -138,13 +138,14 @@ def check_data(configs: Sequence[ClassificationConfig], starts: Mapping[str, str
 
     Raises ValueError or FileNotFoundError for data or weights that do not fit.
     """
-    find_parts(min(configs, key=lambda config: config.num_labelled))  # not fewer images than classes
+    find_image_parts(min(configs, key=lambda config: config.num_labelled))  # not fewer images than classes
     largest = {config.seed: config for config in sorted(configs, key=lambda config: config.num_labelled)}
     for config in largest.values():
         images = read_images(config)
     for name, weights in starts.items():
         if weights != "none":
-            print(f"start {name}: {weights}\n{load_pretrained(build(config, len(images.classes)), weights)}")
+            network = initialise_classifier(config, len(images.classes))
+            print(f"start {name}: {weights}\n{load_pretrained(network, weights)}")
 
 
 def report(

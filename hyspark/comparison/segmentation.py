@@ -24,11 +24,11 @@ from hyspark.data.datasets.cases import cases_digest
 from hyspark.data.preprocessing.prepare import files_exist
 from hyspark.evaluation.segmentation.evaluate import find_labelled
 from hyspark.evaluation.segmentation.test_cases import prepare_held_out
-from hyspark.tasks.segmentation import build
+from hyspark.tasks.segmentation import initialise_segmentation
 from hyspark.training.distributed import Processes
-from hyspark.training.initial_weights import load_start
-from hyspark.training.labelled_cases import find_cases, label_fault
-from hyspark.training.run_volumes import usable
+from hyspark.training.initial_weights import load_volume_weights
+from hyspark.training.labelled_cases import find_labelled_cases, label_fault
+from hyspark.training.run_volumes import prepare_run_volumes
 from hyspark.utils.digests import text_digest
 from hyspark.utils.text import listing
 
@@ -138,12 +138,12 @@ def scores_folder(config: SegmentationConfig) -> Path:
 
 def num_training(config: SegmentationConfig) -> int:
     """Labelled training cases."""
-    return len(find_cases(config)[0])
+    return len(find_labelled_cases(config)[0])
 
 
 def digest(config: SegmentationConfig) -> str:
     """Of the names and files of all cases to train on, to validate on and to score further, in 12 digits."""
-    training, validation, _ = find_cases(replace(config, num_labelled=0, label_fraction=1.0))
+    training, validation, _ = find_labelled_cases(replace(config, num_labelled=0, label_fraction=1.0))
     further = find_labelled(Path(config.test_dir), "all").cases if config.test_dir else []
     parts = [cases_digest([c for c in part if files_exist(c)]) for part in (training, validation, further)]
     return text_digest(parts)
@@ -156,14 +156,15 @@ def check_data(configs: Sequence[SegmentationConfig], starts: Mapping[str, str])
     """
     check_decoder(configs[0])
     largest = {config.seed: config for config in sorted(configs, key=lambda config: config.num_labelled)}
-    found = [(config, *find_cases(config)) for config in largest.values()]
+    found = [(config, *find_labelled_cases(config)) for config in largest.values()]
     config, _, _, names = found[0]
     for name, weights in starts.items():
         if weights != "none":
-            print(f"start {name}: {weights}\n{load_start(build(config, len(names)), weights, config)}")
+            network = initialise_segmentation(config, len(names))
+            print(f"start {name}: {weights}\n{load_volume_weights(network, weights, config)}")
     here = Processes(torch.device("cpu"))
     for config, training, validation, _ in found:
-        usable(config, here, Path(config.data), training, validation, None, partial(label_fault, names=names))
+        prepare_run_volumes(config, here, Path(config.data), training, validation, partial(label_fault, names=names))
     prepare_held_out(config, here, names)
 
 

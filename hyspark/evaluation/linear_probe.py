@@ -37,7 +37,7 @@ from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.models.encoder import HybridEncoder
 from hyspark.training.distributed import Processes
 from hyspark.training.metrics_log import RunLog
-from hyspark.training.run_volumes import prepared
+from hyspark.training.run_volumes import prepare_volumes
 from hyspark.utils.log import LOG
 
 CROPS_PER_VOLUME = 2
@@ -109,7 +109,7 @@ def make_probe(config: PretrainConfig, processes: Processes, cases: ProbeCases) 
     """The probe of a run, prepared by the run's settings; None on other processes than the main one, which do not
     probe. Raises what preparation and `cut_probe` raise.
     """
-    volumes = prepared(config, processes, Path(config.probe_data), [*cases.fit, *cases.score])
+    volumes = prepare_volumes(config, processes, Path(config.probe_data), [*cases.fit, *cases.score])
     if not processes.is_main:
         return None
     num = len(cases.fit)

@@ -18,11 +18,11 @@ from hyspark.evaluation.classification.predict import predict_classification
 from hyspark.evaluation.network_kind import NetworkKind, kind_of_network
 from hyspark.evaluation.segmentation.evaluate import Scoring, evaluate_segmentation
 from hyspark.evaluation.segmentation.predict import find_volumes, predict_segmentation
-from hyspark.tasks.classification import finetune_classify
-from hyspark.tasks.masked import encoder_file
-from hyspark.tasks.pretrain import pretrain as run_pretraining
-from hyspark.tasks.segmentation import finetune as run_segmentation
+from hyspark.tasks.classification import run_classification
+from hyspark.tasks.pretrain import run_pretraining
+from hyspark.tasks.segmentation import run_segmentation
 from hyspark.training.metrics_log import read_metrics
+from hyspark.training.run_folder import encoder_file
 from hyspark.utils.text import nearest
 
 StrPath = str | os.PathLike[str]
@@ -116,7 +116,7 @@ def finetune(
     if task == "segmentation":
         folder = run_segmentation(SegmentationConfig(**merge_settings(SegmentationConfig, config, settings)))
     elif task == "classification":
-        folder = finetune_classify(ClassificationConfig(**merge_settings(ClassificationConfig, config, settings)))
+        folder = run_classification(ClassificationConfig(**merge_settings(ClassificationConfig, config, settings)))
     else:
         raise ValueError(f"task: expected segmentation or classification, got {task!r}")
     return TrainingRun(folder, folder / "best.pth", folder / "report.html")

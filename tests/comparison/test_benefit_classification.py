@@ -14,7 +14,7 @@ from hyspark.comparison import benefit, report
 from hyspark.comparison.classification import digest
 from hyspark.config.classification import ClassificationConfig
 from hyspark.config.recipes import write_yaml
-from hyspark.tasks.classification import build
+from hyspark.tasks.classification import initialise_classifier
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def base(classifying, monkeypatch):
 def starts(base, tmp_path):
     """From scratch, and from weights that fit."""
     path = tmp_path / "own.pth"
-    torch.save(build(replace(base, seed=9), 2).state_dict(), path)
+    torch.save(initialise_classifier(replace(base, seed=9), 2).state_dict(), path)
     return {"scratch": "none", "own": str(path)}
 
 

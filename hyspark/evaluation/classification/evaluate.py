@@ -17,7 +17,7 @@ from hyspark.figures.mistakes import mistakes_figure
 from hyspark.figures.panels import save_figure
 from hyspark.training import distributed
 from hyspark.training.distributed import LOG, Processes
-from hyspark.training.labelled_images import Images
+from hyspark.training.labelled_images import LabelledImages
 
 SCORES = {"val": "scores", "test": "scores_test"}
 """Folders of scores in a run, by the part that is scored."""
@@ -54,7 +54,7 @@ def scored_parts(parts: Mapping[str, Any]) -> list[str]:
     return [part for part in SCORES if part in parts]
 
 
-def score_best(config: ClassificationConfig, images: Images, processes: Processes) -> None:
+def score_best(config: ClassificationConfig, images: LabelledImages, processes: Processes) -> None:
     """Write the scores of the best weights, unless those of these images are there: of the validation images, then of
     the test images, which are looked at here alone.
     """

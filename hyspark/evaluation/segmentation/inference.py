@@ -20,7 +20,7 @@ from hyspark.config.recipes import typed_values
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.evaluation.network_kind import read_fine_tuned
 from hyspark.models.segmentation import Hybird, build_hybird
-from hyspark.training.labelled_cases import left_right_pairs, one_sided
+from hyspark.training.labelled_cases import left_right_pairs, unpaired_sides
 
 STRAIGHT = 0.05
 """Voxels by which two grids may drift apart over a whole axis and still count as parallel."""
@@ -107,7 +107,7 @@ def windows_of(
         raise ValueError(f"flips takes axes, each once: 0 left-right, 1 back-front, 2 foot-head; it is {list(flips)}")
     swaps = left_right_pairs(config, names)
     deliberate = swaps and config.flip_prob[0]  # trained with flips that leave these classes as they are
-    if 0 in flips and not deliberate and (unpaired := one_sided(names, swaps)):
+    if 0 in flips and not deliberate and (unpaired := unpaired_sides(names, swaps)):
         raise ValueError(
             f"a flip of axis 0 would mix up {', '.join(unpaired)}: left_right of the network's training does not say "
             "with which classes they change places; leave axis 0 out of flips"
