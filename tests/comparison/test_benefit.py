@@ -197,7 +197,7 @@ def test_a_failed_run_is_told_and_the_report_says_what_is_missing(base, starts, 
 
 @pytest.mark.usefixtures("_stand_in")
 def test_scores_of_the_test_cases_where_there_are_some(base, starts, tmp_path):
-    with pytest.raises((FileNotFoundError, ValueError), match="no is not"):
+    with pytest.raises((FileNotFoundError, ValueError), match="no: expected a folder"):
         benefit.benefit(replace(base, test_dir=str(tmp_path / "no")), tmp_path / "out", starts, [1], [0])
     assert benefit.benefit(replace(base, test_dir=base.data), tmp_path / "out", starts, [1], [0]) == []
     assert (tmp_path / "out" / "runs" / "own_1_seed0" / "scores_test" / "cases.csv").exists()
@@ -311,7 +311,7 @@ def test_weights_and_data_that_do_not_fit_stop_before_the_first_run(base, tmp_pa
     torch.save({"something.weight": torch.ones(2)}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"x\.pth"):
         benefit.benefit(base, out, {"scratch": "none", "own": str(tmp_path / "x.pth")}, [1], [0])
-    with pytest.raises(ValueError, match="num_labelled is 50"):
+    with pytest.raises(ValueError, match="num_labelled: expected at most the 2 labelled training cases, got 50"):
         benefit.benefit(base, out, {"scratch": "none"}, [1, 50], [0])
     assert not out.exists()
 

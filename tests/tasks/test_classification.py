@@ -206,7 +206,7 @@ def test_images_that_cannot_be_used_stop_the_run_or_are_left_out(config, image_d
     broken.write_bytes(b"no image")
     try:
         with pytest.raises(
-            ValueError, match=r"1 of 31 images cannot be used; .*on_bad_case skip(.|\n)*broken\.png: it"
+            ValueError, match=r"1 of 31 images cannot be used; .*on_bad_case skip(.|\n)*broken\.png: no image"
         ):
             run_classification(config)
         assert not config.run_folder.exists()
