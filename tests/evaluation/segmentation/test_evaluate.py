@@ -95,7 +95,7 @@ def labelled(tmp_path):
 
 
 NAMES = ["background", "liver", "aorta"]
-BOXES = SegmentationConfig(spacing=(2.0, 2.0, 3.0), roi_x=16, roi_y=16, roi_z=16, device="cpu", prepare_workers=1)
+BOXES = SegmentationConfig(spacing=(2.0, 2.0, 3.0), crop_size=(16,), device="cpu", prepare_workers=1)
 
 
 def scored(folder, out, config=BOXES, trained_on=(), **options):

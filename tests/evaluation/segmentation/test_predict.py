@@ -25,9 +25,7 @@ CONFIG = SegmentationConfig(
     expansions=(2,) * 5,
     vit_depth=1,
     spacing=(2.0, 2.0, 3.0),
-    roi_x=16,
-    roi_y=16,
-    roi_z=16,
+    crop_size=(16,),
 )
 GEOMETRY = ("dim", "pixdim", "qform_code", "sform_code", "xyzt_units", "srow_x", "srow_y", "srow_z", "quatern_b")
 
