@@ -22,18 +22,17 @@ from hyspark.config.recipes import as_plain
 from hyspark.data.batches.images import Augmentation, ImageBatches
 from hyspark.data.batches.loader import Batch, Share
 from hyspark.data.seeds import seed_at
-from hyspark.evaluation.classification import scores as classification_scores
-from hyspark.evaluation.classification.evaluate import HEADINGS, SCORES, score_best, scored_parts
+from hyspark.evaluation.classification.evaluate import HEADINGS, SCORE_FOLDERS, score_best, scored_subsets
 from hyspark.evaluation.classification.inference import (
     class_probabilities,
     classifier_from_config,
     scaling_from_config,
 )
-from hyspark.evaluation.classification.metrics import class_scores as measured
+from hyspark.evaluation.classification.metrics import classification_scores
+from hyspark.evaluation.classification.scores import metrics_text
 from hyspark.models.classifier import backbone_learns, layers_of
 from hyspark.models.weights.load import load_pretrained
 from hyspark.reports import run_page
-from hyspark.reports.classification_part import score_parts
 from hyspark.training import checkpoint, distributed, optim
 from hyspark.training.distributed import LOG, Processes
 from hyspark.training.labelled_images import Images, read_images
@@ -92,7 +91,10 @@ def finetune_classify(config: ClassificationConfig) -> Path:
         score_best(config, images, processes)
     if processes.is_main:
         LOG.info("report   %s", task.write_report(run))
-        LOG.info("scores   %s", ", ".join(str(config.run_folder / SCORES[part]) for part in scored_parts(images.parts)))
+        LOG.info(
+            "scores   %s",
+            ", ".join(str(config.run_folder / SCORE_FOLDERS[part]) for part in scored_subsets(images.parts)),
+        )
     return config.run_folder
 
 
@@ -235,7 +237,7 @@ class Classifying:
         network = self.average.module if self.average else run.network
         images = self.images.parts["val"]
         values = class_probabilities(network, images, self.config, run.processes)
-        scores = measured(np.array(images.labels), values)
+        scores = classification_scores(np.array(images.labels), values)
         is_best = scores["accuracy"] > self.best
         if is_best:
             self.best, self.best_after = scores["accuracy"], step + 1
@@ -244,7 +246,7 @@ class Classifying:
         of_truth = values[np.arange(len(images)), list(images.labels)]
         val_loss = float(-np.log(np.maximum(of_truth, np.finfo(float).tiny)).mean())
         log.write(step, epoch, val_loss=val_loss, **{k: v for k, v in scores.items() if not math.isnan(v)})
-        LOG.info("epoch %d: %s%s", epoch, classification_scores.metrics_text(scores), " (best)" if is_best else "")
+        LOG.info("epoch %d: %s%s", epoch, metrics_text(scores), " (best)" if is_best else "")
         if is_best:
             what = f"best.pth{', moving average' if self.average else ''} after {step + 1} steps"
             contents = {"model": network.state_dict(), "config": as_plain(self.config), "weights": what}
@@ -267,7 +269,7 @@ class Classifying:
     def write_report(self, run: Run) -> Path:
         """The run's HTML page."""
         c = self.config
-        folders = {HEADINGS[part]: c.run_folder / SCORES[part] for part in scored_parts(self.images.parts)}
+        folders = {HEADINGS[part]: c.run_folder / SCORE_FOLDERS[part] for part in scored_subsets(self.images.parts)}
         numbers = {f"{name} images": str(len(part)) for name, part in self.images.parts.items()}
         return run_page.write_report(
             c.run_folder,
@@ -282,5 +284,5 @@ class Classifying:
                 "best validation accuracy": f"{self.best:.3f} after {self.best_after} steps",
                 "device": run.processes.text(c.precision),
             },
-            sections={heading: score_parts(folder) for heading, folder in folders.items()},
+            scores=folders,
         )

@@ -28,16 +28,16 @@ from hyspark.data.seeds import seed_at
 from hyspark.evaluation.segmentation.evaluate import (
     Segmented,
     Source,
+    are_cases_scored,
     case_panel,
-    is_scored,
-    mean_dice,
     score_cases,
     segment_case,
 )
-from hyspark.evaluation.segmentation.inference import hybird_from_config, windows_of
+from hyspark.evaluation.segmentation.inference import hybird_from_config, windows_from_config
 from hyspark.evaluation.segmentation.metrics import dice
-from hyspark.evaluation.segmentation.scores import Scores, mean_of, read_scores, write_scores
+from hyspark.evaluation.segmentation.scores import mean_dice, mean_of
 from hyspark.evaluation.segmentation.test_cases import prepare_held_out, score_held_out
+from hyspark.evaluation.validations import read_validations
 from hyspark.figures.panels import save_figure
 from hyspark.models.compile import compile_blocks
 from hyspark.models.segmentation import Hybird
@@ -119,13 +119,12 @@ def finetune(config: SegmentationConfig) -> Path:
             if processes.is_main and run.first_step <= run.last_step:  # no fewer steps than it has done
                 write_yaml(config, config.run_folder / "config.yaml")
         run.model.eval()
-        if not is_scored(config.run_folder / "scores", config, names, task.cases, processes, task.source(run)):
-            by_case, _ = task.score(run)
-            if processes.is_main:
-                write_scores(config.run_folder, last=task.dice(run.first_step - 1, by_case))
+        if not are_cases_scored(config.run_folder / "scores", config, names, task.cases, processes, task.source(run)):
+            task.score(run)
         score_held_out(run.network, config, names, held_out, processes, last_weights(config, run), trained_on)
     if processes.is_main:
-        LOG.info("%s", run_page.dice_table(read_scores(config.run_folder)))
+        if dice_of := best_and_last(config.run_folder):
+            LOG.info("%s", run_page.dice_table(dice_of))
         LOG.info("report   %s", task.write_report(run))
         LOG.info("scores   %s", config.run_folder / "scores")
     return config.run_folder
@@ -139,6 +138,12 @@ def start(config: SegmentationConfig, model: Hybird) -> dict[str, Any] | None:
     if not state and config.weights != "none":
         LOG.info("weights of %s\n%s", config.weights, load_start(model, config.weights, config))
     return state
+
+
+def best_and_last(run_folder: Path) -> dict[str, dict[str, float]]:
+    """Read the Dice per organ of the best and of the last validation; empty if no label held an organ."""
+    found = read_validations(run_folder)
+    return {"best": found.best, "last": found.last} if found else {}
 
 
 def last_weights(config: SegmentationConfig, run: Run) -> str:
@@ -246,16 +251,17 @@ class Finetuning:
         """
         is_last = step + 1 == run.last_step
         by_case, first = self.score(run) if is_last else self.validate(run)
-        scores = self.dice(step, by_case)
-        held = {name: value for name, value in scores.organs.items() if not math.isnan(value)}
-        is_best = not scores.mean <= self.best  # without any organ none is better, and the newest are kept
-        self.best = max(self.best, scores.mean)
+        organs = mean_dice(list(by_case.values()), self.names[1:])
+        mean = mean_of(list(organs.values()))
+        held = {name: value for name, value in organs.items() if not math.isnan(value)}
+        is_best = not mean <= self.best  # without any organ none is better, and the newest are kept
+        self.best = max(self.best, mean)
         if log is None:
             return
         if held:
-            log.write(step, epoch, dice_mean=scores.mean, dice=held)
+            log.write(step, epoch, dice_mean=mean, dice=held)
             told = " (best)" if is_best else ""
-            LOG.info("epoch %d: mean Dice %.4f on %d cases%s", epoch, scores.mean, len(by_case), told)
+            LOG.info("epoch %d: mean Dice %.4f on %d cases%s", epoch, mean, len(by_case), told)
         else:
             LOG.warning(
                 "epoch %d: no Dice, since no label of the %d validation cases has an organ", epoch, len(by_case)
@@ -268,16 +274,9 @@ class Finetuning:
                 "trained_on": list(self.trained_on),
             }
             checkpoint.save(weights, self.config.run_folder / "best.pth")
-            write_scores(self.config.run_folder, best=scores)
-        write_scores(self.config.run_folder, last=scores)
         if first is not None:
             self.draw_picture(log, step, epoch, first)
         self.write_report(run)
-
-    def dice(self, step: int, by_case: dict[str, list[float]]) -> Scores:
-        """Means of the cases' Dice; NaN where no case has an organ."""
-        organs = mean_dice(list(by_case.values()), self.names[1:])
-        return Scores(step, mean_of(list(organs.values())), organs, by_case)
 
     def score(self, run: Run) -> tuple[dict[str, list[float]], None]:
         """All scores of the validation cases, written to the folder `scores`; returns what `validate` does, but no
@@ -285,7 +284,8 @@ class Finetuning:
         """
         c = self.config
         where = (c, self.names, self.validation, self.cases, c.run_folder / "scores", run.processes)
-        return score_cases(run.network, *where, self.source(run))[1], None
+        _, table = score_cases(run.network, *where, self.source(run))
+        return dict(zip(table.cases, table.values["dice"].tolist(), strict=True)), None
 
     def source(self, run: Run) -> Source:
         """What the scores of the validation cases are of."""
@@ -294,7 +294,7 @@ class Finetuning:
     def segment(self, run: Run, index: int) -> Segmented:
         """Label maps of a validation case."""
         c = self.config
-        windows = windows_of(c, self.names, c.infer_overlap)
+        windows = windows_from_config(c, self.names, c.infer_overlap)
         volume, case = self.validation[index], self.cases[index]
         return segment_case(run.network, volume, case, windows, run.processes, c.precision)
 
@@ -349,7 +349,7 @@ class Finetuning:
                 "scored on": "the label's own grid, mean over cases that hold the organ, background excluded",
                 "device": run.processes.text(c.precision),
             },
-            dice=read_scores(c.run_folder),
+            dice=best_and_last(c.run_folder),
             scores={
                 heading: c.run_folder / name
                 for heading, name in SCORES.items()
