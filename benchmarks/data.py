@@ -34,7 +34,7 @@ from monai.transforms import (
 )
 from torch.utils.data import Dataset
 
-from hyspark.data.batches.loader import Batch, Share, make_loader
+from hyspark.data.batches.loader import Batch, Shard, make_loader
 from hyspark.data.batches.volumes import PretrainBatches
 from hyspark.data.datasets.cases import Case
 from hyspark.data.preprocessing.prepare import prepare_all, prepare_case
@@ -58,7 +58,7 @@ def crops(image: Path | None = None, *, edge: int = 96, batches: int = 10, repea
     with working_folder() as folder:
         image = image or phantom_file(folder)
         volume = prepared([image], folder / "store")[0]
-        ours = PretrainBatches([volume], Share(1), (edge,) * 3, CROPS, FLIPS, 0)
+        ours = PretrainBatches([volume], Shard(1), (edge,) * 3, CROPS, FLIPS, 0)
         steps = [*deterministic_transforms(), SpatialPadd("image", (edge,) * 3)]
         published = Compose([*steps, *random_transforms(edge)])
         monai = CacheNTransDataset([{"image": str(image)}], published, len(steps), folder / "cache")
@@ -147,7 +147,7 @@ class WithMemory(Dataset[Batch]):
 def memory_of_worker(volumes: Sequence[StoredVolume], edge: int, batches: int) -> dict[str, Any]:
     """Bytes that the one worker of a loader holds: at its start, after each batch, at most."""
     multiprocessing.set_start_method(None, force=True)  # workers start as in a program, not as this process did
-    dataset = WithMemory(PretrainBatches(volumes, Share(2), (edge,) * 3, CROPS, FLIPS, 0))
+    dataset = WithMemory(PretrainBatches(volumes, Shard(2), (edge,) * 3, CROPS, FLIPS, 0))
     seen = [
         {key: batch[key] for key in ("before", "after", "peak")}
         for batch in make_loader(dataset, range(batches), 1, pin_memory=False)

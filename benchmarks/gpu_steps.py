@@ -27,7 +27,7 @@ from hyspark import build_hyspark
 from hyspark.models import light_decoder, recompute
 from hyspark.models.compile import compile_blocks
 from hyspark.models.masked_autoencoder import reconstruction_loss
-from hyspark.planning.flops import flops_of_step
+from hyspark.planning.flops import step_flops
 from hyspark.training.precision import AUTOCAST
 
 ROOT = Path(__file__).parents[1]
@@ -281,7 +281,7 @@ def flops(size: Size, compute: str, batch: int) -> float:
     """FLOPs of a step, a crop, counted on tensors without numbers; what is recomputed counts too."""
     visible = size.setting(batch).visible(0.25)
     network = build_hyspark(size.edge, compute=compute, **size.options)
-    forward, backward = flops_of_step(network, (size.edge,) * 3, batch, visible)
+    forward, backward = step_flops(network, (size.edge,) * 3, batch, visible)
     return (forward + backward) / batch
 
 

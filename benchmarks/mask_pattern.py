@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from hyspark.figures.panels import BACKGROUND, TEXT, save_figure
-from hyspark.figures.planes import EDGE
+from hyspark.figures.slices import VIEW_INCHES
 from hyspark.models.masking.context import hidden
 from hyspark.models.masking.mask import draw_visible, visible_at
 
@@ -37,7 +37,8 @@ def mask_figure(rows: Mapping[str, Sequence[np.ndarray]], titles: Sequence[str])
     """Positions at work in the layers (columns) of a network, for several ways of masking (rows): bool (h, w), with
     their share below.
     """
-    figure = Figure(figsize=(EDGE * len(titles), (EDGE + 0.25) * len(rows)), facecolor=BACKGROUND, layout="compressed")
+    size = (VIEW_INCHES * len(titles), (VIEW_INCHES + 0.25) * len(rows))
+    figure = Figure(figsize=size, facecolor=BACKGROUND, layout="compressed")
     grid = figure.subplots(len(rows), len(titles), squeeze=False)
     for row, (name, patterns) in enumerate(rows.items()):
         for column, (title, pattern) in enumerate(zip(titles, patterns, strict=True)):

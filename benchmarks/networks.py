@@ -16,8 +16,8 @@ from hyspark import build_hyspark
 from hyspark.models.encoder import WIDTHS, HybridEncoder
 from hyspark.models.masking.context import hidden
 from hyspark.models.masking.mask import draw_visible
-from hyspark.models.masking.packed import EDGES, same_conv
-from hyspark.planning.flops import by_part, flops_by_layer, flops_of_step
+from hyspark.models.masking.patches import PATCH_EDGES, same_conv
+from hyspark.planning.flops import flops_by_layer, step_flops, sum_by_module
 from hyspark.training.precision import AUTOCAST
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
@@ -106,9 +106,9 @@ def stages(setting: Setting) -> dict[str, dict[str, float]]:
     mask = setting.visible(0.25)
     patches = net.patches(setting.volumes(), mask)
     results = {}
-    for number, (edge, width) in enumerate(zip(EDGES, WIDTHS, strict=True), start=1):
+    for number, (edge, width) in enumerate(zip(PATCH_EDGES, WIDTHS, strict=True), start=1):
         layers = [*net.embeddings.get_submodule(f"layer{number}").children()]
-        widen = net.embeddings.get_submodule(f"expend{number}") if number < len(EDGES) else None
+        widen = net.embeddings.get_submodule(f"expend{number}") if number < len(PATCH_EDGES) else None
         size = [g * edge for g in patches.grid]
         dense = torch.rand(setting.num_samples, *size, width, device=setting.device).movedim(-1, 1)
         inputs = {
@@ -203,12 +203,12 @@ def flops(setting: Setting, **options: Any) -> dict[str, Any]:
     visible, size = setting.visible(0.25), (setting.edge,) * 3
     packed, masked = (build_hyspark(setting.edge, compute=compute, **options) for compute in ("packed", "masked"))
     layers = flops_by_layer(packed, size, setting.num_samples, visible)
-    forward, backward = flops_of_step(packed, size, setting.num_samples, visible)
+    forward, backward = step_flops(packed, size, setting.num_samples, visible)
     b = setting.num_samples
     return {
         "forward": forward / b,
         "backward": backward / b,
-        "encoder_share": by_part(layers)["encoder"] / forward,
+        "encoder_share": sum_by_module(layers)["encoder"] / forward,
         "masked_forward": sum(flops_by_layer(masked, size, b, visible).values()) / b,
         "by_layer": {name: n / b for name, n in sorted(layers.items(), key=lambda item: -item[1])},
     }

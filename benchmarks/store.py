@@ -89,8 +89,8 @@ def prepared_volume(image: str, folder: Path) -> tuple[np.ndarray, int]:
     import nibabel  # here and below: processes that only read are measured without torch
 
     from hyspark.data.datasets.cases import Case
+    from hyspark.data.intensity import stored_steps
     from hyspark.data.preprocessing.prepare import prepare_case
-    from hyspark.data.preprocessing.store import steps_of
     from hyspark.data.settings import PrepareSettings
     from hyspark.data.synthetic.phantom import make_phantom
 
@@ -100,7 +100,7 @@ def prepared_volume(image: str, folder: Path) -> tuple[np.ndarray, int]:
         path = folder / "phantom_0000.nii.gz"
         nibabel.save(nibabel.Nifti1Image(phantom.image, phantom.affine), path)
     settings = PrepareSettings()
-    return prepare_case(Case(path.name, "", path), settings)["image"], steps_of(settings)
+    return prepare_case(Case(path.name, "", path), settings)["image"], stored_steps(settings)
 
 
 def read_crops(form: Format, path: Path, shape: tuple[int, ...], repeats: int) -> float:

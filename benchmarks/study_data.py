@@ -23,7 +23,7 @@ import numpy as np
 
 from hyspark.data.datasets import build, datalist_json, nnunet
 from hyspark.data.datasets.cases import Case, Datalist
-from hyspark.data.datasets.splits import SEED, split_by_file
+from hyspark.data.datasets.splits import SPLIT_SEED, split_by_file
 from hyspark.data.preprocessing.prepare import prepare_case
 from hyspark.data.preprocessing.resample import target_grid
 from hyspark.data.readers.nifti import read_nifti
@@ -50,7 +50,7 @@ class Found:
 def find(data: Path, labelled: str, unlabelled: Sequence[str], seed: int) -> Found:
     """Find the cases, on the sides of training and validation that fine-tuning will put them on."""
     folder = (data / labelled).absolute()
-    listed = build.read_folder(folder, seed=SEED, val_fraction=VAL_FRACTION)
+    listed = build.read_folder(folder, seed=SPLIT_SEED, val_fraction=VAL_FRACTION)
     cases = nnunet.dataset_cases(folder, labels=True, channel="0000")
     splits = folder / "splits.json"
     usable = split_by_file(cases, splits, labels=False)[0] if splits.is_file() else cases
@@ -135,7 +135,7 @@ def write_lists(source: Path, out: Path, found: Found, taken: Sequence[Case]) ->
     sides: dict[bool, list[Case]] = {True: [], False: []}
     for case in taken:
         sides[case.label is not None and case.name in held_out].append(case)
-    datalist_json.write(Datalist(tuple(sides[False]), tuple(sides[True])), out / "dataset.json")
+    datalist_json.write_datalist(Datalist(tuple(sides[False]), tuple(sides[True])), out / "dataset.json")
     if (source / "dataset.json").is_file():
         shutil.copyfile(source / "dataset.json", out / source.name / "dataset.json")
     bare = [case.name for case in sides[False] if case.label is None and case.dataset == source.name]

@@ -16,10 +16,10 @@ from hyspark.comparison.benefit import run_comparison
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import read_yaml
 from hyspark.config.segmentation import SegmentationConfig
-from hyspark.data.batches.loader import Share
+from hyspark.data.batches.loader import Shard
 from hyspark.models.weights.export import export_weights
 from hyspark.planning.plan import crops_per_process
-from hyspark.planning.trial_steps import trials
+from hyspark.planning.trial_steps import iterate_trials
 from hyspark.tasks import pretrain as tasks_pretrain
 from hyspark.tasks.masked import Pretraining, training_file
 from hyspark.training.distributed import find_processes
@@ -132,9 +132,9 @@ def plan(config: PretrainConfig, budget: Budget) -> dict[str, Any]:
     prepared(config, processes, Path(config.data), [*training, *validation])
     preparing = time.monotonic() - clock
     crops = crops_per_process(config, processes)
-    task = Pretraining(config, Share(config.batch_size, 0, 1), [], [])
+    task = Pretraining(config, Shard(config.batch_size, 0, 1), [], [])
     make = partial(tasks_pretrain.build, config)
-    trial = next(trials(config, processes, make, task, task.random_batch, crops, None, crops), None)
+    trial = next(iterate_trials(config, processes, make, task, task.random_batch, crops, None, crops), None)
     if trial is None:
         raise OSError(
             f"--pretrain_config: expected a step of {crops} crops to fit the memory, but it does not; lower bs"

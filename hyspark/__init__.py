@@ -1,34 +1,55 @@
-"""HySparK: pre-train a hybrid CNN + transformer on unlabelled CT by masking, and fine-tune it for segmentation.
+"""HySparK: pre-train a network on unlabelled CT by masking, and fine-tune it for segmentation or classification.
 
-The names are imported when they are asked for: what needs no network, such as a process that reads volumes, does not
-wait for the libraries of networks.
+The public names are imported when they are used, so that `import hyspark` is fast.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hyspark.config.pretrain import list_methods
+    from hyspark.models.backbones import list_backbones
     from hyspark.models.masked_autoencoder import build_hyspark
     from hyspark.models.masking.context import hidden
     from hyspark.models.segmentation import build_hybird
     from hyspark.models.spark import build_spark
     from hyspark.models.weights.load import LoadReport, load_pretrained
+    from hyspark.tasks.api import evaluate, finetune, predict, pretrain
 
-HOMES = {
-    "LoadReport": "hyspark.models.weights.load",
-    "build_hybird": "hyspark.models.segmentation",
-    "build_hyspark": "hyspark.models.masked_autoencoder",
-    "build_spark": "hyspark.models.spark",
-    "hidden": "hyspark.models.masking.context",
-    "load_pretrained": "hyspark.models.weights.load",
+MODULES = {
+    "LoadReport": "models.weights.load",
+    "build_hybird": "models.segmentation",
+    "build_hyspark": "models.masked_autoencoder",
+    "build_spark": "models.spark",
+    "evaluate": "tasks.api",
+    "finetune": "tasks.api",
+    "hidden": "models.masking.context",
+    "list_backbones": "models.backbones",
+    "list_methods": "config.pretrain",
+    "load_pretrained": "models.weights.load",
+    "predict": "tasks.api",
+    "pretrain": "tasks.api",
 }
 """Modules of the public names."""
-__all__ = ["LoadReport", "build_hybird", "build_hyspark", "build_spark", "hidden", "load_pretrained"]
+__all__ = [
+    "LoadReport",
+    "build_hybird",
+    "build_hyspark",
+    "build_spark",
+    "evaluate",
+    "finetune",
+    "hidden",
+    "list_backbones",
+    "list_methods",
+    "load_pretrained",
+    "predict",
+    "pretrain",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in HOMES:
-        return getattr(import_module(HOMES[name]), name)
+    if name in MODULES:
+        return getattr(import_module(f"hyspark.{MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

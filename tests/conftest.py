@@ -50,7 +50,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_phantoms(
         folder, num_labelled=3, num_unlabelled=4, spacings=((6.0, 6.0, 6.0), (5.0, 5.0, 8.0)), progress=False
     )
-    datalist_json.write(build.build(folder), folder / "dataset.json")
+    datalist_json.write_datalist(build.build_datalist(folder), folder / "dataset.json")
     return folder
 
 

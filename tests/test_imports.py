@@ -11,7 +11,7 @@ import hyspark
 
 PACKAGE = Path(hyspark.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
-SCRIPTS = [PACKAGE.parent / name for name in ("generate_js.py", "train.py", "finetune_btcv.py", "finetune_classify.py")]
+SCRIPTS = [PACKAGE.parent / name for name in ("generate_js.py", "train.py", "finetune_btcv.py")]
 CUDA_ALLOWED = {
     "training/distributed.py": None,  # which device a process has
     "training/memory.py": None,
@@ -62,7 +62,7 @@ def test_the_rooms_are_those_of_the_contract():
     contract = re.search(r"layers = \[(.*?)\]", (PACKAGE.parent / "pyproject.toml").read_text(), flags=re.DOTALL)
     rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert set(re.findall(r"hyspark\.(\w+)", contract.group(1))) == rooms
-    assert [path.name for path in PACKAGE.glob("*.py")] == ["__init__.py"]
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py"}
     assert all(path.is_file() for path in SCRIPTS)
 
 

@@ -18,7 +18,6 @@ SCRIPTS = {
     "generate_js.py": "datalist",
     "train.py": "pretrain",
     "finetune_btcv.py": "finetune",
-    "finetune_classify.py": "finetune_classify",
 }
 
 
@@ -49,7 +48,7 @@ def test_the_pages_show_commands():
         "evaluate",
         "predict",
         "benefit",
-        "finetune_classify",
+        "finetune-classifier",
     } <= verbs
 
 
@@ -60,7 +59,7 @@ def test_every_command_shown_has_flags_that_exist(verb, argv, monkeypatch):
         parsing.read_config(PretrainConfig, verb, argv)
     elif verb == "finetune":
         parsing.read_config(SegmentationConfig, verb, argv)
-    elif verb == "finetune_classify":
+    elif verb == "finetune-classifier":
         parsing.read_config(ClassificationConfig, verb, argv)
     elif verb == "benefit":
         args = cli_arguments.BenefitArguments(allow_abbrev=False).parse_args(argv, known_only=True)
@@ -76,7 +75,6 @@ def test_every_command_shown_has_flags_that_exist(verb, argv, monkeypatch):
             "slices": cli_arguments.SlicesArguments,
             "evaluate": cli_arguments.EvaluateArguments,
             "predict": cli_arguments.PredictArguments,
-            "classify": cli_arguments.ClassifyArguments,
         }
         parsing.parse(arguments[verb](allow_abbrev=False), argv)
 

@@ -28,17 +28,17 @@ pytestmark = pytest.mark.skipif(not REAL, reason="HYSPARK_REAL_DATA is not set")
 
 def test_pretraining_and_finetuning_on_real_ct(pretraining, finetuning, tmp_path):
     cases = (
-        build.build(Path(REAL) / "Dataset501_OpenKBP").training[:2]
-        + build.build(Path(REAL) / "Dataset502_BodyCT").training[:2]
+        build.build_datalist(Path(REAL) / "Dataset501_OpenKBP").training[:2]
+        + build.build_datalist(Path(REAL) / "Dataset502_BodyCT").training[:2]
     )
-    datalist_json.write(datasets_cases.Datalist(training=cases), tmp_path / "dataset.json")
+    datalist_json.write_datalist(datasets_cases.Datalist(training=cases), tmp_path / "dataset.json")
     config = replace(pretraining, data=str(tmp_path), epochs=1)
     pretrain(config)
     values = [json.loads(line) for line in (config.run_folder / "metrics.jsonl").read_text().splitlines()]
     assert all(math.isfinite(m.get("loss", m.get("val_loss"))) for m in values)
-    labelled = build.build(Path(REAL) / "Dataset501_OpenKBP", labels=True, splits="auto")
+    labelled = build.build_datalist(Path(REAL) / "Dataset501_OpenKBP", labels=True, splits="auto")
     few = replace(labelled, training=labelled.training[:2], validation=labelled.validation[:1])
-    datalist_json.write(few, tmp_path / "labelled.json")
+    datalist_json.write_datalist(few, tmp_path / "labelled.json")
     tuned = replace(
         finetuning,
         data=str(tmp_path),

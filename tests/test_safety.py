@@ -17,7 +17,7 @@ import hyspark
 from hyspark.data.datasets import datalist_json, nnunet
 from hyspark.data.datasets.cases import Case, Datalist
 from hyspark.data.preprocessing.prepare import prepare_all
-from hyspark.data.preprocessing.store import cumulative_counts, is_whole, opened
+from hyspark.data.preprocessing.store import cumulative_counts, is_intact, open_array
 from hyspark.data.settings import PrepareSettings
 from hyspark.evaluation.segmentation.inference import load_network
 from hyspark.models.masked_autoencoder import build_hyspark
@@ -81,7 +81,7 @@ def test_no_pickle_in_a_run_folder_is_executed(pretraining, trap):
 def test_no_pickle_in_the_store_is_executed(tmp_path, trap):
     (volume,) = prepare_all([write_case(tmp_path)], PrepareSettings(), tmp_path / "store", 1, progress=False)
     np.save(volume.folder / "counts.npy", np.array([trap], dtype=object), allow_pickle=True)
-    assert not is_whole(volume.folder)
+    assert not is_intact(volume.folder)
     with pytest.raises(ValueError, match="allow_pickle"):
         cumulative_counts(volume.folder)
 
@@ -92,8 +92,8 @@ def test_no_program_in_the_store_is_run(tmp_path, monkeypatch):
     lazy = tmp_path / "image.b2nd"
     blosc2.lazyexpr("a + 1", {"a": operand}).save(urlpath=str(lazy))
     monkeypatch.setattr(blosc2, "open", lambda *args, **kwargs: pytest.fail("opened"))
-    with pytest.raises(ValueError, match="holds a program"):
-        opened(lazy)
+    with pytest.raises(ValueError, match="expected an array, got a program"):
+        open_array(lazy)
 
 
 def write_case(folder, name="a", **header):
@@ -134,9 +134,9 @@ def test_the_report_escapes_names_and_holds_no_header_text(pretraining, tmp_path
         write_case(data, name, descrip=PATIENT, aux_file="19510203")
     bad = data / "Dataset001_Evil" / "imagesTr" / "<i>bad<_0000.nii.gz"
     bad.write_bytes(b"no volume")
-    found = nnunet.find_images(data, labels=False, channel="0000")
+    found = nnunet.scan_images(data, labels=False, channel="0000")
     listed = Datalist(tuple(c for c in found if c.name != "third"), tuple(c for c in found if c.name == "third"))
-    datalist_json.write(listed, data / "dataset.json")
+    datalist_json.write_datalist(listed, data / "dataset.json")
     config = replace(pretraining, data=str(data), max_steps=1, batch_size=1, on_bad_case="skip", picture_every=1)
     page = (pretrain(config) / "report.html").read_text()
     assert "&lt;i&gt;bad&lt;" in page

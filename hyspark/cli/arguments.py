@@ -99,7 +99,6 @@ class ExportArguments(Arguments):
 class NetworkArguments(Arguments):
     """Flags that evaluate and predict share."""
 
-    weights: str  # best.pth of a fine-tuning run, or its run folder
     out: str  # Folder to write to
     overlap: float | None = None  # Segmentation: overlap of neighbouring windows, 0 <= x < 1; by default the run's own
     flips: tuple[
@@ -122,6 +121,7 @@ class EvaluateArguments(NetworkArguments):
         hyspark evaluate ckpt/btcv data/Dataset015_BTCV --out ckpt/btcv_scores
     """
 
+    weights: str  # best.pth of a fine-tuning run, or its run folder
     data: str  # nnU-Net data set (imagesTr, labelsTr), or a decathlon JSON; for a classifier, a folder CLASS/IMAGE
     part: Literal["", "all", "training", "validation"] = (
         ""  # Part of a JSON; by default validation if it has one, else all
@@ -142,6 +142,7 @@ class PredictArguments(NetworkArguments):
         hyspark predict ckpt/btcv scans/*.nii.gz --out ckpt/btcv_labels
     """
 
+    weights: str  # best.pth of a fine-tuning run, or its run folder
     inputs: list[str]  # NIfTI files, and folders that hold some; for a classifier, one folder of images
     overwrite: bool = False  # Segmentation: replace existing label maps
 
@@ -180,8 +181,9 @@ class PhantomArguments(Arguments):
 
 
 class SlicesArguments(Arguments):
-    """Write the slices of CTs, NIfTI or DICOM, as PNG files: OUT/train/1 and OUT/val/1, with no patient in both. The same
-    command on the same folder continues. Exit code 1: some volume was unreadable.
+    """Write the slices of CTs, NIfTI or DICOM, as PNG files: OUT/train/1 and OUT/val/1, with no patient in both.
+
+    The same command on the same folder continues. Exit code 1: some volume was unreadable.
 
     Example:
         hyspark slices scans --out data/slices --axis axial --stride 4
@@ -192,9 +194,7 @@ class SlicesArguments(Arguments):
     axis: Axis = "axial"  # Orientation of the slices
     stride: int = 1  # Write each slice whose index is a multiple of this
     scaling: Scaling = "minmax"  # Black and white: the range of each slice, or a window
-    hu_min: float | None = (
-        None  # HU to which lower values are clipped; by default none, or that of pre-training for a window
-    )
+    hu_min: float | None = None  # HU to which lower values are clipped; by default none, in a window as in pre-training
     hu_max: float | None = None  # HU to which higher values are clipped; the same default
     size: int = 0  # Pixels of the short side; 0 keeps the resolution
     val_fraction: float = 0.2  # Fraction of patients in val

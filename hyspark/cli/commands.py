@@ -15,6 +15,7 @@ from hyspark.cli.arguments import (
     DatalistArguments,
     EvaluateArguments,
     ExportArguments,
+    NetworkArguments,
     PhantomArguments,
     PredictArguments,
     SlicesArguments,
@@ -39,7 +40,7 @@ def datalist(argv: Sequence[str]) -> None:
     if args.organize_from:
         num = organize_by_names(Path(args.organize_from), Path(args.organize_to), copy=args.copy)
         print(f"{num} images {'copied' if args.copy else 'linked'} into {args.organize_to}/imagesTr")
-    found = build.build(
+    found = build.build_datalist(
         Path(args.data),
         labels=args.labels,
         channel=args.channel,
@@ -48,22 +49,22 @@ def datalist(argv: Sequence[str]) -> None:
         seed=args.seed,
     )
     path = Path(args.out) if args.out else Path(args.data) / "dataset.json"
-    datalist_json.write(found, path)
-    for dataset, numbers in build.counts(found).items():
+    datalist_json.write_datalist(found, path)
+    for dataset, numbers in build.count_cases(found).items():
         print(f"{dataset}: " + ", ".join(f"{num} {kind.replace('_', ' ')}" for kind, num in numbers.items()))
     print(f"written to {path}")
 
 
 def check(argv: Sequence[str]) -> None:
-    """Look for everything that is wrong with a data set."""
+    """Find everything that is wrong with a data set."""
     args = parse(CheckArguments(prog="hyspark check", allow_abbrev=False), argv)
-    from hyspark.data.preprocessing.estimate import estimate
-    from hyspark.data.quality.check import check as look
+    from hyspark.data.preprocessing.estimate import estimate_preparation
+    from hyspark.data.quality.check import check_dataset
     from hyspark.data.settings import PrepareSettings
     from hyspark.reports import data_check_page
 
-    examined, found = look(Path(args.data), hu_min=args.hu_min, num_workers=args.prepare_workers)
-    cost = estimate(examined, PrepareSettings(spacing=args.spacing, hu_min=args.hu_min))
+    examined, found = check_dataset(Path(args.data), hu_min=args.hu_min, num_workers=args.prepare_workers)
+    cost = estimate_preparation(examined, PrepareSettings(spacing=args.spacing, hu_min=args.hu_min))
     lines = data_check_page.data_set_facts(examined, cost, args.spacing)
     print(data_check_page.data_check_text(examined, found.findings, lines))
     page = data_check_page.write_data_check(Path(args.out), args.data, examined, found.findings, lines, cost)
@@ -73,7 +74,7 @@ def check(argv: Sequence[str]) -> None:
 
 
 def pretrain(argv: Sequence[str]) -> None:
-    """Pre-train on unlabelled CT (train.py)."""
+    """Pre-train a network on unlabelled CT (train.py)."""
     config = read_config(PretrainConfig, "hyspark pretrain", argv)
     from hyspark.tasks.pretrain import pretrain as run
 
@@ -81,23 +82,23 @@ def pretrain(argv: Sequence[str]) -> None:
 
 
 def finetune(argv: Sequence[str]) -> None:
-    """Fine-tune for segmentation (finetune_btcv.py)."""
+    """Fine-tune the segmentation network on labelled CT (finetune_btcv.py)."""
     config = read_config(SegmentationConfig, "hyspark finetune", argv)
     from hyspark.tasks.segmentation import finetune as run
 
     run(config)
 
 
-def finetune_classify(argv: Sequence[str]) -> None:
-    """Fine-tune for the classification of images (finetune_classify.py)."""
-    config = read_config(ClassificationConfig, "hyspark finetune_classify", argv)
+def finetune_classifier(argv: Sequence[str]) -> None:
+    """Fine-tune a classifier on labelled images."""
+    config = read_config(ClassificationConfig, "hyspark finetune-classifier", argv)
     from hyspark.tasks.classification import finetune_classify as run
 
     run(config)
 
 
 def weights(argv: Sequence[str]) -> None:
-    """Print what of a weights file fits the segmentation network, or another one."""
+    """Print which keys of a weights file fit a network."""
     from hyspark.models.weights.load import load_pretrained
 
     args = parse(WeightsArguments(prog="hyspark weights", allow_abbrev=False), argv)
@@ -158,7 +159,7 @@ def export(argv: Sequence[str]) -> None:
 
 
 def phantom(argv: Sequence[str]) -> None:
-    """Write procedural CTs to try things with."""
+    """Write procedural CTs in nnU-Net layout."""
     from hyspark.data.synthetic.phantom import write_phantoms
 
     args = parse(PhantomArguments(prog="hyspark phantom", allow_abbrev=False), argv)
@@ -190,7 +191,7 @@ def slices(argv: Sequence[str]) -> None:
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         sys.exit(130)
-    print(write_slices.summary(record))
+    print(write_slices.summarise_slices(record))
     print(f"written to {args.out}; every volume: {Path(args.out) / write_slices.RECORD}")
     for failed in record["failed"]:
         print(f"not read: {failed['source']}: {failed['why']}", file=sys.stderr)
@@ -209,42 +210,39 @@ def compare(argv: Sequence[str]) -> None:
 def evaluate(argv: Sequence[str]) -> None:
     """Score a fine-tuned network on labelled cases."""
     args = parse(EvaluateArguments(prog="hyspark evaluate", allow_abbrev=False), argv)
-    from hyspark.evaluation.segmentation import evaluate as segmentation_evaluate
+    from hyspark.evaluation.classification.scores import metrics_text
     from hyspark.evaluation.segmentation.scores import summary_text
+    from hyspark.tasks import api
 
-    summary = segmentation_evaluate.evaluate_segmentation(
-        Path(args.weights),
-        Path(args.data),
-        Path(args.out),
-        part=args.part,
-        scoring=segmentation_evaluate.Scoring(args.overlap, args.flips, args.largest_component, args.tolerance),
-        device=args.device,
-        store_dir=args.store_dir,
-        prepare_workers=args.prepare_workers,
-    )
-    print(summary_text(summary))
-    print(f"scores of each case, table, protocol and pictures: {args.out}")
+    summary = api.evaluate(args.weights, args.data, args.out, device=args.device, **given_options(args)).summary
+    if "metrics" in summary:
+        print(f"{metrics_text(summary['metrics'])} on {summary['protocol']['num_images']} images")
+    else:
+        print(summary_text(summary))
+    print(f"scores of each case, protocol and pictures: {args.out}")
 
 
 def predict(argv: Sequence[str]) -> None:
-    """Write label maps for volumes."""
+    """Predict label maps of volumes, or class probabilities of images."""
     args = parse(PredictArguments(prog="hyspark predict", allow_abbrev=False), argv)
-    from hyspark.evaluation.segmentation import predict as segmentation_predict
-    from hyspark.evaluation.segmentation.evaluate import Scoring
+    from hyspark.tasks import api
 
-    failures = segmentation_predict.predict_segmentation(
-        Path(args.weights),
-        [Path(path) for path in args.inputs],
-        Path(args.out),
-        scoring=Scoring(args.overlap, args.flips, args.largest_component),
-        device=args.device,
-        num_workers=args.prepare_workers,
-        overwrite=args.overwrite,
+    made = api.predict(args.weights, args.inputs, args.out, device=args.device, **given_options(args))
+    print(
+        f"{len(made.files)} written: {made.files[0]}{', ...' if made.files[1:] else ''}"
+        if made.files
+        else "none written"
     )
-    for why in failures.values():
+    for why in made.failures.values():
         print(f"not predicted: {why}", file=sys.stderr)
-    if failures:
+    if made.failures:
         sys.exit(1)
+
+
+def given_options(args: NetworkArguments) -> dict[str, Any]:
+    """Return the flags of evaluate and predict whose values are not the defaults, except --out and --device."""
+    names = {action.dest for action in args._actions if action.option_strings} - {"help", "out", "device"}
+    return {name: getattr(args, name) for name in names if getattr(args, name) != getattr(type(args), name)}
 
 
 def classify(argv: Sequence[str]) -> None:
@@ -260,7 +258,7 @@ def classify(argv: Sequence[str]) -> None:
 
 
 def benefit(argv: Sequence[str]) -> None:
-    """Fine-tune from several initial weights at several numbers of labels, and report what pre-training gives."""
+    """Fine-tune from several initial weights on several numbers of labels, and report the differences."""
     parser = BenefitArguments(prog="hyspark benefit", allow_abbrev=False)
     args = parser.parse_args(present_words(argv, parser.old_spellings()), known_only=True)
     config_class: Any = {"segment": SegmentationConfig, "classify": ClassificationConfig}[args.task]

@@ -6,23 +6,26 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+EXPECTED = (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError)
+"""Errors that this package raises for the user. A missing extra is an ImportError."""
+
 
 def run(function: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
-    """Call a verb; an error that this package raised for the user becomes one message and exit code 2, or 1 for a
-    failed training.
+    """Call a verb; print an error that this package raised for the user as one message.
+
+    The exit code is 2 then, or 1 for a training that diverged. Other errors keep their traceback.
     """
     try:
         function(sys.argv[1:] if argv is None else argv)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except EXPECTED as error:
         if not isinstance(error, OSError) and not raised_here(error):
             raise
-        # One of each machine speaks, whose disk or data may be the cause.
-        if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
-            print(f"error: {error}", file=sys.stderr)
+        rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"error{rank}: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
 
 
 def raised_here(error: BaseException) -> bool:
-    """Whether the error was raised by this package's own code; others keep their traceback."""
+    """Return whether this package's own code raised the error."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return Path(__file__).parents[1] in Path(last.filename).parents

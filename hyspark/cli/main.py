@@ -1,4 +1,4 @@
-"""The `hyspark` command: its verbs. What they need is imported when one is called, so that help comes at once."""
+"""The `hyspark` command: its verbs. Modules are imported when a verb is called, so that the help is fast."""
 
 import sys
 from collections.abc import Sequence
@@ -11,56 +11,67 @@ from hyspark.utils.text import nearest
 GROUPS = {
     "data": {
         "datalist": "Write dataset.json from nnU-Net folders (generate_js.py).",
-        "check": "Look for everything that is wrong with a data set.",
-        "phantom": "Write procedural CTs to try things with.",
+        "check": "Find everything that is wrong with a data set.",
+        "phantom": "Write procedural CTs in nnU-Net layout.",
         "slices": "Write CTs, NIfTI or DICOM, as folders of PNG slices.",
     },
     "train": {
-        "pretrain": "Pre-train on unlabelled CT (train.py).",
-        "finetune": "Fine-tune for segmentation (finetune_btcv.py).",
-        "finetune_classify": "Fine-tune for the classification of images (finetune_classify.py).",
+        "pretrain": "Pre-train a network on unlabelled CT (train.py).",
+        "finetune": "Fine-tune the segmentation network on labelled CT (finetune_btcv.py).",
+        "finetune-classifier": "Fine-tune a classifier on labelled images.",
     },
     "use": {
-        "predict": "Write label maps for volumes.",
+        "predict": "Predict label maps of volumes, or class probabilities of images.",
         "evaluate": "Score a fine-tuned network on labelled cases.",
-        "classify": "Write class probabilities for images, and scores where they lie in folders of the classes.",
     },
     "weights": {
-        "weights": "Print what of a weights file fits the segmentation network, or another one.",
+        "weights": "Print which keys of a weights file fit a network.",
         "export": "Write pre-trained weights as one small .safetensors file, or a ResNet for detectron2.",
     },
     "study": {
-        "benefit": "Fine-tune from several starts at several numbers of labels, and report what pre-training gives.",
-        "compare": "Print the Dice of fine-tuning runs side by side.",
+        "benefit": "Fine-tune from several initial weights on several numbers of labels, and report the differences.",
+        "compare": "Print the scores of fine-tuning runs side by side.",
     },
 }
-"""Verbs by what they are for, with their help; each is a function of hyspark.cli.commands."""
+"""Verbs by purpose, with their help; each is a function of hyspark.cli.commands, with _ for -."""
 VERBS = {verb: text for verbs in GROUPS.values() for verb, text in verbs.items()}
+EARLIER = {"finetune_classify": "finetune-classifier", "classify": "classify"}
+"""Verbs of earlier versions, which still work and are not listed, with their present functions."""
+SHELLS = ("bash", "zsh", "tcsh")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Call the verb that comes first with the flags behind it."""
+    """Call the verb that comes first, with the words behind it."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] == "--version":
         print(f"hyspark {installed_version()}")
         return
+    if argv and argv[0] == "--completion":
+        run(lambda words: import_module("hyspark.cli.completion").print_completion(words), argv[1:])
+        return
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         sys.exit(0 if argv else 2)
-    if argv[0] not in VERBS:
+    if argv[0] not in (*VERBS, *EARLIER):
         print(
             f"error: no verb {argv[0]!r}; the verbs are {', '.join(VERBS)}{nearest(argv[0], VERBS)}",
             file=sys.stderr,
         )
         sys.exit(2)
-    run(getattr(import_module("hyspark.cli.commands"), argv[0]), argv[1:])
+    function = EARLIER.get(argv[0], argv[0]).replace("-", "_")
+    run(getattr(import_module("hyspark.cli.commands"), function), argv[1:])
 
 
 def usage() -> str:
     """Write the verbs in their groups."""
-    lines = ["usage: hyspark VERB [flags]; hyspark VERB --help lists the flags; hyspark --version"]
+    lines = [
+        "usage: hyspark VERB [flags]",
+        "       hyspark VERB --help             the flags of a verb, with an example",
+        "       hyspark --version",
+        f"       hyspark --completion SHELL      a completion script, for {', '.join(SHELLS)}",
+    ]
     for group, verbs in GROUPS.items():
-        lines += ["", f"{group}:", *(f"  {verb:19s}{text}" for verb, text in verbs.items())]
+        lines += ["", f"{group}:", *(f"  {verb:21s}{text}" for verb, text in verbs.items())]
     return "\n".join(lines)
 
 

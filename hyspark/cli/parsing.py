@@ -87,18 +87,8 @@ def present_words(argv: Sequence[str], old: Mapping[str, str]) -> list[str]:
     return words
 
 
-def read_config(config_class: type[ConfigT], prog: str, argv: Sequence[str], also: Sequence[str] = ()) -> ConfigT:
-    """Read settings: defaults, over them the YAML that --config names, over these the flags.
-
-    Args:
-        config_class: Class of the settings; every field is a flag.
-        prog: Program and verb, for the help.
-        argv: Words behind the verb.
-        also: Further flags of the verb, parsed before.
-
-    Raises:
-        ValueError: There is an unknown key or flag, or a value that does not fit.
-    """
+def config_parser(config_class: type, prog: str) -> Arguments:
+    """Make the parser of a verb whose flags are the fields of its settings."""
     base: Any = to_tap_class(config_class)
     help_texts = field_help(config_class)
     infos: dict[str, FieldInfo] = field_info(config_class)
@@ -126,7 +116,22 @@ def read_config(config_class: type[ConfigT], prog: str, argv: Sequence[str], als
             return sections
 
     usage = f"{prog} [--config YAML] [--FLAG VALUE ...]"
-    parser = Flags(prog=prog, usage=usage, description=config_class.__doc__, allow_abbrev=False)
+    return Flags(prog=prog, usage=usage, description=config_class.__doc__, allow_abbrev=False)
+
+
+def read_config(config_class: type[ConfigT], prog: str, argv: Sequence[str], also: Sequence[str] = ()) -> ConfigT:
+    """Read settings: defaults, over them the YAML that --config names, over these the flags.
+
+    Args:
+        config_class: Class of the settings; every field is a flag.
+        prog: Program and verb, for the help.
+        argv: Words behind the verb.
+        also: Further flags of the verb, parsed before.
+
+    Raises:
+        ValueError: There is an unknown key or flag, or a value that does not fit.
+    """
+    parser = config_parser(config_class, prog)
     recipe: dict[str, Any] = {}
     if path := recipe_path(argv):
         recipe = read_yaml(path, config_class)

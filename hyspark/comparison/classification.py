@@ -12,7 +12,7 @@ import numpy as np
 from hyspark.comparison.bootstrap import NUM_RESAMPLES, bootstrap_mean
 from hyspark.comparison.kind import RunKind
 from hyspark.config.classification import ClassificationConfig
-from hyspark.data.readers.images import has_test_part
+from hyspark.data.readers.images import has_test_split
 from hyspark.evaluation.classification.evaluate import SCORE_FOLDERS
 from hyspark.evaluation.classification.metrics import CLASSIFICATION_METRICS, resampled_metric
 from hyspark.evaluation.classification.scores import Classified
@@ -45,7 +45,7 @@ narrow."""
     validation_note = "These images chose the weights of each run, too, so that all values are optimistic."
 
     def scores_folder(self, config: ClassificationConfig) -> Path:
-        has_test = bool(config.test_dir) or has_test_part(Path(config.data))
+        has_test = bool(config.test_dir) or has_test_split(Path(config.data))
         return config.run_folder / SCORE_FOLDERS["test" if has_test else "val"]
 
     def samples_per_step(self, config: ClassificationConfig) -> int:

@@ -15,7 +15,7 @@ from hyspark.comparison.report import cell_of, number, with_interval
 from hyspark.comparison.table import by_name
 from hyspark.config.segmentation import SegmentationConfig, check_decoder
 from hyspark.data.datasets.cases import cases_digest
-from hyspark.data.preprocessing.prepare import is_there
+from hyspark.data.preprocessing.prepare import files_exist
 from hyspark.evaluation.score_table import ScoreTable
 from hyspark.evaluation.segmentation.evaluate import find_labelled
 from hyspark.evaluation.segmentation.metrics import ORGAN_METRICS
@@ -84,7 +84,7 @@ organ was predicted, so it flatters weights that miss organs: read it with the f
         training, validation, _ = find_cases(replace(config, num_labelled=0, label_fraction=1.0))
         test = find_labelled(Path(config.test_dir), "all").cases if config.test_dir else []
         return text_digest(
-            cases_digest([case for case in cases if is_there(case)]) for cases in (training, validation, test)
+            cases_digest([case for case in cases if files_exist(case)]) for cases in (training, validation, test)
         )
 
     def check_data(self, configs: Sequence[SegmentationConfig], initial_weights: Mapping[str, str]) -> None:

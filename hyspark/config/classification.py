@@ -21,8 +21,8 @@ class ClassificationConfig(RunSettings):
     """Fine-tune a classifier on labelled images.
 
     Example:
-        hyspark finetune-classifier --config configs/finetune_covidct.yaml --data data/COVID-CT --weights ckpt/resnet50.pth \\
-            --out ckpt/covidct
+        hyspark finetune-classifier --config configs/finetune_covidct.yaml --data data/COVID-CT --out ckpt/covidct \\
+            --weights ckpt/resnet50.pth
     """
 
     data: str = setting("data", "data", first=True, old=("data_dir",), may_change=True)
@@ -38,8 +38,8 @@ class ClassificationConfig(RunSettings):
     The images of 50 are among those of 100.
     """
     crop_size: int = setting(224, "data", first=True, old=("input_size",))
-    """Edge of the network's input in pixels. Validation and test images are resized to a shorter side of 8/7 of it, then
-    cropped at the centre.
+    """Edge of the network's input in pixels. Validation and test images are resized to a shorter side of 8/7 of it,
+    then cropped at the centre.
     """
     batch_size: int = setting(64, "optimisation", first=True)
     """Images per step, over all processes."""
@@ -72,8 +72,8 @@ class ClassificationConfig(RunSettings):
     budget.
     """
     optimizer: Literal["adam", "adamw"] = setting("adam", "optimisation")
-    """adam: weight decay is part of the gradient and applies to all weights, as in the study. adamw: it is decoupled, and
-    norms and biases are exempt.
+    """adam: weight decay is part of the gradient and applies to all weights, as in the study. adamw: it is decoupled,
+    and norms and biases are exempt.
     """
     warmup_epochs: int = setting(0, "optimisation")
     """Epochs of linear warm-up."""
@@ -96,8 +96,8 @@ class ClassificationConfig(RunSettings):
     cutmix: float = setting(0.0, "optimisation")
     """Alpha of cutmix; 0: none."""
     ema_decay: float = setting(0.0, "optimisation")
-    """Decay of an exponential moving average of the weights, which is validated and kept instead of the weights. It rises
-    from 0 in the first steps. 0: none.
+    """Decay of an exponential moving average of the weights, which is validated and kept instead of the weights. It
+    rises from 0 in the first steps. 0: none.
     """
     val_every: int = setting(1, "run", may_change=True)
     """Epochs between validations. The weights of the best validation accuracy are kept and scored after training."""

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from hyspark.config.checks import between, check_probabilities, not_negative, positive
 from hyspark.config.shared import EncoderSettings, VolumeSettings, check_encoder, check_run, check_volumes
-from hyspark.models.contrastive import METHODS as CONTRASTIVE_METHODS
+from hyspark.models.contrastive import CONTRASTIVE_METHODS
 from hyspark.models.masking.mask import grid_of
 from hyspark.utils.settings import field_info, setting
 from hyspark.utils.text import nearest
@@ -15,6 +15,11 @@ METHODS = ("hyspark", "spark", *CONTRASTIVE_METHODS)
 """Methods of pre-training."""
 MASKED = METHODS[:2]
 REPORTED: dict[str, Any] = {"may_change": True, "affects_results": False}
+
+
+def list_methods() -> list[str]:
+    """List the methods of pre-training, as in `--model METHOD/BACKBONE`."""
+    return list(METHODS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +42,8 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
     spark masks patches; moco, byol and swav compare two views of a crop.
     """
     weights: str = setting("none", "network", first=True, old=("init_weight",))
-    """Initial weights: an encoder, a pre-training checkpoint, or published weights of a third-party network. none: random
-    initialisation. The optimizer and the projection heads of moco, byol and swav are always initialised anew.
+    """Initial weights: an encoder, a pre-training checkpoint, or published weights of a third-party network. none:
+    random initialisation. The optimizer and the projection heads of moco, byol and swav are always initialised anew.
     """
     crop_size: tuple[int, ...] = setting((96,), "data", first=True, old=("input_size",))
     """Edge of a crop in voxels, one number or one per axis; multiples of 16."""

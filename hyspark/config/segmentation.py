@@ -30,8 +30,8 @@ class SegmentationConfig(VolumeSettings, EncoderSettings):
     data: str = setting("data", "data", first=True, old=("data_dir",), may_change=True)
     """Folder of labelled data: an nnU-Net data set (imagesTr, labelsTr), or a folder with a decathlon JSON."""
     json_list: str = setting("", "data")
-    """Decathlon JSON inside the data folder, or its path. By default dataset.json if it is a data list, else the nnU-Net
-    folders.
+    """Decathlon JSON inside the data folder, or its path. By default dataset.json if it is a data list, else the
+    nnU-Net folders.
     """
     out: str = setting("ckpt/finetune", "run", first=True, old=("logdir",), may_change=True, affects_results=False)
     """Run folder. The same command on it continues the run."""
@@ -61,8 +61,8 @@ class SegmentationConfig(VolumeSettings, EncoderSettings):
     labelled_prob: float = setting(0.5, "data")
     """Probability that a crop is centred on a labelled voxel. Otherwise it is centred on any foreground voxel."""
     flip_prob: tuple[float, float, float] = setting((0.2, 0.2, 0.2), "data")
-    """Probability of a flip on each axis. If left and right organs are separate classes, list the pairs in left_right, or
-    set the first value to 0.
+    """Probability of a flip on each axis. If left and right organs are separate classes, list the pairs in left_right,
+    or set the first value to 0.
     """
     left_right: tuple[str, ...] = setting((), "data")
     """Pairs of classes that a left-right flip exchanges, by name or value: "left kidney=right kidney"."""
@@ -81,13 +81,15 @@ class SegmentationConfig(VolumeSettings, EncoderSettings):
     out_channels: int = setting(0, "network")
     """Classes, background included. 0: the number in the data set's labels, or 14 if it names none."""
     decoder_width: int = setting(768, "network")
-    """Channels of the light decoder at its deepest level, as in pre-training; a multiple of 16. Each level halves them."""
+    """Channels of the light decoder at its deepest level, as in pre-training; a multiple of 16. Each level halves them.
+    """
     decoder_min_width: int = setting(0, "network")
     """Least channels of a level of the light decoder, up to decoder_width. Levels that are narrower in pre-training are
     randomly initialised. Far below 32, small organs are learned late or not at all.
     """
     steps_per_epoch: int = setting(0, "optimisation")
-    """Steps in an epoch; 0: every training case once. A fixed number gives runs on few and on many cases the same budget.
+    """Steps in an epoch; 0: every training case once. A fixed number gives runs on few and on many cases the same
+    budget.
     """
     warmup_epochs: int = setting(50, "optimisation")
     """Epochs of linear warm-up."""
@@ -110,8 +112,8 @@ class SegmentationConfig(VolumeSettings, EncoderSettings):
     organs much earlier.
     """
     accumulate: int = setting(1, "optimisation")
-    """Micro-batches per step, to save memory. Gradients are summed, so the step is the same. Exception: BatchNorm in the
-    light decoder normalises over one micro-batch.
+    """Micro-batches per step, to save memory. Gradients are summed, so the step is the same. Exception: BatchNorm in
+    the light decoder normalises over one micro-batch.
     """
     val_every: int = setting(100, "run", may_change=True, affects_results=False)
     """Epochs between validations."""

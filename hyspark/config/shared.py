@@ -1,7 +1,7 @@
 """Settings that all runs share: groups of fields as frozen dataclasses, with their checks.
 
-A field's name is its YAML key (see recipes.py) and its flag; its docstring is the help text. What else is known of it is
-metadata of the field (`FieldInfo`): its group in the help, earlier spellings, whether a resumed run may change it.
+A field's name is its YAML key (see recipes.py) and its flag; its docstring is the help text. What else is known of it
+is metadata of the field (`FieldInfo`): its group in the help, earlier spellings, whether a resumed run may change it.
 """
 
 import math

@@ -1,1 +1,1 @@
-"""Data path: "NIfTI files on disk -> crops (b, 1, h, w, d) in [0, 1]". Knows nothing of networks or training."""
+"""Data path: "files on disk -> crops `(b, 1, h, w, d)` in [0, 1]". Knows nothing of networks or training."""

@@ -1,4 +1,4 @@
-"""The settings that decide what a prepared volume is, and what a picture of one."""
+"""The settings of a prepared volume and of the 2D slices of a volume."""
 
 from dataclasses import dataclass
 from math import inf
@@ -24,35 +24,37 @@ class PrepareSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PictureSettings:
-    """What decides the pictures of a volume."""
+    """Orientation, grey values and size of the slices that are written as images."""
 
     axis: Axis = "axial"
-    """The planes that become pictures."""
+    """Orientation of the slices."""
     stride: int = 1
-    """Every so many-th plane."""
+    """Distance between slices, in voxels; 1 takes every slice."""
     scaling: Scaling = "minmax"
-    """What becomes black and white: the least and the largest value of the picture itself, or hu_min and hu_max."""
+    """Values that become black and white: the least and the largest of the slice itself, or hu_min and hu_max."""
     hu_min: float | None = None
     """Hounsfield units that lower values are set to first, e.g. those that some scanners put outside their field."""
     hu_max: float | None = None
     """Hounsfield units that higher values are set to first."""
     size: int = 0
-    """Pixels of the short side; 0 keeps the finer of a plane's two spacings."""
+    """Pixels of the short side; 0 keeps the finer of a slice's two spacings."""
 
     def __post_init__(self) -> None:
         for name, value, choices in (("axis", self.axis, get_args(Axis)), ("scaling", self.scaling, get_args(Scaling))):
             if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
         if self.stride < 1 or self.size < 0:
-            raise ValueError(f"stride must be at least 1 and size at least 0, got {self.stride} and {self.size}")
+            raise ValueError(f"stride and size: expected at least 1 and at least 0, got {self.stride} and {self.size}")
         if self.scaling == "window" and None in (self.hu_min, self.hu_max):
-            raise ValueError(f"a window needs hu_min and hu_max, got {self.hu_min} and {self.hu_max}")
+            raise ValueError(
+                f"scaling window: expected hu_min and hu_max, got {self.hu_min} and {self.hu_max}; give both"
+            )
         if not self.bounds[0] < self.bounds[1]:
-            raise ValueError(f"hu_min must lie below hu_max, but they are {self.hu_min} and {self.hu_max}")
+            raise ValueError(f"hu_min and hu_max: expected hu_min below hu_max, got {self.hu_min} and {self.hu_max}")
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Hounsfield units that lower and higher ones are set to."""
+        """Hounsfield units that lower and higher values are set to."""
         return (
             -inf if self.hu_min is None else self.hu_min,
             inf if self.hu_max is None else self.hu_max,

@@ -29,15 +29,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hyspark.config.pretrain import PretrainConfig
-from hyspark.data.batches.crops import place
+from hyspark.data.batches.crops import crop_start
 from hyspark.data.datasets import build, datalist_json
 from hyspark.data.datasets.cases import Case
-from hyspark.data.datasets.splits import SEED, split_by_subject
+from hyspark.data.datasets.splits import SPLIT_SEED, split_by_subject
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.models.encoder import HybridEncoder
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
 from hyspark.training.metrics_log import RunLog
 from hyspark.training.run_volumes import prepared
+from hyspark.utils.log import LOG
 
 CROPS_PER_VOLUME = 2
 VOXELS_PER_CLASS = 200
@@ -88,9 +89,9 @@ def find_probe_cases(path: Path, num_cases: int) -> ProbeCases:
     """
     default = path if path.suffix == ".json" else path / "dataset.json"
     if path.suffix == ".json" or (default.is_file() and datalist_json.is_datalist(default)):
-        listed = datalist_json.read(default, require_labels=True)
+        listed = datalist_json.read_datalist(default, require_labels=True)
     else:
-        listed = build.read_folder(path, seed=SEED, val_fraction=0.2)
+        listed = build.read_folder(path, seed=SPLIT_SEED, val_fraction=0.2)
     if len(listed.training) < num_cases:
         raise ValueError(
             f"probe_cases is {num_cases}, but {path} has {len(listed.training)} labelled training cases; "
@@ -98,7 +99,7 @@ def find_probe_cases(path: Path, num_cases: int) -> ProbeCases:
         )
     in_order = sorted(listed.training, key=lambda case: (case.dataset, case.name))
     chosen = [in_order[i * len(in_order) // num_cases] for i in range(num_cases)]
-    fit, score = split_by_subject(chosen, seed=SEED, val_fraction=0.5)
+    fit, score = split_by_subject(chosen, seed=SPLIT_SEED, val_fraction=0.5)
     if not score:
         raise ValueError(f"{path}: the {num_cases} cases of the probe are all of one subject; raise probe_cases")
     return ProbeCases(fit, score, {value: name for name, value in (listed.labels or {}).items()})
@@ -155,7 +156,7 @@ def labelled_box(volume: StoredVolume, size: Sequence[int], *position: int) -> t
     if not len(values):
         raise ValueError(f"{volume.name}: its label is empty, so that the probe cannot use it; take it off the list")
     found = np.flatnonzero(label == values[sum(position) % len(values)])
-    start = place(np.unravel_index(rng.choice(found), shape), shape, size)
+    start = crop_start(np.unravel_index(rng.choice(found), shape), shape, size)
     return volume.read("image", start, size), volume.read("label", start, size)
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from hyspark.figures.panels import DPI, class_colours
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
-MAX_POINTS = 2000  # of a curve; more cannot be seen
+MAX_POINTS = 2000  # of a curve; more are not visible
 
 CURVES = {
     "Loss": ["loss", "val_loss"],
@@ -21,14 +21,15 @@ CURVES = {
     "Dice": ["dice_mean"],
     "Classification": ["auc", "accuracy", "f1"],
 }
-ORGANS = {"Dice": "dice.", "Probe Dice": "probe."}  # panels that also show organs, by the beginning of their names
+ORGANS = {"Dice": "dice.", "Probe Dice": "probe."}  # panels that also show organs: prefix of the metrics' names
 
 
 def curves_figure(curves: Mapping[str, Curve], *, dark: bool) -> Figure | None:
-    """Loss, probe, learning rate, gradient norm, speed and Dice over the step; None when none was measured.
+    """Draw the metrics of a run over the step, one panel per group; return None if no known metric was measured.
 
-    `curves`: metric -> steps and values; the Dice of an organ is named "dice.ORGAN", that of the probe "probe.ORGAN".
-    `dark`: for a dark page.
+    Args:
+        curves: steps and values of each metric; an organ's Dice is named "dice.ORGAN", or "probe.ORGAN" of the probe.
+        dark: whether the page is dark.
     """
     panels = []
     for title, keys in CURVES.items():
@@ -51,7 +52,7 @@ def curves_figure(curves: Mapping[str, Curve], *, dark: bool) -> Figure | None:
 
 
 def draw_curves(axes: Axes, title: str, curves: Mapping[str, Curve], ink: str) -> None:
-    """Draw the curves of one panel into `axes`, text and grid in the colour `ink`, a legend where there are several."""
+    """Draw the curves of one panel, text and grid in the colour `ink`; several curves get a legend."""
     colours = class_colours(len(curves) + 1)[1:, :3]
     sides = [axes]
     for (key, (steps, values)), colour in zip(curves.items(), colours, strict=True):
@@ -96,7 +97,7 @@ def draw_curves(axes: Axes, title: str, curves: Mapping[str, Curve], ink: str) -
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred running mean over a fortieth of the curve, leaving out NaN."""
+    """Compute the centred running mean over a fortieth of a curve, ignoring NaN."""
     window = np.ones(len(values) // 40 * 2 + 1)
     known = np.isfinite(values)
     total = np.convolve(np.where(known, values, 0.0), window, mode="same")

@@ -1,4 +1,4 @@
-"""A figure of the images that a classifier was most confidently wrong about."""
+"""A figure of a classifier's most confident mistakes."""
 
 import math
 from collections.abc import Sequence
@@ -11,12 +11,20 @@ from torch import Tensor
 
 from hyspark.figures.panels import BACKGROUND, DPI, TEXT
 
-COLUMNS, MOST, EDGE = 6, 18, 1.7
-"""Of the picture of mistakes: images in a row, in all, and their edge in inches."""
+IMAGES_PER_ROW, MAX_IMAGES, IMAGE_INCHES = 6, 18, 1.7
+"""Images in a row and in all, and their edge."""
 
 
 class MistakenImages(Protocol):
-    """Classified images: what the figure asks of them. mistakes: indices, the most confident first."""
+    """Classified images, as far as the figure reads them.
+
+    Attributes:
+        names: names of the images.
+        truth: class indices, int `(n,)`.
+        probabilities: predicted probabilities `(n, classes)`.
+        classes: names of the classes.
+        mistakes: indices of wrongly classified images, the most confident first.
+    """
 
     @property
     def names(self) -> tuple[str, ...]: ...
@@ -31,15 +39,18 @@ class MistakenImages(Protocol):
 
 
 def mistakes_figure(scored: MistakenImages, images: Sequence[Tensor]) -> Figure | None:
-    """The most confident mistakes with their true and their predicted class; None where there is none.
+    """Draw the most confident mistakes with true and predicted class; return None if there is no mistake.
 
-    images: uint8 (c, h, w), in the order of `scored`.
+    Args:
+        scored: the classified images.
+        images: uint8 `(c, h, w)` each, in the order of `scored`.
     """
-    shown = scored.mistakes[:MOST]
+    shown = scored.mistakes[:MAX_IMAGES]
     if not shown:
         return None
-    rows, columns = math.ceil(len(shown) / COLUMNS), min(COLUMNS, len(shown))
-    figure = Figure(figsize=(EDGE * columns, (EDGE + 0.5) * rows), dpi=DPI, facecolor=BACKGROUND, layout="constrained")
+    rows, columns = math.ceil(len(shown) / IMAGES_PER_ROW), min(IMAGES_PER_ROW, len(shown))
+    size = (IMAGE_INCHES * columns, (IMAGE_INCHES + 0.5) * rows)
+    figure = Figure(figsize=size, dpi=DPI, facecolor=BACKGROUND, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()

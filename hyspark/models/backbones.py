@@ -3,6 +3,7 @@
 import difflib
 import importlib
 from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import timm
@@ -10,54 +11,102 @@ import torchvision
 from monai.networks import nets
 from torch import Tensor, nn
 
+MONAI_BACKBONES = (*(f"resnet{depth}" for depth in (10, 18, 34, 50, 101, 152, 200)), "segresnet", "dynunet")
+TIMM_FAMILIES = (
+    *("byobnet", "convnext", "cspnet", "cspnext", "densenet", "dla", "dpn", "efficientnet", "fasternet", "focalnet"),
+    *("ghostnet", "hardcorenas", "hgnet", "inception_next", "lcnetv2", "metaformer", "mobilenetv3", "nfnet", "rdnet"),
+    *("regnet", "repghost", "repvit", "res2net", "resnest", "resnet", "resnetv2", "rexnet", "selecsls", "senet"),
+    *("sknet", "starnet", "vgg", "vovnet", "xception_aligned"),
+)
+"""Modules of timm whose networks run under a mask, but for those of `UNSUPPORTED`."""
+UNSUPPORTED = (
+    *("timm/bat_*", "timm/caformer_*", "timm/gc*", "timm/mobilenetv4_hybrid_*", "timm/ghostnetv[23]_*"),  # attention
+    *("timm/*_evos", "timm/*blur*"),  # norms and pools without a rule
+    *("timm/hgnetv2_*", "torchvision/inception_v3"),  # convolutions without padding
+    *("torchvision/maxvit_t", "torchvision/swin_*", "torchvision/vit_*"),  # attention
+    *("torchvision/alexnet", "torchvision/squeezenet*"),  # no strides 2, 4, 8, ...
+)
+"""Patterns of networks in the listed families and in torchvision that do not run under a mask, see `hidden`."""
+
 
 class Backbone(NamedTuple):
-    """A network and, where it needs it, how to compute its encoder's maps: run(network, x)."""
+    """Network, and optionally how to compute its encoder's maps: run(network, x)."""
 
     network: nn.Module
     run: Callable[[Any, Tensor], Any] | None = None
 
 
+def list_backbones(pattern: str = "*") -> list[str]:
+    """List the names for `build_backbone` of convolutional networks that can be pre-trained with SparK.
+
+    All were run under a mask, except timm's with more than 250 million parameters. They are the networks of timm in
+    `TIMM_FAMILIES` and those of torchvision, both without `UNSUPPORTED`, and `MONAI_BACKBONES`. `build_backbone` also
+    accepts the rest of timm and torchvision.
+
+    Args:
+        pattern: shell pattern of the name, with the library ("timm/resnet*") or without it ("resnet*").
+
+    Returns:
+        Names such as "timm/resnet50", by library.
+    """
+    names = [
+        *(f"timm/{name}" for name in timm.list_models(module=list(TIMM_FAMILIES))),
+        *(f"torchvision/{name}" for name in torchvision_names()),
+        *(f"monai/{name}" for name in MONAI_BACKBONES),
+    ]
+    return [
+        name
+        for name in names
+        if (fnmatchcase(name, pattern) or fnmatchcase(name.partition("/")[2], pattern))
+        and not any(fnmatchcase(name, unsupported) for unsupported in UNSUPPORTED)
+    ]
+
+
 def build_backbone(name: str, in_channels: int, axes: int) -> Backbone:
-    """A fresh backbone by name, for images of so many channels and axes.
+    """Build a randomly initialised backbone by name.
 
-    timm/NAME: any of timm's networks (2D), without its classifier. torchvision/NAME: any of its classification
-    networks (2D, three channels). monai/NAME: resnet10 to resnet200 as MONAI's FlexibleUNet has them, segresnet or
-    dynunet, in 2D or 3D. PACKAGE.MODULE:FACTORY: what FACTORY(in_channels=..., axes=...) returns, a module.
+    Args:
+        name: one of the following; `list_backbones` lists names that SparK supports.
+            timm/NAME: any network of timm (2D), without its classifier.
+            torchvision/NAME: any classification network of torchvision (2D, three channels).
+            monai/NAME: resnet10 to resnet200 as in MONAI's FlexibleUNet, segresnet or dynunet, in 2D or 3D.
+            PACKAGE.MODULE:FACTORY: the module that FACTORY(in_channels=..., axes=...) returns.
+        in_channels: channels of an image.
+        axes: number of spatial axes.
 
-    Raises ValueError for a name that there is not, naming the nearest, and where it does not fit the axes or channels.
+    Raises:
+        ValueError: the name is unknown, or the network does not support the axes or channels.
     """
     library, slash, rest = name.partition("/")
     if ":" in name:
-        return Backbone(from_factory(name, in_channels, axes))
-    makers = {"timm": from_timm, "torchvision": from_torchvision, "monai": from_monai}
-    if not slash or library not in makers:
+        return Backbone(build_from_factory(name, in_channels, axes))
+    builders = {"timm": build_timm, "torchvision": build_torchvision, "monai": build_monai}
+    if not slash or library not in builders:
         raise ValueError(
-            f"no backbone {name!r}: expected timm/NAME, torchvision/NAME, monai/NAME or PACKAGE.MODULE:FACTORY"
+            f"backbone: expected timm/NAME, torchvision/NAME, monai/NAME or PACKAGE.MODULE:FACTORY, got {name!r}"
         )
-    return makers[library](rest, in_channels, axes)
+    return builders[library](rest, in_channels, axes)
 
 
-def from_timm(name: str, in_channels: int, axes: int) -> Backbone:
-    """Without a classifier."""
-    known(name, timm.list_models(), "timm")
-    planar(name, axes)
+def build_timm(name: str, in_channels: int, axes: int) -> Backbone:
+    """Build a network of timm without its classifier."""
+    check_name(name, timm.list_models(), "timm")
+    check_2d(name, axes)
     return Backbone(timm.create_model(name, in_chans=in_channels, num_classes=0))
 
 
-def from_torchvision(name: str, in_channels: int, axes: int) -> Backbone:
-    """As it is, classifier included."""
-    known(name, torchvision.models.list_models(module=torchvision.models), "torchvision")
-    planar(name, axes)
+def build_torchvision(name: str, in_channels: int, axes: int) -> Backbone:
+    """Build a network of torchvision, classifier included."""
+    check_name(name, torchvision_names(), "torchvision")
+    check_2d(name, axes)
     if in_channels != 3:
-        raise ValueError(f"torchvision's {name} takes three channels, but the data have {in_channels}")
+        raise ValueError(f"torchvision/{name}: expected data with 3 channels, got {in_channels}; use a network of timm")
     return Backbone(torchvision.models.get_model(name, weights=None))
 
 
-def from_monai(name: str, in_channels: int, axes: int) -> Backbone:
-    """A ResNet, or the encoder's half of a segmentation network, of which the rest stays as it is."""
-    sizes = [f"resnet{depth}" for depth in (10, 18, 34, 50, 101, 152, 200)]
-    known(name, [*sizes, "segresnet", "dynunet"], "monai")
+def build_monai(name: str, in_channels: int, axes: int) -> Backbone:
+    """Build a ResNet, or a segmentation network whose encoder is run; its decoder is unused."""
+    check_name(name, MONAI_BACKBONES, "monai")
     if name == "segresnet":
         return Backbone(nets.SegResNet(axes, 16, in_channels), lambda net, x: net.encode(x))
     if name == "dynunet":
@@ -69,21 +118,21 @@ def from_monai(name: str, in_channels: int, axes: int) -> Backbone:
     return Backbone(build(spatial_dims=axes, n_input_channels=in_channels, **options))
 
 
-def from_factory(name: str, in_channels: int, axes: int) -> nn.Module:
-    """What the user's own function gives."""
+def build_from_factory(name: str, in_channels: int, axes: int) -> nn.Module:
+    """Call the user's own function PACKAGE.MODULE:FACTORY."""
     module, _, factory = name.partition(":")
     try:
         make = getattr(importlib.import_module(module), factory)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"no backbone {name!r}: {error}; is {module} installed, or in PYTHONPATH?") from error
+        raise ValueError(f"backbone {name!r}: {error}; is {module} installed, or in PYTHONPATH?") from error
     network = make(in_channels=in_channels, axes=axes)
     if not isinstance(network, nn.Module):
-        raise ValueError(f"{name} gave {type(network).__name__}, not a torch module")
+        raise ValueError(f"backbone {name!r}: expected a torch module from it, got {type(network).__name__}")
     return network
 
 
 def run_dynunet(net: nets.DynUNet, x: Tensor) -> Tensor:
-    """The way down."""
+    """Run the encoder of a DynUNet."""
     x = net.input_block(x)
     for layer in net.downsamples:
         x = layer(x)
@@ -91,15 +140,21 @@ def run_dynunet(net: nets.DynUNet, x: Tensor) -> Tensor:
     return out
 
 
-def known(name: str, names: Iterable[str], library: str) -> None:
-    """Raises ValueError, naming the nearest, for a name that is not among these."""
+def torchvision_names() -> list[str]:
+    """List the classification networks of torchvision."""
+    names: list[str] = torchvision.models.list_models(module=torchvision.models)
+    return names
+
+
+def check_name(name: str, names: Iterable[str], library: str) -> None:
+    """Raise ValueError with the nearest names if a name is not among these."""
     names = list(names)
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         raise ValueError(f"{library} has no {name!r} here" + (f"; did you mean {', '.join(near)}?" if near else ""))
 
 
-def planar(name: str, axes: int) -> None:
-    """Raises ValueError where volumes are asked of a network for images."""
+def check_2d(name: str, axes: int) -> None:
+    """Raise ValueError if a network for images is to process volumes."""
     if axes != 2:
-        raise ValueError(f"{name} takes images of two axes, but the data have {axes}; MONAI's networks take three")
+        raise ValueError(f"{name}: expected images with 2 axes, got data with {axes}; networks of MONAI take 3")

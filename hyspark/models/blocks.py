@@ -1,9 +1,9 @@
-"""Building blocks of the convolutional part: MedNeXt block and up-block, the residual fusion block.
+"""Building blocks of the convolutional part: MedNeXt block and up-block, residual fusion block.
 
-Written once, for two or three spatial axes and for dense, masked and packed use alike. Attribute names are those of
+The same code serves two or three spatial axes, and dense, masked and packed computation. Attribute names are those of
 the released weights.
 
-Shapes: b batch, c channels, *size voxels per axis. Given `patches`, a map is packed: (p, c, *edges), see packed.py.
+Shapes: b batch, c channels, *size voxels per axis. Given `patches`, a map is packed: (p, c, *edges), see patches.py.
 Source: Roy et al., "MedNeXt", MICCAI 2023, as used by HySparK's public release.
 """
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyspark.models.masking.packed import Patches, same_conv
+from hyspark.models.masking.patches import Patches, same_conv
 from hyspark.models.recompute import recomputed
 
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -32,7 +32,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class MedNeXtBlock(nn.Module):
-    """Depthwise 3^n convolution, norm, expansion by `expansion`, GELU, back; plus the input. (b, c, *size) -> same."""
+    """Residual block: depthwise 3^n convolution, norm, pointwise expansion, GELU, projection. (b, c, *size) -> same."""
 
     def __init__(self, channels: int, expansion: int, axes: int = 3) -> None:
         super().__init__()
@@ -47,14 +47,14 @@ class MedNeXtBlock(nn.Module):
         return x + (self.pointwise(branch) if patches is None else recomputed(self.pointwise, branch))
 
     def pointwise(self, x: Tensor) -> Tensor:
-        """What follows the depthwise convolution, position by position."""
+        """Apply the layers after the depthwise convolution, position by position."""
         out: Tensor = self.conv3(F.gelu(self.conv2(self.norm(x))))
         return out
 
     def depthwise(self, x: Tensor, patches: Patches | None) -> Tensor:
-        """`conv1`, in fp32 on a CPU where an axis has fewer than 3 positions.
+        """Apply `conv1`, in fp32 on a CPU if an axis has fewer than 3 positions.
 
-        There torch's bf16 kernel for channels-last maps fills weight gradients from uninitialised memory (torch 2.15).
+        For such maps torch's bf16 channels-last kernel fills weight gradients from uninitialised memory (torch 2.15).
         """
         if torch.is_autocast_enabled("cpu") and x.device.type == "cpu" and min(x.shape[2:]) < 3:
             with torch.autocast("cpu", enabled=False):
@@ -63,9 +63,9 @@ class MedNeXtBlock(nn.Module):
 
 
 class MedNeXtUpBlock(nn.Module):
-    """Doubles the resolution: (b, c_in, *size) -> (b, c_out, *(2 * size)).
+    """Residual up-sampling block of stride 2: (b, c_in, *size) -> (b, c_out, *(2 * size)).
 
-    A transposed convolution of stride 2 gives 2 * size - 1 positions; both branches are padded by one zero at the
+    A transposed convolution of stride 2 gives 2 * size - 1 positions. Both branches are padded by one zero at the
     front of each axis.
     """
 
@@ -85,7 +85,10 @@ class MedNeXtUpBlock(nn.Module):
 
 
 class FusionBlock(nn.Module):
-    """Merges a skip feature with an up-sampled one: (b, c_skip, *size), (b, c, *size) -> (b, c_out, *size)."""
+    """Residual block that merges a skip and an up-sampled map.
+
+    (b, c_skip, *size), (b, c, *size) -> (b, c_out, *size).
+    """
 
     def __init__(self, in_channels: int, out_channels: int, axes: int = 3) -> None:
         super().__init__()

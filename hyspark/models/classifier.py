@@ -1,4 +1,4 @@
-"""Networks for the classification of images: by name, with the classifier's part and the order of the layers."""
+"""Networks for image classification: by name, with their classification layer and the order of their layers."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,42 +9,47 @@ from timm.models import group_parameters
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hyspark.models.backbones import known
+from hyspark.models.backbones import check_name, torchvision_names
 
-SEVERAL_OUTPUTS = ("googlenet", "inception_v3")
-"""Networks of torchvision with further classifiers on the way, which a loss of their own would be needed for."""
+AUXILIARY_OUTPUTS = ("googlenet", "inception_v3")
+"""Networks of torchvision with auxiliary classifiers, which would need a loss of their own."""
 
 
 def build_classifier(name: str, channels: int, num_classes: int, drop_path: float = 0.0) -> nn.Module:
-    """A fresh network: images (b, channels, h, w) -> class scores (b, num_classes).
+    """Build a randomly initialised network: images (b, channels, h, w) -> class scores (b, num_classes).
 
-    name: timm/NAME or torchvision/NAME. drop_path: largest probability of leaving out a block.
+    Args:
+        name: timm/NAME or torchvision/NAME.
+        channels: channels of an image.
+        num_classes: number of classes.
+        drop_path: largest probability of skipping a block.
 
-    Raises ValueError for a name that there is not, naming the nearest, and for what the network does not have.
+    Raises:
+        ValueError: the name is unknown, or the network does not support the channels or `drop_path`.
     """
     library, _, rest = name.partition("/")
     if library == "timm":
-        known(rest, timm.list_models(), library)
+        check_name(rest, timm.list_models(), library)
         options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
         try:
             created: nn.Module = timm.create_model(rest, in_chans=channels, num_classes=num_classes, **options)
         except TypeError as error:
             raise ValueError(f"{name} cannot be built with drop_path={drop_path}: {error}; set it to 0") from error
         return created
-    known(rest, torchvision.models.list_models(module=torchvision.models), library)
+    check_name(rest, torchvision_names(), library)
     if channels != 3 or drop_path:
         raise ValueError(
-            f"torchvision's {rest} takes three channels and has no drop_path to set, but channels is {channels} and "
-            f"drop_path is {drop_path}; networks of timm have both"
+            f"{name}: expected channels=3 and drop_path=0 for a network of torchvision, got channels={channels} and "
+            f"drop_path={drop_path}; networks of timm support both"
         )
-    if rest in SEVERAL_OUTPUTS:
-        raise ValueError(f"{name} gives several outputs in training, which is not supported; take another network")
+    if rest in AUXILIARY_OUTPUTS:
+        raise ValueError(f"{name}: has auxiliary classifiers in training, which are not supported; use another network")
     network: nn.Module = torchvision.models.get_model(rest, weights=None, num_classes=num_classes)
     return network
 
 
-def head_of(network: nn.Module) -> nn.Module:
-    """The last layer, which gives the class scores and starts fresh; the two of networks that were distilled."""
+def get_head(network: nn.Module) -> nn.Module:
+    """Return the layer that gives the class scores, or both such layers of a distilled network."""
     head = getattr(network, "get_classifier", lambda: None)()
     if isinstance(head, tuple):
         return nn.ModuleList(head)
@@ -53,37 +58,40 @@ def head_of(network: nn.Module) -> nn.Module:
     return [module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
 
 
-def layers_of(network: nn.Module) -> dict[str, int | None]:
-    """Place of each parameter, counted from the input; None for those of the last layer.
+def layer_indices(network: nn.Module) -> dict[str, int | None]:
+    """Compute the layer index of each parameter, counted from the input.
 
-    timm's networks know their layers. For others, a layer is a part with weights of the network, or of a chain in it
-    (`nn.Sequential`); a norm is of the layer before it.
+    Networks of timm define their layers. In others a layer is a module with weights, nested `nn.Sequential` being
+    flattened; a norm belongs to the layer before it.
+
+    Returns:
+        Index by name of the parameter; None for those of the head.
     """
-    head = {id(parameter) for parameter in head_of(network).parameters()}
-    places: dict[str, int] = {}
+    head = {id(parameter) for parameter in get_head(network).parameters()}
+    indices: dict[str, int] = {}
     if matcher := getattr(network, "group_matcher", None):
-        places = group_parameters(network, matcher(coarse=False), reverse=True)
+        indices = group_parameters(network, matcher(coarse=False), reverse=True)
     else:
-        place = -1
-        for prefix, part in chained(network):
-            place += any(parameter.ndim > 1 for parameter in part.parameters())
-            places |= {f"{prefix}.{name}": max(place, 0) for name, _ in part.named_parameters()}
-    return {name: None if id(p) in head else int(places.get(name, 0)) for name, p in network.named_parameters()}
+        index = -1
+        for prefix, part in iterate_layers(network):
+            index += any(parameter.ndim > 1 for parameter in part.parameters())
+            indices |= {f"{prefix}.{name}": max(index, 0) for name, _ in part.named_parameters()}
+    return {name: None if id(p) in head else int(indices.get(name, 0)) for name, p in network.named_parameters()}
 
 
-def chained(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Parts of a network with their names, chains taken apart."""
+def iterate_layers(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Iterate over the children of a network with their names; nested `nn.Sequential` are flattened."""
     for name, child in network.named_children():
         if isinstance(child, nn.Sequential):
-            yield from chained(child, f"{prefix}{name}.")
+            yield from iterate_layers(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child
 
 
-def backbone_learns(network: nn.Module, learns: bool) -> None:
-    """Whether all weights learn, or those of the last layer and of BatchNorm alone."""
-    network.requires_grad_(learns)
-    head_of(network).requires_grad_(True)
+def set_backbone_trainable(network: nn.Module, is_trainable: bool) -> None:
+    """Train all weights, or only those of the head and of BatchNorm."""
+    network.requires_grad_(is_trainable)
+    get_head(network).requires_grad_(True)
     for module in network.modules():
         if isinstance(module, _BatchNorm):
             module.requires_grad_(True)

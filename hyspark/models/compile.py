@@ -4,21 +4,24 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from hyspark.models.blocks import FusionBlock, MedNeXtBlock, MedNeXtUpBlock
-from hyspark.models.light_decoder import DecoderLevel
+from hyspark.models.light_decoder import LightDecoderLevel
 
-BLOCKS = (MedNeXtBlock, MedNeXtUpBlock, FusionBlock, DecoderLevel, Block)
+BLOCKS = (MedNeXtBlock, MedNeXtUpBlock, FusionBlock, LightDecoderLevel, Block)
 VARIANTS = 64
-"""Compiled versions of one kind of block that torch may keep, one per width and shape. Its own limit is 8."""
+"""Compiled versions of one type of block that torch may keep, one per width and shape. Its own limit is 8."""
 
 
 def compile_blocks(network: nn.Module, backend: str = "inductor") -> int:
-    """Compile every block of a network in place and return how many there are.
+    """Compile every block of a network in place.
 
     The names of the weights stay. A block is compiled at its first call, once per shape of its input.
 
     Args:
         network: the network, on any device.
-        backend: of torch.compile.
+        backend: backend of torch.compile.
+
+    Returns:
+        The number of blocks.
     """
     import torch._dynamo.config as dynamo  # takes seconds, and few runs compile
 

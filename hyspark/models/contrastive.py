@@ -1,12 +1,16 @@
 """Pre-training by comparing views of one image: MoCo v2, BYOL and SwAV around any network.
 
-The methods' heads and losses are lightly's. Shapes: b batch, c channels, f features of a projection, *size voxels per
-axis. Sources: Chen et al., "Improved baselines with momentum contrastive learning", 2020; Grill et al., "Bootstrap your
-own latent", NeurIPS 2020; Caron et al., "Unsupervised learning of visual features by contrasting cluster assignments",
-NeurIPS 2020. Two things differ from MoCo's paper. Keys are computed with statistics of earlier batches, not with those
-of their own, so that they carry no trace of the batch they came in, without shuffling between GPUs, of which there may
-be one. And the head has BatchNorm, as that of v3 (Chen et al., ICCV 2021): planes of CTs are so alike that projections
-otherwise share one direction, and keys can be told by how far it has moved since.
+The methods' heads and losses are lightly's. Two things differ from MoCo's paper:
+
+- Keys are computed with statistics of earlier batches, not of their own. So they carry no trace of their batch, without
+  shuffling between GPUs, which needs more than one.
+- The head has BatchNorm, as in v3 (Chen et al., ICCV 2021). 2D slices of CTs are so alike that projections otherwise
+  have one common direction, and its drift reveals the age of a key.
+
+Shapes: b batch, c channels, f features of a projection, *size voxels per axis.
+Sources: Chen et al., "Improved baselines with momentum contrastive learning", 2020; Grill et al., "Bootstrap your own
+latent", NeurIPS 2020; Caron et al., "Unsupervised learning of visual features by contrasting cluster assignments",
+NeurIPS 2020.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyspark.models.spark import PyramidEncoder, outputs
+from hyspark.models.spark import PyramidEncoder, record_outputs
 
-METHODS = ("moco", "byol", "swav")
+CONTRASTIVE_METHODS = ("moco", "byol", "swav")
+"""Methods that compare views; BYOL and SwAV do so without negative pairs."""
 PROJECTION = {"moco": 128, "byol": 256, "swav": 128}
 """Features of a projection, as published."""
 MOCO_TEMPERATURE = 0.2
@@ -27,8 +32,12 @@ MOCO_TEMPERATURE = 0.2
 
 @dataclass
 class SiameseOutput:
-    """What one pass gives. loss: scalar. projections: (b, f) of the first views, of unit length; alike for all images
-    where the network has collapsed.
+    """Output of one forward pass.
+
+    Attributes:
+        loss: scalar.
+        projections: (b, f) of the first views, of unit length; nearly equal for all images if the network has
+            collapsed.
     """
 
     loss: Tensor
@@ -36,9 +45,9 @@ class SiameseOutput:
 
 
 class PooledEncoder(nn.Module):
-    """A network up to its coarsest map, averaged over positions: (b, in_channels, *size) -> (b, width).
+    """Network up to its coarsest map, averaged over positions: (b, in_channels, *size) -> (b, width).
 
-    Arguments and errors as for PyramidEncoder.
+    Arguments and errors as for `PyramidEncoder`.
     """
 
     def __init__(
@@ -57,18 +66,20 @@ class PooledEncoder(nn.Module):
         self.width = pyramid.maps[0][0]
 
     def forward(self, images: Tensor) -> Tensor:
-        with outputs(self.backbone, [self.tap]) as seen:
+        with record_outputs(self.backbone, [self.tap]) as seen:
             self.run(self.backbone, images)
         return seen[self.tap].flatten(2).mean(-1)
 
     def weights(self) -> dict[str, Tensor]:
-        """What is handed on: the network's own, in its own key names."""
+        """Return the weights to export: the network's own, by its own key names."""
         return self.backbone.state_dict()
 
 
-class Teacher(nn.Module):
-    """A slow copy of a network, (b, in_channels, *size) -> (b, f): its weights are moving averages of the network's,
-    its batch statistics are its own, since those of the network do not fit weights that lag behind.
+class MomentumEncoder(nn.Module):
+    """Momentum encoder, or target network: (b, in_channels, *size) -> (b, f), without gradients.
+
+    Its weights are exponential moving averages of the network's. Its batch statistics are its own: those of the network
+    do not fit weights that lag behind.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -80,9 +91,11 @@ class Teacher(nn.Module):
         out: Tensor = self.module(images).float()
         return out
 
-    def without_batch(self, images: Tensor) -> Tensor:
-        """What it gives each image whatever the others are: by statistics of earlier batches. In training this batch
-        joins them afterwards; the first gives them whole, since those that norms begin with fit nothing.
+    def encode_keys(self, images: Tensor) -> Tensor:
+        """Encode images by statistics of earlier batches, so that no key depends on the rest of its batch.
+
+        In training the running statistics are updated afterwards. The first batch sets them: the initial ones of a norm
+        fit no data.
         """
         is_training = self.training
         norms: list[Any] = [part for part in self.modules() if getattr(part, "num_batches_tracked", None) is not None]
@@ -99,8 +112,8 @@ class Teacher(nn.Module):
         return found
 
     @torch.no_grad()
-    def follow(self, network: nn.Module, momentum: float) -> None:
-        """Move towards the network: momentum 1 stays, 0 copies, statistics included."""
+    def update(self, network: nn.Module, momentum: float) -> None:
+        """Move the weights towards the network's: momentum 1 changes nothing, 0 copies them, statistics included."""
         if momentum == 0:
             self.module.load_state_dict(network.state_dict())
         for own, other in zip(self.module.parameters(), network.parameters(), strict=True):
@@ -108,43 +121,43 @@ class Teacher(nn.Module):
 
 
 class Siamese(nn.Module):
-    """What the methods share: views in, loss out; `follow` before a step, for what moves besides the gradient."""
+    """Base of the methods: views in, loss out."""
 
     def __init__(self, encoder: PooledEncoder) -> None:
         super().__init__()
         self.encoder = encoder
 
     def forward(self, views: Sequence[Tensor]) -> SiameseOutput:
-        """views: (b, in_channels, *size) each, the i-th sample of all from one image."""
+        """Compute the loss of views, (b, in_channels, *size) each; the i-th sample of each is of the same image."""
         raise NotImplementedError
 
-    def follow(self, momentum: float) -> None:
-        """Called before each step."""
+    def prepare_step(self, momentum: float) -> None:
+        """Update weights that are not trained by gradients; called before each step."""
 
 
-class Taught(Siamese):
-    """A method whose targets are projections by a slow copy of the network."""
+class MomentumSiamese(Siamese):
+    """Base of the methods whose targets are projections by a momentum encoder."""
 
     def __init__(self, encoder: PooledEncoder, head: nn.Module, criterion: nn.Module) -> None:
         super().__init__(encoder)
         self.project = head
-        self.teacher = Teacher(nn.Sequential(encoder, head))
+        self.teacher = MomentumEncoder(nn.Sequential(encoder, head))  # its name is part of checkpoints' keys
         self.criterion = criterion
 
-    def follow(self, momentum: float) -> None:
-        self.teacher.follow(nn.Sequential(self.encoder, self.project), momentum)
+    def prepare_step(self, momentum: float) -> None:
+        self.teacher.update(nn.Sequential(self.encoder, self.project), momentum)
 
 
-class MoCo(Taught):
-    """MoCo v2: the first view must be found again, by its projection, between the second and keys of earlier images."""
+class MoCo(MomentumSiamese):
+    """MoCo v2: the projection of the first view is to match the key of the second, not keys of earlier images."""
 
     def forward(self, views: Sequence[Tensor]) -> SiameseOutput:
         query = self.project(self.encoder(views[0])).float()
-        return SiameseOutput(self.criterion(query, self.teacher.without_batch(views[1])), unit(query))
+        return SiameseOutput(self.criterion(query, self.teacher.encode_keys(views[1])), normalise(query))
 
 
-class BYOL(Taught):
-    """BYOL: of each view the slow copy's projection of the other is predicted."""
+class BYOL(MomentumSiamese):
+    """BYOL: from each view the momentum encoder's projection of the other view is predicted."""
 
     def __init__(self, encoder: PooledEncoder, head: nn.Module, criterion: nn.Module, predictor: nn.Module) -> None:
         super().__init__(encoder, head, criterion)
@@ -154,38 +167,38 @@ class BYOL(Taught):
         found = [self.project(self.encoder(view)) for view in views[:2]]
         wanted = [self.teacher(view) for view in views[:2]]
         losses = [self.criterion(self.predict(a).float(), b) for a, b in zip(found, reversed(wanted), strict=True)]
-        return SiameseOutput((losses[0] + losses[1]) / 2, unit(found[0]))
+        return SiameseOutput((losses[0] + losses[1]) / 2, normalise(found[0]))
 
 
 class SwAV(Siamese):
-    """SwAV: from each view the cluster is told that the other, large, view of the image is assigned to."""
+    """SwAV: from each view the cluster assignment of the other large view of its image is predicted."""
 
     def __init__(
-        self, encoder: PooledEncoder, head: nn.Module, prototypes: nn.Module, criterion: nn.Module, together: bool
+        self, encoder: PooledEncoder, head: nn.Module, prototypes: nn.Module, criterion: nn.Module, is_distributed: bool
     ) -> None:
         super().__init__(encoder)
-        self.together = together
+        self.is_distributed = is_distributed
         self.project = head
         self.prototypes: Any = prototypes
         self.criterion: Any = criterion
 
     def forward(self, views: Sequence[Tensor]) -> SiameseOutput:
-        projections = [unit(self.project(self.encoder(view))) for view in views]
+        projections = [normalise(self.project(self.encoder(view))) for view in views]
         scores = [self.prototypes(x).float() for x in projections]
-        return SiameseOutput(self.criterion(scores[:2], scores[2:]).sum(), projections[0])  # of one number
+        return SiameseOutput(self.criterion(scores[:2], scores[2:]).sum(), projections[0])  # sum of a single value
 
     def train(self, mode: bool = True) -> "SwAV":
-        """Outside training each process assigns its own images alone: there may be no others."""
-        self.criterion.sinkhorn_gather_distributed = mode and self.together
+        """Set the mode; outside training each process assigns only its own images, since it may run alone."""
+        self.criterion.sinkhorn_gather_distributed = mode and self.is_distributed
         return super().train(mode)
 
-    def follow(self, momentum: float) -> None:
-        """Prototypes have unit length."""
+    def prepare_step(self, momentum: float) -> None:
+        """Normalise the prototypes to unit length."""
         self.prototypes.normalize()
 
 
-def unit(x: Tensor) -> Tensor:
-    """(b, f) -> the same at unit length."""
+def normalise(x: Tensor) -> Tensor:
+    """Scale vectors (b, f) to unit length."""
     return nn.functional.normalize(x.float(), dim=1)
 
 
@@ -202,16 +215,26 @@ def build_siamese(
     num_processes: int = 1,
     run: Callable[[nn.Module, Tensor], Any] | None = None,
 ) -> Siamese:
-    """The pre-training network of a method around any backbone; run as for PyramidEncoder.
+    """Build the pre-training network of a method around any backbone.
 
-    method: moco, byol or swav. img_size: voxels per axis of a large view. head_width: hidden features of the heads.
-    queue_size: keys that MoCo compares with; a multiple of the global batch. num_prototypes: SwAV's clusters.
-    num_processes: above 1, queue and clusters are those of the global batch.
+    Args:
+        method: "moco", "byol" or "swav".
+        backbone: the network.
+        img_size: voxels per axis of a large view, one number or one per axis.
+        in_channels: channels of a view.
+        axes: number of spatial axes.
+        head_width: hidden features of the heads.
+        queue_size: number of keys in MoCo's queue, a multiple of the global batch.
+        num_prototypes: number of SwAV's clusters.
+        num_processes: number of processes; above 1, queue and clusters are those of the global batch.
+        run: run(backbone, x) computes the maps, see `PyramidEncoder`.
 
-    Raises ValueError for an unknown method, ModuleNotFoundError where lightly is missing.
+    Raises:
+        ValueError: the method is unknown.
+        ModuleNotFoundError: lightly is not installed.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    if method not in CONTRASTIVE_METHODS:
+        raise ValueError(f"method: expected one of {', '.join(CONTRASTIVE_METHODS)}, got {method!r}")
     try:
         from lightly import loss
         from lightly.models.modules import heads
@@ -220,20 +243,20 @@ def build_siamese(
     size = (img_size,) * axes if isinstance(img_size, int) else tuple(img_size)
     encoder = PooledEncoder(backbone, size, in_channels, run)
     shape = (encoder.width, head_width, PROJECTION[method])
-    together = num_processes > 1
+    is_distributed = num_processes > 1
     if method == "moco":
         bank = (queue_size, PROJECTION[method])
-        criterion = loss.NTXentLoss(MOCO_TEMPERATURE, bank, gather_distributed=together)
-        keep(criterion.memory_bank)
+        criterion = loss.NTXentLoss(MOCO_TEMPERATURE, bank, gather_distributed=is_distributed)
+        make_persistent(criterion.memory_bank)
         return MoCo(encoder, heads.MoCoProjectionHead(*shape, batch_norm=True), criterion)
     if method == "byol":
         predictor = heads.BYOLPredictionHead(PROJECTION[method], head_width, PROJECTION[method])
         return BYOL(encoder, heads.BYOLProjectionHead(*shape), loss.NegativeCosineSimilarity(), predictor)
     prototypes = heads.SwaVPrototypes(PROJECTION[method], num_prototypes)
-    return SwAV(encoder, heads.SwaVProjectionHead(*shape), prototypes, loss.SwaVLoss(), together)
+    return SwAV(encoder, heads.SwaVProjectionHead(*shape), prototypes, loss.SwaVLoss(), is_distributed)
 
 
-def keep(bank: nn.Module) -> None:
-    """Make the keys part of the state, so that a run continues with them; lightly leaves them out."""
+def make_persistent(bank: nn.Module) -> None:
+    """Make the queue part of the state, so that a resumed run continues with it; lightly excludes it."""
     for name, buffer in list(bank.named_buffers()):
         bank.register_buffer(name, buffer, persistent=True)

@@ -1,7 +1,7 @@
-"""The hybrid encoder: five convolutional stages, then a transformer on the deepest map.
+"""Hybrid encoder: five convolutional stages, then a transformer on the deepest map.
 
 Attribute names (`embeddings`, `expend1`, `mae`, ...) are those of the released weights: `state_dict()` IS the
-released format. The convolution that widens a stage is called `expend` there; the spelling is kept.
+released format. The release spells the convolution that widens a stage `expend`, and so does this module.
 
 Shapes: b batch, c channels, *size voxels per axis, *grid = size / 16 patches per axis.
 Source: Tang et al., "HySparK", MICCAI 2024 (arXiv 2408.05815), section 2, and its public release.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hyspark.models.blocks import CONV, MedNeXtBlock
 from hyspark.models.masking.context import hidden
 from hyspark.models.masking.mask import PATCH, grid_of, visible_at
-from hyspark.models.masking.packed import Patches, patches_of, same_conv
+from hyspark.models.masking.patches import Patches, build_patches, same_conv
 from hyspark.models.vit import TokenTransformer
 
 WIDTHS = (32, 64, 128, 256, 384)
@@ -26,19 +26,19 @@ NUM_STAGES = 5
 MAX_POOL = {2: F.max_pool2d, 3: F.max_pool3d}
 
 
-def halved(x: Tensor) -> Tensor:
-    """Take the largest of each 2^n positions: (b, c, *size) -> (b, c, *(size / 2)).
+def max_pool_2x(x: Tensor) -> Tensor:
+    """Halve the resolution by a max pool of kernel and stride 2: (b, c, *size) -> (b, c, *(size / 2)).
 
-    Of max_pool3d, torch (2.11, but not 2.14) refuses the backward pass on CUDA where kernels have to be deterministic.
+    torch 2.11 (but not 2.14) has no deterministic backward pass of max_pool3d on CUDA.
     """
     if x.device.type != "cpu" and x.ndim == 5 and torch.are_deterministic_algorithms_enabled():
-        return halved_by_axis(x)
+        return max_pool_by_axis(x)
     out: Tensor = MAX_POOL[x.ndim - 2](x, 2)
     return out
 
 
-def halved_by_axis(x: Tensor) -> Tensor:
-    """`halved`, one axis after the other; where two are equal, both get half of the gradient."""
+def max_pool_by_axis(x: Tensor) -> Tensor:
+    """Halve the resolution by maxima along one axis after the other; of equal values each gets half the gradient."""
     for axis in range(2, x.ndim):
         even, odd = ((slice(None),) * axis + (slice(start, None, 2),) for start in (0, 1))
         x = torch.maximum(x[even], x[odd])
@@ -48,8 +48,8 @@ def halved_by_axis(x: Tensor) -> Tensor:
 class ConvStages(nn.Module):
     """Stem and five stages of MedNeXt blocks; a widening convolution and a 2^n max pool between stages.
 
-    (b, in_channels, *size) -> five maps, finest first: the four skip features x_1..x_4 at full, 1/2, 1/4 and 1/8
-    resolution (widths of the following stage), and x_5 at 1/16. Given `patches`, all of them are packed.
+    (b, in_channels, *size) -> five maps, finest first: the skip features x_1..x_4 at full, 1/2, 1/4 and 1/8 resolution
+    (each with the width of the next stage), and x_5 at 1/16. Given `patches`, all maps are packed.
     """
 
     def __init__(
@@ -78,28 +78,33 @@ class ConvStages(nn.Module):
             if s < NUM_STAGES:
                 x = same_conv(self.get_submodule(f"expend{s}"), x, patches)
                 features.append(x)
-                x = halved(x)
+                x = max_pool_2x(x)
         return [*features, x]
 
 
 class HybridEncoder(nn.Module):
-    """Five feature maps of a crop, with the mask as an argument.
+    """Encoder that computes five feature maps of a crop, with the mask as an argument.
 
     Args:
         in_channels: channels of the input, 1 for CT.
-        img_size: voxels per axis the positions are stored for; one number, or one per axis. Inputs of other sizes
-        work too. widths, depths, expansions: of the five stages.
-        vit_depth, num_heads: of the transformer. The number of heads does not depend on the crop size.
+        img_size: voxels per axis for which the positions are stored; one number, or one per axis. Inputs of other
+            sizes work too.
+        widths: channels of the five stages.
+        depths: blocks of the five stages.
+        expansions: expansion ratios of the five stages.
+        vit_depth: blocks of the transformer.
+        num_heads: attention heads of the transformer, independent of the crop size.
         axes: number of spatial axes.
-        compute: how hidden voxels are left out: "packed" computes visible patches only, "masked" is the readable
-        reference, which computes every voxel and zeroes the hidden ones. They agree to rounding.
-        hide: where hidden patches are left out: "everywhere" is the method; the others are for ablations. With
-        "convolutions" the transformer works on all tokens, hidden ones being zero plus their position (what the
-        release does in batches of 4 and more, once it runs). With "input" their voxels are zero in the input and
-        nothing else is left out (a plain masked autoencoder).
+        compute: how hidden voxels are excluded; both agree to rounding. "packed" computes visible patches only.
+            "masked" is the readable reference: it computes every voxel and zeroes the hidden ones.
+        hide: where hidden patches are excluded. "everywhere" is the method; the others are for ablations.
+            "convolutions": the transformer processes all tokens, hidden ones being zero plus their position (as the
+            release does in batches of 4 and more, once it runs).
+            "input": hidden voxels are zero in the input only (a plain masked autoencoder).
 
-    Raises ValueError for a size that is not a multiple of 16, for other than five stages, for a last width that the
-    heads or the position embedding do not divide, for another way of computing or hiding.
+    Raises:
+        ValueError: a size is not a multiple of 16; there are not five stages; the heads or the position embedding do
+            not divide the last width; `compute` or `hide` is unknown.
     """
 
     def __init__(
@@ -117,18 +122,18 @@ class HybridEncoder(nn.Module):
     ) -> None:
         super().__init__()
         if compute not in ("masked", "packed"):
-            raise ValueError(f'compute must be "masked" or "packed", not {compute!r}')
+            raise ValueError(f'compute: expected "masked" or "packed", got {compute!r}')
         if hide not in ("everywhere", "convolutions", "input"):
-            raise ValueError(f'hide must be "everywhere", "convolutions" or "input", not {hide!r}')
+            raise ValueError(f'hide: expected "everywhere", "convolutions" or "input", got {hide!r}')
         self.compute = compute
         self.hide = hide
         self.in_channels = in_channels
         for name, values in (("widths", widths), ("depths", depths), ("expansions", expansions)):
             if len(values) != NUM_STAGES:
-                raise ValueError(f"{name} must have {NUM_STAGES} entries, one per stage, but got {tuple(values)}")
+                raise ValueError(f"{name}: expected {NUM_STAGES} numbers, one per stage, got {tuple(values)}")
         self.img_size = (img_size,) * axes if isinstance(img_size, int) else tuple(img_size)
         if len(self.img_size) != axes:
-            raise ValueError(f"img_size is one number or {axes}, one per axis, but got {self.img_size}")
+            raise ValueError(f"img_size: expected one number, or {axes}, one per axis, got {self.img_size}")
         self.widths = tuple(widths)
         self.embeddings = ConvStages(in_channels, widths, depths, expansions, axes)
         self.mae = TokenTransformer(widths[-1], vit_depth, num_heads, grid_of(self.img_size))
@@ -138,19 +143,25 @@ class HybridEncoder(nn.Module):
 
     @property
     def maps(self) -> list[tuple[int, int]]:
-        """Channels and stride of the maps that a light decoder takes, deepest first: all but the finest."""
+        """Channels and stride of the light decoder's input maps, deepest first: all but the finest map."""
         return [(self.widths[-1], 16), (self.widths[-1], 8), (self.widths[-2], 4), (self.widths[-3], 2)]
 
     def weights(self) -> dict[str, Tensor]:
-        """What is handed on, in the released key names."""
+        """Return the weights to export, by their released key names."""
         return self.state_dict()
 
     def forward(self, volumes: Tensor, visible: Tensor | None = None) -> list[Tensor]:
-        """Features, finest first: x_1..x_4 (skips) and x_5 (tokens back on the grid).
+        """Compute the features of a crop.
 
-        volumes: (b, in_channels, *size). visible: bool (b, 1, *grid), True where the encoder sees, or None for
-        dense. With a mask the maps are exactly zero at hidden positions, and no value at a visible one depends on
-        any hidden voxel.
+        With a mask the maps are exactly zero at hidden positions. No value at a visible position depends on any hidden
+        voxel.
+
+        Args:
+            volumes: (b, in_channels, *size).
+            visible: bool (b, 1, *grid), True where the encoder sees; None: all is visible.
+
+        Returns:
+            Five dense maps, finest first: x_1..x_4 (skips) and x_5 (tokens back on the grid).
         """
         if visible is None:
             grid_of(volumes.shape[2:])
@@ -160,11 +171,11 @@ class HybridEncoder(nn.Module):
         return [patches.unpack(x) for x in self.encode(volumes, patches)]
 
     def patches(self, volumes: Tensor, visible: Tensor) -> Patches:
-        """Geometry of a mask for these volumes; raises ValueError for a mask of another shape."""
-        return patches_of(volumes, visible, self.patch)
+        """Compute the geometry of a mask for these volumes; raise ValueError if the mask has another shape."""
+        return build_patches(volumes, visible, self.patch)
 
     def encode(self, volumes: Tensor, patches: Patches) -> list[Tensor]:
-        """The five maps at visible patches alone, (p, c, *edges), finest first; what `forward` spreads out."""
+        """Compute the five maps at visible patches only, (p, c, *edges), finest first; `forward` unpacks them."""
         if self.hide == "input":
             return [patches.pack(x) for x in self(volumes.where(visible_at(patches.visible, volumes.shape[2:]), 0))]
         if self.compute == "packed":

@@ -1,5 +1,6 @@
-"""The light decoder, SparK's U-Net, and the projections that lead the encoder's maps to it: of pre-training, and of a
-segmentation network that takes them over.
+"""Light decoder (SparK's U-Net), and the projections of the encoder's maps to its widths.
+
+Both serve pre-training, and segmentation networks that reuse their weights.
 
 Shapes: b batch, c channels, *size voxels per axis.
 """
@@ -12,22 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyspark.models.blocks import BATCH_NORM, CONV, CONV_TRANSPOSE, ChannelNorm
-from hyspark.models.masking.packed import CONV_FUNCTION, Patches
+from hyspark.models.masking.patches import CONV_FUNCTION, Patches
 from hyspark.models.recompute import recomputed
 
 CONV_TRANSPOSE_FUNCTION = {2: F.conv_transpose2d, 3: F.conv_transpose3d}
 Maps = Sequence[tuple[int, int]]
-"""What the decoder takes: channels and stride of each map, deepest first."""
+"""Channels and stride of each input map of the decoder, deepest first."""
 COMPOSE_FROM = 16
 """Positions (samples times voxels of the coarse map) per channel from which one composed up-convolution is faster than
-two steps; measured at 384 channels, where both take about as long at 9 positions per channel.
+two steps. Measured at 384 channels: both take about as long at 9 positions per channel.
 """
 
 
 class Projection(nn.Module):
-    """Normalises a feature map over its channels and convolves it to the decoder's width: (b, c_in, *size) -> (b,
-    c_out, *size).
-    """
+    """Channel norm, then a convolution to the decoder's width: (b, c_in, *size) -> (b, c_out, *size)."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, axes: int) -> None:
         super().__init__()
@@ -40,12 +39,13 @@ class Projection(nn.Module):
 
 
 class Densify(nn.Module):
-    """Normalises the visible positions of one feature map over its channels, fills the hidden ones with a learned token
-    and convolves to the decoder's width: visible patches (p, c_in, *edges) -> (b, c_out, *size). Only the patches are
-    kept for the backward pass.
+    """Densification of one feature map: visible patches (p, c_in, *edges) -> (b, c_out, *size).
 
-    Without the norm, which the paper does not name and SparK has, the decoder's BatchNorms reward an encoder that makes
-    its features ever larger; beside those, what its later layers add vanishes, and they are not trained.
+    Visible positions are normalised over channels, hidden ones filled with a learned mask token. Then a convolution
+    gives the decoder's width. Only the patches are kept for the backward pass.
+
+    The norm is in SparK, but not named by the paper. Without it the decoder's BatchNorms reward an encoder with ever
+    larger features. The contribution of later layers then vanishes beside these, and they are not trained.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, axes: int) -> None:
@@ -60,50 +60,58 @@ class Densify(nn.Module):
         return out
 
     def fill(self, x: Tensor, token: Tensor, patches: Patches) -> Tensor:
-        """The whole of `forward`."""
+        """Compute `forward` without recomputation."""
         out: Tensor = self.project(patches.unpack(self.norm(x), token))
         return out
 
 
-def projections(kind: type[nn.Module], maps: Maps, decoder_width: int, axes: int) -> nn.ModuleList:
-    """One Projection or Densify for each map that the decoder takes.
+def build_projections(layer: type[nn.Module], maps: Maps, decoder_width: int, axes: int) -> nn.ModuleList:
+    """Build a Projection or Densify for each input map of the decoder.
 
-    Raises ValueError for a decoder's width that does not halve as often as the resolution doubles.
+    Args:
+        layer: Projection or Densify.
+        maps: channels and stride of each map, deepest first.
+        decoder_width: channels of the decoder's deepest level.
+        axes: number of spatial axes.
+
+    Raises:
+        ValueError: the decoder width is not divisible by 2 at every doubling of the resolution.
     """
     deepest = maps[0][1]
     if decoder_width < deepest or decoder_width % deepest:
         raise ValueError(
-            f"the decoder width must be a multiple of {deepest}, since it halves {levels_of(maps)} times; "
-            f"it is {decoder_width}"
+            f"decoder_width: expected a multiple of {deepest}, because it halves {count_levels(maps)} times, "
+            f"got {decoder_width}"
         )
     return nn.ModuleList(
-        kind(channels, decoder_width * stride // deepest, 1 if stride == deepest else 3, axes)
+        layer(channels, decoder_width * stride // deepest, 1 if stride == deepest else 3, axes)
         for channels, stride in maps
     )
 
 
 def check_min_width(decoder_width: int, decoder_min_width: int) -> None:
-    """Raises ValueError for a least width that is above the width of the deepest level."""
+    """Raise ValueError if the minimum width exceeds the width of the deepest level."""
     if decoder_min_width > decoder_width:
         raise ValueError(
-            f"decoder_min_width={decoder_min_width} is above decoder_width={decoder_width}, "
-            "the width of the widest level"
+            f"decoder_min_width: expected at most decoder_width={decoder_width}, the width of the widest level, "
+            f"got {decoder_min_width}"
         )
 
 
-def levels_of(maps: Maps) -> int:
-    """Doublings of the resolution from the deepest map to the input.
+def count_levels(maps: Maps) -> int:
+    """Count the doublings of the resolution from the deepest map to the input.
 
-    Raises ValueError where strides are no powers of two.
+    Raises:
+        ValueError: a stride is no power of two.
     """
     strides = [stride for _, stride in maps]
     if any(s < 1 or s & (s - 1) for s in strides):
-        raise ValueError(f"the light decoder doubles resolutions, so strides are powers of two, but they are {strides}")
+        raise ValueError(f"strides of the light decoder's maps: expected powers of two, got {strides}")
     return strides[0].bit_length() - 1
 
 
 def double_conv(widths: Sequence[int], axes: int) -> nn.Sequential:
-    """Two times (3^n convolution, BatchNorm, ReLU) through three widths: (b, w0, *size) -> (b, w2, *size)."""
+    """Build two (3^n convolution, BatchNorm, ReLU) with the given three widths: (b, w0, *size) -> (b, w2, *size)."""
     layers: list[nn.Module] = []
     for w_in, w_out in pairwise(widths):
         layers += [
@@ -114,41 +122,46 @@ def double_conv(widths: Sequence[int], axes: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-class DecoderLevel(nn.Module):
-    """Doubles the resolution, after fusing a skip where there is one: (b, c, *size) -> (b, c_out, *(2 * size)).
+class LightDecoderLevel(nn.Module):
+    """Level that fuses a skip, if any, and doubles the resolution: (b, c, *size) -> (b, c_out, *(2 * size)).
 
-    skip: channels of the skip; 0 for none.
+    The last norm (and ReLU) of a level is not applied to its output, but returned with it for the next level. So each
+    step ends in a convolution, and the layers before it are recomputed in the backward pass at little cost.
 
-    It takes a map whose `norm` (and ReLU) is still to be done, None for none, and gives its own so. Each step thus
-    ends in a convolution, and what stands before it can be made again in the backward pass at little cost.
+    Args:
+        width: channels of the input.
+        out_width: channels of the output.
+        skip: channels of the skip; 0 for none.
+        axes: number of spatial axes.
     """
 
     def __init__(self, width: int, out_width: int, skip: int, axes: int) -> None:
         super().__init__()
         self.fuse = double_conv((width + skip, width, width), axes) if skip else None
-        # No bias: but for the border, the convolution and the BatchNorm that follow would take it out again.
+        # No bias: the BatchNorm after the next convolution cancels it, except at the border.
         self.up = CONV_TRANSPOSE[axes](width, width, 2, stride=2, bias=False)
         self.refine = double_conv((width, out_width, out_width), axes)
 
     def forward(self, x: Tensor, norm: nn.Module | None, skip: Tensor | None) -> tuple[Tensor, nn.Module]:
         if self.fuse is not None and skip is not None:
-            x = normed(self.fuse[0], x, norm, skip)
-            x = normed(self.fuse[3], x, self.fuse[1])
+            x = apply_norm_relu(self.fuse[0], x, norm, skip)
+            x = apply_norm_relu(self.fuse[3], x, self.fuse[1])
             norm = self.fuse[4]
-        x = normed(self.upsample, x, norm)
-        x = normed(self.refine[3], x, self.refine[1])
+        x = apply_norm_relu(self.upsample, x, norm)
+        x = apply_norm_relu(self.refine[3], x, self.refine[1])
         return x, self.refine[4]
 
     def upsample(self, x: Tensor) -> Tensor:
-        """`up`, then the first convolution of `refine`."""
+        """Apply `up`, then the first convolution of `refine`."""
         conv = self.refine[0].weight
         assert isinstance(conv, Tensor)
         return up_convolution(x, self.up.weight, conv)
 
 
-def normed(layer: Callable[[Tensor], Tensor], x: Tensor, norm: nn.Module | None, *skips: Tensor) -> Tensor:
-    """layer(concatenate(ReLU(norm(x)), *skips)); without a norm x is taken as it is. Only x and the skips are kept for
-    the backward pass.
+def apply_norm_relu(layer: Callable[[Tensor], Tensor], x: Tensor, norm: nn.Module | None, *skips: Tensor) -> Tensor:
+    """Compute layer(concatenate(ReLU(norm(x)), *skips)), or layer(concatenate(x, *skips)) without a norm.
+
+    Only x and the skips are kept for the backward pass.
     """
 
     def run(x: Tensor, *skips: Tensor) -> Tensor:
@@ -161,30 +174,44 @@ def normed(layer: Callable[[Tensor], Tensor], x: Tensor, norm: nn.Module | None,
 
 
 def up_convolution(x: Tensor, up: Tensor, conv: Tensor) -> Tensor:
-    """A transposed convolution of kernel 2 and stride 2, then a 3^n convolution of the same size: (b, c, *size) ->
-    (b, c_out, *(2 * size)).
+    """Apply a transposed convolution of kernel and stride 2, then a 3^n convolution that preserves the size.
 
-    up: (c, c_mid, 2, ...). conv: (c_out, c_mid, 3, ...). There is nothing between the two, so that they are one
-    transposed convolution of kernel 4: exactly the same, borders included, with 8 instead of 29 multiplications per
-    output voxel and pair of channels (3D, c_out = c / 2). Making that kernel costs as much as COMPOSE_FROM
-    positions per channel, so small maps take the two steps.
+    Nothing lies between the two, so they equal one transposed convolution of kernel 4, borders included. That takes 8
+    instead of 29 multiplications per output voxel and pair of channels (3D, c_out = c / 2). Composing the kernel costs
+    as much as COMPOSE_FROM positions per channel, so small maps take the two steps.
+
+    Args:
+        x: (b, c, *size).
+        up: weight of the transposed convolution, (c, c_mid, 2, ...).
+        conv: weight of the convolution, (c_out, c_mid, 3, ...).
+
+    Returns:
+        (b, c_out, *(2 * size)).
     """
     axes = x.ndim - 2
     transposed = CONV_TRANSPOSE_FUNCTION[axes]
     if x.numel() < COMPOSE_FROM * x.shape[1] ** 2:
         return CONV_FUNCTION[axes](transposed(x, up, stride=2), conv, padding=1)
-    with torch.autocast(x.device.type, enabled=False):  # the kernel is rounded once, not the parts of its sums
+    with torch.autocast(x.device.type, enabled=False):  # rounds the kernel once, not the terms of its sums
         kernel = transposed(up, conv.transpose(0, 1).flip(list(range(2, conv.ndim))))  # (c, c_out, 4, ...)
     return transposed(x, kernel, stride=2, padding=1)
 
 
 class LightDecoder(nn.Module):
-    """Levels from the deepest map back to all of the resolution, then the channels asked for. Maps deepest first ->
-    (b, out_channels, *size). The width halves from level to level; what the last gives is of half the width that it
-    takes.
+    """Decoder from the deepest map to full resolution: maps, deepest first -> (b, out_channels, *size).
 
-    finest: channels of a last map, of full resolution, that is fused before the output; 0 for none. min_width: a level
-    takes at least so many channels; ValueError where that is more than the deepest has.
+    The width halves from level to level. The output of the last level has half the width of its input.
+
+    Args:
+        maps: channels and stride of each map, deepest first.
+        width: channels of the deepest level.
+        axes: number of spatial axes.
+        out_channels: channels of the output.
+        finest: channels of a last map, of full resolution, that is fused before the output; 0 for none.
+        min_width: minimum input channels of a level.
+
+    Raises:
+        ValueError: `min_width` exceeds `width`, or a stride is no power of two.
     """
 
     def __init__(
@@ -192,24 +219,24 @@ class LightDecoder(nn.Module):
     ) -> None:
         super().__init__()
         check_min_width(width, min_width)
-        num_levels = levels_of(maps)
+        num_levels = count_levels(maps)
         widths = [max(width >> level, min_width) for level in range(num_levels)]
         last = max(width >> num_levels, min_width // 2)
         fused = {maps[0][1] // stride for _, stride in maps[1:]}
         skips = [(width >> level) * (1 << level in fused) for level in range(num_levels)]
         self.levels = nn.ModuleList(
-            DecoderLevel(w_in, w_out, skip, axes)
+            LightDecoderLevel(w_in, w_out, skip, axes)
             for w_in, w_out, skip in zip(widths, [*widths[1:], last], skips, strict=True)
         )
         self.fuse = double_conv((last + finest, 2 * last, 2 * last), axes) if finest else None
         self.out = CONV[axes](2 * last if finest else last, out_channels, 1)
         for layer in self.modules():
             if isinstance(layer, (CONV[axes], CONV_TRANSPOSE[axes])):
-                # Variances near 1 agree with BatchNorm's fresh running statistics, whatever the width.
+                # Variances near 1 agree with BatchNorm's initial running statistics, for any width.
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-        nn.init.trunc_normal_(self.out.weight, std=0.02)  # a fresh network predicts about 0, the mean of a patch
+        nn.init.trunc_normal_(self.out.weight, std=0.02)  # at first the prediction is about 0, the mean of a patch
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         deepest, *skips = maps
@@ -218,7 +245,7 @@ class LightDecoder(nn.Module):
         for level in self.levels:
             x, norm = level(x, norm, skips.pop(0) if level.fuse is not None else None)
         if self.fuse is not None:
-            x = normed(self.fuse[0], x, norm, *finest)
-            x = normed(self.fuse[3], x, self.fuse[1])
+            x = apply_norm_relu(self.fuse[0], x, norm, *finest)
+            x = apply_norm_relu(self.fuse[3], x, self.fuse[1])
             norm = self.fuse[4]
-        return normed(self.out, x, norm)
+        return apply_norm_relu(self.out, x, norm)

@@ -1,4 +1,4 @@
-"""HySparK's pre-training network: mask -> encode -> densify -> decode -> loss on the hidden patches.
+"""Masked autoencoder, the network of HySparK and SparK: mask, encode, densify, decode, loss on hidden patches.
 
 Shapes: b batch, c channels, *size voxels per axis, *grid = size / 16 patches per axis, n = prod(grid).
 Source: Tang et al., "HySparK", MICCAI 2024, sections 2.2-2.3, and its public release, whose unused full-resolution
@@ -14,17 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from hyspark.models.encoder import DEPTHS, EXPANSIONS, WIDTHS, HybridEncoder
-from hyspark.models.light_decoder import Densify, LightDecoder, projections
+from hyspark.models.light_decoder import Densify, LightDecoder, build_projections
 from hyspark.models.masking.mask import draw_visible, grid_of, num_visible, patchify, unpatchify
-from hyspark.models.masking.packed import Patches
+from hyspark.models.masking.patches import Patches
 
 
 @dataclass
 class PretrainingOutput:
-    """What one pass gives.
+    """Output of one forward pass.
 
-    loss: scalar. visible: bool (b, 1, *grid), the mask used. prediction: (b, c, *size), in units of each target
-    patch's own mean and standard deviation; `reconstruct` turns it into intensities.
+    Attributes:
+        loss: scalar.
+        visible: bool (b, 1, *grid), the mask used.
+        prediction: (b, c, *size), normalised by the mean and standard deviation of each target patch; `reconstruct`
+            converts it to intensities.
     """
 
     loss: Tensor
@@ -33,10 +36,13 @@ class PretrainingOutput:
 
 
 class MaskedEncoder(Protocol):
-    """What the pre-training network asks of an encoder.
+    """Interface of the encoder of a masked autoencoder.
 
-    img_size: voxels per axis of a crop. in_channels: its channels. patch: edge of a mask unit. maps: channels and
-    stride of the maps that the decoder takes, deepest first.
+    Attributes:
+        img_size: voxels per axis of a crop.
+        in_channels: channels of a crop.
+        patch: edge of a mask unit in voxels.
+        maps: channels and stride of the decoder's input maps, deepest first.
     """
 
     img_size: tuple[int, ...]
@@ -47,18 +53,27 @@ class MaskedEncoder(Protocol):
     def maps(self) -> list[tuple[int, int]]: ...
 
     def weights(self) -> dict[str, Tensor]:
-        """What is handed on."""
+        """Return the weights to export."""
 
     def patches(self, volumes: Tensor, visible: Tensor) -> Patches:
-        """Geometry of a mask (b, 1, *grid) for volumes (b, c, *size)."""
+        """Compute the geometry of a mask (b, 1, *grid) for volumes (b, c, *size)."""
 
     def encode(self, volumes: Tensor, patches: Patches) -> list[Tensor]:
-        """Maps at visible patches alone, (p, c, *edges), finest first; the last are those of `maps`."""
+        """Compute maps at visible patches only, (p, c, *edges), finest first; the last are those of `maps`."""
 
 
-class HySparK(nn.Module):
-    """Encoder and light decoder with the masked reconstruction loss. Build it with `build_hyspark`, or, around another
-    network, with `build_spark`.
+class MaskedAutoencoder(nn.Module):
+    """Encoder and light decoder with the masked reconstruction loss.
+
+    Build it with `build_hyspark`, or around another network with `build_spark`.
+
+    Args:
+        encoder: the encoder.
+        mask_ratio: fraction of hidden patches.
+        decoder_width: channels of the decoder's deepest level.
+
+    Raises:
+        ValueError: the mask ratio hides no patch, or the decoder width does not fit the encoder's strides.
     """
 
     def __init__(self, encoder: MaskedEncoder, mask_ratio: float, decoder_width: int) -> None:
@@ -66,18 +81,21 @@ class HySparK(nn.Module):
         grid = grid_of(encoder.img_size, encoder.patch)
         if num_visible(grid, mask_ratio) == math.prod(grid):
             raise ValueError(
-                f"a mask ratio of {mask_ratio} hides no patch of the {math.prod(grid)} in a crop of "
-                f"{encoder.img_size} voxels, so that there is nothing to learn; raise the ratio or the crop size"
+                f"mask ratio: {mask_ratio} hides no patch of the {math.prod(grid)} in a crop of "
+                f"{encoder.img_size} voxels, so there is nothing to learn; increase the ratio or the crop size"
             )
         axes = len(encoder.img_size)
         self.mask_ratio = mask_ratio
         self.encoder = encoder
-        self.densify = projections(Densify, encoder.maps, decoder_width, axes)
+        self.densify = build_projections(Densify, encoder.maps, decoder_width, axes)
         self.decoder = LightDecoder(encoder.maps, decoder_width, axes, encoder.in_channels)
 
     def forward(self, volumes: Tensor, visible: Tensor | None = None) -> PretrainingOutput:
-        """volumes: (b, c, *size) in [0, 1]. visible: bool (b, 1, *grid), or None to draw one from torch's global
-        generator.
+        """Reconstruct masked volumes.
+
+        Args:
+            volumes: (b, c, *size) in [0, 1].
+            visible: bool (b, 1, *grid); None: drawn from torch's global generator.
         """
         if visible is None:
             visible = self.draw_visible(len(volumes), volumes.shape[2:])
@@ -87,23 +105,30 @@ class HySparK(nn.Module):
         return PretrainingOutput(reconstruction_loss(volumes, prediction, patches.visible), patches.visible, prediction)
 
     def draw_visible(self, num_samples: int, size: Sequence[int]) -> Tensor:
-        """A mask (num_samples, 1, *grid) seeded from torch's global generator."""
+        """Draw a mask (num_samples, 1, *grid) seeded from torch's global generator."""
         seeds = torch.randint(2**62, (num_samples,)).tolist()
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         return draw_visible(grid_of(size, self.encoder.patch), self.mask_ratio, generators)
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each patch, (b, n, p) -> two of (b, n, 1); sd = sqrt(unbiased variance + 1e-6)."""
+    """Compute mean and standard deviation of each patch, (b, n, p) -> two (b, n, 1).
+
+    The deviation is sqrt(unbiased variance + 1e-6).
+    """
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
 def reconstruction_loss(volumes: Tensor, prediction: Tensor, visible: Tensor) -> Tensor:
-    """Mean squared error against patches normalised by their own mean and deviation, averaged over hidden patches;
-    scalar, float32.
+    """Compute the mean squared error of hidden patches, each normalised by its own mean and deviation.
 
-    volumes, prediction: (b, c, *size). visible: bool (b, 1, *grid), at least one hidden patch in the batch for a
-    finite result.
+    Args:
+        volumes: targets (b, c, *size).
+        prediction: (b, c, *size).
+        visible: bool (b, 1, *grid); without a hidden patch in the batch the loss is not finite.
+
+    Returns:
+        float32 scalar.
     """
     patch = volumes.shape[2] // visible.shape[2]
     target = patchify(volumes.float(), patch)
@@ -114,9 +139,9 @@ def reconstruction_loss(volumes: Tensor, prediction: Tensor, visible: Tensor) ->
 
 
 def reconstruct(volumes: Tensor, output: PretrainingOutput) -> Tensor:
-    """The prediction in intensities, (b, c, *size): each patch scaled back with the mean and deviation of its target.
+    """Convert a prediction to intensities, (b, c, *size), by the mean and deviation of each target patch.
 
-    Those two numbers per patch come from the target, as is usual when showing models trained on normalised patches.
+    These two numbers per patch come from the target, as is usual in figures of models trained on normalised patches.
     """
     grid = tuple(output.visible.shape[2:])
     patch = volumes.shape[2] // grid[0]
@@ -137,12 +162,24 @@ def build_hyspark(
     num_heads: int = 12,
     decoder_width: int = 768,
     axes: int = 3,
-) -> HySparK:
-    """The pre-training network; the defaults are HySparK-B of the paper.
+) -> MaskedAutoencoder:
+    """Build HySparK's pre-training network; the defaults are HySparK-B of the paper.
 
-    compute: "packed" computes visible patches only; "masked" is the readable reference, which computes every voxel
-    and zeroes the hidden ones. hide: where they are left out, see `HybridEncoder`. Raises ValueError for sizes, widths
-    or a mask ratio that do not fit together.
+    Args:
+        img_size: voxels per axis of a crop, one number or one per axis, each a multiple of 16.
+        mask_ratio: fraction of hidden patches.
+        compute: "packed" computes visible patches only; "masked" is the readable reference, see `HybridEncoder`.
+        hide: where hidden patches are excluded, see `HybridEncoder`.
+        widths: channels of the encoder's five stages.
+        depths: blocks of the stages.
+        expansions: expansion ratios of the stages.
+        vit_depth: blocks of the transformer.
+        num_heads: attention heads of the transformer.
+        decoder_width: channels of the decoder's deepest level.
+        axes: number of spatial axes.
+
+    Raises:
+        ValueError: sizes, widths or the mask ratio do not fit together.
     """
     encoder = HybridEncoder(1, img_size, widths, depths, expansions, vit_depth, num_heads, axes, compute, hide)
-    return HySparK(encoder, mask_ratio, decoder_width)
+    return MaskedAutoencoder(encoder, mask_ratio, decoder_width)

@@ -1,4 +1,4 @@
-"""Activation checkpointing of cheap layers: what they give is made again in the backward pass instead of being kept."""
+"""Activation checkpointing of cheap layers: their outputs are recomputed in the backward pass instead of kept."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,24 +11,29 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(function: Callable[..., Any], *args: Any, batch_norm: nn.Module | None = None) -> Any:
-    """function(*args), keeping only `args` for the backward pass.
+    """Call function(*args), keeping only `args` for the backward pass.
 
-    torch stops the second pass as soon as it has what the backward pass needs, so a convolution at the end of the
-    function is not computed twice. batch_norm: a BatchNorm inside it, whose running statistics are to move once.
-    Where torch.compile is at work the function is called plainly: it decides by itself what to keep.
+    torch stops the recomputation as soon as it has all that the backward pass needs. A convolution at the end of the
+    function is thus not computed twice. Under torch.compile the function is called plainly: the compiler decides by
+    itself what to keep.
+
+    Args:
+        function: the layers.
+        args: their inputs.
+        batch_norm: a BatchNorm among the layers; its running statistics are updated once only.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return function(*args)
 
     def contexts() -> tuple[Any, Any]:
-        return nullcontext(), unmoved(batch_norm) if isinstance(batch_norm, _BatchNorm) else nullcontext()
+        return nullcontext(), freeze_statistics(batch_norm) if isinstance(batch_norm, _BatchNorm) else nullcontext()
 
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 @contextmanager
-def unmoved(norm: _BatchNorm) -> Iterator[None]:
-    """The running statistics of a BatchNorm stay as they are inside the block."""
+def freeze_statistics(norm: _BatchNorm) -> Iterator[None]:
+    """Keep the running statistics of a BatchNorm unchanged inside the block."""
     momentum, count = norm.momentum, norm.num_batches_tracked
     before = None if count is None else count.clone()
     norm.momentum = 0.0

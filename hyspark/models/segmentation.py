@@ -1,6 +1,6 @@
-"""Segmentation networks: the hybrid encoder, dense, and a decoder: the release's, of MedNeXt up-blocks, or the light
-one of pre-training, whose weights are then taken over too.
+"""Segmentation networks: the hybrid encoder without a mask, and a decoder.
 
+The decoder is the release's, of MedNeXt up-blocks, or the light one, which can load its weights from pre-training.
 Attribute names, and the spelling `build_hybird`, are those of the public release: its encoder weights load by name.
 
 Shapes: b batch, c channels, *size voxels per axis.
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from hyspark.models.blocks import CONV, FusionBlock, MedNeXtBlock, MedNeXtUpBlock
 from hyspark.models.encoder import DEPTHS, EXPANSIONS, NUM_STAGES, WIDTHS, HybridEncoder
-from hyspark.models.light_decoder import LightDecoder, Projection, projections
+from hyspark.models.light_decoder import LightDecoder, Projection, build_projections
 from hyspark.models.masking.mask import grid_of
 
 UP_EXPANSION = 4
 
 
-class DecoderLevel(nn.Module):
-    """Doubles the resolution of `deep` and fuses it with a skip of the same width.
+class SegmentationLevel(nn.Module):
+    """Level that doubles the resolution of `deep` and fuses it with a skip of the same width.
 
     deep (b, c, *size), skip (b, c, *(2 * size)) -> (b, c_out, *(2 * size)).
     """
@@ -36,7 +36,7 @@ class DecoderLevel(nn.Module):
 
 
 class ClassScores(nn.Module):
-    """Pointwise convolution to the classes, (b, c, *size) -> (b, n_classes, *size)."""
+    """Pointwise convolution to class scores, (b, c, *size) -> (b, n_classes, *size)."""
 
     def __init__(self, in_channels: int, n_classes: int, axes: int) -> None:
         super().__init__()
@@ -48,12 +48,12 @@ class ClassScores(nn.Module):
 
 
 class SegmentationDecoder(nn.Module):
-    """Four levels, deepest first, then class scores. Five maps, finest first -> (b, n_classes, *size)."""
+    """Decoder of the release: five maps, finest first -> class scores (b, n_classes, *size)."""
 
     def __init__(self, n_classes: int, widths: Sequence[int], expansions: Sequence[int], axes: int) -> None:
         super().__init__()
         for level in range(NUM_STAGES - 1, 0, -1):
-            block = DecoderLevel(widths[level], widths[level - 1], expansions[level - 1], axes)
+            block = SegmentationLevel(widths[level], widths[level - 1], expansions[level - 1], axes)
             self.add_module(f"decoder{level}", block)
         self.out = ClassScores(widths[0], n_classes, axes)
 
@@ -66,12 +66,13 @@ class SegmentationDecoder(nn.Module):
 
 
 class Hybird(nn.Module):
-    """A segmentation network; the decoder of the subclass takes the five maps to class scores.
+    """Segmentation network; a subclass has the decoder.
 
-    starts_fresh: first parts of the keys that stay fresh where weights of pre-training have them too.
+    Attributes:
+        reinitialised: prefixes of keys that stay randomly initialised even if pre-trained weights have them.
     """
 
-    starts_fresh: tuple[str, ...] = ()
+    reinitialised: tuple[str, ...] = ()
 
     def __init__(self, encoder: HybridEncoder) -> None:
         super().__init__()
@@ -80,27 +81,28 @@ class Hybird(nn.Module):
         self.embeddings = encoder.embeddings
         self.mae = encoder.mae
 
-    def encoder_learns(self, learns: bool) -> None:
-        """Whether the encoder's weights get gradients."""
+    def set_encoder_trainable(self, is_trainable: bool) -> None:
+        """Set whether the encoder's weights get gradients."""
         for part in (self.embeddings, self.mae):
-            part.requires_grad_(learns)
+            part.requires_grad_(is_trainable)
 
     def forward(self, volumes: Tensor) -> Tensor:
-        """(b, in_channel, *size) -> class scores (b, n_classes, *size).
+        """Compute class scores: (b, in_channel, *size) -> (b, n_classes, *size).
 
-        Raises ValueError where an axis is not a multiple of 16.
+        Raises:
+            ValueError: an axis is not a multiple of 16.
         """
         grid_of(volumes.shape[2:])
         *skips, deepest = self.embeddings(volumes)
         return self.decode([*skips, self.mae(deepest)])
 
     def decode(self, features: list[Tensor]) -> Tensor:
-        """Five maps, finest first -> class scores (b, n_classes, *size)."""
+        """Decode five maps, finest first, to class scores (b, n_classes, *size)."""
         raise NotImplementedError
 
 
 class ReleasedHybird(Hybird):
-    """The segmentation network of the release. Build it with `build_hybird`."""
+    """Segmentation network of the release. Build it with `build_hybird`."""
 
     def __init__(self, encoder: HybridEncoder, decoder: SegmentationDecoder) -> None:
         super().__init__(encoder)
@@ -112,22 +114,23 @@ class ReleasedHybird(Hybird):
 
 
 class LightHybird(Hybird):
-    """The network of pre-training, dense, its end exchanged: the last level starts fresh, then the encoder's map of
-    full resolution, which pre-training does not use, is fused, and class scores follow. Build it with `build_hybird`.
+    """Segmentation network with the light decoder of pre-training. Build it with `build_hybird`.
 
-    The few channels of the last level have learned to paint grey values, and organs are learned sooner without them
-    (docs/reproduce.md). Levels that are narrower in pre-training than `decoder_min_width` start fresh too.
+    The last level is randomly initialised. Its output is fused with the encoder's map of full resolution, which
+    pre-training does not use, and class scores follow. In pre-training the few channels of the last level learn to
+    reconstruct grey values, and organs are learned sooner without them (docs/reproduce.md). Levels that are narrower in
+    pre-training than `decoder_min_width` are randomly initialised too.
     """
 
     def __init__(self, encoder: HybridEncoder, n_classes: int, decoder_width: int, decoder_min_width: int = 0) -> None:
         super().__init__(encoder)
         axes = len(encoder.img_size)
-        self.densify = projections(Projection, encoder.maps, decoder_width, axes)
+        self.densify = build_projections(Projection, encoder.maps, decoder_width, axes)
         finest = encoder.widths[1]
         self.decoder = LightDecoder(encoder.maps, decoder_width, axes, n_classes, finest, decoder_min_width)
         last = len(self.decoder.levels) - 1
         narrow = (level for level in range(last) if decoder_width >> level + 1 < decoder_min_width)
-        self.starts_fresh = tuple(f"decoder.levels.{level}." for level in (*narrow, last))
+        self.reinitialised = tuple(f"decoder.levels.{level}." for level in (*narrow, last))
 
     def decode(self, features: list[Tensor]) -> Tensor:
         finest, *deeper = features
@@ -151,15 +154,28 @@ def build_hybird(
     decoder_width: int = 768,
     decoder_min_width: int = 0,
 ) -> Hybird:
-    """A segmentation network; the defaults are those of the release.
+    """Build a segmentation network; the defaults are those of the release.
 
-    in_channel: input channels. n_classes: classes, background included. img_size: voxels per axis, one number or one
-    per axis, each a multiple of 16. decoder: "released", or "light" for that of pre-training, with its `decoder_width`
-    and, for small networks, the `decoder_min_width` that its levels shall have. Raises ValueError otherwise.
+    Args:
+        in_channel: input channels.
+        n_classes: number of classes, background included.
+        img_size: voxels per axis, one number or one per axis, each a multiple of 16.
+        widths: channels of the encoder's five stages.
+        depths: blocks of the stages.
+        expansions: expansion ratios of the stages.
+        vit_depth: blocks of the transformer.
+        num_heads: attention heads of the transformer.
+        axes: number of spatial axes.
+        decoder: "released", or "light" for the decoder of pre-training.
+        decoder_width: channels of the light decoder's deepest level.
+        decoder_min_width: minimum input channels of the light decoder's levels, for small networks.
+
+    Raises:
+        ValueError: sizes or widths do not fit together, or `decoder` is unknown.
     """
     encoder = HybridEncoder(in_channel, img_size, widths, depths, expansions, vit_depth, num_heads, axes)
     if decoder == "light":
         return LightHybird(encoder, n_classes, decoder_width, decoder_min_width)
     if decoder != "released":
-        raise ValueError(f'decoder must be "released" or "light", not {decoder!r}')
+        raise ValueError(f'decoder: expected "released" or "light", got {decoder!r}')
     return ReleasedHybird(encoder, SegmentationDecoder(n_classes, widths, expansions, axes))

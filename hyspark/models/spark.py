@@ -1,6 +1,6 @@
-"""Any network with a feature pyramid as the encoder of masked pre-training: SparK, without touching the network.
+"""SparK: any network with a feature pyramid as the encoder of masked pre-training, without changes to the network.
 
-The network is the user's own object and computes masked under `hidden`; its feature maps are read where they leave its
+The network is the user's own object and runs under `hidden`. Its feature maps are recorded at the outputs of its
 modules. Source: Tian et al., "Designing BERT for Convolutional Networks: Sparse and Hierarchical Masked Modeling",
 ICLR 2023.
 
@@ -14,25 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyspark.models.masked_autoencoder import HySparK
-from hyspark.models.masking.context import hidden, of_one_process
+from hyspark.models.masked_autoencoder import MaskedAutoencoder
+from hyspark.models.masking.context import hidden, identity
 from hyspark.models.masking.mask import grid_of
-from hyspark.models.masking.packed import Patches, patches_of
+from hyspark.models.masking.patches import Patches, build_patches
 
 
 class PyramidEncoder(nn.Module):
-    """A network whose maps at several strides are the encoder's.
+    """Encoder around a network, whose maps at several strides are recorded.
 
     Args:
-        backbone: the network. Modules without a part in its maps (a head) may be there and are not trained.
+        backbone: the network. Modules that do not contribute to the maps, such as a head, are frozen.
         img_size: voxels per axis of a crop.
-        in_channels: channels of its input.
-        taps: names of the modules whose outputs are the maps; by default those that timm names, else the last module
-        to give a map of each size.
-        run: run(backbone, x) computes the maps; by default `forward_features` where there is one, else all of it.
-        safe: torch functions that the network uses on other things than positions, see `hidden`.
+        in_channels: channels of a crop.
+        taps: names of the modules whose outputs are the maps; by default those in timm's feature_info, else the last
+            module with an output of each size.
+        run: run(backbone, x) computes the maps; by default `forward_features`, else the whole forward pass.
+        safe: torch functions that the network does not apply along positions, see `hidden`.
 
-    Raises ValueError where the maps found make no pyramid of strides 2, 4, 8, ...
+    Raises:
+        ValueError: the maps have no strides 2, 4, 8, ...
     """
 
     def __init__(
@@ -50,19 +51,26 @@ class PyramidEncoder(nn.Module):
         self.in_channels = in_channels
         self.run = run or run_features
         self.safe = safe
-        self.total: Callable[[Tensor], Tensor] = of_one_process
-        found = self.dry_pass(taps if taps is not None else named_by_timm(backbone))
+        self.all_reduce: Callable[[Tensor], Tensor] = identity
+        found = self.find_taps(taps if taps is not None else timm_taps(backbone))
         self.taps = list(found)
         self.maps = [(channels, stride) for channels, stride in reversed(found.values())]
         self.patch = self.maps[0][1]
         grid_of(self.img_size, self.patch)
 
-    def dry_pass(self, taps: Sequence[str] | None) -> dict[str, tuple[int, int]]:
-        """Channels and stride of the last map of each stride, finest first, by the name of the module that gives it."""
+    def find_taps(self, taps: Sequence[str] | None) -> dict[str, tuple[int, int]]:
+        """Find the last map of each stride by a forward pass, and freeze the weights without influence on these maps.
+
+        Args:
+            taps: names of the modules to consider; None for all.
+
+        Returns:
+            Channels and stride by name of the module, finest first.
+        """
         names = {name for name, _ in self.backbone.named_modules() if name} if taps is None else set(taps)
         was_training = self.backbone.training
         self.backbone.eval()
-        with torch.enable_grad(), outputs(self.backbone, names) as seen:
+        with torch.enable_grad(), record_outputs(self.backbone, names) as seen:
             like = next(self.backbone.parameters())
             self.run(self.backbone, like.new_zeros(1, self.in_channels, *self.img_size))
         self.backbone.train(was_training)
@@ -72,19 +80,28 @@ class PyramidEncoder(nn.Module):
                 by_stride[stride] = (name, x.shape[1])
         if not by_stride:
             raise ValueError(
-                f"{type(self.backbone).__name__} gives no map at stride 2, 4, 8, ... of a crop of {self.img_size}; "
-                "name the modules that do (taps), or make the crop larger"
+                f"{type(self.backbone).__name__}: expected feature maps at strides 2, 4, 8, ... of a crop of "
+                f"{self.img_size}, got none; name the modules that have them (taps), or enlarge the crop"
             )
-        leave_out_unused(self.backbone, [seen[name] for name, _ in by_stride.values()])
+        freeze_unused(self.backbone, [seen[name] for name, _ in by_stride.values()])
         return {name: (channels, stride) for stride, (name, channels) in sorted(by_stride.items())}
 
     def weights(self) -> dict[str, Tensor]:
-        """What is handed on: the network's own, in its own key names."""
+        """Return the weights to export: the network's own, by its own key names."""
         return self.backbone.state_dict()
 
     def forward(self, volumes: Tensor, visible: Tensor | None = None) -> list[Tensor]:
-        """(b, in_channels, *size) -> maps, finest first. With a mask (bool (b, 1, *grid), True where the network sees)
-        they are exactly zero at hidden positions, and no value at a visible one depends on any hidden voxel.
+        """Compute the feature maps of a crop.
+
+        With a mask they are exactly zero at hidden positions. No value at a visible position depends on any hidden
+        voxel.
+
+        Args:
+            volumes: (b, in_channels, *size).
+            visible: bool (b, 1, *grid), True where the network sees; None: all is visible.
+
+        Returns:
+            Dense maps, finest first.
         """
         if visible is None:
             return self.features(volumes)
@@ -92,24 +109,25 @@ class PyramidEncoder(nn.Module):
         return [patches.unpack(x) for x in self.encode(volumes, patches)]
 
     def patches(self, volumes: Tensor, visible: Tensor) -> Patches:
-        """Geometry of a mask for these volumes; raises ValueError for a mask of another shape."""
-        return patches_of(volumes, visible, self.patch)
+        """Compute the geometry of a mask for these volumes; raise ValueError if the mask has another shape."""
+        return build_patches(volumes, visible, self.patch)
 
     def encode(self, volumes: Tensor, patches: Patches) -> list[Tensor]:
-        """The maps at visible patches alone, (p, c, *edges), finest first."""
-        with hidden(patches.visible, self.safe, self.total):
+        """Compute the maps at visible patches only, (p, c, *edges), finest first."""
+        with hidden(patches.visible, self.safe, self.all_reduce):
             return [patches.pack(x) for x in self.features(volumes)]
 
     def features(self, volumes: Tensor) -> list[Tensor]:
-        """The maps of the network as it is, finest first."""
-        with outputs(self.backbone, self.taps) as seen:
+        """Compute the maps of the network without a mask, finest first."""
+        with record_outputs(self.backbone, self.taps) as seen:
             self.run(self.backbone, volumes)
         return [seen[name] for name in self.taps]
 
 
-def leave_out_unused(network: nn.Module, maps: Sequence[Tensor]) -> None:
-    """Take the weights of a network that have no part in these outputs of it, as those of a classifier, out of
-    training: DistributedDataParallel waits for a gradient of all others.
+def freeze_unused(network: nn.Module, maps: Sequence[Tensor]) -> None:
+    """Freeze the weights of a network that do not contribute to its maps, such as those of a classifier.
+
+    DistributedDataParallel waits for a gradient of every trainable weight.
     """
     nodes: list[Any] = [x.grad_fn for x in maps]
     seen = set(nodes)
@@ -126,22 +144,24 @@ def leave_out_unused(network: nn.Module, maps: Sequence[Tensor]) -> None:
 
 
 def run_features(backbone: nn.Module, x: Tensor) -> Any:
-    """The network without its head, as far as it says how."""
+    """Run a network without its head if it has `forward_features`, else as a whole."""
     features = getattr(backbone, "forward_features", backbone)
     return features(x)
 
 
-def named_by_timm(backbone: nn.Module) -> list[str] | None:
-    """The modules that give timm's feature maps, where it is a network of timm."""
+def timm_taps(backbone: nn.Module) -> list[str] | None:
+    """Return the modules whose outputs are the feature maps of a timm network; None for other networks."""
     info = getattr(backbone, "feature_info", None)
     names = [entry.get("module", "") for entry in info] if isinstance(info, list) else []
     return names if names and all(names) else None
 
 
 @contextmanager
-def outputs(network: nn.Module, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
-    """What modules give while the network runs inside the block, by name, the last of each, in the order in which they
-    end.
+def record_outputs(network: nn.Module, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
+    """Record the last output of each named module while the network runs inside the block.
+
+    Returns:
+        Outputs by name, in the order in which the modules end.
     """
     seen: dict[str, Tensor] = {}
 
@@ -162,9 +182,13 @@ def outputs(network: nn.Module, names: Collection[str]) -> Iterator[dict[str, Te
 
 
 def stride_of(x: Tensor, size: Sequence[int]) -> int | None:
-    """Of a map (b, c, *size / stride) of more than one position: a power of two above one, else None.
+    """Compute the stride of a map (b, c, *size / stride) with more than one position.
 
-    Raises ValueError for a map of a size that was rounded: its positions would fit no grid of patches.
+    Returns:
+        A power of two above one; None if the tensor is no such map.
+
+    Raises:
+        ValueError: the size of the map was rounded, so its positions fit no grid of patches.
     """
     own = tuple(x.shape[2:])
     if x.ndim != len(size) + 2 or max(own) == 1:
@@ -174,8 +198,8 @@ def stride_of(x: Tensor, size: Sequence[int]) -> int | None:
             return stride
         if all(o in (s // stride, -(-s // stride)) for o, s in zip(own, size, strict=True)):
             raise ValueError(
-                f"a crop of {tuple(size)} becomes a map of {own} in this network, which is no whole stride; take a "
-                "crop whose axes are multiples of its total stride, usually 32"
+                f"crop size {tuple(size)}: this network computes a map of {own} from it, which is no integer stride; "
+                "set axes that are multiples of its total stride, usually 32"
             )
     return None
 
@@ -191,11 +215,22 @@ def build_spark(
     taps: Sequence[str] | None = None,
     run: Callable[[nn.Module, Tensor], Any] | None = None,
     safe: Collection[Callable[..., Any]] = (),
-) -> HySparK:
-    """SparK's pre-training network around any backbone; the defaults are those of the paper for ResNet-50.
+) -> MaskedAutoencoder:
+    """Build SparK's pre-training network around any backbone; the defaults are the paper's for ResNet-50.
 
-    img_size: voxels per axis, one number or one per axis, a multiple of the backbone's total stride. For the rest see
-    PyramidEncoder and HySparK. Raises ValueError where sizes, strides, widths and mask ratio do not fit together.
+    Args:
+        backbone: the network.
+        img_size: voxels per axis, one number or one per axis, a multiple of the backbone's total stride.
+        mask_ratio: fraction of hidden patches.
+        in_channels: channels of a crop.
+        axes: number of spatial axes.
+        decoder_width: channels of the decoder's deepest level.
+        taps: names of the modules whose outputs are the maps, see `PyramidEncoder`.
+        run: run(backbone, x) computes the maps, see `PyramidEncoder`.
+        safe: torch functions that the network does not apply along positions, see `hidden`.
+
+    Raises:
+        ValueError: sizes, strides, widths and mask ratio do not fit together.
     """
     size = (img_size,) * axes if isinstance(img_size, int) else tuple(img_size)
-    return HySparK(PyramidEncoder(backbone, size, in_channels, taps, run, safe), mask_ratio, decoder_width)
+    return MaskedAutoencoder(PyramidEncoder(backbone, size, in_channels, taps, run, safe), mask_ratio, decoder_width)

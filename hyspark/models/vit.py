@@ -1,4 +1,4 @@
-"""The transformer on the deepest feature map: fixed sin-cos positions, timm blocks, visible tokens only.
+"""Transformer on the deepest feature map: fixed sin-cos positions, timm blocks, visible tokens only.
 
 Shapes: b batch, c channels, *grid tokens per axis, n = prod(grid) tokens, v visible tokens of a sample, p of the batch.
 """
@@ -11,21 +11,31 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from hyspark.models.masking.packed import Patches
+from hyspark.models.masking.patches import Patches
 
 
 def sincos_position(grid: Sequence[int], channels: int) -> Tensor:
-    """Fixed positions of a grid of tokens: float32 (1, n, channels), tokens in row-major order.
+    """Compute the fixed position embedding of a grid of tokens.
 
-    Each axis has channels / (2 * axes) frequencies w_k = 10000^(-k / count); channels are sin then cos of the first
-    axis, then of the next. Raises ValueError where the channels do not divide so.
+    Each axis has channels / (2 * axes) frequencies w_k = 10000^(-k / count). Channels are sin then cos of the first
+    axis, then of the next.
+    Source: the sin-cos embedding of MoCo v3 and MAE, extended to three axes as in HySparK's public release.
 
-    Source: the sin-cos embedding of MoCo v3 and MAE, carried to three axes as in HySparK's public release.
+    Args:
+        grid: tokens per axis.
+        channels: width of a token.
+
+    Returns:
+        float32 (1, n, channels), tokens in row-major order.
+
+    Raises:
+        ValueError: `channels` is not a multiple of 2 * axes.
     """
     count, rest = divmod(channels, 2 * len(grid))
     if rest:
         raise ValueError(
-            f"positions on {len(grid)} axes need a width that is a multiple of {2 * len(grid)}, but it is {channels}"
+            f"width of the position embedding: expected a multiple of {2 * len(grid)} for {len(grid)} axes, "
+            f"got {channels}"
         )
     frequencies = 10000.0 ** (-torch.arange(count, dtype=torch.float64) / count)
     axes = torch.meshgrid(*(torch.arange(g, dtype=torch.float64) for g in grid), indexing="ij")
@@ -34,18 +44,24 @@ def sincos_position(grid: Sequence[int], channels: int) -> Tensor:
 
 
 class TokenTransformer(nn.Module):
-    """Pre-norm transformer over the tokens of a feature map, (b, c, *grid) -> same, or over the visible ones alone,
-    each sample by itself.
+    """Pre-norm transformer over all or only the visible tokens of a feature map, (b, c, *grid) -> same.
 
-    `grid` is the one `pos_embed` is stored for, as in the released weights; other grids get positions of their own
-    in `forward`.
+    Args:
+        channels: width of a token.
+        depth: number of blocks.
+        num_heads: attention heads.
+        grid: tokens per axis of the stored `pos_embed`, as in the released weights. `forward` computes the positions
+            of other grids.
+
+    Raises:
+        ValueError: `num_heads` does not divide `channels`.
     """
 
     def __init__(self, channels: int, depth: int, num_heads: int, grid: Sequence[int]) -> None:
         super().__init__()
         if num_heads < 1 or channels % num_heads:
             raise ValueError(
-                f"the last encoder width must be a multiple of the {num_heads} attention heads, but it is {channels}"
+                f"last encoder width: expected a multiple of the {num_heads} attention heads, got {channels}"
             )
         self.grid = tuple(grid)
         self.num_heads = num_heads
@@ -62,13 +78,21 @@ class TokenTransformer(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def positions(self, grid: Sequence[int]) -> Tensor:
-        """Positions (1, n, c) of any grid: the stored ones for the grid of the model, computed for another."""
+        """Return the position embedding (1, n, c) of a grid: stored for the model's own, computed for others."""
         if tuple(grid) == self.grid:
             return self.pos_embed
         return sincos_position(grid, self.pos_embed.shape[-1]).to(self.pos_embed.device)
 
     def forward(self, x: Tensor, patches: Patches | None = None) -> Tensor:
-        """x: (b, c, *grid), or, given their geometry, packed patches of one voxel: (p, c, *ones) -> same."""
+        """Transform the tokens of a map.
+
+        Args:
+            x: (b, c, *grid), or packed patches of one voxel (p, c, *ones).
+            patches: geometry of packed patches; None for a dense map.
+
+        Returns:
+            A map of the same shape.
+        """
         if patches is None:
             b, c, *grid = x.shape
             tokens = x.flatten(2).transpose(1, 2)  # (b, n, c)
@@ -80,7 +104,7 @@ class TokenTransformer(nn.Module):
         return patches.from_tokens(self.process(tokens, is_token)).view(-1, x.shape[1], *x.shape[2:])
 
     def process(self, tokens: Tensor, is_token: Tensor | None = None) -> Tensor:
-        """(b, v, c) -> same. is_token: bool (b, 1, 1, v), False at padding that nothing may attend to."""
+        """Apply the blocks and the norm to tokens (b, v, c); is_token is bool (b, 1, 1, v), False at padding."""
         for block in self.blocks:
             tokens = block(tokens, attn_mask=is_token)
         out: Tensor = self.norm(tokens)

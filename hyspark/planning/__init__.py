@@ -1,1 +1,1 @@
-"""What a run will cost, before it is started."""
+"""Estimate the cost of a run before it starts."""

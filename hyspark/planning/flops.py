@@ -1,8 +1,8 @@
-"""What a network costs to run, in floating-point operations (FLOPs): a multiplication and an addition are two.
+"""Count the floating-point operations (FLOPs) of a network; a multiplication and an addition are two.
 
-torch counts convolutions, matrix products and attention while the network runs on fake tensors, which have a shape
-and a device but no numbers, so that a count takes neither memory nor a noticeable time. (The meta device would do the
-same, but knows no autocast.) What is pointwise, norms and copies are not counted.
+torch counts convolutions, matrix products and attention while the network runs on fake tensors. These have a shape and
+a device but no values, so a count takes neither memory nor noticeable time. (The meta device would do the same, but has
+no autocast.) Pointwise layers, norms and copies are not counted.
 """
 
 import copy
@@ -22,51 +22,60 @@ from torch.utils.module_tracker import ModuleTracker
 def flops_by_layer(
     net: nn.Module, size: Sequence[int], num_crops: int, visible: Tensor | None, channels: int = 1
 ) -> dict[str, int]:
-    """FLOPs of one forward pass by the layer that spends them, as {name of the submodule: FLOPs}, in the order of the
-    pass.
+    """Count the FLOPs of one forward pass by layer.
 
-    size: voxels per axis of a crop. visible: bool (num_crops, 1, *grid) on the CPU, or None for a network that takes
-    volumes alone. What is computed without a weight of its own (attention, the composed up-convolution) stands under
-    the module that computes it. The sum is the whole pass; the network itself stays as it is.
+    Operations without a weight (attention, the composed up-convolution) count for the module that computes them. The
+    network is unchanged.
+
+    Args:
+        net: the network.
+        size: voxels per axis of a crop.
+        num_crops: number of crops.
+        visible: bool (num_crops, 1, *grid) on the CPU; None for a network without a mask.
+        channels: channels of a crop.
+
+    Returns:
+        FLOPs by name of the submodule, in the order of the pass; their sum is the whole pass.
     """
-    twin, volumes = without_numbers(net, (num_crops, channels, *size))
-    with torch.no_grad(), counting() as counter, ByLayer(twin, counter) as layers:
-        run(twin, volumes, visible)
+    twin, volumes = fake_copy(net, (num_crops, channels, *size))
+    with torch.no_grad(), flop_counter() as counter, LayerCounter(twin, counter) as layers:
+        run_forward(twin, volumes, visible)
     return layers.flops
 
 
-def flops_of_step(
+def step_flops(
     net: nn.Module, size: Sequence[int], num_crops: int, visible: Tensor | None = None, channels: int = 1
 ) -> tuple[int, int]:
-    """FLOPs of the forward and of the backward pass of a network whose output has a `loss`; what the backward pass
-    computes again belongs to it. Arguments as in `flops_by_layer`.
+    """Count the FLOPs of the forward and of the backward pass of a network whose output has a `loss`.
+
+    Recomputation belongs to the backward pass. Arguments as in `flops_by_layer`.
     """
-    twin, volumes = without_numbers(net, (num_crops, channels, *size))
-    with counting() as forward:
-        loss = run(twin, volumes, visible).loss
-    with counting() as backward:
+    twin, volumes = fake_copy(net, (num_crops, channels, *size))
+    with flop_counter() as forward:
+        loss = run_forward(twin, volumes, visible).loss
+    with flop_counter() as backward:
         loss.backward()
     return forward.get_total_flops(), backward.get_total_flops()
 
 
-def by_part(layers: dict[str, int]) -> dict[str, int]:
-    """Sums over the first word of the names: {"encoder": ..., "decoder": ...}."""
-    parts: dict[str, int] = {}
+def sum_by_module(layers: dict[str, int]) -> dict[str, int]:
+    """Sum FLOPs over the first parts of the names: {"encoder": ..., "decoder": ...}."""
+    sums: dict[str, int] = {}
     for name, flops in layers.items():
-        part = name.split(".")[0]
-        parts[part] = parts.get(part, 0) + flops
-    return parts
+        module = name.split(".")[0]
+        sums[module] = sums.get(module, 0) + flops
+    return sums
 
 
-def run(net: nn.Module, volumes: Tensor, visible: Tensor | None) -> Any:
-    """The network's output; attention as matrix products, which torch counts on every device."""
+def run_forward(net: nn.Module, volumes: Tensor, visible: Tensor | None) -> Any:
+    """Run a network with attention as matrix products, which torch counts on every device."""
     with sdpa_kernel(SDPBackend.MATH):
         return net(volumes) if visible is None else net(volumes, visible)
 
 
-def without_numbers(net: nn.Module, shape: Sequence[int]) -> tuple[nn.Module, Tensor]:
-    """A copy of the network and volumes of this shape, both of fake tensors on the CPU."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)  # the geometry of a mask is worked out with its real numbers
+def fake_copy(net: nn.Module, shape: Sequence[int]) -> tuple[nn.Module, Tensor]:
+    """Create a copy of the network, and volumes of this shape, of fake tensors on the CPU."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)  # the geometry of a mask needs its real values
     with fake:
         memo: dict[int, Any] = {id(b): torch.empty_like(b, device="cpu") for b in net.buffers()}
         memo |= {id(p): nn.Parameter(torch.empty_like(p, device="cpu"), p.requires_grad) for p in net.parameters()}
@@ -74,9 +83,10 @@ def without_numbers(net: nn.Module, shape: Sequence[int]) -> tuple[nn.Module, Te
     return copy.deepcopy(net, memo), volumes
 
 
-def counting() -> FlopCounterMode:
-    """torch's counter, with a right count for the weight gradient of grouped convolutions: torch's own (2.15) is too
-    large by the number of groups.
+def flop_counter() -> FlopCounterMode:
+    """Create torch's counter with a correct count for weight gradients of grouped convolutions.
+
+    torch's own count (2.15) is too large by the number of groups.
     """
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward})
 
@@ -95,16 +105,18 @@ def convolution_backward(
     wanted: Sequence[bool],
     **unused: Any,
 ) -> int:
-    """FLOPs of torch's function of this name, given shapes: the gradient of the input and that of the weight, each
-    where wanted, cost what the forward pass does.
+    """Count the FLOPs of torch's function of this name from shapes.
+
+    The gradients of the input and of the weight, if wanted, each cost as much as the forward pass.
     """
     positions = math.prod((x if transposed else gradient)[2:])
     return (wanted[0] + wanted[1]) * 2 * x[0] * positions * math.prod(weight)
 
 
-class ByLayer(TorchFunctionMode):
-    """Inside the block, `flops` gathers what `counter` counts by the layer whose weight a function is given, else by
-    the innermost module at work.
+class LayerCounter(TorchFunctionMode):
+    """Context that assigns the FLOPs of `counter` to layers, in `flops`.
+
+    The layer is the one whose weight is an argument of the function, else the innermost module that runs.
     """
 
     def __init__(self, net: nn.Module, counter: FlopCounterMode) -> None:
@@ -114,7 +126,7 @@ class ByLayer(TorchFunctionMode):
         self.layers = {id(p): name.rpartition(".")[0] for name, p in net.named_parameters()}
         self.modules = ModuleTracker()
 
-    def __enter__(self) -> "ByLayer":
+    def __enter__(self) -> "LayerCounter":
         self.modules.__enter__()
         super().__enter__()
         return self
@@ -135,7 +147,7 @@ class ByLayer(TorchFunctionMode):
         return out
 
     def layer(self, args: tuple[Any, ...]) -> str:
-        """Name of the layer, without the class of the network that the tracker puts in front."""
+        """Find the name of the layer, without the class of the network, which the tracker prepends."""
         for arg in args:
             if id(arg) in self.layers:
                 return self.layers[id(arg)]

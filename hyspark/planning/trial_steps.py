@@ -1,7 +1,7 @@
-"""Trial steps: what a step of a task takes in time and memory, by taking a few on random crops.
+"""Trial steps: measure time and memory of a few steps of a task on random crops.
 
-On the CPU they are taken in a process of their own, whose peak of resident memory is theirs alone and which may run
-out of memory without harm.
+On the CPU they run in a process of their own. Its peak of resident memory is theirs alone, and it may run out of memory
+without harm.
 """
 
 import multiprocessing
@@ -22,23 +22,29 @@ from hyspark.training.distributed import Processes
 from hyspark.training.loop import Task, start_run, update
 
 REPEATS, SHORT = 3, 1.0
-"""The fastest of so many steps counts, where a step takes less than so many seconds."""
+"""Repetitions, of which the fastest counts, of steps that take less than this number of seconds."""
 PATIENCE = 5.0
-"""More crops than in the first two trials are tried where a step is expected to take at most so many seconds."""
+"""Longest expected seconds of a step with more crops than the first two trials."""
 RESERVE = 0.2
-"""Share of the free memory that steps of more crops than those leave alone."""
+"""Fraction of the free memory that steps with more crops than the first two trials do not use."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A step of so many crops: seconds, and the peak of memory until then in bytes (None where it is not known)."""
+    """Measured step.
+
+    Attributes:
+        crops: number of crops.
+        seconds: time of the step.
+        peak: peak of memory until then in bytes; None if unknown.
+    """
 
     crops: int
     seconds: float
     peak: int | None
 
 
-def try_steps(
+def run_trials(
     config: Config,
     processes: Processes,
     make: Callable[[], nn.Module],
@@ -48,16 +54,31 @@ def try_steps(
     free: int | None,
     least: int = 1,
 ) -> list[Trial]:
-    """Trials of 1, 2, 4, ... crops up to `most`, from `least` on, at least of two numbers; fewer where memory ran out.
+    """Run trial steps with `least`, 2 * `least`, 4 * `least`, ... crops, up to `most` but at least two.
 
-    make: the model, fresh. make_batch: a batch of so many crops. All of this must be picklable. free: bytes that may be
-    taken. least: crops that a step needs. Raises RuntimeError where a step fails for another reason than memory.
+    All arguments must be picklable.
+
+    Args:
+        config: settings of the run.
+        processes: this process among the others.
+        make: builds the randomly initialised model.
+        task: the task.
+        make_batch: builds a batch with the given number of crops.
+        most: largest number of crops.
+        free: bytes that may be used; None if unknown.
+        least: smallest number of crops of a step.
+
+    Returns:
+        The trials, fewer if memory ran out.
+
+    Raises:
+        RuntimeError: a step failed for another reason than memory.
     """
     args = (config, processes, make, task, make_batch, most, free, least)
-    return list(trials(*args)) if processes.device.type != "cpu" else in_fresh_process(*args)
+    return list(iterate_trials(*args)) if processes.device.type != "cpu" else run_in_subprocess(*args)
 
 
-def trials(
+def iterate_trials(
     config: Config,
     processes: Processes,
     make: Callable[[], nn.Module],
@@ -67,7 +88,7 @@ def trials(
     free: int | None,
     least: int = 1,
 ) -> Iterator[Trial]:
-    """The trials, in this process; they end where memory runs out."""
+    """Iterate over the trials, in this process, until memory runs out; arguments as in `run_trials`."""
     found: list[Trial] = []
     try:
         alone = replace(processes, rank=0, world_size=1, by_torchrun=False)
@@ -81,8 +102,8 @@ def trials(
             memory.synchronise(alone)
             return time.perf_counter() - start
 
-        seconds(make_batch(least))  # the first step of all makes the optimizer's state
-        for number, crops in enumerate(sizes(most, least)):
+        seconds(make_batch(least))  # the very first step allocates the optimizer's state
+        for number, crops in enumerate(crop_counts(most, least)):
             if number > 1 and not is_cheap(found, crops, free):
                 return
             batch = make_batch(crops)
@@ -98,37 +119,37 @@ def trials(
             raise
 
 
-def sizes(most: int, least: int = 1) -> list[int]:
-    """`least`, twice that and so on, and `most` itself; always the first two."""
+def crop_counts(most: int, least: int = 1) -> list[int]:
+    """List `least`, its doubles below `most`, and `most` itself; always the first two."""
     doubled = [least * 2**k for k in range(2, most.bit_length()) if least * 2**k < most]
     return sorted({least, 2 * least, *doubled, max(most, least)})
 
 
 def is_cheap(found: Sequence[Trial], crops: int, free: int | None) -> bool:
-    """Whether a step of so many crops should take little time and leave some memory, by the trials before it."""
-    seconds = extrapolated([(t.crops, t.seconds) for t in found], crops)
+    """Whether the trials so far predict that a step takes little time and leaves some memory free."""
+    seconds = extrapolate([(t.crops, t.seconds) for t in found], crops)
     peaks = [(t.crops, t.peak) for t in found if t.peak is not None]
-    return seconds <= PATIENCE and (free is None or not peaks or extrapolated(peaks, crops) <= (1 - RESERVE) * free)
+    return seconds <= PATIENCE and (free is None or not peaks or extrapolate(peaks, crops) <= (1 - RESERVE) * free)
 
 
-def extrapolated(points: Sequence[tuple[float, float]], x: float) -> float:
-    """Value at x of the straight line through the last two points; of the only point where there is one."""
+def extrapolate(points: Sequence[tuple[float, float]], x: float) -> float:
+    """Compute the value at x of the line through the last two points, or the value of a single point."""
     (x1, y1), (x2, y2) = points[-2:] if len(points) > 1 else [points[0]] * 2
     return y2 if x == x2 or x1 == x2 else y2 + (x - x2) * (y2 - y1) / (x2 - x1)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch says that memory ran out; on the CPU it has no class of its own.
+    """Whether an error of torch means that memory ran out; on the CPU it has no class of its own.
 
-    The second text is what oneDNN says where it gets no memory for the code or the tables of a kernel.
+    The second text is oneDNN's, when it gets no memory for the code or the tables of a kernel.
     """
     message = str(error)
     without_class = "alloc" in message or message == "could not create a primitive"
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or without_class
 
 
-def in_fresh_process(*args: Any) -> list[Trial]:
-    """What `trials` gives, taken in a new process. One that the system kills counts as one that ran out of memory."""
+def run_in_subprocess(*args: Any) -> list[Trial]:
+    """Run `iterate_trials` in a new process; one that the system kills counts as one that ran out of memory."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=send_trials, args=(sender, torch.get_num_threads(), *args))
@@ -140,21 +161,21 @@ def in_fresh_process(*args: Any) -> list[Trial]:
             received.append(receiver.recv())
     process.join()
     if process.exitcode is not None and process.exitcode > 0:
-        raise RuntimeError("a trial step failed; its traceback stands above")
+        raise RuntimeError("a trial step failed; see its traceback above")
     return received
 
 
 def send_trials(sender: Connection, threads: int, *args: Any) -> None:
-    """Work of the new process: each trial is sent as soon as it is done."""
+    """Send each trial as soon as it is done; this is the work of the new process."""
     torch.set_num_threads(threads)
     limit_memory(args[-2])
     with sender:
-        for trial in trials(*args):
+        for trial in iterate_trials(*args):
             sender.send(trial)
 
 
 def limit_memory(free: int | None) -> None:
-    """Let an allocation fail that goes beyond `free` bytes, rather than have Linux end some process."""
+    """Let allocations beyond `free` bytes fail, so that Linux does not kill some process instead."""
     used = memory.proc_bytes("self/status", "VmData")
     if free is None or used is None:
         return

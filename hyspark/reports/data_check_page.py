@@ -10,13 +10,13 @@ import matplotlib.image
 import numpy as np
 from matplotlib.figure import Figure
 
-from hyspark.data.preprocessing.estimate import Estimate
+from hyspark.data.preprocessing.estimate import PreparationEstimate
 from hyspark.data.quality.examine import HISTOGRAM, Examined
-from hyspark.data.quality.findings import KINDS, SEVERITIES, Finding
-from hyspark.figures.panels import DPI, png
+from hyspark.data.quality.findings import FINDING_KINDS, SEVERITIES, Finding
+from hyspark.figures.panels import DPI, figure_png
 from hyspark.reports.html import render_page
 from hyspark.utils.atomic import write_json, write_whole
-from hyspark.utils.text import duration, size
+from hyspark.utils.text import format_bytes, format_duration
 
 MAX_FILES = 5
 """Files of one kind of fault that the terminal lists; the JSON and the page list all."""
@@ -25,9 +25,9 @@ MAX_THUMBNAILS = 120
 
 
 def by_kind(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
-    """Group findings by their kind, errors first, in the order of KINDS."""
+    """Group findings by their kind, errors first, in the order of FINDING_KINDS."""
     found: dict[str, list[Finding]] = {}
-    order = list(KINDS)
+    order = list(FINDING_KINDS)
     for finding in sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), order.index(f.kind))):
         found.setdefault(finding.kind, []).append(finding)
     return found
@@ -43,7 +43,9 @@ def counts_text(findings: Sequence[Finding]) -> str:
     return ", ".join(f"{sum(f.severity == s for f in findings)} {s}s" for s in SEVERITIES)
 
 
-def data_set_facts(examined: Sequence[Examined], estimate: Estimate | None, spacing: Sequence[float]) -> dict[str, str]:
+def data_set_facts(
+    examined: Sequence[Examined], estimate: PreparationEstimate | None, spacing: Sequence[float]
+) -> dict[str, str]:
     """Sum up the data set in a few named facts.
 
     Args:
@@ -60,8 +62,12 @@ def data_set_facts(examined: Sequence[Examined], estimate: Estimate | None, spac
         lines["voxels"] = ranges([seen.shape for seen in read], "{:.0f}")
         lines["spacing, mm"] = ranges([seen.spacing for seen in read], "{:.2f}")
     if estimate:
-        lines["store"] = f"about {size(estimate.store_bytes)} at {' x '.join(f'{edge:g}' for edge in spacing)} mm"
-        lines["preparation"] = f"about {duration(estimate.seconds)} on one core, {size(estimate.memory)} a process"
+        lines["store"] = (
+            f"about {format_bytes(estimate.store_bytes)} at {' x '.join(f'{edge:g}' for edge in spacing)} mm"
+        )
+        lines["preparation"] = (
+            f"about {format_duration(estimate.seconds)} on one core, {format_bytes(estimate.memory)} a process"
+        )
     return lines
 
 
@@ -85,9 +91,8 @@ def data_check_text(examined: Sequence[Examined], others: Sequence[Finding], lin
     rows = [f"{name:12s} {value}" for name, value in lines.items()]
     rows.append(f"{'findings':12s} {counts_text(findings)}")
     for kind, found in by_kind(findings).items():
-        rows.append(
-            f"\n{KINDS[kind].severity}: {kind} ({len(found)}); expected {KINDS[kind].expected}: {KINDS[kind].advice}"
-        )
+        known = FINDING_KINDS[kind]
+        rows.append(f"\n{known.severity}: {kind} ({len(found)}); expected {known.expected}: {known.advice}")
         rows += [f"  {finding.file}: {finding.found}" for finding in found[:MAX_FILES]]
         if len(found) > MAX_FILES:
             rows.append(f"  and {len(found) - MAX_FILES} more")
@@ -100,7 +105,7 @@ def write_data_check(
     examined: Sequence[Examined],
     others: Sequence[Finding],
     lines: Mapping[str, str],
-    estimate: Estimate | None,
+    estimate: PreparationEstimate | None,
 ) -> Path:
     """Write check.json and check.html.
 
@@ -121,7 +126,12 @@ def write_data_check(
         {
             "data": title,
             "findings": [
-                asdict(f) | {"severity": f.severity, "expected": KINDS[f.kind].expected, "advice": KINDS[f.kind].advice}
+                asdict(f)
+                | {
+                    "severity": f.severity,
+                    "expected": FINDING_KINDS[f.kind].expected,
+                    "advice": FINDING_KINDS[f.kind].advice,
+                }
                 for f in findings
             ],
             "cases": [case_numbers(seen) for seen in examined],
@@ -145,7 +155,7 @@ def write_data_check(
 def finding_table(kind: str, findings: Sequence[Finding]) -> dict[str, Any]:
     """Collect what the page shows of a kind of findings."""
     rows = [[finding.file, finding.found] for finding in findings]
-    known = KINDS[kind]
+    known = FINDING_KINDS[kind]
     return {"name": kind, "rows": rows, "severity": known.severity, "expected": known.expected, "advice": known.advice}
 
 
@@ -184,7 +194,7 @@ def drawn_histograms(examined: Sequence[Examined]) -> bytes | None:
     if fractions:
         values.stairs(np.mean(fractions, axis=0), HISTOGRAM, fill=True)
         values.set(title="HU, mean over cases", ylabel="fraction of voxels", yscale="log")
-    return png(figure)
+    return figure_png(figure)
 
 
 def shown_thumbnail(seen: Examined) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from hyspark.evaluation.classification.scores import confusion_rows, metric_rows
 from hyspark.evaluation.protocol import protocol_text, read_summary
 from hyspark.evaluation.segmentation.scores import summary_rows
 from hyspark.figures.curves import CURVES, Curve, curves_figure
-from hyspark.figures.panels import png
+from hyspark.figures.panels import figure_png
 from hyspark.reports.html import render_page
 from hyspark.training.metrics_log import read_metrics
 from hyspark.utils.atomic import write_whole
@@ -178,7 +178,7 @@ def drawn_curves(path: Path) -> dict[str, bytes] | None:
     """Draw the curves of metrics.jsonl as PNG for light and for dark pages; None if nothing was measured."""
     curves = measured_curves(read_metrics(path) if path.exists() else [])
     light, dark = (curves_figure(curves, dark=dark) for dark in (False, True))
-    return None if light is None or dark is None else {"light": png(light), "dark": png(dark)}
+    return None if light is None or dark is None else {"light": figure_png(light), "dark": figure_png(dark)}
 
 
 def shown_pictures(folder: Path) -> dict[str, Any]:

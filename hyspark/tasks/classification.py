@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hyspark.config.classification import ClassificationConfig
 from hyspark.config.recipes import as_plain
 from hyspark.data.batches.images import Augmentation, ImageBatches
-from hyspark.data.batches.loader import Batch, Share
+from hyspark.data.batches.loader import Batch, Shard
 from hyspark.data.seeds import seed_at
 from hyspark.evaluation.classification.evaluate import HEADINGS, SCORE_FOLDERS, score_best, scored_subsets
 from hyspark.evaluation.classification.inference import (
@@ -30,11 +30,11 @@ from hyspark.evaluation.classification.inference import (
 )
 from hyspark.evaluation.classification.metrics import classification_scores
 from hyspark.evaluation.classification.scores import metrics_text
-from hyspark.models.classifier import backbone_learns, layers_of
+from hyspark.models.classifier import layer_indices, set_backbone_trainable
 from hyspark.models.weights.load import load_pretrained
 from hyspark.reports import run_page
 from hyspark.training import checkpoint, distributed, optim
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
 from hyspark.training.labelled_images import Images, read_images
 from hyspark.training.loop import Run, start_run, train
 from hyspark.training.metrics_log import RunLog
@@ -42,6 +42,7 @@ from hyspark.training.precision import with_precision
 from hyspark.training.replay import repeat, stopped_run
 from hyspark.training.run_folder import begun, last_file, saved_state, settings_text, steps_per_epoch
 from hyspark.training.run_volumes import left_out_text
+from hyspark.utils.log import LOG
 
 
 def finetune_classify(config: ClassificationConfig) -> Path:
@@ -55,7 +56,7 @@ def finetune_classify(config: ClassificationConfig) -> Path:
     if config.replay:
         config, stopped = stopped_run(config, processes)
     config = with_precision(config, processes)
-    share = Share(config.batch_size, processes.rank, processes.world_size)
+    share = Shard(config.batch_size, processes.rank, processes.world_size)
     if (config.mixup or config.cutmix) and len(share.slots) % 2:
         raise ValueError(f"mixup and cutmix mix pairs, but each process has {len(share.slots)} images of a batch")
     images = read_images(config)
@@ -140,7 +141,7 @@ def describe(config: ClassificationConfig, processes: Processes, model: nn.Modul
 def make_optimizer(config: ClassificationConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Adam with weight decay in the gradient of all weights, or AdamW, over groups by layer."""
     network = distributed.bare(model)
-    groups = optim.parameter_groups(network, config.layer_decay, optim.encoder_share(config), layers_of(network))
+    groups = optim.parameter_groups(network, config.layer_decay, optim.encoder_share(config), layer_indices(network))
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     return torch.optim.Adam([group | {"decays": True} for group in groups], fused=True)
@@ -181,7 +182,7 @@ class Classifying:
     """
 
     config: ClassificationConfig
-    share: Share
+    share: Shard
     images: Images
     best: float
     best_after: int
@@ -205,7 +206,7 @@ class Classifying:
         """Leave the backbone out of the first epochs, where the settings say so."""
         self.step = step
         if self.config.freeze_epochs:
-            backbone_learns(run.network, step >= self.config.freeze_epochs * run.steps_per_epoch)
+            set_backbone_trainable(run.network, step >= self.config.freeze_epochs * run.steps_per_epoch)
 
     def parts(self, run: Run, batch: Batch) -> list[Batch]:
         """All at once."""

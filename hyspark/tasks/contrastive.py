@@ -12,7 +12,7 @@ from hyspark.data.batches.loader import Batch
 from hyspark.data.batches.views import ValidationViews, ViewBatches, ViewRecipe
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.figures.panels import save_figure
-from hyspark.figures.planes import views_panel
+from hyspark.figures.slices import views_panel
 from hyspark.tasks.masked import NUM_PICTURES, VALIDATION_SEED, Pretraining, planes_of
 from hyspark.training.loop import Run
 from hyspark.training.metrics_log import RunLog
@@ -35,7 +35,7 @@ class ViewPretraining(Pretraining):
     def begin(self, run: Run, step: int) -> None:
         """Let what follows the network follow it: by a cosine from the settings' momentum to 1 at the last step."""
         share = step / max(1, run.total_steps - 1)
-        run.network.follow(1 - (1 - self.config.momentum) * (math.cos(math.pi * share) + 1) / 2)
+        run.network.prepare_step(1 - (1 - self.config.momentum) * (math.cos(math.pi * share) + 1) / 2)
 
     def inputs(self, run: Run, batch: Batch) -> tuple[Any, ...]:
         """The views (b, channels, *size), on the device."""

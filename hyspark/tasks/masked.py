@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import as_plain
-from hyspark.data.batches.crops import Planes
-from hyspark.data.batches.loader import Batch, Share, make_loader
+from hyspark.data.batches.crops import SliceSampling
+from hyspark.data.batches.loader import Batch, Shard, make_loader
 from hyspark.data.batches.volumes import PretrainBatches, ValidationCrops
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.evaluation.linear_probe import Probe, take_probe
@@ -27,11 +27,11 @@ from hyspark.models.masked_autoencoder import reconstruct
 from hyspark.models.masking.mask import draw_visible, grid_of, visible_at
 from hyspark.reports import run_page
 from hyspark.training import checkpoint, distributed, optim
-from hyspark.training.distributed import LOG
 from hyspark.training.loop import Run
 from hyspark.training.metrics_log import RunLog
 from hyspark.training.precision import autocast
 from hyspark.training.run_volumes import left_out_text
+from hyspark.utils.log import LOG
 
 START_FACTOR, END_FACTOR = 0.005, 0.001
 """Learning rate at the first and the last step, as shares of the peak."""
@@ -67,12 +67,12 @@ def num_parameters(model: torch.nn.Module) -> str:
     return f"{sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f} M"
 
 
-def planes_of(config: PretrainConfig) -> Planes | None:
+def planes_of(config: PretrainConfig) -> SliceSampling | None:
     """The planes that the settings ask for."""
     if config.slices == "none":
         return None
     axis = ("sagittal", "coronal", "axial").index(config.slices)
-    return Planes(axis, config.slice_stride, config.slice_scaling == "minmax")
+    return SliceSampling(axis, config.slice_stride, config.slice_scaling == "minmax")
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Pretraining:
     """
 
     config: PretrainConfig
-    share: Share
+    share: Shard
     training: Sequence[StoredVolume]
     validation: Sequence[StoredVolume]
     probe: Probe | None = None
@@ -211,7 +211,7 @@ class Pretraining:
             shown_planes: dict[str, Any] = {}
             if planes := planes_of(self.config):
                 image, mask, result = (np.expand_dims(x, planes.axis) for x in (image, mask, result))
-                shown_planes["planes"] = [self.config.slices]
+                shown_planes["slices"] = [self.config.slices]
             figure = reconstruction_panel(
                 image, mask, result.clip(0, 1), title=title, spacing=self.config.spacing, **shown_planes
             )

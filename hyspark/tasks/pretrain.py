@@ -9,32 +9,32 @@ from typing import Any
 import torch
 
 from hyspark.config.pretrain import PretrainConfig
-from hyspark.data.batches.loader import Share
+from hyspark.data.batches.loader import Shard
 from hyspark.data.datasets import datalist_json
 from hyspark.data.datasets.cases import Case
-from hyspark.data.datasets.splits import SEED, split_by_subject
+from hyspark.data.datasets.splits import SPLIT_SEED, split_by_subject
 from hyspark.data.preprocessing.store import StoredVolume
-from hyspark.data.preprocessing.store_size import survey
+from hyspark.data.preprocessing.store_size import estimate_store_size
 from hyspark.data.seeds import seed_at
 from hyspark.evaluation.linear_probe import find_probe_cases, make_probe
 from hyspark.models.backbones import build_backbone
 from hyspark.models.compile import compile_blocks
-from hyspark.models.contrastive import METHODS as VIEW_METHODS
-from hyspark.models.contrastive import Siamese, build_siamese
-from hyspark.models.masked_autoencoder import HySparK, build_hyspark
+from hyspark.models.contrastive import CONTRASTIVE_METHODS, Siamese, build_siamese
+from hyspark.models.masked_autoencoder import MaskedAutoencoder, build_hyspark
 from hyspark.models.spark import build_spark
-from hyspark.planning.plan import count_flops, crops_per_process, plan_text
-from hyspark.planning.trial_steps import try_steps
+from hyspark.planning.plan import count_flops, crops_per_process, format_plan
+from hyspark.planning.trial_steps import run_trials
 from hyspark.tasks.contrastive import ViewPretraining
 from hyspark.tasks.masked import Pretraining, encoder_file, num_parameters, training_file
 from hyspark.training import distributed, memory
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
 from hyspark.training.initial_weights import load_start
 from hyspark.training.loop import start_run, train
 from hyspark.training.precision import with_precision
 from hyspark.training.replay import repeat, stopped_run
 from hyspark.training.run_folder import begun, saved_state, settings_text
 from hyspark.training.run_volumes import data_text, store_folder, usable
+from hyspark.utils.log import LOG
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -48,7 +48,7 @@ def pretrain(config: PretrainConfig) -> Path:
     if config.replay:
         config, stopped = stopped_run(config, processes)
     config = with_precision(config, processes)
-    share = Share(config.batch_size, processes.rank, processes.world_size)
+    share = Shard(config.batch_size, processes.rank, processes.world_size)
     cases = find_cases(config)
     probe_cases = find_probe_cases(Path(config.probe_data), config.probe_cases) if config.probe_data else None
     data = data_text(*cases)
@@ -81,14 +81,14 @@ def pretrain(config: PretrainConfig) -> Path:
     return config.run_folder
 
 
-def start(config: PretrainConfig, model: HySparK | Siamese) -> dict[str, Any] | None:
+def start(config: PretrainConfig, model: MaskedAutoencoder | Siamese) -> dict[str, Any] | None:
     """The state that a run continues from; where there is none, the weights that the settings name are loaded."""
     state = saved_state(config, training_file(config), config.resume_from)
     if not state and config.weights != "none":
         part = model.encoder if isinstance(model, Siamese) else model
         LOG.info("weights of %s\n%s", config.weights, load_start(part, config.weights, config))
         if isinstance(model, Siamese):
-            model.follow(0.0)
+            model.prepare_step(0.0)
     return state
 
 
@@ -100,10 +100,10 @@ def find_cases(config: PretrainConfig) -> tuple[list[Case], list[Case]]:
     path = path if path.suffix == ".json" else path / "dataset.json"
     if not path.is_file():
         raise FileNotFoundError(f"no data list at {path}; make it by: python generate_js.py --data {path.parent}")
-    listed = datalist_json.read(path, require_files=False)
+    listed = datalist_json.read_datalist(path, require_files=False)
     training, validation = list(listed.training), list(listed.validation)
     if not validation:
-        training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=SEED)
+        training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=SPLIT_SEED)
     return training, validation
 
 
@@ -115,7 +115,7 @@ def steps_per_epoch(config: PretrainConfig, training: Sequence[Case | StoredVolu
 def describe(
     config: PretrainConfig,
     processes: Processes,
-    model: HySparK | Siamese,
+    model: MaskedAutoencoder | Siamese,
     training: Sequence[Case],
     validation: Sequence[Case],
 ) -> str:
@@ -149,31 +149,34 @@ def untrained(network: Any) -> list[str]:
 def plan(
     config: PretrainConfig,
     processes: Processes,
-    model: HySparK | Siamese,
+    model: MaskedAutoencoder | Siamese,
     training: Sequence[Case],
     validation: Sequence[Case],
     first_step: int,
 ) -> str:
     """What the run will cost, for the terminal; takes trial steps, writes nothing."""
     free = memory.free_memory(processes)
-    task = task_of(config)(config, Share(config.batch_size, processes.rank, processes.world_size), [], [])
+    task = task_of(config)(config, Shard(config.batch_size, processes.rank, processes.world_size), [], [])
     crops = crops_per_process(config, processes)
-    make, least = partial(build, config), 2 if config.method in VIEW_METHODS else 1  # BatchNorm on vectors takes two
-    trials = try_steps(config, processes, make, task, task.random_batch, crops, free, least)
+    make, least = (
+        partial(build, config),
+        2 if config.method in CONTRASTIVE_METHODS else 1,
+    )  # BatchNorm on vectors takes two
+    trials = run_trials(config, processes, make, task, task.random_batch, crops, free, least)
     flops = count_flops(config, model, crops)
-    storage = survey(config, [*training, *validation], store_folder(config, Path(config.data)))
+    storage = estimate_store_size(config, [*training, *validation], store_folder(config, Path(config.data)))
     per_epoch = steps_per_epoch(config, training)
     left = min(config.epochs * per_epoch, config.max_steps or math.inf) - first_step
     steps = {"steps_per_epoch": per_epoch, "steps_left": max(0, int(left))}
-    return plan_text(config, processes, model, flops, trials, free, storage, **steps)
+    return format_plan(config, processes, model, flops, trials, free, storage, **steps)
 
 
 def task_of(config: PretrainConfig) -> type[Pretraining]:
     """What the loop does for the method that the settings name."""
-    return ViewPretraining if config.method in VIEW_METHODS else Pretraining
+    return ViewPretraining if config.method in CONTRASTIVE_METHODS else Pretraining
 
 
-def build(config: PretrainConfig, num_processes: int = 1) -> HySparK | Siamese:
+def build(config: PretrainConfig, num_processes: int = 1) -> MaskedAutoencoder | Siamese:
     """The network with its seeded fresh weights; raises ValueError where its settings do not fit together."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_at(config.seed, "weights"))
@@ -183,7 +186,7 @@ def build(config: PretrainConfig, num_processes: int = 1) -> HySparK | Siamese:
     return network
 
 
-def network_of(config: PretrainConfig, num_processes: int) -> HySparK | Siamese:
+def network_of(config: PretrainConfig, num_processes: int) -> MaskedAutoencoder | Siamese:
     """The network that the settings say, with fresh weights from torch's generator."""
     axes = len(config.crop_shape)
     if config.method == "hyspark":

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from hyspark.config.recipes import as_plain, write_yaml
 from hyspark.config.segmentation import SegmentationConfig, check_decoder
 from hyspark.data.batches.augmentation import AffineRange
-from hyspark.data.batches.loader import Batch, Share
+from hyspark.data.batches.loader import Batch, Shard
 from hyspark.data.batches.volumes import FinetuneBatches
 from hyspark.data.datasets.cases import Case
 from hyspark.data.preprocessing.store import StoredVolume
@@ -43,7 +43,7 @@ from hyspark.models.compile import compile_blocks
 from hyspark.models.segmentation import Hybird
 from hyspark.reports import run_page
 from hyspark.training import checkpoint, distributed, optim
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
 from hyspark.training.initial_weights import load_start
 from hyspark.training.labelled_cases import find_cases, label_fault, left_right_pairs, one_sided
 from hyspark.training.loop import Run, start_run, train
@@ -54,6 +54,7 @@ from hyspark.training.replay import repeat, stopped_run
 from hyspark.training.run_folder import begun, last_file, saved_state, settings_text, steps_per_epoch
 from hyspark.training.run_volumes import data_text, left_out_text, usable
 from hyspark.utils.digests import content_digest
+from hyspark.utils.log import LOG
 
 SCORES = {"Validation cases, last weights": "scores", "Further cases, last weights": "scores_test"}
 """Folders of scores in a run, by what the report calls them."""
@@ -70,7 +71,7 @@ def finetune(config: SegmentationConfig) -> Path:
     if config.replay:
         config, stopped = stopped_run(config, processes)
     config = with_precision(config, processes)
-    share = Share(config.batch_size, processes.rank, processes.world_size)
+    share = Shard(config.batch_size, processes.rank, processes.world_size)
     training, validation, names = find_cases(config)
     data = data_text(training, validation)
     swaps = left_right_pairs(config, names)
@@ -200,7 +201,7 @@ class Finetuning:
     """
 
     config: SegmentationConfig
-    share: Share
+    share: Shard
     training: Sequence[StoredVolume]
     validation: Sequence[StoredVolume]
     cases: Sequence[Case]
@@ -222,7 +223,7 @@ class Finetuning:
     def begin(self, run: Run, step: int) -> None:
         """Leave the encoder out of the first epochs, where the settings say so."""
         learns = step >= self.config.freeze_epochs * run.steps_per_epoch
-        run.network.encoder_learns(learns)
+        run.network.set_encoder_trainable(learns)
 
     def parts(self, run: Run, batch: Batch) -> list[Batch]:
         """Equal numbers of crops, each part with the weight of a part's voxels, as a mean over all processes."""

@@ -27,9 +27,9 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hyspark.training.batch_norm import global_batch_norm, share_statistics
+from hyspark.training.batch_norm import global_batch_norm, synchronise_batch_norms
+from hyspark.utils.log import LOG
 
-LOG = logging.getLogger("hyspark")
 T = TypeVar("T")
 
 
@@ -141,7 +141,7 @@ def share_gradients(model: nn.Module, processes: Processes, some_unused: bool = 
     options: dict[str, Any] = {sync_buffers: False, "find_unused_parameters": some_unused}
     on_cuda = processes.device.type == "cuda"
     if on_cuda or processes.world_size > 1:  # of one process, torch's SyncBatchNorm is a plain one
-        share_statistics(model, convert_sync_batchnorm if on_cuda else global_batch_norm)
+        synchronise_batch_norms(model, convert_sync_batchnorm if on_cuda else global_batch_norm)
     return DistributedDataParallel(model, device_ids=[processes.local_rank] if on_cuda else None, **options)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from hyspark.config.shared import VolumeSettings
 from hyspark.data.settings import PrepareSettings
 from hyspark.models.weights.load import LoadReport, load_pretrained
-from hyspark.training.distributed import LOG
+from hyspark.utils.log import LOG
 
 SEEN = tuple(setting.name for setting in fields(PrepareSettings))
 """Settings that decide what a network sees of a volume."""

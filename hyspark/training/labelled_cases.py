@@ -7,9 +7,9 @@ from pathlib import Path
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets import build, datalist_json
 from hyspark.data.datasets.cases import Case, Datalist
-from hyspark.data.datasets.splits import SEED, split_by_subject
+from hyspark.data.datasets.splits import SPLIT_SEED, split_by_subject
+from hyspark.data.datasets.subsets import draw_subset, subset_size
 from hyspark.data.preprocessing.store import StoredVolume
-from hyspark.data.seeds import rng_at
 from hyspark.utils.text import nearest
 
 BTCV_CLASSES = 14
@@ -23,7 +23,7 @@ def find_cases(config: SegmentationConfig) -> tuple[list[Case], list[Case], list
     listed = read_cases(config)
     training, validation = list(listed.training), list(listed.validation)
     if not validation:
-        training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=SEED)
+        training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=SPLIT_SEED)
     if not training or not validation:
         raise ValueError(
             f"{config.data}: {len(training)} labelled cases to train on and {len(validation)} to validate on; "
@@ -35,28 +35,20 @@ def find_cases(config: SegmentationConfig) -> tuple[list[Case], list[Case], list
 def read_cases(config: SegmentationConfig) -> Datalist:
     """The JSON that the settings name; else data_dir/dataset.json where it is a data list; else the nnU-Net folders."""
     folder = Path(config.data)
-    read = partial(datalist_json.read, require_labels=True, require_files=False)
+    read = partial(datalist_json.read_datalist, require_labels=True, require_files=False)
     if config.json_list:
         inside = folder / config.json_list
         return read(inside if inside.is_file() else Path(config.json_list))
     default = folder / "dataset.json"
     if default.is_file() and datalist_json.is_datalist(default):
         return read(default)
-    return build.read_folder(folder, seed=SEED, val_fraction=config.val_fraction)
+    return build.read_folder(folder, seed=SPLIT_SEED, val_fraction=config.val_fraction)
 
 
 def choose_labelled(training: Sequence[Case], config: SegmentationConfig) -> list[Case]:
-    """As many training cases as the settings ask for, in their order.
-
-    The cases are drawn one after the other in an order that the seed gives, so that fewer are always among more.
-    Raises ValueError where there are not so many.
-    """
-    num = config.num_labelled or max(1, round(config.label_fraction * len(training)))
-    if num > len(training):
-        raise ValueError(f"num_labelled is {num}, but {config.data} has {len(training)} labelled training cases")
-    by_name = sorted(range(len(training)), key=lambda i: (training[i].dataset, training[i].name))
-    drawn = rng_at(config.seed, "labelled").permutation(len(training))[:num]
-    return [training[i] for i in sorted(by_name[d] for d in drawn)]
+    """Draw the training cases that the settings ask for, in their order; see `draw_subset`."""
+    num = subset_size(len(training), num_labelled=config.num_labelled, label_fraction=config.label_fraction)
+    return [training[i] for i in draw_subset([(case.dataset, case.name) for case in training], num, config.seed)]
 
 
 def class_names(config: SegmentationConfig, labels: dict[str, int] | None) -> list[str]:

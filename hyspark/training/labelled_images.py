@@ -7,10 +7,11 @@ from pathlib import Path
 
 from hyspark.config.classification import ClassificationConfig
 from hyspark.data.batches.images import short_side
-from hyspark.data.readers.images import FoundImages, ImageSet, decode, find_classes, find_images, nested_subset
-from hyspark.training.distributed import LOG
+from hyspark.data.datasets.subsets import draw_stratified, subset_size
+from hyspark.data.readers.images import FoundImages, ImageSet, decode, find_classes, find_images
 from hyspark.training.run_volumes import SKIP
 from hyspark.utils.digests import text_digest
+from hyspark.utils.log import LOG
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,13 @@ def find_parts(config: ClassificationConfig) -> tuple[dict[str, FoundImages], tu
     """The images of each part, not decoded yet, and the classes. Raises as `read_images`."""
     found, classes = find_images(Path(config.data))
     training = found["train"]
-    if config.num_labelled or config.label_fraction < 1:
-        share = max(len(set(training.labels)), round(config.label_fraction * len(training.names)))
-        found["train"] = training.take(nested_subset(training, config.num_labelled or share, config.seed))
+    num = subset_size(
+        len(training.names),
+        num_labelled=config.num_labelled,
+        label_fraction=config.label_fraction,
+        least=len(set(training.labels)),
+    )
+    found["train"] = training.take(draw_stratified(training.names, training.labels, num, config.seed))
     if config.test_dir:
         found["test"] = find_classes(Path(config.test_dir), classes)
     return found, classes

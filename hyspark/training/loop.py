@@ -23,10 +23,11 @@ from hyspark.config.recipes import Config, as_plain
 from hyspark.data.batches.loader import Batch, loading, make_loader
 from hyspark.training import checkpoint, distributed, optim
 from hyspark.training.checkpoint import full_disk_explained
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
 from hyspark.training.metrics_log import RunLog
 from hyspark.training.precision import autocast, choose_kernels, loss_scaler
 from hyspark.training.signals import AskedToStop, Requests
+from hyspark.utils.log import LOG
 
 LEAST_SCALE = 1.0
 """Of fp16's losses; what is not finite at this scale is not finite because of it."""

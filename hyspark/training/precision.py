@@ -11,7 +11,8 @@ import yaml
 from hyspark.config.recipes import Config, ConfigT
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.config.shared import Precision, RunSettings
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
+from hyspark.utils.log import LOG
 
 
 def precision_on(processes: Processes, config: SegmentationConfig) -> Precision:

@@ -13,8 +13,9 @@ from hyspark.config.classification import ClassificationConfig
 from hyspark.config.recipes import Config, as_plain, differences
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.training import checkpoint, distributed
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
 from hyspark.training.signals import Requests, requests
+from hyspark.utils.log import LOG
 
 WAIT_FOR_LOCK = 10.0
 """Seconds that a stopped process of the same run, or the loader processes of a killed one, have to end."""

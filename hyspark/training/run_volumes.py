@@ -7,12 +7,13 @@ from typing import Any
 
 from hyspark.config.shared import VolumeSettings
 from hyspark.data.datasets.cases import Case
-from hyspark.data.preprocessing.prepare import is_there, prepare_missing, stored, unusable
+from hyspark.data.preprocessing.prepare import failure_message, files_exist, prepare_missing, stored_volumes
 from hyspark.data.preprocessing.store import StoredVolume, is_complete
-from hyspark.data.preprocessing.store_size import survey
+from hyspark.data.preprocessing.store_size import estimate_store_size
 from hyspark.training import distributed
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
 from hyspark.utils.digests import text_digest
+from hyspark.utils.log import LOG
 
 GB = 10**9
 SKIP = "or leave them out with --on_bad_case skip"
@@ -36,8 +37,8 @@ def prepared(config: VolumeSettings, processes: Processes, data: Path, cases: Se
     """
     failed = prepare_once(config, processes, data, cases)
     if failed:
-        raise ValueError(unusable(failed, len(cases)))
-    return stored(cases, config, store_folder(config, data))
+        raise ValueError(failure_message(failed, len(cases)))
+    return stored_volumes(cases, config, store_folder(config, data))
 
 
 def prepare_once(
@@ -47,8 +48,8 @@ def prepare_once(
     store = store_folder(config, data)
 
     def work() -> dict[str, tuple[str, ...]]:
-        whole = [case for case in cases if is_there(case)]
-        if not all(is_complete(volume.folder) for volume in stored(whole, config, store)):
+        whole = [case for case in cases if files_exist(case)]
+        if not all(is_complete(volume.folder) for volume in stored_volumes(whole, config, store)):
             warn_of_full_disk(config, store, cases)
         return prepare_missing(cases, config, store, config.prepare_workers, processes.is_main)
 
@@ -57,7 +58,7 @@ def prepare_once(
 
 def warn_of_full_disk(config: VolumeSettings, store: Path, cases: Sequence[Case]) -> None:
     """Say so where the volumes that are to be prepared will probably not fit the disk."""
-    found = survey(config, cases, store)
+    found = estimate_store_size(config, cases, store)
     if found.missing_bytes > found.free:
         LOG.warning(
             "the %d volumes to prepare will take about %.1f GB, but the disk of %s has %.1f GB free; "
@@ -108,10 +109,10 @@ def usable(
         )
     failed = prepare_once(config, processes, data, cases)
     whole = [case for case in cases if str(case.image) not in failed]
-    volumes = dict(zip(whole, stored(whole, config, store_folder(config, data)), strict=True))
+    volumes = dict(zip(whole, stored_volumes(whole, config, store_folder(config, data)), strict=True))
     failed |= {str(c.image): (f"{c.image}: {why}",) for c in whole if (why := fault(volumes[c]))}
     if failed and config.on_bad_case == "stop":
-        raise ValueError(unusable(failed, len(cases), SKIP))
+        raise ValueError(failure_message(failed, len(cases), SKIP))
     train_on, validate_on = ([c for c in part if str(c.image) not in failed] for part in (training, validation))
     left_out = [case.name for case in cases if str(case.image) in failed]
     if failed:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from hyspark.training.distributed import LOG
-from hyspark.utils.processes import ASKING
+from hyspark.utils.log import LOG
+from hyspark.utils.processes import STOP_SIGNALS
 
 EXIT_CODE = 75
 """Of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, "try again later"."""
@@ -58,7 +58,7 @@ def requests() -> Iterator[Requests]:
     """Take note of signals, in the main thread (others cannot); those that the caller handles or ignores are left."""
     found = Requests()
     in_main = threading.current_thread() is threading.main_thread()
-    ours = [number for number in ASKING if in_main and signal.getsignal(number) == signal.SIG_DFL]
+    ours = [number for number in STOP_SIGNALS if in_main and signal.getsignal(number) == signal.SIG_DFL]
     for number in ours:
         signal.signal(number, found.ask)
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file at once: a reader never meets half of it. Makes the folders."""
+    """Write a file atomically, so that no reader meets half of it; make its folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -20,12 +20,12 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write plain values as JSON, at once."""
+    """Write nested plain values as a JSON file, atomically."""
     write_whole(path, (json.dumps(to_json(value), indent=1, allow_nan=False) + "\n").encode())
 
 
 def to_json(value: Any) -> Any:
-    """Nested plain values as JSON can hold them: None in place of NaN and infinity."""
+    """Replace NaN and infinity by None in nested plain values, since JSON has neither."""
     if isinstance(value, Mapping):
         return {key: to_json(v) for key, v in value.items()}
     if isinstance(value, list | tuple):

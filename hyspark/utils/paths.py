@@ -13,10 +13,14 @@ NIFTI = re.compile(r"(?P<stem>.+?)\.nii(\.gz)?", re.DOTALL)
 
 
 def walk_folders(top: Path, *, skip: Path | None = None) -> Iterator[tuple[Path, list[str]]]:
-    """Folders from `top` down, with the names below, which the caller may shorten.
+    """Yield each folder from `top` down once, with the names of its subfolders.
 
-    Each folder comes once. Links are followed last, so that a folder is met under its own name where it has
-    one.
+    The caller may shorten the list of names; the others are walked. Hidden folders are omitted. Links are followed
+    last, so that a folder which also has a path of its own is met there.
+
+    Args:
+        top: folder where the walk begins.
+        skip: folder that is not entered.
     """
     seen = {os.path.realpath(skip)} if skip else set()
     pending = [os.fspath(top)]
@@ -33,7 +37,11 @@ def walk_folders(top: Path, *, skip: Path | None = None) -> Iterator[tuple[Path,
 
 
 def nifti_files(folder: Path) -> list[Path]:
-    """The NIfTI files right in `folder` by name, without hidden ones; FileNotFoundError for a broken link."""
+    """List the NIfTI files directly in a folder by name, without hidden ones.
+
+    Raises:
+        FileNotFoundError: for a broken link.
+    """
     files = [f for f in sorted(folder.iterdir()) if NIFTI.fullmatch(f.name) and not f.name.startswith(".")]
     if broken := [str(file) for file in files if not file.exists()]:
         raise FileNotFoundError(f"links to files that do not exist: {listing(broken)}")
@@ -41,13 +49,18 @@ def nifti_files(folder: Path) -> list[Path]:
 
 
 def nifti_stem(file: Path) -> str:
-    """The file name without .nii.gz or .nii; any other name as it is."""
+    """Return a file name without .nii.gz or .nii; any other name unchanged."""
     found = NIFTI.fullmatch(file.name)
     return found["stem"] if found else file.name
 
 
 def load_json(path: Path) -> Any:
-    """The content of a JSON file; FileNotFoundError if there is none, ValueError if it is not JSON."""
+    """Read the content of a JSON file.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is not JSON.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:

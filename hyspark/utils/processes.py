@@ -1,4 +1,4 @@
-"""Processes that help a run: they leave signals to it, and end with it, however it ends."""
+"""Worker processes of a run: they leave signals to the run, and end with it, however it ends."""
 
 import multiprocessing
 import os
@@ -12,35 +12,40 @@ from typing import Any, TypeVar
 
 import torch
 
-
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 T = TypeVar("T")
-ASKING = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+STOP_SIGNALS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 """Signals that ask a run to stop. Schedulers send them to all processes of a job; only the run itself heeds them."""
 
 
+def available_cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
-def pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
-    """So many processes of one thread each. Where the block is left early, what has not begun is not done."""
+def worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Open a pool of processes with one thread each; on leaving the block, cancel jobs that have not begun."""
     # spawn: a forked child of a process with OpenMP threads may hang in its first parallel region.
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(num_workers, context, be_helper)
+    executor = ProcessPoolExecutor(num_workers, context, set_up_worker)
     try:
         yield executor
     finally:
         executor.shutdown(cancel_futures=True)
 
 
-def as_done(function: Callable[..., T], jobs: Sequence[tuple[Any, ...]], num_workers: int) -> Iterator[T]:
-    """What a function returns for each job, as they get done; one worker, or one job, is this process itself."""
+def map_unordered(function: Callable[..., T], jobs: Sequence[tuple[Any, ...]], num_workers: int) -> Iterator[T]:
+    """Call a function on each job's arguments and yield the results as they are completed.
+
+    One worker, or one job, runs in this process itself.
+
+    Raises:
+        OSError: if a process was killed.
+    """
     if min(num_workers, len(jobs)) <= 1:
         yield from (function(*job) for job in jobs)
         return
-    with pool(min(num_workers, len(jobs))) as processes:
+    with worker_pool(min(num_workers, len(jobs))) as processes:
         for future in as_completed([processes.submit(function, *job) for job in jobs]):
             try:
                 yield future.result()
@@ -50,21 +55,21 @@ def as_done(function: Callable[..., T], jobs: Sequence[tuple[Any, ...]], num_wor
                 ) from error
 
 
-def be_helper() -> None:
-    """First thing in a process of the pool."""
+def set_up_worker() -> None:
+    """Prepare a process of the pool: one thread, no signals, an end with its parent."""
     torch.set_num_threads(1)
     ignore_signals()
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def ignore_signals(worker: int = 0) -> None:
-    """Leave signals to the run. worker: number of a loader's process, which gives it."""
-    for number in ASKING:
+    """Leave the stop signals to the run; `worker` is the number that a DataLoader passes."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def end_with_parent() -> None:
-    """Wait for the parent's end; a pool's processes would otherwise wait for work from a killed one for ever."""
+def exit_with_parent() -> None:
+    """Wait for the parent's end, then exit; the processes of a killed parent would otherwise wait for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 
 def nearest(word: str, choices: Iterable[str], renamed: Mapping[str, str] | None = None) -> str:
-    """Write "; did you mean X?" for a near miss, else nothing.
+    """Return '; did you mean X?' for the choice nearest to a word, or an empty string if none is near.
 
     Args:
         word: What was given.
@@ -18,27 +18,32 @@ def nearest(word: str, choices: Iterable[str], renamed: Mapping[str, str] | None
 
 
 def listing(items: Iterable[str], limit: int = 10) -> str:
-    """Up to `limit` items, in order, and how many there are if not all are shown."""
+    """Join up to `limit` sorted items; add their total if some are omitted."""
     items = sorted(items)
     return ", ".join(items[:limit]) + (f", ... ({len(items)} in all)" if len(items) > limit else "")
 
 
-def scaled(number: float) -> str:
-    """A count with three digits and its unit: 1.23 G."""
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def format_count(number: float) -> str:
+    """Format a count with three digits and its unit, as in 1.23 G."""
     for unit, name in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if number >= unit:
             return f"{number / unit:.3g}{name}"
     return f"{number:.3g}"
 
 
-def size(number: float) -> str:
-    """Bytes, with a unit."""
-    text = scaled(number)
+def format_bytes(number: float) -> str:
+    """Format a number of bytes with a decimal unit, as in 1.23 GB."""
+    text = format_count(number)
     return f"{text}B" if " " in text else f"{text} B"
 
 
-def duration(seconds: float) -> str:
-    """Seconds, minutes, hours or days, with two digits at least."""
+def format_duration(seconds: float) -> str:
+    """Format seconds as seconds, minutes, hours or days, with two digits at least."""
     for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * unit:
             return f"{seconds / unit:.1f} {name}"

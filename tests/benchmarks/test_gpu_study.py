@@ -68,7 +68,7 @@ def prepare(study, source, out, *more):
 def test_a_data_folder_keeps_validation_cases_out_of_pretraining(study, source, tmp_path, capsys):
     prepare(study, source, tmp_path / "data")
     assert "7 volumes" in capsys.readouterr().out
-    listed = datalist_json.read(tmp_path / "data" / "dataset.json")
+    listed = datalist_json.read_datalist(tmp_path / "data" / "dataset.json")
     names = [sorted(case.name for case in part) for part in (listed.training, listed.validation)]
     assert names == [["phantom_000", "phantom_001", "phantom_002", "trunk_000", "trunk_001"],
                      ["phantom_003", "phantom_004"]]  # fmt: skip

@@ -21,7 +21,7 @@ from hyspark.models.segmentation import build_hybird
 from hyspark.utils.atomic import write_json
 
 ROOT = Path(__file__).parents[2]
-PUBLISHED = "--exp_name=debug --data_path=./data --model=hyspark --bs=12 --exp_dir=debug_hyspark_ddp_4"
+PUBLISHED = "--exp_name=debug --data=./data --model=hyspark --batch_size=12 --out=debug_hyspark_ddp_4"
 TINY = {"encoder_widths": (4, 4, 8, 8, 12), "encoder_depths": (1,) * 5, "expansions": (2,) * 5}
 TINY_FLAGS = [word for name, values in TINY.items() for word in (f"--{name}", *map(str, values))]
 TINY_FLAGS += ["--vit_depth", "1", "--num_heads", "2", "--crop_size", "32", "--out_channels", "3"]
@@ -89,8 +89,8 @@ def test_the_other_published_flags_parse(flag, value, parsed, form):
 
 def test_unetr_flags_parse():
     line = (
-        "--data_dir=/data/btcv --json_list=dataset_0.json --logdir=./test --max_epochs=10 --val_every=5 --batch_size=2 "
-        "--optim_lr=4e-4 --reg_weight=1e-5 --warmup_epochs=5 --lrschedule=warmup_cosine --infer_overlap=0.7 "
+        "--data=/data/btcv --json_list=dataset_0.json --out=./test --epochs=10 --val_every=5 --batch_size=2 "
+        "--lr=4e-4 --weight_decay=1e-5 --warmup_epochs=5 --lrschedule=warmup_cosine --infer_overlap=0.7 "
         "--roi_x=64 --roi_y=64 --roi_z=96 --in_channels=1 --out_channels=14"
     )
     assert finetune_config(line) == SegmentationConfig(
@@ -208,7 +208,7 @@ def test_wrong_recipes_are_messages(tmp_path, capsys):
         ("pretrain --batch_size", "argument --batch_size: expected one argument"),
         ("pretrain --spacing 1 2", "argument --spacing: expected 3 arguments"),
         ("pretrain --precision fp61", "bf16"),
-        ("pretrain --crop_size 100", "nearest that fits is (96, 96, 96)"),
+        ("pretrain --crop_size 100", "the nearest valid size is (96, 96, 96)"),
         ("pretrain --mask_ratio 1.5", "mask_ratio must lie between 0 and 1"),
         ("finetune --in_channels 3", "in_channels must be 1, since CT has one channel"),
         ("datalist --organize_from x", "--organize_from and --organize_to go together"),
@@ -233,7 +233,7 @@ def test_the_command_without_a_verb(capsys):
 
 def test_every_verb_is_a_command_with_the_help_that_is_shown():
     for verb, text in main.VERBS.items():
-        assert getattr(commands, verb).__doc__ == text
+        assert getattr(commands, verb.replace("-", "_")).__doc__ == text
 
 
 def test_help_and_version_import_nothing_heavy():
@@ -291,7 +291,7 @@ def test_datalist_with_labels_and_split(tmp_path, capsys):
     output = tmp_path / "labelled.json"
     flags = ["--labels", "--splits", "auto", "--val_fraction", "0.4", "--out", str(output)]
     main.main(["datalist", "--data", str(tmp_path), *flags])
-    assert "3 training, 2 validation, 5 labelled, 1 left out" in capsys.readouterr().out
+    assert "3 training, 2 validation, 5 labelled, 1 excluded" in capsys.readouterr().out
     listed = json.loads(output.read_text())
     assert [len(listed["training"]), len(listed["validation"])] == [3, 2]
     assert all(set(entry) == {"image", "label"} for entry in listed["training"] + listed["validation"])
@@ -346,11 +346,11 @@ def test_weights_prints_what_matched(tmp_path, capsys):
     assert f"matched    {len(encoder.state_dict()):4d} keys" in output
     model = build_hybird(1, 3, 32, **{k.removeprefix("encoder_"): v for k, v in TINY.items()}, vit_depth=1, num_heads=2)
     num_decoder = sum(key.startswith("decoder.") for key in model.state_dict())
-    assert f"missing    {num_decoder:4d} (fresh: decoder.* {num_decoder})" in output
+    assert f"missing    {num_decoder:4d} (randomly initialised: decoder.* {num_decoder})" in output
 
 
 def test_weights_that_do_not_fit(tmp_path, capsys):
-    assert "no weights at none.pth" in fails(["weights", "none.pth", *TINY_FLAGS], capsys)
+    assert "none.pth: no such file" in fails(["weights", "none.pth", *TINY_FLAGS], capsys)
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     assert "other.pth" in fails(["weights", str(tmp_path / "other.pth"), *TINY_FLAGS], capsys)
     (tmp_path / "torn.pth").write_bytes(b"torn")
@@ -363,14 +363,14 @@ def test_weights_of_networks_of_others(tmp_path, capsys):
     main.main(["weights", path, "--model", "timm/resnet18"])
     report = capsys.readouterr().out
     assert "matched     120 keys, covering 100.0% of the model's parameters" in report
-    assert "unexpected    2 (fc.weight, fc.bias: head of its own, not part of this model)" in report
+    assert "unexpected    2 (fc.weight, fc.bias: head of the file's network, not part of this model)" in report
     main.main(["weights", path, "--model", "torchvision/resnet18"])
-    assert "missing       2 (fresh: fc.* 2)" in capsys.readouterr().out
+    assert "missing       2 (randomly initialised: fc.* 2)" in capsys.readouterr().out
     assert "out_channels, decoder_width: not read for timm/resnet18" in fails(
         ["weights", path, "--model", "timm/resnet18", "--out_channels", "3", "--decoder_width", "32"], capsys
     )
     assert "did you mean resnet18" in fails(["weights", path, "--model", "timm/resnet_18"], capsys)
-    assert "has shape" in fails(["weights", path, "--model", "monai/resnet18"], capsys)
+    assert "the model expects shape" in fails(["weights", path, "--model", "monai/resnet18"], capsys)
     assert "none of its 122 keys" in fails(["weights", path, "--model", "monai/segresnet"], capsys)
 
 
@@ -380,7 +380,7 @@ def test_export_for_detectron2(tmp_path, capsys):
     main.main(words)
     assert "resnet.pkl: 100 tensors, 11.19 M numbers" in capsys.readouterr().out
     assert "--decoder is of pre-training" in fails([*words, "--decoder"], capsys)
-    assert "give it that" in fails([*words[:-1], "x.safetensors"], capsys)
+    assert "expected a path that ends in .pkl" in fails([*words[:-1], "x.safetensors"], capsys)
 
 
 def test_phantom_writes_both_datasets(tmp_path):
@@ -443,14 +443,50 @@ def test_a_diverged_training_is_exit_code_1(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: the loss is nan\n"
 
 
-def test_one_of_several_processes_speaks(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    assert fails(["pretrain", "--mask_ratio", "2"], capsys) == ""
+def test_every_rank_prints_its_error_with_the_rank(monkeypatch, capsys):
+    assert fails(["pretrain", "--mask_ratio", "2"], capsys).startswith("error: mask_ratio")
     monkeypatch.setenv("RANK", "0")
-    assert fails(["pretrain", "--mask_ratio", "2"], capsys) != ""
-    monkeypatch.setenv("RANK", "2")
-    monkeypatch.setenv("LOCAL_RANK", "0")  # the first of the second machine
-    assert fails(["pretrain", "--mask_ratio", "2"], capsys) != ""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert fails(["pretrain", "--mask_ratio", "2"], capsys).startswith("error: mask_ratio")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank in ("0", "3"):
+        monkeypatch.setenv("RANK", rank)
+        assert fails(["pretrain", "--mask_ratio", "2"], capsys).startswith(f"error (rank {rank}): mask_ratio")
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError, NotImplementedError, ValueError, OSError])
+def test_a_missing_extra_or_an_unsupported_network_is_one_line(error, monkeypatch, capsys):
+    def failed(argv: list[str]) -> None:
+        raise error("moco needs lightly: pip install 'hyspark[views]'")
+
+    monkeypatch.setattr(exit_codes, "raised_here", lambda error: True)
+    with pytest.raises(SystemExit) as exit_:
+        exit_codes.run(failed, [])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "error: moco needs lightly: pip install 'hyspark[views]'\n"
+
+
+# Completion
+
+
+def test_completion_scripts(capsys, monkeypatch):
+    main.main(["--completion", "bash"])
+    script = capsys.readouterr().out
+    for word in (*main.VERBS, "--batch_size", "--mask_ratio", "--num_unlabelled", "released"):
+        assert word in script
+    checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    assert "expected one of bash, zsh, tcsh, got fish" in fails(["--completion", "fish"], capsys)
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert "pip install 'hyspark[completion]'" in fails(["--completion", "zsh"], capsys)
+
+
+def test_verbs_of_earlier_versions_still_work(capsys):
+    for verb, expected in (("finetune_classify", "hyspark finetune-classifier"), ("classify", "hyspark classify")):
+        with pytest.raises(SystemExit) as exit_:
+            main.main([verb, "--help"])
+        assert exit_.value.code == 0
+        assert f"usage: {expected}" in capsys.readouterr().out
 
 
 def test_the_scripts_show_their_help(tmp_path):

@@ -22,7 +22,7 @@ from hyspark.utils.text import nearest
 PACKAGE = Path(hyspark.__file__).parent
 RECIPES = sorted((PACKAGE.parent / "configs").rglob("*.yaml"))
 VOLUMES = {"pretrain": PretrainConfig, "finetune": SegmentationConfig}
-CLASSES = VOLUMES | {"finetune_classify": ClassificationConfig}
+CLASSES = VOLUMES | {"finetune-classifier": ClassificationConfig}
 CLASSIFYING = ("tasks/classification.py", "evaluation/classification/predict.py", "training/labelled_images.py")
 PRETRAINING = ("tasks/pretrain.py", "tasks/masked.py", "tasks/contrastive.py", "planning/plan.py")
 SEGMENTING = ("tasks/segmentation.py", "evaluation/segmentation/evaluate.py")
@@ -75,7 +75,7 @@ def properties_of(config_class: type) -> list[ast.FunctionDef]:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_loads(path):
-    is_classification = "finetune_classify.py --config" in path.read_text()
+    is_classification = "finetune-classifier --config" in path.read_text()
     config_class = ClassificationConfig if is_classification else VOLUMES[path.stem.split("_")[0]]
     values = read_yaml(path, config_class)
     assert values
@@ -274,7 +274,7 @@ WRONG_PRETRAIN = [
     ({"picture_every": -1}, "picture_every must not be negative"),
     ({"crop_size": (96, 96)}, "crop_size takes one number or three"),
     ({"crop_size": ()}, "crop_size takes one number or three"),
-    ({"crop_size": (100,)}, r"multiple of 16.*nearest that fits is \(96, 96, 96\)"),
+    ({"crop_size": (100,)}, r"multiple of 16.*nearest valid size is \(96, 96, 96\)"),
     ({"crop_size": (96, 0, 96)}, "multiple of 16"),
     ({"model": "moco"}, "model must be hyspark, or a method and a backbone"),
     ({"model": "simclr/timm/resnet50"}, "methods are spark, moco, byol, swav"),
@@ -323,7 +323,7 @@ WRONG_FINETUNE = [
     ({"intensity_prob": -1.0}, "must be probabilities"),
     ({"labelled_prob": 1.1}, "must be probabilities"),
     ({"background_weight": 0.0}, "background_weight must be above 0"),
-    ({"decoder_width": 16, "decoder_min_width": 32}, "decoder_min_width=32 is above decoder_width=16"),
+    ({"decoder_width": 16, "decoder_min_width": 32}, "decoder_min_width: expected at most decoder_width=16"),
     ({"accumulate": 0}, "accumulate must be above 0"),
     ({"accumulate": 3}, "accumulate=3 does not divide a step's 4 crops"),
     ({"num_labelled": -1}, "num_labelled must not be negative"),

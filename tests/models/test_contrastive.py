@@ -11,7 +11,7 @@ from monai.networks.nets import resnet10
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 from hyspark.models.backbones import build_backbone
-from hyspark.models.contrastive import METHODS, MOCO_TEMPERATURE, build_siamese
+from hyspark.models.contrastive import CONTRASTIVE_METHODS, MOCO_TEMPERATURE, build_siamese
 
 
 def siamese_of(method, name="timm/resnet10t", **options):
@@ -23,7 +23,7 @@ def siamese_of(method, name="timm/resnet10t", **options):
     return build_siamese(method, backbone.network, 64, in_channels=channels, axes=axes, run=backbone.run, **sizes)
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=CONTRASTIVE_METHODS)
 def net(request):
     return siamese_of(request.param)
 
@@ -45,7 +45,7 @@ def test_all_but_the_slow_copy_is_trained(net):
         assert is_copy or bool(parameter.grad.abs().sum() > 0), name
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CONTRASTIVE_METHODS)
 @pytest.mark.parametrize(
     ("name", "original"),
     [
@@ -72,7 +72,7 @@ def test_the_loss_of_moco_is_that_of_the_paper_and_keys_queue_up():
     net = siamese_of("moco").train()
     queue = net.criterion.memory_bank.bank.clone()
     pair = views()
-    net.teacher.without_batch(pair[0])
+    net.teacher.encode_keys(pair[0])
     keys = normalize(net.teacher.eval()(pair[1]), dim=1)
     net.train()
     output = net(pair)
@@ -125,7 +125,7 @@ def test_small_views_take_part_in_swav():
 def test_prototypes_have_unit_length_before_a_step():
     net = siamese_of("swav")
     torch.nn.init.normal_(net.prototypes.heads[0].weight)
-    net.follow(0.9)
+    net.prepare_step(0.9)
     torch.testing.assert_close(net.prototypes.heads[0].weight.norm(dim=1), torch.ones(5))
 
 
@@ -137,11 +137,11 @@ def test_the_slow_copy_moves_towards_the_network(method):
         net.encoder.backbone.conv1[0].weight.add_(1.0)
     net(views())
     assert torch.equal(net.teacher.module[0].backbone.conv1[0].weight, old)
-    net.follow(0.75)
+    net.prepare_step(0.75)
     torch.testing.assert_close(net.teacher.module[0].backbone.conv1[0].weight, old + 0.25)
-    net.follow(1.0)
+    net.prepare_step(1.0)
     torch.testing.assert_close(net.teacher.module[0].backbone.conv1[0].weight, old + 0.25)
-    net.follow(0.0)
+    net.prepare_step(0.0)
     for key, value in net.encoder.state_dict().items():
         assert torch.equal(net.teacher.module[0].state_dict()[key], value), key
 
@@ -164,8 +164,8 @@ def test_keys_carry_no_trace_of_their_batch():
     keys = []
     for batch in (images, images[:3]):
         teacher = siamese_of("moco").train().teacher
-        teacher.without_batch(others)
-        keys.append((teacher.without_batch(batch)[0], teacher.without_batch(others)[0]))
+        teacher.encode_keys(others)
+        keys.append((teacher.encode_keys(batch)[0], teacher.encode_keys(others)[0]))
     torch.testing.assert_close(keys[0][0], keys[1][0])
     assert not torch.allclose(keys[0][1], keys[1][1])  # later ones do
 

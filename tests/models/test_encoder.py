@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hyspark import build_hyspark
-from hyspark.models.encoder import HybridEncoder, halved, halved_by_axis
+from hyspark.models.encoder import HybridEncoder, max_pool_2x, max_pool_by_axis
 from hyspark.models.masking.context import hidden
 from hyspark.models.masking.mask import visible_at
 
@@ -249,7 +249,7 @@ def test_pooling_axis_by_axis_is_pooling(size, is_masked):
     seen = visible_at(visible, size) if is_masked else torch.ones_like(x[:, :1], dtype=torch.bool)
     kept = visible if is_masked else torch.ones_like(visible)
     found = []
-    for pool in (halved, halved_by_axis):
+    for pool in (max_pool_2x, max_pool_by_axis):
         with hidden(visible) if is_masked else nullcontext():
             out = pool(x.where(seen, 0)) * kept
         found.append((out.detach(), *torch.autograd.grad(out.square().sum(), x)))

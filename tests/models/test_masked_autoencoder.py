@@ -8,7 +8,7 @@ from hyspark import build_hyspark
 from hyspark.models import light_decoder
 from hyspark.models.masked_autoencoder import PretrainingOutput, patch_statistics, reconstruct, reconstruction_loss
 from hyspark.models.masking.mask import patchify, visible_at
-from hyspark.models.masking.packed import Patches
+from hyspark.models.masking.patches import Patches
 
 
 def loss_by_loops(volumes, prediction, visible):

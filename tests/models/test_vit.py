@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hyspark.models.masking.packed import Patches
+from hyspark.models.masking.patches import Patches
 from hyspark.models.vit import TokenTransformer, sincos_position
 
 NUM_HEADS = 12

@@ -49,7 +49,7 @@ def test_matrix_products_and_attention_by_hand():
 @pytest.mark.parametrize("groups", [1, 8])
 def test_the_backward_pass_costs_two_forward_passes(groups):
     net = Loss(nn.Conv3d(1, 8, 1), nn.Conv3d(8, 8, 3, padding=1, groups=groups), nn.ConvTranspose3d(8, 4, 2, stride=2))
-    forward, backward = flops.flops_of_step(net, (8, 8, 8), 2)
+    forward, backward = flops.step_flops(net, (8, 8, 8), 2)
     first = 2 * 2 * 512 * 8  # needs no gradient of its input
     assert backward == 2 * forward - first
 
@@ -61,8 +61,8 @@ def test_packed_convolutions_cost_the_visible_share(make_hyspark, make_visible):
         net = make_hyspark((32, 32, 64), compute=compute)
         layers = flops.flops_by_layer(net, (32, 32, 64), 2, visible)
         counts[compute] = {name: n for name, n in layers.items() if ".embeddings." in name}
-        assert flops.by_part(layers).keys() == {"encoder", "densify", "decoder"}
-        assert sum(flops.by_part(layers).values()) == flops.flops_of_step(net, (32, 32, 64), 2, visible)[0]
+        assert flops.sum_by_module(layers).keys() == {"encoder", "densify", "decoder"}
+        assert sum(flops.sum_by_module(layers).values()) == flops.step_flops(net, (32, 32, 64), 2, visible)[0]
     assert {"encoder.embeddings.stem", "encoder.embeddings.layer3.2.conv1"} <= counts["packed"].keys()
     dense = "encoder.embeddings.layer5.0.conv1"  # one voxel a patch: computed densely, which is faster
     assert counts["packed"].pop(dense) == counts["masked"].pop(dense)
@@ -70,7 +70,7 @@ def test_packed_convolutions_cost_the_visible_share(make_hyspark, make_visible):
 
 
 def test_the_backward_pass_of_hyspark_costs_twice_the_forward_pass_and_a_little(make_hyspark, make_visible):
-    forward, backward = flops.flops_of_step(make_hyspark(), (32, 32, 32), 4, make_visible(4, (2, 2, 2)))
+    forward, backward = flops.step_flops(make_hyspark(), (32, 32, 32), 4, make_visible(4, (2, 2, 2)))
     assert 1.9 < backward / forward < 2.5
 
 
@@ -84,7 +84,7 @@ def test_all_layers_of_a_network_without_a_mask_are_named(make_hybird):
 def test_the_network_stays_as_it_is(make_hyspark, make_visible):
     net = make_hyspark()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    flops.flops_of_step(net, (32, 32, 32), 2, make_visible(2, (2, 2, 2)))
+    flops.step_flops(net, (32, 32, 32), 2, make_visible(2, (2, 2, 2)))
     flops.flops_by_layer(net, (32, 32, 32), 2, make_visible(2, (2, 2, 2)))
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())

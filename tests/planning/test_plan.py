@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from hyspark.data.batches.loader import Share
+from hyspark.data.batches.loader import Shard
 from hyspark.data.preprocessing import store_size
 from hyspark.data.preprocessing.prepare import prepare_all
 from hyspark.planning import plan, trial_steps
@@ -28,7 +28,7 @@ FLOPS = plan.Flops({"encoder": 2 * GB, "densify": GB, "decoder": 7 * GB}, {"pack
 
 @pytest.fixture
 def store(tmp_path):
-    return store_size.Storage(
+    return store_size.StoreSize(
         tmp_path, prepared=2, prepared_bytes=3000, missing=4, missing_bytes=6 * GB, bytes_per_voxel=1.25,
         is_assumed=False, unreadable=0, free=7 * GB,
     )  # fmt: skip
@@ -36,11 +36,11 @@ def store(tmp_path):
 
 def text(config, store, trials=TRIALS, free=100 * GB, processes=CPU):
     steps = {"steps_per_epoch": 3, "steps_left": 300}
-    return plan.plan_text(config, processes, build(config), FLOPS, trials, free, store, **steps)
+    return plan.format_plan(config, processes, build(config), FLOPS, trials, free, store, **steps)
 
 
-def try_in(config, free, most=4, process=trial_steps.try_steps):
-    task = Pretraining(config, Share(config.batch_size), [], [])
+def try_in(config, free, most=4, process=trial_steps.run_trials):
+    task = Pretraining(config, Shard(config.batch_size), [], [])
     return list(process(config, CPU, partial(build, config), task, task.random_batch, most, free))
 
 
@@ -50,15 +50,15 @@ def try_in(config, free, most=4, process=trial_steps.try_steps):
 def test_every_promised_number_is_there(pretraining, store):
     plan = text(pretraining, store)
     weights = sum(p.numel() for p in build(pretraining).parameters())
-    assert f"{utils_text.scaled(weights)} parameters: encoder" in plan
+    assert f"{utils_text.format_count(weights)} parameters: encoder" in plan
     for pattern in (
         r"per step of 4 crops in a process: 10 G forward \(encoder 2 G, densify 1 G, decoder 7 G\)",
         r"21 G backward",
-        r"packed 2 G, masked 8 G, 4.0 times",
+        r"packed 2 G, masked 8 G, 4.0 times as many",
         r"in each process: weights .*, gradients .*, optimizer .* \(computed\)",
-        r"6 GB at the peak of 4 crops: 1 GB per crop and 2 GB for all else \(estimated from steps of 1 and 2 crops\)",
+        r"6 GB at the peak of 4 crops: 1 GB per crop and 2 GB for the rest \(estimated from steps of 1 and 2 crops\)",
         r"100 GB free for each process: about 98 crops would fit, this run has 4",
-        r"1.2 s per step of 4 crops in a process \(extrapolated from steps of 1 and 2 crops, with the machine .*\)",
+        r"1.2 s per step of 4 crops in a process \(extrapolated from steps of 1 and 2 crops, at the current load .*\)",
         r"3.8 s per epoch of 3 steps",
         r"6.2 min for the run, 300 steps",
         r"2 of 6 volumes prepared in .*, 3 kB",
@@ -70,12 +70,12 @@ def test_every_promised_number_is_there(pretraining, store):
 
 def test_a_size_that_was_tried_is_not_extrapolated(pretraining, store):
     plan = text(pretraining, store, [*TRIALS, Trial(4, 1.5, 6 * GB)])
-    assert "1.5 s per step of 4 crops in a process (measured, with" in plan
+    assert "1.5 s per step of 4 crops in a process (measured, at" in plan
 
 
 def test_crops_count_per_process(pretraining, store):
     plan = text(pretraining, store, processes=replace(CPU, world_size=2))
-    assert "0.75 s per step of 2 crops in a process (measured by one of 2 processes alone, with" in plan
+    assert "0.75 s per step of 2 crops in a process (measured by one of 2 processes alone, at" in plan
     assert "this run has 2" in plan
 
 
@@ -101,14 +101,14 @@ def test_warns_where_the_memory_is_too_small(pretraining, store, settings, trial
 
 def test_says_what_is_not_known(pretraining, store):
     plan = text(pretraining, store, [replace(t, peak=None) for t in TRIALS], None)
-    assert "the system does not tell what is free" in plan
+    assert "free memory is unknown" in plan
     assert "at the peak" not in plan
     assert "time     unknown" in text(pretraining, store, [], GB)
 
 
 def test_warns_where_the_disk_is_too_small(pretraining, store):
     assert "WARNING  the prepared volumes do not fit the disk" in text(pretraining, replace(store, free=5 * GB))
-    assert "WARNING  3 of the files looked at have no" in text(pretraining, replace(store, unreadable=3))
+    assert "WARNING  3 of the sampled files have no" in text(pretraining, replace(store, unreadable=3))
 
 
 def test_memory_that_does_not_grow_is_no_limit(pretraining, store):
@@ -138,31 +138,35 @@ def test_flops_are_those_of_the_run(pretraining):
 
 def test_what_is_missing_is_estimated_by_what_is_prepared(pretraining, tmp_path):
     cases, _ = find_cases(pretraining)
-    before = store_size.survey(pretraining, cases, tmp_path / "store" / "deep")
+    before = store_size.estimate_store_size(pretraining, cases, tmp_path / "store" / "deep")
     assert (before.prepared, before.prepared_bytes, before.missing, before.is_assumed) == (0, 0, len(cases), True)
     assert before.free > 0
     prepare_all(cases[:3], pretraining, tmp_path, num_workers=1, progress=False)
-    after = store_size.survey(pretraining, cases, tmp_path)
+    after = store_size.estimate_store_size(pretraining, cases, tmp_path)
     assert (after.prepared, after.missing, after.is_assumed) == (3, len(cases) - 3, False)
     estimate = after.prepared_bytes + after.missing_bytes
     prepare_all(cases, pretraining, tmp_path, num_workers=1, progress=False)
-    done = store_size.survey(pretraining, cases, tmp_path)
+    done = store_size.estimate_store_size(pretraining, cases, tmp_path)
     assert (done.missing, done.missing_bytes) == (0, 0)
     assert done.prepared_bytes == pytest.approx(estimate, rel=0.25)
 
 
 def test_a_sample_of_the_headers_stands_for_all(pretraining, tmp_path, monkeypatch):
     cases, _ = find_cases(pretraining)
-    whole = store_size.survey(pretraining, cases, tmp_path)
-    monkeypatch.setattr(store_size, "MOST_HEADERS", 3)
-    assert store_size.survey(pretraining, cases, tmp_path).missing_bytes == pytest.approx(whole.missing_bytes, rel=0.5)
-    assert len(store_size.evenly(range(7))) == 3
+    whole = store_size.estimate_store_size(pretraining, cases, tmp_path)
+    monkeypatch.setattr(store_size, "MAX_HEADERS", 3)
+    assert store_size.estimate_store_size(pretraining, cases, tmp_path).missing_bytes == pytest.approx(
+        whole.missing_bytes, rel=0.5
+    )
+    assert len(store_size.sample_evenly(range(7))) == 3
 
 
 def test_files_without_a_header_are_counted(pretraining, tmp_path):
     cases, _ = find_cases(pretraining)
     (tmp_path / "a.nii.gz").write_text("")
-    found = store_size.survey(pretraining, [*cases, replace(cases[0], image=tmp_path / "a.nii.gz")], tmp_path)
+    found = store_size.estimate_store_size(
+        pretraining, [*cases, replace(cases[0], image=tmp_path / "a.nii.gz")], tmp_path
+    )
     assert found.unreadable == 1
 
 
@@ -170,14 +174,14 @@ def test_files_without_a_header_are_counted(pretraining, tmp_path):
 
 
 def test_trials_grow_up_to_the_size_of_the_run(pretraining):
-    assert [trial_steps.sizes(most) for most in (1, 2, 3, 4, 12)] == [
+    assert [trial_steps.crop_counts(most) for most in (1, 2, 3, 4, 12)] == [
         [1, 2],
         [1, 2],
         [1, 2, 3],
         [1, 2, 4],
         [1, 2, 4, 8, 12],
     ]
-    found = try_in(pretraining, free=None, process=trial_steps.trials)
+    found = try_in(pretraining, free=None, process=trial_steps.iterate_trials)
     assert [t.crops for t in found] == [1, 2, 4]
     assert all(t.seconds > 0 for t in found)
 
@@ -211,10 +215,10 @@ def test_another_error_is_not_taken_for_missing_memory(pretraining):
     def broken():
         raise RuntimeError("wrong shape")
 
-    task = Pretraining(pretraining, Share(2), [], [])
+    task = Pretraining(pretraining, Shard(2), [], [])
     args = (pretraining, CPU, broken, task, task.random_batch)
     with pytest.raises(RuntimeError, match="wrong shape"):
-        list(trial_steps.trials(*args, 1, None))
+        list(trial_steps.iterate_trials(*args, 1, None))
 
 
 # The command
@@ -233,7 +237,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(pretraining, tmp_path, pha
         "store ",
         "5 steps;",
         "free for each process",
-        "(measured, with",
+        "(measured, at",
     ):
         assert word in caplog.text
     assert not multiprocessing.active_children()
@@ -253,4 +257,4 @@ def test_the_plan_on_cuda(pretraining, caplog):
     with caplog.at_level(logging.INFO, "hyspark"):
         pretrain(replace(pretraining, dry_run=True, device="cuda", precision="bf16"))
     assert re.search(r"at the peak of 4 crops: [\d.]+ [kMG]B per crop", caplog.text)
-    assert "(measured, with" in caplog.text
+    assert "(measured, at" in caplog.text

@@ -11,7 +11,7 @@ from PIL import Image
 
 from hyspark.cli import main
 from hyspark.evaluation.classification.inference import load_classifier
-from hyspark.models.classifier import build_classifier, head_of, layers_of
+from hyspark.models.classifier import build_classifier, get_head, layer_indices
 from hyspark.tasks.classification import build, finetune_classify, make_optimizer
 from hyspark.training.labelled_images import read_images
 from hyspark.training.optim import set_rates
@@ -246,20 +246,20 @@ def test_pairs_to_mix_are_needed_in_each_process(config, monkeypatch):
 
 
 def test_layers_are_counted_from_the_input():
-    own = layers_of(build_classifier("timm/test_resnet", 1, 2))
+    own = layer_indices(build_classifier("timm/test_resnet", 1, 2))
     assert own["conv1.0.weight"] == 0
     assert own["layer4.0.conv1.weight"] == max(v for v in own.values() if v is not None) == 4
     assert own["fc.weight"] is own["fc.bias"] is None
-    other = layers_of(build_classifier("torchvision/resnet18", 3, 5))
+    other = layer_indices(build_classifier("torchvision/resnet18", 3, 5))
     assert [other[f"{name}.weight"] for name in ("conv1", "bn1", "layer1.0.conv1", "layer1.1.bn2")] == [0, 0, 1, 2]
     assert other["layer4.1.conv2.weight"] == 8
     assert other["fc.weight"] is None
 
 
 def test_networks_by_name():
-    assert head_of(build_classifier("torchvision/squeezenet1_0", 3, 5)).out_channels == 5
+    assert get_head(build_classifier("torchvision/squeezenet1_0", 3, 5)).out_channels == 5
     with torch.device("meta"):
-        own = layers_of(build_classifier("timm/deit_tiny_distilled_patch16_224", 3, 5))
+        own = layer_indices(build_classifier("timm/deit_tiny_distilled_patch16_224", 3, 5))
     assert {name for name, layer in own.items() if layer is None} == {
         f"{head}.{kind}" for head in ("head", "head_dist") for kind in ("weight", "bias")
     }

@@ -96,12 +96,12 @@ def test_another_run_is_not_continued_by_mistake(pretraining):
 
 
 def test_another_data_list_is_not_continued_by_mistake(pretraining, phantoms, tmp_path):
-    listed = datalist_json.read(phantoms / "dataset.json")
+    listed = datalist_json.read_datalist(phantoms / "dataset.json")
     path = tmp_path / "list.json"
-    datalist_json.write(listed, path)
+    datalist_json.write_datalist(listed, path)
     config = replace(pretraining, data=str(path), store_dir=str(phantoms / "prepared"), max_steps=1)
     pretrain(config)
-    datalist_json.write(replace(listed, training=listed.training[1:]), path)
+    datalist_json.write_datalist(replace(listed, training=listed.training[1:]), path)
     with pytest.raises(ValueError, match=r"data: was 6 training and 1 validation cases .*, is 5 training and 1"):
         pretrain(config)
 

@@ -130,7 +130,7 @@ def test_the_loss_is_that_of_monai():
 
 def test_a_label_value_that_is_no_class_stops_before_the_first_step(finetuning, tmp_path):
     listed = datasets_build.build(finetuning.data, labels=True, splits="auto")
-    datalist_json.write(replace(listed, labels={"background": 0, "liver": 1}), tmp_path / "list.json")
+    datalist_json.write_datalist(replace(listed, labels={"background": 0, "liver": 1}), tmp_path / "list.json")
     with pytest.raises(ValueError, match="holds the value 8, but the classes go from 0 to 1"):
         finetune(replace(finetuning, json_list=str(tmp_path / "list.json")))
     assert not (finetuning.run_folder / "metrics.jsonl").exists()

@@ -15,10 +15,10 @@ import torch
 from hyspark.config.recipes import write_yaml
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = {
-    "PretrainConfig": "train.py",
-    "SegmentationConfig": "finetune_btcv.py",
-    "ClassificationConfig": "finetune_classify.py",
+COMMANDS = {
+    "PretrainConfig": [str(ROOT / "train.py")],
+    "SegmentationConfig": [str(ROOT / "finetune_btcv.py")],
+    "ClassificationConfig": ["-m", "hyspark", "finetune-classifier"],
 }
 
 
@@ -26,7 +26,7 @@ def command(config, *flags, processes=1, restarts=0, by_torchrun=False):
     """The command line of a run. by_torchrun: also for one process."""
     recipe = config.run_folder.with_suffix(".yaml")
     write_yaml(config, recipe)
-    script = [str(ROOT / SCRIPTS[type(config).__name__]), "--config", str(recipe), *flags]
+    script = [*COMMANDS[type(config).__name__], "--config", str(recipe), *flags]
     run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     by_torchrun = by_torchrun or processes > 1
     return [sys.executable, *([*run, f"--max-restarts={restarts}"] if by_torchrun else []), *script]

@@ -21,7 +21,7 @@ from hyspark.tasks.pretrain import build as build_pretraining
 from hyspark.tasks.pretrain import pretrain
 from hyspark.tasks.segmentation import build as build_finetuning
 from hyspark.tasks.segmentation import finetune
-from hyspark.training.batch_norm import GlobalBatchNorm, global_batch_norm, share_statistics
+from hyspark.training.batch_norm import GlobalBatchNorm, global_batch_norm, synchronise_batch_norms
 from hyspark.training.distributed import Processes, connected, find_processes, share_gradients
 from hyspark.training.run_folder import last_file
 from hyspark.training.run_folder import last_file as last_state
@@ -219,7 +219,7 @@ def test_share_statistics_keeps_weights_and_names():
     model = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 1), torch.nn.Sequential(torch.nn.BatchNorm3d(2)))
     model[1][0].running_mean.fill_(3.0)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    share_statistics(model, global_batch_norm)
+    synchronise_batch_norms(model, global_batch_norm)
     assert isinstance(model[1][0], GlobalBatchNorm)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -231,7 +231,7 @@ def test_share_statistics_keeps_activations_inside_norms(shared):
     network = build_classifier("timm/test_efficientnet", 3, 2).eval()
     images = torch.rand(2, 3, 64, 64)
     before, keys = network(images), network.state_dict().keys()
-    share_statistics(network, shared)
+    synchronise_batch_norms(network, shared)
     torch.testing.assert_close(network.eval()(images), before)
     assert network.state_dict().keys() == keys
 

@@ -12,7 +12,7 @@ import torch
 from monai.inferers import utils as inferers
 from torch._subclasses.fake_tensor import FakeTensor
 
-from hyspark.data.batches.loader import Share
+from hyspark.data.batches.loader import Shard
 from hyspark.evaluation.segmentation.inference import Windows, class_scores
 from hyspark.models import encoder
 from hyspark.tasks.classification import Classifying
@@ -67,7 +67,7 @@ def check_run(run, task, batch):
 @pytest.mark.parametrize("kind", PRETRAININGS)
 def test_pretraining(pretraining, kind):
     config = replace(pretraining, **PRETRAININGS[kind], device="cuda")
-    task = task_of(config)(config, Share(config.batch_size), [], [])
+    task = task_of(config)(config, Shard(config.batch_size), [], [])
     run = begin(config, build_pretraining(config))
     batch = task.random_batch(2)
     check_run(run, task, batch)
@@ -80,7 +80,7 @@ def test_pooling_where_kernels_have_to_be_deterministic(pretraining, monkeypatch
     """Not by max_pool3d, of which torch 2.11 has no such backward pass on CUDA."""
     monkeypatch.setattr(encoder, "MAX_POOL", {})
     config = replace(pretraining, device="cuda")
-    task = task_of(config)(config, Share(config.batch_size), [], [])
+    task = task_of(config)(config, Shard(config.batch_size), [], [])
     run = begin(config, build_pretraining(config))
     torch.use_deterministic_algorithms(True)
     try:
@@ -94,7 +94,7 @@ def test_segmentation(finetuning, decoder):
     config = replace(finetuning, decoder=decoder, decoder_width=16 if decoder == "light" else 768)
     names = ["background", "liver", "spleen"]
     criterion = DiceAndCrossEntropy(len(names), 0.2).to(DEVICE)
-    task = Finetuning(config, Share(2), [], [], [], names, criterion, -1.0, [])
+    task = Finetuning(config, Shard(2), [], [], [], names, criterion, -1.0, [])
     run = begin(config, build_finetuning(config, len(names)))
     labels = torch.randint(3, (2, 1, 32, 32, 32))
     batch = {"image": torch.rand(2, 1, 32, 32, 32), "label": labels, "weight_sum": float(criterion.weight_of(labels))}
@@ -106,7 +106,7 @@ def test_classification(classifying, mixed):
     config = replace(classifying, **mixed, label_smoothing=0.1)
     run = begin(config, build_classification(config, 2), make_optimizer=lambda m: classification_optimizer(config, m))
     images = type("Images", (), {"classes": ("dark", "light")})
-    task = Classifying(config, Share(4), images, -1.0, 0, None)
+    task = Classifying(config, Shard(4), images, -1.0, 0, None)
     batch = {"image": torch.rand(4, 1, 32, 32), "label": torch.tensor([0, 1, 1, 0])}
     check_run(run, task, batch)
 

@@ -15,9 +15,11 @@ CASES = [Case(f"case_{i:02d}", "D", Path(f"case_{i:02d}.nii.gz")) for i in range
 
 def test_a_decathlon_list_and_the_folders_give_the_same_cases(finetuning, tmp_path):
     folder = finetuning.data
-    listed = build.build(folder, labels=True, splits="auto", val_fraction=finetuning.val_fraction, seed=finetuning.seed)
+    listed = build.build_datalist(
+        folder, labels=True, splits="auto", val_fraction=finetuning.val_fraction, seed=finetuning.seed
+    )
     path = tmp_path / "list.json"
-    datalist_json.write(listed, path)
+    datalist_json.write_datalist(listed, path)
     by_list = find_cases(replace(finetuning, json_list=str(path)))
     by_folder = find_cases(finetuning)
     names = [[c.name for part in found[:2] for c in part] for found in (by_list, by_folder)]
@@ -27,8 +29,10 @@ def test_a_decathlon_list_and_the_folders_give_the_same_cases(finetuning, tmp_pa
 
 def test_all_seeds_are_validated_on_the_same_cases(finetuning, tmp_path):
     """Or a comparison over seeds would mix cases; the list of a data set without splits included."""
-    listed = build.build(finetuning.data, labels=True)
-    datalist_json.write(cases.Datalist(listed.training + listed.validation, (), listed.labels), tmp_path / "list.json")
+    listed = build.build_datalist(finetuning.data, labels=True)
+    datalist_json.write_datalist(
+        cases.Datalist(listed.training + listed.validation, (), listed.labels), tmp_path / "list.json"
+    )
     for config in (finetuning, replace(finetuning, json_list=str(tmp_path / "list.json"))):
         parts = [find_cases(replace(config, seed=seed))[1] for seed in range(8)]
         assert all([c.name for c in part] == [c.name for c in parts[0]] for part in parts)
@@ -65,7 +69,7 @@ def test_a_share_of_the_cases():
         choose_labelled(CASES, c) for c in (SegmentationConfig(label_fraction=0.1), SegmentationConfig(num_labelled=3))
     )
     assert a == b
-    with pytest.raises(ValueError, match=r"num_labelled is 31, but data has 30"):
+    with pytest.raises(ValueError, match=r"num_labelled: expected at most the 30 labelled training cases, got 31"):
         choose_labelled(CASES, SegmentationConfig(num_labelled=31))
 
 

@@ -258,10 +258,10 @@ def with_broken(pretraining, tmp_path):
     folder.mkdir(parents=True)
     for name in ("bad1", "bad2"):
         (folder / f"{name}_0000.nii.gz").write_bytes(b"no volume")
-    first, second = nnunet.find_images(tmp_path, labels=False, channel="0000")
+    first, second = nnunet.scan_images(tmp_path, labels=False, channel="0000")
     training, validation = find_cases(pretraining)
     path = tmp_path / "list.json"
-    datalist_json.write(Datalist((first, *training), (*validation, second)), path)
+    datalist_json.write_datalist(Datalist((first, *training), (*validation, second)), path)
     return path
 
 
@@ -270,7 +270,7 @@ def test_a_disk_that_is_full_is_no_fault_of_a_case(pretraining, tmp_path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(prepare, "write_entry", full)
-    with pytest.raises(OSError, match=r"cannot write prepared volumes to .* make room"):
+    with pytest.raises(OSError, match=r"prepared volumes are not writable .* make room"):
         pretrain(replace(pretraining, store_dir=str(tmp_path / "store"), on_bad_case="skip"))
 
 
@@ -279,7 +279,7 @@ def test_broken_cases_stop_the_run_with_one_message(pretraining, with_broken, ph
     done = subprocess.run(command(config), capture_output=True, text=True, timeout=240)
     assert done.returncode == 2
     message = done.stderr[done.stderr.index("error: ") :]
-    assert message.startswith("error: 2 of 9 volumes cannot be used")
+    assert message.startswith("error: 2 of 9 volumes are unusable")
     assert all(f"{name}_0000.nii.gz: a file that is not compressed" in message for name in ("bad1", "bad2"))
     assert "--on_bad_case skip" in message
     assert "Traceback" not in done.stderr
@@ -301,13 +301,11 @@ def test_a_run_does_not_go_on_without_a_case_that_it_began_with(pretraining, pha
     shutil.copytree(phantoms, data)
     config = replace(pretraining, data=str(data), on_bad_case="skip")
     pretrain(replace(config, max_steps=2))
-    image = datalist_json.read(data / "dataset.json").training[0].image
+    image = datalist_json.read_datalist(data / "dataset.json").training[0].image
     image.unlink()
     with pytest.raises(ValueError, match=r"begun without the cases \[\], now those that cannot be used are \['"):
         pretrain(config)
-    with pytest.raises(
-        ValueError, match=f"1 of 7 volumes cannot be used.*\n.*{image.name}: it or its label is missing"
-    ):
+    with pytest.raises(ValueError, match=f"1 of 7 volumes are unusable.*\n.*{image.name}: it or its label is missing"):
         pretrain(replace(config, on_bad_case="stop"))
     pretrain(replace(config, dry_run=True))
 
@@ -319,7 +317,7 @@ def test_labels_beyond_the_classes_are_broken_cases_too(finetuning, phantoms, tm
     declared["labels"] = {name: value for name, value in declared["labels"].items() if value < 8}
     (data / "dataset.json").write_text(json.dumps(declared))
     config = replace(finetuning, data=str(data), store_dir="")
-    with pytest.raises(ValueError, match="3 of 3 volumes cannot be used") as error:
+    with pytest.raises(ValueError, match="3 of 3 volumes are unusable") as error:
         finetune(config)
     assert str(error.value).count("its label holds the value 8") == 3
     with pytest.raises(ValueError, match="leaves 0 to train on"):
@@ -340,7 +338,7 @@ def test_a_disk_without_room_for_the_volumes_is_told_before_they_are_prepared(
 ):
     used = shutil.disk_usage(tmp_path)
     config = replace(pretraining, store_dir=str(tmp_path / "store"), max_steps=1)
-    small = store_size.survey(config, find_cases(config)[0], tmp_path / "store").missing_bytes // 10
+    small = store_size.estimate_store_size(config, find_cases(config)[0], tmp_path / "store").missing_bytes // 10
     monkeypatch.setattr(store_size.shutil, "disk_usage", lambda path: used._replace(free=small))
     monkeypatch.setattr(checkpoint, "check_space", lambda *args: None)
     pretrain(config)

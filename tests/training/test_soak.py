@@ -53,7 +53,7 @@ def test_a_run_to_which_everything_happens_ends_as_an_undisturbed_one(pretrainin
     data = tmp_path / "data"
     shutil.copytree(phantoms, data, ignore=shutil.ignore_patterns("prepared"))
     config = replace(pretraining, data=str(data), epochs=1000, save_every=3, out=str(tmp_path / "run"))
-    cases = datalist_json.read(data / "dataset.json").training
+    cases = datalist_json.read_datalist(data / "dataset.json").training
     rng = random.Random(1)
     faults: Counter[str] = Counter()
     deadline = time.monotonic() + SECONDS

@@ -1,4 +1,4 @@
-"""Random changes of labelled crops, by MONAI's transforms."""
+"""Augmentation of labelled crops, by MONAI's transforms."""
 
 import math
 from collections.abc import Sequence
@@ -17,8 +17,12 @@ from monai.transforms import (
 
 
 class AffineRange(NamedTuple):
-    """Random turns and stretches of a crop. prob: of one. degrees: largest turn about each axis. scale: largest change
-    of size along each axis, as a share of it.
+    """Ranges of random rotation and scaling of a crop.
+
+    Attributes:
+        prob: probability that a crop is transformed.
+        degrees: largest rotation about each axis.
+        scale: largest relative change of size along each axis.
     """
 
     prob: float = 0.0
@@ -30,7 +34,7 @@ NO_AFFINE = AffineRange()
 
 
 class RandMirrord(RandomizableTransform):
-    """Flip image and label, (1, h, w, d), on their left-right axis, and swap the labels of left and right organs."""
+    """A random left-right flip of image and label, `(1, h, w, d)`, that swaps the labels of left and right organs."""
 
     def __init__(self, prob: float, swaps: Sequence[tuple[int, int]]) -> None:
         super().__init__(prob)
@@ -55,11 +59,17 @@ def augmentation(
     swaps: Sequence[tuple[int, int]] = (),
     affine: AffineRange = NO_AFFINE,
 ) -> Compose:
-    """MONAI's random transforms of the BTCV recipe, and turns and stretches where asked for; set its state before each
-    sample to make it a function of the position.
+    """Compose the random transforms of the BTCV recipe, with optional rotation and scaling.
 
-    swaps: pairs of label values that change places in a flip of the first axis (left-right). What an affine transform
-    brings in from beyond the crop is air and background.
+    Set the random state before each sample to make the result a function of its position. An affine transform fills
+    voxels from beyond the crop with air and background.
+
+    Args:
+        flip_prob: probability of a flip of each axis.
+        rot90_prob: probability of a rotation by multiples of 90 degrees.
+        intensity_prob: probability of scaling, and of shifting, the intensities.
+        swaps: pairs of label values that a flip of the first axis (left-right) swaps.
+        affine: ranges of rotation and scaling.
     """
     keys = ["image", "label"]
     flips: list[Any] = [RandFlipd(keys, prob=p, spatial_axis=axis) for axis, p in enumerate(flip_prob) if p > 0]
@@ -67,9 +77,9 @@ def augmentation(
         flips[0] = RandMirrord(flip_prob[0], swaps)
     affines = []
     if affine.prob > 0:
-        turns, stretches = (math.radians(affine.degrees),) * 3, (affine.scale,) * 3
+        rotations, scales = (math.radians(affine.degrees),) * 3, (affine.scale,) * 3
         modes = ("bilinear", "nearest")
-        affines = [RandAffined(keys, None, affine.prob, turns, None, None, stretches, modes, padding_mode="zeros")]
+        affines = [RandAffined(keys, None, affine.prob, rotations, None, None, scales, modes, padding_mode="zeros")]
     return Compose(
         [
             *flips,

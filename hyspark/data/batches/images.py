@@ -11,21 +11,27 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-from hyspark.data.batches.loader import Batch, Share
+from hyspark.data.batches.loader import Batch, Shard
 from hyspark.data.readers.images import ImageSet, with_short_side
 from hyspark.data.seeds import rng_at, volume_at
 
 MARGIN = 8 / 7
-"""Length of an image's shorter side over the edge of the crop from its centre, as usual (256 and 224)."""
-LONGEST = 1.25
-"""Longest side of a training crop over its shortest, in the image, unless the image is longer and the crop takes nearly
-all of it: anatomy is stretched a little only.
+"""An image's shorter side over the edge of its centre crop, as usual (256 and 224)."""
+MAX_ASPECT_RATIO = 1.25
+"""Longest side of a training crop over its shortest, in the image: anatomy is stretched only slightly.
+
+A crop that takes nearly all of a longer image exceeds it.
 """
 
 
 class Augmentation(NamedTuple):
-    """What is drawn for each training image. crop_scale: share of its area. degrees: largest turn. jitter: largest
-    change of brightness and contrast, as a share.
+    """Ranges of the augmentation of a training image.
+
+    Attributes:
+        crop_scale: smallest and largest fraction of the image's area in a crop.
+        flip_prob: probability of a left-right flip.
+        degrees: largest rotation.
+        jitter: largest relative change of brightness and of contrast.
     """
 
     crop_scale: tuple[float, float]
@@ -34,9 +40,13 @@ class Augmentation(NamedTuple):
     jitter: float
 
 
-class Scaling(NamedTuple):
-    """From pixels to what the network sees: so many channels; in 0..1, less the mean, over the standard deviation, each
-    one number or one per channel.
+class Normalisation(NamedTuple):
+    """Channels, mean and standard deviation of a network's input, whose pixels in 0..1 are normalised by them.
+
+    Attributes:
+        channels: 1 or 3.
+        mean: subtracted; one number, or one per channel.
+        std: divided by; one number, or one per channel.
     """
 
     channels: int
@@ -46,38 +56,40 @@ class Scaling(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageBatches(Dataset[Batch]):
-    """Item t: image float32 (b, c, size, size), label int64 (b,), cases (names)."""
+    """Item t: image float32 `(b, c, size, size)`, label int64 `(b,)`, cases (names)."""
 
     images: ImageSet
-    share: Share
+    shard: Shard
     size: int
     augmentation: Augmentation
-    scaling: Scaling
+    normalisation: Normalisation
     seed: int
 
     def __getitem__(self, step: int) -> Batch:
         crops, labels, cases = [], [], []
-        for slot in self.share.slots:
-            index = volume_at(step * self.share.bs + slot, len(self.images), self.seed)
+        for slot in self.shard.slots:
+            index = volume_at(step * self.shard.bs + slot, len(self.images), self.seed)
             rng = rng_at(self.seed, "crop", step, slot)
             crop = training_crop(self.images.images[index], self.size, self.augmentation, rng)
-            crops.append(scaled(crop, self.scaling))
+            crops.append(normalise(crop, self.normalisation))
             labels.append(self.images.labels[index])
             cases.append(self.images.names[index])
         return {"image": torch.stack(crops), "label": torch.tensor(labels), "cases": cases}
 
 
 def training_crop(image: Tensor, size: int, augmentation: Augmentation, rng: np.random.Generator) -> Tensor:
-    """A random part of a uint8 image (c, h, w), flipped, turned and with other intensities: float (c, size, size) in
-    0..1.
+    """Cut a random crop of a uint8 image `(c, h, w)`, and augment it by flip, rotation, brightness and contrast.
+
+    Returns:
+        float32 `(c, size, size)` in 0..1.
     """
     crop = transforms.resized_crop(image, *random_box(image.shape[1:], augmentation.crop_scale, rng), [size, size])
-    # As many draws for every image, so that switching one change off leaves the others as they are.
-    flip, turn, brightness, contrast = rng.random(4)
+    # Every image takes the same number of draws, so that switching one change off does not alter the others.
+    flip, rotation, brightness, contrast = rng.random(4)
     if flip < augmentation.flip_prob:
         crop = transforms.horizontal_flip(crop)
     if augmentation.degrees:
-        angle = augmentation.degrees * (2 * turn - 1)
+        angle = augmentation.degrees * (2 * rotation - 1)
         crop = transforms.rotate(crop, angle, interpolation=InterpolationMode.BILINEAR)
     crop = crop.float() / 255
     if augmentation.jitter:
@@ -87,33 +99,34 @@ def training_crop(image: Tensor, size: int, augmentation: Augmentation, rng: np.
 
 
 def random_box(shape: Sequence[int], scale: tuple[float, float], rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a part of an image (h, w), of a share of its area within `scale` as far as the
-    image's shape allows.
+    """Draw top, left, height and width of a crop of an image `(h, w)`.
+
+    Its area is a fraction of the image's within `scale`, as far as the image's shape allows.
     """
     area = rng.uniform(*scale) * shape[0] * shape[1]
-    ratio = np.exp(rng.uniform(-np.log(LONGEST), np.log(LONGEST)))
-    # Within the image: where one side would stick out, the other makes up for it.
+    ratio = np.exp(rng.uniform(-np.log(MAX_ASPECT_RATIO), np.log(MAX_ASPECT_RATIO)))
+    # Within the image: if one side exceeds it, the other grows to keep the area.
     height = int(min(shape[0], max(round(np.sqrt(area / ratio)), area / shape[1])))
     width = int(min(shape[1], max(1, round(area / height))))
     top, left = (int(rng.integers(n - s + 1)) for n, s in zip(shape, (height, width), strict=True))
     return top, left, height, width
 
 
-def centre_crop(image: Tensor, size: int, scaling: Scaling) -> Tensor:
-    """What the network sees of a uint8 image (c, h, w) outside of training: float (channels, size, size)."""
+def centre_crop(image: Tensor, size: int, normalisation: Normalisation) -> Tensor:
+    """Cut and normalise the centre of a uint8 image `(c, h, w)` for inference: float32 `(channels, size, size)`."""
     image = with_short_side(image, short_side(size))
-    return scaled(transforms.center_crop(image, [size, size]).float() / 255, scaling)
+    return normalise(transforms.center_crop(image, [size, size]).float() / 255, normalisation)
 
 
 def short_side(size: int) -> int:
-    """Pixels of an image's shorter side, of which the network sees `size` outside of training."""
+    """Return the pixels of the shorter side that an image is resized to before its centre of edge `size` is cut."""
     return round(MARGIN * size)
 
 
-def scaled(image: Tensor, scaling: Scaling) -> Tensor:
-    """Float (c, h, w) in 0..1 -> (channels, h, w), mean and standard deviation applied."""
-    if image.shape[0] > scaling.channels:
+def normalise(image: Tensor, normalisation: Normalisation) -> Tensor:
+    """Convert an image `(c, h, w)` in 0..1 to the network's channels, and normalise it by mean and deviation."""
+    if image.shape[0] > normalisation.channels:
         image = transforms.rgb_to_grayscale(image)
-    image = image.expand(scaling.channels, -1, -1)
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (scaling.mean, scaling.std))
+    image = image.expand(normalisation.channels, -1, -1)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (normalisation.mean, normalisation.std))
     return (image - mean) / std

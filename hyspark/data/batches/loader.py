@@ -13,8 +13,14 @@ Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Share:
-    """This process's part of a global batch of `bs` volumes."""
+class Shard:
+    """The slots of a global batch that one process fills.
+
+    Attributes:
+        bs: volumes in the global batch.
+        rank: rank of this process.
+        world_size: number of processes.
+    """
 
     bs: int
     rank: int = 0
@@ -24,19 +30,26 @@ class Share:
         if self.bs % self.world_size:
             low = self.bs // self.world_size * self.world_size
             raise ValueError(
-                f"the batch counts volumes over all processes, so it must be a multiple of their number: "
-                f"{self.bs} volumes, {self.world_size} processes; {low or self.world_size} would do"
+                f"batch size: expected a multiple of the {self.world_size} processes, since it counts volumes over all "
+                f"processes, got {self.bs}; use {low or self.world_size}"
             )
 
     @property
     def slots(self) -> range:
-        """Places of this process in the global batch."""
+        """Slots of this process in the global batch."""
         num = self.bs // self.world_size
         return range(self.rank * num, (self.rank + 1) * num)
 
 
 def make_loader(dataset: Dataset[Batch], items: Sequence[int], num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
-    """A loader that yields the named items in order. num_workers: -1 takes one per core, at most 8."""
+    """Make a loader that yields the given items of a data set in order.
+
+    Args:
+        dataset: data set whose items are whole batches.
+        items: indices of the items.
+        num_workers: worker processes; -1 takes one per core, at most 8.
+        pin_memory: whether to copy batches to page-locked memory.
+    """
     if num_workers < 0:
         num_workers = min(8, available_cores())
     num_workers = min(num_workers, len(items))
@@ -52,12 +65,13 @@ def make_loader(dataset: Dataset[Batch], items: Sequence[int], num_workers: int,
 
 @contextmanager
 def loading(loader: DataLoader[Batch]) -> Iterator[Iterator[Batch]]:
-    """The batches of a loader, whose processes end with the block, also by an error: they leave signals alone, so that
-    nothing else would end them.
+    """Iterate over a loader in a block; end its worker processes with the block, also after an error.
+
+    The workers ignore signals, so nothing else would end them.
     """
     batches = iter(loader)
     try:
         yield batches
     finally:
-        if shut_down := getattr(batches, "_shutdown_workers", None):  # there is none where the main process loads
+        if shut_down := getattr(batches, "_shutdown_workers", None):  # absent if the main process loads
             shut_down()

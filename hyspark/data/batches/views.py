@@ -1,6 +1,6 @@
 """Views of one image to be compared: random parts of a crop, resized, flipped, blurred, in a shifted window.
 
-As everywhere in this package the views of slot i of batch t depend on the seed, t and i alone.
+The views of slot i of batch t depend on the seed, t and i alone.
 """
 
 import math
@@ -21,42 +21,47 @@ from monai.transforms import (
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hyspark.data.batches.crops import Planes, image_crop
-from hyspark.data.batches.loader import Batch, Share
+from hyspark.data.batches.crops import SliceSampling, image_crop
+from hyspark.data.batches.loader import Batch, Shard
 from hyspark.data.batches.volumes import NO_FLIPS
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.data.seeds import rng_at, volume_at
 
 WINDOW_PROB, WINDOW_WIDTH, WINDOW_LEVEL = 0.8, 0.3, 0.15
-"""How often, and by how much of itself and of the range 0..1, a view's window changes in width and level."""
+"""Probability of a change of a view's window; largest relative change of its width; largest shift of its level."""
 BLUR_PROB, BLUR = 0.5, (0.5, 1.5)
-"""How often a view is smoothed, by a deviation of so many pixels."""
+"""Probability that a view is smoothed; range of the Gaussian's deviation in pixels."""
 SMALL_EDGES = (0.3, 0.6)
-"""Edges of a small view, as shares of the crop's."""
+"""Range of the edges of a small view, as fractions of the crop's edges."""
 
 
 @dataclass(frozen=True)
 class ViewRecipe:
-    """What views are made of a crop. size: voxels per axis of a crop and of a large view, of which there are two.
-    least_edge: the shortest edge of the part that becomes a large view, as a share of the crop's. num_small: further
-    views of small parts. flip_prob: for each axis of the volume. planes: as for crops.
+    """How views are made of a crop: two large ones, and optional small ones.
+
+    Attributes:
+        size: voxels per axis of a crop and of a large view.
+        least_edge: shortest edge of the part that becomes a large view, as a fraction of the crop's edge.
+        num_small: number of small views.
+        flip_prob: probability of a flip of each axis of the volume.
+        slices: takes 2D crops of slices.
     """
 
     size: tuple[int, ...]
     least_edge: float
     num_small: int
     flip_prob: tuple[float, ...]
-    planes: Planes | None = None
+    slices: SliceSampling | None = None
 
     @property
     def small_size(self) -> tuple[int, ...]:
-        """Half a large view's."""
+        """Voxels per axis of a small view: half a large one's."""
         return tuple(edge // 2 for edge in self.size)
 
     def draw(self, volume: StoredVolume, rng: np.random.Generator) -> list[Tensor]:
-        """Two large views, then the small ones: float32 (1, *size) in [0, 1] each."""
-        crop = torch.from_numpy(image_crop(volume, self.size, NO_FLIPS, rng, planes=self.planes))
-        flips = [p for axis, p in enumerate(self.flip_prob) if self.planes is None or axis != self.planes.axis]
+        """Draw two large views, then the small ones: float32 `(1, *size)` in [0, 1] each."""
+        crop = torch.from_numpy(image_crop(volume, self.size, NO_FLIPS, rng, slices=self.slices))
+        flips = [p for axis, p in enumerate(self.flip_prob) if self.slices is None or axis != self.slices.axis]
         large = view_transform(self.size, (self.least_edge, 1.0), flips)
         small = view_transform(self.small_size, SMALL_EDGES, flips)
         return [
@@ -65,7 +70,7 @@ class ViewRecipe:
         ]
 
     def batch(self, volumes: Sequence[tuple[StoredVolume, np.random.Generator]]) -> Batch:
-        """Views of several: views float32 (b, 1, *size) each, cases (names)."""
+        """Stack the views of several volumes: views, float32 `(b, 1, *size)` each, and cases (names)."""
         drawn = [self.draw(volume, rng) for volume, rng in volumes]
         return {
             "views": [torch.stack(same) for same in zip(*drawn, strict=True)],
@@ -74,10 +79,15 @@ class ViewRecipe:
 
 
 def view_transform(size: Sequence[int], edges: tuple[float, float], flip_prob: Sequence[float]) -> Compose:
-    """MONAI's random transforms for one view of `size`; set its state before each to make it a function of the
-    position.
+    """Compose the random transforms of one view.
 
-    Photographs' colours have no counterpart in CT, whose values mean tissue: what varies is the window, by little.
+    Set the random state before each view to make it a function of its position. Photographs' colours have no
+    counterpart in CT, whose values mean tissue; only the window varies, slightly.
+
+    Args:
+        size: voxels per axis of the view.
+        edges: range of the edges of the part that becomes the view, as fractions of the crop's edges.
+        flip_prob: probability of a flip of each axis.
     """
     low, high = edges
     mode = "bilinear" if len(size) == 2 else "trilinear"
@@ -95,10 +105,10 @@ def view_transform(size: Sequence[int], edges: tuple[float, float], flip_prob: S
 
 @dataclass(frozen=True)
 class ViewBatches(Dataset[Batch]):
-    """Item t: this process's share of the global batch t, as `ViewRecipe.batch` gives it."""
+    """Item t: this process's shard of the global batch t, as `ViewRecipe.batch` makes it."""
 
     volumes: Sequence[StoredVolume]
-    share: Share
+    shard: Shard
     recipe: ViewRecipe
     crops_per_volume: int
     seed: int
@@ -107,10 +117,10 @@ class ViewBatches(Dataset[Batch]):
         return self.recipe.batch(
             [
                 (
-                    self.volumes[volume_at(step * self.share.bs + slot, len(self.volumes), self.seed)],
+                    self.volumes[volume_at(step * self.shard.bs + slot, len(self.volumes), self.seed)],
                     rng_at(self.seed, "crop", step, slot, number),
                 )
-                for slot in self.share.slots
+                for slot in self.shard.slots
                 for number in range(self.crops_per_volume)
             ]
         )
@@ -118,8 +128,14 @@ class ViewBatches(Dataset[Batch]):
 
 @dataclass(frozen=True)
 class ValidationViews(Dataset[Batch]):
-    """Item i: the fixed views of the i-th so many held-out volumes, the same in every epoch and every run of a seed.
-    together: how many volumes.
+    """Item i: the views of the i-th group of validation volumes, the same in every epoch and every run of a seed.
+
+    Attributes:
+        volumes: the validation volumes.
+        recipe: how views are made.
+        crops_per_volume: crops of each volume.
+        seed: seed of the views.
+        together: volumes per item.
     """
 
     volumes: Sequence[StoredVolume]
@@ -132,11 +148,11 @@ class ValidationViews(Dataset[Batch]):
         return math.ceil(len(self.volumes) / self.together)
 
     def __getitem__(self, index: int) -> Batch:
-        places = range(index * self.together, min((index + 1) * self.together, len(self.volumes)))
+        positions = range(index * self.together, min((index + 1) * self.together, len(self.volumes)))
         return self.recipe.batch(
             [
-                (self.volumes[place], rng_at(self.seed, "validation-crop", place, number))
-                for place in places
+                (self.volumes[position], rng_at(self.seed, "validation-crop", position, number))
+                for position in positions
                 for number in range(self.crops_per_volume)
             ]
         )

@@ -1,8 +1,8 @@
-"""Batches of volumes, for pre-training and fine-tuning: item t is this process's part of the global batch t.
+"""Batches of volumes, for pre-training and fine-tuning: item t is this process's shard of the global batch t.
 
 A loader worker makes whole batches, and the loader returns them in order, so the batches do not depend on the number
 of workers. A global batch has `bs` volumes with `crops_per_volume` crops each; process r of w takes the r-th of w
-equal runs of volumes.
+equal shards of volumes.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import Dataset
 
 from hyspark.data.batches.augmentation import NO_AFFINE, AffineRange, augmentation
-from hyspark.data.batches.crops import Planes, image_crop, labelled_crop
-from hyspark.data.batches.loader import Batch, Share
+from hyspark.data.batches.crops import SliceSampling, image_crop, labelled_crop
+from hyspark.data.batches.loader import Batch, Shard
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.data.seeds import rng_at, seed_at, volume_at
 
@@ -23,25 +23,25 @@ NO_FLIPS = (0.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class PretrainBatches(Dataset[Batch]):
-    """Item t: volumes float32 (b, 1, *size), mask_seeds (one per crop), cases (names)."""
+    """Item t: volumes float32 `(b, 1, *size)`, mask_seeds (one per crop), cases (names)."""
 
     volumes: Sequence[StoredVolume]
-    share: Share
+    shard: Shard
     crop_size: tuple[int, ...]
     crops_per_volume: int
     flip_prob: tuple[float, ...]
     seed: int
-    planes: Planes | None = None
+    slices: SliceSampling | None = None
 
     def __getitem__(self, step: int) -> Batch:
-        crops = np.empty((len(self.share.slots) * self.crops_per_volume, 1, *self.crop_size), np.float32)
+        crops = np.empty((len(self.shard.slots) * self.crops_per_volume, 1, *self.crop_size), np.float32)
         mask_seeds: list[int] = []
         cases: list[str] = []
-        for slot in self.share.slots:
-            volume = self.volumes[volume_at(step * self.share.bs + slot, len(self.volumes), self.seed)]
+        for slot in self.shard.slots:
+            volume = self.volumes[volume_at(step * self.shard.bs + slot, len(self.volumes), self.seed)]
             for number in range(self.crops_per_volume):
                 rng = rng_at(self.seed, "crop", step, slot, number)
-                image_crop(volume, self.crop_size, self.flip_prob, rng, crops[len(cases)], self.planes)
+                image_crop(volume, self.crop_size, self.flip_prob, rng, crops[len(cases)], self.slices)
                 mask_seeds.append(seed_at(self.seed, "mask", step, slot, number))
                 cases.append(volume.name)
         return {"volumes": torch.from_numpy(crops), "mask_seeds": mask_seeds, "cases": cases}
@@ -49,15 +49,16 @@ class PretrainBatches(Dataset[Batch]):
 
 @dataclass(frozen=True)
 class ValidationCrops(Dataset[Batch]):
-    """Item i: the fixed crops of the i-th held-out volume, with fixed masks, the same in every epoch and every run
-    of a seed.
+    """Item i: the crops of the i-th validation volume, with their masks.
+
+    Crops and masks are the same in every epoch and in every run of a seed.
     """
 
     volumes: Sequence[StoredVolume]
     crop_size: tuple[int, ...]
     crops_per_volume: int
     seed: int
-    planes: Planes | None = None
+    slices: SliceSampling | None = None
 
     def __len__(self) -> int:
         return len(self.volumes)
@@ -66,7 +67,7 @@ class ValidationCrops(Dataset[Batch]):
         volume = self.volumes[index]
         numbers = range(self.crops_per_volume)
         rngs = [rng_at(self.seed, "validation-crop", index, n) for n in numbers]
-        crops = [image_crop(volume, self.crop_size, NO_FLIPS, rng, planes=self.planes) for rng in rngs]
+        crops = [image_crop(volume, self.crop_size, NO_FLIPS, rng, slices=self.slices) for rng in rngs]
         return {
             "volumes": torch.from_numpy(np.stack(crops)),
             "mask_seeds": [seed_at(self.seed, "validation-mask", index, n) for n in numbers],
@@ -76,10 +77,10 @@ class ValidationCrops(Dataset[Batch]):
 
 @dataclass(frozen=True)
 class FinetuneBatches(Dataset[Batch]):
-    """Item t: image float32 (b, 1, *size), label int64 (b, 1, *size), cases (names)."""
+    """Item t: image float32 `(b, 1, *size)`, label int64 `(b, 1, *size)`, cases (names)."""
 
     volumes: Sequence[StoredVolume]
-    share: Share
+    shard: Shard
     crop_size: tuple[int, ...]
     crops_per_volume: int
     flip_prob: tuple[float, ...]
@@ -93,13 +94,13 @@ class FinetuneBatches(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         augment = augmentation(self.flip_prob, self.rot90_prob, self.intensity_prob, self.swaps, self.affine)
         samples, cases = [], []
-        for slot in self.share.slots:
-            volume = self.volumes[volume_at(step * self.share.bs + slot, len(self.volumes), self.seed)]
+        for slot in self.shard.slots:
+            volume = self.volumes[volume_at(step * self.shard.bs + slot, len(self.volumes), self.seed)]
             for number in range(self.crops_per_volume):
                 rng = rng_at(self.seed, "crop", step, slot, number)
                 sample = labelled_crop(volume, self.crop_size, self.labelled_prob, rng)
                 samples.append(augment.set_random_state(int(rng.integers(2**32)))(sample))
                 cases.append(volume.name)
-        # MONAI hands out its MetaTensor; what it records is not needed from here on and slows every operation.
+        # MONAI returns its MetaTensor, whose records are not needed from here on and slow every operation.
         stacked = {k: torch.stack([s[k].as_subclass(torch.Tensor) for s in samples]) for k in ("image", "label")}
         return {**stacked, "cases": cases}

@@ -1,1 +1,1 @@
-"""Which cases there are: nnU-Net folders, data lists, splits, subsets."""
+"""Data sets: nnU-Net folders, data lists, splits, subsets."""

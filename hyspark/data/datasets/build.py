@@ -1,9 +1,9 @@
-"""nnU-Net folders -> dataset.json (a decathlon datalist): which cases a list holds, on which side.
+"""nnU-Net folders -> a data list, split into training and validation.
 
-Layout on disk: `DatasetXXX_Name/{imagesTr,labelsTr}`, images `CASE_0000.nii.gz`, labels `CASE.nii.gz`, and optionally
+Layout on disk: `DatasetXXX_Name/{imagesTr,labelsTr}`, images `CASE_0000.nii.gz`, labels `CASE.nii.gz`. Optional are
 nnU-Net's `dataset.json` (class names) and a `splits.json`. BTCV's own names (img0001, label0001) are understood too.
-Only file names are looked at; no image is opened. Nothing is dropped in silence: cases found and not used stand in
-`Datalist.left_out`. Loose files are brought into this layout by `organize`.
+Only file names are read; no image is opened. Cases found and not used are listed in `Datalist.excluded`. `organize`
+brings loose files into this layout.
 """
 
 import os
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hyspark.data.datasets.cases import Case, Datalist, common_labels
-from hyspark.data.datasets.nnunet import dataset_cases, find_images, only_labelled
+from hyspark.data.datasets.nnunet import dataset_cases, only_labelled, scan_images
 from hyspark.data.datasets.splits import split_by_file, split_by_subject
 
 
-def build(
+def build_datalist(
     data_path: Path,
     *,
     labels: bool = False,
@@ -24,40 +24,51 @@ def build(
     val_fraction: float = 0.2,
     seed: int = 0,
 ) -> Datalist:
-    """The datalist of everything `scan` finds, with class names where the data sets' dataset.json give them.
+    """Build the data list of all cases below a folder, with class names if the data sets' dataset.json give them.
 
-    `splits`: "" puts all cases in training; the path of a splits file applies it (`split_by_file`); "auto"
-    takes each data set's own splits.json and, where there is none, splits that set with `split_by_subject`.
-    Raises what `scan` and the two splits raise, and ValueError if no case is left to train on.
+    Args:
+        data_path: folder that holds `DatasetXXX_Name/imagesTr`, at any depth.
+        labels: whether to use labelled cases only.
+        channel: four digits of the images' channel.
+        splits: one of
+            - "": all cases are for training;
+            - path of a splits file, see `split_by_file`;
+            - "auto": each data set's own splits.json, or `split_by_subject` if it has none.
+        val_fraction: fraction of subjects for validation, of `split_by_subject`.
+        seed: seed of `split_by_subject`.
+
+    Raises:
+        FileNotFoundError: if there is no case, no label or no splits file.
+        ValueError: if files or splits contradict each other, or no case remains for training.
     """
-    cases = find_images(data_path, labels=labels, channel=channel)
-    return assemble(cases, data_path, labels=labels, splits=splits, val_fraction=val_fraction, seed=seed)
+    cases = scan_images(data_path, labels=labels, channel=channel)
+    return split_cases(cases, data_path, labels=labels, splits=splits, val_fraction=val_fraction, seed=seed)
 
 
 def read_folder(folder: Path, *, seed: int, val_fraction: float) -> Datalist:
-    """The labelled cases of one data set folder, of any name, split by its splits.json or else by subject."""
+    """List the labelled cases of one data set folder, of any name, split by its splits.json or else by subject."""
     folder = Path(os.path.abspath(folder))
     if not (folder / "imagesTr").is_dir():
         raise FileNotFoundError(f"{folder} has no imagesTr: expected a folder with imagesTr and labelsTr")
     cases = dataset_cases(folder, labels=True, channel="0000")
-    return assemble(cases, folder, labels=True, splits="auto", val_fraction=val_fraction, seed=seed)
+    return split_cases(cases, folder, labels=True, splits="auto", val_fraction=val_fraction, seed=seed)
 
 
-def counts(datalist: Datalist) -> dict[str, dict[str, int]]:
-    """Per data set the number of cases: training, validation, labelled (of these two), left_out."""
+def count_cases(datalist: Datalist) -> dict[str, dict[str, int]]:
+    """Count the cases of each data set: training, validation, labelled (of these two), excluded."""
     table: dict[str, dict[str, int]] = {}
-    for key in ("training", "validation", "left_out"):
+    for key in ("training", "validation", "excluded"):
         for case in getattr(datalist, key):
-            row = table.setdefault(case.dataset, dict(training=0, validation=0, labelled=0, left_out=0))
+            row = table.setdefault(case.dataset, dict(training=0, validation=0, labelled=0, excluded=0))
             row[key] += 1
-            row["labelled"] += key != "left_out" and case.label is not None
+            row["labelled"] += key != "excluded" and case.label is not None
     return dict(sorted(table.items()))
 
 
-def assemble(
+def split_cases(
     cases: Sequence[Case], root: Path, *, labels: bool, splits: str, val_fraction: float, seed: int
 ) -> Datalist:
-    """Split `cases` as told, keep account of what is left out, and look up the class names."""
+    """Split cases, record the excluded ones, and look up the class names; see `build_datalist`."""
     usable = only_labelled(cases, root) if labels else list(cases)
     folders = sorted({case.image.parent.parent for case in usable}, key=lambda folder: folder.name)
     training: list[Case] = usable
@@ -75,7 +86,7 @@ def assemble(
     elif splits:
         training, validation = split_by_file(cases, Path(splits), labels=labels)
     if not training:
-        raise ValueError(f"{root}: the split leaves no case to train on; check the splits file")
+        raise ValueError(f"{root}: expected at least one training case, got a split without any; fix the splits file")
     used = set(training) | set(validation)
-    left_out = tuple(case for case in cases if case not in used)
-    return Datalist(tuple(training), tuple(validation), common_labels(folders) if labels else None, left_out)
+    excluded = tuple(case for case in cases if case not in used)
+    return Datalist(tuple(training), tuple(validation), common_labels(folders) if labels else None, excluded)

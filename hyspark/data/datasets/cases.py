@@ -1,4 +1,4 @@
-"""What a list of data is made of: cases, on the side of training or of validation, and the names of the classes."""
+"""Cases, data lists of training and validation cases, and class names."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,14 @@ from hyspark.utils.paths import load_json
 
 @dataclass(frozen=True)
 class Case:
-    """One image and, where there is one, its label. `name` is the file name without channel and ending."""
+    """One image and its optional label.
+
+    Attributes:
+        name: file name without channel and ending.
+        dataset: name of the data set's folder.
+        image: path of the image.
+        label: path of the label map.
+    """
 
     name: str
     dataset: str
@@ -21,20 +28,24 @@ class Case:
 
 @dataclass(frozen=True)
 class Datalist:
-    """The cases of one run; `labels` maps class names to label values, background included.
+    """The training and validation cases of one run.
 
-    `left_out` holds cases that were found but are not used. It is for the report on the terminal: it is not
-    written to the file, and two lists that differ in it alone are equal.
+    Attributes:
+        training: cases to train on.
+        validation: cases to validate on.
+        labels: label values by class name, background included.
+        excluded: cases that were found and are not used, for the summary on the terminal. They are not written to
+            the file, and two lists that differ in them alone are equal.
     """
 
     training: tuple[Case, ...]
     validation: tuple[Case, ...] = ()
     labels: dict[str, int] | None = None
-    left_out: tuple[Case, ...] = field(default=(), compare=False)
+    excluded: tuple[Case, ...] = field(default=(), compare=False)
 
 
 def cases_digest(cases: Sequence[Case]) -> str:
-    """Digest, in 12 digits, of the names of cases and of what their files hold, wherever they lie."""
+    """Digest the names and the files' contents of cases in 12 digits, independent of their folders."""
     lines = []
     for case in cases:
         label = "" if case.label is None else content_digest(case.label)
@@ -43,7 +54,11 @@ def cases_digest(cases: Sequence[Case]) -> str:
 
 
 def common_labels(folders: Iterable[Path]) -> dict[str, int] | None:
-    """The class names all folders agree on; None if no dataset.json gives any."""
+    """Read the class names that all folders agree on; None if no dataset.json gives any.
+
+    Raises:
+        ValueError: if folders disagree.
+    """
     known: dict[str, int] | None = None
     origin = Path()
     for folder in folders:
@@ -59,7 +74,11 @@ def common_labels(folders: Iterable[Path]) -> dict[str, int] | None:
 
 
 def class_values(labels: Any, path: Path) -> dict[str, int]:
-    """Class names with values, by value, from {"spleen": 1} (nnU-Net) or {"1": "spleen"} (decathlon)."""
+    """Convert {"spleen": 1} (nnU-Net) or {"1": "spleen"} (decathlon) to class values by name, sorted by value.
+
+    Raises:
+        ValueError: for anything else; the message begins with `path`.
+    """
     pairs = list(labels.items()) if isinstance(labels, dict) else []
     if any(isinstance(value, list) for _, value in pairs):
         raise ValueError(f'{path}: "labels" has regions (lists of values), which are not supported')

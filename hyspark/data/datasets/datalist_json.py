@@ -1,4 +1,4 @@
-"""Data lists (dataset.json in MONAI's decathlon format): read and written."""
+"""Data lists in MONAI's decathlon format (dataset.json)."""
 
 import json
 import os
@@ -14,10 +14,11 @@ from hyspark.utils.paths import load_json, nifti_stem
 from hyspark.utils.text import listing
 
 
-def write(datalist: Datalist, path: Path) -> None:
-    """Write a decathlon JSON with POSIX paths relative to its own folder; all at once, or not at all.
+def write_datalist(datalist: Datalist, path: Path) -> None:
+    """Write a decathlon JSON with POSIX paths relative to its own folder, atomically.
 
-    ValueError if `path` exists and is anything but a list as written here, or if it cannot be written.
+    Raises:
+        ValueError: if another kind of file exists at `path`, or the file cannot be written.
     """
     path = Path(os.path.abspath(path))
 
@@ -43,21 +44,28 @@ def write(datalist: Datalist, path: Path) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise ValueError(f"cannot write {path} ({error.strerror}): choose another output file") from error
+        raise ValueError(f"{path}: not writable ({error.strerror}); choose another output file") from error
 
 
 def is_datalist(path: Path) -> bool:
-    """Whether a JSON file is a datalist (has "training" with entries), unlike nnU-Net's own dataset.json."""
+    """Return whether a JSON file is a data list (has a list "training"), unlike nnU-Net's own dataset.json."""
     loaded = load_json(path)
     return isinstance(loaded, dict) and isinstance(loaded.get("training"), list)
 
 
-def read(path: Path, *, require_labels: bool = False, require_files: bool = True) -> Datalist:
-    """Read a decathlon JSON; paths in it are relative to its folder. Other keys ("test", ...) are allowed.
+def read_datalist(path: Path, *, require_labels: bool = False, require_files: bool = True) -> Datalist:
+    """Read a decathlon JSON, whose paths are relative to its folder; other keys ("test", ...) are ignored.
 
-    An entry is {"image": ..., "label": ...} or the image's path alone. ValueError if the shape is wrong, an
-    image comes twice, or, with `require_labels`, a label is missing; FileNotFoundError if files are
-    missing, unless `require_files` is False.
+    An entry is {"image": ..., "label": ...} or the image's path alone.
+
+    Args:
+        path: the JSON file.
+        require_labels: whether every entry needs a label.
+        require_files: whether every file has to exist.
+
+    Raises:
+        FileNotFoundError: if a required file is missing.
+        ValueError: if the structure is wrong, an image is listed twice, or a required label is missing.
     """
     path = Path(os.path.abspath(path))
     content = load_json(path)
@@ -86,26 +94,27 @@ def read(path: Path, *, require_labels: bool = False, require_files: bool = True
     return Datalist(cases[:num_training], cases[num_training:], labels)
 
 
-def entry_paths(value: Any, path: Path, place: str, require_label: bool) -> tuple[Path, Path | None]:
-    """Absolute image and label of one entry of a decathlon list."""
+def entry_paths(value: Any, path: Path, key: str, require_label: bool) -> tuple[Path, Path | None]:
+    """Return the absolute paths of image and label of one entry; `key` names the entry, as in training[3]."""
     entry = value if isinstance(value, dict) else {"image": value}
     image, label = entry.get("image"), entry.get("label")
     if not isinstance(image, str) or not isinstance(label, str | None) or "" in (image, label):
         raise ValueError(
-            f'{path}: {place} must be {{"image": "./..."}}, optionally with "label": "./...", each the '
+            f'{path}: {key} must be {{"image": "./..."}}, optionally with "label": "./...", each the '
             f"path of one file; got {value!r}"
         )
     if require_label and label is None:
-        raise ValueError(f'{path}: {place} has no "label", but labels are needed here: {image}')
+        raise ValueError(f'{path}: {key} has no "label", which is required here: {image}')
     absolute = Path(os.path.abspath(path.parent / image))
     return absolute, None if label is None else Path(os.path.abspath(path.parent / label))
 
 
 def case_names(images: Sequence[Path]) -> dict[Path, str]:
-    """Case names: file names without ending and channel, which is "_0000" or what a whole data set shares.
+    """Return unique case names: file names without ending and channel.
 
-    A name that several files have (case_1/imaging.nii.gz, case_2/imaging.nii.gz) gets the folder's name in front, and
-    those of the folders above as far as they are needed to tell the files apart.
+    A channel is "_0000", or four digits that all images of a data set have in common. A name that several files have
+    (case_1/imaging.nii.gz, case_2/imaging.nii.gz) is prefixed by its folder's name. The names of folders above are
+    added as far as they are needed to tell the files apart.
     """
     endings: dict[str, set[str]] = {}
     for image in images:
@@ -127,12 +136,12 @@ def case_names(images: Sequence[Path]) -> dict[Path, str]:
 
 
 def dataset_of(image: Path) -> str:
-    """The folder above imagesTr or imagesTs; without one of these, the image's own folder."""
+    """Return the name of the folder above imagesTr or imagesTs, or else of the image's own folder."""
     return (image.parent.parent if image.parent.name in ("imagesTr", "imagesTs") else image.parent).name
 
 
 def check_replaceable(path: Path) -> None:
-    """ValueError unless `path` holds a list with nothing in it that `write` would lose."""
+    """Raise ValueError unless `path` holds a data list without anything that `write_datalist` would lose."""
     content: Any = None
     if path.is_file():
         with suppress(ValueError):
@@ -140,4 +149,6 @@ def check_replaceable(path: Path) -> None:
     entries = content.get("training") if isinstance(content, dict) else None
     ours = isinstance(entries, list) and all(isinstance(entry, dict) and "image" in entry for entry in entries)
     if not ours or set(content) - {"training", "validation", "labels"}:
-        raise ValueError(f"{path} is not a list as written here, so it is kept: choose another output name")
+        raise ValueError(
+            f"{path}: expected a data list to replace, got another file, which is kept; choose another output name"
+        )

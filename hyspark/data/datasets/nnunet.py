@@ -10,21 +10,32 @@ from hyspark.utils.paths import nifti_files, nifti_stem, walk_folders
 from hyspark.utils.text import listing
 
 
-def scan(data_path: Path, *, labels: bool = False, channel: str = "0000") -> list[Case]:
-    """All cases of every `Dataset*/imagesTr` in or below `data_path`, by data set and name; absolute paths.
+def scan_cases(data_path: Path, *, labels: bool = False, channel: str = "0000") -> list[Case]:
+    """List the cases of every `Dataset*/imagesTr` in or below a folder, by data set and name, with absolute paths.
 
-    With `labels`, only cases that have a label. FileNotFoundError if there is no case; ValueError if two
-    files stand for one case, or a label has no image.
+    Args:
+        data_path: folder to search.
+        labels: whether to list labelled cases only.
+        channel: four digits of the images' channel.
+
+    Raises:
+        FileNotFoundError: if there is no case.
+        ValueError: if two files belong to one case, or a label has no image.
     """
-    cases = find_images(data_path, labels=labels, channel=channel)
+    cases = scan_images(data_path, labels=labels, channel=channel)
     return only_labelled(cases, data_path) if labels else cases
 
 
-def find_images(data_path: Path, *, labels: bool, channel: str) -> list[Case]:
-    """Every image below `data_path`; with `labels`, its label too where there is one."""
+def scan_images(data_path: Path, *, labels: bool, channel: str) -> list[Case]:
+    """List every image below a folder as a case; with `labels`, together with its label if it has one.
+
+    Raises:
+        FileNotFoundError: if there is no image.
+        ValueError: if two files belong to one case, or a label has no image.
+    """
     data_path = Path(os.path.abspath(data_path))
     if not re.fullmatch(r"\d{4}", channel):
-        raise ValueError(f'channel must be four digits as in nnU-Net\'s file names ("0000"), got {channel!r}')
+        raise ValueError(f'channel: expected four digits as in nnU-Net\'s file names ("0000"), got {channel!r}')
     if not data_path.is_dir():
         raise FileNotFoundError(f"{data_path} is not a folder: expected one that holds DatasetXXX_Name/imagesTr")
     folders: dict[str, Path] = {}
@@ -45,7 +56,7 @@ def find_images(data_path: Path, *, labels: bool, channel: str) -> list[Case]:
 
 
 def dataset_cases(folder: Path, *, labels: bool, channel: str) -> list[Case]:
-    """The cases of one data set folder by name; labels are looked for in labelsTr, if asked for."""
+    """List the cases of one data set folder by name; with `labels`, together with their labels in labelsTr."""
     images: dict[str, Path] = {}
     for file in nifti_files(folder / "imagesTr"):
         if name := name_of_image(file, channel):
@@ -66,7 +77,7 @@ def dataset_cases(folder: Path, *, labels: bool, channel: str) -> list[Case]:
 
 
 def name_of_image(file: Path, channel: str) -> str | None:
-    """The case that an image of imagesTr belongs to; None where its name is not one of this channel."""
+    """Return the case of an image in imagesTr, or None for another channel."""
     stem = nifti_stem(file)
     if len(stem) > 5 and stem.endswith(f"_{channel}"):
         return stem[:-5]
@@ -74,21 +85,21 @@ def name_of_image(file: Path, channel: str) -> str | None:
 
 
 def name_of_label(file: Path, images: Container[str]) -> str | None:
-    """The case that a label of labelsTr belongs to; None where no image is its."""
+    """Return the case of a label in labelsTr, or None if no image belongs to it."""
     stem = nifti_stem(file)
     names = (stem, re.sub(r"^label(?=\d+$)", "img", stem))  # BTCV's label0001 belongs to img0001
     return next((name for name in names if name in images), None)
 
 
 def add_once(files: dict[str, Path], name: str, file: Path) -> None:
-    """Enter `file` as the file of the case `name`; ValueError if there is one already."""
+    """Add the file of a case; raise ValueError if the case has one already."""
     if name in files:
         raise ValueError(f"two files for the case {name}: {files[name]} and {file}; keep one of them")
     files[name] = file
 
 
 def only_labelled(cases: Sequence[Case], root: Path) -> list[Case]:
-    """The cases that have a label; FileNotFoundError if none has."""
+    """Return the cases that have a label; raise FileNotFoundError if none has."""
     if found := [case for case in cases if case.label is not None]:
         return found
     raise FileNotFoundError(

@@ -1,4 +1,4 @@
-"""Loose NIfTI files -> nnU-Net's folder layout, from where `datalist` takes them."""
+"""Loose NIfTI files -> nnU-Net's folder layout."""
 
 import os
 import re
@@ -13,17 +13,26 @@ from hyspark.utils.text import listing
 
 
 def organize_by_names(source: Path, target: Path, *, copy: bool = False) -> int:
-    """Bring NIfTI files in and below `source` into nnU-Net's layout as `target/imagesTr/CASE_0000.nii.gz`.
+    """Link or copy the NIfTI files in and below `source` to `target/imagesTr/CASE_0000.nii.gz`.
 
-    `target` must be named DatasetXXX_Name. CASE is the file name without ending and "_0000", with
-    characters other than letters, digits, ".", "_" and "-" replaced by "-"; ".nii" stays ".nii". Files are
-    linked, or copied with `copy`. Running it again changes nothing. Returns the number of images.
-    ValueError for two files of one name or another file in the way, FileNotFoundError if there is no NIfTI
-    file; both before the first change.
+    CASE is the file name without ending and "_0000". Its characters other than letters, digits, ".", "_" and "-"
+    become "-". An uncompressed file keeps its ending .nii. A second call changes nothing.
+
+    Args:
+        source: folder of loose files.
+        target: data set folder to make, named DatasetXXX_Name.
+        copy: whether to copy the files; they are linked otherwise.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        FileNotFoundError: if there is no NIfTI file; raised before the first change.
+        ValueError: if two files have one name, or another file is in the way; raised before the first change.
     """
     source, target = Path(os.path.abspath(source)), Path(os.path.abspath(target))
     if not re.fullmatch(r"Dataset\d{3}_\w+", target.name, re.ASCII):
-        raise ValueError(f"the target folder must be named like Dataset501_Name, got {target.name!r}")
+        raise ValueError(f"target folder: expected a name like Dataset501_Name, got {target.name!r}")
     files: dict[str, list[Path]] = {}
     for folder, _ in walk_folders(source, skip=target):
         for file in nifti_files(folder):
@@ -43,7 +52,7 @@ def organize_by_names(source: Path, target: Path, *, copy: bool = False) -> int:
         other = new.with_suffix("") if new.suffix == ".gz" else new.with_suffix(".nii.gz")
         changed = os.path.lexists(new) and not (new.is_file() and same_content(new, old, shallow=False))
         if changed or os.path.lexists(other):
-            raise ValueError(f"{new if changed else other} is in the way of {old}: move it, or choose another target")
+            raise ValueError(f"{new if changed else other} is in the way of {old}; move it, or choose another target")
     images.mkdir(parents=True, exist_ok=True)
     for new, old in tqdm(plan.items(), desc="copying", disable=not copy, leave=False):
         if copy and (new.is_symlink() or not new.exists()):

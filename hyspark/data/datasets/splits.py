@@ -1,4 +1,4 @@
-"""Training and validation: cases split by subject, so that no patient is on both sides, or as a splits file says."""
+"""Splits into training and validation: by subject, so that no patient is on both sides, or by a splits file."""
 
 import hashlib
 import re
@@ -10,26 +10,28 @@ from hyspark.data.datasets.cases import Case
 from hyspark.utils.paths import load_json
 from hyspark.utils.text import listing
 
-SEED = 0
-"""Of splits that nothing names another seed for: one data set has one split, whatever is done with it."""
+SPLIT_SEED = 0
+"""Seed of splits that no setting gives another seed: every task splits one data set alike."""
 VISIT = re.compile(r"__|_(visit|session|ses-|scan|series|t\d)", re.IGNORECASE)
 
 
 def subject_of(name: str) -> str:
-    """The subject in a case name: all before "__", "_visit", "_session", "_ses-", "_scan", "_series", "_t1".
+    """Return the subject in a case name: all before "__", "_visit", "_session", "_ses-", "_scan", "_series", "_t1".
 
-    Upper and lower case are the same; any digit may follow "_t". A name without such a part is its own
-    subject.
+    Case is ignored; any digit may follow "_t". A name without such a marker is its own subject.
     """
     found = VISIT.search(name)
     return (name[: found.start()] if found else name) or name
 
 
 def split_by_subject(cases: Sequence[Case], *, seed: int, val_fraction: float) -> tuple[list[Case], list[Case]]:
-    """Training and validation cases in given order, `val_fraction` of the subjects (rounded) in validation.
+    """Split cases into training and validation, with a fraction of the subjects, rounded, in validation.
 
-    Two or more subjects give at least one to each side, unless `val_fraction` is 0. Subjects are ranked by
-    a hash of seed and name, so the split depends on neither order, folder nor library version.
+    The cases keep their order. Two or more subjects give at least one to each side, unless `val_fraction` is 0.
+    Subjects are ranked by a hash of seed and name, so the split depends on neither order, folder nor library version.
+
+    Raises:
+        ValueError: if `val_fraction` is not in [0, 1).
     """
     held_out = held_out_subjects((subject_of(case.name) for case in cases), seed=seed, val_fraction=val_fraction)
     training = [case for case in cases if subject_of(case.name) not in held_out]
@@ -37,9 +39,9 @@ def split_by_subject(cases: Sequence[Case], *, seed: int, val_fraction: float) -
 
 
 def held_out_subjects(subjects: Iterable[str], *, seed: int, val_fraction: float) -> set[str]:
-    """Which subjects are for validation, as `split_by_subject` says; ValueError for a fraction that is none."""
+    """Choose the subjects for validation, see `split_by_subject`; raise ValueError unless the fraction is in [0, 1)."""
     if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction must be at least 0 and below 1, got {val_fraction}")
+        raise ValueError(f"val_fraction: expected at least 0 and below 1, got {val_fraction}")
 
     def rank(subject: str) -> str:
         return hashlib.sha256(f"{seed}:{subject}".encode("utf-8", "surrogatepass")).hexdigest()
@@ -50,13 +52,22 @@ def held_out_subjects(subjects: Iterable[str], *, seed: int, val_fraction: float
 
 
 def split_by_file(cases: Sequence[Case], path: Path, *, labels: bool) -> tuple[list[Case], list[Case]]:
-    """Training and validation cases as named in a splits file, in given order; with `labels`, labelled ones.
+    """Split cases into training and validation by the names in a splits file; the cases keep their order.
 
-    Forms: {"train": [...], "validation" or "val": [...]}, optionally with "unlabelled" and "test", or
-    nnU-Net's splits_final.json: a list of folds, of which the first is used. "unlabelled" joins training
-    unless `labels`; "test" is not used. `cases` are all images there are, labelled or not. ValueError if a
-    name is on both sides, unknown, found in two data sets, or, with `labels`, of a case without one;
-    FileNotFoundError if there is no such file.
+    Forms of the file:
+    - {"train": [...], "validation" or "val": [...]}, optionally with "unlabelled" and "test";
+    - nnU-Net's splits_final.json: a list of folds, of which the first is used.
+
+    "test" is not used. "unlabelled" joins training, unless `labels` is True.
+
+    Args:
+        cases: all images, labelled or not.
+        path: the splits file.
+        labels: whether the cases on both sides need a label.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if a name is on both sides, unknown, in two data sets, or of a case without a required label.
     """
     content = load_json(path)
     fold = content[0] if isinstance(content, list) and content else content
@@ -74,7 +85,7 @@ def split_by_file(cases: Sequence[Case], path: Path, *, labels: bool) -> tuple[l
 
     train, validation, unlabelled = (set(fold.get(key, [])) for key in ("train", validation_key, "unlabelled"))
     if both := (train | unlabelled) & validation:
-        raise ValueError(f"{path}: on both sides, training and validation: {listing(both)}")
+        raise ValueError(f"{path}: in training and in validation: {listing(both)}; name each case once")
     num_images = Counter(case.name for case in cases)
     if unknown := (train | validation | unlabelled) - set(num_images):
         raise ValueError(f"{path}: no image has these names: {listing(unknown)}")
@@ -85,7 +96,7 @@ def split_by_file(cases: Sequence[Case], path: Path, *, labels: bool) -> tuple[l
         )
     if labels and (bare := {case.name for case in cases if case.label is None} & (train | validation)):
         raise ValueError(
-            f"{path}: cases to train or to validate on that have no label file: {listing(bare)}; add the labels, or "
+            f"{path}: training or validation cases without a label file: {listing(bare)}; add the labels, or "
             'name the cases under "unlabelled"'
         )
     train = train if labels else train | unlabelled

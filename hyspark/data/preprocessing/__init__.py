@@ -1,1 +1,1 @@
-"""From files to prepared volumes in a store."""
+"""Files -> prepared volumes in a store."""

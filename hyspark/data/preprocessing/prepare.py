@@ -1,11 +1,15 @@
 """The deterministic part of the data path, done once per volume: from files into the store, in parallel.
 
-RAS orientation, spacing (linear; labels nearest), HU window to 0..1 with clipping, crop to foreground (> 0): what
-MONAI's transforms of these names give. Padding to the crop size happens when a crop is read (see `store.py`), so that
-one prepared volume serves every crop size.
+The steps, equal to MONAI's transforms of these names:
+
+- RAS orientation;
+- spacing, by linear interpolation; labels by nearest neighbour;
+- HU window to 0..1, with clipping;
+- crop to foreground (> 0).
+
+A crop is padded when it is read (see `store.py`), so that one prepared volume serves every crop size.
 """
 
-import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,45 +19,41 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from monai.transforms import Compose, CropForegroundd, ScaleIntensityRanged
+from monai.transforms import Compose, CropForegroundd
 from nibabel.affines import apply_affine, voxel_sizes
 from tqdm import tqdm
 
 from hyspark.data.datasets.cases import Case
+from hyspark.data.intensity import stored_steps, window_transform
 from hyspark.data.preprocessing.resample import region_above, whole_grid
 from hyspark.data.preprocessing.store import (
     StoredVolume,
     entry_folder,
-    is_whole,
+    is_intact,
+    remove_abandoned,
     remove_entry,
-    remove_unfinished,
-    steps_of,
     write_entry,
 )
 from hyspark.data.quality.examine import examine
 from hyspark.data.readers.nifti import check_header
 from hyspark.data.settings import PrepareSettings
-from hyspark.utils.processes import as_done, available_cores
+from hyspark.utils.log import LOG
+from hyspark.utils.processes import available_cores, map_unordered
+from hyspark.utils.text import first_line
 
-UNPREPARABLE = (ValueError, RuntimeError, OSError, EOFError)
-"""What preparing a broken file raises."""
+PREPARE_ERRORS = (ValueError, RuntimeError, OSError, EOFError)
+"""Exceptions that preparing a broken file raises."""
 MAX_LISTED = 5
-"""Warnings that are shown in full."""
-LOG = logging.getLogger("hyspark")
+"""Number of warnings that are shown in full."""
 
 
 def to_unit_range_and_foreground(settings: PrepareSettings, keys: Sequence[str]) -> Compose:
-    """On a dict of arrays (1, h, w, d): HU window of the image to 0..1, all cropped to where it is above 0."""
-    return Compose(
-        [
-            ScaleIntensityRanged("image", settings.hu_min, settings.hu_max, 0.0, 1.0, clip=True),
-            CropForegroundd(keys, source_key="image", allow_smaller=True),
-        ]
-    )
+    """Compose the HU window and the crop to the image's foreground, of a dict of arrays `(1, h, w, d)`."""
+    return Compose([window_transform(settings), CropForegroundd(keys, source_key="image", allow_smaller=True)])
 
 
 def check_pair(case: Case) -> None:
-    """Check the headers of a case; raises ValueError where its label does not lie on its image, to one voxel."""
+    """Check the headers of a case; raise ValueError unless its label lies on its image, to within one voxel."""
     shape, affine = check_header(case.image)
     if case.label is None:
         return
@@ -67,15 +67,18 @@ def check_pair(case: Case) -> None:
 
 
 def prepare_case(case: Case, settings: PrepareSettings) -> dict[str, Any]:
-    """Run the transforms on one case.
+    """Prepare one case: orientation, spacing, HU window, crop to foreground.
 
-    Returns image float32 (h, w, d) in [0, 1], label uint8 (h, w, d) or None, affine (4, 4) of the prepared grid in
-    RAS mm. Raises ValueError for a file that is no 3D volume, for an image without foreground, for a label that does
-    not fit its image.
+    Returns:
+        image: float32 `(h, w, d)` in [0, 1]; label: uint8 `(h, w, d)` or None; affine: `(4, 4)` of the prepared grid
+        in RAS mm.
+
+    Raises:
+        ValueError: if a file is no 3D volume, the image has no foreground, or the label does not match the image.
     """
     check_pair(case)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MONAI's advice to its own callers; results are checked below
+        warnings.simplefilter("ignore")  # MONAI warns its own callers; results are checked below
         image, shape, start = region_above(case.image, settings.spacing, settings.hu_min)
         data: dict[str, Any] = {"image": image}
         if case.label is not None:
@@ -90,7 +93,7 @@ def prepare_case(case: Case, settings: PrepareSettings) -> dict[str, Any]:
     array = np.ascontiguousarray(data["image"].numpy()[0])
     if not np.isfinite(array).all():
         raise ValueError("holds NaN or infinite values")
-    if array.size == 0 or np.rint(array.max() * steps_of(settings)) == 0:  # as the store counts foreground
+    if array.size == 0 or np.rint(array.max() * stored_steps(settings)) == 0:  # as the store counts foreground
         raise ValueError(f"no voxel lies above {settings.hu_min} HU; is it CT in Hounsfield units?")
     label = None
     if case.label is not None:
@@ -103,7 +106,13 @@ def prepare_case(case: Case, settings: PrepareSettings) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case: why it cannot be prepared, one line per reason, and what someone should look at."""
+    """The result of preparing a case.
+
+    Attributes:
+        case: the case.
+        errors: reasons why it cannot be prepared, one line each.
+        warnings: warnings about it, one line each.
+    """
 
     case: Case
     errors: tuple[str, ...] = ()
@@ -111,36 +120,36 @@ class Outcome:
 
 
 def prepare_into(case: Case, settings: PrepareSettings, folder: Path) -> Outcome:
-    """Look at one case and prepare it into its store entry."""
+    """Examine one case and write its entry of the store."""
     findings = examine(case, settings.hu_min, declared=None).findings
     errors = [str(f) for f in findings if f.severity == "error"]
     warned = tuple(str(f) for f in findings if f.severity == "warning")
     if not errors:
         try:
             prepared = prepare_case(case, settings)
-        except UNPREPARABLE as error:
-            errors.append(f"{case.image}: {reason(error)}")
+        except PREPARE_ERRORS as error:
+            errors.append(f"{case.image}: {failure_reason(error)}")
         else:
-            write(folder, prepared, case, settings)
+            store_case(folder, prepared, case, settings)
     return Outcome(case, tuple(errors), warned)
 
 
-def write(folder: Path, prepared: dict[str, Any], case: Case, settings: PrepareSettings) -> None:
-    """Write an entry; OSError where that fails, which is no fault of the case."""
+def store_case(folder: Path, prepared: dict[str, Any], case: Case, settings: PrepareSettings) -> None:
+    """Write a prepared case to the store; raise OSError if the disk fails, which is no fault of the case."""
     try:
-        write_entry(folder, source=str(case.image), steps=steps_of(settings), **prepared)
+        write_entry(folder, source=str(case.image), steps=stored_steps(settings), **prepared)
     except (OSError, RuntimeError) as error:  # RuntimeError: blosc2's
         raise OSError(
-            f"cannot write prepared volumes to {folder.parent} ({reason(error)}); make room, or name another folder "
-            "with --store_dir"
+            f"{folder.parent}: prepared volumes are not writable ({failure_reason(error)}); make room, or choose "
+            "another folder with --store_dir"
         ) from error
 
 
-def reason(error: BaseException) -> str:
-    """Why a case cannot be prepared, in one line."""
+def failure_reason(error: BaseException) -> str:
+    """Return the reason of a failed preparation in one line."""
     while isinstance(error, RuntimeError) and error.__cause__:  # MONAI's own message does not hold the reason
         error = error.__cause__
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return first_line(error)
 
 
 def prepare_all(
@@ -150,25 +159,40 @@ def prepare_all(
     num_workers: int = 0,
     progress: bool = True,
 ) -> list[StoredVolume]:
-    """Prepared volumes of the cases, in their order; what the store lacks is made first.
+    """Prepare the cases that the store lacks, and return all prepared volumes in the cases' order.
 
-    Raises ValueError that lists the cases that cannot be prepared and why; what `prepare_missing` raises.
+    Args:
+        cases: cases of the data set.
+        settings: settings of preparation.
+        store_dir: folder of the store.
+        num_workers: processes; 0 takes one per core.
+        progress: whether to show progress bars.
+
+    Raises:
+        PermissionError: if the store is not writable.
+        ValueError: if cases cannot be prepared; the message lists them with their reasons.
     """
     failed = prepare_missing(cases, settings, store_dir, num_workers, progress)
     if failed:
-        raise ValueError(unusable(failed, len(cases)))
-    return stored(cases, settings, store_dir)
+        raise ValueError(failure_message(failed, len(cases)))
+    return stored_volumes(cases, settings, store_dir)
 
 
-def unusable(failed: Mapping[str, Sequence[str]], num: int, or_else: str = "") -> str:
-    """One message for all broken cases, of `num`. or_else: what else can be done about them."""
+def failure_message(failed: Mapping[str, Sequence[str]], num: int, alternative: str = "") -> str:
+    """Write one message for all broken cases.
+
+    Args:
+        failed: reasons by image.
+        num: number of all cases.
+        alternative: further advice.
+    """
     lines = "\n  ".join(line for lines in failed.values() for line in lines)
-    advice = ", ".join(filter(None, ["mend them or take them out of the data list", or_else]))
-    return f"{len(failed)} of {num} volumes cannot be used; {advice}:\n  {lines}"
+    advice = ", ".join(filter(None, ["fix them or remove them from the data list", alternative]))
+    return f"{len(failed)} of {num} volumes are unusable; {advice}:\n  {lines}"
 
 
-def stored(cases: Sequence[Case], settings: PrepareSettings, store_dir: Path) -> list[StoredVolume]:
-    """Where the prepared volumes of the cases lie."""
+def stored_volumes(cases: Sequence[Case], settings: PrepareSettings, store_dir: Path) -> list[StoredVolume]:
+    """Return the cases' prepared volumes, which may not exist yet."""
     return [StoredVolume(entry_folder(store_dir, settings, c.image, c.label), c.name) for c in cases]
 
 
@@ -179,68 +203,75 @@ def prepare_missing(
     num_workers: int = 0,
     progress: bool = True,
 ) -> dict[str, tuple[str, ...]]:
-    """Make what the store lacks, in `num_workers` processes (0: one per core); entries that are there are compared with
-    their checksums first, and damaged ones made again.
+    """Prepare the cases that the store lacks; see `prepare_all` for the arguments.
 
-    Returns, by image, why cases cannot be prepared. Raises PermissionError where the store cannot be written.
+    Existing entries are compared with their checksums first, and damaged ones are made again.
+
+    Returns:
+        By image, the reasons why cases cannot be prepared.
+
+    Raises:
+        PermissionError: if the store is not writable.
     """
-    folders = {c: entry_folder(store_dir, settings, c.image, c.label) for c in cases if is_there(c)}
+    folders = {c: entry_folder(store_dir, settings, c.image, c.label) for c in cases if files_exist(c)}
     missing = [str(c.image) for c in cases if c not in folders]
     failed: dict[str, tuple[str, ...]] = {image: (f"{image}: it or its label is missing",) for image in missing}
-    there = [folder for folder in folders.values() if folder.exists()]
-    bad = damaged(there, num_workers or available_cores(), progress)
-    todo = [(c, settings, folder) for c, folder in folders.items() if folder in bad or not folder.exists()]
+    existing = [folder for folder in folders.values() if folder.exists()]
+    damaged = find_damaged(existing, num_workers or available_cores(), progress)
+    todo = [(c, settings, folder) for c, folder in folders.items() if folder in damaged or not folder.exists()]
     if todo:
         make_writable(store_dir)
-        for folder in bad:
-            LOG.warning("%s does not fit its checksum and is prepared again", folder)
+        for folder in damaged:
+            LOG.warning("%s: does not match its checksum; it is prepared again", folder)
             remove_entry(folder)
-        outcomes = run_pool(todo, num_workers or available_cores(), progress)
+        outcomes = prepare_in_parallel(todo, num_workers or available_cores(), progress)
         failed |= {str(o.case.image): o.errors for o in outcomes if o.errors}
         log_warnings([line for o in outcomes for line in o.warnings])
     return dict(sorted(failed.items()))
 
 
-def is_there(case: Case) -> bool:
-    """Whether a case's files exist."""
+def files_exist(case: Case) -> bool:
+    """Return whether a case's image and, if it has one, its label exist."""
     return all(path.exists() for path in (case.image, case.label) if path is not None)
 
 
-def damaged(folders: Sequence[Path], num_workers: int, progress: bool) -> list[Path]:
-    """Entries whose files are not what was written."""
+def find_damaged(folders: Sequence[Path], num_workers: int, progress: bool) -> list[Path]:
+    """List the entries whose files differ from their checksums."""
     with ThreadPoolExecutor(num_workers) as threads:
-        looked_at = zip(folders, threads.map(is_whole, folders), strict=True)
+        checked = zip(folders, threads.map(is_intact, folders), strict=True)
         hide = not (progress and folders)
-        bar = tqdm(looked_at, total=len(folders), desc="check store", unit="volume", disable=hide)
-        return [folder for folder, whole in bar if not whole]
+        bar = tqdm(checked, total=len(folders), desc="check store", unit="volume", disable=hide)
+        return [folder for folder, intact in bar if not intact]
 
 
 def log_warnings(lines: Sequence[str]) -> None:
-    """Say what the user should look at, in a few lines."""
+    """Log warnings in a few lines."""
     if lines:
         more = [f"and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
         shown = "\n  ".join([*lines[:MAX_LISTED], *more])
-        LOG.warning("%d things to look at in the data; `hyspark check` shows all of them:\n  %s", len(lines), shown)
+        LOG.warning("%d warnings about the data; `hyspark check` shows all of them:\n  %s", len(lines), shown)
 
 
 def make_writable(store_dir: Path) -> None:
-    """Create the store's folder; raises PermissionError with the flag that moves it."""
+    """Create the store's folder and remove abandoned entries; raise PermissionError if it is not writable."""
     try:
         store_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(store_dir, os.W_OK):
             raise PermissionError
-        remove_unfinished(store_dir)
+        remove_abandoned(store_dir)
     except OSError:
         raise PermissionError(
-            f"cannot write prepared volumes to {store_dir}; name another folder with --store_dir"
+            f"{store_dir}: prepared volumes are not writable; choose another folder with --store_dir"
         ) from None
 
 
-def run_pool(todo: Sequence[tuple[Case, PrepareSettings, Path]], num_workers: int, progress: bool) -> list[Outcome]:
-    """What became of each case, by image."""
+def prepare_in_parallel(
+    todo: Sequence[tuple[Case, PrepareSettings, Path]], num_workers: int, progress: bool
+) -> list[Outcome]:
+    """Prepare cases in several processes; return the outcomes sorted by image."""
     with tqdm(total=len(todo), desc="prepare", unit="volume", disable=not progress) as bar:
         found = []
-        for outcome in as_done(prepare_into, todo, num_workers):
+        for outcome in map_unordered(prepare_into, todo, num_workers):
             found.append(outcome)
             bar.update()
     return sorted(found, key=lambda outcome: str(outcome.case.image))

@@ -1,9 +1,12 @@
-"""From the voxels of a file to the prepared grid: what MONAI's LoadImage, Orientation and Spacing give, in less time.
+"""Resampling of a file to the prepared grid: the result of MONAI's LoadImage, Orientation and Spacing, in less time.
 
-MONAI says where the voxels of the grid lie. An image whose axes stay perpendicular is then interpolated by SciPy, in
-double precision like MONAI, but axis by axis, out of the file's own integers, and only where the result can lie above
-a threshold. A sheared image, and labels, where a voxel between two would be decided by the last bit, are left to
-MONAI.
+MONAI computes the grid. An image whose axes stay perpendicular is then interpolated by SciPy, in double precision like
+MONAI. SciPy works axis by axis, on the file's own integers, and only where the result can lie above a threshold.
+
+MONAI itself resamples:
+
+- sheared images;
+- labels, since the last bit would decide the label of a voxel halfway between two.
 """
 
 from collections.abc import Sequence
@@ -20,15 +23,21 @@ from scipy.ndimage import affine_transform
 from hyspark.data.readers.nifti import read_nifti
 
 UNCHANGED = 1e-3
-"""Affines that differ by less than this are one to MONAI (its AFFINE_TOL), and nothing is interpolated."""
-STRAIGHT = 1e-5
-"""Voxels by which a row of voxels may leave its axis over its whole length and still count as straight."""
+"""MONAI takes affines that differ by less for equal (its AFFINE_TOL), and does not interpolate."""
+MAX_AXIS_DRIFT = 1e-5
+"""Voxels by which a straight row of voxels may leave its axis over its whole length."""
 
 
 def whole_grid(path: Path, spacing: Sequence[float], mode: str) -> MetaTensor:
-    """All of a NIfTI file in RAS orientation at a spacing in mm: float32 (1, h, w, d), by MONAI's own transforms.
+    """Resample a whole NIfTI file by MONAI's own transforms.
 
-    mode: "bilinear" or "nearest".
+    Args:
+        path: the NIfTI file.
+        spacing: mm per voxel, in RAS order.
+        mode: "bilinear" or "nearest".
+
+    Returns:
+        float32 `(1, h, w, d)` in RAS orientation.
     """
     image = read_nifti(path)
     voxels = np.asanyarray(image.dataobj).reshape(1, *image.shape[:3]).astype(np.float32)
@@ -41,10 +50,12 @@ def whole_grid(path: Path, spacing: Sequence[float], mode: str) -> MetaTensor:
 def region_above(
     path: Path, spacing: Sequence[float], threshold: float
 ) -> tuple[MetaTensor, tuple[int, ...], list[int]]:
-    """The part of `whole_grid(path, spacing, "bilinear")` that holds every voxel above a threshold.
+    """Resample the region of `whole_grid(path, spacing, "bilinear")` that holds every voxel above a threshold.
 
-    Returns that part, float32 (1, h, w, d), one voxel where there is none; the shape (h, w, d) of the whole grid; the
-    first voxel of the part in it.
+    Returns:
+        region: float32 `(1, h, w, d)`; one voxel if none lies above the threshold.
+        shape: `(h, w, d)` of the whole grid.
+        start: first voxel of the region in the whole grid.
     """
     image = as_closest_canonical(read_nifti(path))
     affine, shape = target_grid(image.shape[:3], image.affine, spacing)
@@ -52,7 +63,7 @@ def region_above(
     if shape == image.shape[:3] and np.allclose(to_voxel, np.eye(4), atol=UNCHANGED):
         affine, to_voxel = image.affine, np.eye(4)
     scale, offset = np.diag(to_voxel)[:3], to_voxel[:3, 3]
-    if np.abs(to_voxel[:3, :3] - np.diag(scale)).max() * max(shape) > STRAIGHT:
+    if np.abs(to_voxel[:3, :3] - np.diag(scale)).max() * max(shape) > MAX_AXIS_DRIFT:
         return whole_grid(path, spacing, "bilinear"), shape, [0, 0, 0]
 
     voxels = np.asanyarray(image.dataobj).reshape(image.shape[:3])
@@ -70,7 +81,7 @@ def region_above(
 def target_grid(
     shape: Sequence[int], affine: np.ndarray, spacing: Sequence[float]
 ) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Affine (4, 4) and shape of a volume at a spacing in mm, as MONAI's Spacing lays the grid; nothing is computed."""
+    """Compute affine `(4, 4)` and shape of the grid of MONAI's Spacing at a spacing in mm, without resampling."""
     volume = MetaTensor(torch.empty(1).expand(1, *shape), affine=torch.from_numpy(affine))
     planned: Any = Spacing(spacing)(volume, lazy=True)
     return planned.peek_pending_affine().numpy(), tuple(int(n) for n in planned.peek_pending_shape())
@@ -79,10 +90,19 @@ def target_grid(
 def box_above(
     voxels: np.ndarray, threshold: float, shape: Sequence[int], scale: np.ndarray, offset: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """First and one past the last voxel on each axis of the grid that can lie above the threshold.
+    """Bound the voxels of a grid that can lie above a threshold; if none can, the box is the first voxel.
 
-    voxels: (h, w, d). Voxel i of the grid lies at `scale * i + offset` between them, beyond the border on it, and can
-    lie above only where one of its two neighbours does. Where none can, the box is the first voxel.
+    A voxel can lie above the threshold only if one of its two neighbours in `voxels` does.
+
+    Args:
+        voxels: `(h, w, d)` of the file.
+        threshold: value to exceed.
+        shape: voxels per axis of the grid.
+        scale: per axis; voxel i of the grid is at `scale * i + offset` in `voxels`, clipped to the border.
+        offset: per axis.
+
+    Returns:
+        First voxel on each axis, and one past the last.
     """
     above = voxels > threshold
     start, stop = np.zeros(3, int), np.ones(3, int)
@@ -97,7 +117,7 @@ def box_above(
 
 
 def interpolate(voxels: np.ndarray, scale: np.ndarray, offset: np.ndarray, shape: np.ndarray) -> np.ndarray:
-    """Float32 of a shape; voxel i lies at `scale * i + offset` between `voxels` (h, w, d), beyond the border on it."""
+    """Interpolate `voxels` `(h, w, d)` at `scale * i + offset` for voxel i of a shape, clipped to the border."""
     order = np.argsort(np.abs(voxels.strides))[::-1]  # SciPy is fastest with the axes in the order of the memory
     return affine_transform(
         voxels.transpose(order),
@@ -111,7 +131,7 @@ def interpolate(voxels: np.ndarray, scale: np.ndarray, offset: np.ndarray, shape
 
 
 def translation(shift: np.ndarray) -> np.ndarray:
-    """Affine (4, 4) that moves by a number of voxels."""
+    """Make the affine `(4, 4)` of a shift in voxels."""
     moved = np.eye(4)
     moved[:3, 3] = shift
     return moved

@@ -1,4 +1,4 @@
-"""How much disk the prepared volumes take, before they are prepared: by the headers of their files."""
+"""Size of the store before the volumes are prepared, estimated from the headers of their files."""
 
 import math
 import shutil
@@ -10,22 +10,32 @@ from typing import TypeVar
 import numpy as np
 
 from hyspark.data.datasets.cases import Case
-from hyspark.data.preprocessing.prepare import is_there
+from hyspark.data.preprocessing.prepare import files_exist
 from hyspark.data.preprocessing.store import entry_folder, is_complete
 from hyspark.data.readers.nifti import check_header
 from hyspark.data.settings import PrepareSettings
 
-MOST_HEADERS = 200
-"""Headers that are read; evenly spaced ones stand for more."""
+MAX_HEADERS = 200
+"""Number of headers that are read; of more cases, evenly spaced ones are sampled."""
 BYTES_PER_VOXEL = 1.0
-"""Bytes in the store per voxel of the whole resampled volume, where nothing is prepared yet to tell."""
+"""Assumed bytes in the store per voxel of the whole resampled volume, if no volume is prepared yet."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Storage:
-    """The store: volumes prepared and their bytes, volumes missing and their estimated bytes, bytes per voxel and
-    whether these are assumed, files without a readable header among those looked at, free bytes on its disk.
+class StoreSize:
+    """Size of a store.
+
+    Attributes:
+        folder: folder of the store.
+        prepared: number of prepared volumes.
+        prepared_bytes: their bytes.
+        missing: number of volumes to prepare.
+        missing_bytes: their estimated bytes.
+        bytes_per_voxel: bytes per voxel of the whole resampled volume.
+        is_assumed: whether bytes_per_voxel is assumed, not measured.
+        unreadable: number of files without a readable header, among those sampled.
+        free: free bytes on the disk.
     """
 
     folder: Path
@@ -39,22 +49,23 @@ class Storage:
     free: int
 
 
-def survey(settings: PrepareSettings, cases: Sequence[Case], folder: Path) -> Storage:
-    """What the store in this folder holds of the cases, and an estimate of what is missing."""
-    entries = [(c, entry_folder(folder, settings, c.image, c.label)) for c in cases if is_there(c)]
+def estimate_store_size(settings: PrepareSettings, cases: Sequence[Case], folder: Path) -> StoreSize:
+    """Measure the prepared volumes of the cases in a store, and estimate the missing ones."""
+    entries = [(c, entry_folder(folder, settings, c.image, c.label)) for c in cases if files_exist(c)]
     prepared = [(c, entry) for c, entry in entries if is_complete(entry)]
     missing = [c for c, entry in entries if not is_complete(entry)]
-    sampled = evenly(prepared)
+    sampled = sample_evenly(prepared)
     stored = sum(bytes_in(entry) for _, entry in sampled)
-    source, _ = voxels_of([c for c, _ in sampled], settings.spacing)
-    voxels, unreadable = voxels_of(evenly(missing), settings.spacing)
+    source, _ = count_voxels([c for c, _ in sampled], settings.spacing)
+    sampled_missing = sample_evenly(missing)
+    voxels, unreadable = count_voxels(sampled_missing, settings.spacing)
     per_voxel = stored / source if source else BYTES_PER_VOXEL
-    return Storage(
+    return StoreSize(
         folder=folder,
         prepared=len(prepared),
         prepared_bytes=sum(bytes_in(entry) for _, entry in prepared),
         missing=len(missing),
-        missing_bytes=round(voxels * per_voxel * len(missing) / max(1, len(evenly(missing)))),
+        missing_bytes=round(voxels * per_voxel * len(missing) / max(1, len(sampled_missing))),
         bytes_per_voxel=per_voxel,
         is_assumed=not source,
         unreadable=unreadable + len(cases) - len(entries),
@@ -62,18 +73,18 @@ def survey(settings: PrepareSettings, cases: Sequence[Case], folder: Path) -> St
     )
 
 
-def evenly(values: Sequence[T]) -> Sequence[T]:
-    """At most MOST_HEADERS of the values, evenly spaced."""
-    return values[:: math.ceil(len(values) / MOST_HEADERS) or 1]
+def sample_evenly(values: Sequence[T]) -> Sequence[T]:
+    """Take at most MAX_HEADERS of the values, evenly spaced."""
+    return values[:: math.ceil(len(values) / MAX_HEADERS) or 1]
 
 
 def bytes_in(folder: Path) -> int:
-    """Bytes of the files in a folder."""
+    """Add up the sizes of the files in a folder."""
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def voxels_of(cases: Sequence[Case], spacing: Sequence[float]) -> tuple[float, int]:
-    """Voxels of the images at a spacing in mm, by their headers, and how many headers cannot be read."""
+def count_voxels(cases: Sequence[Case], spacing: Sequence[float]) -> tuple[float, int]:
+    """Add up the voxels of images at a spacing in mm, by their headers; also count the unreadable headers."""
     voxels, unreadable = 0.0, 0
     for case in cases:
         try:

@@ -1,6 +1,6 @@
-"""What is wrong with a data set: its names and pairs, each of its cases (examine.py), what only shows between cases.
+"""Check of a data set: names and pairs, each case (examine.py), and comparisons between cases.
 
-Everything is looked at and nothing raises, so that one call tells all there is to mend.
+Everything is examined and nothing raises, so that one call reports all that has to be fixed.
 """
 
 import os
@@ -19,13 +19,17 @@ from hyspark.data.datasets.nnunet import name_of_image, name_of_label
 from hyspark.data.quality.examine import Examined, examine
 from hyspark.data.quality.findings import Finding
 from hyspark.utils.paths import NIFTI, load_json, nifti_stem, walk_folders
-from hyspark.utils.processes import available_cores, pool
+from hyspark.utils.processes import available_cores, worker_pool
 
 
 @dataclass
 class DataSet:
-    """The cases of a data set, what is wrong with their names, and the classes: values by name, None where no file
-    declares any.
+    """The cases of a data set.
+
+    Attributes:
+        cases: the cases.
+        findings: findings that do not belong to one case.
+        classes: label values by class name; None if no file declares any.
     """
 
     cases: list[Case] = field(default_factory=list)
@@ -33,14 +37,24 @@ class DataSet:
     classes: dict[str, int] | None = None
 
 
-def check(path: Path, *, hu_min: float, num_workers: int = 0, progress: bool = True) -> tuple[list[Examined], DataSet]:
-    """Look at all cases of a data set folder, of a folder of such, or of a decathlon JSON.
+def check_dataset(
+    path: Path, *, hu_min: float, num_workers: int = 0, progress: bool = True
+) -> tuple[list[Examined], DataSet]:
+    """Examine all cases of a data set folder, of a folder of data sets, or of a decathlon JSON.
 
-    hu_min: HU below which all is air to training. num_workers: processes; 0 takes one per core. Returns the cases that
-    were looked at, and the data set with the findings that are not of one case. Raises FileNotFoundError where there
-    is nothing to look at.
+    Args:
+        path: the folder or the JSON.
+        hu_min: HU at and below which all is air to training.
+        num_workers: processes; 0 takes one per core.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The examined cases, and the data set with the findings that do not belong to one case.
+
+    Raises:
+        FileNotFoundError: if there is nothing to examine.
     """
-    found = find(path)
+    found = find_dataset(path)
     if not found.cases and not found.findings:
         raise FileNotFoundError(
             f"nothing to check in {path}: expected a JSON, or a folder with DatasetXXX_Name/imagesTr/CASE_0000.nii.gz"
@@ -51,15 +65,15 @@ def check(path: Path, *, hu_min: float, num_workers: int = 0, progress: bool = T
     return examined, found
 
 
-def find(path: Path) -> DataSet:
-    """The cases of a decathlon JSON, of a data set folder, or of all such below a folder."""
+def find_dataset(path: Path) -> DataSet:
+    """List the cases of a decathlon JSON, of a data set folder, or of all data set folders below a folder."""
     path = Path(os.path.abspath(path))
     if path.suffix == ".json":
-        return listed(path)
+        return read_list(path)
     found = DataSet()
     folders = [path] if (path / "imagesTr").is_dir() else data_sets_below(path)
     for folder in folders:
-        look_through(folder, found)
+        scan_folder(folder, found)
     try:
         found.classes = common_labels(folders)
     except ValueError as error:
@@ -70,7 +84,7 @@ def find(path: Path) -> DataSet:
 
 
 def data_sets_below(path: Path) -> list[Path]:
-    """The folders Dataset* with images, by name."""
+    """List the folders Dataset* with images, by name."""
     found = []
     for folder, below in walk_folders(path):
         if folder.name.startswith("Dataset") and (folder / "imagesTr").is_dir():
@@ -79,8 +93,8 @@ def data_sets_below(path: Path) -> list[Path]:
     return sorted(found)
 
 
-def listed(path: Path) -> DataSet:
-    """The cases of a decathlon JSON; what is wrong with it is a finding."""
+def read_list(path: Path) -> DataSet:
+    """List the cases of a decathlon JSON; its faults are findings."""
     found = DataSet()
     pairs = []
     try:
@@ -88,9 +102,9 @@ def listed(path: Path) -> DataSet:
         if not isinstance(content, dict) or not isinstance(content.get("training"), list):
             raise ValueError('no list "training"')
         found.classes = class_values(content["labels"], path) if content.get("labels") else None
-        for part in ("training", "validation"):
-            for number, entry in enumerate(content.get(part, [])):
-                pairs.append(entry_paths(entry, path, f"{part}[{number}]", require_label=False))
+        for side in ("training", "validation"):
+            for index, entry in enumerate(content.get(side, [])):
+                pairs.append(entry_paths(entry, path, f"{side}[{index}]", require_label=False))
     except (ValueError, FileNotFoundError) as error:
         found.findings.append(Finding("unreadable list", str(path), str(error)))
     names = case_names([image for image, _ in pairs])
@@ -101,35 +115,34 @@ def listed(path: Path) -> DataSet:
     return found
 
 
-def look_through(folder: Path, found: DataSet) -> None:
-    """Add the cases of one data set folder, and what is wrong with their names."""
+def scan_folder(folder: Path, found: DataSet) -> None:
+    """Add the cases of one data set folder, and findings about their names."""
     images: dict[str, Path] = {}
     labels: dict[str, Path] = {}
     for file in files_in(folder / "imagesTr", found):
         name = name_of_image(file, "0000")
-        if name is None and not re.fullmatch(
-            r".+_\d{4}", nifti_stem(file)
-        ):  # other channels are not used, and no fault
+        is_channel = re.fullmatch(r".+_\d{4}", nifti_stem(file))  # other channels are not used, and no fault
+        if name is None and not is_channel:
             found.findings.append(Finding("odd name", str(file), "a name without the channel _0000"))
         elif name is not None:
-            enter(images, name, file, found)
+            add_file(images, name, file, found)
     has_labels = (folder / "labelsTr").is_dir()
     for file in files_in(folder / "labelsTr", found) if has_labels else []:
         name = name_of_label(file, images)
         if name is None:
             found.findings.append(Finding("label without image", str(file), "a label alone"))
         else:
-            enter(labels, name, file, found)
+            add_file(labels, name, file, found)
     for name, image in sorted(images.items()):
         found.cases.append(Case(name, folder.name, image, labels.get(name)))
     without = [image for name, image in sorted(images.items()) if has_labels and name not in labels]
     if without:
-        others = f", and {len(without) - 1} more such" if len(without) > 1 else ""
+        others = f", and {len(without) - 1} more" if len(without) > 1 else ""
         found.findings.append(Finding("image without label", str(without[0]), f"an image alone{others}"))
 
 
 def files_in(folder: Path, found: DataSet) -> Iterator[Path]:
-    """The NIfTI files of a folder, by name; other files are findings, hidden ones are passed over."""
+    """Yield the NIfTI files of a folder by name; other files are findings, hidden ones are ignored."""
     for file in sorted(folder.iterdir()):
         if file.name.startswith("."):
             continue
@@ -139,8 +152,8 @@ def files_in(folder: Path, found: DataSet) -> Iterator[Path]:
             found.findings.append(Finding("odd name", str(file), "a file that is no .nii.gz or .nii"))
 
 
-def enter(files: dict[str, Path], name: str, file: Path, found: DataSet) -> None:
-    """Enter the file of a case; a second one is a finding."""
+def add_file(files: dict[str, Path], name: str, file: Path, found: DataSet) -> None:
+    """Add the file of a case; a second one is a finding."""
     if name in files:
         found.findings.append(Finding("two files for a case", str(file), f"another file for the case of {files[name]}"))
     else:
@@ -150,21 +163,21 @@ def enter(files: dict[str, Path], name: str, file: Path, found: DataSet) -> None
 def examine_all(
     cases: Sequence[Case], hu_min: float, declared: frozenset[int] | None, num_workers: int, progress: bool
 ) -> Iterator[Examined]:
-    """What `examine` says of each case, in their order."""
+    """Yield the result of `examine` for each case, in their order."""
     with tqdm(total=len(cases), desc="check", unit="case", disable=not progress) as bar:
         if num_workers == 1 or len(cases) < 2:
             for case in cases:
                 yield examine(case, hu_min, declared)
                 bar.update()
             return
-        with pool(min(num_workers, len(cases))) as processes:
+        with worker_pool(min(num_workers, len(cases))) as processes:
             for seen in processes.map(partial(examine, hu_min=hu_min, declared=declared), cases):
                 yield seen
                 bar.update()
 
 
 def same_content(examined: Sequence[Examined]) -> Iterator[Finding]:
-    """Images that hold the same voxels under different names."""
+    """Yield the images that have the voxels of an earlier image."""
     first: dict[str, Examined] = {}
     for seen in examined:
         if seen.digest and (other := first.setdefault(seen.digest, seen)) is not seen:
@@ -172,7 +185,7 @@ def same_content(examined: Sequence[Examined]) -> Iterator[Finding]:
 
 
 def unused_classes(examined: Sequence[Examined], classes: dict[str, int] | None, path: Path) -> Iterator[Finding]:
-    """Declared organs that no label holds."""
+    """Yield the declared classes that no label holds."""
     held = {value for seen in examined for value in seen.label_voxels}
     if not held:
         return

@@ -1,7 +1,7 @@
-"""One case looked at: what is wrong with its files, and a few numbers about them.
+"""Examination of one case: findings about its files, and statistics of them.
 
-A case is read whole, once, and nothing of it is kept but what `Examined` holds, so that a pool of processes goes
-through any number of cases in the memory of a few.
+A case is read once, and only `Examined` is kept of it. So a pool of processes examines any number of cases in the
+memory of a few.
 """
 
 import hashlib
@@ -21,38 +21,56 @@ from nibabel.openers import ImageOpener
 from nibabel.spatialimages import HeaderDataError, SpatialImage
 
 from hyspark.data.datasets.cases import Case
+from hyspark.data.intensity import viewing_greys
 from hyspark.data.quality.findings import Finding
 from hyspark.data.readers.nifti import read_nifti
+from hyspark.utils.text import first_line
 
 GZIP = b"\x1f\x8b"
 DICOM = 2
 """NIfTI's code of a header extension that holds a DICOM header."""
-TEXTS = ("descrip", "aux_file", "intent_name", "db_name")
+TEXT_FIELDS = ("descrip", "aux_file", "intent_name", "db_name")
 PERSONAL = re.compile(r"\^|\b[A-Z][a-z]+, ?[A-Z][a-z]+|\b(19|20)\d\d(0\d|1[0-2])([0-2]\d|3[01])\b")
 """A DICOM name (Doe^Jane), "Doe, Jane", a date of birth as 19510203."""
-SPACINGS = (0.2, 10.0)
-"""mm between voxels that a CT may have."""
+PLAUSIBLE_SPACING = (0.2, 10.0)
+"""Range of a CT's mm between voxels."""
 SINGULAR = 1e-3
+"""Determinant of the axes' directions below which an affine counts as singular."""
 LOCALISER, THIN_VOXELS, THIN_MM = 4, 16, 32.0
+"""Shortest edges, in voxels and mm, below which an image counts as a localiser, or as thin."""
 WRAPPED = 60000
-"""Above it lie the negative HU of a file that takes them for unsigned 16 bits."""
-OFFSET_TISSUE, OFFSET_SHARE = (850, 1250), 0.05
-"""Where tissue lies in a CT to whose HU 1024 was added; in HU only bone and metal do, in a far smaller share."""
+"""Negative HU that are read as unsigned 16 bits lie above it."""
+OFFSET_TISSUE, OFFSET_FRACTION = (850, 1250), 0.05
+"""Range of tissue in a CT to whose HU 1024 was added, and least fraction of voxels in it.
+
+In HU only bone and metal lie in the range, in a far smaller fraction.
+"""
 
 HISTOGRAM = np.arange(-1100, 3101, 50)
-"""Edges in HU of the bins that voxels are counted in; what lies beyond counts in the last ones."""
+"""Edges in HU of the histogram's bins; values beyond count in the outermost bins."""
 SAMPLED = 1_000_000
-"""Voxels, evenly spaced, that histogram and guesses about the unit rest on."""
+"""Number of evenly spaced voxels for the histogram and for guessing the unit."""
 THUMBNAIL = 128
 """Longest edge of a thumbnail in pixels."""
 SHEAR = 0.01
-"""Cosine between two axes from which they are called sheared."""
+"""Cosine between two axes above which they count as sheared."""
 
 
 @dataclass
 class Examined:
-    """What is kept of a case. shape, spacing (mm): of the image, None where they cannot be read. counts: voxels by
-    HISTOGRAM. digest: of the image's values. thumbnail: uint8 (height, width), head up. label_voxels: by value.
+    """Findings and statistics of a case.
+
+    Attributes:
+        case: the case.
+        findings: findings about its files.
+        shape: voxels per axis of the image; None if unreadable.
+        spacing: mm per voxel of the image; None if unreadable.
+        counts: sampled voxels in the bins of HISTOGRAM.
+        low: least value of the image.
+        high: largest value of the image.
+        digest: digest of the image's values.
+        thumbnail: uint8 `(height, width)`, head up.
+        label_voxels: number of voxels by label value.
     """
 
     case: Case
@@ -68,15 +86,17 @@ class Examined:
 
     @property
     def is_broken(self) -> bool:
-        """Whether training cannot use it."""
+        """Whether training cannot read it."""
         return any(f.severity == "error" for f in self.findings)
 
 
 def examine(case: Case, hu_min: float, declared: frozenset[int] | None) -> Examined:
-    """Look at the files of a case.
+    """Examine the files of a case; unreadable files are findings, and nothing raises.
 
-    hu_min: HU below which all is air to training. declared: values that the labels may hold; None where nothing
-    declares them. Raises nothing: what cannot be read is a finding.
+    Args:
+        case: the case.
+        hu_min: HU at and below which all is air to training.
+        declared: label values that are classes; None if no file declares them.
     """
     seen = Examined(case)
     image = open_volume(case.image, seen.findings)
@@ -86,7 +106,7 @@ def examine(case: Case, hu_min: float, declared: frozenset[int] | None) -> Exami
         seen.findings += [Finding(kind, str(case.image), found) for kind, found in header_faults(image, case.image)]
         voxels = load_voxels(image, case.image, seen.findings)
         if voxels is not None:
-            look_at_voxels(voxels, hu_min, seen)
+            examine_voxels(voxels, hu_min, seen)
             is_placed = not any(f.kind == "singular affine" for f in seen.findings)
             seen.thumbnail = thumbnail_of(voxels, image.affine if is_placed else np.eye(4))
     if label is not None and case.label:
@@ -101,14 +121,14 @@ def examine(case: Case, hu_min: float, declared: frozenset[int] | None) -> Exami
 
 
 def open_volume(path: Path, findings: list[Finding]) -> Any:
-    """A NIfTI file with its voxels still on the disk; None, and a finding, where it is no volume that can be used."""
+    """Open a NIfTI file without reading its voxels; return None and add a finding if it is no readable volume."""
     fault = file_fault(path)
     if fault is None:
         try:
             image: Any = nibabel.load(path)
-        except Exception as error:  # nibabel raises many kinds for a header that is none
+        except Exception as error:  # nibabel raises many types for an invalid header
             kind = "damaged" if isinstance(error, EOFError | OSError | zlib.error) else "not NIfTI"
-            fault = (kind, one_line(error))
+            fault = (kind, first_line(error))
         else:
             fault = format_fault(image)
             if fault is None:
@@ -118,7 +138,7 @@ def open_volume(path: Path, findings: list[Finding]) -> Any:
 
 
 def file_fault(path: Path) -> tuple[str, str] | None:
-    """What keeps a file from being opened: a kind of fault and what was found."""
+    """Return why a file cannot be opened, as a kind of finding and its text; None if it can."""
     if path.is_symlink() and not path.exists():
         return "dangling link", f"a link to {os.readlink(path)}, which does not exist"
     if not path.is_file():
@@ -127,7 +147,7 @@ def file_fault(path: Path) -> tuple[str, str] | None:
         with path.open("rb") as file:
             first = file.read(2)
     except PermissionError:
-        return "no permission", "a file that may not be read"
+        return "no permission", "a file without permission to read"
     except OSError as error:
         return "damaged", f"a read error ({error.strerror})"
     if not first:
@@ -138,7 +158,7 @@ def file_fault(path: Path) -> tuple[str, str] | None:
 
 
 def format_fault(image: Any) -> tuple[str, str] | None:
-    """What makes a NIfTI file no volume of numbers."""
+    """Return why a NIfTI file is no volume of numbers, as a kind of finding and its text; None if it is one."""
     kind = image.get_data_dtype()
     if kind.fields:
         return "colours", f"{len(kind.fields)} colours a voxel"
@@ -150,14 +170,14 @@ def format_fault(image: Any) -> tuple[str, str] | None:
 
 
 def header_faults(image: Any, path: Path) -> Iterator[tuple[str, str]]:
-    """Kinds of fault in a header that can be read, each with what was found."""
+    """Yield the faults of a readable header, each as a kind of finding and its text."""
     shape, affine = image.shape[:3], image.affine
     with ImageOpener(str(path)) as file:
-        header = type(image.header).from_fileobj(file, check=False)  # as it stands; on loading, nibabel mends it
+        header = type(image.header).from_fileobj(file, check=False)  # unchanged; nibabel.load fixes it
     edges = [float(edge) for edge in header["pixdim"][1:4]]
     if not all(np.isfinite(edge) and edge > 0 for edge in edges):
         yield "impossible spacing", f"{list_of(edges)} mm"
-    elif min(edges) < SPACINGS[0] or max(edges) > SPACINGS[1]:
+    elif min(edges) < PLAUSIBLE_SPACING[0] or max(edges) > PLAUSIBLE_SPACING[1]:
         yield "odd spacing", f"{list_of(edges)} mm"
     spacing = voxel_sizes(affine)
     if not np.isfinite(affine).all() or not spacing.all() or abs(np.linalg.det(affine[:3, :3] / spacing)) < SINGULAR:
@@ -167,7 +187,7 @@ def header_faults(image: Any, path: Path) -> Iterator[tuple[str, str]]:
     cosine = np.abs(axes.T @ axes - np.eye(3)).max()
     if cosine > SHEAR:
         yield "sheared affine", f"axes {np.degrees(np.arccos(cosine)):.1f} degrees apart"
-    yield from place_faults(header, shape)
+    yield from position_faults(header, shape)
     if min(shape) < LOCALISER:
         yield "localiser", f"shape {shape}"
     elif min(shape) < THIN_VOXELS or (np.array(shape) * spacing).min() < THIN_MM:
@@ -176,13 +196,13 @@ def header_faults(image: Any, path: Path) -> Iterator[tuple[str, str]]:
         yield "text that may name a patient", text
 
 
-def place_faults(header: Any, shape: tuple[int, ...]) -> Iterator[tuple[str, str]]:
-    """Where the header's two ways to say where a volume lies are missing, or differ."""
+def position_faults(header: Any, shape: tuple[int, ...]) -> Iterator[tuple[str, str]]:
+    """Yield the faults of sform and qform: both missing, one invalid, or positions that differ."""
     sform, qform = header.get_sform(coded=True)[0], None
     try:
         qform = header.get_qform(coded=True)[0]
     except (ValueError, HeaderDataError):
-        yield "sform and qform disagree", "a qform that is none"
+        yield "sform and qform disagree", "an invalid qform"
     if sform is None and qform is None:
         yield "no orientation", "neither sform nor qform"
     elif sform is not None and qform is not None:
@@ -192,8 +212,8 @@ def place_faults(header: Any, shape: tuple[int, ...]) -> Iterator[tuple[str, str
 
 
 def personal_text(header: Any) -> str:
-    """Which field of a header, or extension, may name a patient; the text itself is not repeated."""
-    for name in TEXTS:
+    """Return the field or extension of a header that may name a patient, without its text; empty if none does."""
+    for name in TEXT_FIELDS:
         text = header[name].tobytes().rstrip(b"\\0").decode("latin-1")
         if PERSONAL.search(text):
             return f"field {name}"
@@ -203,35 +223,33 @@ def personal_text(header: Any) -> str:
 
 
 def load_voxels(image: Any, path: Path, findings: list[Finding]) -> np.ndarray | None:
-    """All voxels, (h, w, d); None, and a finding, where the file is damaged."""
+    """Read all voxels, `(h, w, d)`; return None and add a finding if the file is damaged."""
     try:
         whole = read_nifti(path)  # compares the checksum
         return np.asanyarray(whole.dataobj).reshape(image.shape[:3])
     except Exception as error:  # of zlib, ISA-L, nibabel, the system
-        findings.append(Finding("damaged", str(path), one_line(error)))
+        findings.append(Finding("damaged", str(path), first_line(error)))
         return None
 
 
-def look_at_voxels(voxels: np.ndarray, hu_min: float, seen: Examined) -> None:
-    """Numbers about an image's voxels (h, w, d), and what is wrong with them."""
+def examine_voxels(voxels: np.ndarray, hu_min: float, seen: Examined) -> None:
+    """Add statistics of an image's voxels `(h, w, d)`, and findings about them."""
     path = str(seen.case.image)
     seen.digest = digest_of(voxels)
-    seen.low, seen.high = float(voxels.min()), float(voxels.max())  # NaN where there is one
+    seen.low, seen.high = float(voxels.min()), float(voxels.max())  # NaN if any voxel is NaN
     if not np.isfinite([seen.low, seen.high]).all():
         num = int(voxels.size - np.isfinite(voxels).sum())
         seen.findings.append(Finding("NaN or infinite", path, f"{num} voxels that are no number"))
         return
-    sample = evenly(voxels)
+    sample = sample_voxels(voxels)
     seen.counts = np.histogram(sample.clip(HISTOGRAM[0], HISTOGRAM[-1]), HISTOGRAM)[0]
-    fault = value_fault(seen.low, seen.high, sample, voxels.dtype, hu_min)
+    fault = value_fault(seen.low, seen.high, sample, hu_min)
     if fault is not None:
         seen.findings.append(Finding(fault[0], path, fault[1]))
 
 
-def value_fault(
-    low: float, high: float, sample: np.ndarray, stored: np.dtype[Any], hu_min: float
-) -> tuple[str, str] | None:
-    """Whether an image's values can be HU. sample: some of them. stored: type of the array."""
+def value_fault(low: float, high: float, sample: np.ndarray, hu_min: float) -> tuple[str, str] | None:
+    """Return why an image's values are no HU, as a kind of finding and its text; None if they can be HU."""
     span = f"values from {low:g} to {high:g}"
     if low == high:
         return "constant", f"the value {low:g} everywhere"
@@ -243,13 +261,13 @@ def value_fault(
         return "all air", span
     if low >= 0 and high <= 255:
         return "8-bit", span
-    if low > -200 and np.mean((sample > OFFSET_TISSUE[0]) & (sample < OFFSET_TISSUE[1])) > OFFSET_SHARE:
+    if low > -200 and np.mean((sample > OFFSET_TISSUE[0]) & (sample < OFFSET_TISSUE[1])) > OFFSET_FRACTION:
         return "offset", f"{span}, with tissue near 1000"
     return None
 
 
 def pair_faults(image: Any, label: Any) -> Iterator[tuple[str, str]]:
-    """Whether a label lies on its image."""
+    """Yield the faults of a label's grid, which should be its image's."""
     shape, other = image.shape[:3], label.shape[:3]
     if shape != other:
         yield "label of another shape", f"{list_of(other)} voxels, the image {list_of(shape)}"
@@ -260,7 +278,7 @@ def pair_faults(image: Any, label: Any) -> Iterator[tuple[str, str]]:
 
 
 def label_faults(voxels: dict[float, int], declared: frozenset[int] | None) -> Iterator[tuple[str, str]]:
-    """Whether a label's values, each with its number of voxels, are classes."""
+    """Yield the faults of a label's values, given with their numbers of voxels."""
     odd = [value for value in voxels if not (value == np.round(value) and 0 <= value <= 255)]
     if odd:
         yield "label not whole", f"values {list_of(odd)}"
@@ -272,34 +290,35 @@ def label_faults(voxels: dict[float, int], declared: frozenset[int] | None) -> I
 
 
 def distance(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
-    """Millimetres by which two affines put the corners of a volume apart."""
+    """Compute the largest distance in mm between the corners of a volume under two affines."""
     corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(shape) - 1)
     return float(np.linalg.norm(apply_affine(one, corners) - apply_affine(other, corners), axis=1).max())
 
 
 def values_of(voxels: np.ndarray) -> dict[float, int]:
-    """How often each value comes, at most 300 values."""
+    """Count the voxels of each value, at most 300 values."""
     values, counts = np.unique(voxels, return_counts=True)
     return dict(zip(values[:300].tolist(), counts[:300].tolist(), strict=True))
 
 
 def digest_of(voxels: np.ndarray) -> str:
-    """A digest of shape and values, the same for files that store them in other types, slice by slice."""
+    """Digest shape and values slice by slice, independent of the type they are stored in."""
     digest = hashlib.blake2b(repr(voxels.shape).encode(), digest_size=16)
-    for part in voxels:
-        digest.update(np.ascontiguousarray(part, dtype="<f4").tobytes())
+    for row in voxels:
+        digest.update(np.ascontiguousarray(row, dtype="<f4").tobytes())
     return digest.hexdigest()
 
 
-def evenly(voxels: np.ndarray) -> np.ndarray:
-    """At most about SAMPLED of the voxels, evenly spaced, float32 (n,)."""
+def sample_voxels(voxels: np.ndarray) -> np.ndarray:
+    """Take about SAMPLED of the voxels at most, evenly spaced, float32 `(n,)`."""
     step = max(1, round((voxels.size / SAMPLED) ** (1 / 3)))
     return voxels[::step, ::step, ::step].astype(np.float32).ravel()
 
 
 def thumbnail_of(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """The middle coronal slice in the window -400..400, head up and the patient's right on the left: uint8 (height,
-    width), with square pixels.
+    """Draw the middle coronal slice, uint8 `(height, width)`, in the viewing window and with square pixels.
+
+    The head is up, the patient's right on the left.
     """
     turned = as_closest_canonical(SpatialImage(voxels, affine))
     middle = np.asanyarray(turned.dataobj)[:, turned.shape[1] // 2]
@@ -308,16 +327,10 @@ def thumbnail_of(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
     height, width = np.maximum(1, np.round(THUMBNAIL * extent / extent.max())).astype(int)
     rows = np.arange(height) * middle.shape[1] // height
     columns = np.arange(width) * middle.shape[0] // width
-    picture = middle[columns][:, rows].T[::-1, ::-1].astype(np.float32)
-    return np.nan_to_num((picture + 400) / 800 * 255).clip(0, 255).astype(np.uint8)
+    return viewing_greys(middle[columns][:, rows].T[::-1, ::-1].astype(np.float32))
 
 
 def list_of(values: Any) -> str:
-    """A few numbers as text."""
+    """Join up to eight numbers."""
     shown = ", ".join(f"{value:g}" for value in list(values)[:8])
     return shown + (", ..." if len(list(values)) > 8 else "")
-
-
-def one_line(error: BaseException) -> str:
-    """An error's first line, or its name."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

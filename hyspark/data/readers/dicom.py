@@ -1,7 +1,7 @@
 """DICOM files -> CT series, each one volume.
 
-What a file is, its content says, not its name. The slices of a series are ordered by where they lie along the normal of
-their plane (DICOM PS3.3, C.7.6.2.1.1), not by name or number.
+Files are recognised by their content, not by their name. The slices of a series are ordered by their position along
+the normal of the image plane (DICOM PS3.3, C.7.6.2.1.1), not by name or number.
 """
 
 import warnings
@@ -17,28 +17,42 @@ from pydicom.pixels import apply_modality_lut, get_decoder
 from pydicom.uid import UID
 from tqdm import tqdm
 
-from hyspark.utils.processes import pool
+from hyspark.utils.processes import worker_pool
+from hyspark.utils.text import first_line
 
 TAGS = (
     *("SOPInstanceUID", "Modality", "PatientID", "SeriesInstanceUID", "ImageType", "NumberOfFrames", "SamplesPerPixel"),
     *("Rows", "Columns", "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient"),
     *("AcquisitionNumber", "InstanceNumber", "SliceThickness"),
 )
-SAME_PLACE = 0.01
-"""mm along the normal by which two slices of one place may differ."""
-UNEVEN = 0.1
-"""Share of the usual distance between slices by which one may differ and still count as even."""
-ASIDE = 1.0
-"""mm by which a slice may leave the line of the others and still lie on it."""
-MANY = 2000
-"""Files from which on several processes read headers; fewer are read before these have started."""
-DECODERS = 'pip install "pylibjpeg[all]" (or python-gdcm)'
+SAME_POSITION = 0.01
+"""mm along the normal within which two slices have one position."""
+MAX_GAP_DEVIATION = 0.1
+"""Largest deviation of a gap between slices, as a fraction of the median gap, in an even stack."""
+MAX_SHIFT = 1.0
+"""mm by which a slice of a straight stack may leave the line of the others."""
+PARALLEL_FROM = 2000
+"""Number of files from which on several processes read headers; fewer are read before these have started."""
+INSTALL_DECODERS = 'pip install "pylibjpeg[all]" (or python-gdcm)'
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a DICOM file says of itself. plane: rows, columns, mm between rows and between columns, direction cosines of
-    a row and of a column; None, like the position (mm, LPS), where it does not say.
+    """The header of a DICOM file, as far as it is used.
+
+    Attributes:
+        path: the file.
+        modality: Modality, or "no modality".
+        uid: SOPInstanceUID.
+        series: SeriesInstanceUID.
+        patient: PatientID.
+        localizer: whether the image is a localizer.
+        grey_slice: whether the file holds one frame of one channel.
+        plane: rows, columns, mm between rows and between columns, direction cosines of a row and of a column; None if
+            missing.
+        position: ImagePositionPatient in mm (LPS); None if missing.
+        number: AcquisitionNumber and InstanceNumber.
+        thickness: SliceThickness in mm.
     """
 
     path: Path
@@ -56,8 +70,14 @@ class Header:
 
 @dataclass(frozen=True)
 class Series:
-    """CT slices that make one volume, in order. affine: (4, 4), from (column, row, slice) to mm in RAS. uneven: why the
-    slices are no even stack, if they are not. notes: what is odd and was seen to.
+    """CT slices that make one volume.
+
+    Attributes:
+        uid: SeriesInstanceUID.
+        files: the slices, in order.
+        affine: `(4, 4)`, from (column, row, slice) to mm in RAS.
+        uneven: why the slices are no even stack; empty if they are one.
+        notes: irregularities, for the summary.
     """
 
     uid: str
@@ -68,34 +88,34 @@ class Series:
 
 
 def read_headers(files: Sequence[Path], num_workers: int, progress: bool) -> Iterable[Header | str | None]:
-    """What `read_header` says of each file, in their order."""
+    """Yield the result of `read_header` for each file, in their order."""
     with tqdm(total=len(files), desc="look for series", unit="file", disable=not progress) as bar:
-        if num_workers == 1 or len(files) < MANY:
+        if num_workers == 1 or len(files) < PARALLEL_FROM:
             for file in files:
                 yield read_header(file)
                 bar.update()
             return
-        with pool(num_workers) as processes:
+        with worker_pool(num_workers) as processes:
             for header in processes.map(read_header, files, chunksize=64):
                 yield header
                 bar.update()
 
 
 def read_header(path: Path) -> Header | str | None:
-    """The header of a DICOM file; why it cannot be read, in one line; None for a file that is no DICOM."""
+    """Read the header of a DICOM file; return the reason in one line if it is unreadable, None if it is no DICOM."""
     try:
         with path.open("rb") as file:
             if file.read(132)[128:] != b"DICM":
-                return "not readable as DICOM (its mark, DICM, is missing)" if path.suffix.lower() == ".dcm" else None
+                return "unreadable as DICOM (its prefix DICM is missing)" if path.suffix.lower() == ".dcm" else None
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pydicom's, of values that break the standard
+            warnings.simplefilter("ignore")  # pydicom warns of values that violate the standard
             return as_header(path, pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS)))
     except Exception as error:  # a damaged file may raise anything
-        return f"not readable as DICOM ({first_line(error)})"
+        return f"unreadable as DICOM ({first_line(error)})"
 
 
 def as_header(path: Path, data: pydicom.Dataset) -> Header:
-    """The values of a header as plain ones."""
+    """Convert the elements of a header to plain values."""
     spacing, directions = data.get("PixelSpacing"), data.get("ImageOrientationPatient")
     position = data.get("ImagePositionPatient")
     plane = (data.Rows, data.Columns, *spacing, *directions) if spacing and directions else None
@@ -114,44 +134,50 @@ def as_header(path: Path, data: pydicom.Dataset) -> Header:
     )
 
 
-def assemble(headers: Sequence[Header], min_slices: int) -> Series:
-    """The slices of one series, in order from one end to the other; raises ValueError for what is no volume, with why.
+def assemble_series(headers: Sequence[Header], min_slices: int) -> Series:
+    """Put the slices of one series in order.
 
-    min_slices: fewer are none. Files that come twice, localizers among slices, and further slices at one place are left
-    out, with a note.
+    Copies of a file, localizers, and further slices at one position are excluded, with a note.
+
+    Args:
+        headers: headers of the series' files.
+        min_slices: least number of slices of a volume.
+
+    Raises:
+        ValueError: if the files are no volume, with the reason.
     """
     notes = []
     slices = [header for header in headers if not header.localizer]
     if not slices:
         raise ValueError(f"localizer ({len(headers)} images)")
     if len(slices) < len(headers):
-        notes.append(f"{len(headers) - len(slices)} localizers are left out")
+        notes.append(f"{len(headers) - len(slices)} localizers are excluded")
     if any(not header.grey_slice for header in slices):
         raise ValueError("images of several frames or colours; convert multi-frame CT to NIfTI first, e.g. by dcm2niix")
     once = {header.uid or str(header.path): header for header in reversed(slices)}
     if len(once) < len(slices):
-        notes.append(f"{len(slices) - len(once)} files are copies of others and are left out")
+        notes.append(f"{len(slices) - len(once)} files are copies of other files and are excluded")
     slices = sorted(once.values(), key=lambda header: (header.number, header.path))
 
-    same_plane(slices)
-    places: dict[int, Header] = {}
+    check_same_plane(slices)
+    by_position: dict[int, Header] = {}
     for header in slices:
-        places.setdefault(round(along_normal(header) / SAME_PLACE), header)
-    if len(places) < len(slices):
-        notes.append(f"{len(slices) - len(places)} slices repeat a position and are left out")
-    if len(places) < min_slices:
-        raise ValueError(f"{len(places)} slices, fewer than --min_slices {min_slices}")
-    slices = [places[place] for place in sorted(places)]
+        by_position.setdefault(round(along_normal(header) / SAME_POSITION), header)
+    if len(by_position) < len(slices):
+        notes.append(f"{len(slices) - len(by_position)} slices repeat a position and are excluded")
+    if len(by_position) < min_slices:
+        raise ValueError(f"{len(by_position)} slices, fewer than --min_slices {min_slices}")
+    slices = [by_position[position] for position in sorted(by_position)]
     uneven = why_uneven(slices)
     files = tuple(header.path for header in slices)
     return Series(slices[0].series, files, affine_of(slices), uneven, tuple(filter(None, [*notes, uneven])))
 
 
-def same_plane(headers: Sequence[Header]) -> None:
-    """Raises ValueError unless all slices have a place in the patient, one size, one spacing and one orientation."""
+def check_same_plane(headers: Sequence[Header]) -> None:
+    """Raise ValueError unless all slices have a position in the patient, one size, one spacing and one orientation."""
     lost = [header.path.name for header in headers if header.plane is None or header.position is None]
     if lost:
-        raise ValueError(f"{len(lost)} of {len(headers)} images give no place in the patient, e.g. {lost[0]}")
+        raise ValueError(f"{len(lost)} of {len(headers)} images have no position in the patient, e.g. {lost[0]}")
     planes = np.array([header.plane for header in headers])
     if not (planes[:, 2:4] > 0).all() or np.abs(np.linalg.norm(normals(planes), axis=1) - 1).max() > 0.01:
         raise ValueError("no valid pixel spacing or orientation")
@@ -165,17 +191,17 @@ def same_plane(headers: Sequence[Header]) -> None:
 
 
 def normals(planes: np.ndarray) -> np.ndarray:
-    """Normals (n, 3), LPS, of planes (n, 10)."""
+    """Compute the normals `(n, 3)`, LPS, of image planes `(n, 10)`."""
     return np.cross(planes[:, 4:7], planes[:, 7:10])
 
 
 def along_normal(header: Header) -> float:
-    """Where a slice lies along the normal of its plane, in mm."""
+    """Compute the position of a slice along the normal of its image plane, in mm."""
     return float(normals(np.array([header.plane]))[0] @ header.position)
 
 
 def why_uneven(headers: Sequence[Header]) -> str:
-    """What keeps ordered slices from being an even stack: missing ones, changing distances, shifts; nothing if none."""
+    """Explain why ordered slices are no even stack: missing slices, changing gaps, shifts; empty if they are one."""
     if len(headers) < 3:
         return ""
     where = np.array([along_normal(header) for header in headers])
@@ -183,17 +209,17 @@ def why_uneven(headers: Sequence[Header]) -> str:
     steps = np.diff(where)
     usual = float(np.median(steps))
     missing = int((np.rint(steps / usual) - 1).clip(0).sum())
-    if missing and (np.abs(steps / usual - np.rint(steps / usual)) <= UNEVEN).all():
-        return f"{missing} slices are missing: they lie {usual:.4g} mm apart, but up to {steps.max():.4g} mm in places"
-    if np.abs(steps - usual).max() > UNEVEN * usual:
+    if missing and (np.abs(steps / usual - np.rint(steps / usual)) <= MAX_GAP_DEVIATION).all():
+        return f"{missing} slices are missing: gaps are {usual:.4g} mm, but up to {steps.max():.4g} mm"
+    if np.abs(steps - usual).max() > MAX_GAP_DEVIATION * usual:
         return f"slices lie from {steps.min():.4g} to {steps.max():.4g} mm apart"
     line = positions[0] + np.outer((where - where[0]) / (where[-1] - where[0]), positions[-1] - positions[0])
     shift = np.linalg.norm(positions - line, axis=1).max()
-    return f"slices are shifted against each other by up to {shift:.4g} mm" if shift > ASIDE else ""
+    return f"slices are shifted against each other by up to {shift:.4g} mm" if shift > MAX_SHIFT else ""
 
 
 def affine_of(headers: Sequence[Header]) -> np.ndarray:
-    """Affine (4, 4) from (column, row, slice) to mm in RAS, of ordered slices."""
+    """Compute the affine `(4, 4)` of ordered slices, from (column, row, slice) to mm in RAS."""
     plane = np.array(headers[0].plane)
     first, last = np.array(headers[0].position), np.array(headers[-1].position)
     step = (last - first) / (len(headers) - 1) if len(headers) > 1 else normals(plane[None])[0] * headers[0].thickness
@@ -203,42 +229,40 @@ def affine_of(headers: Sequence[Header]) -> np.ndarray:
 
 
 def read_series(series: Series) -> np.ndarray:
-    """Hounsfield units (columns, rows, slices), int16, or float32 where they are not whole numbers.
+    """Read Hounsfield units `(columns, rows, slices)`: int16, or float32 if they are not whole numbers.
 
-    Raises ValueError, with the file, for one that is damaged or whose compression nothing here can undo.
+    Raises:
+        ValueError: if a file is damaged, or no decoder of its compression is installed; the message names the file.
     """
     return np.stack([read_slice(path) for path in series.files]).transpose(2, 1, 0)
 
 
 def read_slice(path: Path) -> np.ndarray:
-    """Hounsfield units (rows, columns) of a slice, int16 or float32."""
+    """Read the Hounsfield units `(rows, columns)` of a slice, int16 or float32."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             data = pydicom.dcmread(path)
             syntax = data.file_meta.TransferSyntaxUID
         except Exception as error:
-            raise ValueError(f"{path.name}: not readable as DICOM ({first_line(error)})") from error
+            raise ValueError(f"{path.name}: unreadable as DICOM ({first_line(error)})") from error
         if not decodable(syntax):
-            raise ValueError(f"{path.name}: compressed as {syntax.name}, for which no decoder is installed: {DECODERS}")
+            raise ValueError(
+                f"{path.name}: compressed as {syntax.name}, for which no decoder is installed: {INSTALL_DECODERS}"
+            )
         try:
             values: Any = np.asarray(apply_modality_lut(data.pixel_array, data))
         except Exception as error:
-            raise ValueError(f"{path.name}: its pixels cannot be read ({first_line(error)})") from error
+            raise ValueError(f"{path.name}: unreadable pixels ({first_line(error)})") from error
         whole = values.astype(np.int16)
     return whole if np.array_equal(whole, values) else values.astype(np.float32)
 
 
 def decodable(syntax: UID) -> bool:
-    """Whether what is installed can read pixels of a transfer syntax."""
+    """Return whether an installed decoder reads pixels of a transfer syntax."""
     if not syntax.is_compressed:
         return True
     try:
         return bool(get_decoder(syntax).is_available)
     except NotImplementedError:
         return False
-
-
-def first_line(error: BaseException) -> str:
-    """An error in one line."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

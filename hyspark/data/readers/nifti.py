@@ -1,4 +1,4 @@
-"""NIfTI files: header, values, labels."""
+"""NIfTI files: headers, voxels, label maps."""
 
 from pathlib import Path
 from typing import Any
@@ -11,21 +11,24 @@ from nibabel.spatialimages import SpatialImage
 
 
 def check_header(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
-    """Shape (h, w, d) and affine (4, 4) of a NIfTI file; raises ValueError for what is not one 3D volume."""
+    """Read shape `(h, w, d)` and affine `(4, 4)` of a NIfTI file; raise ValueError unless it is one 3D volume."""
     try:
         image: Any = nibabel.load(path)
         shape, affine = tuple(image.shape), image.affine
     except Exception as error:
-        raise ValueError(f"not readable as NIfTI ({error})") from error
+        raise ValueError(f"unreadable as NIfTI ({error})") from error
     if len(shape) not in (3, 4) or shape[3:] not in ((), (1,)):
         raise ValueError(f"expected one 3D volume, but its shape is {shape}")
     return shape[:3], affine
 
 
 def read_nifti(path: Path) -> SpatialImage:
-    """A NIfTI file as MONAI's reader gives it, which mends headers; raises ValueError where it is damaged.
+    """Read a NIfTI file by MONAI's reader, which fixes headers.
 
-    What is compressed is unpacked by ISA-L, in half the time of zlib, and its checksum compared.
+    A compressed file is unpacked by ISA-L, in half the time of zlib, and its checksum is compared.
+
+    Raises:
+        ValueError: if a compressed file is damaged.
     """
     image: SpatialImage = NibabelReader().read(path)
     if path.suffix.lower() != ".gz":
@@ -40,18 +43,19 @@ def read_nifti(path: Path) -> SpatialImage:
 
 
 def file_grid(path: Path) -> tuple[tuple[int, int, int], np.ndarray]:
-    """Shape (h, w, d) and affine (4, 4), RAS mm, of a NIfTI file, as preparation understands its header."""
+    """Read shape `(h, w, d)` and affine `(4, 4)`, RAS mm, of a NIfTI file, by the header that preparation uses."""
     image = NibabelReader().read(path)
     h, w, d = image.shape[:3]
     return (h, w, d), np.asarray(image.affine, dtype=np.float64)
 
 
 def read_label(path: Path, num_classes: int) -> np.ndarray:
-    """A label map as stored, uint8 (h, w, d); raises ValueError where a value is no class."""
+    """Read a label map as stored, uint8 `(h, w, d)`; raise ValueError if a value is no class."""
     image = read_nifti(path)
     values = np.asanyarray(image.dataobj).reshape(image.shape[:3])
     if not (values.min() >= 0 and values.max() < num_classes and (values == np.rint(values)).all()):
         raise ValueError(
-            f"{path}: label values must be whole numbers from 0 to {num_classes - 1}, the classes of the network"
+            f"{path}: expected whole label values from 0 to {num_classes - 1}, the classes of the network, got "
+            f"{values.min():g} to {values.max():g}"
         )
     return values.astype(np.uint8)

@@ -1,4 +1,4 @@
-"""CT volumes wherever they are: NIfTI files, nnU-Net folders, DICOM trees. Each has a patient, and is read as RAS."""
+"""CT volumes in NIfTI files, nnU-Net folders and DICOM trees. Each has a patient, and is read as RAS."""
 
 import hashlib
 import os
@@ -14,19 +14,26 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
 from hyspark.data.datasets.nnunet import name_of_image
 from hyspark.data.datasets.splits import subject_of
-from hyspark.data.readers.dicom import Header, Series, assemble, read_headers, read_series
+from hyspark.data.readers.dicom import Header, Series, assemble_series, read_headers, read_series
 from hyspark.data.readers.nifti import check_header, read_nifti
 from hyspark.utils.paths import NIFTI, nifti_stem, walk_folders
 from hyspark.utils.processes import available_cores
 from hyspark.utils.text import listing
 
-LONGEST = 80
-"""Characters of a patient or case in a name."""
+MAX_TITLE_LENGTH = 80
+"""Characters of a patient or case in a file name."""
 
 
 @dataclass(frozen=True)
 class Volume:
-    """One CT. name: fit for a file name, unique, the same on every machine. source: its file, or its series' folder."""
+    """One CT volume.
+
+    Attributes:
+        patient: the patient's ID or name.
+        name: unique file name, the same on every machine.
+        source: the NIfTI file, or the folder of the DICOM series.
+        series: the DICOM series.
+    """
 
     patient: str
     name: str
@@ -35,14 +42,19 @@ class Volume:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What it is read from."""
+        """Files that the voxels are read from."""
         return self.series.files if self.series else (self.source,)
 
 
 @dataclass
 class Found:
-    """What lies below some folders. skipped: what is no volume, and why. damaged: files that cannot be read, and why.
-    others: how many files of other kinds, by modality.
+    """The result of a search for volumes.
+
+    Attributes:
+        volumes: the volumes.
+        skipped: series that are no volume, each with the reason.
+        damaged: unreadable files, each with the reason.
+        others: number of other files, by modality.
     """
 
     volumes: list[Volume] = field(default_factory=list)
@@ -51,15 +63,24 @@ class Found:
     others: Counter[str] = field(default_factory=Counter)
 
 
-def find_volumes(
+def find_ct_volumes(
     sources: Sequence[Path], *, min_slices: int, skip: Path, num_workers: int = 0, progress: bool = True
 ) -> Found:
-    """The volumes of NIfTI files and of folders, by name.
+    """Find the volumes in NIfTI files and in folders, sorted by name.
 
-    A folder with imagesTr is an nnU-Net data set, of which only the images' first channel counts; in other folders
-    every NIfTI file and every DICOM series does. min_slices: DICOM series of fewer are skipped. skip: a folder that is
-    not looked into. num_workers: processes that read DICOM headers; 0 takes one per core. Raises FileNotFoundError for
-    a path that is not there and where there is nothing; ValueError for two volumes of one name.
+    A folder with imagesTr is an nnU-Net data set; only the first channel of its images is used. In other folders,
+    every NIfTI file and every DICOM series is used.
+
+    Args:
+        sources: files and folders.
+        min_slices: DICOM series with fewer slices are skipped.
+        skip: folder that is not searched.
+        num_workers: processes that read DICOM headers; 0 takes one per core.
+        progress: whether to show a progress bar.
+
+    Raises:
+        FileNotFoundError: if a source does not exist, or there is no volume.
+        ValueError: if two volumes have one name.
     """
     found = Found()
     dicom: dict[Path, str] = {}  # with the folder that stands for a patient without ID
@@ -73,11 +94,11 @@ def find_volumes(
             if not NIFTI.fullmatch(file.name):
                 dicom[file] = below.parts[0] if len(below.parts) > 1 else file.parent.name
             elif case := case_of(file):
-                found.volumes.append(Volume(subject_of(case), name_of(case, below.as_posix()), file))
+                found.volumes.append(Volume(subject_of(case), volume_name(case, below.as_posix()), file))
             else:
                 found.others["another channel"] += 1
     headers = read_headers(list(dicom), num_workers or available_cores(), progress and bool(dicom))
-    enter_series(zip(dicom, headers, strict=True), dicom, min_slices, found)
+    add_series(zip(dicom, headers, strict=True), dicom, min_slices, found)
     found.volumes.sort(key=lambda volume: volume.name)
     if not found.volumes and not found.damaged:
         why = "".join(f"\n  {source}: {reason}" for source, reason in found.skipped)
@@ -85,13 +106,13 @@ def find_volumes(
     names = Counter(volume.name for volume in found.volumes)
     if twice := [str(volume.source) for volume in found.volumes if names[volume.name] > 1]:
         raise ValueError(
-            f"volumes of the same name and place: {listing(twice)}; give the folder above them as the source"
+            f"sources: volumes with the same name and relative path: {listing(twice)}; give the folder above them"
         )
     return found
 
 
 def files_of(source: Path, skip: Path) -> Iterator[Path]:
-    """The files at or below a path, without hidden ones; of an nnU-Net data set those of imagesTr."""
+    """Yield the files at or below a path, without hidden ones; of an nnU-Net data set those of imagesTr."""
     if source.is_file():
         yield source
     elif not source.is_dir():
@@ -106,22 +127,22 @@ def files_of(source: Path, skip: Path) -> Iterator[Path]:
 
 
 def case_of(file: Path) -> str | None:
-    """The case of a NIfTI file; None for another channel of an nnU-Net case."""
+    """Return the case of a NIfTI file, or None for another channel of an nnU-Net case."""
     if file.parent.name == "imagesTr":
         return name_of_image(file, "0000")
     return nifti_stem(file).removesuffix("_0000") or file.name
 
 
-def name_of(title: str, place: str) -> str:
-    """A file name's beginning: a title in letters, digits, ".", "_" and "-", and a digest of what is unique."""
-    safe = re.sub(r"[^A-Za-z0-9._-]", "-", title)[:LONGEST].strip(".-") or "unnamed"
-    return f"{safe}_{hashlib.sha256(place.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+def volume_name(title: str, unique: str) -> str:
+    """Make a file name of a title in letters, digits, ".", "_" and "-", and of a digest of a unique text."""
+    safe = re.sub(r"[^A-Za-z0-9._-]", "-", title)[:MAX_TITLE_LENGTH].strip(".-") or "unnamed"
+    return f"{safe}_{hashlib.sha256(unique.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
-def enter_series(
+def add_series(
     headers: Iterator[tuple[Path, Header | str | None]], folders: dict[Path, str], min_slices: int, found: Found
 ) -> None:
-    """Enter the CT series of DICOM files, and what became of the other files."""
+    """Add the CT series of DICOM files to the result, and count or list the other files."""
     series: dict[tuple[str, str], list[Header]] = {}
     for path, header in headers:
         if isinstance(header, str):
@@ -135,15 +156,20 @@ def enter_series(
     for (patient, uid), slices in series.items():
         folder = slices[0].path.parent
         try:
-            found.volumes.append(Volume(patient, name_of(patient, uid), folder, assemble(slices, min_slices)))
+            found.volumes.append(
+                Volume(patient, volume_name(patient, uid), folder, assemble_series(slices, min_slices))
+            )
         except ValueError as error:
             found.skipped.append((f"{folder}, series {uid}", str(error)))
 
 
 def read_volume(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels (h, w, d) of a volume, in Hounsfield units if its file is, axes closest to RAS, and their affine (4, 4).
+    """Read the voxels `(h, w, d)` of a volume, axes closest to RAS, and their affine `(4, 4)`.
 
-    Raises ValueError for what is damaged or no volume.
+    The values are those of the file, which should be Hounsfield units.
+
+    Raises:
+        ValueError: if the file is damaged or no volume.
     """
     if volume.series:
         voxels, affine = read_series(volume.series), volume.series.affine
@@ -154,11 +180,11 @@ def read_volume(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
         if voxels.dtype.kind == "f":
             voxels = voxels.astype(np.float32, copy=False)
     if voxels.dtype.kind not in "iuf":
-        raise ValueError(f"its voxels are {voxels.dtype}, not one number each")
+        raise ValueError(f"expected one number per voxel, got {voxels.dtype}")
     if not np.isfinite(voxels).all():
         raise ValueError("holds NaN or infinite values")
     sizes = voxel_sizes(affine)
     if not (np.isfinite(affine).all() and (sizes > 0).all() and abs(np.linalg.det(affine[:3, :3] / sizes)) > 0.01):
-        raise ValueError("its header gives no valid geometry")
+        raise ValueError("no valid geometry in its header")
     turn = io_orientation(affine)
     return apply_orientation(voxels, turn), affine @ inv_ornt_aff(turn, voxels.shape)

@@ -1,6 +1,6 @@
-"""The body of the phantom: what is painted where, with which density (HU) and which label.
+"""The body of the phantom: its structures with position, density (HU) and label.
 
-Structures are painted from the skin inwards, each over what is already there (see `painting` for coordinates and
+Structures are painted from the skin inwards, each over the earlier ones (see `painting` for coordinates and
 distances). Numbers are mm and HU of a body of average size; a random generator varies them from body to body.
 """
 
@@ -26,7 +26,7 @@ LABELS: dict[str, int] = {
 
 
 def draw_body(scan: Scan, rng: np.random.Generator) -> None:
-    """Paint everything, what lies outside first and what lies in front last."""
+    """Paint all structures, the outermost first."""
     x, y, z = scan.x, scan.y, scan.z
     contrast = rng.uniform(0.3, 1)  # how much contrast medium has arrived
     blood = 50 + rng.uniform(90, 170) * contrast
@@ -73,7 +73,7 @@ def draw_body(scan: Scan, rng: np.random.Generator) -> None:
 
 
 def levels(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number of the nearest vertebra (0: T12, upwards positive) and mm above its middle; pitch 24 to 36 mm."""
+    """Compute number (0: T12, upwards positive) and mm above the middle of the nearest vertebra; pitch 24 to 36 mm."""
     pitch = 30 - 0.035 * z
     phase = -np.log(pitch / 30) / 0.035
     number = np.rint(phase)
@@ -81,7 +81,7 @@ def levels(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_ribs(scan: Scan, cavity: np.ndarray, angle: np.ndarray) -> None:
-    """Ribs descend towards the front, then rise as cartilage to the breastbone; the lowest two end early."""
+    """Paint ribs, which descend to the front, then rise as cartilage to the breastbone; the lowest two end early."""
     box = scan.box((-150, -120, -70), (150, 120, HALF_HEIGHT + 40))
     cavity, angle, x, z = (a[box] for a in (cavity, angle, scan.x, scan.z))
     bend = np.maximum(angle - 2.35, 0)
@@ -97,7 +97,7 @@ def draw_ribs(scan: Scan, cavity: np.ndarray, angle: np.ndarray) -> None:
 
 
 def draw_lungs(scan: Scan, rng: np.random.Generator, chest: np.ndarray, spine_y: np.ndarray, blood: float) -> None:
-    """Two lungs with a gravity gradient and a branching tree of vessels, and the bronchi."""
+    """Paint two lungs with a gravity gradient and a branching tree of vessels, and the bronchi."""
     x, y, z = scan.x, scan.y, scan.z
     beside = 9 + 17 * np.exp(-(((y + 8) / 38) ** 2)) + 8 * np.exp(-(((z - 122) / 22) ** 2 + ((y + 5) / 25) ** 2))
     lung = np.max([chest + 1.5, beside - np.abs(x + 3), 26 - np.hypot(x, y - spine_y)], axis=0)
@@ -119,7 +119,7 @@ def draw_lungs(scan: Scan, rng: np.random.Generator, chest: np.ndarray, spine_y:
 
 
 def draw_heart(scan: Scan, rng: np.random.Generator, chest: np.ndarray, blood: float, muscle: float) -> None:
-    """Heart in its fat, two pairs of chambers, and the great vessels above it (not the aorta)."""
+    """Paint the heart in its fat, two pairs of chambers, and the great vessels above it (not the aorta)."""
     centre = np.array([-18, 24, 88]) + rng.normal(0, 4, 3)
     size = rng.normal(1, 0.06)
     turn = rotation((-20, 20, 35))
@@ -143,7 +143,7 @@ def draw_heart(scan: Scan, rng: np.random.Generator, chest: np.ndarray, blood: f
 
 
 def draw_gut(scan: Scan, rng: np.random.Generator, belly: np.ndarray, contrast: float) -> None:
-    """Loops of small bowel, the colon with gas and contents, and the stomach with its air-fluid level."""
+    """Paint loops of small bowel, the colon with gas and contents, and the stomach with its air-fluid level."""
     for _ in range(110):
         centre = rng.uniform((-78, -12, -175), (78, 58, -50))
         box, distance = scan.blob(centre, rng.uniform(10, 22, 3), rotation(rng.uniform(0, 180, 3)))
@@ -176,7 +176,7 @@ def draw_gut(scan: Scan, rng: np.random.Generator, belly: np.ndarray, contrast: 
 
 
 def draw_organs(scan: Scan, rng: np.random.Generator, belly: np.ndarray, contrast: float, blood: float) -> None:
-    """Liver with vessels and gall bladder, pancreas, spleen, kidneys: each varies in place, size and pose."""
+    """Paint liver with vessels and gall bladder, pancreas, spleen and kidneys, of random position, size and pose."""
 
     def pose(*nominal: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         centre, radii, degrees = (np.asarray(n) for n in nominal)
@@ -184,11 +184,11 @@ def draw_organs(scan: Scan, rng: np.random.Generator, belly: np.ndarray, contras
         return centre + rng.normal(0, 3, 3), radii, rotation(degrees + rng.normal(0, 5, 3))
 
     liver_hu = 52 + 55 * contrast + rng.normal(0, 4)
-    for place, size, degrees, slope in (
+    for position, size, degrees, slope in (
         ((56, -4, 0), (60, 74, 72), (0, 0, 0), 0.6),  # right lobe
         ((4, 36, 16), (64, 34, 32), (0, 12, -8), 0.3),  # left lobe
     ):
-        box, distance = scan.blob(*pose(place, size, degrees))
+        box, distance = scan.blob(*pose(position, size, degrees))
         under = slope * (36 - scan.x[box]) - 0.8 * (scan.z[box] + 32)  # the lower surface rises to the middle
         distance = np.max([distance, belly[box] + 2, under], axis=0)
         scan.paint(distance, liver_hu + 3 * scan.texture[box], LABELS["liver"], box)
@@ -232,7 +232,7 @@ def draw_organs(scan: Scan, rng: np.random.Generator, belly: np.ndarray, contras
 def draw_spine_and_vessels(
     scan: Scan, rng: np.random.Generator, skin: np.ndarray, spine_y: np.ndarray, blood: float, muscle: float
 ) -> None:
-    """Spine with discs, canal, arches and processes; psoas muscles; vena cava and aorta in front of it."""
+    """Paint the spine with discs, canal, arches and processes, psoas muscles, vena cava and aorta."""
     box = scan.box((-60, -140, -200), (60, 40, 200))
     x, y, z, texture = (a[box] for a in (scan.x, scan.y - spine_y, scan.z, scan.texture))  # y from the bodies' middle
     side = np.abs(x)

@@ -1,8 +1,8 @@
-"""Painting a volume with signed distances: the brushes (ellipsoid, tube), rotations and smooth random fields.
+"""Painting a volume with signed distances: ellipsoids, tubes, rotations and smooth random fields.
 
-A structure is a signed distance (mm, negative inside) that is painted over what is already there; a ramp one voxel
-wide around distance 0 is the partial volume effect. x, y, z are "body coordinates": mm towards the patient's right,
-front and head, from a point in front of the lowest thoracic vertebra.
+A structure is a signed distance (mm, negative inside) that is painted over earlier structures. A ramp one voxel wide
+around distance 0 is the partial volume effect. x, y, z are "body coordinates": mm towards the patient's right, front
+and head, from a point in front of the lowest thoracic vertebra.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ Box = tuple[slice, slice, slice]
 
 
 def dot(weights: npt.ArrayLike, arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Weighted sum of arrays, which may still have to be broadcast, in their own precision."""
+    """Add up three weighted arrays, which may be broadcast, in their own precision."""
     u, v, w = (float(k) for k in np.asarray(weights))
     return u * arrays[0] + v * arrays[1] + w * arrays[2]
 
 
 def smooth_field(rng: np.random.Generator, axes: Sequence[np.ndarray], limits: np.ndarray, knot: float) -> np.ndarray:
-    """Random field, mean 0 and sd 1, smooth over `knot` mm; tied to the coordinates, not to the grid."""
+    """Draw a random field, mean 0 and sd 1, smooth over `knot` mm; it depends on the coordinates, not on the grid."""
     counts = [int(np.ceil(limit / knot)) + 2 for limit in limits]
     field = rng.standard_normal([2 * n + 1 for n in counts]).astype(np.float32)
     for axis, n in zip(axes, counts, strict=True):
@@ -33,7 +33,7 @@ def smooth_field(rng: np.random.Generator, axes: Sequence[np.ndarray], limits: n
 
 
 def rotation(degrees: npt.ArrayLike) -> np.ndarray:
-    """Rotation about x, then y, then z."""
+    """Make the matrix `(3, 3)` of a rotation about x, then y, then z."""
     turn = np.eye(3)
     for axis, angle in enumerate(np.deg2rad(np.asarray(degrees))):
         i, j = (axis + 1) % 3, (axis + 2) % 3
@@ -46,14 +46,25 @@ def rotation(degrees: npt.ArrayLike) -> np.ndarray:
 
 @dataclass
 class Scan:
-    """The volume being painted, on an RAS grid. All arrays are (h, w, d); x, y, z are body coordinates in mm."""
+    """The volume being painted, on an RAS grid; all arrays are `(h, w, d)`.
+
+    Attributes:
+        x: body coordinate in mm.
+        y: body coordinate in mm.
+        z: body coordinate in mm.
+        texture: smooth random field, mean 0, sd 1.
+        blur: width of the partial volume ramp in mm.
+        fat: mm under the skin.
+        image: HU.
+        label: label values.
+    """
 
     x: np.ndarray
     y: np.ndarray
     z: np.ndarray
-    texture: np.ndarray  # smooth random field, mean 0, sd 1
-    blur: float  # mm, width of the partial volume ramp
-    fat: float  # mm under the skin
+    texture: np.ndarray
+    blur: float
+    fat: float
     image: np.ndarray
     label: np.ndarray
 
@@ -63,7 +74,7 @@ class Scan:
         self.bounds = [(c.min(axis=o), c.max(axis=o)) for c, o in zip(axes, others, strict=True)]
 
     def box(self, low: npt.ArrayLike, high: npt.ArrayLike) -> Box:
-        """Slices that hold every voxel between `low` and `high` in body coordinates."""
+        """Return the index slices that hold every voxel between `low` and `high` in body coordinates."""
         slices = []
         for (minimum, maximum), lo, hi in zip(self.bounds, np.asarray(low), np.asarray(high), strict=True):
             inside = np.flatnonzero((maximum >= lo - self.blur) & (minimum <= hi + self.blur))
@@ -71,7 +82,7 @@ class Scan:
         return slices[0], slices[1], slices[2]
 
     def paint(self, distance: np.ndarray, hu: float | np.ndarray, label: int | None = 0, box: Box = EVERYWHERE) -> None:
-        """Cover `box` with `hu` where `distance` < 0; `label` None leaves the labels as they are."""
+        """Cover `box` with `hu` where `distance` < 0; `label` None keeps the labels."""
         cover = np.clip(0.5 - distance / self.blur, 0, 1)
         self.image[box] += cover * (hu - self.image[box])
         if label is not None:
@@ -80,7 +91,7 @@ class Scan:
     def blob(
         self, centre: npt.ArrayLike, radii: npt.ArrayLike, turn: np.ndarray, box: Box | None = None
     ) -> tuple[Box, np.ndarray]:
-        """Distance to an ellipsoid whose axes are the rows of `turn`; in `box`, or the box that holds it."""
+        """Compute the distance to an ellipsoid with the rows of `turn` as axes, in `box` or the box that holds it."""
         centre, radii = np.asarray(centre), np.asarray(radii)
         if box is None:
             reach = radii.max() + 4
@@ -92,7 +103,7 @@ class Scan:
         return box, k0 * (k0 - 1) / k1
 
     def tube(self, points: Sequence[npt.ArrayLike], radii: Sequence[float]) -> tuple[Box, np.ndarray]:
-        """Distance to a tube along `points`, with a radius at each, and the box that holds it."""
+        """Compute the distance to a tube along `points`, with a radius at each, in the box that holds it."""
         nodes = np.asarray(points, float)
         reach = max(radii) + 4
         box = self.box(nodes.min(axis=0) - reach, nodes.max(axis=0) + reach)

@@ -1,7 +1,7 @@
 """A procedural, labelled CT of the human trunk, so that the demo and the tests need no patient.
 
 The anatomy is a function of the world coordinates in mm and of a seed: the same seed at another spacing or in
-another orientation is the same body, resampled. What the body looks like is written in `anatomy`.
+another orientation is the same body, resampled. `anatomy` describes the body.
 """
 
 import gzip
@@ -25,7 +25,13 @@ ORIENTATIONS = ("RAS", "LPS", "LAS", "RPS", "LAI", "SAR", "PIR")
 
 @dataclass(frozen=True)
 class Phantom:
-    """`image` int16 in HU and `label` uint8 (see `LABELS`), both (h, w, d); `affine` voxel -> RAS mm."""
+    """A phantom CT.
+
+    Attributes:
+        image: int16 `(h, w, d)` in HU.
+        label: uint8 `(h, w, d)`, see `LABELS`.
+        affine: `(4, 4)` from voxels to mm in RAS.
+    """
 
     image: np.ndarray
     label: np.ndarray
@@ -39,20 +45,24 @@ def make_phantom(
     orientation: str = "RAS",
     extent_scale: float = 1.0,
 ) -> Phantom:
-    """Draw the trunk number `seed` (>= 0), the same one each time.
+    """Draw a trunk, a pure function of the arguments.
 
-    `spacing` is in mm along right-left, front-back and head-foot, in that order whatever the orientation.
-    `orientation` is how the array is stored, as nibabel axis codes ("RAS": its axes run towards the patient's
-    right, front and head). `extent_scale` scales the body and its field of view together, about 330 x 260 x
-    330 mm at 1: a small one gives a small volume that still holds every organ. Raises ValueError for a spacing,
-    scale or orientation that is none.
+    Args:
+        seed: number of the body, at least 0.
+        spacing: mm along right-left, front-back and head-foot, in that order whatever the orientation.
+        orientation: nibabel's axis codes of the array; "RAS" runs towards the patient's right, front and head.
+        extent_scale: scale factor of the body and its field of view, about 330 x 260 x 330 mm at 1. A small one gives
+            a small volume that still holds every organ.
+
+    Raises:
+        ValueError: if spacing, scale or orientation is invalid.
     """
     if len(spacing) != 3 or min(spacing) <= 0:
-        raise ValueError(f"spacing must be three lengths above 0 mm, got {spacing}")
+        raise ValueError(f"spacing: expected three lengths above 0 mm, got {spacing}")
     if extent_scale <= 0:
-        raise ValueError(f"extent_scale must be above 0, got {extent_scale}")
+        raise ValueError(f"extent_scale: expected a number above 0, got {extent_scale}")
     if sorted("RLAPSI".find(code) // 2 for code in orientation) != [0, 1, 2]:
-        raise ValueError(f"orientation must be three of R/L, A/P, S/I such as 'RAS' or 'LPS', got {orientation!r}")
+        raise ValueError(f"orientation: expected one of R/L, A/P and S/I each, as in 'RAS', got {orientation!r}")
 
     # Two streams: the noise needs one draw per voxel, and must not shift the draws of the anatomy.
     rng, noise_rng = np.random.default_rng(seed).spawn(2)
@@ -73,7 +83,7 @@ def make_phantom(
 def empty_scan(
     rng: np.random.Generator, spacing: Sequence[float], extent_scale: float
 ) -> tuple[Scan, list[np.ndarray]]:
-    """Air around a body of random size and posture, and the world coordinates (mm) along each axis of the grid."""
+    """Make air around a body of random size and posture, and the world coordinates (mm) along each axis of the grid."""
     step = np.asarray(spacing) / extent_scale  # from here on the body has its full size
     scale = rng.normal(1.03, 0.04) * (1 + rng.normal(0, 0.025, 3))
     fat = rng.uniform(7, 26)
@@ -103,12 +113,22 @@ def write_phantoms(
     spacings: Sequence[tuple[float, float, float]] = SPACINGS,
     progress: bool = True,
 ) -> None:
-    """Write both datasets of the demo under `folder`, in the nnU-Net raw layout; a count of 0 skips one.
+    """Write both data sets of the demo in the nnU-Net raw layout.
 
     `Dataset900_PhantomLabelled` holds imagesTr, labelsTr and dataset.json, `Dataset901_PhantomUnlabelled` only
-    imagesTr. Spacings and orientations change from case to case. No body occurs twice, in a dataset or across
-    the two. The same arguments write the same bytes. Raises ValueError for a negative count or seed, for no
-    spacings, and for an images folder that already holds other cases.
+    imagesTr. Spacings and orientations change from case to case. No body occurs twice, in a data set or across the
+    two. The same arguments write the same bytes.
+
+    Args:
+        folder: folder of the data sets.
+        num_labelled: number of labelled cases; 0 omits their data set.
+        num_unlabelled: number of unlabelled cases; 0 omits their data set.
+        seed: seed of all bodies.
+        spacings: mm per voxel, taken in turn.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: if a count or the seed is negative, there are no spacings, or an images folder holds other cases.
     """
     if min(num_labelled, num_unlabelled, seed) < 0 or not spacings:
         raise ValueError(
@@ -124,8 +144,8 @@ def write_phantoms(
         extra = {p.name for p in (dataset / "imagesTr").glob("*")} - {f"{case}_0000.nii.gz" for case in cases}
         if cases and extra:
             raise ValueError(
-                f"expected {dataset} to be new or to hold the same cases, found also {sorted(extra)[:3]}: "
-                "remove that folder or choose another"
+                f"{dataset}: expected a new folder or the same cases, got also {sorted(extra)[:3]}; remove that folder "
+                "or choose another"
             )
 
     jobs = [(dataset, i, case) for dataset, cases in names.items() for i, case in enumerate(cases)]
@@ -150,7 +170,7 @@ def write_phantoms(
 
 
 def write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
-    """One compressed NIfTI file, the same bytes each time."""
+    """Write a compressed NIfTI file, the same bytes each time."""
     image = nib.Nifti1Image(voxels, affine)
     image.set_sform(affine, code="scanner")
     image.set_qform(affine, code="scanner")

@@ -9,7 +9,7 @@ from torch import nn
 
 from hyspark.config.classification import ClassificationConfig
 from hyspark.config.recipes import typed_values
-from hyspark.data.batches.images import Scaling, centre_crop, short_side
+from hyspark.data.batches.images import Normalisation, centre_crop, short_side
 from hyspark.data.readers.images import FoundImages, ImageSet, decode
 from hyspark.evaluation.network_kind import read_fine_tuned
 from hyspark.models.classifier import build_classifier
@@ -61,9 +61,9 @@ def classifier_from_config(config: ClassificationConfig, num_classes: int) -> nn
     return build_classifier(config.model, config.in_channels, num_classes, config.drop_path)
 
 
-def scaling_from_config(config: ClassificationConfig) -> Scaling:
+def scaling_from_config(config: ClassificationConfig) -> Normalisation:
     """Return how the settings scale pixels for the network."""
-    return Scaling(config.in_channels, config.mean, config.std)
+    return Normalisation(config.in_channels, config.mean, config.std)
 
 
 def decode_all(found: FoundImages, config: ClassificationConfig) -> ImageSet:

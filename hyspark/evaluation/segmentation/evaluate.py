@@ -38,11 +38,12 @@ from hyspark.evaluation.segmentation.scores import (
 from hyspark.figures.panels import save_figure, segmentation_panel
 from hyspark.training import distributed
 from hyspark.training import precision as training_precision
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
 from hyspark.training.labelled_cases import check_labels
 from hyspark.training.precision import autocast
 from hyspark.training.run_volumes import prepared
 from hyspark.utils.digests import content_digest
+from hyspark.utils.log import LOG
 from hyspark.utils.text import listing
 
 NSD_TOLERANCE = 2.0
@@ -364,7 +365,7 @@ def find_labelled(data: Path, part: str = "") -> LabelledCases:
         ValueError: There are no such cases, or two of one name.
     """
     if data.is_file():
-        listed = datalist_json.read(data, require_labels=True)
+        listed = datalist_json.read_datalist(data, require_labels=True)
         part = part or ("validation" if listed.validation else "all")
         parts = {"training": listed.training, "validation": listed.validation}
         cases = [case for name, found in parts.items() if part in (name, "all") for case in found]
@@ -379,7 +380,7 @@ def find_labelled(data: Path, part: str = "") -> LabelledCases:
         found = nnunet.dataset_cases(data.absolute(), labels=True, channel="0000")
         cases = nnunet.only_labelled(found, data)
     else:
-        cases = nnunet.scan(data, labels=True)
+        cases = nnunet.scan_cases(data, labels=True)
     if len({case.name for case in cases}) < len(cases):
         raise ValueError(f"{data} holds data sets with cases of one name; score one data set at a time")
     labels = common_labels(sorted({case.image.parent.parent for case in cases}))

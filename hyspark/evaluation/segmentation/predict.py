@@ -19,17 +19,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hyspark.data.datasets.cases import Case
-from hyspark.data.preprocessing.prepare import UNPREPARABLE, prepare_case, reason
+from hyspark.data.preprocessing.prepare import PREPARE_ERRORS, failure_reason, prepare_case
 from hyspark.data.readers.nifti import file_grid
 from hyspark.data.settings import PrepareSettings
 from hyspark.evaluation.segmentation.evaluate import Scoring
 from hyspark.evaluation.segmentation.inference import class_scores, largest_components, load_network, to_grid
 from hyspark.training import distributed
-from hyspark.training.distributed import LOG
 from hyspark.training.precision import autocast, precision_on
 from hyspark.utils.atomic import write_whole
+from hyspark.utils.log import LOG
 from hyspark.utils.paths import NIFTI, nifti_files, nifti_stem
-from hyspark.utils.processes import available_cores, pool
+from hyspark.utils.processes import available_cores, worker_pool
 from hyspark.utils.text import listing
 
 MAX_PREPARE_WORKERS = 4
@@ -152,7 +152,7 @@ def prepare_ahead(
     if num_workers == 1:
         yield from ((case, prepared_or_reason(case, settings)) for case in cases)
         return
-    with pool(num_workers) as processes:
+    with worker_pool(num_workers) as processes:
         todo = iter(cases)
         waiting = deque(
             (case, processes.submit(prepared_or_reason, case, settings)) for case in islice(todo, num_workers)
@@ -168,8 +168,8 @@ def prepared_or_reason(case: Case, settings: PrepareSettings) -> dict[str, Any] 
     """Prepare a case; returns the reason in one line if that fails."""
     try:
         return prepare_case(case, settings)
-    except UNPREPARABLE as error:
-        return reason(error)
+    except PREPARE_ERRORS as error:
+        return failure_reason(error)
 
 
 def write_label_map(scores: Tensor, affine: np.ndarray, source: Path, target: Path, largest_component: bool) -> None:

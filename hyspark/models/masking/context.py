@@ -1,13 +1,12 @@
 """`with hidden(visible):` any network, in 2D or 3D, computes as if hidden positions did not exist.
 
-The context intercepts torch functions, so the network inside needs no special layers and its weights are its own. What
-a function means where positions are hidden, rules.py says. Pointwise functions need nothing: what they make of a
-hidden position is not read, as every rule leaves hidden positions of its input out. A function that mixes positions in
-a way that no rule knows is refused by name rather than computed wrongly, unless declared safe.
+The context intercepts torch functions, so the network inside needs no special layers and keeps its own weights.
+rules.py defines each function under a mask. Pointwise functions need no rule: every rule ignores hidden positions of
+its input. A function that mixes positions and has no rule is refused by name, unless it is declared safe.
 
-The mask belongs to the context object. Nothing stays behind when the block ends, and activation checkpointing is
-right as long as the block lies inside the checkpointed function. (The other way round torch raises in the backward
-pass: without the block other tensors are saved.)
+The mask belongs to the context object, and nothing remains after the block. Activation checkpointing is correct if the
+block lies inside the checkpointed function. (In the other order torch raises in the backward pass, because other
+tensors are saved without the block.)
 
 Source: the rules of Tian et al., "Designing BERT for Convolutional Networks", ICLR 2023, and of HySparK, MICCAI
 2024, section 2.1.
@@ -22,39 +21,40 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hyspark.models.masking.mask import visible_at
-from hyspark.models.masking.rules import MIXES_POSITIONS, RULES, mixes
+from hyspark.models.masking.rules import MIXES_POSITIONS, RULES, mixing_error
 
 
-def of_one_process(x: Tensor) -> Tensor:
-    """The sum over one process."""
+def identity(x: Tensor) -> Tensor:
+    """Return a tensor unchanged: its sum over one process."""
     return x
 
 
 class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hidden(visible):`
-    """Compute as if the positions outside `visible` did not exist.
+    """Context in which positions outside `visible` do not exist.
 
     Args:
-        visible: bool (b, 1, *grid), True where the network sees. Its maps are (b, ..., *size) or, channels last,
-        (b, *size, c), with each axis of `size` a multiple of the grid's.
-        safe: functions to leave as they are, where a network is known to use them on other things than positions.
-        total: sum of a tensor over all processes, with gradients, where the statistics of BatchNorm are to be those
-        of the global batch.
+        visible: bool (b, 1, *grid), True where the network sees. Maps inside are (b, ..., *size) or, channels last,
+            (b, *size, c), with each axis of `size` a multiple of the grid's.
+        safe: functions to leave unchanged, because the network does not apply them along positions.
+        all_reduce: sum of a tensor over all processes, with gradients. BatchNorm then has the statistics of the
+            global batch.
 
-    Raises, inside the block: NotImplementedError for a function that mixes positions in a way that no rule knows;
-    ValueError for a feature map that the grid does not divide.
+    Raises:
+        NotImplementedError: inside the block, a function without a rule mixes positions.
+        ValueError: inside the block, the grid does not divide a feature map.
     """
 
     def __init__(
         self,
         visible: Tensor,
         safe: Collection[Callable[..., Any]] = (),
-        total: Callable[[Tensor], Tensor] = of_one_process,
+        all_reduce: Callable[[Tensor], Tensor] = identity,
     ) -> None:
         super().__init__()
         self.visible = visible
         self.safe = frozenset(safe)
-        self.total = total
-        self.is_shared = total is not of_one_process
+        self.all_reduce = all_reduce
+        self.is_distributed = all_reduce is not identity
         self.axes = visible.ndim - 2
         self.masks: dict[tuple[int, ...], Tensor] = {}
         self.padded: tuple[Tensor, tuple[Tensor, ...]] | None = None
@@ -70,15 +70,16 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
         if func in self.safe:
             return func(*args, **kwargs)
         if func in MIXES_POSITIONS:
-            raise mixes(func)
+            raise mixing_error(func)
         rule = RULES.get(func)
         return func(*args, **kwargs) if rule is None else rule(self, func, *args, **kwargs)
 
     def mask(self, size: tuple[int, ...]) -> Tensor:
-        """The mask at a resolution, made once for each: bool (b, 1, *size).
+        """Return the mask at a resolution, bool (b, 1, *size), computed once for each.
 
-        Raises ValueError where the grid does not divide it, or where its positions are no whole multiples of those of
-        the other maps, so that patches would not begin where they do there.
+        Raises:
+            ValueError: the grid does not divide `size`, or `size` is no multiple or divisor of the size of another map,
+                so that patches would begin at other positions.
         """
         if size not in self.masks:
             for other in self.masks:
@@ -90,39 +91,40 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
             self.masks[size] = visible_at(self.visible, size)
         return self.masks[size]
 
-    def spatial(self, x: Tensor) -> list[range]:
-        """Where the spatial axes of a tensor may be: the last ones, or, channels last, those before the last; nowhere
-        where it is no map of a known size.
+    def spatial_axes(self, x: Tensor) -> list[range]:
+        """List the candidates for the spatial axes of a tensor: the last axes, or those before a last channel axis.
+
+        A tensor that is no map of a known size has none.
         """
         stops = [stop for stop in (x.ndim, x.ndim - 1) if stop > self.axes]
         return [
             range(stop - self.axes, stop) for stop in stops if tuple(x.shape[stop - self.axes : stop]) in self.masks
         ]
 
-    def over(self, x: Tensor, spatial: range) -> Tensor:
-        """The mask of a map (b, ...) with these spatial axes, to be broadcast over it."""
+    def broadcast_mask(self, x: Tensor, spatial: range) -> Tensor:
+        """Return the mask of a map (b, ...) with these spatial axes, in a shape that broadcasts over the map."""
         mask = self.mask(tuple(x.shape[spatial.start : spatial.stop]))
         shape = [len(mask), *(1,) * (x.ndim - 1)]
         shape[spatial.start : spatial.stop] = mask.shape[2:]
         return mask.reshape(shape)
 
-    def seen(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Of a map (b, c, *size): its mask, and that with nothing hidden; zero where it was padded."""
+    def pooling_masks(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the mask of a map (b, c, *size), and the same with no patch hidden; both are zero in padding."""
         if self.padded is not None and x is self.padded[0]:
             return self.padded[1]
         mask = self.mask(tuple(x.shape[2:]))
         return mask, torch.ones_like(mask)
 
-    def filled(self, x: Tensor, value: float = 0.0) -> Tensor:
-        """A map (b, c, *size) with a value at hidden positions. What was padded has the right one already."""
+    def fill(self, x: Tensor, value: float = 0.0) -> Tensor:
+        """Set hidden positions of a map (b, c, *size) to a value; a padded map already has it."""
         if self.padded is not None and x is self.padded[0]:
             return x
         return torch.where(self.mask(tuple(x.shape[2:])), x, value)
 
     def is_map(self, x: Tensor) -> bool:
-        """Whether it has the axes of a map (b, c, *size), and more than one position where the grid has."""
+        """Whether a tensor has the axes of a map (b, c, *size), and more than one position if the grid has."""
         return x.ndim == self.axes + 2 and not (max(x.shape[2:]) == 1 < max(self.visible.shape[2:]))
 
-    def is_row(self, x: Tensor, dim: int) -> bool:
-        """Whether an axis holds all positions of a known map, one after the other."""
+    def is_flat_map(self, x: Tensor, dim: int) -> bool:
+        """Whether an axis holds all positions of a known map in a row."""
         return x.shape[dim] in {math.prod(size) for size in self.masks}

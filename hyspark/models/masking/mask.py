@@ -1,8 +1,8 @@
-"""Which patches the encoder sees, and what that means at each resolution.
+"""Masks: which patches the encoder sees, and the mask at each resolution.
 
-A mask unit is one patch: of 16 voxels per axis (`PATCH`) for HySparK, where it is also one transformer token, of the
-total stride for other networks. One polarity everywhere: `visible` is True where the encoder sees. All functions work
-for any number of spatial axes.
+A mask unit is one patch. Its edge is 16 voxels (`PATCH`) for HySparK, where it is also one transformer token. For other
+networks the edge is their total stride. One polarity everywhere: `visible` is True where the encoder sees. All
+functions work for any number of spatial axes.
 
 Shapes: b batch, c channels, *size voxels per axis, *grid patches per axis (grid = size / patch), n = prod(grid)
 patches.
@@ -20,31 +20,41 @@ PATCH = 16
 
 
 def grid_of(size: Sequence[int], patch: int = PATCH) -> tuple[int, ...]:
-    """Patches per axis for a crop of `size` voxels per axis.
+    """Compute the number of patches per axis.
 
-    Raises ValueError where an axis is not a positive multiple of the patch.
+    Args:
+        size: voxels per axis of a crop.
+        patch: edge of a patch in voxels.
+
+    Raises:
+        ValueError: an axis is not a positive multiple of the patch.
     """
     if any(s < patch or s % patch for s in size):
         nearest = tuple(max(patch, round(s / patch) * patch) for s in size)
         raise ValueError(
-            f"every axis of a crop must be a positive multiple of {patch} voxels, "
-            f"but the size is {tuple(size)}; the nearest that fits is {nearest}"
+            f"crop size: expected a positive multiple of {patch} voxels on every axis, got {tuple(size)}; "
+            f"the nearest valid size is {nearest}"
         )
     return tuple(s // patch for s in size)
 
 
 def num_visible(grid: Sequence[int], mask_ratio: float) -> int:
-    """Patches kept per sample: round(n * (1 - ratio)), at least 1."""
+    """Compute the number of visible patches per sample: round(n * (1 - ratio)), at least 1."""
     if not 0 <= mask_ratio < 1:
-        raise ValueError(f"the mask ratio must be at least 0 and below 1, but it is {mask_ratio}")
+        raise ValueError(f"mask ratio: expected at least 0 and below 1, got {mask_ratio}")
     return max(1, round(math.prod(grid) * (1 - mask_ratio)))
 
 
 def draw_visible(grid: Sequence[int], mask_ratio: float, generators: Sequence[torch.Generator]) -> Tensor:
-    """Draw the visible patches of each sample, every subset of the right size being equally likely.
+    """Draw the visible patches of each sample, all subsets of one size being equally likely.
 
-    Each sample has a (CPU) generator of its own, so that its mask does not depend on the batch around it.
-    Returns bool (b, 1, *grid) on the CPU, b = len(generators), with `num_visible` True values in each sample.
+    Args:
+        grid: patches per axis.
+        mask_ratio: fraction of hidden patches.
+        generators: a CPU generator for each sample, so that its mask does not depend on the rest of the batch.
+
+    Returns:
+        bool (b, 1, *grid) on the CPU, b = len(generators), with `num_visible` True values in each sample.
     """
     num = num_visible(grid, mask_ratio)
     visible = torch.zeros(len(generators), math.prod(grid), dtype=torch.bool)
@@ -54,9 +64,17 @@ def draw_visible(grid: Sequence[int], mask_ratio: float, generators: Sequence[to
 
 
 def visible_at(visible: Tensor, size: Sequence[int]) -> Tensor:
-    """The mask at a resolution: bool (b, 1, *grid) -> (b, 1, *size), each patch repeated over its voxels.
+    """Repeat each patch of a mask over its positions at a resolution.
 
-    Raises ValueError where an axis of `size` is not a multiple of the grid's.
+    Args:
+        visible: bool (b, 1, *grid).
+        size: positions per axis of the feature map.
+
+    Returns:
+        bool (b, 1, *size).
+
+    Raises:
+        ValueError: an axis of `size` is not a multiple of the grid's.
     """
     grid = visible.shape[2:]
     if len(grid) != len(size) or any(s % g for s, g in zip(size, grid, strict=True)):
@@ -67,7 +85,7 @@ def visible_at(visible: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def patchify(volumes: Tensor, patch: int = PATCH) -> Tensor:
-    """Cut into patches: (b, c, *size) -> (b, n, c * patch^axes), patches in row-major order of the grid."""
+    """Cut volumes into patches: (b, c, *size) -> (b, n, c * patch^axes), patches in row-major order of the grid."""
     axes = "hwd"[: volumes.ndim - 2] if volumes.ndim <= 5 else None
     if axes is None:
         raise ValueError(f"expected up to three spatial axes, got a tensor of shape {tuple(volumes.shape)}")
@@ -79,7 +97,7 @@ def patchify(volumes: Tensor, patch: int = PATCH) -> Tensor:
 
 
 def unpatchify(patches: Tensor, grid: Sequence[int], patch: int = PATCH) -> Tensor:
-    """The inverse of `patchify`: (b, n, c * patch^axes) -> (b, c, *size)."""
+    """Join patches into volumes, the inverse of `patchify`: (b, n, c * patch^axes) -> (b, c, *size)."""
     axes = "hwd"[: len(grid)]
     outer = " ".join(f"({a} p{a})" for a in axes)
     inner = " ".join(f"p{a}" for a in axes)

@@ -1,14 +1,17 @@
-"""ResNet weights for detectors.
+"""Export ResNet weights for detectors.
 
-torchvision's Faster and Mask R-CNN take them by `load_pretrained(model, path)`: the body of their pyramid is the ResNet
-itself. detectron2 has names of its own, into which `write_detectron2` turns them.
+torchvision's Faster and Mask R-CNN load them by `load_pretrained(model, path)`: their backbone's body is the ResNet
+itself. detectron2 has its own key names, to which `write_detectron2` converts.
 
-Both feed the network images scaled in their own way, and the weights expect those of their pre-training. In torchvision
-set `image_mean` and `image_std` of the detector. detectron2 reads images as BGR, takes PIXEL_MEAN off them and divides
-by PIXEL_STD, and by default strides in the first convolution of a block, where the ResNets of torchvision and timm
-stride in the second: its config needs MODEL.RESNETS.STRIDE_IN_1X1 False and the DEPTH (and RES2_OUT_CHANNELS 64 for 18
-and 34), INPUT.FORMAT RGB, and PIXEL_MEAN and PIXEL_STD as in pre-training (for weights of this project, which has seen
-[0, 1]: mean 0, and as deviation the largest value of an image; as many numbers as the stem has channels).
+The weights expect images scaled as in pre-training, but detectors scale them in their own way. In torchvision set the
+detector's `image_mean` and `image_std`. detectron2 reads images as BGR, subtracts PIXEL_MEAN and divides by PIXEL_STD.
+By default it strides in the first convolution of a block; the ResNets of torchvision and timm stride in the second.
+So its config needs:
+
+- MODEL.RESNETS.STRIDE_IN_1X1 False, and the DEPTH (and RES2_OUT_CHANNELS 64 for 18 and 34).
+- INPUT.FORMAT RGB.
+- PIXEL_MEAN and PIXEL_STD as in pre-training, one number per channel of the stem. Weights of this project saw images
+  in [0, 1]: mean 0, and as deviation the largest value of an image.
 """
 
 import io
@@ -22,14 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hyspark.models.weights.export import as_dtype
-from hyspark.models.weights.files import read_weights, without_wrappers
-from hyspark.models.weights.third_party import COUNTER, SETTINGS, SOURCES, why_left_aside
+from hyspark.models.weights.export import cast_tensor
+from hyspark.models.weights.files import read_weights, strip_wrappers
+from hyspark.models.weights.third_party import COUNTER, FILE_PREFIXES, SPARK_SETTINGS, reason_to_ignore
 from hyspark.utils.atomic import write_whole
 
-NORM = ("weight", "bias", "running_mean", "running_var")
-STEM = re.compile(r"(conv1)\.(weight)|(bn1)\.(weight|bias|running_mean|running_var)")
-BLOCK = re.compile(
+NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+RESNET_STEM = re.compile(r"(conv1)\.(weight)|(bn1)\.(weight|bias|running_mean|running_var)")
+RESNET_BLOCK = re.compile(
     r"layer([1-4])\.(\d+)\.(?:(conv[123]|downsample\.0)\.(weight)|"
     r"(bn[123]|downsample\.1)\.(weight|bias|running_mean|running_var))"
 )
@@ -37,56 +40,67 @@ BLOCK = re.compile(
 
 
 def write_detectron2(source: str | Path, out: Path, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
-    """Write the ResNet in a file as a .pkl that detectron2's MODEL.WEIGHTS takes; returns what was written.
+    """Write the ResNet in a file as a .pkl for detectron2's MODEL.WEIGHTS.
 
-    Raises FileNotFoundError; ValueError for another ending, for weights of another network than a 2D ResNet of basic
-    or bottleneck blocks, whole, and for weights that `dtype` cannot hold.
+    Args:
+        source: a file with a complete 2D ResNet of basic or bottleneck blocks.
+        out: path of the .pkl file.
+        dtype: precision of the file.
+
+    Returns:
+        The tensors written.
+
+    Raises:
+        FileNotFoundError: there is no source.
+        ValueError: `out` does not end in .pkl; the source is another or an incomplete network; values exceed the range
+            of `dtype`.
     """
     if out.suffix != ".pkl":
-        raise ValueError(f"{out}: detectron2 knows its own format by the ending .pkl; give it that")
-    weights = detectron2_weights(read_weights(source, SETTINGS), str(source))
-    weights = {key: as_dtype(value, dtype, f"{source}: {key}") for key, value in weights.items()}
-    # detectron2 puts the network below names of its own (backbone.bottom_up.), which its heuristics find.
+        raise ValueError(f"{out}: expected a path that ends in .pkl, by which detectron2 recognises its own format")
+    weights = detectron2_weights(read_weights(source, SPARK_SETTINGS), str(source))
+    weights = {key: cast_tensor(value, dtype, f"{source}: {key}") for key, value in weights.items()}
+    # detectron2 has the network below a prefix (backbone.bottom_up.), which its heuristics find.
     contents = {
         "model": {key: value.numpy() for key, value in weights.items()},
         "__author__": "HySparK",
         "matching_heuristics": True,
     }
-    write_whole(out, pickled(contents))
+    write_whole(out, portable_pickle(contents))
     return weights
 
 
 def detectron2_weights(given: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """A state dict that holds a ResNet -> its tensors by detectron2's names (`res2.0.conv1.norm.weight`).
+    """Rename the tensors of a ResNet to detectron2's names (`res2.0.conv1.norm.weight`).
 
-    Raises ValueError, naming `name`, for anything but a whole 2D ResNet of basic or bottleneck blocks.
+    Raises:
+        ValueError: the state dict is not a complete 2D ResNet of basic or bottleneck blocks.
     """
-    plain = {without_wrappers(key): value for key, value in given.items()}
-    source = next((s for s in SOURCES if {f"{s}conv1.weight", f"{s}layer1.0.conv1.weight"} <= plain.keys()), None)
+    plain = {strip_wrappers(key): value for key, value in given.items()}
+    source = next((s for s in FILE_PREFIXES if {f"{s}conv1.weight", f"{s}layer1.0.conv1.weight"} <= plain.keys()), None)
     if source is None:
-        raise ValueError(f"{name} holds no ResNet of basic or bottleneck blocks, which alone detectron2 has names for")
+        raise ValueError(f"{name}: expected a ResNet of basic or bottleneck blocks, the only one detectron2 has")
     weights = {}
     for key, value in plain.items():
         rest = key.removeprefix(source)
         own = detectron2_name(rest)
         if key.startswith(source) and own:
             if value.ndim not in (1, 4):
-                raise ValueError(f"{name}: {key} has {value.ndim - 2} axes; detectron2 takes images, of two")
+                raise ValueError(f"{name}: {key}: expected 2 spatial axes for detectron2, got {value.ndim - 2}")
             weights[own] = value
-        elif not rest.endswith(COUNTER) and not why_left_aside(rest, rest, {}):
+        elif not rest.endswith(COUNTER) and not reason_to_ignore(rest, rest, {}):
             raise ValueError(
-                f"{name}: {key} is of no ResNet of basic or bottleneck blocks, which alone detectron2 has names for"
+                f"{name}: {key} belongs to no ResNet of basic or bottleneck blocks, the only one detectron2 has"
             )
-    check_whole(weights, name)
+    check_resnet_complete(weights, name)
     return weights
 
 
 def detectron2_name(key: str) -> str | None:
-    """A ResNet's key in detectron2's terms; None where it is none of a ResNet's body."""
-    if found := STEM.fullmatch(key):
+    """Convert a key of a ResNet's body to detectron2's name; None for other keys."""
+    if found := RESNET_STEM.fullmatch(key):
         conv, _, norm, part = found.groups()
         return "stem.conv1.weight" if conv else f"stem.conv1.norm.{part}" if norm else None
-    if found := BLOCK.fullmatch(key):
+    if found := RESNET_BLOCK.fullmatch(key):
         stage, block, conv, _, norm, part = found.groups()
         layer = (conv or norm).replace("bn", "conv").replace("downsample.0", "shortcut")
         layer = layer.replace("downsample.1", "shortcut")
@@ -94,8 +108,8 @@ def detectron2_name(key: str) -> str | None:
     return None
 
 
-def check_whole(weights: Mapping[str, Tensor], name: str) -> None:
-    """Raises ValueError where a stage, a block or part of one is not there."""
+def check_resnet_complete(weights: Mapping[str, Tensor], name: str) -> None:
+    """Raise ValueError if a stage, a block or a tensor of a block is missing."""
     depth = 3 if "res2.0.conv3.weight" in weights else 2  # convolutions of a block: bottleneck or basic
     needed = ["stem.conv1"]
     for stage in range(2, 6):
@@ -103,14 +117,15 @@ def check_whole(weights: Mapping[str, Tensor], name: str) -> None:
         needed += [f"res{stage}.{b}.conv{n + 1}" for b in range(max(blocks, default=0) + 1) for n in range(depth)]
         if stage > 2 or depth == 3:
             needed.append(f"res{stage}.0.shortcut")
-    parts = ("weight", *(f"norm.{part}" for part in NORM))
+    parts = ("weight", *(f"norm.{part}" for part in NORM_TENSORS))
     if lacking := [f"{layer}.{part}" for layer in needed for part in parts if f"{layer}.{part}" not in weights]:
-        raise ValueError(f"{name} lacks {len(lacking)} tensors of the ResNet ({', '.join(lacking[:3])}, ...)")
+        raise ValueError(f"{name}: {len(lacking)} tensors of the ResNet are missing ({', '.join(lacking[:3])}, ...)")
 
 
-def pickled(contents: Any) -> bytes:
-    """A pickle whose arrays any numpy reads: by default it names modules that numpy 1 and 2 keep at different places,
-    and detectron2 is often installed beside an old one.
+def portable_pickle(contents: Any) -> bytes:
+    """Pickle contents so that any numpy reads the arrays.
+
+    A default pickle names modules that numpy 1 and 2 have at different paths, and detectron2 often comes with numpy 1.
     """
     file = io.BytesIO()
     pickler = pickle.Pickler(file, protocol=4)

@@ -1,4 +1,4 @@
-"""Weights to hand on: one small .safetensors file, which says how it was made and cannot execute anything."""
+"""Export weights: one small .safetensors file with the settings that made it, which cannot execute anything."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from hyspark.models.weights.files import made_with, read_contents, unwrap, without_wrappers
+from hyspark.models.weights.files import made_with, read_contents, strip_wrappers, unwrap_state_dict
 from hyspark.models.weights.load import ENCODER, LIGHT_DECODER, MASK_TOKEN, RELEASED_DECODER
 from hyspark.utils.atomic import write_whole
 
@@ -18,54 +18,63 @@ MADE_WITH = (
     *("decoder_width", "decoder_min_width"),
     *("spacing", "hu_min", "hu_max", "crop_size", "input_size", "mask_ratio", "mask", "hide"),
 )
-"""Settings that the file carries as its metadata, where the source knows them: those that a network must share to take
-the weights, and those of the pre-training.
+"""Settings stored as the file's metadata if the source has them: shapes that a network needs for the weights, and the
+settings of pre-training.
 """
 
 
 def export_weights(
     source: str | Path, out: Path, dtype: torch.dtype = torch.float16, *, decoder: bool = False
 ) -> dict[str, Tensor]:
-    """Write the encoder of a checkpoint in the released key names, and the light decoder where asked for; returns what
-    was written.
+    """Write the encoder of a checkpoint by its released key names.
 
-    source: a pre-training checkpoint or encoder file, or a fine-tuned network. Raises FileNotFoundError; ValueError
-    for another ending than .safetensors, for a source without an encoder or light decoder, for weights that `dtype`
-    cannot hold.
+    Args:
+        source: a pre-training checkpoint or encoder file, or a fine-tuned network.
+        out: path of the .safetensors file.
+        dtype: precision of the file.
+        decoder: whether to write the light decoder too.
+
+    Returns:
+        The tensors written.
+
+    Raises:
+        FileNotFoundError: there is no source.
+        ValueError: `out` does not end in .safetensors; the source has no encoder or light decoder; values exceed the
+            range of `dtype`.
     """
     if out.suffix != ".safetensors":
-        raise ValueError(f"{out}: the file is written as .safetensors; give it that ending")
+        raise ValueError(f"{out}: expected a path that ends in .safetensors, the format of the file")
     contents = read_contents(source)
-    weights = parts_of(unwrap(contents, str(source)), str(source), dtype, decoder)
+    weights = select_weights(unwrap_state_dict(contents, str(source)), str(source), dtype, decoder)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, save(weights, metadata=metadata_of(made_with(contents))))
+    write_whole(out, save(weights, metadata=export_metadata(made_with(contents))))
     return weights
 
 
-def parts_of(given: Mapping[str, Tensor], name: str, dtype: torch.dtype, decoder: bool) -> dict[str, Tensor]:
-    """The encoder's tensors by their released names, and those of the light decoder where asked for, contiguous."""
+def select_weights(given: Mapping[str, Tensor], name: str, dtype: torch.dtype, decoder: bool) -> dict[str, Tensor]:
+    """Select the encoder's tensors by their released names, and those of the light decoder if `decoder`."""
     wanted = ENCODER + (LIGHT_DECODER if decoder else ())
     weights = {}
     for key, value in given.items():
-        own = without_wrappers(key).removeprefix("encoder.")
+        own = strip_wrappers(key).removeprefix("encoder.")
         if own.startswith(wanted) and not own.startswith((MASK_TOKEN, *RELEASED_DECODER)):
-            weights[own] = as_dtype(value, dtype, f"{name}: {key}")
+            weights[own] = cast_tensor(value, dtype, f"{name}: {key}")
     needed = {"encoder": ENCODER} | ({"light decoder": ("decoder.levels.",)} if decoder else {})
     for part, prefixes in needed.items():
         if not any(own.startswith(prefixes) for own in weights):
             which = " or ".join(f"{prefix}*" for prefix in prefixes)
-            raise ValueError(f"{name} holds no {part}: none of its {len(given)} keys is of {which}")
+            raise ValueError(f"{name}: no {part}; none of its {len(given)} keys is {which}")
     return weights
 
 
-def as_dtype(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """A tensor in another number format, contiguous; raises ValueError, naming it, for values that this cannot hold."""
+def cast_tensor(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Convert a tensor to another precision, contiguous; raise ValueError if values exceed its range."""
     value = value.to(dtype) if value.is_floating_point() else value  # BatchNorm counts its batches
     if not value.isfinite().all():
-        raise ValueError(f"{name} has values that {dtype} cannot hold")
+        raise ValueError(f"{name}: values exceed the range of {dtype}; use --precision fp32")
     return value.contiguous()
 
 
-def metadata_of(known: Mapping[str, Any]) -> dict[str, str]:
-    """Settings as safetensors keeps them, text by name; each value is JSON."""
+def export_metadata(known: Mapping[str, Any]) -> dict[str, str]:
+    """Convert settings to the metadata of safetensors, text by name; each value is JSON."""
     return {"format": "pt"} | {name: json.dumps(known[name]) for name in MADE_WITH if name in known}

@@ -1,4 +1,4 @@
-"""Files of weights: `.pth`, `.pt`, `.ckpt` (read with weights_only) and `.safetensors`, and the state dict in them."""
+"""Read files of weights: `.pth`, `.pt`, `.ckpt` (with weights_only) and `.safetensors`, and the state dict in them."""
 
 import json
 import pickle
@@ -12,45 +12,55 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 CONTAINERS = ("model", "state_dict", "module")
-"""Keys under which checkpoints keep their weights."""
+"""Keys under which checkpoints store their weights."""
 WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes left by DistributedDataParallel and torch.compile."""
 
 
 def read_weights(path: str | Path, settings: Collection[str] = ()) -> dict[str, Tensor]:
-    """The state dict in a file, without executing anything stored in it; settings as in `unwrap`.
+    """Read the state dict in a file, without executing anything stored in it.
 
-    Raises FileNotFoundError; ValueError, naming the file, where it is damaged, holds other objects than plain data,
-    or no weights.
+    Args:
+        path: the file.
+        settings: keys of plain data among its tensors, see `unwrap_state_dict`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, contains objects other than plain data, or has no weights.
     """
-    return unwrap(read_contents(path), str(path), settings)
+    return unwrap_state_dict(read_contents(path), str(path), settings)
 
 
 def read_contents(path: str | Path) -> object:
-    """All that a file of weights holds, on the CPU; raises as `read_weights`, but for what it is.
+    """Read all contents of a file of weights, on the CPU.
 
-    Of a .safetensors file, its tensors as "model", its metadata as "config".
+    Returns:
+        What torch.load returns; for .safetensors a dict of its tensors ("model") and metadata ("config").
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or contains objects other than plain data.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}; give the path of a .pth, .pt or .safetensors file")
+        raise FileNotFoundError(f"{path}: no such file; give the path of a .pth, .pt or .safetensors file of weights")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 about = file.metadata() or {}
-            return {"model": load_file(path), "config": {name: parsed(text) for name, text in about.items()}}
+            return {"model": load_file(path), "config": {name: parse_json(text) for name, text in about.items()}}
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} was not opened: it is damaged, or holds Python objects other than tensors, which could run code. "
-            f"Ask its author for a plain state dict or a .safetensors file{way_out(path)}"
+            f"{path}: not opened, because it is damaged or contains Python objects other than tensors, which could run "
+            f"code. Ask its author for a plain state dict or a .safetensors file{unpickling_advice(path)}"
         ) from error
-    except Exception as error:  # torch raises many kinds for a torn file, and safetensors its own
-        raise ValueError(f"{path} cannot be read as weights; is it damaged or cut short? ({error})") from error
+    except Exception as error:  # torch raises many types for a truncated file, and safetensors its own
+        raise ValueError(f"{path}: unreadable as weights ({error}); is it damaged or truncated?") from error
 
 
-def parsed(text: str) -> Any:
-    """What a text says as JSON; the text itself where it is none."""
+def parse_json(text: str) -> Any:
+    """Parse a text as JSON; return the text itself if it is none."""
     try:
         return json.loads(text)
     except ValueError:
@@ -58,7 +68,7 @@ def parsed(text: str) -> Any:
 
 
 def made_with(contents: object) -> Mapping[str, Any]:
-    """The settings that a file of weights was made with, from all that it holds; empty where it does not say."""
+    """Find the settings of the run that made the weights, in the contents of their file; empty if it has none."""
     while isinstance(contents, Mapping):
         if isinstance(config := contents.get("config"), Mapping):
             return config
@@ -66,28 +76,36 @@ def made_with(contents: object) -> Mapping[str, Any]:
     return {}
 
 
-def way_out(path: Path) -> str:
-    """What to type for a file that holds Python objects, naming them, where one trusts them; nothing for a damaged
-    one.
+def unpickling_advice(path: Path) -> str:
+    """Describe how to load a file with Python objects if one trusts them, naming the objects.
+
+    Returns:
+        Text to append to an error; empty for a damaged file.
     """
     try:
         objects = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # no file of torch.save, or an old one
+    except Exception:  # not written by torch.save, or by an old version
         return ""
     if not objects:
         return ""
     return (
-        f". They are {', '.join(objects)}. If these only hold data, import them and load inside "
+        f". Its objects are {', '.join(objects)}. If these only contain data, import them and load inside "
         f"`with torch.serialization.safe_globals([{', '.join(objects)}]):`; or, if you trust the author with your "
-        f'machine, `torch.save(torch.load("{path}", weights_only=False)["state_dict"], "plain.pth")` writes the '
-        "weights alone"
+        f'machine, `torch.save(torch.load("{path}", weights_only=False)["state_dict"], "plain.pth")` writes only the '
+        "weights"
     )
 
 
-def unwrap(loaded: object, name: str, settings: Collection[str] = ()) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint; raises ValueError where there is none.
+def unwrap_state_dict(loaded: object, name: str, settings: Collection[str] = ()) -> dict[str, Tensor]:
+    """Find the state dict inside a checkpoint.
 
-    settings: names of plain data that may lie among its tensors and are left out.
+    Args:
+        loaded: contents of the checkpoint.
+        name: name of the checkpoint, for messages.
+        settings: keys of plain data that may lie among its tensors; they are excluded.
+
+    Raises:
+        ValueError: there is no state dict.
     """
     while isinstance(loaded, Mapping):
         inner = next((loaded[c] for c in CONTAINERS if isinstance(loaded.get(c), Mapping)), None)
@@ -95,18 +113,17 @@ def unwrap(loaded: object, name: str, settings: Collection[str] = ()) -> dict[st
             break
         loaded = inner
     if not isinstance(loaded, Mapping) or not loaded:
-        raise ValueError(f"{name} holds no weights: expected a state dict, or one under {' / '.join(CONTAINERS)}")
+        raise ValueError(f"{name}: no weights; expected a state dict, or one under {' / '.join(CONTAINERS)}")
     weights = {key: value for key, value in loaded.items() if key not in settings}
     if unnamed := [key for key in weights if not isinstance(key, str)]:
-        raise ValueError(f"{name} is no state dict: its key {unnamed[0]!r} is no name")
-    odd = [k for k, v in weights.items() if not isinstance(v, Tensor)]
-    if odd:
-        raise ValueError(f"{name} is no state dict: {', '.join(odd[:3])} {'is' if len(odd) == 1 else 'are'} no tensor")
+        raise ValueError(f"{name}: no state dict; expected text as keys, got {unnamed[0]!r}")
+    if others := [key for key, value in weights.items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"{name}: no state dict; expected tensors as values, got others at {', '.join(others[:3])}")
     return weights
 
 
-def without_wrappers(key: str) -> str:
-    """A key as the network itself names it."""
+def strip_wrappers(key: str) -> str:
+    """Remove the prefixes of DistributedDataParallel and torch.compile from a key."""
     while key.startswith(WRAPPERS):
         key = key.removeprefix("module.").removeprefix("_orig_mod.")
     return key

@@ -1,8 +1,8 @@
-"""Loading weights is a report: what matched, what was adapted, what is missing, what was left aside, and why.
+"""Load weights and report what matched, what was adapted, what is missing, what was ignored, and why.
 
-Understands the released encoder file (a plain state dict), this project's pre-training and fine-tuning checkpoints,
-state dicts in memory, and key prefixes of DistributedDataParallel and torch.compile. The rules for networks of others
-are in third_party.py.
+Supports the released encoder file (a plain state dict), this project's pre-training and fine-tuning checkpoints, state
+dicts in memory, and key prefixes of DistributedDataParallel and torch.compile. The rules for third-party networks are
+in third_party.py.
 """
 
 import re
@@ -17,8 +17,15 @@ from torch import Tensor, nn
 from hyspark.models.encoder import NUM_STAGES, HybridEncoder
 from hyspark.models.segmentation import Hybird
 from hyspark.models.vit import TokenTransformer
-from hyspark.models.weights.files import made_with, read_contents, unwrap, without_wrappers
-from hyspark.models.weights.third_party import SETTINGS, Fit, adapt_channels, decoder_width, fit, nothing_matches
+from hyspark.models.weights.files import made_with, read_contents, strip_wrappers, unwrap_state_dict
+from hyspark.models.weights.third_party import (
+    SPARK_SETTINGS,
+    WeightMatch,
+    adapt_channels,
+    find_decoder_width,
+    match_third_party,
+    no_match_error,
+)
 
 MASK_TOKEN = "mae.mask_token"
 ENCODER = ("embeddings.", "mae.")
@@ -28,11 +35,15 @@ LIGHT_DECODER = ("densify.", "decoder.levels.", "decoder.fuse.", "decoder.out.")
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What happened to each key; prints as a few readable lines.
+    """Report of the fate of each key; prints as a few readable lines.
 
-    matched: keys loaded as they are. adapted, unexpected: key -> how, why. missing: the model's keys that keep their
-    fresh values. coverage: share of the model's parameters (by count of numbers) that were loaded or adapted, 0..1.
-    made_with: settings of the run that made the weights, by their names, as far as the file says.
+    Attributes:
+        matched: keys loaded unchanged.
+        adapted: how a value was changed, by key.
+        missing: the model's keys that keep their random initialisation.
+        unexpected: why a key of the file was ignored, by key.
+        coverage: fraction of the model's parameters that were loaded or adapted, 0..1.
+        made_with: settings of the run that made the weights, as far as the file has them.
     """
 
     matched: tuple[str, ...]
@@ -45,15 +56,16 @@ class LoadReport:
     def __str__(self) -> str:
         lines = [
             f"matched    {len(self.matched):4d} keys, covering {self.coverage:.1%} of the model's parameters",
-            f"adapted    {len(self.adapted):4d}" + summary(self.adapted),
-            f"missing    {len(self.missing):4d}" + (f" (fresh: {groups(self.missing)})" if self.missing else ""),
-            f"unexpected {len(self.unexpected):4d}" + summary(self.unexpected),
+            f"adapted    {len(self.adapted):4d}" + join_reasons(self.adapted),
+            f"missing    {len(self.missing):4d}"
+            + (f" (randomly initialised: {count_by_module(self.missing)})" if self.missing else ""),
+            f"unexpected {len(self.unexpected):4d}" + join_reasons(self.unexpected),
         ]
         return "\n".join(lines)
 
 
-def summary(reasons: Mapping[str, str]) -> str:
-    """Keys joined by their reason, at most three of each named."""
+def join_reasons(reasons: Mapping[str, str]) -> str:
+    """Join keys by their reason, naming at most three of each."""
     by_reason: dict[str, list[str]] = {}
     for key, reason in reasons.items():
         by_reason.setdefault(reason, []).append(key)
@@ -64,8 +76,8 @@ def summary(reasons: Mapping[str, str]) -> str:
     return f" ({'; '.join(parts)})" if parts else ""
 
 
-def groups(keys: tuple[str, ...]) -> str:
-    """First parts of key names with their counts, e.g. 'decoder.* 98'."""
+def count_by_module(keys: tuple[str, ...]) -> str:
+    """Count keys by the first part of their names, e.g. 'decoder.* 98'."""
     counts: dict[str, int] = {}
     for key in keys:
         head = key.split(".")[0]
@@ -73,9 +85,9 @@ def groups(keys: tuple[str, ...]) -> str:
     return ", ".join(f"{head}.* {num}" for head, num in counts.items())
 
 
-def plain_key(key: str, wanted: Mapping[str, Tensor]) -> str:
-    """A source key in the model's terms: wrappers' prefixes off, `encoder.` off or on as the model has it."""
-    key = without_wrappers(key)
+def model_key(key: str, wanted: Mapping[str, Tensor]) -> str:
+    """Convert a source key to the model's: without wrappers' prefixes, and with `encoder.` if the model has it."""
+    key = strip_wrappers(key)
     for candidate in (key, key.removeprefix("encoder."), f"encoder.{key}"):
         if candidate in wanted:
             return candidate
@@ -83,25 +95,34 @@ def plain_key(key: str, wanted: Mapping[str, Tensor]) -> str:
 
 
 def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> LoadReport:
-    """Load weights into a network and say what happened.
+    """Load weights into a network and report the fate of each key.
 
-    source: a file's path or a state dict. Into a network of this package (pre-training, encoder or segmentation):
-    positions are recomputed where the crop size differs; the stem is adapted where the number of input channels
-    differs; a segmentation head with another number of classes stays fresh, and so does the last level of a light
-    decoder that comes from pre-training, with those that the network has wider. Into any other network: published
-    files of SparK, MoCo, BYOL and SwAV, this project's, and those of the network's own library; see third_party.py.
+    In a network of this package (pre-training, encoder or segmentation):
 
-    Raises FileNotFoundError for a missing file; ValueError where nothing matches, where a key is unexplained, where
-    shapes do not fit, where part of the encoder is missing, or where the file says that it was made with another number
-    of attention heads, which no shape shows. The model is unchanged then.
+    - Positions are recomputed for another crop size.
+    - The stem is adapted to another number of input channels.
+    - A segmentation head for another number of classes stays randomly initialised.
+    - So do the last level of a light decoder from pre-training, and levels that are wider in the network.
+
+    Any other network takes published files of SparK, MoCo, BYOL and SwAV, this project's, and those of its own library;
+    see third_party.py.
+
+    Args:
+        model: the network; it is unchanged if an error is raised.
+        source: path of a file, or a state dict.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: nothing matches; a key is unexplained; shapes differ; part of the encoder is missing; the file was
+            made with another number of attention heads, which no shape shows.
     """
     name = "the state dict" if isinstance(source, Mapping) else str(source)
-    own = is_own(model)
-    settings = () if own else SETTINGS
+    own = is_own_network(model)
+    settings = () if own else SPARK_SETTINGS
     contents = source if isinstance(source, Mapping) else read_contents(source)
-    given = unwrap(contents, name, settings)
-    check_heads(model, made_with(contents), name)
-    found = fit_own(model, given, name) if own else fit(model, given, name)
+    given = unwrap_state_dict(contents, name, settings)
+    check_num_heads(model, made_with(contents), name)
+    found = match_own(model, given, name) if own else match_third_party(model, given, name)
     state = model.state_dict()  # its own, for the versions that some networks keep beside the values
     state.update(found.loaded)
     model.load_state_dict(state)
@@ -110,38 +131,38 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor])
     return LoadReport(found.matched, found.adapted, found.missing, found.unexpected, coverage, made_with(contents))
 
 
-def is_own(model: nn.Module) -> bool:
-    """Whether a network is one of this package, around its own encoder."""
+def is_own_network(model: nn.Module) -> bool:
+    """Whether a network is one of this package, with its own encoder."""
     encoder = getattr(model, "encoder", model)
     return isinstance(encoder, HybridEncoder) or isinstance(model, Hybird)
 
 
-def check_heads(model: nn.Module, settings: Mapping[str, Any], name: str) -> None:
-    """Raises ValueError where weights were made with another number of attention heads than the model has."""
+def check_num_heads(model: nn.Module, settings: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError if weights were made with another number of attention heads than the model's."""
     given = settings.get("num_heads")
     found = {part.num_heads for part in model.modules() if isinstance(part, TokenTransformer)}
     if found and given is not None and found != {given}:
         own = max(found - {given})
         raise ValueError(
-            f"{name} was made with {given} attention heads, the model has {own}; the shapes are the same, but it would "
-            f"compute something else: build the model as the weights were (--num_heads {given})"
+            f"{name}: expected {own} attention heads, as in the model, got {given}; the shapes are the same, but the "
+            f"outputs would differ. Build the model like the weights (--num_heads {given})"
         )
 
 
-def fit_own(model: nn.Module, given: Mapping[str, Tensor], name: str) -> Fit:
-    """The keys and values of a network of this package in a state dict; raises as `load_pretrained`."""
+def match_own(model: nn.Module, given: Mapping[str, Tensor], name: str) -> WeightMatch:
+    """Match a state dict to a network of this package; raise as `load_pretrained`."""
     wanted = model.state_dict()
-    is_segmentation = any(without_wrappers(key).startswith("decoder.fuse.") for key in given)
-    fresh = model.starts_fresh if isinstance(model, Hybird) and not is_segmentation else ()
+    is_segmentation = any(strip_wrappers(key).startswith("decoder.fuse.") for key in given)
+    fresh = model.reinitialised if isinstance(model, Hybird) and not is_segmentation else ()
     matched, adapted, unexpected, loaded = [], {}, {}, {}
     for key, value in given.items():
-        own = plain_key(key, wanted)
+        own = model_key(key, wanted)
         if own not in wanted:
-            unexpected[key] = why_unexpected(own, name, as_built(given))
+            unexpected[key] = reason_unexpected(own, name, build_advice(given))
         elif own.startswith(fresh):
-            unexpected[key] = "paints grey values, classes are learned sooner from a fresh one"
+            unexpected[key] = "reconstructs grey values; classes are learned sooner from random initialisation"
         elif own in loaded:
-            raise ValueError(f"{name}: two keys stand for {own}; it mixes more than one network")
+            raise ValueError(f"{name}: two keys match {own}; it mixes more than one network")
         elif own.endswith("mae.pos_embed") and not same_positions(value, wanted[own]):
             loaded[own] = wanted[own]
             adapted[own] = f"positions recomputed for {wanted[own].shape[1]} tokens, was {value.shape[1]}"
@@ -156,18 +177,18 @@ def fit_own(model: nn.Module, given: Mapping[str, Tensor], name: str) -> Fit:
             unexpected[key] = f"{head}, the model has {len(wanted[own])}"
         else:
             raise ValueError(
-                f"{name}: {key} has shape {tuple(value.shape)}, the model wants {tuple(wanted[own].shape)}; "
-                f"{as_built(given)}"
+                f"{name}: {key}: the model expects shape {tuple(wanted[own].shape)}, got {tuple(value.shape)}; "
+                f"{build_advice(given)}"
             )
     if not matched:
-        raise nothing_matches(given, wanted, name)
+        raise no_match_error(given, wanted, name)
     missing = tuple(key for key in wanted if key not in loaded)
-    check_missing(missing, name, as_built(given))
-    return Fit(loaded, tuple(matched), adapted, missing, unexpected)
+    check_encoder_complete(missing, name, build_advice(given))
+    return WeightMatch(loaded, tuple(matched), adapted, missing, unexpected)
 
 
-def as_built(weights: Mapping[str, Tensor]) -> str:
-    """What to do where a model has another shape than these weights, with the flags for the shape that they show."""
+def build_advice(weights: Mapping[str, Tensor]) -> str:
+    """Describe how to build a model for these weights, with the flags for their shapes."""
     layers: dict[tuple[int, int], dict[str, int]] = {}
     blocks = set()
     for key, value in weights.items():
@@ -178,49 +199,50 @@ def as_built(weights: Mapping[str, Tensor]) -> str:
             blocks.add(found[1])
     first = [layers.get((stage, 0), {}) for stage in range(1, NUM_STAGES + 1)]
     if not blocks or any(len(sizes) != 2 for sizes in first):
-        return "build the model as the weights were (--encoder_widths, --encoder_depths, --expansions, --vit_depth)"
+        return "build the model like the weights (--encoder_widths, --encoder_depths, --expansions, --vit_depth)"
     numbers = {
         "encoder_widths": [sizes["conv1"] for sizes in first],
         "encoder_depths": [sum(s == stage for s, _ in layers) for stage in range(1, NUM_STAGES + 1)],
         "expansions": [sizes["conv3"] // sizes["conv1"] for sizes in first],
         "vit_depth": [len(blocks)],
     }
-    if (deepest := decoder_width(weights)) is not None:
+    if (deepest := find_decoder_width(weights)) is not None:
         numbers["decoder_width"] = [deepest]
         levels = [len(value) for key, value in weights.items() if re.search(r"\bdecoder\.levels\.\d\.up\.weight$", key)]
         if levels and min(levels) > deepest >> len(levels) - 1:
             numbers["decoder_min_width"] = [min(levels)]
     flags = " ".join(f"--{name} {' '.join(map(str, values))}" for name, values in numbers.items())
-    return f"build the model as the weights were: {flags}"
+    return f"build the model like the weights: {flags}"
 
 
 def same_positions(value: Tensor, own: Tensor) -> bool:
-    """Whether stored positions are those of the model's grid, up to 16-bit rounding. Other grids may have as many
-    tokens.
+    """Whether stored positions equal those of the model's grid, up to 16-bit rounding.
+
+    The shape does not decide: another grid may have as many tokens.
     """
     return value.shape == own.shape and torch.allclose(value.to(own), own, atol=1e-2)
 
 
-def why_unexpected(key: str, name: str, advice: str) -> str:
-    """Why a key may be left aside; raises ValueError where there is no reason."""
+def reason_unexpected(key: str, name: str, advice: str) -> str:
+    """Find the reason to ignore a key that the model does not have; raise ValueError if there is none."""
     if key.removeprefix("encoder.") == MASK_TOKEN:
         return "stored by the release, never trained, not used"
     if key.startswith(RELEASED_DECODER):
         return "decoder of segmentation, not part of this model"
     if re.match(r"densify\.\d\.mask_token$", key):
-        return "stands for hidden patches, of which this model has none"
+        return "token of hidden patches, which this model does not have"
     if key.startswith(LIGHT_DECODER):
         return "decoder of pre-training, not part of this model"
     if re.match(r"(encoder\.)?(mae\.blocks|embeddings\.layer\d)\.\d+\.", key):
         raise ValueError(f"{name}: {key} is beyond the depth of the model; {advice}")
-    raise ValueError(f"{name}: key {key!r} is not explained: no network of this package has it")
+    raise ValueError(f"{name}: {key}: unexplained key, which no network of this package has")
 
 
-def check_missing(missing: tuple[str, ...], name: str, advice: str) -> None:
-    """Raises ValueError where part of the encoder has no weights; fixed positions need none."""
+def check_encoder_complete(missing: tuple[str, ...], name: str, advice: str) -> None:
+    """Raise ValueError if part of the encoder has no weights; fixed positions need none."""
     part = [k for k in missing if k.removeprefix("encoder.").startswith(ENCODER) and not k.endswith("pos_embed")]
     if part:
         raise ValueError(
-            f"{name} lacks {len(part)} keys of the encoder ({', '.join(part[:3])}, ...); "
-            f"it is cut short, or from another network; {advice}"
+            f"{name}: {len(part)} keys of the encoder are missing ({', '.join(part[:3])}, ...); "
+            f"it is truncated, or from another network; {advice}"
         )

@@ -1,9 +1,9 @@
-"""Weights into networks of others (torchvision, timm, MONAI, the user's own): which key of a file is which of theirs.
+"""Match weights to third-party networks (torchvision, timm, MONAI, the user's own), key by key.
 
-File and network each keep the backbone under a prefix of their own: `encoder_q.` in a file of MoCo, `backbone.body.` in
-a detector. The two prefixes under which most names agree are taken. Then every key of the file needs a reason, and
-every key of the network under its prefix a value, but for heads and decoders, which may be absent as a whole.
-What lies outside the network's prefix stays fresh.
+File and network each have the backbone under a prefix: `encoder_q.` in a file of MoCo, `backbone.body.` in a detector.
+The two prefixes under which most names agree are chosen. Then every other key of the file needs a reason. Every key of
+the network under its prefix needs a value, except heads and decoders, which may be absent as a whole. Everything
+outside the network's prefix stays randomly initialised.
 """
 
 import re
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from hyspark.models.weights.files import without_wrappers
+from hyspark.models.weights.files import strip_wrappers
 
-SOURCES = (
+FILE_PREFIXES = (
     "",
     "model.",  # SwAV of Lightning Bolts
     "encoder_q.",  # MoCo
@@ -24,39 +24,44 @@ SOURCES = (
     "encoder.backbone.",  # the pre-training of this project
     "sparse_encoder.sp_cnn.",  # SparK's own
 )
-"""Prefixes under which files keep a backbone."""
-SETTINGS = ("config",)
-"""What SparK's own files keep among the tensors."""
-HEADS = (
+"""Prefixes under which files have a backbone."""
+SPARK_SETTINGS = ("config",)
+"""Keys of plain data among the tensors in SparK's own files."""
+HEAD_MODULES = (
     *("fc", "_fc", "classifier", "head", "heads", "head_dist", "class_layers", "last_linear", "classification_head"),
     *("aux1", "aux2", "AuxLogits", "segmentation_head", "conv_final", "output_block", "deep_supervision_heads"),
 )
-"""Modules that give class scores in networks of torchvision and MONAI; those of timm say which it is."""
-DECODERS = ("decoder", "up_layers", "up_samples", "upsamples")
+"""Modules that give class scores in networks of torchvision and MONAI; networks of timm declare theirs."""
+DECODER_MODULES = ("decoder", "up_layers", "up_samples", "upsamples")
 """Modules behind the encoder in MONAI's FlexibleUNet, SegResNet and DynUNet."""
-EXTRAS = {
-    r"encoder_k\.": "momentum encoder of MoCo, encoder_q is taken",
+IGNORED_KEYS = {
+    r"encoder_k\.": "momentum encoder of MoCo, encoder_q is used",
     r"(val_)?queue(_ptr)?$": "queue of MoCo",
-    r"target_network\.": "momentum encoder of BYOL, online_network is taken",
+    r"target_network\.": "momentum encoder of BYOL, online_network is used",
     r"online_network\.projector\.": "projection head of BYOL",
     r"online_network\.predictor\.": "predictor of BYOL",
     r"(projection_head|projection|project)\.": "projection head of pre-training",
     r"predict\.": "predictor of BYOL",
-    r"teacher\.": "slow copy of pre-training, encoder is taken",
+    r"teacher\.": "momentum encoder of pre-training, encoder is used",
     r"criterion\.memory_bank\.": "queue of MoCo",
     r"prototypes": "prototypes of SwAV",
     r"(dense_decoder|densify_norms|densify_projs|mask_tokens|densify)\.": "decoder of pre-training",
     r"(imn_m|imn_s|norm_black)$": "stored by SparK, not used",
-    rf"({'|'.join(HEADS)})\.": "head of its own, not part of this model",
-    rf"({'|'.join(DECODERS)})\.": "decoder, not part of this model",
+    rf"({'|'.join(HEAD_MODULES)})\.": "head of the file's network, not part of this model",
+    rf"({'|'.join(DECODER_MODULES)})\.": "decoder, not part of this model",
 }
-"""Keys, by the beginning of their names, that a file may have beside those of the network, and why."""
+"""Patterns of keys that a file may have beside those of the network, with the reasons."""
 COUNTER = ".num_batches_tracked"
 
 
 @dataclass(frozen=True)
-class Fit:
-    """A file's weights in a network's terms. loaded: values by the network's keys. The rest as in LoadReport."""
+class WeightMatch:
+    """Weights of a file, matched to the keys of a network.
+
+    Attributes:
+        loaded: values by the network's keys.
+        matched: see `LoadReport`, as for the others.
+    """
 
     loaded: dict[str, Tensor]
     matched: tuple[str, ...]
@@ -65,16 +70,22 @@ class Fit:
     unexpected: dict[str, str]
 
 
-def fit(model: nn.Module, given: Mapping[str, Tensor], name: str) -> Fit:
-    """Find the network's key and value for each key of a state dict.
+def match_third_party(model: nn.Module, given: Mapping[str, Tensor], name: str) -> WeightMatch:
+    """Match a state dict to a third-party network.
 
-    Raises ValueError, naming `name`, where nothing or more than one part of the network matches, where a key is
-    unexplained, where shapes do not fit or where part of the backbone is missing.
+    Args:
+        model: the network.
+        given: the state dict.
+        name: name of the file, for messages.
+
+    Raises:
+        ValueError: no or more than one part of the network matches; a key is unexplained; shapes differ; part of the
+            backbone is missing.
     """
     wanted = model.state_dict()
-    source, own = prefixes(given, wanted, name)
-    pairs, unexpected = pair(given, wanted, source, own, name)
-    heads = tops_of(model, own, HEADS)
+    source, own = find_prefixes(given, wanted, name)
+    pairs, unexpected = pair_keys(given, wanted, source, own, name)
+    heads = module_prefixes(model, own, HEAD_MODULES)
     channels = stem_channels((given[pairs[key]], want) for key, want in wanted.items() if key in pairs)
     loaded, matched, adapted = {}, [], {}
     for target, key in pairs.items():
@@ -83,88 +94,102 @@ def fit(model: nn.Module, given: Mapping[str, Tensor], name: str) -> Fit:
             loaded[target] = value
             matched.append(target)
         elif target.startswith(heads):
-            unexpected[key] = f"head of {len(value)} outputs, the model's has {len(want)}"
+            unexpected[key] = f"head with {len(value)} outputs, the model's has {len(want)}"
         elif channels and is_stem(value, want) and (value.shape[1], want.shape[1]) == channels:
             loaded[target] = adapt_channels(value, channels[1])
             adapted[target] = f"{channels[0]} -> {channels[1]} input channels"
         else:
-            width = decoder_width(given)
+            width = find_decoder_width(given)
             flag = "" if width is None else f" (--decoder_width {width})"
             raise ValueError(
-                f"{name}: {key} has shape {tuple(value.shape)}, the model wants {tuple(want.shape)}; build the model "
-                f"as the weights were{flag}"
+                f"{name}: {key}: the model expects shape {tuple(want.shape)}, got {tuple(value.shape)}; build the "
+                f"model with the shapes of the weights{flag}"
             )
-    missing = without_values(wanted, loaded)
-    tops = (*heads, *tops_of(model, own, DECODERS))
-    check_missing([key for key in missing if key.startswith(own)], pairs, tops, wanted, name)
-    return Fit(loaded, tuple(matched), adapted, missing, unexpected)
+    missing = find_missing(wanted, loaded)
+    tops = (*heads, *module_prefixes(model, own, DECODER_MODULES))
+    check_backbone_complete([key for key in missing if key.startswith(own)], pairs, tops, wanted, name)
+    return WeightMatch(loaded, tuple(matched), adapted, missing, unexpected)
 
 
-def pair(
+def pair_keys(
     given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str, own: str, name: str
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """The network's keys with those of the file, and the other keys of the file with the reasons for which they may be
-    left aside. Raises ValueError where there is none, or where two keys stand for one.
+    """Pair keys of a network with keys of a file under the given prefixes.
+
+    Args:
+        given: state dict of the file.
+        wanted: state dict of the network.
+        source: prefix of the backbone in the file.
+        own: prefix of the backbone in the network.
+        name: name of the file, for messages.
+
+    Returns:
+        The file's key by the network's, and the reason by the file's key for those that are ignored.
+
+    Raises:
+        ValueError: a key has no reason to be ignored, or two keys of the file match one of the network.
     """
     pairs, unexpected, unexplained = {}, {}, []
     for key in given:
-        rest = without_wrappers(key)
+        rest = strip_wrappers(key)
         target = own + rest.removeprefix(source)
         if rest.startswith(source) and target in wanted:
             if target in pairs:
-                raise ValueError(f"{name}: two keys stand for {target}; it mixes more than one network")
+                raise ValueError(f"{name}: two keys match {target}; it mixes more than one network")
             pairs[target] = key
-        elif why := why_left_aside(rest.removeprefix(source), target, wanted):
+        elif why := reason_to_ignore(rest.removeprefix(source), target, wanted):
             unexpected[key] = why
         else:
             unexplained.append(key)
     if unexplained:
         raise ValueError(
-            f"{name}: {len(unexplained)} keys are not explained ({', '.join(unexplained[:3])}, ...); {len(pairs)} are "
-            f"the model's {own}*. Is it of another network?"
+            f"{name}: {len(unexplained)} keys are unexplained ({', '.join(unexplained[:3])}, ...), and {len(pairs)} "
+            f"match the model's {own}*; is it from another network?"
         )
     return pairs, unexpected
 
 
-def prefixes(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> tuple[str, str]:
-    """The prefix of the backbone in the file, and in the network: those under which most names agree, and of several
-    such those under which most shapes do.
+def find_prefixes(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> tuple[str, str]:
+    """Find the prefixes of the backbone, in the file and in the network.
 
-    Raises ValueError where no key matches, or where the weights fit two parts of the network equally well.
+    They are the pair under which most names agree, and then most shapes.
+
+    Raises:
+        ValueError: no key matches, or the weights match two parts of the network equally well.
     """
-    shapes = {without_wrappers(key): value.shape for key, value in given.items()}
+    shapes = {strip_wrappers(key): value.shape for key, value in given.items()}
     first = {f"{key.split('.')[0]}." for key in shapes}
-    sources = (*SOURCES, *(first.difference(SOURCES) if len(first) == 1 else ()))
-    below = keys_below(wanted)
+    sources = (*FILE_PREFIXES, *(first.difference(FILE_PREFIXES) if len(first) == 1 else ()))
+    below = keys_by_prefix(wanted)
     best = (0, 0)
     found: dict[frozenset[tuple[str, int]], tuple[str, str]] = {}
     for source in sources:
         rests = {key.removeprefix(source) for key in shapes if key.startswith(source)}
         for own, own_rests in below.items():
             shared = rests & own_rests
-            if len(shared) < best[0] or not shared or (source not in SOURCES and own.endswith(source)):
+            if len(shared) < best[0] or not shared or (source not in FILE_PREFIXES and own.endswith(source)):
                 continue
             fits = (len(shared), sum(shapes[source + rest] == wanted[own + rest].shape for rest in shared))
             if fits > best:
                 best, found = fits, {}
             if fits == best:
-                # One meaning may be written in several ways (encoder.backbone.* is backbone.* of encoder.*), and a
-                # module may stand at two places: what counts is which value goes into which tensor.
+                # One assignment may be written in several ways (encoder.backbone.* is backbone.* of encoder.*), and a
+                # module may have two names: what counts is which value is loaded into which tensor.
                 meaning = frozenset((source + rest, wanted[own + rest].data_ptr()) for rest in shared)
                 found[meaning] = max(found.get(meaning, (source, own)), (source, own), key=lambda pair: len(pair[1]))
     if not found:
-        raise nothing_matches(given, wanted, name)
+        raise no_match_error(given, wanted, name)
     if len(found) > 1:
-        places = ", ".join(f"{source}* as {own}*" for source, own in found.values())
+        ways = ", ".join(f"{source}* as {own}*" for source, own in found.values())
         raise ValueError(
-            f"{name} fits in {len(found)} ways ({places}); load it into the part that you mean: "
+            f"{name}: matches the model in {len(found)} ways ({ways}); load it into one module: "
             "load_pretrained(model.part, ...)"
         )
     return next(iter(found.values()))
 
 
-def keys_below(wanted: Iterable[str]) -> dict[str, set[str]]:
-    """The prefixes of a network's keys, and the rest of the keys below each."""
+def keys_by_prefix(wanted: Iterable[str]) -> dict[str, set[str]]:
+    """Collect the rests of a network's keys below each of their prefixes."""
     below: dict[str, set[str]] = {}
     for key in wanted:
         parts = key.split(".")
@@ -173,20 +198,24 @@ def keys_below(wanted: Iterable[str]) -> dict[str, set[str]]:
     return below
 
 
-def nothing_matches(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> ValueError:
-    """The error where no key is one of the model's."""
+def no_match_error(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> ValueError:
+    """Create the error for a state dict without a key of the model."""
     return ValueError(
-        f"{name}: none of its {len(given)} keys is one of the model's (it begins with {next(iter(given))!r}, "
-        f"the model with {next(iter(wanted))!r})"
+        f"{name}: none of its {len(given)} keys is one of the model's (its first is {next(iter(given))!r}, "
+        f"the model's {next(iter(wanted))!r})"
     )
 
 
-def tops_of(model: nn.Module, own: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Prefixes of what may lie on top of a backbone at `own`, or at a usual place below it. Of networks of timm, heads
-    are what they say.
+def module_prefixes(model: nn.Module, own: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """List the prefixes of modules on top of a backbone.
+
+    Args:
+        model: the network.
+        own: prefix of the backbone; it may also lie below it, under one of `FILE_PREFIXES`.
+        names: names of such modules; networks of timm declare theirs instead.
     """
     found = []
-    for root in (own + source for source in SOURCES):
+    for root in (own + source for source in FILE_PREFIXES):
         try:
             part = model.get_submodule(root.rstrip("."))
         except AttributeError:
@@ -198,21 +227,26 @@ def tops_of(model: nn.Module, own: str, names: tuple[str, ...]) -> tuple[str, ..
     return tuple(found)
 
 
-def why_left_aside(rest: str, target: str, wanted: Mapping[str, Tensor]) -> str | None:
-    """Why a key of the file, which the model does not have, may be left aside; None where there is no reason."""
+def reason_to_ignore(rest: str, target: str, wanted: Mapping[str, Tensor]) -> str | None:
+    """Find the reason to ignore a key that the model does not have; None if there is none."""
     if target.endswith(COUNTER) and target.removesuffix(COUNTER) + ".running_mean" in wanted:
-        return "count of batches, which the model's norms do not keep"
-    return next((why for pattern, why in EXTRAS.items() if re.match(pattern, rest)), None)
+        return "number of batches, which the model's norms do not count"
+    return next((why for pattern, why in IGNORED_KEYS.items() if re.match(pattern, rest)), None)
 
 
 def is_stem(value: Tensor, want: Tensor) -> bool:
-    """Whether two weights (c, n_in, *kernel) of a convolution of images differ in their input channels alone."""
+    """Whether two weights (c, n_in, *kernel) of a convolution of images differ in their input channels only."""
     return value.ndim == want.ndim >= 4 and len(value) == len(want) and value.shape[2:] == want.shape[2:]
 
 
 def stem_channels(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[int, int] | None:
-    """Input channels of a network's first convolution, in the file and in the network; None where they agree, or more
-    differs than these. pairs: the two's values, in the network's order.
+    """Find the input channels of a network's first convolution, in the file and in the network.
+
+    Args:
+        pairs: values of the file and of the network, in the network's order.
+
+    Returns:
+        Two numbers of channels; None if they agree, or if the convolutions differ otherwise too.
     """
     value, want = next(((v, w) for v, w in pairs if v.ndim >= 4), (None, None))
     if value is None or want is None or not is_stem(value, want) or value.shape == want.shape:
@@ -221,25 +255,31 @@ def stem_channels(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[int, int] | N
 
 
 def adapt_channels(weight: Tensor, num_channels: int) -> Tensor:
-    """Stem weight (c, n_in, *k) for another number of input channels: the mean over the old ones, scaled to keep the
-    response's size.
+    """Adapt a stem weight (c, n_in, *k) to another number of input channels.
+
+    Each new channel gets the mean over the old ones, scaled to preserve the size of the response.
     """
     mean = weight.sum(dim=1, keepdim=True) / num_channels
     return mean.expand(-1, num_channels, *mean.shape[2:]).clone()
 
 
-def without_values(wanted: Mapping[str, Tensor], loaded: Iterable[str]) -> tuple[str, ...]:
-    """Keys of the network whose tensors got no value, under this name or another one."""
+def find_missing(wanted: Mapping[str, Tensor], loaded: Iterable[str]) -> tuple[str, ...]:
+    """List the keys of a network whose tensors got no value, under this name or another one."""
     done = {wanted[key].data_ptr() for key in loaded}
     return tuple(key for key, value in wanted.items() if value.data_ptr() not in done)
 
 
-def check_missing(
+def check_backbone_complete(
     missing: list[str], given: Iterable[str], tops: tuple[str, ...], wanted: Mapping[str, Tensor], name: str
 ) -> None:
-    """Raises ValueError where something is missing but counters and whole heads or decoders.
+    """Raise ValueError if a key other than counters and whole heads or decoders is missing.
 
-    given: the network's keys that the file has, loaded or left aside.
+    Args:
+        missing: keys of the network without a value.
+        given: keys of the network that the file has, loaded or ignored.
+        tops: prefixes of heads and decoders.
+        wanted: state dict of the network.
+        name: name of the file, for messages.
     """
     begun = {top for key in given for top in tops if key.startswith(top)}
     absent = tuple(top for top in tops if top not in begun)
@@ -252,12 +292,12 @@ def check_missing(
     ]
     if part:
         raise ValueError(
-            f"{name} lacks {len(part)} keys of the network, its head aside ({', '.join(part[:3])}, ...); it is cut "
-            "short, or from another network. If these are to stay fresh, load into the part of the model without them: "
-            "load_pretrained(model.part, ...)"
+            f"{name}: {len(part)} keys of the network, its head aside, are missing ({', '.join(part[:3])}, ...); it is "
+            "truncated, or from another network. If these are to stay randomly initialised, load into the module "
+            "without them: load_pretrained(model.part, ...)"
         )
 
 
-def decoder_width(given: Mapping[str, Tensor]) -> int | None:
-    """The width of the decoder of pre-training that weights show; None where they have none."""
+def find_decoder_width(given: Mapping[str, Tensor]) -> int | None:
+    """Find the width of the decoder of pre-training in a state dict; None if it has none."""
     return next((len(value) for key, value in given.items() if key.endswith("densify.0.project.weight")), None)

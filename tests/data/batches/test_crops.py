@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from monai.transforms import SpatialPad
 
 from hyspark.data.batches.augmentation import AffineRange, augmentation
-from hyspark.data.batches.crops import Planes, image_crop, labelled_crop, place
+from hyspark.data.batches.crops import SliceSampling, crop_start, image_crop, labelled_crop
 from hyspark.data.preprocessing.store import StoredVolume, write_entry
 from hyspark.data.seeds import STREAMS, rng_at, seed_at, volume_at
 
@@ -85,7 +85,7 @@ def test_the_order_depends_on_the_seed():
 def test_crops_stay_inside_and_hold_their_centre(axes):
     shape, size = [n for n, _, _ in axes], [s for _, s, _ in axes]
     centre = [int(n * u) for n, _, u in axes]
-    for start, c, n, s in zip(place(centre, shape, size), centre, shape, size, strict=True):
+    for start, c, n, s in zip(crop_start(centre, shape, size), centre, shape, size, strict=True):
         assert start <= c < start + s
         if n >= s:
             assert 0 <= start <= n - s
@@ -100,7 +100,7 @@ def test_small_volumes_lie_where_spatial_pad_puts_them(tmp_path, shape):
     size = (16, 32, 16)
     image = np.random.default_rng(0).random(shape, np.float32)
     centre = [n // 3 for n in shape]
-    start = place(centre, shape, size)
+    start = crop_start(centre, shape, size)
     padded = SpatialPad(size)(torch.from_numpy(image)[None]).numpy()[0]
     box = tuple(slice(max(0, a), max(0, a) + s) for a, s in zip(start, size, strict=True))
     read = make(tmp_path / "e", image).read("image", start, size)
@@ -139,7 +139,7 @@ def test_flips_come_as_often_as_asked_for_on_their_axis(tmp_path, flip_prob):
     image = np.random.default_rng(0).uniform(0.1, 1, (6, 5, 4)).astype(np.float32)
     volume = make(tmp_path / "e", image)
     size, num = (8, 8, 8), 150
-    plain = volume.read("image", place((0, 0, 0), image.shape, size), size)
+    plain = volume.read("image", crop_start((0, 0, 0), image.shape, size), size)
     flipped = {axes: np.flip(plain, axes) for axes in ((), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2))}
     counts: Counter[int] = Counter()
     for t in range(num):
@@ -155,48 +155,50 @@ def test_flips_come_as_often_as_asked_for_on_their_axis(tmp_path, flip_prob):
 
 @pytest.mark.parametrize("axis", range(3))
 @pytest.mark.parametrize("stride", [1, 4])
-def test_planes_are_those_of_the_volume(tmp_path, axis, stride):
-    """Across each axis, at multiples of the stride, at the place that a crop would have in the plane."""
+def test_slices_are_those_of_the_volume(tmp_path, axis, stride):
+    """Across each axis, at multiples of the stride, at the start that a crop would have in the slice."""
     image = np.random.default_rng(0).uniform(0.1, 1, (40, 36, 30)).astype(np.float32)
     volume = make(tmp_path / "e", image)
     stored = volume.read("image", (0, 0, 0), image.shape)
     found = set()
     for t in range(40):
-        plane = image_crop(volume, (16, 24), NO_FLIPS, rng_at(0, "crop", t), planes=Planes(axis, stride))
-        assert plane.shape == (1, 16, 24)
-        places = np.argwhere(stored == plane[0, 0, 0])
-        (start,) = [p for p in places if p[axis] % stride == 0 and fits(stored, p, plane[0], axis)]
+        drawn = image_crop(volume, (16, 24), NO_FLIPS, rng_at(0, "crop", t), slices=SliceSampling(axis, stride))
+        assert drawn.shape == (1, 16, 24)
+        starts = np.argwhere(stored == drawn[0, 0, 0])
+        (start,) = [p for p in starts if p[axis] % stride == 0 and fits(stored, p, drawn[0], axis)]
         found.add(int(start[axis]))
     assert len(found) > (20 if stride == 1 else 5)
 
 
-def fits(stored, start, plane, axis):
-    """Whether the plane lies in the volume at this voxel."""
-    size = np.insert(plane.shape, axis, 1)
+def fits(stored, start, drawn, axis):
+    """Whether the slice lies in the volume at this voxel."""
+    size = np.insert(drawn.shape, axis, 1)
     box = stored[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))]
-    return box.shape == tuple(size) and np.array_equal(box.squeeze(axis), plane)
+    return box.shape == tuple(size) and np.array_equal(box.squeeze(axis), drawn)
 
 
-def test_planes_are_flipped_as_their_volume_is(tmp_path):
+def test_slices_are_flipped_as_their_volume_is(tmp_path):
     image = np.random.default_rng(0).uniform(0.1, 1, (24, 20, 12)).astype(np.float32)
     volume = make(tmp_path / "e", image)
     rngs = [rng_at(0, "crop", 3) for _ in range(2)]
-    plain = image_crop(volume, (24, 20), NO_FLIPS, rngs[0], planes=Planes(2))
-    flipped = image_crop(volume, (24, 20), (1.0, 0.0, 1.0), rngs[1], planes=Planes(2))
+    plain = image_crop(volume, (24, 20), NO_FLIPS, rngs[0], slices=SliceSampling(2))
+    flipped = image_crop(volume, (24, 20), (1.0, 0.0, 1.0), rngs[1], slices=SliceSampling(2))
     assert np.array_equal(flipped, plain[:, ::-1])
 
 
-def test_planes_may_be_scaled_by_their_own_range(tmp_path):
+def test_slices_may_be_scaled_by_their_own_range(tmp_path):
     image = np.random.default_rng(0).uniform(0.2, 0.7, (20, 20, 20)).astype(np.float32)
     volume = make(tmp_path / "e", image)
     plain, own = (
-        image_crop(volume, (16, 16), NO_FLIPS, rng_at(0, "crop", 0), planes=Planes(2, own_range=own))
+        image_crop(volume, (16, 16), NO_FLIPS, rng_at(0, "crop", 0), slices=SliceSampling(2, own_range=own))
         for own in (False, True)
     )
     assert (own.min(), own.max()) == (0, 1)
     np.testing.assert_allclose(own, (plain - plain.min()) / np.ptp(plain), atol=1e-6)
     flat = make(tmp_path / "flat", np.full((20, 20, 20), 0.5))
-    assert (image_crop(flat, (16, 16), NO_FLIPS, rng_at(0, "crop", 0), planes=Planes(2, own_range=True)) == 0).all()
+    assert (
+        image_crop(flat, (16, 16), NO_FLIPS, rng_at(0, "crop", 0), slices=SliceSampling(2, own_range=True)) == 0
+    ).all()
 
 
 # Crops with a label
@@ -360,7 +362,7 @@ def test_intensities_change_by_a_tenth_and_labels_do_not():
 
 
 def test_a_left_right_flip_swaps_the_sides():
-    """Organ 1 lies left, organ 2 right, organ 3 in the middle; each voxel of the image tells its place."""
+    """Organ 1 lies left, organ 2 right, organ 3 in the middle; each voxel of the image tells its position."""
     label = torch.zeros(1, 6, 4, 4, dtype=torch.int64)
     label[:, 0], label[:, 5], label[:, 2] = 1, 2, 3
     sample = {"image": torch.arange(96.0).view(1, 6, 4, 4) / 96, "label": label}

@@ -5,20 +5,20 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hyspark.data.batches.crops import Planes
-from hyspark.data.batches.loader import Share
+from hyspark.data.batches.crops import SliceSampling
+from hyspark.data.batches.loader import Shard
 from hyspark.data.batches.views import ValidationViews, ViewBatches, ViewRecipe, view_transform
-from hyspark.data.datasets.datalist_json import read
+from hyspark.data.datasets.datalist_json import read_datalist
 from hyspark.data.preprocessing.prepare import prepare_all
 from hyspark.data.seeds import rng_at
 from hyspark.data.settings import PrepareSettings
 
-AXIAL = ViewRecipe((32, 24), 0.6, 3, (0.5, 0.5, 0.0), Planes(2))
+AXIAL = ViewRecipe((32, 24), 0.6, 3, (0.5, 0.5, 0.0), SliceSampling(2))
 
 
 @pytest.fixture(scope="module")
 def volumes(phantoms):
-    cases = read(phantoms / "dataset.json").training[:3]
+    cases = read_datalist(phantoms / "dataset.json").training[:3]
     return prepare_all(cases, PrepareSettings(spacing=(8.0, 8.0, 8.0)), phantoms / "prepared", num_workers=1)
 
 
@@ -35,18 +35,18 @@ def test_volumes_have_views_too(volumes):
 
 
 def test_views_depend_on_their_place_alone(volumes):
-    batches = ViewBatches(volumes, Share(2), AXIAL, 2, seed=3)
+    batches = ViewBatches(volumes, Shard(2), AXIAL, 2, seed=3)
     again = DataLoader(batches, batch_size=None, sampler=range(3), num_workers=2)
     for step, loaded in enumerate(again):
         assert loaded["cases"] == batches[step]["cases"]
         assert all(torch.equal(a, b) for a, b in zip(loaded["views"], batches[step]["views"], strict=True))
     assert not torch.equal(batches[0]["views"][0], batches[1]["views"][0])
-    assert not torch.equal(batches[0]["views"][0], ViewBatches(volumes, Share(2), AXIAL, 2, seed=4)[0]["views"][0])
+    assert not torch.equal(batches[0]["views"][0], ViewBatches(volumes, Shard(2), AXIAL, 2, seed=4)[0]["views"][0])
 
 
 def test_processes_share_the_global_batch(volumes):
-    whole = ViewBatches(volumes, Share(4), AXIAL, 1, seed=0)[5]
-    parts = [ViewBatches(volumes, Share(4, rank, 2), AXIAL, 1, seed=0)[5] for rank in range(2)]
+    whole = ViewBatches(volumes, Shard(4), AXIAL, 1, seed=0)[5]
+    parts = [ViewBatches(volumes, Shard(4, rank, 2), AXIAL, 1, seed=0)[5] for rank in range(2)]
     assert whole["cases"] == parts[0]["cases"] + parts[1]["cases"]
     for number, view in enumerate(whole["views"]):
         assert torch.equal(view, torch.cat([part["views"][number] for part in parts]))
@@ -62,17 +62,17 @@ def test_held_out_views_come_in_groups_and_stay_the_same(volumes):
 
 
 def test_a_flip_is_of_the_axis_of_the_volume_that_it_is_named_for():
-    """A coronal plane has the volume's first and last axis."""
+    """A coronal slice has the volume's first and last axis."""
     image = torch.zeros(1, 16, 16)
     image[0, :4, :4] = 1
-    recipe = ViewRecipe((16, 16), 1.0, 0, (0.0, 0.0, 1.0), Planes(1))
+    recipe = ViewRecipe((16, 16), 1.0, 0, (0.0, 0.0, 1.0), SliceSampling(1))
     corner = np.array([recipe_corner(recipe, image, seed) for seed in range(5)])
     assert (corner == [0, 1]).all()
 
 
 def recipe_corner(recipe, image, seed):
     """Which half of each axis the bright corner is in after the large view's transform."""
-    flips = [p for axis, p in enumerate(recipe.flip_prob) if axis != recipe.planes.axis]
+    flips = [p for axis, p in enumerate(recipe.flip_prob) if axis != recipe.slices.axis]
     view = view_transform(recipe.size, (1.0, 1.0), flips).set_random_state(seed)(image)[0]
     return [int(view[8:].sum() > view[:8].sum()), int(view[:, 8:].sum() > view[:, :8].sum())]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hyspark.data.batches.loader import Batch, Share, make_loader
+from hyspark.data.batches.loader import Batch, Shard, make_loader
 from hyspark.data.batches.volumes import FinetuneBatches, PretrainBatches, ValidationCrops
 from hyspark.data.preprocessing.store import StoredVolume, write_entry
 
@@ -27,11 +27,11 @@ def volumes(tmp_path_factory) -> list[StoredVolume]:
     return made
 
 
-def pretrain_batches(volumes: Sequence[StoredVolume], share: Share, seed: int = 0) -> PretrainBatches:
+def pretrain_batches(volumes: Sequence[StoredVolume], share: Shard, seed: int = 0) -> PretrainBatches:
     return PretrainBatches(volumes, share, SIZE, 2, (0.5, 0.5, 0.5), seed)
 
 
-def finetune_batches(volumes: Sequence[StoredVolume], share: Share, seed: int = 0) -> FinetuneBatches:
+def finetune_batches(volumes: Sequence[StoredVolume], share: Shard, seed: int = 0) -> FinetuneBatches:
     return FinetuneBatches(volumes, share, SIZE, 2, (0.5, 0.5, 0.5), 0.5, 0.5, 0.5, seed)
 
 
@@ -54,13 +54,13 @@ BOTH = pytest.mark.parametrize("batches", [pretrain_batches, finetune_batches])
 
 @BOTH
 def test_batches_do_not_depend_on_the_number_of_workers(volumes, batches):
-    dataset = batches(volumes, Share(2))
+    dataset = batches(volumes, Shard(2))
     assert all_same(load(dataset, range(5)), load(dataset, range(5), num_workers=2))
 
 
 @BOTH
 def test_batches_do_not_depend_on_the_start(volumes, batches):
-    dataset = batches(volumes, Share(2))
+    dataset = batches(volumes, Shard(2))
     assert all_same(load(dataset, range(6))[3:], load(dataset, range(3, 6)))
 
 
@@ -68,8 +68,8 @@ def test_batches_do_not_depend_on_the_start(volumes, batches):
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_shares_make_up_the_batch_of_one_process(volumes, batches, world_size):
     for step in range(3):
-        one = batches(volumes, Share(4))[step]
-        parts = [batches(volumes, Share(4, rank, world_size))[step] for rank in range(world_size)]
+        one = batches(volumes, Shard(4))[step]
+        parts = [batches(volumes, Shard(4, rank, world_size))[step] for rank in range(world_size)]
         for key, value in one.items():
             if isinstance(value, torch.Tensor):
                 assert torch.equal(value, torch.cat([part[key] for part in parts]))
@@ -79,8 +79,8 @@ def test_shares_make_up_the_batch_of_one_process(volumes, batches, world_size):
 
 @BOTH
 def test_batches_differ_by_step_and_seed(volumes, batches):
-    one = batches(volumes, Share(2))
-    other = batches(volumes, Share(2), seed=1)
+    one = batches(volumes, Shard(2))
+    other = batches(volumes, Shard(2), seed=1)
     key = "volumes" if batches is pretrain_batches else "image"
     assert same(one[0], one[0])
     assert not torch.equal(one[0][key], one[3][key])
@@ -91,17 +91,17 @@ def test_batches_differ_by_step_and_seed(volumes, batches):
 def test_batches_do_not_touch_the_global_random_state(volumes, batches):
     torch.manual_seed(0)
     np.random.seed(0)
-    first = batches(volumes, Share(2))[0]
+    first = batches(volumes, Shard(2))[0]
     torch.manual_seed(1)
     np.random.seed(1)
     state = torch.random.get_rng_state(), np.random.get_state()[1].copy()
-    assert same(first, batches(volumes, Share(2))[0])
+    assert same(first, batches(volumes, Shard(2))[0])
     assert torch.equal(state[0], torch.random.get_rng_state())
     assert np.array_equal(state[1], np.random.get_state()[1])
 
 
 def test_pretraining_batch_is_as_described(volumes):
-    batch = pretrain_batches(volumes, Share(3))[0]
+    batch = pretrain_batches(volumes, Shard(3))[0]
     assert batch["volumes"].shape == (6, 1, *SIZE)
     assert batch["volumes"].dtype == torch.float32
     assert 0 <= batch["volumes"].min() < batch["volumes"].max() <= 1
@@ -111,7 +111,7 @@ def test_pretraining_batch_is_as_described(volumes):
 
 
 def test_finetuning_batch_is_as_described(volumes):
-    batch = finetune_batches(volumes, Share(3))[0]
+    batch = finetune_batches(volumes, Shard(3))[0]
     assert batch["image"].shape == batch["label"].shape == (6, 1, *SIZE)
     assert (batch["image"].dtype, batch["label"].dtype) == (torch.float32, torch.int64)
     assert type(batch["image"]) is torch.Tensor
@@ -120,31 +120,31 @@ def test_finetuning_batch_is_as_described(volumes):
 
 
 def test_crops_need_not_be_cubes(volumes):
-    dataset = replace(finetune_batches(volumes, Share(2)), crop_size=(16, 16, 32))
+    dataset = replace(finetune_batches(volumes, Shard(2)), crop_size=(16, 16, 32))
     assert dataset[0]["image"].shape == (4, 1, 16, 16, 32)
-    longer = replace(pretrain_batches(volumes, Share(2)), crop_size=(32, 16, 48))
+    longer = replace(pretrain_batches(volumes, Shard(2)), crop_size=(32, 16, 48))
     assert longer[0]["volumes"].shape == (4, 1, 32, 16, 48)
 
 
 def test_every_volume_comes_once_in_a_pass(volumes):
-    dataset = pretrain_batches(volumes, Share(1))
+    dataset = pretrain_batches(volumes, Shard(1))
     cases = [dataset[step]["cases"][0] for step in range(9)]
     assert all(len(set(cases[i : i + 3])) == 3 for i in (0, 3, 6))
 
 
 @BOTH
 def test_fewer_volumes_than_the_batch(volumes, batches):
-    batch = batches(volumes[:1], Share(4))[0]
+    batch = batches(volumes[:1], Shard(4))[0]
     assert batch["cases"] == ["case0"] * 8
     key = "volumes" if batches is pretrain_batches else "image"
     assert len({crop.numpy().tobytes() for crop in batch[key]}) == 8  # one volume, but crops of its own each time
 
 
 @pytest.mark.parametrize(("bs", "world_size", "advice"), [(5, 2, 4), (1, 2, 2), (7, 4, 4)])
-def test_a_batch_that_processes_cannot_share_is_refused(bs, world_size, advice):
-    with pytest.raises(ValueError, match=f"{bs} volumes, {world_size} processes; {advice} would do"):
-        Share(bs, 0, world_size)
-    assert [list(Share(advice, rank, world_size).slots) for rank in range(world_size)] == [
+def test_a_batch_that_processes_cannot_divide_is_refused(bs, world_size, advice):
+    with pytest.raises(ValueError, match=f"multiple of the {world_size} processes, .* got {bs}; use {advice}"):
+        Shard(bs, 0, world_size)
+    assert [list(Shard(advice, rank, world_size).slots) for rank in range(world_size)] == [
         list(range(rank * advice // world_size, (rank + 1) * advice // world_size)) for rank in range(world_size)
     ]
 
@@ -169,7 +169,7 @@ def test_validation_crops_are_not_flipped(volumes, tmp_path):
 
 
 def test_number_of_workers(volumes):
-    dataset = pretrain_batches(volumes, Share(2))
+    dataset = pretrain_batches(volumes, Shard(2))
     assert make_loader(dataset, range(1), 8, False).num_workers == 1
     assert make_loader(dataset, range(100), 0, False).num_workers == 0
     assert 1 <= make_loader(dataset, range(100), -1, False).num_workers <= 8

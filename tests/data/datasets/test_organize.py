@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hyspark.data.datasets.nnunet import scan
+from hyspark.data.datasets.nnunet import scan_cases
 from hyspark.data.datasets.organize import organize_by_names
 
 
@@ -22,7 +22,7 @@ def test_organize_links_flat_and_nested_files(tmp_path):
     made = sorted((target / "imagesTr").iterdir())
     assert [file.name for file in made] == ["a-b_0000.nii.gz", "c_0000.nii"]
     assert [file.readlink() for file in made] == [source / "a b.nii.gz", source / "deep/c_0000.nii"]
-    assert [case.name for case in scan(tmp_path / "out")] == ["a-b", "c"]
+    assert [case.name for case in scan_cases(tmp_path / "out")] == ["a-b", "c"]
 
 
 @pytest.mark.parametrize("copy", [False, True])

@@ -110,7 +110,7 @@ def test_split_by_file_with_labels_leaves_out_those_that_are_named_unlabelled(tm
 def test_split_by_file_with_labels_misses_the_label_of_a_named_case(tmp_path, bare):
     path = write_json(tmp_path / "s.json", {"train": ["a", "b"], "val": ["c", "d"]})
     cases = cases_of(sorted(set("abcd") - {bare}), labelled=True) + cases_of(bare)
-    with pytest.raises(ValueError, match=rf"s\.json: .*no label file: {bare}; add the labels"):
+    with pytest.raises(ValueError, match=rf"s\.json: .*without a label file: {bare}; add the labels"):
         split_by_file(cases, path, labels=True)
     assert len(split_by_file(cases, path, labels=False)[0]) == 2
 
@@ -128,8 +128,8 @@ def test_split_by_file_puts_every_named_case_where_it_says(tmp_path_factory, sid
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"train": ["a", "b"], "val": ["b"]}, "both sides.*b"),
-        ({"train": ["a"], "val": ["b"], "unlabelled": ["b"]}, "both sides.*b"),
+        ({"train": ["a", "b"], "val": ["b"]}, "in training and in validation: b"),
+        ({"train": ["a"], "val": ["b"], "unlabelled": ["b"]}, "in training and in validation: b"),
         ({"train": ["a"], "val": ["ghost"]}, "no image.*ghost"),
         ({"train": ["a"]}, "expected.*got.*train"),
         ({"train": ["a"], "val": [], "validation": []}, "expected"),

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from monai.transforms import CropForeground, LoadImage, Orientation, ScaleIntensityRange, Spacing
 
-from hyspark.data.batches.crops import place
+from hyspark.data.batches.crops import crop_start
 from hyspark.data.datasets.cases import Case
 from hyspark.data.preprocessing.prepare import prepare_all, prepare_missing
-from hyspark.data.preprocessing.store import StoredVolume, is_whole, opened
+from hyspark.data.preprocessing.store import StoredVolume, is_intact, open_array
 from hyspark.data.settings import PrepareSettings
 from hyspark.data.synthetic.phantom import make_phantom
 
@@ -117,7 +117,7 @@ def test_small_and_thin_volumes(tmp_path, shape):
     case = write_case(tmp_path, "thin", voxels, (voxels > 80).astype(np.uint8))
     volume = prepare([case], tmp_path / "store", PrepareSettings())[0]
     assert volume.entry.shape == shape
-    crop = volume.read("image", place((0, 0, 0), shape, (96, 96, 96)), (96, 96, 96))
+    crop = volume.read("image", crop_start((0, 0, 0), shape, (96, 96, 96)), (96, 96, 96))
     assert np.count_nonzero(crop) == np.prod(shape)
     assert np.allclose(crop[crop > 0], np.clip((voxels.ravel() + 175) / 425, 0, 1), atol=2e-5)
 
@@ -159,10 +159,10 @@ def test_one_error_lists_every_broken_file_with_its_reason(tmp_path):
     write_nifti(by_name["stretched"].label, label, np.diag([1.5, 1.5, 3, 1]))
 
     store = tmp_path / "store"
-    with pytest.raises(ValueError, match="mend them or take them out of the data list") as error:
+    with pytest.raises(ValueError, match="fix them or remove them from the data list") as error:
         prepare([write_case(tmp_path, "good", good), *cases.values()], store, PrepareSettings())
     lines = str(error.value).splitlines()
-    assert lines[0].startswith(f"{len(cases)} of {len(cases) + 1} volumes cannot be used")
+    assert lines[0].startswith(f"{len(cases)} of {len(cases) + 1} volumes are unusable")
     assert len(lines) == 1 + len(cases)
     for reason, case in cases.items():
         line = next(line for line in lines if re.search(rf"/{case.name}(_0000)?\.nii\.gz: ", line))
@@ -213,11 +213,11 @@ def test_a_damaged_entry_is_made_again(tmp_path, caplog, name, fault):
         path.write_bytes(content[:-1])
     else:
         path.unlink()
-    opened.cache_clear()
+    open_array.cache_clear()
     again = prepare(cases, tmp_path / "store")
     assert again == volumes
-    assert "does not fit its checksum" in caplog.text
-    assert is_whole(volumes[0].folder)
+    assert "does not match its checksum" in caplog.text
+    assert is_intact(volumes[0].folder)
     assert np.array_equal(whole(again[0], "image"), image)
     assert files_below(volumes[1].folder) == sound
 

@@ -259,8 +259,8 @@ def test_a_label_as_stored_and_the_grid_of_its_file(tmp_path):
     shape, own = nifti.file_grid(path)
     assert shape == (2, 3, 4)
     assert np.array_equal(own, affine)
-    with pytest.raises(ValueError, match=r"label\.nii\.gz: label values must be whole numbers from 0 to 3"):
+    with pytest.raises(ValueError, match=r"label\.nii\.gz: expected whole label values from 0 to 3"):
         nifti.read_label(path, 4)
     nib.save(nib.Nifti1Image(values.astype(np.float32) / 2, affine), path)
-    with pytest.raises(ValueError, match="whole numbers"):
+    with pytest.raises(ValueError, match="whole label values"):
         nifti.read_label(path, 5)

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
+from hyspark.data.intensity import stored_steps
 from hyspark.data.preprocessing.store import (
     MAX_OPEN,
     StoredVolume,
     cell_counts,
     entry_folder,
     is_complete,
-    opened,
-    steps_of,
+    open_array,
     write_entry,
 )
 from hyspark.data.settings import PrepareSettings
@@ -216,11 +216,11 @@ def test_reading_a_crop_does_not_make_the_volume(tmp_path):
 
 @pytest.mark.parametrize(("low", "high"), [(-175.0, 250.0), (-1000.0, 1000.0), (0.0, 512.0), (-174.5, 250.3), (0, 1e5)])
 def test_steps_are_a_power_of_two_per_hu_and_fit_16_bits(low, high):
-    steps = steps_of(PrepareSettings(hu_min=low, hu_max=high))
+    steps = stored_steps(PrepareSettings(hu_min=low, hu_max=high))
     assert 32767 <= steps <= 65535
     power = np.log2(steps / (high - low))
     assert power == pytest.approx(round(power), abs=1e-4)
-    assert steps_of(PrepareSettings()) == 425 * 128
+    assert stored_steps(PrepareSettings()) == 425 * 128
 
 
 @pytest.mark.parametrize("steps", [54400, 32768, 40001])
@@ -238,4 +238,4 @@ def test_steps_decide_the_error_and_keep_zero_and_one(tmp_path, steps):
 def test_few_arrays_stay_open(tmp_path):
     for number in range(MAX_OPEN + 4):
         make(tmp_path / f"{number}", np.ones((8, 8, 8))).read("image", (0, 0, 0), (2, 2, 2))
-    assert opened.cache_info().currsize == MAX_OPEN
+    assert open_array.cache_info().currsize == MAX_OPEN

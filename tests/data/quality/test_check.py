@@ -12,8 +12,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from hyspark.data.quality.check import check
-from hyspark.data.quality.findings import KINDS, Finding
+from hyspark.data.quality.check import check_dataset
+from hyspark.data.quality.findings import FINDING_KINDS, Finding
 
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
 SHAPE = (24, 24, 20)
@@ -56,7 +56,7 @@ def data(tmp_path: Path) -> SimpleNamespace:
 
 
 def faults(folder: Path, num_workers: int = 1) -> list[Finding]:
-    examined, found = check(folder, hu_min=-175.0, num_workers=num_workers, progress=False)
+    examined, found = check_dataset(folder, hu_min=-175.0, num_workers=num_workers, progress=False)
     return [*(finding for seen in examined for finding in seen.findings), *found.findings]
 
 
@@ -144,7 +144,7 @@ def a_time_series(data):
 
 
 @breaks("not 3D")
-def a_single_plane(data):
+def a_single_slice(data):
     save(data.image, ct()[:, :, 0])
 
 
@@ -386,12 +386,12 @@ def test_a_fault_is_found_at_its_file_and_nowhere_else(data, kind, part, functio
     assert not any("case1" in f.file for f in found)
     for finding in found:
         assert finding.found in str(finding)
-        assert KINDS[finding.kind].advice in str(finding)
+        assert FINDING_KINDS[finding.kind].advice in str(finding)
 
 
 def test_at_least_thirty_kinds_are_tried():
     tried = {kind for kind, _, _ in BROKEN} | {"missing", "no permission"}  # these below
-    assert tried == set(KINDS)
+    assert tried == set(FINDING_KINDS)
     assert len(BROKEN) >= 30
 
 
@@ -431,7 +431,7 @@ def test_a_list_is_checked_by_its_entries(data):
 
 def test_where_there_is_nothing_to_check(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing to check"):
-        check(tmp_path, hu_min=-175.0, progress=False)
+        check_dataset(tmp_path, hu_min=-175.0, progress=False)
 
 
 def test_btcv_names_and_other_channels_are_no_fault(data):

@@ -10,7 +10,7 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import MPEG2MPML, JPEGLosslessSV1, RLELossless
 
 from hyspark.data.readers import dicom
-from hyspark.data.readers.volumes import find_volumes, read_volume
+from hyspark.data.readers.volumes import find_ct_volumes, read_volume
 from tests.data.readers.dicom_files import write_dicom, write_series, write_slice
 
 HU = np.random.default_rng(1).integers(-1024, 3000, (4, 5, 6)).astype(np.int16)
@@ -19,7 +19,7 @@ RAS = HU[::-1, ::-1]
 
 
 def find(folder, min_slices=2):
-    return find_volumes([folder], min_slices=min_slices, skip=folder / "out", num_workers=1, progress=False)
+    return find_ct_volumes([folder], min_slices=min_slices, skip=folder / "out", num_workers=1, progress=False)
 
 
 def only(folder):
@@ -101,26 +101,26 @@ def test_patients_have_their_id_or_else_their_top_folder(tmp_path):
     assert volumes["A/1"].startswith("A-1_")
 
 
-def test_repeated_slices_and_copies_are_left_out_and_told(tmp_path):
+def test_repeated_slices_and_copies_are_excluded_and_noted(tmp_path):
     write_series(tmp_path / "1", HU, AcquisitionNumber=1)
     write_series(tmp_path / "2", HU + 500, AcquisitionNumber=2)
     (tmp_path / "copy").write_bytes((tmp_path / "1" / "IM0003").read_bytes())
     volume = only(tmp_path)
     assert np.array_equal(read_volume(volume)[0], RAS)
     assert volume.series.notes == (
-        "1 files are copies of others and are left out",
-        "6 slices repeat a position and are left out",
+        "1 files are copies of other files and are excluded",
+        "6 slices repeat a position and are excluded",
     )
 
 
-def test_missing_slices_are_told(tmp_path):
+def test_missing_slices_are_noted(tmp_path):
     write_series(tmp_path, np.concatenate([HU, HU], axis=2))
     for path in sorted(tmp_path.iterdir())[:2]:
         position = dicom.read_header(path).position
         assert 0 < position[2] < 22
         path.unlink()
     volume = only(tmp_path)
-    assert volume.series.uneven.startswith("2 slices are missing: they lie 2 mm apart")
+    assert volume.series.uneven.startswith("2 slices are missing: gaps are 2 mm, but up to ")
     assert volume.series.notes == (volume.series.uneven,)
 
 
@@ -148,7 +148,7 @@ def test_distances_and_shifts_that_make_no_even_stack(tmp_path):
         ({"Rows": 4, "Columns": 5}, "different sizes: 6 of 5 x 4, 1 of 4 x 5"),
         ({"PixelSpacing": [1, 1.5]}, "different pixel spacing"),
         ({"ImageOrientationPatient": [0, 1, 0, 0, 0, -1]}, "different orientation"),
-        ({"ImageOrientationPatient": None}, "1 of 7 images give no place in the patient, e.g. odd"),
+        ({"ImageOrientationPatient": None}, "1 of 7 images have no position in the patient, e.g. odd"),
         ({"NumberOfFrames": 6}, "several frames"),
         ({"ImageType": ["DERIVED", "LOCALIZER"]}, "6 slices, fewer than --min_slices 9"),
     ],
@@ -185,5 +185,5 @@ def test_pixels_that_are_cut_short(tmp_path):
     write_series(tmp_path, HU)
     file = tmp_path / "IM0004"
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="IM0004: its pixels cannot be read"):
+    with pytest.raises(ValueError, match="IM0004: unreadable pixels"):
         read_volume(only(tmp_path))

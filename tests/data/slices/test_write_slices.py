@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from hyspark.cli.main import main
-from hyspark.data.readers.volumes import find_volumes
+from hyspark.data.readers.volumes import find_ct_volumes
 from hyspark.data.settings import PictureSettings
 from hyspark.data.slices import write_slices
 from tests.data.readers.dicom_files import write_dicom, write_series
@@ -82,8 +82,8 @@ def test_a_picture_is_the_slice_that_its_name_says(tmp_path):
     sliced(tmp_path / "in", "--stride=2", "--val_fraction=0")
     paths = sorted((tmp_path / "out").rglob("*.png"))
     assert [path.name[:4] + path.name[12:] for path in paths] == ["a-b__0000.png", "a-b__0002.png"]
-    plane = HU[:, :, 2].T.astype(float)
-    expected = np.rint((plane - plane.min()) * 255 / (plane.max() - plane.min()))
+    values = HU[:, :, 2].T.astype(float)
+    expected = np.rint((values - values.min()) * 255 / (values.max() - values.min()))
     with Image.open(paths[1]) as picture:
         assert picture.mode == "L"
         assert np.abs(np.asarray(picture) - expected).max() <= 1
@@ -95,7 +95,7 @@ def test_settings_reach_the_pictures(tmp_path, capsys):
     assert record["settings"]["hu_min"] == -175
     assert record["settings"]["hu_max"] == 100
     assert record["settings"]["source"] == [str(tmp_path / "in")]
-    assert "nothing is held out" in capsys.readouterr().out
+    assert "no patient is held out" in capsys.readouterr().out
     (path, *others) = (tmp_path / "out").rglob("*.png")
     assert len(others) == 4
     with Image.open(path) as picture:
@@ -166,7 +166,7 @@ def test_folders_of_others_are_left_alone(visits, capsys):
     (visits.parent / "out" / "train").mkdir(parents=True)
     assert "no slices.json" in refused(visits, capsys)
     (visits.parent / "out" / "slices.json").write_text("[]")
-    assert "no record of slices" in refused(visits, capsys)
+    assert "expected a record of slices" in refused(visits, capsys)
 
 
 def test_a_damaged_volume_is_told_and_the_others_are_done(tmp_path, capsys):
@@ -194,16 +194,16 @@ def test_linked_folders_are_looked_into_and_are_no_files_themselves(tmp_path, ca
     record = sliced(source)
     assert sorted(entry["patient"] for entry in record["volumes"].values()) == ["a", "b"]
     (source / "gone").symlink_to(tmp_path / "nowhere")
-    assert "gone: not readable" in refused(source, capsys, code=1)
+    assert "gone: unreadable as DICOM" in refused(source, capsys, code=1)
 
 
-def test_blank_slices_are_left_out_and_counted(tmp_path, capsys):
+def test_blank_slices_are_excluded_and_counted(tmp_path, capsys):
     hu = HU.copy()
     hu[:, :, 1] = -1000
     write_nifti(tmp_path / "in" / "a.nii", hu)
     (entry,) = sliced(tmp_path / "in")["volumes"].values()
     assert (entry["slices"], entry["blank"]) == (3, 1)
-    assert "left out: 1 blank slices" in capsys.readouterr().out
+    assert "excluded: 1 blank slices" in capsys.readouterr().out
     before = written(tmp_path / "in")
     sliced(tmp_path / "in")
     assert written(tmp_path / "in") == before
@@ -233,11 +233,11 @@ def test_dicom_from_the_command_line(tmp_path, capsys):
         assert picture.size == (5, 8)  # 4 slices, 2 mm apart
 
 
-def test_planes_across_an_uneven_series_are_skipped_but_not_its_slices(tmp_path, capsys):
+def test_slices_across_an_uneven_series_are_skipped_but_not_its_own(tmp_path, capsys):
     write_series(tmp_path / "in", np.concatenate([HU] * 3, axis=2))
     next(iter(sorted((tmp_path / "in").iterdir()))).unlink()
     record = sliced(tmp_path / "in")
-    assert "to look at:\n" in capsys.readouterr().out
+    assert "warnings:\n" in capsys.readouterr().out
     (entry,) = record["volumes"].values()
     assert entry["slices"] == 11
     assert "1 slices are missing" in entry["notes"][0]
@@ -250,7 +250,7 @@ def test_planes_across_an_uneven_series_are_skipped_but_not_its_slices(tmp_path,
 
 def test_what_goes_to_another_process_and_back(tmp_path):
     write_series(tmp_path / "in", HU)
-    (volume,) = find_volumes([tmp_path / "in"], min_slices=1, skip=tmp_path, num_workers=1, progress=False).volumes
+    (volume,) = find_ct_volumes([tmp_path / "in"], min_slices=1, skip=tmp_path, num_workers=1, progress=False).volumes
     volume, *rest = pickle.loads(pickle.dumps((volume, tmp_path / "out", "val", PictureSettings())))
     sent = pickle.loads(pickle.dumps(write_slices.slice_volume(volume, *rest)))
     assert sent.entry["slices"] == len(os.listdir(tmp_path / "out" / "val" / "1")) == 4
@@ -258,11 +258,13 @@ def test_what_goes_to_another_process_and_back(tmp_path):
 
 def test_wrong_commands(visits, capsys):
     assert "--stride" in refused(visits, capsys, "--strides=2")
-    assert "hu_min must lie below hu_max" in refused(visits, capsys, "--hu_min=5", "--hu_max=5")
-    assert "prepare_workers must not be negative" in refused(visits, capsys, "--prepare_workers=-1")
+    assert "expected hu_min below hu_max, got 5.0 and 5.0" in refused(visits, capsys, "--hu_min=5", "--hu_max=5")
+    assert "prepare_workers and min_slices: expected at least 0 and at least 1, got -1" in refused(
+        visits, capsys, "--prepare_workers=-1"
+    )
     assert "no file or folder" in refused(visits / "none", capsys)
     (visits / "empty").mkdir()
     assert "no CT volume" in refused(visits / "empty", capsys)
     (visits.parent / "out").write_text("a file")
-    assert "cannot write slices to" in refused(visits, capsys)
-    assert "name another folder with --out" in refused(visits, capsys)
+    assert "slices are not writable" in refused(visits, capsys)
+    assert "choose another folder with --out" in refused(visits, capsys)

@@ -192,9 +192,9 @@ def test_a_folder_and_a_list_of_unseen_cases(labelled, weights, tmp_path):
     options = {"device": "cpu", "store_dir": str(tmp_path / "store"), "prepare_workers": 1}
     by_folder = evaluate_segmentation(weights, labelled, tmp_path / "folder", **options)
     assert by_folder["protocol"]["num_cases"] == 3
-    listed = build.build(labelled, labels=True)
+    listed = build.build_datalist(labelled, labels=True)
     parts = cases.Datalist(listed.training[:2], listed.training[2:], listed.labels)
-    datalist_json.write(parts, tmp_path / "list.json")
+    datalist_json.write_datalist(parts, tmp_path / "list.json")
     by_list = evaluate_segmentation(
         weights / "best.pth", tmp_path / "list.json", tmp_path / "list", part="all", **options
     )
@@ -205,7 +205,7 @@ def test_a_folder_and_a_list_of_unseen_cases(labelled, weights, tmp_path):
         ]
         assert found["num_cases"] == (1 if text == "validation" else 2)
         assert found["data"] == f"{text} cases of {tmp_path / 'list.json'}"
-    datalist_json.write(cases.Datalist(listed.training, (), listed.labels), tmp_path / "all.json")
+    datalist_json.write_datalist(cases.Datalist(listed.training, (), listed.labels), tmp_path / "all.json")
     assert find_labelled(tmp_path / "all.json").text == f"all cases of {tmp_path / 'all.json'}"
     assert list((tmp_path / "one").glob("best_*.png"))
 

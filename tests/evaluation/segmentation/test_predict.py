@@ -16,6 +16,7 @@ from hyspark.config.segmentation import SegmentationConfig
 from hyspark.evaluation.segmentation import predict
 from hyspark.evaluation.segmentation.evaluate import Scoring
 from hyspark.evaluation.segmentation.inference import TrainedNetwork, hybird_from_config
+from hyspark.tasks import api
 from hyspark.training import checkpoint
 
 NAMES = ["background", "liver", "aorta"]
@@ -49,6 +50,7 @@ def weights(tmp_path):
 def knowing(monkeypatch):
     """In place of the untrained network one that knows."""
     monkeypatch.setattr(predict, "load_network", lambda path: TrainedNetwork(Levels(), CONFIG, NAMES, []))
+    monkeypatch.setattr(api, "kind_of_network", lambda path: "segmentation")
 
 
 def write_volume(path, orientation="RAS", turn=0.0):
@@ -114,7 +116,7 @@ def test_several_volumes_and_a_broken_one(knowing, tmp_path, capsys):
         main(["predict", "any", f"{tmp_path}/in", "--out", f"{tmp_path}/out", "--device=cpu", "--prepare_workers=1"])
     assert exit_.value.code == 1
     told = capsys.readouterr().err
-    assert "broken.nii.gz: not readable as NIfTI" in told
+    assert "broken.nii.gz: unreadable as NIfTI" in told
     assert "many.nii.gz: expected one 3D volume" in told
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ial.nii.gz", "lps.nii.gz", "ras.nii.gz"]
     for name, labels in truth.items():

@@ -190,7 +190,7 @@ def test_batch_norm_shares_statistics_between_processes(maps, visible):
         expected = norm(maps)
     sums: list[list[torch.Tensor]] = [[], []]
     for number, (x, mask) in enumerate(parts):  # the sums that each would contribute first
-        with hidden(mask, total=lambda value, number=number: sums[number].append(value) or value):
+        with hidden(mask, all_reduce=lambda value, number=number: sums[number].append(value) or value):
             nn.BatchNorm2d(4).double()(x)
     first = sums[0][0] + sums[1][0]
     mean = first[:-1] / first[-1]
@@ -198,7 +198,7 @@ def test_batch_norm_shares_statistics_between_processes(maps, visible):
     for number, (x, mask) in enumerate(parts):
         given = iter([first, squares])
         shared = nn.BatchNorm2d(4).double()
-        with hidden(mask, total=lambda value, given=given: next(given)):
+        with hidden(mask, all_reduce=lambda value, given=given: next(given)):
             torch.testing.assert_close(shared(x), expected[number : number + 1])
         torch.testing.assert_close(shared.running_var, norm.running_var)
 

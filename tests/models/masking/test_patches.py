@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hyspark import build_hyspark
 from hyspark.models.encoder import HybridEncoder
 from hyspark.models.masking.mask import draw_visible, visible_at
-from hyspark.models.masking.packed import EDGES, Patches
+from hyspark.models.masking.patches import PATCH_EDGES, Patches
 
 WIDTHS = (6, 12, 12, 24, 48)
 
@@ -63,7 +63,7 @@ def masks(draw):
     return torch.tensor(rows).view(num_samples, 1, *grid)
 
 
-@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("edge", PATCH_EDGES)
 @settings(max_examples=20, deadline=None)
 @given(visible=masks())
 def test_packing_and_back(visible, edge):
@@ -76,7 +76,7 @@ def test_packing_and_back(visible, edge):
     assert torch.equal(patches.unpack(packed, fill), torch.where(mask, x, fill))
 
 
-@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("edge", PATCH_EDGES)
 @settings(max_examples=20, deadline=None)
 @given(visible=masks())
 def test_the_halo_is_cut_from_the_zeroed_map(visible, edge):

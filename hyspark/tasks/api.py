@@ -1,0 +1,192 @@
+"""The verbs as Python functions: settings are keyword arguments, the code is that of the command line.
+
+Each function returns paths and tables, for a notebook. Logs go to the error stream, as on the command line.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hyspark.config.classification import ClassificationConfig
+from hyspark.config.pretrain import PretrainConfig
+from hyspark.config.recipes import read_yaml, typed_values
+from hyspark.config.segmentation import SegmentationConfig
+from hyspark.evaluation.classification.evaluate import evaluate_classification
+from hyspark.evaluation.classification.predict import predict_classification
+from hyspark.evaluation.network_kind import NetworkKind, kind_of_network
+from hyspark.evaluation.segmentation.evaluate import Scoring, evaluate_segmentation
+from hyspark.evaluation.segmentation.predict import find_inputs, predict_segmentation
+from hyspark.tasks.classification import finetune_classify
+from hyspark.tasks.masked import encoder_file
+from hyspark.tasks.pretrain import pretrain as run_pretraining
+from hyspark.tasks.segmentation import finetune as run_segmentation
+from hyspark.training.metrics_log import read_metrics
+from hyspark.utils.text import nearest
+
+StrPath = str | os.PathLike[str]
+WINDOWING = ("overlap", "flips", "largest_component")
+"""Options of segmenting a volume, fields of `Scoring`."""
+SCORING = (*WINDOWING, "tolerance")
+"""Options of scoring, fields of `Scoring`."""
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A finished training run.
+
+    Attributes:
+        folder: Run folder.
+        weights: Weights to continue with: those of the pre-trained encoder, or of the fine-tuned network (best.pth).
+        report: HTML page of the run.
+    """
+
+    folder: Path
+    weights: Path
+    report: Path
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl, one per logged step or validation; a table for pandas.DataFrame."""
+        return read_metrics(self.folder / "metrics.jsonl")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of a network on labelled cases.
+
+    Attributes:
+        folder: Folder of the scores: cases.csv, summary.json, and tables or pictures.
+        summary: Content of summary.json: protocol and means.
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions of a network.
+
+    Attributes:
+        files: Label maps in the order of the volumes; for a classifier, predictions.csv alone.
+        failures: Reason for each volume without a prediction, by case.
+    """
+
+    files: list[Path]
+    failures: dict[str, str]
+
+
+def pretrain(config: StrPath | None = None, **settings: Any) -> TrainingRun:
+    """Pre-train a network on unlabelled CT, as `hyspark pretrain` does; the same call continues a run.
+
+    Args:
+        config: YAML recipe.
+        **settings: Settings over those of the recipe, named as the flags: data="data", out="ckpt/ct", epochs=20.
+
+    Raises:
+        ValueError: A setting is unknown or does not fit.
+        FileNotFoundError: Data or weights are missing.
+        FloatingPointError: The loss is not finite.
+    """
+    values = PretrainConfig(**merged(PretrainConfig, config, settings))
+    folder = run_pretraining(values)
+    return TrainingRun(folder, encoder_file(values), folder / "report.html")
+
+
+def finetune(
+    config: StrPath | None = None,
+    *,
+    task: Literal["segmentation", "classification"] = "segmentation",
+    **settings: Any,
+) -> TrainingRun:
+    """Fine-tune a network on labelled data, as `hyspark finetune` and `finetune-classifier` do.
+
+    Args:
+        config: YAML recipe.
+        task: "segmentation" of volumes, or "classification" of images.
+        **settings: Settings over those of the recipe, named as the flags.
+
+    Raises:
+        ValueError: A setting is unknown or does not fit.
+        FileNotFoundError: Data or weights are missing.
+        FloatingPointError: The loss is not finite.
+    """
+    if task == "segmentation":
+        folder = run_segmentation(SegmentationConfig(**merged(SegmentationConfig, config, settings)))
+    elif task == "classification":
+        folder = finetune_classify(ClassificationConfig(**merged(ClassificationConfig, config, settings)))
+    else:
+        raise ValueError(f"task: expected segmentation or classification, got {task!r}")
+    return TrainingRun(folder, folder / "best.pth", folder / "report.html")
+
+
+def evaluate(weights: StrPath, data: StrPath, out: StrPath, *, device: str = "auto", **options: Any) -> Evaluation:
+    """Score a fine-tuned network on labelled cases, as `hyspark evaluate` does.
+
+    Args:
+        weights: best.pth of a fine-tuning run, or its run folder. It knows whether it segments or classifies.
+        data: Labelled volumes: an nnU-Net data set, or a decathlon JSON. For a classifier, a folder CLASS/IMAGE.
+        out: Folder to write to.
+        device: "auto", "cpu" or "cuda".
+        **options: For segmentation: part, overlap, flips, largest_component, tolerance, store_dir, prepare_workers.
+
+    Raises:
+        ValueError: An option is unknown, or is not read for a classifier; the data does not fit the network.
+        FileNotFoundError: Weights or data are missing.
+    """
+    kind = kind_of_network(Path(weights))
+    check_options(options, (*SCORING, "part", "store_dir", "prepare_workers"), kind)
+    if kind == "classification":
+        return Evaluation(Path(out), evaluate_classification(Path(weights), Path(data), Path(out), device))
+    scoring = Scoring(**{name: options.pop(name) for name in SCORING if name in options})
+    summary = evaluate_segmentation(Path(weights), Path(data), Path(out), scoring=scoring, device=device, **options)
+    return Evaluation(Path(out), summary)
+
+
+def predict(
+    weights: StrPath, inputs: StrPath | Sequence[StrPath], out: StrPath, *, device: str = "auto", **options: Any
+) -> Predictions:
+    """Predict with a fine-tuned network, as `hyspark predict` does.
+
+    Args:
+        weights: best.pth of a fine-tuning run, or its run folder. It knows whether it segments or classifies.
+        inputs: NIfTI files, and folders that hold some. For a classifier, one folder of images.
+        out: Folder to write to.
+        device: "auto", "cpu" or "cuda".
+        **options: For segmentation: overlap, flips, largest_component, prepare_workers, overwrite.
+
+    Raises:
+        ValueError: An option is unknown, or is not read for a classifier; the inputs do not fit the network.
+        FileNotFoundError: Weights or inputs are missing.
+    """
+    paths = [Path(path) for path in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
+    kind = kind_of_network(Path(weights))
+    check_options(options, (*WINDOWING, "prepare_workers", "overwrite"), kind)
+    if kind == "classification":
+        if len(paths) != 1:
+            raise ValueError(f"inputs: a classifier takes one folder of images, got {len(paths)} paths")
+        return Predictions([predict_classification(Path(weights), paths[0], Path(out), device)], {})
+    scoring = Scoring(**{name: options.pop(name) for name in WINDOWING if name in options})
+    options["num_workers"] = options.pop("prepare_workers", 0)
+    failures = predict_segmentation(Path(weights), paths, Path(out), scoring=scoring, device=device, **options)
+    names = [case.name for case in find_inputs(paths)]
+    return Predictions([Path(out) / f"{name}.nii.gz" for name in names if name not in failures], failures)
+
+
+def merged(config_class: type, config: StrPath | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Put settings over those of a recipe, in the types of their fields."""
+    plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in settings.items()}
+    return (read_yaml(os.fspath(config), config_class) if config else {}) | typed_values(
+        plain, config_class, "settings"
+    )
+
+
+def check_options(options: Mapping[str, Any], known: Sequence[str], kind: NetworkKind) -> None:
+    """Raise ValueError for options that are unknown, or that this kind of network does not read."""
+    for name in options:
+        if name not in known:
+            raise ValueError(f"unknown option {name!r}; options are {', '.join(known)}{nearest(name, known)}")
+        if kind == "classification":
+            raise ValueError(f"{name}: an option of segmentation, but the network is a classifier; drop it")

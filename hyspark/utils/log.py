@@ -1,0 +1,5 @@
+"""The one logger of the package."""
+
+import logging
+
+LOG = logging.getLogger("hyspark")

@@ -1,0 +1,106 @@
+"""The verbs as Python functions: the same code and results as the command line, paths and tables back."""
+
+import csv
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+import hyspark
+from hyspark.cli import main
+from hyspark.config.recipes import write_yaml
+from hyspark.tasks import api
+
+
+def settings_of(config, **changes):
+    return asdict(config) | changes
+
+
+def test_pretraining_returns_paths_and_a_table(pretraining):
+    run = hyspark.pretrain(**settings_of(pretraining, max_steps=2, out=Path(pretraining.out)))
+    assert run.folder == pretraining.run_folder
+    assert run.weights.is_file()
+    assert run.report.is_file()
+    losses = [line["loss"] for line in run.metrics if "loss" in line]
+    assert len(losses) == 2
+    again = hyspark.pretrain(**settings_of(pretraining, max_steps=3))
+    assert [line["loss"] for line in again.metrics if "loss" in line][:2] == losses
+
+
+def test_a_recipe_and_settings_over_it(pretraining, tmp_path):
+    write_yaml(pretraining, tmp_path / "recipe.yaml")
+    run = hyspark.pretrain(tmp_path / "recipe.yaml", out=tmp_path / "other", ep=1, max_steps=1)
+    assert run.folder == tmp_path / "other"
+    assert "epochs: 1" in (run.folder / "config.yaml").read_text()
+    with pytest.raises(ValueError, match="settings: unknown key 'epoch'; did you mean epochs"):
+        hyspark.pretrain(tmp_path / "recipe.yaml", epoch=1)
+    with pytest.raises(ValueError, match="settings: lr should be float, but it is 'fast'"):
+        hyspark.pretrain(lr="fast")
+
+
+def test_segmentation_from_training_to_label_maps(finetuning, phantoms, tmp_path, capsys):
+    run = hyspark.finetune(**settings_of(finetuning, epochs=1, val_every=1))
+    assert run.weights == finetuning.run_folder / "best.pth"
+    data = phantoms / "Dataset900_PhantomLabelled"
+    options = {"device": "cpu", "prepare_workers": 1}
+    scored = hyspark.evaluate(run.folder, data, tmp_path / "scores", store_dir=finetuning.store_dir, **options)
+    assert scored.summary["protocol"]["num_cases"] == 3
+    words = ["evaluate", str(run.folder), str(data), "--out", str(tmp_path / "same"), "--device", "cpu"]
+    main.main([*words, "--store_dir", finetuning.store_dir, "--prepare_workers", "1"])
+    assert "Dice" in capsys.readouterr().out
+    assert (tmp_path / "same" / "cases.csv").read_text() == (tmp_path / "scores" / "cases.csv").read_text()
+    volume = next((data / "imagesTr").glob("*.nii.gz"))
+    made = hyspark.predict(run.weights, volume, tmp_path / "labels", overlap=0.0, **options)
+    assert [path.name for path in made.files] == [volume.name.replace("_0000", "")]
+    assert all(path.is_file() for path in made.files)
+    assert made.failures == {}
+    (tmp_path / "broken.nii.gz").write_bytes(b"broken")
+    made = hyspark.predict(run.folder, [volume, tmp_path / "broken.nii.gz"], tmp_path / "more", **options)
+    assert len(made.files) == 1
+    assert list(made.failures) == ["broken"]
+
+
+def test_classification_from_training_to_predictions(classifying, image_data, tmp_path, capsys):
+    run = hyspark.finetune(task="classification", **settings_of(classifying, epochs=1))
+    scored = hyspark.evaluate(run.folder, image_data / "test", tmp_path / "scores", device="cpu")
+    assert set(scored.summary["metrics"]) == {"auc", "accuracy", "f1"}
+    main.main(
+        ["evaluate", str(run.weights), str(image_data / "test"), "--out", str(tmp_path / "same"), "--device", "cpu"]
+    )
+    assert "AUC" in capsys.readouterr().out
+    assert (tmp_path / "same" / "cases.csv").read_text() == (tmp_path / "scores" / "cases.csv").read_text()
+    loose = shutil.copytree(image_data / "test" / "dark", tmp_path / "loose")
+    made = hyspark.predict(run.folder, loose, tmp_path / "out", device="cpu")
+    (path,) = made.files
+    with path.open(newline="") as file:
+        assert [row["file"] for row in csv.DictReader(file)] == [f"{i:02d}.png" for i in range(3)]
+    main.main(["predict", str(run.folder), str(loose), "--out", str(tmp_path / "cli"), "--device", "cpu"])
+    assert (tmp_path / "cli" / "predictions.csv").read_text() == path.read_text()
+
+
+def test_options_of_segmentation_are_refused_for_a_classifier(classifying, image_data, tmp_path, capsys):
+    run = hyspark.finetune(task="classification", **settings_of(classifying, max_steps=1))
+    message = "overlap: an option of segmentation, but the network is a classifier"
+    with pytest.raises(ValueError, match=message):
+        hyspark.predict(run.folder, image_data / "test", tmp_path / "out", overlap=0.5)
+    with pytest.raises(SystemExit) as exit_:
+        main.main(["predict", str(run.folder), str(image_data), "--out", str(tmp_path / "o"), "--overlap", "0.5"])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"unknown option 'overlapp'; .* did you mean overlap"):
+        hyspark.evaluate(run.folder, image_data / "test", tmp_path / "out", overlapp=0.5)
+    with pytest.raises(ValueError, match="one folder of images, got 2 paths"):
+        hyspark.predict(run.folder, [image_data, image_data], tmp_path / "out")
+
+
+def test_a_task_that_does_not_exist():
+    with pytest.raises(ValueError, match="task: expected segmentation or classification, got 'detection'"):
+        hyspark.finetune(task="detection")
+
+
+def test_public_names():
+    assert set(hyspark.__all__) <= set(dir(hyspark))
+    assert {"hyspark", "spark", "moco", "byol", "swav"} == set(hyspark.list_methods())
+    assert "timm/resnet50" in hyspark.list_backbones("resnet*")
+    assert hyspark.pretrain is api.pretrain
