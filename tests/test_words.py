@@ -26,7 +26,7 @@ BANNED = {
     r"\bfresh(ly)?\b": "randomly initialised",
     r"\bplanes\b": "2D slices",
     r"\bas it stands\b|\bwhat is there\b|\bof the kind\b|\bwhere there (is|are) (one|such|some)\b": "the thing's name",
-    r"\bin (its|their|the) place\b|\bat (its|their|the same|that) place\b|\bplace in\b|\bplace of\b": "position or index",
+    r"\b(in|at) (its|their|the|the same|that) place\b|\bplace (in|of)\b": "position or index",
 }
 
 

@@ -65,9 +65,10 @@ def check(argv: Sequence[str]) -> None:
 
     examined, found = check_dataset(Path(args.data), hu_min=args.hu_min, num_workers=args.prepare_workers)
     cost = estimate_preparation(examined, PrepareSettings(spacing=args.spacing, hu_min=args.hu_min))
-    lines = data_check_page.facts(examined, cost, args.spacing)
-    print(data_check_page.text(examined, found.findings, lines))
-    print(f"\nreport {data_check_page.write(Path(args.out), args.data, examined, found.findings, lines, cost)}")
+    lines = data_check_page.data_set_facts(examined, cost, args.spacing)
+    print(data_check_page.data_check_text(examined, found.findings, lines))
+    page = data_check_page.write_data_check(Path(args.out), args.data, examined, found.findings, lines, cost)
+    print(f"\nreport {page}")
     if any(finding.severity != "note" for finding in data_check_page.all_findings(examined, found.findings)):
         sys.exit(1)
 
@@ -191,33 +192,23 @@ def slices(argv: Sequence[str]) -> None:
 def compare(argv: Sequence[str]) -> None:
     """Print the scores of fine-tuning runs side by side."""
     args = parse(CompareArguments(prog="hyspark compare", allow_abbrev=False), argv)
-    from hyspark.evaluation.segmentation.evaluate import have_same_cases
-    from hyspark.evaluation.segmentation.scores import read_scores
-    from hyspark.reports.run_page import dice_table
+    from hyspark.comparison.side_by_side import runs_text
 
-    folders = [Path(f) for f in args.folders]
-    unique = len({folder.name for folder in folders}) == len(folders)
-    titles = {folder: folder.name if unique else str(folder) for folder in folders}
-    print("Dice, best weights of each run")
-    print(dice_table({titles[folder]: read_scores(folder)["best"] for folder in folders}, difference=True))
-    if not have_same_cases(folders):
-        print("WARNING: the runs were validated on different cases, so that these numbers cannot be compared")
-    for folder in folders:
-        print(f"{titles[folder]}: report {folder / 'report.html'}, pictures {folder / 'pictures'}")
+    print(runs_text([Path(folder) for folder in args.folders]))
 
 
 def evaluate(argv: Sequence[str]) -> None:
     """Score a fine-tuned network on labelled cases."""
     args = parse(EvaluateArguments(prog="hyspark evaluate", allow_abbrev=False), argv)
     from hyspark.evaluation.classification.scores import metrics_text
-    from hyspark.evaluation.segmentation.scores import text_table
+    from hyspark.evaluation.segmentation.scores import summary_text
     from hyspark.tasks import api
 
     summary = api.evaluate(args.weights, args.data, args.out, device=args.device, **given_options(args)).summary
     if "metrics" in summary:
         print(f"{metrics_text(summary['metrics'])} on {summary['protocol']['num_images']} images")
     else:
-        print(text_table(summary))
+        print(summary_text(summary))
     print(f"scores of each case, protocol and pictures: {args.out}")
 
 
@@ -264,13 +255,12 @@ def benefit(argv: Sequence[str]) -> None:
     base = read_config(config_class, "hyspark benefit", args.extra_args, also=options(parser))
     from hyspark.comparison import benefit as comparison_benefit
 
-    starts = comparison_benefit.read_starts(args.initial_weights)
     try:
-        failed = comparison_benefit.benefit(
+        failed = comparison_benefit.run_comparison(
             base,
             Path(args.out),
-            starts,
-            comparison_benefit.numbers_of(base, args.num_labelled, args.label_fractions),
+            comparison_benefit.read_initial_weights(args.initial_weights),
+            comparison_benefit.labelled_numbers(base, args.num_labelled, args.label_fractions),
             args.seeds,
             num_at_once=args.jobs,
             plan_only=args.plan,

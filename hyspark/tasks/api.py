@@ -17,7 +17,7 @@ from hyspark.evaluation.classification.evaluate import evaluate_classification
 from hyspark.evaluation.classification.predict import predict_classification
 from hyspark.evaluation.network_kind import NetworkKind, kind_of_network
 from hyspark.evaluation.segmentation.evaluate import Scoring, evaluate_segmentation
-from hyspark.evaluation.segmentation.predict import find_volumes, predict_segmentation
+from hyspark.evaluation.segmentation.predict import find_inputs, predict_segmentation
 from hyspark.tasks.classification import run_classification
 from hyspark.tasks.pretrain import run_pretraining
 from hyspark.tasks.segmentation import run_segmentation
@@ -171,7 +171,7 @@ def predict(
     scoring = Scoring(**{name: options.pop(name) for name in WINDOWING if name in options})
     options["num_workers"] = options.pop("prepare_workers", 0)
     failures = predict_segmentation(Path(weights), paths, Path(out), scoring=scoring, device=device, **options)
-    names = [case.name for case in find_volumes(paths)]
+    names = [case.name for case in find_inputs(paths)]
     return Predictions([Path(out) / f"{name}.nii.gz" for name in names if name not in failures], failures)
 
 

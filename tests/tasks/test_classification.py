@@ -321,5 +321,5 @@ def test_files_that_are_no_classifier(config, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no best\.pth"):
         load_classifier(tmp_path)
     torch.save({"fc.weight": torch.ones(2)}, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match=r"x\.pth expected a fine-tuned network for classification"):
+    with pytest.raises(ValueError, match=r"x\.pth: expected a fine-tuned network for classification"):
         load_classifier(tmp_path / "x.pth")
