@@ -51,7 +51,7 @@ from hyspark.training.run_volumes import RunVolumes, describe_cases, format_excl
 from hyspark.utils.digests import content_digest
 from hyspark.utils.log import LOG
 
-SCORE_FOLDERS = {"Validation cases, last weights": "scores", "Further cases, last weights": "scores_test"}
+FOLDERS_BY_HEADING = {"Validation cases, last weights": "scores", "Further cases, last weights": "scores_test"}
 """Folders of scores in a run by their heading in the report."""
 
 
@@ -328,7 +328,7 @@ class SegmentationTask(Task):
             dice=best_and_last(c.run_folder),
             scores={
                 heading: c.run_folder / name
-                for heading, name in SCORE_FOLDERS.items()
+                for heading, name in FOLDERS_BY_HEADING.items()
                 if (c.run_folder / name / "summary.json").is_file()
             },
         )
