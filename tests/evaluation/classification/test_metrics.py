@@ -13,8 +13,8 @@ from hyspark.evaluation.classification.metrics import (
 )
 from hyspark.evaluation.classification.scores import (
     Classified,
-    confusion_rows,
     class_metric_rows,
+    confusion_rows,
     write_classification_scores,
 )
 from hyspark.evaluation.score_table import read_score_table
