@@ -238,6 +238,7 @@ def given_options(args: NetworkArguments) -> dict[str, Any]:
 def classify(argv: Sequence[str]) -> None:
     """Write class probabilities for images, and scores where they lie in folders of the classes."""
     args = parse(ClassifyArguments(prog="hyspark classify", allow_abbrev=False), argv)
+    from hyspark.evaluation.classification.predict import predict_and_score
     from hyspark.evaluation.classification.scores import metrics_text
 
     summary = predict_and_score(Path(args.weights), Path(args.images), Path(args.out), args.device)
