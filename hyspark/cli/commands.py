@@ -251,7 +251,7 @@ def classify(argv: Sequence[str]) -> None:
     from hyspark.evaluation.classification import predict as classification_predict
     from hyspark.evaluation.classification.scores import metrics_text
 
-    summary = classification_predict.classify(Path(args.weights), Path(args.images), Path(args.out), args.device)
+    summary = classification_predict.classify_images(Path(args.weights), Path(args.images), Path(args.out), args.device)
     if summary:
         print(f"{metrics_text(summary['metrics'])} on {summary['protocol']['num_images']} images")
     print(f"probabilities of each image: {Path(args.out) / 'predictions.csv'}")

@@ -121,9 +121,9 @@ def test_the_data_is_known_by_what_it_holds(base, tmp_path):
 
 
 def test_weights_and_data_that_do_not_fit_stop_before_the_first_run(base, tmp_path):
-    with pytest.raises(ValueError, match="num_labelled: expected at least .* at most the 16 training images, got 17"):
+    with pytest.raises(ValueError, match=r"num_labelled: expected at least .* at most the 16 training images, got 17"):
         benefit.run_comparison(base, tmp_path / "out", {"scratch": "none"}, [4, 17], [0])
-    with pytest.raises(ValueError, match=r"num_labelled: expected at least one image of each of the 2 classes .*, got 1$"):
+    with pytest.raises(ValueError, match=r"num_labelled: expected at least one image .*, got 1$"):
         benefit.run_comparison(base, tmp_path / "out", {"scratch": "none"}, [4, 1], [0])
     torch.save({"something.weight": torch.ones(2)}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"x\.pth"):
