@@ -28,7 +28,7 @@ from hyspark.models import light_decoder, recompute
 from hyspark.models.compile import compile_blocks
 from hyspark.models.masked_autoencoder import reconstruction_loss
 from hyspark.planning.flops import step_flops
-from hyspark.training.precision import AUTOCAST
+from hyspark.training.precision import AUTOCAST_DTYPES
 
 ROOT = Path(__file__).parents[1]
 WARM_UP, ENOUGH, LONG = 2, 1.0, 8.0
@@ -184,7 +184,7 @@ def make_step(size: Size, setting: Setting, compute: str, precision: str, varian
 
 @contextmanager
 def applied(variant: Variant, precision: str) -> Iterator[None]:
-    """torch's switches and the network's inner choices, as before when it is over."""
+    """Torch's switches and the network's inner choices, as before when it is over."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = TF32[precision] == "all"
     torch.set_float32_matmul_precision("high" if TF32[precision] == "all" else "highest")
@@ -228,7 +228,7 @@ class GraphedStep(TrainingStep):
         """The step without what waits for the device."""
         net, patches = self.network, self.patches
         self.optimizer.zero_grad(set_to_none=True)
-        dtype, enabled = AUTOCAST[self.precision], self.precision != "fp32"
+        dtype, enabled = AUTOCAST_DTYPES[self.precision], self.precision != "fp32"
         with torch.autocast(self.setting.device, dtype, enabled=enabled, cache_enabled=False):
             features = net.encoder.encode(self.volumes, patches)[: -len(net.densify) - 1 : -1]
             maps = [fill(x, patches) for fill, x in zip(net.densify, features, strict=True)]

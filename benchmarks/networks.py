@@ -18,7 +18,7 @@ from hyspark.models.masking.context import hidden
 from hyspark.models.masking.mask import draw_visible
 from hyspark.models.masking.patches import PATCH_EDGES, same_conv
 from hyspark.planning.flops import flops_by_layer, step_flops, sum_by_module
-from hyspark.training.precision import AUTOCAST
+from hyspark.training.precision import AUTOCAST_DTYPES
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
 """Visible shares at which the encoder is timed."""
@@ -164,7 +164,7 @@ class TrainingStep:
         self.precision = precision
 
     def __call__(self) -> None:
-        with torch.autocast(self.setting.device, AUTOCAST[self.precision], enabled=self.precision != "fp32"):
+        with torch.autocast(self.setting.device, AUTOCAST_DTYPES[self.precision], enabled=self.precision != "fp32"):
             loss = self.network(self.volumes, next(self.masks)).loss
         self.optimizer.zero_grad()
         loss.backward()

@@ -21,10 +21,11 @@ from hyspark.models.weights.export import export_weights
 from hyspark.planning.plan import crops_per_process
 from hyspark.planning.trial_steps import iterate_trials
 from hyspark.tasks import pretrain as tasks_pretrain
-from hyspark.tasks.masked import Pretraining, training_file
+from hyspark.tasks.masked import MaskedTask
 from hyspark.training.distributed import find_processes
-from hyspark.training.run_volumes import prepared
-from hyspark.training.signals import EXIT_CODE
+from hyspark.training.run_folder import checkpoint_file
+from hyspark.training.run_volumes import prepare_volumes
+from hyspark.training.signals import STOPPED_EXIT_CODE
 from hyspark.utils.atomic import write_json
 
 PATCH = 16
@@ -84,7 +85,7 @@ def run(arguments: Any, budget: Budget) -> int:
     print(f"{ended}; {content['fine_tuning']['finished']} fine-tuning runs finished; results in {out / 'results'}")
     if failed:
         return 1
-    return 0 if content["pretraining"]["weights_mb"] else EXIT_CODE
+    return 0 if content["pretraining"]["weights_mb"] else STOPPED_EXIT_CODE
 
 
 def settings(arguments: Any, found: dict[str, Any]) -> tuple[PretrainConfig, SegmentationConfig]:
@@ -120,20 +121,20 @@ def pretrain(config: PretrainConfig, out: Path, budget: Budget) -> None:
         write_json(path, plan(config, budget))
     chosen = json.loads(path.read_text())
     config = replace(config, epochs=chosen["epochs"], warmup_epochs=chosen["warmup_epochs"])
-    tasks_pretrain.pretrain(config)
-    export_weights(training_file(config), weights, decoder=True)
+    tasks_pretrain.run_pretraining(config)
+    export_weights(checkpoint_file(config), weights, decoder=True)
 
 
 def plan(config: PretrainConfig, budget: Budget) -> dict[str, Any]:
     """Prepare the volumes, measure a step, choose the epochs; raises OSError where a step does not fit the memory."""
     processes = find_processes(config.device)
-    training, validation = tasks_pretrain.find_cases(config)
+    training, validation = tasks_pretrain.find_pretraining_cases(config)
     clock = time.monotonic()
-    prepared(config, processes, Path(config.data), [*training, *validation])
+    prepare_volumes(config, processes, Path(config.data), [*training, *validation])
     preparing = time.monotonic() - clock
     crops = crops_per_process(config, processes)
-    task = Pretraining(config, Shard(config.batch_size, 0, 1), [], [])
-    make = partial(tasks_pretrain.build, config)
+    task = MaskedTask(config, Shard(config.batch_size, 0, 1), [], [])
+    make = partial(tasks_pretrain.initialise_pretraining, config)
     trial = next(iterate_trials(config, processes, make, task, task.random_batch, crops, None, crops), None)
     if trial is None:
         raise OSError(

@@ -18,9 +18,9 @@ from hyspark.data.datasets import cases as datasets_cases
 from hyspark.data.settings import PictureSettings
 from hyspark.data.slices.write_slices import write_slices
 from hyspark.evaluation.protocol import read_summary
-from hyspark.tasks.masked import encoder_file
-from hyspark.tasks.pretrain import pretrain
-from hyspark.tasks.segmentation import finetune
+from hyspark.tasks.pretrain import run_pretraining
+from hyspark.tasks.segmentation import run_segmentation
+from hyspark.training.run_folder import encoder_file
 
 REAL = os.environ.get("HYSPARK_REAL_DATA", "")
 pytestmark = pytest.mark.skipif(not REAL, reason="HYSPARK_REAL_DATA is not set")
@@ -33,7 +33,7 @@ def test_pretraining_and_finetuning_on_real_ct(pretraining, finetuning, tmp_path
     )
     datalist_json.write_datalist(datasets_cases.Datalist(training=cases), tmp_path / "dataset.json")
     config = replace(pretraining, data=str(tmp_path), epochs=1)
-    pretrain(config)
+    run_pretraining(config)
     values = [json.loads(line) for line in (config.run_folder / "metrics.jsonl").read_text().splitlines()]
     assert all(math.isfinite(m.get("loss", m.get("val_loss"))) for m in values)
     labelled = build.build_datalist(Path(REAL) / "Dataset501_OpenKBP", labels=True, splits="auto")
@@ -48,7 +48,7 @@ def test_pretraining_and_finetuning_on_real_ct(pretraining, finetuning, tmp_path
         spacing=config.spacing,
         epochs=2,
     )
-    finetune(tuned)
+    run_segmentation(tuned)
     organs = read_summary(tuned.run_folder / "scores")["organs"]
     assert list(organs) == ["Brainstem", "SpinalCord", "RightParotid", "LeftParotid", "Mandible"]
     assert all(row["dice"] is None or 0 <= row["dice"] <= 1 for row in organs.values())

@@ -22,9 +22,9 @@ from hyspark.data.settings import PrepareSettings
 from hyspark.evaluation.segmentation.inference import load_network
 from hyspark.models.masked_autoencoder import build_hyspark
 from hyspark.models.weights.load import load_pretrained
-from hyspark.tasks.masked import training_file
-from hyspark.tasks.pretrain import pretrain
+from hyspark.tasks.pretrain import run_pretraining
 from hyspark.training import checkpoint
+from hyspark.training.run_folder import checkpoint_file
 
 SOURCE = Path(hyspark.__file__).parent
 PATIENT = "DOE^JANE"
@@ -55,7 +55,7 @@ def readers():
     """Everything that reads weights or states."""
     small = {"widths": (6, 6, 12, 12, 24), "depths": (1,) * 5, "expansions": (2,) * 5, "vit_depth": 1}
     model = build_hyspark(32, decoder_width=16, **small)
-    return [checkpoint.read_training_state, lambda path: load_pretrained(model, path), load_network]
+    return [checkpoint.read_checkpoint, lambda path: load_pretrained(model, path), load_network]
 
 
 @pytest.mark.parametrize("reader", range(3))
@@ -73,9 +73,9 @@ def test_no_pickle_in_a_checkpoint_is_executed(tmp_path, trap, reader, form):
 
 def test_no_pickle_in_a_run_folder_is_executed(pretraining, trap):
     pretraining.run_folder.mkdir(parents=True)
-    torch.save({"optimizer": trap}, training_file(pretraining))
+    torch.save({"optimizer": trap}, checkpoint_file(pretraining))
     with pytest.raises(ValueError, match="no state of this run is whole"):
-        pretrain(pretraining)
+        run_pretraining(pretraining)
 
 
 def test_no_pickle_in_the_store_is_executed(tmp_path, trap):
@@ -122,7 +122,7 @@ def test_a_data_list_cannot_have_files_written_elsewhere(pretraining, tmp_path):
     images = [f"../outside/Dataset001_Evil/imagesTr/{name}_0000.nii.gz" for name in names]
     (data / "dataset.json").write_text(json.dumps({"training": images[3:], "validation": images[:3]}))
     before = below(tmp_path)
-    pretrain(replace(pretraining, data=str(data), max_steps=1, batch_size=1))
+    run_pretraining(replace(pretraining, data=str(data), max_steps=1, batch_size=1))
     written = below(tmp_path) - before
     assert written
     assert all({data / "prepared", pretraining.run_folder} & {path, *path.parents} for path in written)
@@ -138,7 +138,7 @@ def test_the_report_escapes_names_and_holds_no_header_text(pretraining, tmp_path
     listed = Datalist(tuple(c for c in found if c.name != "third"), tuple(c for c in found if c.name == "third"))
     datalist_json.write_datalist(listed, data / "dataset.json")
     config = replace(pretraining, data=str(data), max_steps=1, batch_size=1, on_bad_case="skip", picture_every=1)
-    page = (pretrain(config) / "report.html").read_text()
+    page = (run_pretraining(config) / "report.html").read_text()
     assert "&lt;i&gt;bad&lt;" in page
     assert "<i>bad" not in page
     assert "<b>bold" not in page

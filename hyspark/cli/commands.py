@@ -1,6 +1,4 @@
-"""Command lines: flags -> settings -> one call. The scripts at the top level and the `hyspark` command are these
-functions.
-"""
+"""Command lines: flags -> settings -> one call; of the `hyspark` command and the scripts at the top level."""
 
 import sys
 from collections.abc import Sequence
@@ -24,7 +22,9 @@ from hyspark.cli.arguments import (
 from hyspark.cli.parsing import options, parse, present_words, read_config
 from hyspark.config.classification import ClassificationConfig
 from hyspark.config.pretrain import PretrainConfig
-from hyspark.config.segmentation import SegmentationConfig
+from hyspark.config.segmentation import SegmentationConfig, network_options
+from hyspark.config.shared import EncoderSettings
+from hyspark.utils.settings import field_info
 
 
 def datalist(argv: Sequence[str]) -> None:
@@ -76,63 +76,53 @@ def check(argv: Sequence[str]) -> None:
 def pretrain(argv: Sequence[str]) -> None:
     """Pre-train a network on unlabelled CT (train.py)."""
     config = read_config(PretrainConfig, "hyspark pretrain", argv)
-    from hyspark.tasks.pretrain import pretrain as run
+    from hyspark.tasks.pretrain import run_pretraining
 
-    run(config)
+    run_pretraining(config)
 
 
 def finetune(argv: Sequence[str]) -> None:
     """Fine-tune the segmentation network on labelled CT (finetune_btcv.py)."""
     config = read_config(SegmentationConfig, "hyspark finetune", argv)
-    from hyspark.tasks.segmentation import finetune as run
+    from hyspark.tasks.segmentation import run_segmentation
 
-    run(config)
+    run_segmentation(config)
 
 
 def finetune_classifier(argv: Sequence[str]) -> None:
     """Fine-tune a classifier on labelled images."""
     config = read_config(ClassificationConfig, "hyspark finetune-classifier", argv)
-    from hyspark.tasks.classification import finetune_classify as run
+    from hyspark.tasks.classification import run_classification
 
-    run(config)
+    run_classification(config)
 
 
 def weights(argv: Sequence[str]) -> None:
     """Print which keys of a weights file fit a network."""
+    args = parse(WeightsArguments(prog="hyspark weights", allow_abbrev=False), argv)
     from hyspark.models.weights.load import load_pretrained
 
-    args = parse(WeightsArguments(prog="hyspark weights", allow_abbrev=False), argv)
-    print(load_pretrained(other_network(args) if args.model else segmentation_network(args), args.path))
+    print(load_pretrained(third_party_network(args) if args.model else segmentation_network(args), args.path))
 
 
 def segmentation_network(args: WeightsArguments) -> Any:
-    """The segmentation network that the flags describe."""
+    """Build the segmentation network that the flags describe."""
     from hyspark.models.segmentation import build_hybird
 
     return build_hybird(
         args.in_channels or 1,
         args.out_channels,
         args.crop_size[0] if len(args.crop_size) == 1 else args.crop_size,
-        widths=args.encoder_widths,
-        depths=args.encoder_depths,
-        expansions=args.expansions,
-        vit_depth=args.vit_depth,
-        num_heads=args.num_heads,
-        decoder=args.decoder,
-        decoder_width=args.decoder_width,
-        decoder_min_width=args.decoder_min_width,
+        **network_options(args),
     )
 
 
-def other_network(args: WeightsArguments) -> Any:
-    """The network of others that the flags name; raises ValueError for flags of the segmentation network."""
+def third_party_network(args: WeightsArguments) -> Any:
+    """Build the third-party network that the flags name; raise ValueError for flags of the segmentation network."""
     from hyspark.models.backbones import build_backbone
 
-    own = [
-        *("out_channels", "encoder_widths", "encoder_depths", "expansions", "vit_depth", "num_heads"),
-        *("decoder", "decoder_width", "decoder_min_width"),
-    ]
-    if given := [name for name in own if getattr(args, name) != getattr(WeightsArguments, name)]:
+    own = ("out_channels", *field_info(EncoderSettings), "decoder", "decoder_width", "decoder_min_width")
+    if given := [name for name in own if getattr(args, name) != args.get_default(name)]:
         raise ValueError(f"{', '.join(given)}: not read for {args.model}, but for the segmentation network; drop them")
     of_images = args.model.startswith(("timm/", "torchvision/"))
     axes = len(args.crop_size) if len(args.crop_size) > 1 else 2 if of_images else 3
@@ -148,7 +138,7 @@ def export(argv: Sequence[str]) -> None:
 
     args = parse(ExportArguments(prog="hyspark export", allow_abbrev=False), argv)
     if args.detectron2 and args.decoder:
-        raise ValueError("--decoder is of pre-training; detectron2 has none, leave it out")
+        raise ValueError("--decoder: not read with --detectron2, which takes no decoder; drop it")
     dtype = {"fp16": torch.float16, "fp32": torch.float32}[args.precision]
     if args.detectron2:
         weights = write_detectron2(args.source, Path(args.out), dtype)
@@ -248,10 +238,10 @@ def given_options(args: NetworkArguments) -> dict[str, Any]:
 def classify(argv: Sequence[str]) -> None:
     """Write class probabilities for images, and scores where they lie in folders of the classes."""
     args = parse(ClassifyArguments(prog="hyspark classify", allow_abbrev=False), argv)
-    from hyspark.evaluation.classification import predict as classification_predict
+    from hyspark.evaluation.classification.predict import predict_and_score
     from hyspark.evaluation.classification.scores import metrics_text
 
-    summary = classification_predict.classify_images(Path(args.weights), Path(args.images), Path(args.out), args.device)
+    summary = predict_and_score(Path(args.weights), Path(args.images), Path(args.out), args.device)
     if summary:
         print(f"{metrics_text(summary['metrics'])} on {summary['protocol']['num_images']} images")
     print(f"probabilities of each image: {Path(args.out) / 'predictions.csv'}")

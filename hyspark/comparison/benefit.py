@@ -23,7 +23,7 @@ from hyspark.config.classification import ClassificationConfig
 from hyspark.config.recipes import as_plain, differences, read_yaml, write_yaml
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.evaluation.protocol import has_score_files
-from hyspark.training.run_folder import last_file
+from hyspark.training.run_folder import checkpoint_file
 from hyspark.utils.atomic import write_json
 from hyspark.utils.processes import available_cores
 from hyspark.utils.settings import field_info
@@ -224,7 +224,7 @@ def check_folders(runs: Sequence[PlannedRun]) -> None:
     """
     for run in runs:
         folder = run.config.run_folder
-        is_used = last_file(run.config).is_file() or run.scores.is_dir()
+        is_used = checkpoint_file(run.config).is_file() or run.scores.is_dir()
         if is_used and run.has_settings and run.changes():
             raise ValueError(
                 f"{folder} holds a run with other settings; name another --out, or use the same to continue:\n  "

@@ -18,8 +18,8 @@ from hyspark.evaluation.classification.metrics import CLASSIFICATION_METRICS, re
 from hyspark.evaluation.classification.scores import Classified
 from hyspark.evaluation.score_table import ScoreTable
 from hyspark.models.weights.load import load_pretrained
-from hyspark.tasks.classification import build
-from hyspark.training.labelled_images import find_parts, read_images
+from hyspark.tasks.classification import initialise_classifier
+from hyspark.training.labelled_images import find_image_parts, read_images
 from hyspark.utils.digests import content_digest, text_digest
 
 MAX_DRAWN_IMAGES = 10_000_000
@@ -52,10 +52,10 @@ narrow."""
         return config.batch_size
 
     def num_training(self, config: ClassificationConfig) -> int:
-        return len(find_parts(config)[0]["train"].names)
+        return len(find_image_parts(config)[0]["train"].names)
 
     def data_digest(self, config: ClassificationConfig) -> str:
-        found, classes = find_parts(replace(config, num_labelled=0, label_fraction=1.0))
+        found, classes = find_image_parts(replace(config, num_labelled=0, label_fraction=1.0))
         lines = ["\n".join(classes)]
         for subset, images in found.items():
             rows = zip(map(image_digest, images.sources), images.names, images.labels, strict=True)
@@ -63,13 +63,13 @@ narrow."""
         return text_digest(lines)
 
     def check_data(self, configs: Sequence[ClassificationConfig], initial_weights: Mapping[str, str]) -> None:
-        find_parts(min(configs, key=lambda config: config.num_labelled))  # not fewer images than classes
+        find_image_parts(min(configs, key=lambda config: config.num_labelled))  # not fewer images than classes
         largest = {config.seed: config for config in sorted(configs, key=lambda config: config.num_labelled)}
         for config in largest.values():
             images = read_images(config)
         for name, weights in initial_weights.items():
             if weights != "none":
-                network = build(config, len(images.classes))
+                network = initialise_classifier(config, len(images.classes))
                 print(f"initial weights {name}: {weights}\n{load_pretrained(network, weights)}")
 
     def comparable(self, table: ScoreTable) -> ScoreTable:

@@ -20,11 +20,11 @@ from hyspark.evaluation.score_table import ScoreTable
 from hyspark.evaluation.segmentation.evaluate import find_labelled
 from hyspark.evaluation.segmentation.metrics import ORGAN_METRICS
 from hyspark.evaluation.segmentation.test_cases import prepare_held_out
-from hyspark.tasks.segmentation import build
+from hyspark.tasks.segmentation import initialise_segmentation
 from hyspark.training.distributed import Processes
-from hyspark.training.initial_weights import load_start
-from hyspark.training.labelled_cases import find_cases, label_fault
-from hyspark.training.run_volumes import usable
+from hyspark.training.initial_weights import load_volume_weights
+from hyspark.training.labelled_cases import find_labelled_cases, label_fault
+from hyspark.training.run_volumes import prepare_run_volumes
 from hyspark.utils.digests import text_digest
 from hyspark.utils.tables import markdown_table
 
@@ -78,10 +78,10 @@ organ was predicted, so it flatters weights that miss organs: read it with the f
         return config.batch_size * config.crops_per_volume
 
     def num_training(self, config: SegmentationConfig) -> int:
-        return len(find_cases(config)[0])
+        return len(find_labelled_cases(config)[0])
 
     def data_digest(self, config: SegmentationConfig) -> str:
-        training, validation, _ = find_cases(replace(config, num_labelled=0, label_fraction=1.0))
+        training, validation, _ = find_labelled_cases(replace(config, num_labelled=0, label_fraction=1.0))
         test = find_labelled(Path(config.test_dir), "all").cases if config.test_dir else []
         return text_digest(
             cases_digest([case for case in cases if files_exist(case)]) for cases in (training, validation, test)
@@ -91,14 +91,17 @@ organ was predicted, so it flatters weights that miss organs: read it with the f
         """Check data and weights, and prepare the volumes, which runs side by side would all prepare."""
         check_decoder(configs[0])
         largest = {config.seed: config for config in sorted(configs, key=lambda config: config.num_labelled)}
-        found = [(config, *find_cases(config)) for config in largest.values()]
+        found = [(config, *find_labelled_cases(config)) for config in largest.values()]
         config, _, _, names = found[0]
         for name, weights in initial_weights.items():
             if weights != "none":
-                print(f"initial weights {name}: {weights}\n{load_start(build(config, len(names)), weights, config)}")
+                network = initialise_segmentation(config, len(names))
+                print(f"initial weights {name}: {weights}\n{load_volume_weights(network, weights, config)}")
         processes = Processes(torch.device("cpu"))
         for config, training, validation, _ in found:
-            usable(config, processes, Path(config.data), training, validation, None, partial(label_fault, names=names))
+            prepare_run_volumes(
+                config, processes, Path(config.data), training, validation, partial(label_fault, names=names)
+            )
         prepare_held_out(config, processes, names)
 
     def comparable(self, table: ScoreTable) -> ScoreTable:

@@ -1,24 +1,20 @@
-"""A linear probe of voxels: how well frozen features separate labelled organs, during pre-training.
+"""Linear probe: how well a linear head on frozen features separates labelled organs, while pre-training runs.
 
-The loss measures how well patches are reconstructed, not what the features are good for. So a few labelled volumes are
-cut into fixed crops. Half of the volumes fit a linear classifier of voxels, the other half score it. The features of a
-voxel are the five maps of the dense encoder at its position (trilinear, channels side by side, each divided by its
-deviation).
+The loss says how well patches are reconstructed, not what the features are good for. So a few labelled volumes are cut
+into fixed crops; half of the volumes fit a linear classifier of voxels, the other half score it. A voxel's features are
+the five maps of the dense encoder at its position (trilinear, channels side by side, each divided by its deviation).
 
-Meaning of the Dice:
-- The head is fitted on as many voxels of each class, since organs are small. All voxels of the scoring crops are
-  classified.
-- The likeliest class of such a head finds organs everywhere, since it takes them for as common as the background.
-- With the true class fractions it hardly finds any. In a logistic head they only shift the intercepts (King and Zeng,
-  "Logistic regression in rare events data", 2001).
-- Dice weighs both errors alike, so the intercepts go half the way, with fractions counted in the fitting crops. This
-  gave the highest Dice for random and for pre-trained encoders.
-- The Dice of a class is that of all scoring crops together. A crop without the organ counts by its false positives.
-- It is measured in crops around organs at the prepared spacing. It serves to compare encoders by one probe, not with
-  other tables.
+What the Dice means. The head is fitted on voxels drawn evenly over the classes, since organs are small, and ALL voxels
+of the scoring crops are classified. The likeliest class of such a head has many false positives, as the head takes
+organs to be as common as the background. With intercepts for the true fractions it finds hardly any organ. (In a
+logistic head fractions only shift the intercepts: King and Zeng, "Logistic regression in rare events data", 2001.) Dice
+weighs both errors alike, so the intercepts go half the way, with fractions counted in the fitting crops: this gave the
+highest Dice for random and for pre-trained encoders. Per class, the Dice is that of all scoring crops together, so a
+crop without the organ counts by its false positives. It is the Dice within crops around organs at the prepared spacing:
+good for comparing encoders by one probe, not with other tables.
 
-The probe draws nothing at random while training runs, changes no weights and no statistics, and computes in fp32
-whatever the precision of the run. A run with and without it is the same.
+It draws nothing at random while training runs, changes no weights and no statistics, and always computes in fp32. So a
+run with and without it is the same.
 """
 
 import math
@@ -41,14 +37,14 @@ from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.models.encoder import HybridEncoder
 from hyspark.training.distributed import Processes
 from hyspark.training.metrics_log import RunLog
-from hyspark.training.run_volumes import prepared
+from hyspark.training.run_volumes import prepare_volumes
 from hyspark.utils.log import LOG
 
 CROPS_PER_VOLUME = 2
 VOXELS_PER_CLASS = 200
 """Voxels of one class that one crop gives to the fit, at most."""
 PENALTY = 3e-3
-"""Weight of the squared coefficients (of features with deviation 1) in the loss, beside the mean cross entropy."""
+"""Weight of the squared coefficients (of features with deviation 1) beside the mean cross entropy."""
 MAX_ITERATIONS = 30
 """Of L-BFGS; twice as many changed the Dice by .01."""
 IGNORED = -1
@@ -57,13 +53,7 @@ IGNORED = -1
 
 @dataclass(frozen=True)
 class ProbeCases:
-    """Labelled cases of the probe.
-
-    Attributes:
-        fit: Cases that the head is fitted on.
-        score: Cases that it is scored on.
-        names: Class names by label value.
-    """
+    """Labelled cases to fit the head on and to score it on, and class names by label value."""
 
     fit: list[Case]
     score: list[Case]
@@ -72,12 +62,12 @@ class ProbeCases:
 
 @dataclass(frozen=True)
 class ProbeCrop:
-    """A crop of a labelled volume.
+    """A labelled crop of the probe.
 
     Attributes:
         image: float32 (1, *size) in [0, 1].
-        label: int64 (*size), index of the class in `Probe.names`, or IGNORED.
-        voxels: int64 (n,), flat indices of the voxels that the head is fitted on.
+        label: int64 (*size), the index of the class in `Probe.names`, or IGNORED.
+        voxels: int64 (n,), flat positions that the head is fitted on.
     """
 
     image: Tensor
@@ -87,13 +77,7 @@ class ProbeCrop:
 
 @dataclass(frozen=True)
 class Probe:
-    """Fixed crops of both halves.
-
-    Attributes:
-        fit: Crops that the head is fitted on.
-        score: Crops that it is scored on.
-        names: Classes that both halves hold, background first.
-    """
+    """Fixed crops of both halves. names: the classes that both hold, background first."""
 
     fit: list[ProbeCrop]
     score: list[ProbeCrop]
@@ -101,16 +85,16 @@ class Probe:
 
 
 def find_probe_cases(path: Path, num_cases: int) -> ProbeCases:
-    """Choose labelled training cases, in two halves without a common subject. The choice depends on names alone.
+    """Choose labelled training cases for the probe, in two halves without a common subject.
 
-    Cases that the list or a splits.json keeps for validation are not used.
+    The choice depends on the names of the cases alone. Validation cases of the list or of a splits.json are not used.
 
     Args:
-        path: A data list, or the folder of an nnU-Net data set.
+        path: A data list, or an nnU-Net data set folder.
         num_cases: Number of cases.
 
     Raises:
-        ValueError: There are fewer cases, or all are of one subject; and what reading the list raises.
+        ValueError: There are fewer cases, or what reading the list raises.
     """
     default = path if path.suffix == ".json" else path / "dataset.json"
     if path.suffix == ".json" or (default.is_file() and datalist_json.is_datalist(default)):
@@ -131,12 +115,12 @@ def find_probe_cases(path: Path, num_cases: int) -> ProbeCases:
 
 
 def make_probe(config: PretrainConfig, processes: Processes, cases: ProbeCases) -> Probe | None:
-    """Make the probe of a run, prepared with the run's settings; None on other processes than the main one.
+    """Prepare the probe of a run by the run's settings; None on other processes than the main one.
 
     Raises:
-        ValueError: Cases are unreadable, and what `cut_probe` raises.
+        ValueError, OSError: What preparation and `cut_probe` raise.
     """
-    volumes = prepared(config, processes, Path(config.probe_data), [*cases.fit, *cases.score])
+    volumes = prepare_volumes(config, processes, Path(config.probe_data), [*cases.fit, *cases.score])
     if not processes.is_main:
         return None
     num = len(cases.fit)
@@ -149,10 +133,10 @@ def cut_probe(
     """Cut the fixed crops of prepared, labelled volumes.
 
     Args:
-        fit: Volumes that the head is fitted on.
-        score: Volumes that it is scored on.
-        names: Class names by label value; classes without one are named by their value.
-        crop_size: Voxels of a crop per axis.
+        fit: Volumes whose crops fit the head.
+        score: Volumes whose crops score it.
+        names: Class names by label value; a class without a name is called by its value.
+        crop_size: Voxels of a crop on each axis.
 
     Raises:
         ValueError: The crops of the two halves have no class in common.
@@ -183,13 +167,13 @@ def labelled_box(volume: StoredVolume, size: Sequence[int], *position: int) -> t
 
     The volume's classes take turns, so that small ones are in as many crops as large ones.
     """
-    rng = np.random.default_rng(position)  # independent of the run's seed: all runs have the same probe
+    rng = np.random.default_rng(position)  # of its own: the probe is the same in runs of every seed
     shape = volume.entry.shape
     label = volume.read("label", (0,) * len(shape), shape)
     values = np.unique(label)[np.unique(label) > 0]
     if not len(values):
         raise ValueError(
-            f"{volume.name}: its label is empty; the probe needs labelled voxels, take the case off the list"
+            f"{volume.name}: its label is empty, so that the probe has no use for it; remove it from the list"
         )
     found = np.flatnonzero(label == values[sum(position) % len(values)])
     start = crop_start(np.unravel_index(rng.choice(found), shape), shape, size)
@@ -210,51 +194,53 @@ def take_probe(encoder: HybridEncoder, probe: Probe, log: RunLog, step: int, epo
     """Probe the encoder after a step, and log the Dice."""
     clock = time.perf_counter()
     dice = probe_encoder(encoder, probe)
-    log.write(step, epoch, probe_dice=mean_over_classes(dice), probe=dice)
+    log.write(step, epoch, probe_dice=mean(dice), probe=dice)
     seconds = time.perf_counter() - clock
-    LOG.info("epoch %d: probe Dice %.4f after %d steps (%.1f s)", epoch, mean_over_classes(dice), step + 1, seconds)
+    LOG.info("epoch %d: probe Dice %.4f after %d steps (%.1f s)", epoch, mean(dice), step + 1, seconds)
 
 
 @torch.no_grad()
 def probe_encoder(encoder: HybridEncoder, probe: Probe) -> dict[str, float]:
-    """Compute the Dice of each class but the background, by name, on the encoder's device.
+    """Compute the Dice of each class except the background, by name, on the encoder's device.
 
-    The encoder is left unchanged.
+    The encoder's mode, weights and statistics do not change.
     """
     was_training = encoder.training
     encoder.eval()
     features = torch.cat([features_at(maps, crop) for crop, maps in encoded(encoder, probe.fit)])
     labels = torch.cat([crop.label.flatten()[crop.voxels] for crop in probe.fit]).to(features.device)
-    voxels = voxels_per_class(torch.cat([crop.label.flatten() for crop in probe.fit]), len(probe.names)).to(features)
-    weight, bias = fit_head(features, labels, voxels / voxels.sum())
-    totals = torch.zeros(3, len(probe.names), dtype=torch.long)  # correct, predicted, true
+    fractions = count_voxels_by_class(torch.cat([crop.label.flatten() for crop in probe.fit]), len(probe.names)).to(
+        features
+    )
+    weight, bias = fit_head(features, labels, fractions / fractions.sum())
+    totals = torch.zeros(3, len(probe.names), dtype=torch.long)  # correct, found, true
     for crop, maps in encoded(encoder, probe.score):
         known = crop.label != IGNORED
-        found, truth = head_scores(maps, weight, bias).argmax(1)[0].cpu()[known], crop.label[known]
-        totals += torch.stack([voxels_per_class(x, len(probe.names)) for x in (truth[found == truth], found, truth)])
+        found, truth = probe_scores(maps, weight, bias).argmax(1)[0].cpu()[known], crop.label[known]
+        totals += torch.stack(
+            [count_voxels_by_class(x, len(probe.names)) for x in (truth[found == truth], found, truth)]
+        )
     encoder.train(was_training)
     correct, num_found, num_true = totals
     dice = (2 * correct / (num_found + num_true)).tolist()
     return dict(zip(probe.names[1:], dice[1:], strict=True))
 
 
-def mean_over_classes(dice: dict[str, float]) -> float:
-    """Average the Dice over the classes."""
+def mean(dice: dict[str, float]) -> float:
+    """Average over the classes."""
     return math.fsum(dice.values()) / len(dice)
 
 
-def voxels_per_class(labels: Tensor, num_classes: int) -> Tensor:
+def count_voxels_by_class(labels: Tensor, num_classes: int) -> Tensor:
     """Count the voxels of each class, int64 (num_classes,), without the ignored ones."""
     return torch.bincount(labels[labels != IGNORED].flatten(), minlength=num_classes)
 
 
 def encoded(encoder: HybridEncoder, crops: Sequence[ProbeCrop]) -> Iterator[tuple[ProbeCrop, list[Tensor]]]:
-    """Encode crops, those of a volume together.
+    """Encode crops: yield each with its five dense maps, (1, c, *size), finest first.
 
-    With weights in channels-last layout, torch's convolutions took four times as long on CPU for a crop alone.
-
-    Yields:
-        Each crop with its five dense maps, (1, c, *size), finest first.
+    Those of a volume are encoded together: with weights that lie channels last, torch's convolutions took four times
+    as long on CPU for a crop alone.
     """
     device = next(encoder.parameters()).device
     for first in range(0, len(crops), CROPS_PER_VOLUME):
@@ -265,7 +251,7 @@ def encoded(encoder: HybridEncoder, crops: Sequence[ProbeCrop]) -> Iterator[tupl
 
 
 def features_at(maps: Sequence[Tensor], crop: ProbeCrop) -> Tensor:
-    """Compute the features of the chosen voxels, (n, sum of c); maps are interpolated as in `head_scores`."""
+    """Interpolate the features of the chosen voxels, (n, sum of c), as `probe_scores` interpolates maps."""
     size = crop.label.shape
     at = torch.stack(torch.unravel_index(crop.voxels, size), dim=-1)
     grid = (2 * at + 1) / torch.tensor(size) - 1  # -1..1 between the outer faces of the crop
@@ -280,10 +266,10 @@ def fit_head(features: Tensor, labels: Tensor, fractions: Tensor) -> tuple[Tenso
     Args:
         features: (n, c).
         labels: int64 (n,).
-        fractions: Fractions of the classes among all voxels, (classes,); the intercepts go half the way to them.
+        fractions: Of the classes among all voxels, (classes,). The intercepts go half the way to them.
 
     Returns:
-        Weight (classes, c) and bias (classes,), for features that are not standardised.
+        Weight (classes, c) and bias (classes,) for features without normalisation.
     """
     num_classes = len(fractions)
     centre, scale = features.mean(0), features.std(0).clamp_min(1e-6)
@@ -301,18 +287,18 @@ def fit_head(features: Tensor, labels: Tensor, fractions: Tensor) -> tuple[Tenso
     with torch.enable_grad():
         optimizer.step(loss)
     weight, bias = weight.detach() / scale, bias.detach()
-    drawn = voxels_per_class(labels, num_classes) / len(labels)
+    drawn = count_voxels_by_class(labels, num_classes) / len(labels)
     return weight, bias - weight @ centre + (fractions / drawn).log() / 2
 
 
-def head_scores(maps: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
-    """Compute the head's scores at every voxel, (1, classes, *size).
+def probe_scores(maps: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    """Apply the head at every voxel: (1, classes, *size).
 
-    The head is applied to each map before interpolation. Both are linear, so the result is the same with less work.
+    It is applied to each map before its interpolation, which gives the same with less work, since both are linear.
     """
     size = maps[0].shape[2:]
     scores = bias[:, None, None, None]
     for x, w in zip(maps, weight.split([x.shape[1] for x in maps], dim=1), strict=True):
-        coarse = F.conv3d(x, w[:, :, None, None, None])
-        scores = scores + F.interpolate(coarse, size, mode="trilinear", align_corners=False)
+        part = F.conv3d(x, w[:, :, None, None, None])
+        scores = scores + F.interpolate(part, size, mode="trilinear", align_corners=False)
     return scores

@@ -19,7 +19,7 @@ from hyspark.config.recipes import Config
 from hyspark.data.batches.loader import Batch
 from hyspark.training import memory, optim
 from hyspark.training.distributed import Processes
-from hyspark.training.loop import Task, start_run, update
+from hyspark.training.loop import Task, make_run, update
 
 REPEATS, SHORT = 3, 1.0
 """Repetitions, of which the fastest counts, of steps that take less than this number of seconds."""
@@ -92,14 +92,14 @@ def iterate_trials(
     found: list[Trial] = []
     try:
         alone = replace(processes, rank=0, world_size=1, by_torchrun=False)
-        run = start_run(config, "", alone, make(), steps_per_epoch=1, epochs=1, state=None)
+        run = make_run(config, "", alone, make(), steps_per_epoch=1, state=None)
         run.model.train()
-        optim.set_rates(run.optimizer, lr=0.0, wd=0.0)
+        optim.set_lr_and_decay(run.optimizer, lr=0.0, wd=0.0)
 
         def seconds(batch: Batch) -> float:
             start = time.perf_counter()
             update(run, task, batch, step=0)
-            memory.synchronise(alone)
+            memory.synchronise_device(alone)
             return time.perf_counter() - start
 
         seconds(make_batch(least))  # the very first step allocates the optimizer's state
@@ -176,7 +176,7 @@ def send_trials(sender: Connection, threads: int, *args: Any) -> None:
 
 def limit_memory(free: int | None) -> None:
     """Let allocations beyond `free` bytes fail, so that Linux does not kill some process instead."""
-    used = memory.proc_bytes("self/status", "VmData")
+    used = memory.data_memory()
     if free is None or used is None:
         return
     import resource

@@ -18,11 +18,11 @@ from hyspark.evaluation.classification.predict import predict_classification
 from hyspark.evaluation.network_kind import NetworkKind, kind_of_network
 from hyspark.evaluation.segmentation.evaluate import Scoring, evaluate_segmentation
 from hyspark.evaluation.segmentation.predict import find_inputs, predict_segmentation
-from hyspark.tasks.classification import finetune_classify
-from hyspark.tasks.masked import encoder_file
-from hyspark.tasks.pretrain import pretrain as run_pretraining
-from hyspark.tasks.segmentation import finetune as run_segmentation
+from hyspark.tasks.classification import run_classification
+from hyspark.tasks.pretrain import run_pretraining
+from hyspark.tasks.segmentation import run_segmentation
 from hyspark.training.metrics_log import read_metrics
+from hyspark.training.run_folder import encoder_file
 from hyspark.utils.text import nearest
 
 StrPath = str | os.PathLike[str]
@@ -90,7 +90,7 @@ def pretrain(config: StrPath | None = None, **settings: Any) -> TrainingRun:
         FileNotFoundError: Data or weights are missing.
         FloatingPointError: The loss is not finite.
     """
-    values = PretrainConfig(**merged(PretrainConfig, config, settings))
+    values = PretrainConfig(**merge_settings(PretrainConfig, config, settings))
     folder = run_pretraining(values)
     return TrainingRun(folder, encoder_file(values), folder / "report.html")
 
@@ -114,9 +114,9 @@ def finetune(
         FloatingPointError: The loss is not finite.
     """
     if task == "segmentation":
-        folder = run_segmentation(SegmentationConfig(**merged(SegmentationConfig, config, settings)))
+        folder = run_segmentation(SegmentationConfig(**merge_settings(SegmentationConfig, config, settings)))
     elif task == "classification":
-        folder = finetune_classify(ClassificationConfig(**merged(ClassificationConfig, config, settings)))
+        folder = run_classification(ClassificationConfig(**merge_settings(ClassificationConfig, config, settings)))
     else:
         raise ValueError(f"task: expected segmentation or classification, got {task!r}")
     return TrainingRun(folder, folder / "best.pth", folder / "report.html")
@@ -175,7 +175,7 @@ def predict(
     return Predictions([Path(out) / f"{name}.nii.gz" for name in names if name not in failures], failures)
 
 
-def merged(config_class: type, config: StrPath | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+def merge_settings(config_class: type, config: StrPath | None, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Put settings over those of a recipe, in the types of their fields."""
     plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in settings.items()}
     return (read_yaml(os.fspath(config), config_class) if config else {}) | typed_values(

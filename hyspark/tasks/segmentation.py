@@ -1,5 +1,4 @@
-"""Fine-tuning for segmentation: finding labelled data, building the network, and what a step, a review and a
-checkpoint are.
+"""Fine-tuning for segmentation: data and network of a run, and its task of the loop.
 
 Source of the recipe: UNETR's BTCV example (Project-MONAI/research-contributions), the usual stand-in for the paper's.
 """
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,10 +19,7 @@ from hyspark.config.segmentation import SegmentationConfig, check_decoder
 from hyspark.data.batches.augmentation import AffineRange
 from hyspark.data.batches.loader import Batch, Shard
 from hyspark.data.batches.volumes import FinetuneBatches
-from hyspark.data.datasets.cases import Case
-from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.data.readers.nifti import read_label
-from hyspark.data.seeds import seed_at
 from hyspark.evaluation.segmentation.evaluate import (
     Segmented,
     Source,
@@ -41,104 +36,112 @@ from hyspark.evaluation.validations import read_validations
 from hyspark.figures.panels import save_figure
 from hyspark.models.compile import compile_blocks
 from hyspark.models.segmentation import Hybird
+from hyspark.models.weights.load import LoadReport
 from hyspark.reports import run_page
+from hyspark.tasks.launch import Experiment, launch
 from hyspark.training import checkpoint, distributed, optim
 from hyspark.training.distributed import Processes
-from hyspark.training.initial_weights import load_start
-from hyspark.training.labelled_cases import find_cases, label_fault, left_right_pairs, one_sided
-from hyspark.training.loop import Run, start_run, train
+from hyspark.training.initial_weights import initialise, load_volume_weights
+from hyspark.training.labelled_cases import find_labelled_cases, label_fault, left_right_pairs, unpaired_sides
+from hyspark.training.loop import Run, Task, make_run
 from hyspark.training.losses import DiceAndCrossEntropy
 from hyspark.training.metrics_log import RunLog
-from hyspark.training.precision import with_precision
-from hyspark.training.replay import repeat, stopped_run
-from hyspark.training.run_folder import begun, last_file, saved_state, settings_text, steps_per_epoch
-from hyspark.training.run_volumes import data_text, left_out_text, usable
+from hyspark.training.run_folder import checkpoint_file, steps_per_epoch
+from hyspark.training.run_volumes import RunVolumes, describe_cases, format_excluded, prepare_run_volumes
 from hyspark.utils.digests import content_digest
 from hyspark.utils.log import LOG
 
-SCORES = {"Validation cases, last weights": "scores", "Further cases, last weights": "scores_test"}
-"""Folders of scores in a run, by what the report calls them."""
+FOLDERS_BY_HEADING = {"Validation cases, last weights": "scores", "Further cases, last weights": "scores_test"}
+"""Folders of scores in a run by their heading in the report."""
 
 
-def finetune(config: SegmentationConfig) -> Path:
-    """Fine-tune as the settings say, or continue; returns the run folder.
+def run_segmentation(config: SegmentationConfig) -> Path:
+    """Fine-tune for segmentation as the settings say, or continue; see `launch`."""
+    return launch(config, SegmentationExperiment)
 
-    Raises ValueError or FileNotFoundError for settings, weights and data that do not fit, OSError for a full disk,
-    FloatingPointError where the loss is not finite, AskedToStop (a SystemExit) after SIGTERM or SIGUSR1.
-    """
-    processes = distributed.find_processes("cpu" if config.replay else config.device)
-    stopped = None
-    if config.replay:
-        config, stopped = stopped_run(config, processes)
-    config = with_precision(config, processes)
-    share = Shard(config.batch_size, processes.rank, processes.world_size)
-    training, validation, names = find_cases(config)
-    data = data_text(training, validation)
-    swaps = left_right_pairs(config, names)
-    model = build(config, len(names))
-    LOG.info("%s", describe(config, processes, model, len(training), len(validation), names))
-    if config.flip_prob[0] and (unpaired := one_sided(names, swaps)):
-        LOG.warning(
-            "crops are flipped left to right, and these classes say left or right: %s; name the pairs in left_right, "
-            "or set the first of flip_prob to 0",
-            ", ".join(unpaired),
-        )
-    if config.dry_run:
-        start(config, model)
-        return config.run_folder
-    with begun(config, processes, model, last_file(config)) as asked:
-        state = stopped or start(config, model)
-        where = (config, processes, Path(config.data), training, validation, state)
-        found = usable(*where, fault=partial(label_fault, names=names))
-        held_out = prepare_held_out(config, processes, names)
-        criterion = DiceAndCrossEntropy(len(names), config.background_weight).to(processes.device)
+
+class SegmentationExperiment(Experiment["SegmentationTask"]):
+    """Fine-tuning for segmentation."""
+
+    def __init__(self, config: SegmentationConfig, processes: Processes) -> None:
+        self.config, self.processes = config, processes
+        self.shard = Shard(config.batch_size, processes.rank, processes.world_size)
+        self.training, self.validation, self.names = find_labelled_cases(config)
+        self.data = describe_cases(self.training, self.validation)
+        swaps = left_right_pairs(config, self.names)
+        self.model = initialise_segmentation(config, len(self.names))
+        if config.flip_prob[0] and (unpaired := unpaired_sides(self.names, swaps)):
+            LOG.warning(
+                "crops are flipped left to right, and these classes say left or right: %s; name the pairs in "
+                "left_right, or set the first of flip_prob to 0",
+                ", ".join(unpaired),
+            )
+
+    def describe(self) -> dict[str, str]:
+        """Describe data, classes, network and steps."""
+        c = self.config
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        return {
+            "data": f"{len(self.training)} training and {len(self.validation)} validation cases from {c.data}",
+            "classes": ", ".join(self.names),
+            "model": f"hybird, {millions:.1f} M parameters, crops of {' x '.join(map(str, c.crop_shape))}",
+            "steps": f"{c.epochs} epochs of {steps_per_epoch(c, len(self.training))}, "
+            f"{c.batch_size * c.crops_per_volume} crops each",
+        }
+
+    def load_weights(self) -> LoadReport | None:
+        """Load pre-trained weights; refuse settings of the other decoder."""
+        check_decoder(self.config)
+        if self.config.weights == "none":
+            return None
+        return load_volume_weights(self.model, self.config.weights, self.config)
+
+    def set_up(self, state: dict[str, Any] | None) -> tuple[Run, "SegmentationTask"]:
+        """Prepare the volumes, and make run and task."""
+        config, processes = self.config, self.processes
+        fault = partial(label_fault, names=self.names)
+        volumes = prepare_run_volumes(config, processes, Path(config.data), self.training, self.validation, fault)
+        self.held_out = prepare_held_out(config, processes, self.names)
+        criterion = DiceAndCrossEntropy(len(self.names), config.background_weight).to(processes.device)
         best = state["best"] if state else -1.0
-        data_of = (found.training, found.validation, found.validation_cases)
-        trained_on = [content_digest(case.image) for case in found.training_cases]
-        task = Finetuning(config, share, *data_of, names, criterion, best, trained_on)
-        steps = steps_per_epoch(config, len(found.training))
-        encoder_share = optim.encoder_share(config)
-        run = start_run(
+        trained_on = [content_digest(case.image) for case in volumes.training_cases]
+        task = SegmentationTask(config, self.shard, volumes, self.names, criterion, best, trained_on)
+        ratio = optim.finetuning_encoder_lr_ratio(config)
+        run = make_run(
             config,
-            data,
+            self.data,
             processes,
-            model,
-            steps,
-            config.epochs,
+            self.model,
+            steps_per_epoch(config, len(volumes.training)),
             state,
-            left_out=found.left_out,
-            make_optimizer=partial(optim.adamw, layer_decay=config.layer_decay, encoder_share=encoder_share),
+            excluded=volumes.excluded,
+            val_every=config.val_every,
+            make_optimizer=partial(optim.make_adamw, layer_decay=config.layer_decay, encoder_lr_ratio=ratio),
             freezes=config.freeze_epochs > 0,
         )
-        if stopped:
-            LOG.info("%s", repeat(run, task, stopped["stopped_by"]))
-            return config.run_folder
-        if run.first_step < run.last_step or not run.is_reviewed:
-            train(run, task, asked)
-        else:
-            LOG.info("nothing to train: %s has done %d steps", config.run_folder, run.first_step)
-            if processes.is_main and run.first_step <= run.last_step:  # no fewer steps than it has done
-                write_yaml(config, config.run_folder / "config.yaml")
+        return run, task
+
+    def finish(self, run: Run, task: "SegmentationTask", has_trained: bool) -> None:
+        """Score the last weights on validation and further cases, unless that is done; write the report."""
+        config, processes, folder = self.config, self.processes, self.config.run_folder
+        if not has_trained and processes.is_main and run.first_step <= run.last_step:  # no fewer steps than it has done
+            write_yaml(config, folder / "config.yaml")
         run.model.eval()
-        if not are_cases_scored(config.run_folder / "scores", config, names, task.cases, processes, task.source(run)):
-            task.score(run)
-        score_held_out(run.network, config, names, held_out, processes, last_weights(config, run), trained_on)
-    if processes.is_main:
-        if dice_of := best_and_last(config.run_folder):
-            LOG.info("%s", run_page.dice_table(dice_of))
-        LOG.info("report   %s", task.write_report(run))
-        LOG.info("scores   %s", config.run_folder / "scores")
-    return config.run_folder
+        cases = task.volumes.validation_cases
+        if not are_cases_scored(folder / "scores", config, self.names, cases, processes, task.source(run)):
+            task.write_validation_scores(run)
+        weights = describe_last_weights(config, run)
+        score_held_out(run.network, config, self.names, self.held_out, processes, weights, task.trained_on)
+        if processes.is_main:
+            if dice_of := best_and_last(folder):
+                LOG.info("%s", run_page.dice_table(dice_of))
+            LOG.info("report   %s", task.write_report(run))
+            LOG.info("scores   %s", folder / "scores")
 
 
-def start(config: SegmentationConfig, model: Hybird) -> dict[str, Any] | None:
-    """The state that a run continues from; where there is none, the pre-trained weights are loaded."""
-    state = saved_state(config, last_file(config))
-    if not state:
-        check_decoder(config)
-    if not state and config.weights != "none":
-        LOG.info("weights of %s\n%s", config.weights, load_start(model, config.weights, config))
-    return state
+def describe_last_weights(config: SegmentationConfig, run: Run) -> str:
+    """Describe the weights that a run ends with, for a protocol."""
+    return f"{checkpoint_file(config).name} after {max(run.first_step, run.last_step)} steps"
 
 
 def best_and_last(run_folder: Path) -> dict[str, dict[str, float]]:
@@ -147,44 +150,20 @@ def best_and_last(run_folder: Path) -> dict[str, dict[str, float]]:
     return {"best": found.best, "last": found.last} if found else {}
 
 
-def last_weights(config: SegmentationConfig, run: Run) -> str:
-    """What a protocol calls the weights that a run ends with."""
-    return f"{last_file(config).name} after {max(run.first_step, run.last_step)} steps"
-
-
-def describe(
-    config: SegmentationConfig,
-    processes: Processes,
-    model: Hybird,
-    num_training: int,
-    num_validation: int,
-    names: Sequence[str],
-) -> str:
-    """The run in a few lines, for the terminal."""
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    steps = steps_per_epoch(config, num_training)
-    return settings_text(
-        config,
-        processes,
-        data=f"{num_training} training and {num_validation} validation cases from {config.data}",
-        classes=", ".join(names),
-        model=f"hybird, {millions:.1f} M parameters, crops of {' x '.join(map(str, config.crop_shape))}",
-        steps=f"{config.epochs} epochs of {steps}, {config.batch_size * config.crops_per_volume} crops each",
-    )
-
-
-def build(config: SegmentationConfig, num_classes: int) -> Hybird:
-    """The network with its seeded fresh weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_at(config.seed, "weights"))
-        network = hybird_from_config(config, num_classes)
+def initialise_segmentation(config: SegmentationConfig, num_classes: int) -> Hybird:
+    """Build the network with random weights from the seed."""
+    network = initialise(partial(hybird_from_config, config, num_classes), config.seed)
     if config.compile == "blocks" and not config.replay:
         compile_blocks(network)
     return network
 
 
 def split_crops(batch: Batch, num: int) -> list[Batch]:
-    """A batch in `num` parts of equally many crops; raises ValueError where it does not divide."""
+    """Split a batch into micro-batches of equally many crops.
+
+    Raises:
+        ValueError: The number of crops is no multiple of theirs.
+    """
     crops = len(batch["cases"])
     if crops % num:
         raise ValueError(
@@ -195,16 +174,21 @@ def split_crops(batch: Batch, num: int) -> list[Batch]:
 
 
 @dataclass
-class Finetuning:
-    """The task for the loop. cases: the validation cases, with their labels' files. best: best mean Dice so far.
-    trained_on: of `Source`.
+class SegmentationTask(Task):
+    """Fine-tuning for segmentation.
+
+    Attributes:
+        shard: This process's shard of a batch.
+        volumes: Training and validation volumes with their cases.
+        names: Class names by label value.
+        criterion: Loss.
+        best: Best mean Dice so far.
+        trained_on: Digests of the training images, see `Source`.
     """
 
     config: SegmentationConfig
-    share: Shard
-    training: Sequence[StoredVolume]
-    validation: Sequence[StoredVolume]
-    cases: Sequence[Case]
+    shard: Shard
+    volumes: RunVolumes
     names: Sequence[str]
     criterion: DiceAndCrossEntropy
     best: float
@@ -217,55 +201,51 @@ class Finetuning:
         drawing = (c.flip_prob, c.rot90_prob, c.intensity_prob, c.labelled_prob)
         swaps = left_right_pairs(c, self.names)
         affine = AffineRange(c.affine_prob, c.affine_degrees, c.affine_scale)
-        where = (self.training, self.share, c.crop_shape, c.crops_per_volume)
-        return FinetuneBatches(*where, *drawing, c.seed, swaps, affine)
+        crops = (self.volumes.training, self.shard, c.crop_shape, c.crops_per_volume)
+        return FinetuneBatches(*crops, *drawing, c.seed, swaps, affine)
 
-    def begin(self, run: Run, step: int) -> None:
-        """Leave the encoder out of the first epochs, where the settings say so."""
+    def before_step(self, run: Run, step: int) -> None:
+        """Freeze the encoder in the first epochs, if the settings say so."""
         learns = step >= self.config.freeze_epochs * run.steps_per_epoch
         run.network.set_encoder_trainable(learns)
 
-    def parts(self, run: Run, batch: Batch) -> list[Batch]:
-        """Equal numbers of crops, each part with the weight of a part's voxels, as a mean over all processes."""
-        parts = split_crops(batch, self.config.accumulate)
-        own = self.criterion.weight_of(batch["label"]) / len(parts)
-        weight_sum = distributed.mean_over(own.to(run.processes.device), run.processes)
-        return [part | {"weight_sum": weight_sum} for part in parts]
+    def micro_batches(self, run: Run, batch: Batch) -> list[Batch]:
+        """Split a batch; each micro-batch gets the mean weight of a micro-batch's voxels over all processes."""
+        micro_batches = split_crops(batch, self.config.accumulate)
+        own = self.criterion.weight_sum(batch["label"]) / len(micro_batches)
+        weight_sum = distributed.mean_over_processes(own.to(run.processes.device), run.processes)
+        return [micro_batch | {"weight_sum": weight_sum} for micro_batch in micro_batches]
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
-        """Dice and cross entropy, in fp32."""
+        """Return Dice and cross entropy, in fp32."""
         images, labels = (batch[k].to(run.processes.device, non_blocking=True) for k in ("image", "label"))
         loss: Tensor = self.criterion(run.model(images).float(), labels, batch["weight_sum"])
         return loss
 
-    def rates(self, run: Run, step: int) -> dict[str, float]:
-        """Linear warm-up, then a cosine or constant."""
-        return optim.finetuning_rates(self.config, step, run.steps_per_epoch, run.total_steps)
+    def schedule(self, run: Run, step: int) -> dict[str, float]:
+        """Return learning rate and weight decay of a step."""
+        return optim.finetuning_schedule(self.config, step, run.steps_per_epoch, run.total_steps)
 
-    def is_due(self, run: Run, done: int) -> bool:
-        """At the end of every val_every-th epoch."""
-        return done % (run.steps_per_epoch * self.config.val_every) == 0
-
-    def review(self, run: Run, log: RunLog | None, step: int, epoch: int) -> None:
-        """Validate, at the end of the run with all scores; keep the weights where they are the best so far; write the
-        Dice, a picture and the page.
-        """
-        is_last = step + 1 == run.last_step
-        by_case, first = self.score(run) if is_last else self.validate(run)
-        organs = mean_dice(list(by_case.values()), self.names[1:])
+    def validate(self, run: Run, log: RunLog | None, step: int, epoch: int) -> None:
+        """Compute the Dice of the validation cases, at the end of the run all scores; save the best weights."""
+        picture = None
+        if step + 1 == run.last_step:
+            dice_by_case = self.write_validation_scores(run)
+        else:
+            dice_by_case, picture = self.validation_dice(run)
+        organs = mean_dice(list(dice_by_case.values()), self.names[1:])
         mean = mean_of(list(organs.values()))
-        held = {name: value for name, value in organs.items() if not math.isnan(value)}
-        is_best = not mean <= self.best  # without any organ none is better, and the newest are kept
+        is_best = not mean <= self.best  # NaN, of labels without an organ, keeps the newest weights
         self.best = max(self.best, mean)
         if log is None:
             return
-        if held:
+        if held := {name: value for name, value in organs.items() if not math.isnan(value)}:
             log.write(step, epoch, dice_mean=mean, dice=held)
-            told = " (best)" if is_best else ""
-            LOG.info("epoch %d: mean Dice %.4f on %d cases%s", epoch, mean, len(by_case), told)
+            suffix = " (best)" if is_best else ""
+            LOG.info("epoch %d: mean Dice %.4f on %d cases%s", epoch, mean, len(dice_by_case), suffix)
         else:
             LOG.warning(
-                "epoch %d: no Dice, since no label of the %d validation cases has an organ", epoch, len(by_case)
+                "epoch %d: no Dice, since no label of the %d validation cases has an organ", epoch, len(dice_by_case)
             )
         if is_best:
             weights = {
@@ -275,67 +255,62 @@ class Finetuning:
                 "trained_on": list(self.trained_on),
             }
             checkpoint.save(weights, self.config.run_folder / "best.pth")
-        if first is not None:
-            self.draw_picture(log, step, epoch, first)
+        if picture is not None:
+            self.draw_picture(log, step, epoch, picture)
         self.write_report(run)
 
-    def score(self, run: Run) -> tuple[dict[str, list[float]], None]:
-        """All scores of the validation cases, written to the folder `scores`; returns what `validate` does, but no
-        label map.
-        """
-        c = self.config
-        where = (c, self.names, self.validation, self.cases, c.run_folder / "scores", run.processes)
-        _, table = score_cases(run.network, *where, self.source(run))
-        return dict(zip(table.cases, table.values["dice"].tolist(), strict=True)), None
+    def write_validation_scores(self, run: Run) -> dict[str, list[float]]:
+        """Write all scores of the validation cases to the folder `scores`; return the Dice per class by case."""
+        volumes = self.volumes
+        cases = (self.names, volumes.validation, volumes.validation_cases)
+        out = self.config.run_folder / "scores"
+        _, table = score_cases(run.network, self.config, *cases, out, run.processes, self.source(run))
+        return dict(zip(table.cases, table.values["dice"].tolist(), strict=True))
 
     def source(self, run: Run) -> Source:
-        """What the scores of the validation cases are of."""
-        return Source(last_weights(self.config, run), f"validation cases of {self.config.data}", self.trained_on)
+        """Return weights and data of the scores of the validation cases."""
+        weights = describe_last_weights(self.config, run)
+        return Source(weights, f"validation cases of {self.config.data}", self.trained_on)
 
     def segment(self, run: Run, index: int) -> Segmented:
-        """Label maps of a validation case."""
+        """Segment a validation case."""
         c = self.config
         windows = windows_from_config(c, self.names, c.infer_overlap)
-        volume, case = self.validation[index], self.cases[index]
+        volume, case = self.volumes.validation[index], self.volumes.validation_cases[index]
         return segment_case(run.network, volume, case, windows, run.processes, c.precision)
 
-    def validate(self, run: Run) -> tuple[dict[str, list[float]], np.ndarray | None]:
-        """Dice per class of each validation case, on the label's own grid; on the main process also the label map of
-        the first on the prepared grid.
+    def validation_dice(self, run: Run) -> tuple[dict[str, list[float]], np.ndarray | None]:
+        """Segment the validation cases.
+
+        Returns:
+            Dice per class by case, on the label's own grid; and on the main process the label map of the first case on
+            the prepared grid, uint8 (h, w, d).
         """
-        processes = run.processes
-        mine = range(processes.rank, len(self.validation), processes.world_size)
+        processes, cases = run.processes, self.volumes.validation_cases
+        own = range(processes.rank, len(cases), processes.world_size)
         rows: list[tuple[int, list[float]]] = []
         first = None
-        for i in tqdm(mine, desc="validate", unit="case", leave=False, disable=not processes.is_main):
-            label = self.cases[i].label
+        for i in tqdm(own, desc="validate", unit="case", leave=False, disable=not processes.is_main):
+            label = cases[i].label
             assert label is not None
-            found = self.segment(run, i)
-            first = found.prepared if i == 0 else first
-            rows.append((i, dice(found.on_file, read_label(label, len(self.names)), len(self.names))))
-        return {self.cases[i].name: values for i, values in sorted(distributed.gather(rows, processes))}, first
+            segmented = self.segment(run, i)
+            first = segmented.prepared if i == 0 else first
+            rows.append((i, dice(segmented.on_file, read_label(label, len(self.names)), len(self.names))))
+        return {cases[i].name: values for i, values in sorted(distributed.gather_lists(rows, processes))}, first
 
     def draw_picture(self, log: RunLog, step: int, epoch: int, prediction: np.ndarray) -> None:
-        """The first validation case: image, truth, prediction, uint8 (h, w, d) on the prepared grid."""
-        volume = self.validation[0]
+        """Draw image, truth and prediction, uint8 (h, w, d) on the prepared grid, of the first validation case."""
+        volume = self.volumes.validation[0]
         figure = case_panel(volume, prediction, self.names, self.config.spacing, f"{volume.name}, epoch {epoch}")
         save_figure(figure, self.config.run_folder / "pictures" / f"epoch_{epoch:04d}_{volume.name}.png")
         log.board.add_figure(f"segmentation/{volume.name}", figure, step, close=False)
 
-    @property
-    def state_file(self) -> Path:
-        """Last, beside best.pth."""
-        return last_file(self.config)
-
-    def notes(self) -> dict[str, float]:
-        """The best Dice."""
+    def extra_state(self) -> dict[str, float]:
+        """Return the best Dice."""
         return {"best": self.best}
 
-    def export(self, run: Run) -> None:
-        """The best weights are kept by the review, and no others."""
-
     def write_report(self, run: Run) -> Path:
-        """The run's HTML page."""
+        """Write the run's HTML page."""
         c = self.config
         return run_page.write_report(
             c.run_folder,
@@ -343,17 +318,17 @@ class Finetuning:
             config=as_plain(c),
             environment=run_page.environment(),
             summary={
-                "start": "from scratch" if c.weights == "none" else f"weights of {c.weights}",
-                "training cases": str(len(self.training)),
-                "validation cases": str(len(self.validation)),
-                "left out": left_out_text(run.left_out),
+                "initial weights": "random" if c.weights == "none" else c.weights,
+                "training cases": str(len(self.volumes.training)),
+                "validation cases": str(len(self.volumes.validation)),
+                "excluded": format_excluded(run.excluded),
                 "scored on": "the label's own grid, mean over cases that hold the organ, background excluded",
-                "device": run.processes.text(c.precision),
+                "device": run.processes.describe(c.precision),
             },
             dice=best_and_last(c.run_folder),
             scores={
                 heading: c.run_folder / name
-                for heading, name in SCORES.items()
+                for heading, name in FOLDERS_BY_HEADING.items()
                 if (c.run_folder / name / "summary.json").is_file()
             },
         )

@@ -1,11 +1,11 @@
 """Processes and devices: one process or many under torchrun, CPU or CUDA.
 
-A process that torchrun started joins a process group and trains by DistributedDataParallel, also where it is the only
-one. So one GPU is enough to run what several run by, NCCL included, and the numbers are those of a plain start.
+A process that torchrun started joins a process group and trains by DistributedDataParallel, even if it is the only one.
+So one GPU is enough to run the code of several, NCCL included, with the numbers of a start without torchrun.
 
-On CUDA batch statistics are shared by torch's SyncBatchNorm, or timm's, which keeps the activation that timm's networks
-hold in their BatchNorms. Both refuse CPU tensors, so on the CPU `GlobalBatchNorm` below does the same with
-differentiable all-reduces: there, too, several processes compute what one would with the same global batch.
+On CUDA, torch's SyncBatchNorm reduces batch statistics over processes. timm's variant keeps the activation that timm's
+networks hold in their BatchNorms. Both refuse CPU tensors; on the CPU `GlobalBatchNorm` does the same with
+differentiable all-reduces. So several processes compute what one would with the same global batch.
 """
 
 import atexit
@@ -35,7 +35,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among the others. by_torchrun: whether torchrun started it."""
+    """This process among the others of a run.
+
+    Attributes:
+        device: Device of this process.
+        rank: Rank among all processes.
+        local_rank: Rank among the processes of this machine.
+        world_size: Number of processes on all machines.
+        by_torchrun: Whether torchrun started the process.
+    """
 
     device: torch.device
     rank: int = 0
@@ -45,17 +53,18 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes and talks: rank 0 of the world."""
+        """Whether this process writes files and logs: rank 0."""
         return self.rank == 0
 
     @property
     def are_joined(self) -> bool:
-        """Whether they form a process group: several always do, one does inside `connected` if torchrun started it."""
+        """Whether there is a process group: of several processes always, of one inside `join_process_group`."""
         return self.world_size > 1 or (self.by_torchrun and dist.is_initialized())
 
-    def text(self, precision: str) -> str:
-        """Device, processes and number format, for logs and reports, with a warning where the processor has no
-        arithmetic for it: an AMD EPYC 7003 took 22 s for a step in bf16 and 2.4 s in fp32.
+    def describe(self, precision: str) -> str:
+        """Describe device, processes and precision, with a warning if the processor only emulates the precision.
+
+        An AMD EPYC 7003 took 22 s for a step in emulated bf16, and 2.4 s in fp32.
         """
         lacks = self.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
         emulated = precision != "fp32" and lacks and platform.machine() in ("x86_64", "AMD64")
@@ -64,9 +73,13 @@ class Processes:
 
 
 def find_processes(device: str) -> Processes:
-    """Read torchrun's environment and choose the device ("auto", "cpu", "cuda").
+    """Read torchrun's environment, choose the device, and set up logging.
 
-    Raises ValueError where CUDA is asked for and absent, or has fewer devices than local processes.
+    Args:
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        ValueError: There are fewer CUDA devices than processes on this machine.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
@@ -74,8 +87,8 @@ def find_processes(device: str) -> Processes:
     if device == "cuda":
         if torch.cuda.device_count() <= local_rank:
             raise ValueError(
-                f"process {local_rank} of this machine has no CUDA device: torch finds {torch.cuda.device_count()}; "
-                "start fewer processes, or use --device cpu"
+                f"--device cuda: process {local_rank} of this machine needs a device of its own, but torch finds "
+                f"{torch.cuda.device_count()}; start fewer processes, or use --device cpu"
             )
         torch.cuda.set_device(local_rank)
         device = f"cuda:{local_rank}"
@@ -87,15 +100,15 @@ def find_processes(device: str) -> Processes:
 
 
 @contextmanager
-def connected(processes: Processes) -> Iterator[None]:
-    """Join the process group: of several processes, or of one that torchrun started."""
+def join_process_group(processes: Processes) -> Iterator[None]:
+    """Join the process group inside the block: of several processes, or of one that torchrun started."""
     if processes.world_size == 1 and not processes.by_torchrun:
         yield
         return
     store, rank, world_size = next(dist.rendezvous("env://"))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
-        # What processes wrote there before torchrun started them again would be taken for what they write now, see
-        # https://github.com/pytorch/pytorch/issues/135712. On several machines their counts may differ.
+        # Without a prefix, keys that processes wrote before torchrun restarted them would be read as new ones, see
+        # https://github.com/pytorch/pytorch/issues/135712. On several machines their restart counts may differ.
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     on_cuda = processes.device.type == "cuda"
     dist.init_process_group(
@@ -105,31 +118,35 @@ def connected(processes: Processes) -> Iterator[None]:
         world_size=world_size,
         device_id=processes.device if on_cuda else None,  # else barriers would have to guess it
     )
-    atexit.register(end_threads, [dist.group.WORLD])
+    atexit.register(release_process_groups, [dist.group.WORLD])
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def end_threads(groups: list[Any]) -> None:
-    """End the threads of groups that were destroyed, before Python ends.
+def release_process_groups(groups: list[Any]) -> None:
+    """End the threads of destroyed process groups before Python exits.
 
-    They live as long as anything refers to the group, such as a model in a circle of references, and one that gives
-    back a tensor while Python ends aborts the process, see https://github.com/pytorch/pytorch/pull/179291. The list
-    has to hold the last reference: torch waits for the threads without holding the interpreter's lock then.
+    A thread lives as long as anything refers to its group, such as a model in a reference cycle. One that releases a
+    tensor while Python exits aborts the process, see https://github.com/pytorch/pytorch/pull/179291. The list has to
+    hold the last reference: torch then waits for the threads without holding the interpreter's lock.
     """
-    for name in ("last_exc", "last_value", "last_traceback"):  # the frames of what ended the program hold the model
+    for name in ("last_exc", "last_value", "last_traceback"):  # the frames of the last error hold the model
         vars(sys).pop(name, None)
     gc.collect()
     groups.clear()
 
 
-def share_gradients(model: nn.Module, processes: Processes, some_unused: bool = False) -> nn.Module:
-    """The model on its device, with gradients averaged and batch statistics shared over all processes.
+def wrap_model(model: nn.Module, processes: Processes, some_unused: bool = False) -> nn.Module:
+    """Move a model to its device, and average gradients and batch statistics over all processes.
 
-    some_unused: whether there are steps in which some weights get no gradient. Weights lie channels last, so that
-    pointwise layers and LayerNorm read contiguous rows.
+    Weights lie channels last, so that pointwise layers and LayerNorm read contiguous rows.
+
+    Args:
+        model: Network.
+        processes: This process among the others.
+        some_unused: Whether some weights get no gradient in some steps.
     """
     is_volumetric = any(p.ndim == 5 for p in model.parameters())
     channels_last = torch.channels_last_3d if is_volumetric else torch.channels_last
@@ -145,18 +162,18 @@ def share_gradients(model: nn.Module, processes: Processes, some_unused: bool = 
     return DistributedDataParallel(model, device_ids=[processes.local_rank] if on_cuda else None, **options)
 
 
-def gradients_shared(model: nn.Module, now: bool) -> AbstractContextManager[Any]:
-    """Whether the backward pass inside averages gradients over the processes; if not, a later one does it for both."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext()
+def synchronise_gradients(model: nn.Module, is_last: bool) -> AbstractContextManager[Any]:
+    """Average gradients over the processes in the backward pass of the last micro-batch only."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last else nullcontext()
 
 
-def bare(model: nn.Module) -> Any:
-    """The network inside the wrapper."""
+def unwrap(model: nn.Module) -> Any:
+    """Return the network inside the wrapper."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def mean_over(value: Tensor, processes: Processes) -> float:
-    """Mean of a scalar over the processes, as a number."""
+def mean_over_processes(value: Tensor, processes: Processes) -> float:
+    """Average a scalar tensor over the processes."""
     value = value.detach().clone()
     if processes.are_joined:
         dist.all_reduce(value)
@@ -164,29 +181,33 @@ def mean_over(value: Tensor, processes: Processes) -> float:
     return float(value)
 
 
-def gather(values: Sequence[Any], processes: Processes) -> list[Any]:
-    """The lists of all processes in one, on every process."""
+def gather_lists(values: Sequence[Any], processes: Processes) -> list[Any]:
+    """Concatenate the lists of all processes, on every process."""
     if not processes.are_joined:
         return list(values)
-    parts: list[Any] = [None] * processes.world_size
-    dist.all_gather_object(parts, list(values))
-    return [v for part in parts for v in part]
+    gathered: list[Any] = [None] * processes.world_size
+    dist.all_gather_object(gathered, list(values))
+    return [value for own in gathered for value in own]
 
 
-def once_per_machine(work: Callable[[], T], processes: Processes) -> list[T]:
-    """What `work` gives on one process of each machine, on every process; the others wait as long as it takes."""
+def run_once_per_machine(work: Callable[[], T], processes: Processes) -> list[T]:
+    """Call `work` on one process of each machine, while the others wait as long as it takes.
+
+    Returns:
+        The results of all machines, on every process.
+    """
     if processes.world_size == 1:
         return [work()]
-    # A group of its own, made before the work, since others give up on a process that lets them wait half an hour.
+    # A group of its own, made before the work, since the default group times out after half an hour.
     group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=30))
-    parts: list[Any] = [None] * processes.world_size
-    dist.all_gather_object(parts, [work()] if processes.local_rank == 0 else [], group=group)
+    gathered: list[Any] = [None] * processes.world_size
+    dist.all_gather_object(gathered, [work()] if processes.local_rank == 0 else [], group=group)
     dist.destroy_process_group(group)
-    return [result for part in parts for result in part]
+    return [result for own in gathered for result in own]
 
 
-def any_of(flag: bool, processes: Processes) -> bool:
-    """Whether a flag is set on any process."""
+def any_process(flag: bool, processes: Processes) -> bool:
+    """Return whether a flag is set on any process."""
     if not processes.are_joined:
         return flag
     found = torch.tensor(float(flag), device=processes.device)

@@ -1,4 +1,4 @@
-"""The labelled data of a fine-tuning run: which cases it trains and is validated on, and what their classes are."""
+"""The labelled cases of a segmentation run: training, validation, classes."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -15,12 +15,13 @@ from hyspark.utils.text import nearest
 BTCV_CLASSES = 14
 
 
-def find_cases(config: SegmentationConfig) -> tuple[list[Case], list[Case], list[str]]:
-    """Labelled training and validation cases, and the class names by label value.
+def find_labelled_cases(config: SegmentationConfig) -> tuple[list[Case], list[Case], list[str]]:
+    """Find labelled training and validation cases, and the class names by label value.
 
-    Raises ValueError where there is nothing to train or to validate on, or less than the settings ask for.
+    Raises:
+        ValueError: There is no case to train or to validate on, or there are fewer than the settings ask for.
     """
-    listed = read_cases(config)
+    listed = read_labelled_datalist(config)
     training, validation = list(listed.training), list(listed.validation)
     if not validation:
         training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=SPLIT_SEED)
@@ -29,11 +30,11 @@ def find_cases(config: SegmentationConfig) -> tuple[list[Case], list[Case], list
             f"{config.data}: {len(training)} labelled cases to train on and {len(validation)} to validate on; "
             "at least one of each is needed; name more cases in the data list, or change val_fraction"
         )
-    return choose_labelled(training, config), validation, class_names(config, listed.labels)
+    return draw_labelled_subset(training, config), validation, class_names(config, listed.labels)
 
 
-def read_cases(config: SegmentationConfig) -> Datalist:
-    """The JSON that the settings name; else data_dir/dataset.json where it is a data list; else the nnU-Net folders."""
+def read_labelled_datalist(config: SegmentationConfig) -> Datalist:
+    """Read the JSON that the settings name; else DATA/dataset.json if it is a data list; else the nnU-Net folders."""
     folder = Path(config.data)
     read = partial(datalist_json.read_datalist, require_labels=True, require_files=False)
     if config.json_list:
@@ -45,14 +46,18 @@ def read_cases(config: SegmentationConfig) -> Datalist:
     return build.read_folder(folder, seed=SPLIT_SEED, val_fraction=config.val_fraction)
 
 
-def choose_labelled(training: Sequence[Case], config: SegmentationConfig) -> list[Case]:
-    """Draw the training cases that the settings ask for, in their order; see `draw_subset`."""
+def draw_labelled_subset(training: Sequence[Case], config: SegmentationConfig) -> list[Case]:
+    """Draw the number of training cases that the settings ask for, in their order; see `draw_subset`."""
     num = subset_size(len(training), num_labelled=config.num_labelled, label_fraction=config.label_fraction)
     return [training[i] for i in draw_subset([(case.dataset, case.name) for case in training], num, config.seed)]
 
 
 def class_names(config: SegmentationConfig, labels: dict[str, int] | None) -> list[str]:
-    """Names by label value, background first; raises ValueError where out_channels and the data's labels disagree."""
+    """Return class names by label value, background first.
+
+    Raises:
+        ValueError: out_channels and the data's labels disagree.
+    """
     if not labels:
         num = config.out_channels or BTCV_CLASSES
         return ["background", *(f"class_{v}" for v in range(1, num))]
@@ -60,14 +65,18 @@ def class_names(config: SegmentationConfig, labels: dict[str, int] | None) -> li
     if config.out_channels and config.out_channels != num:
         raise ValueError(
             f"out_channels is {config.out_channels}, but the data set's labels go from 0 to {num - 1}: {labels}; "
-            "leave out_channels away to take the number from the data"
+            "drop out_channels to take the number from the data"
         )
     by_value = {v: k for k, v in labels.items()}
     return [by_value.get(v, f"class_{v}") for v in range(num)]
 
 
 def left_right_pairs(config: SegmentationConfig, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """Label values that a left-right flip swaps; raises ValueError for what is no class, or comes twice."""
+    """Return the label values that a left-right flip swaps.
+
+    Raises:
+        ValueError: A name is no class, or comes twice, or is the background.
+    """
     known = {name: value for value, name in enumerate(names)} | {str(value): value for value in range(len(names))}
     pairs = [tuple(side.strip() for side in pair.split("=")) for pair in config.left_right]
     for side in (side for pair in pairs for side in pair):
@@ -79,25 +88,29 @@ def left_right_pairs(config: SegmentationConfig, names: Sequence[str]) -> tuple[
     return tuple((known[a], known[b]) for a, b in pairs)
 
 
-def one_sided(names: Sequence[str], swaps: Sequence[tuple[int, int]] = ()) -> list[str]:
-    """Class names that say left or right and are in none of the pairs of label values."""
+def unpaired_sides(names: Sequence[str], swaps: Sequence[tuple[int, int]] = ()) -> list[str]:
+    """List the class names that say left or right and are in none of the pairs of label values."""
     paired = {value for pair in swaps for value in pair}
     sides = ("left", "right")
     return [n for value, n in enumerate(names) if value not in paired and any(side in n.lower() for side in sides)]
 
 
 def label_fault(volume: StoredVolume, names: Sequence[str]) -> str:
-    """What is wrong with a label whose values go beyond the classes; nothing where all is well."""
+    """Return what is wrong with a label whose values go beyond the classes; empty if nothing."""
     if volume.entry.max_label < len(names):
         return ""
     return (
         f"its label holds the value {volume.entry.max_label}, but the classes go from 0 to {len(names) - 1} "
-        f"({', '.join(names)}); they are those that the training data's dataset.json names, or as many as "
-        "--out_channels says where it names none"
+        f"({', '.join(names)}); classes come from the training data's dataset.json, or from --out_channels if that "
+        "names none"
     )
 
 
 def check_labels(volumes: Sequence[StoredVolume], names: Sequence[str]) -> None:
-    """Raises ValueError where labels hold values that are no class."""
+    """Check that labels hold no other values than classes.
+
+    Raises:
+        ValueError: Some do; the message lists all.
+    """
     if wrong := [f"{v.name}: {why}" for v in volumes if (why := label_fault(v, names))]:
         raise ValueError("\n".join(wrong))

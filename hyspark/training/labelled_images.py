@@ -1,4 +1,4 @@
-"""The images of a classification run: which it trains, is validated and is tested on, in memory."""
+"""The images of a classification run in memory: training, validation, test."""
 
 import hashlib
 from collections.abc import Mapping
@@ -9,23 +9,29 @@ from hyspark.config.classification import ClassificationConfig
 from hyspark.data.batches.images import short_side
 from hyspark.data.datasets.subsets import draw_stratified, subset_size
 from hyspark.data.readers.images import FoundImages, ImageSet, decode, find_classes, find_images
-from hyspark.training.run_volumes import SKIP
+from hyspark.training.run_volumes import SKIP_ADVICE
 from hyspark.utils.digests import text_digest
 from hyspark.utils.log import LOG
 
 
 @dataclass(frozen=True)
-class Images:
-    """The images of a run, by part (train, val, test), its class names, and the names of those left out."""
+class LabelledImages:
+    """The images of a run.
+
+    Attributes:
+        parts: Images by part: train, val, and test if there is one.
+        classes: Class names by label.
+        excluded: Names of the unreadable images.
+    """
 
     parts: Mapping[str, ImageSet]
     classes: tuple[str, ...]
-    left_out: list[str]
+    excluded: list[str]
 
-    @property
-    def text(self) -> str:
-        """Training and validation images in a few words, with a digest of names and classes: the order of batches is a
-        function of them.
+    def describe(self) -> str:
+        """Describe training and validation images in a few words, with a digest of names and classes.
+
+        The order of batches is a function of these.
         """
         lines = ["\n".join(self.classes)]
         for part in ("train", "val"):
@@ -35,37 +41,38 @@ class Images:
         return f"{len(self.parts['train'])} training and {len(self.parts['val'])} validation images ({digest})"
 
 
-def read_images(config: ClassificationConfig) -> Images:
-    """The images of the settings' parts, in memory; of the training part those that the settings ask for.
+def read_images(config: ClassificationConfig) -> LabelledImages:
+    """Read the images of all parts into memory; of the training part the subset that the settings ask for.
 
-    Raises ValueError or FileNotFoundError for data that do not fit, and, unless on_bad_case says skip, where images
-    cannot be used.
+    Raises:
+        FileNotFoundError: A folder is missing.
+        ValueError: The folders do not fit, or images are unreadable and on_bad_case is stop.
     """
-    found, classes = find_parts(config)
+    found, classes = find_image_parts(config)
     sets: dict[str, ImageSet] = {}
-    wrong: dict[str, str] = {}
+    unreadable: dict[str, str] = {}
     for part, listed in found.items():
         sets[part], faults = decode(listed, short_side(config.crop_size))
-        wrong |= {f"{part}/{name}": why for name, why in faults.items()}
+        unreadable |= {f"{part}/{name}": why for name, why in faults.items()}
     num = sum(len(listed.names) for listed in found.values())
-    if wrong and config.on_bad_case == "stop":
-        raise ValueError(unusable(wrong, num, f", {SKIP}"))
-    if wrong:
-        LOG.warning("%s", unusable(wrong, num))
+    if unreadable and config.on_bad_case == "stop":
+        raise ValueError(unreadable_images_message(unreadable, num, f", {SKIP_ADVICE}"))
+    if unreadable:
+        LOG.warning("%s", unreadable_images_message(unreadable, num))
     if empty := [part for part, images in sets.items() if not len(images)]:
-        raise ValueError(f"{config.data}: no image that can be used is left in {', '.join(empty)}")
-    if twins := in_two_parts(sets):
+        raise ValueError(f"{config.data}: no readable image in {', '.join(empty)}")
+    if twins := find_duplicates(sets):
         (name, twin), *_ = twins
         LOG.warning(
             "%s: %d times an image is in two parts, pixel for pixel, such as %s and %s; scores on these say nothing of "
             "new images, remove them from one part",
             *(config.data, len(twins), name, twin),
         )
-    return Images(sets, classes, list(wrong))
+    return LabelledImages(sets, classes, list(unreadable))
 
 
-def in_two_parts(sets: Mapping[str, ImageSet]) -> list[tuple[str, str]]:
-    """Images whose pixels are those of an image of an earlier part: its name and the image's own, with their parts."""
+def find_duplicates(sets: Mapping[str, ImageSet]) -> list[tuple[str, str]]:
+    """Find images with the pixels of an image of an earlier part; return pairs PART/NAME, the earlier first."""
     seen: dict[bytes, tuple[str, str]] = {}
     twins = []
     for part, images in sets.items():
@@ -77,8 +84,12 @@ def in_two_parts(sets: Mapping[str, ImageSet]) -> list[tuple[str, str]]:
     return twins
 
 
-def find_parts(config: ClassificationConfig) -> tuple[dict[str, FoundImages], tuple[str, ...]]:
-    """The images of each part, not decoded yet, and the classes. Raises as `read_images`."""
+def find_image_parts(config: ClassificationConfig) -> tuple[dict[str, FoundImages], tuple[str, ...]]:
+    """Find the image files of each part, and the classes.
+
+    Raises:
+        FileNotFoundError, ValueError: As `read_images`.
+    """
     found, classes = find_images(Path(config.data))
     training = found["train"]
     num = subset_size(
@@ -93,7 +104,13 @@ def find_parts(config: ClassificationConfig) -> tuple[dict[str, FoundImages], tu
     return found, classes
 
 
-def unusable(wrong: Mapping[str, str], num: int, advice: str = "") -> str:
-    """The message on images that cannot be used."""
-    lines = "\n  ".join(wrong.values())
-    return f"{len(wrong)} of {num} images cannot be used; repair or remove them{advice}:\n  {lines}"
+def unreadable_images_message(faults: Mapping[str, str], num: int, advice: str = "") -> str:
+    """Write one message on all unreadable images.
+
+    Args:
+        faults: Reasons by image.
+        num: Number of all images.
+        advice: What else to do, after a comma.
+    """
+    lines = "\n  ".join(faults.values())
+    return f"{len(faults)} of {num} images are unreadable; repair or remove them{advice}:\n  {lines}"

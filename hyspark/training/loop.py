@@ -1,7 +1,7 @@
-"""The training loop, the same for every task: batch, forward, backward, update, log; review and save when due.
+"""The training loop of all tasks: batch, forward, backward, update, log; validation and checkpoint when due.
 
-A task (see `Task`) says what a batch and a loss are, which rates a step has and what happens in a review. Everything
-that makes a run resumable lies here: step t sees batch t, rates t, and the state that step t - 1 left.
+A `Task` says what a batch, a loss, a schedule and a validation are. Everything that makes a run resumable lies here:
+step t sees batch t, its learning rate, and the state that step t - 1 left.
 """
 
 import math
@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -22,24 +21,31 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from hyspark.config.recipes import Config, as_plain
 from hyspark.data.batches.loader import Batch, loading, make_loader
 from hyspark.training import checkpoint, distributed, optim
-from hyspark.training.checkpoint import full_disk_explained
+from hyspark.training.checkpoint import explain_full_disk
 from hyspark.training.distributed import Processes
 from hyspark.training.metrics_log import RunLog
-from hyspark.training.precision import autocast, choose_kernels, loss_scaler
-from hyspark.training.signals import AskedToStop, Requests
+from hyspark.training.precision import autocast, configure_kernels, make_loss_scaler
+from hyspark.training.run_folder import checkpoint_file
+from hyspark.training.signals import StopRequested, StopRequests
 from hyspark.utils.log import LOG
 
-LEAST_SCALE = 1.0
-"""Of fp16's losses; what is not finite at this scale is not finite because of it."""
+MIN_LOSS_SCALE = 1.0
+"""Scale factor of fp16's losses below which a value that is not finite is not due to the scale."""
 
 
 @dataclass
 class Run:
-    """What the loop works with. `model` is the network as trained, wrapped where there are several processes.
+    """A run in progress: settings, model, optimizer and position.
 
-    data: of `data_text`. total_steps: of the whole schedule. first_step, last_step: what this call does of it.
-    is_reviewed: whether the review that is due after the step before the first, if one is, has been done. saved_step:
-    that the newest state is of. left_out: names of cases that could not be used.
+    Attributes:
+        data: Data in a few words, with a digest of the names of its cases; kept in checkpoints.
+        model: Network as trained, wrapped if there are several processes.
+        total_steps: Steps of the whole schedule.
+        first_step: First step of this call.
+        val_every: Epochs between validations.
+        is_validated: Whether the validation due after the step before the first, if any, has been done.
+        saved_step: Number of steps done in the newest checkpoint.
+        excluded: Names of unreadable cases that the run does without.
     """
 
     config: Config
@@ -51,102 +57,131 @@ class Run:
     steps_per_epoch: int
     total_steps: int
     first_step: int
-    is_reviewed: bool
+    val_every: int
+    is_validated: bool
     saved_step: int
-    left_out: list[str]
+    excluded: list[str]
 
     @property
     def last_step(self) -> int:
-        """Where this call stops."""
+        """Number of steps done when this call ends."""
         return min(self.total_steps, self.config.max_steps or self.total_steps)
 
     @property
     def network(self) -> Any:
-        """The bare network."""
-        return distributed.bare(self.model)
+        """The network without its wrapper."""
+        return distributed.unwrap(self.model)
 
-    def state(self, done: int, is_reviewed: bool, **more: Any) -> dict[str, Any]:
-        """The resumable state after `done` steps, with or without the review that is due then, and what the task
-        adds.
+    def is_due(self, done: int) -> bool:
+        """Return whether validation and a checkpoint are due after `done` steps."""
+        return done == self.last_step or done % (self.steps_per_epoch * self.val_every) == 0
+
+    def state(self, done: int, is_validated: bool, **extra: Any) -> dict[str, Any]:
+        """Return the resumable state after `done` steps.
+
+        Args:
+            done: Number of steps done.
+            is_validated: Whether the validation that is due then has been done.
+            **extra: What the task adds.
         """
-        parts = {"model": self.network, "optimizer": self.optimizer, "scaler": self.scaler}
-        state = checkpoint.training_state(done, as_plain(self.config), self.data, **parts)
-        return checkpoint.sealed(state | {"is_reviewed": is_reviewed, "left_out": self.left_out} | more)
+        modules = {"model": self.network, "optimizer": self.optimizer, "scaler": self.scaler}
+        state = checkpoint.make_state(done, as_plain(self.config), self.data, **modules)
+        # Checkpoints keep the keys that they have had from the first version on.
+        return checkpoint.add_checksum(state | {"is_reviewed": is_validated, "left_out": self.excluded} | extra)
 
 
 class Task(Protocol):
-    """What differs between pre-training and fine-tuning."""
+    """What differs between the kinds of training in a step and in a validation.
+
+    Tasks derive from this class, which does nothing in the hooks that a task leaves as they are.
+    """
 
     @property
     def batches(self) -> Dataset[Batch]:
-        """Item t: this process's share of the global batch t."""
-
-    def begin(self, run: Run, step: int) -> None:
-        """Called before each step."""
-
-    def parts(self, run: Run, batch: Batch) -> Sequence[Batch]:
-        """The batch in equal parts that go through the network one after the other. Called once a step, on all
-        processes.
-        """
+        """Batches by step; item t is this process's shard of the global batch t."""
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
-        """Scalar loss of a part of a batch."""
+        """Return the scalar loss of a micro-batch."""
 
-    def rates(self, run: Run, step: int) -> dict[str, float]:
-        """Learning rate `lr` and weight decay `wd` of a step."""
+    def schedule(self, run: Run, step: int) -> dict[str, float]:
+        """Return learning rate `lr` and weight decay `wd` of a step."""
 
-    def is_due(self, run: Run, done: int) -> bool:
-        """Whether a review and a checkpoint are due after `done` steps."""
+    def validate(self, run: Run, log: RunLog | None, step: int, epoch: int) -> None:
+        """Validate and draw pictures; `log` is None on other processes than the main one."""
 
-    def review(self, run: Run, log: RunLog | None, step: int, epoch: int) -> None:
-        """Validate and draw; `log` is None on other processes than the main one."""
+    def extra_state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds for the task alone."""
 
-    @property
-    def state_file(self) -> Path:
-        """Where the resumable state is saved."""
+    def before_training(self, run: Run, log: RunLog | None) -> None:
+        """Do what is due once, before the first step of a call."""
+        return
 
-    def notes(self) -> dict[str, Any]:
-        """What the task itself has to remember in the state."""
+    def before_step(self, run: Run, step: int) -> None:
+        """Change what a step needs: frozen weights, momentum."""
+        return
+
+    def micro_batches(self, run: Run, batch: Batch) -> Sequence[Batch]:
+        """Split a batch into equal micro-batches; called once a step, on all processes."""
+        return [batch]
 
     def export(self, run: Run) -> None:
-        """Write the weights alone, where they are released so; called on the main process when a state is saved."""
+        """Export the weights alone; called on the main process when a checkpoint is saved."""
+        return
 
 
-def start_run(
+def make_run(
     config: Config,
     data: str,
     processes: Processes,
     model: nn.Module,
     steps_per_epoch: int,
-    epochs: int,
     state: dict[str, Any] | None,
     *,
-    left_out: Sequence[str] = (),
+    excluded: Sequence[str] = (),
+    val_every: int = 1,
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
     freezes: bool = False,
 ) -> Run:
-    """Put the model on its device, make its optimizer, and continue from `state` where there is one.
+    """Move the model to its device, make its optimizer, and restore a state.
 
-    make_optimizer: from the model, on its device and wrapped, in groups as `optim.parameter_groups` has them; AdamW by
-    default. freezes: whether some weights stay as they are for a while.
+    Args:
+        config: Settings.
+        data: See `Run`.
+        processes: This process among the others.
+        model: Network on the CPU.
+        steps_per_epoch: Steps in an epoch.
+        state: Checkpoint to continue from, if any.
+        excluded: Names of unreadable cases that the run does without.
+        val_every: Epochs between validations.
+        make_optimizer: Makes the optimizer of the wrapped model, with groups of `optim.parameter_groups`; by default
+            AdamW.
+        freezes: Whether some weights get no gradient in some steps.
+
+    Raises:
+        ValueError: The processes found different checkpoints, or other cases are excluded than in the state.
     """
-    choose_kernels(config)
+    if state and state["left_out"] != list(excluded):
+        raise ValueError(
+            f"{config.run_folder}: the run excluded the cases {state['left_out']}, but now {list(excluded)} are "
+            "unreadable, so that batches would differ; restore the files as they were, or name another run folder"
+        )
+    configure_kernels(config)
     if state:
         model.load_state_dict(state["model"])
-    model = distributed.share_gradients(model, processes, some_unused=freezes)
-    make_optimizer = make_optimizer or partial(optim.adamw, encoder_share=config.encoder_lr_ratio)
+    model = distributed.wrap_model(model, processes, some_unused=freezes)
+    make_optimizer = make_optimizer or partial(optim.make_adamw, encoder_lr_ratio=config.encoder_lr_ratio)
     optimizer = make_optimizer(model)
-    scaler = loss_scaler(processes, config.precision)
+    scaler = make_loss_scaler(processes, config.precision)
     if state:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         LOG.info("continuing at step %d", state["step"])
     first_step = state["step"] if state else 0
-    starts = set(distributed.gather([first_step], processes))
-    if len(starts) > 1:
+    first_steps = set(distributed.gather_lists([first_step], processes))
+    if len(first_steps) > 1:
         raise ValueError(
-            f"the processes would continue at different steps: {sorted(starts)}; do all machines see the run folder "
-            f"{config.run_folder}?"
+            f"{config.run_folder}: expected one checkpoint for all processes, but they would continue at steps "
+            f"{sorted(first_steps)}; do all machines see this folder?"
         )
     return Run(
         config=config,
@@ -156,118 +191,129 @@ def start_run(
         optimizer=optimizer,
         scaler=scaler,
         steps_per_epoch=steps_per_epoch,
-        total_steps=epochs * steps_per_epoch,
+        total_steps=config.epochs * steps_per_epoch,
         first_step=first_step,
-        is_reviewed=state["is_reviewed"] if state else True,
+        val_every=val_every,
+        is_validated=state["is_reviewed"] if state else True,
         saved_step=first_step,
-        left_out=list(left_out),
+        excluded=list(excluded),
     )
 
 
-def train(run: Run, task: Task, asked: Requests, before: Callable[[RunLog | None], None] | None = None) -> None:
+def train(run: Run, task: Task, requests: StopRequests) -> None:
     """Do the steps from `run.first_step` to `run.last_step`.
 
-    before: called once, before the first of them; the log is None on other processes than the main one.
-
-    Raises FloatingPointError, with the weights as the step before left them, where a loss or gradient is not finite;
-    AskedToStop, with all saved, where a signal says so; OSError where the disk is full.
+    Raises:
+        FloatingPointError: A loss or gradient is not finite; the weights are those of the step before.
+        StopRequested: A signal came; all is saved.
+        OSError: The disk is full.
     """
     with ExitStack() as stack:
-        stack.enter_context(full_disk_explained(run.config.run_folder))
+        stack.enter_context(explain_full_disk(run.config.run_folder))
         stack.enter_context(logging_redirect_tqdm())  # log lines above the bar, not in it
         bar = stack.enter_context(progress_bar(run))
         log = None
         if run.processes.is_main:
-            log = stack.enter_context(closing(RunLog(run.config, run.first_step, run.is_reviewed)))
-        if before:
-            before(log)
-        if not run.is_reviewed:
-            review(run, task, log, run.first_step)
+            log = stack.enter_context(closing(RunLog(run.config, run.first_step, run.is_validated)))
+        task.before_training(run, log)
+        if not run.is_validated:
+            validate_and_save(run, task, log, run.first_step)
         steps = range(run.first_step, run.last_step)
         workers = run.config.dataloader_workers
         loader = make_loader(task.batches, steps, workers, pin_memory=run.processes.device.type != "cpu")
-        with asked.stops(at_once=False), loading(loader) as batches:
-            take_steps(run, task, batches, log, bar, asked)
+        with requests.handled(at_once=False), loading(loader) as batches:
+            take_steps(run, task, batches, log, bar, requests)
 
 
-def take_steps(run: Run, task: Task, batches: Iterator[Batch], log: RunLog | None, bar: Any, asked: Requests) -> None:
-    """The loop itself."""
+def take_steps(
+    run: Run, task: Task, batches: Iterator[Batch], log: RunLog | None, bar: Any, requests: StopRequests
+) -> None:
+    """Take the steps of a run, with validations and checkpoints between them."""
     config, processes = run.config, run.processes
-    steps = range(run.first_step, run.last_step)
     run.model.train()
     clock = time.perf_counter()
-    for step in steps:
+    for step in range(run.first_step, run.last_step):
         batch = next(batches)
         waited = time.perf_counter() - clock
-        rates = task.rates(run, step)
-        optim.set_rates(run.optimizer, **rates)
-        task.begin(run, step)
-        loss, grad_norm = update_or_keep(run, task, batch, step)
+        rates = task.schedule(run, step)
+        optim.set_lr_and_decay(run.optimizer, **rates)
+        task.before_step(run, step)
+        loss, grad_norm = update_or_save_step(run, task, batch, step)
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
         done, epoch = step + 1, step // run.steps_per_epoch
         if log:
             speed = len(batch["cases"]) * processes.world_size / seconds
-            shares = {"samples_per_second": round(speed, 3), "data_wait": round(waited / seconds, 4)}
-            log.write(step, epoch, loss=loss, **rates, grad_norm=grad_norm, **shares)
+            timing = {"samples_per_second": round(speed, 3), "data_wait": round(waited / seconds, 4)}
+            log.write(step, epoch, loss=loss, **rates, grad_norm=grad_norm, **timing)
             bar.set_postfix(loss=f"{loss:.4f}", crops_per_s=f"{speed:.1f}", epoch=epoch)
             bar.update()
-        due = done == run.last_step or task.is_due(run, done)
-        stop = distributed.any_of(bool(asked.pending), processes)
-        if due or stop or (config.save_every and done % config.save_every == 0):
-            save(run, task, log, done, is_reviewed=not due)
+        is_due = run.is_due(done)
+        save_due = is_due or (config.save_every and done % config.save_every == 0)
+        stop = distributed.any_process(bool(requests.pending), processes)
+        if save_due or stop:
+            save_checkpoint(run, task, log, done, is_validated=not is_due)
         if stop:
-            raise AskedToStop(
-                f"stopped by {asked.pending or 'a signal to another process'} after {done} steps; "
-                f"what was done is saved in {config.run_folder}, and the same command continues"
+            raise StopRequested(
+                f"stopped by {requests.pending or 'a signal to another process'} after {done} steps; "
+                f"they are saved in {config.run_folder}, and the same command continues"
             )
-        if due:
-            with asked.stops(at_once=True):
-                review(run, task, log, done)
-        if due or (config.save_every and done % config.save_every == 0):
-            clock = time.perf_counter()  # reviews and checkpoints are not part of a step
+        if is_due:
+            with requests.handled(at_once=True):
+                validate_and_save(run, task, log, done)
+        if save_due:
+            clock = time.perf_counter()  # validations and checkpoints are not part of a step
 
 
-def review(run: Run, task: Task, log: RunLog | None, done: int) -> None:
-    """The review that is due after `done` steps, and the state that knows of it."""
+def validate_and_save(run: Run, task: Task, log: RunLog | None, done: int) -> None:
+    """Validate after `done` steps, and save that it has been done."""
     run.model.eval()
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # its shapes would be compiled for a few calls
-        task.review(run, log, done - 1, (done - 1) // run.steps_per_epoch)
+    # Compiling the shapes of a validation would take longer than its few calls.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        task.validate(run, log, done - 1, (done - 1) // run.steps_per_epoch)
     run.model.train()
-    save(run, task, log, done, is_reviewed=True)
+    save_checkpoint(run, task, log, done, is_validated=True)
 
 
-def save(run: Run, task: Task, log: RunLog | None, done: int, is_reviewed: bool) -> None:
-    """Write the checkpoints after `done` steps; the state comes last, so that it never promises what is not there."""
+def save_checkpoint(run: Run, task: Task, log: RunLog | None, done: int, is_validated: bool) -> None:
+    """Save metrics, weights and state after `done` steps; the state last, so that it never promises missing files."""
     if log:
         log.sync()
         task.export(run)
         keep = run.config.keep_last if done != run.saved_step else 1  # a second state of one step replaces the first
-        checkpoint.save(run.state(done, is_reviewed, **task.notes()), task.state_file, keep)
+        checkpoint.save(run.state(done, is_validated, **task.extra_state()), checkpoint_file(run.config), keep)
     run.saved_step = done
     distributed.barrier(run.processes)
 
 
-def update_or_keep(run: Run, task: Task, batch: Batch, step: int) -> tuple[float, float]:
-    """What `update` does; where it stops at a number that is not finite, the step is kept for a replay."""
-    statistics = [(buffer, buffer.clone()) for buffer in run.network.buffers()]  # a forward pass moves them
+def update_or_save_step(run: Run, task: Task, batch: Batch, step: int) -> tuple[float, float]:
+    """Update the weights by one step; if a value is not finite, save the state before the step for --replay.
+
+    Returns:
+        What `update` returns.
+
+    Raises:
+        FloatingPointError: The loss or the gradient is not finite.
+    """
+    statistics = [(buffer, buffer.clone()) for buffer in run.network.buffers()]  # a forward pass changes them
     try:
         return update(run, task, batch, step)
     except FloatingPointError as error:
         for buffer, before in statistics:
             buffer.copy_(before)
         path = run.config.run_folder / f"nonfinite_step_{step}.pth"
-        kept = f"The step is kept: repeat it in fp32 with --replay {path}"
+        advice = f"The step is saved: repeat it in fp32 with --replay {path}"
         if run.processes.is_main:
+            extra = {"stopped_by": str(error)} | task.extra_state()
             try:
-                checkpoint.save(run.state(step, is_reviewed=True, stopped_by=str(error), **task.notes()), path)
-            except OSError as full:
-                kept = f"The step could not be kept ({full})"
+                checkpoint.save(run.state(step, is_validated=True, **extra), path)
+            except OSError as disk_error:
+                advice = f"The step could not be saved ({disk_error})"
         distributed.barrier(run.processes)  # torchrun ends all processes when the first one has ended
-        raise FloatingPointError(f"{error}. {kept}") from None
+        raise FloatingPointError(f"{error}. {advice}") from None
 
 
 def progress_bar(run: Run) -> Any:
-    """Steps of the run with loss, speed and remaining time; silent on other processes than the main one."""
+    """Make the bar of steps, loss, speed and remaining time; silent on other processes than the main one."""
     return tqdm(
         total=run.last_step,
         initial=run.first_step,
@@ -279,46 +325,59 @@ def progress_bar(run: Run) -> Any:
 
 
 def update(run: Run, task: Task, batch: Batch, step: int) -> tuple[float, float]:
-    """One step of the optimizer: the loss over the global batch, and the gradient's norm before clipping."""
-    mean_loss = distributed.mean_over(gradient(run, task, batch), run.processes)
+    """Update the weights by one step of the optimizer.
+
+    Returns:
+        Loss over the global batch, and norm of the gradient before clipping.
+
+    Raises:
+        FloatingPointError: One of them is not finite; the weights are unchanged.
+    """
+    mean_loss = distributed.mean_over_processes(compute_gradient(run, task, batch), run.processes)
     check_finite("loss", mean_loss, step, batch, run.processes)
-    norm = gradient_norm(run)
-    # With fp16 the scaler skips such a step and lowers its scale, which helps only where the scale was to blame.
-    if not run.scaler.is_enabled() or run.scaler.get_scale() <= LEAST_SCALE:
+    norm = clip_gradient(run)
+    # With fp16 the scaler skips such a step and lowers its scale, which helps only if the scale was to blame.
+    if not run.scaler.is_enabled() or run.scaler.get_scale() <= MIN_LOSS_SCALE:
         check_finite("gradient norm", norm, step, batch, run.processes)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     return mean_loss, norm
 
 
-def gradient(run: Run, task: Task, batch: Batch) -> Tensor:
-    """Forward and backward: the loss over this process's share, with the scaled gradient left in the weights."""
+def compute_gradient(run: Run, task: Task, batch: Batch) -> Tensor:
+    """Do forward and backward passes of a batch, and leave the scaled gradient in the weights.
+
+    Returns:
+        Scalar loss over this process's shard.
+    """
     run.optimizer.zero_grad(set_to_none=True)
-    parts = task.parts(run, batch)
+    micro_batches = task.micro_batches(run, batch)
     total = torch.zeros((), device=run.processes.device)
-    for number, part in enumerate(parts, start=1):
-        with distributed.gradients_shared(run.model, number == len(parts)):
+    for number, micro_batch in enumerate(micro_batches, start=1):
+        with distributed.synchronise_gradients(run.model, number == len(micro_batches)):
             with autocast(run.processes, run.config.precision):
-                loss = task.loss(run, part) / len(parts)
+                loss = task.loss(run, micro_batch) / len(micro_batches)
             run.scaler.scale(loss).backward()
         total += loss.detach()
     return total
 
 
-def gradient_norm(run: Run) -> float:
-    """The gradient's norm, after which it is clipped; at its true size, also with fp16's scaled losses."""
+def clip_gradient(run: Run) -> float:
+    """Clip the gradient after fp16's scale is taken out; return its norm before clipping."""
     run.scaler.unscale_(run.optimizer)
     return nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip or math.inf).item()
 
 
-def check_finite(what: str, value: float, step: int, batch: Batch, processes: Processes) -> None:
-    """Raises FloatingPointError, naming the step and the cases of all processes; `value` must be the same on all of
-    them.
+def check_finite(quantity: str, value: float, step: int, batch: Batch, processes: Processes) -> None:
+    """Check a value that is the same on all processes.
+
+    Raises:
+        FloatingPointError: It is not finite; the message names the step and the cases of all processes.
     """
     if not math.isfinite(value):
-        cases = distributed.gather(batch["cases"], processes)
+        cases = distributed.gather_lists(batch["cases"], processes)
         raise FloatingPointError(
-            f"the {what} is {value} at step {step} (cases {', '.join(sorted(set(cases)))}). "
+            f"the {quantity} is {value} at step {step} (cases {', '.join(sorted(set(cases)))}). "
             "The weights were not changed by this step and earlier checkpoints are kept. "
             "Look at these cases, lower the learning rate, or use --precision fp32"
         )

@@ -1,4 +1,4 @@
-"""The loss of fine-tuning for segmentation: Dice and cross entropy, of which parts of a batch add up to the whole."""
+"""The loss of segmentation: Dice and cross entropy, whose mean over micro-batches is that of the batch."""
 
 import torch
 from monai.losses import DiceLoss
@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 
 class DiceAndCrossEntropy(nn.Module):
-    """The recipe's loss; in both of its terms the background counts `background_weight` times as much as an organ.
+    """Dice and cross entropy, in both of which the background counts `background_weight` times as much as an organ.
 
-    A weighted cross entropy is divided by the sum of its voxels' weights, which is another one in each part of a batch.
-    So the caller gives it: the mean over the parts, that is over passes and processes, and the mean of their losses is
-    the loss of the whole batch.
+    A weighted cross entropy is divided by the sum of its voxels' weights, which differs between micro-batches. So the
+    caller passes the mean of these sums over micro-batches and processes. Then the mean of the losses is that of the
+    whole batch.
     """
 
     def __init__(self, num_classes: int, background_weight: float = 1.0) -> None:
@@ -22,13 +22,19 @@ class DiceAndCrossEntropy(nn.Module):
         )
         self.register_buffer("weight", weight)
 
-    def weight_of(self, labels: Tensor) -> Tensor:
-        """Sum of the weights of the voxels of label values, any shape -> scalar."""
+    def weight_sum(self, labels: Tensor) -> Tensor:
+        """Sum the weights of the voxels of label values, any shape -> scalar."""
         organs = labels.count_nonzero()
         return organs + self.background_weight * (labels.numel() - organs)
 
     def forward(self, scores: Tensor, labels: Tensor, weight_sum: float) -> Tensor:
-        """Class scores (b, n, *size), labels (b, 1, *size) -> scalar. weight_sum: mean of `weight_of` the parts."""
+        """Compute the scalar loss.
+
+        Args:
+            scores: Class scores (b, n, *size).
+            labels: Label values (b, 1, *size).
+            weight_sum: Mean of `weight_sum` over all micro-batches.
+        """
         weight = self.get_buffer("weight")
         # Summed apart: torch's own sum over voxels has no deterministic kernel on CUDA.
         cross_entropy = nn.functional.cross_entropy(scores, labels[:, 0].long(), weight, reduction="none")

@@ -1,41 +1,42 @@
-"""Memory of a process: free, peak."""
+"""Memory of a process: free, and used at most."""
 
 import os
+import re
 from pathlib import Path
 
+import psutil
 import torch
 
 from hyspark.training.distributed import Processes
 
 
-def free_memory(processes: Processes) -> int | None:
-    """Bytes that this process may still take: what is free on its GPU, or its share of what the machine has
-    available; None where the system does not tell (it does on Linux).
-    """
+def free_memory(processes: Processes) -> int:
+    """Measure the bytes that this process may still take: on its GPU, or its fraction of the machine's memory."""
     if processes.device.type == "cuda":
         return torch.cuda.mem_get_info(processes.device)[0]
-    available = proc_bytes("meminfo", "MemAvailable")
-    return None if available is None else available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def peak_memory(processes: Processes) -> int | None:
-    """Most bytes that this process has had so far: of tensors on its GPU, or resident; None where the system does not
-    tell.
+    """Measure the most bytes that this process has used: of tensors on its GPU, or resident.
+
+    Returns:
+        Bytes; None on the CPU of other systems than Linux.
     """
     if processes.device.type == "cuda":
         return torch.cuda.max_memory_allocated(processes.device)
-    peaks = [proc_bytes("self/status", field) for field in ("VmHWM", "VmRSS")]  # the first lags behind the second
-    return max((peak for peak in peaks if peak is not None), default=None)
+    # psutil has no peak on Linux. That of getrusage begins with the memory of the process that started this one.
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.is_file() else None
+    return max(1024 * int(found[1]), psutil.Process().memory_info().rss) if found else None  # VmHWM lags behind
 
 
-def proc_bytes(file: str, field: str) -> int | None:
-    """A field of a file in Linux's /proc that counts kB, in bytes; None where there is none."""
-    path = Path("/proc") / file
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)
+def data_memory() -> int | None:
+    """Measure the bytes of this process that RLIMIT_DATA limits; None on systems that do not report them."""
+    return getattr(psutil.Process().memory_info(), "data", None)
 
 
-def synchronise(processes: Processes) -> None:
-    """Wait until the device has done what it was given."""
+def synchronise_device(processes: Processes) -> None:
+    """Wait until the device has finished its queue."""
     if processes.device.type == "cuda":
         torch.cuda.synchronize(processes.device)

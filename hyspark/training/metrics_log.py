@@ -12,34 +12,34 @@ from hyspark.utils.atomic import write_whole
 
 
 class RunLog:
-    """Writes metrics.jsonl and TensorBoard in a run folder; for the main process only.
+    """The metrics.jsonl and the TensorBoard of a run folder; for the main process only.
 
-    Opening it at a step drops what was written from that step on by an interrupted run, and the review of the step
-    before where that is still to be done.
+    Opening it at a step drops the lines that an interrupted run has written from that step on. It also drops the
+    validation after the step before, if that has to be repeated.
     """
 
-    def __init__(self, config: Config, first_step: int, is_reviewed: bool) -> None:
+    def __init__(self, config: Config, first_step: int, is_validated: bool) -> None:
         self.folder = config.run_folder
         self.folder.mkdir(parents=True, exist_ok=True)
         write_yaml(config, self.folder / "config.yaml")
         path = self.folder / "metrics.jsonl"
         if path.is_file():
             lines = path.read_text().splitlines()
-            kept = [line for line in lines if keeps(line, first_step, is_reviewed)]
+            kept = [line for line in lines if is_valid_line(line, first_step, is_validated)]
             write_whole(path, "".join(f"{line}\n" for line in kept).encode())
         self.metrics = path.open("a")
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step)
 
     def write(self, step: int, epoch: int, **values: Any) -> None:
-        """One line of metrics, and its numbers to TensorBoard. Nested dictionaries become groups there."""
+        """Write a line of metrics, and its numbers to TensorBoard, where nested dictionaries become groups."""
         self.metrics.write(json.dumps({"step": step, "epoch": epoch, **values}) + "\n")
         self.metrics.flush()
         for name, value in values.items():
-            for part, number in value.items() if isinstance(value, dict) else [("", value)]:
-                self.board.add_scalar(f"{name}/{part}" if part else name, number, step)
+            for key, number in value.items() if isinstance(value, dict) else [("", value)]:
+                self.board.add_scalar(f"{name}/{key}" if key else name, number, step)
 
     def sync(self) -> None:
-        """Have the disk hold what was written."""
+        """Flush metrics.jsonl to the disk."""
         self.metrics.flush()
         os.fsync(self.metrics.fileno())
 
@@ -49,23 +49,29 @@ class RunLog:
         self.board.close()
 
 
-def keeps(line: str, first_step: int, is_reviewed: bool) -> bool:
-    """Whether a line of metrics is whole and of what is done before `first_step`; is_reviewed: whether that includes
-    the review after the step before. What was measured before all steps has the step -1 and is made again with step 0.
+def is_valid_line(line: str, first_step: int, is_validated: bool) -> bool:
+    """Return whether a line of metrics is complete, and of work done before `first_step`.
+
+    Args:
+        line: JSON. A measurement before all steps has the step -1, and is repeated with step 0.
+        first_step: Step that a run continues at.
+        is_validated: Whether the validation after the step before has been done.
     """
     try:
         values = json.loads(line)
         step = max(values["step"], 0)
-        is_review = values["step"] == first_step - 1 and "loss" not in values
-        return bool(step < first_step and (is_reviewed or not is_review))
+        is_last_validation = values["step"] == first_step - 1 and "loss" not in values
+        return bool(step < first_step and (is_validated or not is_last_validation))
     except (ValueError, KeyError, TypeError):
         return False
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl file; a last line torn by an interruption is left out.
+    """Read the lines of a metrics.jsonl file, without a last line cut short by an interruption.
 
-    Raises FileNotFoundError when there is no file, ValueError when any other line is not a JSON object.
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: Another line is not a JSON object.
     """
     lines = [line for line in Path(path).read_bytes().splitlines() if line.strip()]
     metrics = []

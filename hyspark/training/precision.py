@@ -1,4 +1,4 @@
-"""Precision and kernels: what number format a run computes in, and which of a GPU's kernels torch may choose."""
+"""Precision of a run, and the kernels that torch may choose on a GPU."""
 
 import os
 from contextlib import AbstractContextManager
@@ -14,32 +14,24 @@ from hyspark.config.shared import Precision, RunSettings
 from hyspark.training.distributed import Processes
 from hyspark.utils.log import LOG
 
-
-def precision_on(processes: Processes, config: SegmentationConfig) -> Precision:
-    """The number format of the forward pass: the one that the network was trained in; on a CPU, where the short ones
-    may be slow, fp32.
-    """
-    return "fp32" if processes.device.type == "cpu" else config.precision
+AUTOCAST_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-AUTOCAST: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+def resolve_precision(config: ConfigT, processes: Processes) -> ConfigT:
+    """Replace the precision `auto` by that of the run so far, or by the fastest of the device.
 
-
-def with_precision(config: ConfigT, processes: Processes) -> ConfigT:
-    """Replace the precision `auto` by a format: the one that the run was begun in, else the fastest of the device.
-
-    A run that is continued on another machine thus keeps its format.
+    So a run that is continued on another machine keeps its precision.
     """
     if config.precision != "auto":
         return config
-    begun = precision_of_run(config)
-    precision = begun or fastest_precision(processes.device)
-    LOG.info("precision auto: %s, %s", precision, "as the run was begun" if begun else f"for {processes.device.type}")
+    saved = saved_precision(config)
+    precision = saved or fastest_precision(processes.device)
+    LOG.info("precision auto: %s, %s", precision, "as the run was begun" if saved else f"for {processes.device.type}")
     return replace(config, precision=precision)
 
 
-def precision_of_run(config: Config) -> Precision | None:
-    """Read the precision of a run that was begun from its config.yaml; None where there is none."""
+def saved_precision(config: Config) -> Precision | None:
+    """Read the precision of a run from its config.yaml; None without a readable one."""
     path = config.run_folder / "config.yaml"
     if not path.is_file():
         return None
@@ -47,23 +39,28 @@ def precision_of_run(config: Config) -> Precision | None:
         written = yaml.safe_load(path.read_text())["precision"]
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
         return None
-    return next((precision for precision in AUTOCAST if precision == written), None)
+    return next((precision for precision in AUTOCAST_DTYPES if precision == written), None)
 
 
 def fastest_precision(device: torch.device) -> Precision:
-    """Return bf16 where the device has arithmetic for it, else fp32."""
+    """Return bf16 if the device has arithmetic for it, else fp32."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if cpu_has_bf16() else "fp32"
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this processor has AVX-512 BF16 or AMX; False where torch cannot tell."""
+    """Return whether this processor has AVX-512 BF16 or AMX; False if torch cannot say."""
     checks: list[Any] = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
     return any(check() for check in checks if check)
 
 
-def choose_kernels(config: RunSettings) -> None:
+def inference_precision(processes: Processes, config: SegmentationConfig) -> Precision:
+    """Return the precision that the network was trained in; on a CPU, where the others may be slow, fp32."""
+    return "fp32" if processes.device.type == "cpu" else config.precision
+
+
+def configure_kernels(config: RunSettings) -> None:
     """Set torch's switches for TF32, cuDNN's search and deterministic kernels, before the first kernel runs."""
     torch.backends.cudnn.allow_tf32 = config.tf32 != "none"
     torch.set_float32_matmul_precision("high" if config.tf32 == "all" else "highest")
@@ -75,10 +72,10 @@ def choose_kernels(config: RunSettings) -> None:
 
 
 def autocast(processes: Processes, precision: Precision) -> AbstractContextManager[Any]:
-    """Open the context in which a forward pass computes in this format."""
-    return torch.autocast(processes.device.type, AUTOCAST[precision], enabled=precision != "fp32")
+    """Open the context of a forward pass in a precision."""
+    return torch.autocast(processes.device.type, AUTOCAST_DTYPES[precision], enabled=precision != "fp32")
 
 
-def loss_scaler(processes: Processes, precision: Precision) -> torch.amp.GradScaler:
-    """Make the scaler of fp16's losses; it does nothing for the other formats."""
+def make_loss_scaler(processes: Processes, precision: Precision) -> torch.amp.GradScaler:
+    """Make the scaler of fp16's losses; for other precisions it does nothing."""
     return torch.amp.GradScaler(processes.device.type, enabled=precision == "fp16")

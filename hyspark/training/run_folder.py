@@ -1,7 +1,8 @@
-"""A run is a folder: resolved settings, metrics, TensorBoard; the same command on it continues."""
+"""A run is a folder: resolved settings, metrics, checkpoints, exported weights; the same command on it continues."""
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,23 +10,115 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import nn
 
-from hyspark.config.classification import ClassificationConfig
+from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import Config, as_plain, differences
-from hyspark.config.segmentation import SegmentationConfig
 from hyspark.training import checkpoint, distributed
 from hyspark.training.distributed import Processes
-from hyspark.training.signals import Requests, requests
+from hyspark.training.signals import StopRequests, catch_stop_signals
 from hyspark.utils.log import LOG
 
-WAIT_FOR_LOCK = 10.0
+LOCK_TIMEOUT = 10.0
 """Seconds that a stopped process of the same run, or the loader processes of a killed one, have to end."""
 
 
-@contextmanager
-def locked(config: Config, processes: Processes) -> Iterator[None]:
-    """The run folder for this run alone; the system opens the lock of a process that ends, however it ends.
+def checkpoint_file(config: Config) -> Path:
+    """Return the file of the newest checkpoint; of pre-training, the file that was published."""
+    if isinstance(config, PretrainConfig):
+        return config.run_folder / f"{model_file_stem(config)}_withdecoder_1kpretrained_hyspark_style.pth"
+    return config.run_folder / "last.pth"
 
-    Raises ValueError where another process holds it.
+
+def encoder_file(config: PretrainConfig) -> Path:
+    """Return the file of the encoder's weights alone, in the published format."""
+    return config.run_folder / f"{model_file_stem(config)}_1kpretrained_timm_style.pth"
+
+
+def best_encoder_file(config: PretrainConfig) -> Path:
+    """Return the file of the encoder's weights of the lowest validation loss, in the published format."""
+    return config.run_folder / f"{model_file_stem(config)}_best_timm_style.pth"
+
+
+def model_file_stem(config: PretrainConfig) -> str:
+    """Return the model's name for file names: spark/timm/resnet50 becomes spark_timm_resnet50."""
+    return re.sub(r"\W+", "_", config.model)
+
+
+def steps_per_epoch(config: Config, num_training: int) -> int:
+    """Return the steps that the settings name, or those in which every training case comes at least once."""
+    set_number = 0 if isinstance(config, PretrainConfig) else config.steps_per_epoch
+    return set_number or math.ceil(num_training / config.batch_size)
+
+
+def describe_settings(config: Config, processes: Processes, lines: dict[str, str]) -> str:
+    """Format the resolved settings for the terminal, then lines by title, device and run folder."""
+    settings = [f"  {name}: {value}" for name, value in as_plain(config).items()]
+    last = {"device": processes.describe(config.precision), "run": str(config.run_folder)}
+    return "\n".join([*settings, *(f"{title:8s} {text}" for title, text in (lines | last).items())])
+
+
+def read_state(config: Config) -> dict[str, Any] | None:
+    """Read the state that a run continues from: its newest intact checkpoint, else that of resume_from, else None.
+
+    Raises:
+        ValueError: The checkpoint is of other settings; and as `read_newest_checkpoint`.
+    """
+    path = checkpoint_file(config)
+    state, _ = checkpoint.read_newest_checkpoint(path)
+    if state is None and isinstance(config, PretrainConfig) and config.resume_from:
+        path = Path(config.resume_from)
+        state = checkpoint.read_checkpoint(path)
+    if state and (changed := differences(state["config"], config)):
+        raise ValueError(
+            f"{path} holds a run with other settings; name another run folder, or use the same settings to continue "
+            "it:\n  " + "\n  ".join(changed)
+        )
+    return state
+
+
+def check_same_data(state: Mapping[str, Any], data: str) -> None:
+    """Check that a checkpoint is of the data of a run.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if state["data"] != data:
+        raise ValueError(
+            "the run was begun on other data; name another run folder, or use the same data to continue it:\n"
+            f"  data: was {state['data']}, is {data}"
+        )
+
+
+@contextmanager
+def open_run_folder(config: Config, processes: Processes, model: nn.Module) -> Iterator[StopRequests]:
+    """Lock the run folder, check the disk, join the other processes and catch signals. A replay catches signals only.
+
+    Yields:
+        Requests to stop.
+
+    Raises:
+        ValueError: Another process holds the folder.
+        OSError: The disk has no room for the checkpoints.
+    """
+    with catch_stop_signals() as requests:
+        if config.replay:
+            yield requests
+            return
+        with lock_run_folder(config, processes), distributed.join_process_group(processes):
+            if processes.is_main:
+                path = checkpoint_file(config)
+                checkpoint.remove_temporary_files(config.run_folder)
+                checkpoint.rename_damaged(path)
+                checkpoint.check_disk_space(path, model.parameters(), config.keep_last)
+            distributed.barrier(processes)
+            yield requests
+
+
+@contextmanager
+def lock_run_folder(config: Config, processes: Processes) -> Iterator[None]:
+    """Lock the run folder; the system releases the lock of a process that ends, however it ends.
+
+    Raises:
+        ValueError: Another process holds it.
     """
     if not processes.is_main:
         yield
@@ -37,69 +130,11 @@ def locked(config: Config, processes: Processes) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            LOG.info("another process is writing to %s; waiting up to %.0f s for its end", folder, WAIT_FOR_LOCK)
-            lock.acquire(timeout=WAIT_FOR_LOCK)
+            LOG.info("another process is writing to %s; waiting up to %.0f s for its end", folder, LOCK_TIMEOUT)
+            lock.acquire(timeout=LOCK_TIMEOUT)
     except Timeout:
         raise ValueError(f"another process is writing to {folder}; wait for it, or name another run folder") from None
     try:
         yield
     finally:
         lock.release()
-
-
-def last_file(config: SegmentationConfig | ClassificationConfig) -> Path:
-    """The state that a fine-tuning continues from."""
-    return config.run_folder / "last.pth"
-
-
-def steps_per_epoch(config: SegmentationConfig | ClassificationConfig, num_training: int) -> int:
-    """Of a fine-tuning: as set, or the steps in which every training case comes at least once."""
-    return config.steps_per_epoch or math.ceil(num_training / config.batch_size)
-
-
-def saved_state(config: Config, own: Path, other: str = "") -> dict[str, Any] | None:
-    """The state that a run continues from: the newest whole one of its own, else that of the file `other` where one is
-    named, else None.
-
-    Raises ValueError where the state belongs to other settings, and what `read_newest` raises.
-    """
-    state, _ = checkpoint.read_newest(own)
-    if state is None and not other:
-        return None
-    path = own
-    if state is None:
-        path = Path(other)
-        state = checkpoint.read_training_state(path)
-    if changed := differences(state["config"], config):
-        raise ValueError(
-            f"{path} holds a run with other settings; "
-            "name another run folder, or use the same to continue it:\n  " + "\n  ".join(changed)
-        )
-    return state
-
-
-def settings_text(config: Config, processes: Processes, **lines: str) -> str:
-    """The resolved settings and what the run works on, for the terminal."""
-    settings = [f"  {name}: {value}" for name, value in as_plain(config).items()]
-    lines |= {"device": processes.text(config.precision), "run": str(config.run_folder)}
-    return "\n".join([*settings, *(f"{name:8s} {text}" for name, text in lines.items())])
-
-
-@contextmanager
-def begun(config: Config, processes: Processes, model: nn.Module, state_file: Path) -> Iterator[Requests]:
-    """What a run needs around it: its folder for itself, room on the disk, the other processes, an ear for signals.
-    A replay, which writes nothing, needs none of it.
-
-    Raises ValueError or OSError for a folder that is taken, or too full a disk.
-    """
-    with requests() as asked:
-        if config.replay:
-            yield asked
-            return
-        with locked(config, processes), distributed.connected(processes):
-            if processes.is_main:
-                checkpoint.remove_unfinished(config.run_folder)
-                checkpoint.set_damaged_aside(state_file)
-                checkpoint.check_space(state_file, model.parameters(), config.keep_last)
-            distributed.barrier(processes)
-            yield asked

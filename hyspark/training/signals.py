@@ -1,5 +1,7 @@
-"""SIGTERM and SIGUSR1 ask a run to stop: it finishes its step, saves and ends with a code of its own, so that whoever
-started it knows that the same command continues it. Schedulers send them before a job's time is up.
+"""Signals that ask a run to stop.
+
+SIGTERM and SIGUSR1, which schedulers send before a job's time is up, let a run finish its step, save and exit. An exit
+code of its own says that the same command continues it.
 """
 
 import signal
@@ -11,58 +13,66 @@ from types import FrameType
 from hyspark.utils.log import LOG
 from hyspark.utils.processes import STOP_SIGNALS
 
-EXIT_CODE = 75
-"""Of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, "try again later"."""
+STOPPED_EXIT_CODE = 75
+"""Exit code of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, "try again later"."""
 
 
-class AskedToStop(SystemExit):
-    """Ends a process that was asked to stop, with its message logged and the code that says so."""
+class StopRequested(SystemExit):
+    """The end of a process that was asked to stop, with its message logged."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(EXIT_CODE)
+        super().__init__(STOPPED_EXIT_CODE)
         LOG.info("%s", message)
 
 
-class Requests:
-    """What was asked of this process. pending: name of the signal, or nothing. at_once: whether a signal ends the run
-    where it stands, by AskedToStop; otherwise the loop looks at `pending` between two steps.
+class StopRequests:
+    """Requests to stop that this process has got.
+
+    Attributes:
+        pending: Name of the signal; empty if there was none.
+        at_once: Whether a signal ends the run at once, by StopRequested; otherwise the loop checks `pending` between
+            steps.
     """
 
     def __init__(self) -> None:
         self.pending = ""
         self.at_once = True
 
-    def ask(self, number: int, frame: FrameType | None) -> None:
-        """The handler."""
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
         self.pending = signal.Signals(number).name
-        self.heed()
+        self.stop_if_allowed()
 
-    def heed(self) -> None:
-        """End the run, where that is asked and allowed."""
+    def stop_if_allowed(self) -> None:
+        """Raise StopRequested if a request is pending and may end the run at once."""
         if self.pending and self.at_once:
-            raise AskedToStop(f"stopped by {self.pending}; the same command continues")
+            raise StopRequested(f"stopped by {self.pending}; the same command continues")
 
     @contextmanager
-    def stops(self, at_once: bool) -> Iterator[None]:
-        """How signals are heeded within the block."""
+    def handled(self, at_once: bool) -> Iterator[None]:
+        """Handle signals in the block at once, or between steps."""
         before, self.at_once = self.at_once, at_once
         try:
-            self.heed()
+            self.stop_if_allowed()
             yield
         finally:
             self.at_once = before
 
 
 @contextmanager
-def requests() -> Iterator[Requests]:
-    """Take note of signals, in the main thread (others cannot); those that the caller handles or ignores are left."""
-    found = Requests()
+def catch_stop_signals() -> Iterator[StopRequests]:
+    """Catch the signals in the block, in the main thread only; those that the caller handles or ignores are left alone.
+
+    Yields:
+        The requests, which signals change.
+    """
+    requests = StopRequests()
     in_main = threading.current_thread() is threading.main_thread()
-    ours = [number for number in STOP_SIGNALS if in_main and signal.getsignal(number) == signal.SIG_DFL]
-    for number in ours:
-        signal.signal(number, found.ask)
+    caught = [number for number in STOP_SIGNALS if in_main and signal.getsignal(number) == signal.SIG_DFL]
+    for number in caught:
+        signal.signal(number, requests.receive)
     try:
-        yield found
+        yield requests
     finally:
-        for number in ours:
+        for number in caught:
             signal.signal(number, signal.SIG_DFL)

@@ -19,14 +19,14 @@ from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import read_yaml
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.config.shared import EncoderSettings
-from hyspark.data.datasets import build as datasets_build
 from hyspark.data.datasets import datalist_json
+from hyspark.data.datasets import initialise_pretraining as datasets_build
 from hyspark.data.readers.nifti import read_nifti
 from hyspark.data.settings import PrepareSettings
 from hyspark.data.synthetic.phantom import write_phantoms
-from hyspark.tasks.masked import Pretraining
-from hyspark.tasks.pretrain import build
-from hyspark.tasks.segmentation import finetune
+from hyspark.tasks.masked import MaskedTask
+from hyspark.tasks.pretrain import initialise_pretraining
+from hyspark.tasks.segmentation import run_segmentation
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 LABELLED, UNLABELLED = "Dataset900_PhantomLabelled", "Dataset901_PhantomUnlabelled"
@@ -167,7 +167,7 @@ def test_the_recipes_share_a_network_whose_weights_stay_below_16_mb():
     shared = [*(field.name for field in fields(EncoderSettings)), *(field.name for field in fields(PrepareSettings))]
     for name in (*shared, "decoder_width", "precision"):
         assert getattr(pre, name) == getattr(fine, name)
-    assert 15e6 < 2 * sum(p.numel() for p in build(pre).parameters()) < 16e6
+    assert 15e6 < 2 * sum(p.numel() for p in initialise_pretraining(pre).parameters()) < 16e6
     assert max(16 * mm for mm in pre.spacing) <= 40
 
 
@@ -193,7 +193,7 @@ def test_a_stopped_study_continues_to_its_end(study, source, tmp_path, monkeypat
 
     def in_this_process(jobs, num_at_once, after_each):
         for job in jobs:
-            finetune(SegmentationConfig(**read_yaml(job.command[-1], SegmentationConfig)))
+            run_segmentation(SegmentationConfig(**read_yaml(job.command[-1], SegmentationConfig)))
             done.append(job.name)
             after_each()
             if len(done) == 1:
@@ -205,7 +205,7 @@ def test_a_stopped_study_continues_to_its_end(study, source, tmp_path, monkeypat
 
     monkeypatch.setattr(benefit, "run_jobs", in_this_process)
     with monkeypatch.context() as patched:
-        patched.setattr(Pretraining, "begin", lambda task, run, step: step == 1 and signal.raise_signal(signal.SIGALRM))
+        patched.setattr(MaskedTask, "begin", lambda task, run, step: step == 1 and signal.raise_signal(signal.SIGALRM))
         with pytest.raises(SystemExit) as stop:
             study.main(argv)
     assert stop.value.code == 75

@@ -313,10 +313,11 @@ def test_datalist_organizes_first(tmp_path, capsys):
 def test_datalist_that_finds_nothing(tmp_path, capsys):
     message = fails(["datalist", "--data", str(tmp_path)], capsys)
     assert message.startswith("error: ")
-    assert "no images found" in message
+    assert "found no image" in message
     assert "imagesTr" in message
     assert not (tmp_path / "dataset.json").exists()
-    assert "is not a folder" in fails(["datalist", "--data", str(tmp_path / "none")], capsys)
+    missing = fails(["datalist", "--data", str(tmp_path / "none")], capsys)
+    assert "expected a folder that holds DatasetXXX_Name/imagesTr" in missing
 
 
 def test_datalist_with_duplicates(tmp_path, capsys):

@@ -18,7 +18,7 @@ from hyspark.cli import main, parsing
 from hyspark.comparison import benefit, jobs, report
 from hyspark.config.recipes import read_yaml, write_yaml
 from hyspark.config.segmentation import SegmentationConfig
-from hyspark.tasks.segmentation import build
+from hyspark.tasks.segmentation import initialise_segmentation
 
 STAND_IN = """
 import json, pathlib, sys
@@ -60,7 +60,7 @@ def base(finetuning):
 def starts(base, tmp_path):
     """From scratch, and from weights that fit."""
     path = tmp_path / "own.pth"
-    torch.save(build(base, 9).state_dict(), path)
+    torch.save(initialise_segmentation(base, 9).state_dict(), path)
     return {"scratch": "none", "own": str(path)}
 
 
@@ -200,7 +200,7 @@ def test_a_failed_run_is_told_and_the_report_says_what_is_missing(base, starts, 
 
 @pytest.mark.usefixtures("_stand_in")
 def test_scores_of_the_test_cases_where_there_are_some(base, starts, tmp_path):
-    with pytest.raises((FileNotFoundError, ValueError), match="no is not"):
+    with pytest.raises((FileNotFoundError, ValueError), match="no: expected a folder"):
         benefit.run_comparison(replace(base, test_dir=str(tmp_path / "no")), tmp_path / "out", starts, [1], [0])
     assert benefit.run_comparison(replace(base, test_dir=base.data), tmp_path / "out", starts, [1], [0]) == []
     assert (tmp_path / "out" / "runs" / "own_1_seed0" / "scores_test" / "cases.csv").exists()
@@ -300,7 +300,7 @@ def test_weights_that_changed_between_calls_are_refused(base, starts, tmp_path):
     """Else some runs would start from one file and some from another, under one name."""
     out = tmp_path / "out"
     benefit.run_comparison(base, out, starts, [1], [0])
-    torch.save(build(replace(base, seed=5), 9).state_dict(), starts["own"])
+    torch.save(initialise_segmentation(replace(base, seed=5), 9).state_dict(), starts["own"])
     with pytest.raises(ValueError, match="content has changed"):
         benefit.run_comparison(base, out, starts, [1], [0, 1])
     assert len(ran(out)) == 2
@@ -404,7 +404,7 @@ def in_this_process(todo, num_at_once, after_each):
 def test_two_starts_from_command_to_report(finetuning, processes, monkeypatch, tmp_path, capsys):
     """Fine-tuning itself."""
     path = tmp_path / "own.pth"
-    torch.save(build(finetuning, 9).state_dict(), path)
+    torch.save(initialise_segmentation(finetuning, 9).state_dict(), path)
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
     shared = replace(finetuning, out=SegmentationConfig.out, epochs=1)
     write_yaml(shared, recipe)

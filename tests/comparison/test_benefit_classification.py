@@ -14,7 +14,7 @@ from hyspark.comparison import benefit, report
 from hyspark.comparison.classification import ClassificationRuns
 from hyspark.config.classification import ClassificationConfig
 from hyspark.config.recipes import write_yaml
-from hyspark.tasks.classification import build
+from hyspark.tasks.classification import initialise_classifier
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def base(classifying, monkeypatch):
 def starts(base, tmp_path):
     """From scratch, and from weights that fit."""
     path = tmp_path / "own.pth"
-    torch.save(build(replace(base, seed=9), 2).state_dict(), path)
+    torch.save(initialise_classifier(replace(base, seed=9), 2).state_dict(), path)
     return {"scratch": "none", "own": str(path)}
 
 
@@ -121,9 +121,9 @@ def test_the_data_is_known_by_what_it_holds(base, tmp_path):
 
 
 def test_weights_and_data_that_do_not_fit_stop_before_the_first_run(base, tmp_path):
-    with pytest.raises(ValueError, match=r"num_labelled: expected at least .* at most the 16 training images, got 17"):
+    with pytest.raises(ValueError, match=r"num_labelled: expected .* 16 training images, got 17"):
         benefit.run_comparison(base, tmp_path / "out", {"scratch": "none"}, [4, 17], [0])
-    with pytest.raises(ValueError, match=r"num_labelled: expected at least one image .*, got 1$"):
+    with pytest.raises(ValueError, match=r"num_labelled: expected at least one image of each .*, got 1$"):
         benefit.run_comparison(base, tmp_path / "out", {"scratch": "none"}, [4, 1], [0])
     torch.save({"something.weight": torch.ones(2)}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"x\.pth"):

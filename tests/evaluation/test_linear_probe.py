@@ -15,11 +15,11 @@ from hyspark.evaluation.linear_probe import (
     features_at,
     find_probe_cases,
     fit_head,
-    head_scores,
     labelled_box,
-    mean_over_classes,
+    mean,
     probe_crop,
     probe_encoder,
+    probe_scores,
 )
 from hyspark.models.encoder import HybridEncoder
 
@@ -151,7 +151,7 @@ def test_a_voxels_features_are_what_the_head_sees_there():
     assert features.shape == (3 * VOXELS_PER_CLASS, 20)
     torch.testing.assert_close(features[:, :2].T, maps[0][0].flatten(1)[:, crop.voxels])
     weight, bias = torch.rand(4, 20), torch.rand(4)
-    scores = head_scores(maps, weight, bias)
+    scores = probe_scores(maps, weight, bias)
     assert scores.shape == (1, 4, 32, 16, 48)
     torch.testing.assert_close(scores[0].flatten(1)[:, crop.voxels].T, features @ weight.T + bias)
 
@@ -174,9 +174,9 @@ def test_features_that_tell_the_classes_give_dice_1_and_those_that_do_not_give_l
     known = probe_encoder(Told(4), probe)
     assert list(known) == ["spleen", "class_2", "class_3"]
     assert all(value == pytest.approx(1) for value in known.values())
-    assert mean_over_classes(known) == pytest.approx(1)
+    assert mean(known) == pytest.approx(1)
     blind = probe_encoder(Told(1), probe)
-    assert mean_over_classes(blind) < 0.1
+    assert mean(blind) < 0.1
 
 
 def test_the_dice_is_over_all_voxels_of_all_scoring_crops(halves):

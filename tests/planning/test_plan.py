@@ -15,8 +15,8 @@ from hyspark.data.preprocessing import store_size
 from hyspark.data.preprocessing.prepare import prepare_all
 from hyspark.planning import plan, trial_steps
 from hyspark.planning.trial_steps import Trial
-from hyspark.tasks.masked import Pretraining
-from hyspark.tasks.pretrain import build, find_cases, pretrain
+from hyspark.tasks.masked import MaskedTask
+from hyspark.tasks.pretrain import find_pretraining_cases, initialise_pretraining, run_pretraining
 from hyspark.training.distributed import Processes
 from hyspark.utils import text as utils_text
 
@@ -36,12 +36,12 @@ def store(tmp_path):
 
 def text(config, store, trials=TRIALS, free=100 * GB, processes=CPU):
     steps = {"steps_per_epoch": 3, "steps_left": 300}
-    return plan.format_plan(config, processes, build(config), FLOPS, trials, free, store, **steps)
+    return plan.format_plan(config, processes, initialise_pretraining(config), FLOPS, trials, free, store, **steps)
 
 
 def try_in(config, free, most=4, process=trial_steps.run_trials):
-    task = Pretraining(config, Shard(config.batch_size), [], [])
-    return list(process(config, CPU, partial(build, config), task, task.random_batch, most, free))
+    task = MaskedTask(config, Shard(config.batch_size), [], [])
+    return list(process(config, CPU, partial(initialise_pretraining, config), task, task.random_batch, most, free))
 
 
 # The text
@@ -49,7 +49,7 @@ def try_in(config, free, most=4, process=trial_steps.run_trials):
 
 def test_every_promised_number_is_there(pretraining, store):
     plan = text(pretraining, store)
-    weights = sum(p.numel() for p in build(pretraining).parameters())
+    weights = sum(p.numel() for p in initialise_pretraining(pretraining).parameters())
     assert f"{utils_text.format_count(weights)} parameters: encoder" in plan
     for pattern in (
         r"per step of 4 crops in a process: 10 G forward \(encoder 2 G, densify 1 G, decoder 7 G\)",
@@ -125,7 +125,7 @@ def test_time_is_extrapolated_with_care():
 
 
 def test_flops_are_those_of_the_run(pretraining):
-    model = build(pretraining)
+    model = initialise_pretraining(pretraining)
     flops = plan.count_flops(pretraining, model, 4)
     assert model.encoder.compute == "packed"
     assert flops.forward.keys() == {"encoder", "densify", "decoder"}
@@ -137,7 +137,7 @@ def test_flops_are_those_of_the_run(pretraining):
 
 
 def test_what_is_missing_is_estimated_by_what_is_prepared(pretraining, tmp_path):
-    cases, _ = find_cases(pretraining)
+    cases, _ = find_pretraining_cases(pretraining)
     before = store_size.estimate_store_size(pretraining, cases, tmp_path / "store" / "deep")
     assert (before.prepared, before.prepared_bytes, before.missing, before.is_assumed) == (0, 0, len(cases), True)
     assert before.free > 0
@@ -152,7 +152,7 @@ def test_what_is_missing_is_estimated_by_what_is_prepared(pretraining, tmp_path)
 
 
 def test_a_sample_of_the_headers_stands_for_all(pretraining, tmp_path, monkeypatch):
-    cases, _ = find_cases(pretraining)
+    cases, _ = find_pretraining_cases(pretraining)
     whole = store_size.estimate_store_size(pretraining, cases, tmp_path)
     monkeypatch.setattr(store_size, "MAX_HEADERS", 3)
     assert store_size.estimate_store_size(pretraining, cases, tmp_path).missing_bytes == pytest.approx(
@@ -162,7 +162,7 @@ def test_a_sample_of_the_headers_stands_for_all(pretraining, tmp_path, monkeypat
 
 
 def test_files_without_a_header_are_counted(pretraining, tmp_path):
-    cases, _ = find_cases(pretraining)
+    cases, _ = find_pretraining_cases(pretraining)
     (tmp_path / "a.nii.gz").write_text("")
     found = store_size.estimate_store_size(
         pretraining, [*cases, replace(cases[0], image=tmp_path / "a.nii.gz")], tmp_path
@@ -215,7 +215,7 @@ def test_another_error_is_not_taken_for_missing_memory(pretraining):
     def broken():
         raise RuntimeError("wrong shape")
 
-    task = Pretraining(pretraining, Shard(2), [], [])
+    task = MaskedTask(pretraining, Shard(2), [], [])
     args = (pretraining, CPU, broken, task, task.random_batch)
     with pytest.raises(RuntimeError, match="wrong shape"):
         list(trial_steps.iterate_trials(*args, 1, None))
@@ -228,7 +228,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(pretraining, tmp_path, pha
     before = sorted(phantoms.rglob("*"))
     config = replace(pretraining, dry_run=True, max_steps=5)
     with caplog.at_level(logging.INFO, "hyspark"):
-        pretrain(config)
+        run_pretraining(config)
     for word in (
         "network ",
         "FLOPs ",
@@ -249,12 +249,12 @@ def test_other_processes_than_the_main_one_print_and_measure_nothing(pretraining
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("hyspark.tasks.pretrain.plan", None)
-    pretrain(replace(pretraining, dry_run=True))
+    run_pretraining(replace(pretraining, dry_run=True))
 
 
 @pytest.mark.gpu
 def test_the_plan_on_cuda(pretraining, caplog):
     with caplog.at_level(logging.INFO, "hyspark"):
-        pretrain(replace(pretraining, dry_run=True, device="cuda", precision="bf16"))
+        run_pretraining(replace(pretraining, dry_run=True, device="cuda", precision="bf16"))
     assert re.search(r"at the peak of 4 crops: [\d.]+ [kMG]B per crop", caplog.text)
     assert "(measured, at" in caplog.text

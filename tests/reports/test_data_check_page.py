@@ -64,7 +64,7 @@ def test_notes_alone_give_0(phantoms, tmp_path):
 
 def test_what_cannot_be_checked_gives_2(tmp_path, capsys):
     assert run(tmp_path / "nothing") == 2
-    assert "nothing to check" in capsys.readouterr().err
+    assert "expected a JSON, or a folder with DatasetXXX_Name" in capsys.readouterr().err
 
 
 def test_a_data_set_of_broken_files_alone_still_gives_a_report(tmp_path):

@@ -12,9 +12,9 @@ from PIL import Image
 from hyspark.cli import main
 from hyspark.evaluation.classification.inference import load_classifier
 from hyspark.models.classifier import build_classifier, get_head, layer_indices
-from hyspark.tasks.classification import build, finetune_classify, make_optimizer
+from hyspark.tasks.classification import initialise_classifier, make_optimizer, run_classification
 from hyspark.training.labelled_images import read_images
-from hyspark.training.optim import set_rates
+from hyspark.training.optim import set_lr_and_decay
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def same(a, b):
 @pytest.mark.curves
 def test_it_learns_and_leaves_a_run(classifying_drawn):
     config = replace(classifying_drawn, epochs=20, lr=1e-2, val_every=5)
-    folder = finetune_classify(config)
+    folder = run_classification(config)
     for name in ("config.yaml", "best.pth", "last.pth", "report.html", "scores/cases.csv", "scores_test/cases.csv"):
         assert (folder / name).is_file(), name
     assert np.mean(losses(config)[-4:]) < 0.5 * np.mean(losses(config)[:4])
@@ -89,11 +89,11 @@ def test_it_learns_and_leaves_a_run(classifying_drawn):
 def test_an_interrupted_run_continues_as_if_nothing_had_happened(config, tmp_path, more):
     config = replace(config, **more)
     whole, parts = (replace(config, out=str(tmp_path / name)) for name in ("whole", "parts"))
-    finetune_classify(whole)
-    finetune_classify(replace(parts, max_steps=1))
+    run_classification(whole)
+    run_classification(replace(parts, max_steps=1))
     torch.manual_seed(5)  # what a process has drawn before is not to matter
-    finetune_classify(replace(parts, max_steps=3, dataloader_workers=1))
-    finetune_classify(parts)
+    run_classification(replace(parts, max_steps=3, dataloader_workers=1))
+    run_classification(parts)
     assert losses(whole) == losses(parts)
     for key in ("model", "average") if more else ("model",):
         assert same(*(state_of(c)[key] for c in (whole, parts)))
@@ -104,7 +104,7 @@ def test_an_interrupted_run_continues_as_if_nothing_had_happened(config, tmp_pat
 
 def test_the_average_is_what_is_kept(config):
     config = replace(config, ema_decay=0.9, epochs=1)
-    finetune_classify(config)
+    run_classification(config)
     assert same(state_of(config, "best.pth")["model"], state_of(config)["average"])
     assert "moving average" in summary_of(config)["protocol"]["weights"]
 
@@ -112,10 +112,10 @@ def test_the_average_is_what_is_kept(config):
 def test_the_average_follows_every_step(config):
     """timm's warm-up of the decay after steps 1 and 2 is 0 and 1 - 2 ** (-2 / 3)."""
     config = replace(config, ema_decay=0.9, epochs=1)
-    finetune_classify(replace(config, max_steps=1))
+    run_classification(replace(config, max_steps=1))
     first = state_of(config)
     assert same(first["average"], first["model"])
-    finetune_classify(config)
+    run_classification(config)
     second = state_of(config)
     decay = 1 - 2 ** (-2 / 3)
     expected = decay * first["model"]["fc.weight"] + (1 - decay) * second["model"]["fc.weight"]
@@ -123,29 +123,29 @@ def test_the_average_follows_every_step(config):
 
 
 def test_a_frozen_backbone_stays_but_for_its_batch_norms(config):
-    start = {k: v.clone() for k, v in build(config, 2).state_dict().items()}
+    start = {k: v.clone() for k, v in initialise_classifier(config, 2).state_dict().items()}
     config = replace(config, freeze_epochs=1)
-    finetune_classify(replace(config, max_steps=2))
+    run_classification(replace(config, max_steps=2))
     frozen = state_of(config)["model"]
     norms = {key for key in start if ".bn" in key or key.startswith("bn") or key.endswith("running_mean")}
     moved = {key for key in start if not torch.equal(start[key], frozen[key])}
     assert {"fc.weight", "fc.bias", "layer1.0.bn1.weight", "layer1.0.bn1.running_mean"} <= moved
     assert not {key for key in moved if "conv" in key and start[key].ndim == 4}
     assert norms & moved
-    finetune_classify(config)
+    run_classification(config)
     thawed = state_of(config)["model"]
     assert not torch.equal(frozen["layer1.0.conv1.weight"], thawed["layer1.0.conv1.weight"])
 
 
 def test_scores_are_made_once_and_again_where_they_are_missing(config):
-    finetune_classify(config)
+    run_classification(config)
     paths = [config.run_folder / name / "summary.json" for name in ("scores", "scores_test")]
     before = [path.stat().st_mtime_ns for path in paths]
-    finetune_classify(config)
+    run_classification(config)
     assert [path.stat().st_mtime_ns for path in paths] == before
     first = summary_of(config, "scores_test")
     paths[1].unlink()
-    finetune_classify(config)
+    run_classification(config)
     assert summary_of(config, "scores_test") == first
     assert first["protocol"]["num_images"] == 6
 
@@ -153,23 +153,23 @@ def test_scores_are_made_once_and_again_where_they_are_missing(config):
 def test_images_of_another_folder_are_scored_in_place_of_the_test_part(config, write_images, tmp_path):
     write_images(tmp_path / "more", {"dark": 2, "light": 1}, 3)
     config = replace(config, epochs=1, test_dir=str(tmp_path / "more"))
-    finetune_classify(config)
+    run_classification(config)
     protocol = summary_of(config, "scores_test")["protocol"]
     assert (protocol["images"], protocol["num_images"]) == (str(tmp_path / "more"), 3)
     (tmp_path / "more" / "dark" / "00.png").rename(tmp_path / "more" / "light" / "99.png")
-    finetune_classify(config)
+    run_classification(config)
     with (config.run_folder / "scores_test" / "cases.csv").open() as file:
         found = {row["file"]: row["truth"] for row in csv.DictReader(file)}
     assert found == {"dark/01.png": "dark", "light/00.png": "light", "light/99.png": "light"}
-    with pytest.raises(FileNotFoundError, match="no folder nothing"):
-        finetune_classify(replace(config, test_dir="nothing"))
+    with pytest.raises(FileNotFoundError, match="nothing: expected a folder that holds"):
+        run_classification(replace(config, test_dir="nothing"))
 
 
 def test_fewer_labels_and_pretrained_weights(config, tmp_path):
     weights = tmp_path / "own.pth"
-    torch.save(build(replace(config, seed=7), 2).state_dict(), weights)
+    torch.save(initialise_classifier(replace(config, seed=7), 2).state_dict(), weights)
     small = replace(config, label_fraction=0.25, weights=str(weights), lr=1e-9, weight_decay=0.0)
-    finetune_classify(replace(small, epochs=1))
+    run_classification(replace(small, epochs=1))
     assert len(losses(small)) == 1  # 4 of 16 images
     given = torch.load(weights, weights_only=True)
     torch.testing.assert_close(state_of(small)["model"]["conv1.0.weight"], given["conv1.0.weight"], rtol=0, atol=1e-6)
@@ -182,21 +182,21 @@ def test_the_last_layer_starts_fresh_where_the_weights_have_none_that_fits(confi
     given = build_classifier("timm/test_resnet", 1, num_classes).state_dict()
     torch.save(given, weights)
     config = replace(config, weights=str(weights), lr=1e-9, weight_decay=0.0, epochs=1)
-    finetune_classify(config)
-    found, fresh = state_of(config)["model"], build(config, 2).state_dict()
+    run_classification(config)
+    found, fresh = state_of(config)["model"], initialise_classifier(config, 2).state_dict()
     torch.testing.assert_close(found["conv1.0.weight"], given["conv1.0.weight"], rtol=0, atol=1e-6)
     torch.testing.assert_close(found["fc.weight"], fresh["fc.weight"], rtol=0, atol=1e-6)
 
 
 def test_other_images_or_settings_do_not_continue_a_run(config, image_data):
-    finetune_classify(replace(config, max_steps=1))
+    run_classification(replace(config, max_steps=1))
     with pytest.raises(ValueError, match="num_labelled: was 0, is 4"):
-        finetune_classify(replace(config, num_labelled=4))
+        run_classification(replace(config, num_labelled=4))
     extra = image_data / "train" / "dark" / "99.png"
     Image.new("L", (40, 36)).save(extra)
     try:
         with pytest.raises(ValueError, match=r"begun on other images(.|\n)*was 16 training .* is 17 training"):
-            finetune_classify(config)
+            run_classification(config)
     finally:
         extra.unlink()
 
@@ -206,11 +206,11 @@ def test_images_that_cannot_be_used_stop_the_run_or_are_left_out(config, image_d
     broken.write_bytes(b"no image")
     try:
         with pytest.raises(
-            ValueError, match=r"1 of 31 images cannot be used; .*on_bad_case skip(.|\n)*broken\.png: it"
+            ValueError, match=r"1 of 31 images cannot be used; .*on_bad_case skip(.|\n)*broken\.png: no image"
         ):
-            finetune_classify(config)
+            run_classification(config)
         assert not config.run_folder.exists()
-        finetune_classify(replace(config, on_bad_case="skip", max_steps=1))
+        run_classification(replace(config, on_bad_case="skip", max_steps=1))
     finally:
         broken.unlink()
     assert state_of(config)["left_out"] == ["val/dark/broken.png"]
@@ -232,14 +232,14 @@ def test_an_image_in_two_parts_is_named(config, image_data, caplog):
 
 
 def test_a_dry_run_writes_nothing(config):
-    finetune_classify(replace(config, dry_run=True))
+    run_classification(replace(config, dry_run=True))
     assert not config.run_folder.exists()
 
 
 def test_pairs_to_mix_are_needed_in_each_process(config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="each process has 3 images"):
-        finetune_classify(replace(config, batch_size=6, mixup=0.1))
+        run_classification(replace(config, batch_size=6, mixup=0.1))
 
 
 # The network and its optimizer
@@ -274,14 +274,14 @@ def test_networks_by_name():
 
 
 def test_decay_is_in_the_gradient_of_all_weights_or_apart_from_it(config):
-    network = build(config, 2)
+    network = initialise_classifier(config, 2)
     names = {id(p): name for name, p in network.named_parameters()}
     adam = make_optimizer(config, network)
-    set_rates(adam, lr=1.0, wd=0.5)
+    set_lr_and_decay(adam, lr=1.0, wd=0.5)
     assert type(adam) is torch.optim.Adam
     assert {group["weight_decay"] for group in adam.param_groups} == {0.5}
     adamw = make_optimizer(replace(config, optimizer="adamw", layer_decay=0.5, encoder_lr_ratio=0.1), network)
-    set_rates(adamw, lr=1.0, wd=0.5)
+    set_lr_and_decay(adamw, lr=1.0, wd=0.5)
     assert type(adamw) is torch.optim.AdamW
     found = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in adamw.param_groups for p in g["params"]}
     assert set(found) == set(names.values())
@@ -297,7 +297,7 @@ def test_decay_is_in_the_gradient_of_all_weights_or_apart_from_it(config):
 
 
 def test_images_without_classes_get_probabilities_and_those_with_get_scores(config, image_data, tmp_path, capsys):
-    finetune_classify(config)
+    run_classification(config)
     main.main(
         ["classify", str(config.run_folder), str(image_data / "val"), "--out", str(tmp_path / "val"), "--device", "cpu"]
     )

@@ -8,9 +8,9 @@ import timm
 import torch
 
 from hyspark.config.shared import EncoderSettings
-from hyspark.tasks.masked import training_file
-from hyspark.tasks.pretrain import build, describe, pretrain, start, untrained
+from hyspark.tasks.pretrain import describe, initialise_pretraining, run_pretraining, start, untrained_modules
 from hyspark.training.distributed import find_processes
+from hyspark.training.run_folder import checkpoint_file
 
 METHODS = {
     "moco": {"queue_size": 8, "momentum": 0.9},
@@ -44,7 +44,7 @@ def metrics(config):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_leaves_the_networks_own_keys_and_a_report(comparing, method):
-    folder = pretrain(replace(comparing(method), epochs=1))
+    folder = run_pretraining(replace(comparing(method), epochs=1))
     network = timm.create_model("resnet10t", num_classes=0, in_chans=1)
     for kind in ("1kpretrained", "best"):
         path = folder / f"{method}_timm_resnet10t_{kind}_timm_style.pth"
@@ -55,11 +55,11 @@ def test_a_run_leaves_the_networks_own_keys_and_a_report(comparing, method):
 def test_an_interrupted_run_continues_bit_for_bit(comparing, tmp_path):
     """With the slow copy and the queue where they were."""
     whole, parts = (replace(comparing("moco"), out=str(tmp_path / name)) for name in ("whole", "parts"))
-    pretrain(whole)
-    pretrain(replace(parts, max_steps=2))
-    pretrain(replace(parts, dataloader_workers=1))
+    run_pretraining(whole)
+    run_pretraining(replace(parts, max_steps=2))
+    run_pretraining(replace(parts, dataloader_workers=1))
     assert [m["loss"] for m in metrics(whole) if "loss" in m] == [m["loss"] for m in metrics(parts) if "loss" in m]
-    a, b = (torch.load(training_file(config), weights_only=True)["model"] for config in (whole, parts))
+    a, b = (torch.load(checkpoint_file(config), weights_only=True)["model"] for config in (whole, parts))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
     reviews = [m for m in metrics(whole) if "val_loss" in m]
@@ -74,7 +74,7 @@ def test_a_run_starts_from_the_network_of_another(comparing, method, tmp_path):
     given = timm.create_model("resnet10t", num_classes=0, in_chans=1)
     torch.save(given.state_dict(), tmp_path / "network.pth")
     config = comparing(method)
-    network, fresh = build(config), build(config)
+    network, fresh = initialise_pretraining(config), initialise_pretraining(config)
     assert start(replace(config, weights=str(tmp_path / "network.pth")), network) is None
     assert all(torch.equal(value, given.state_dict()[key]) for key, value in network.encoder.weights().items())
     torch.testing.assert_close(network.project.state_dict(), fresh.project.state_dict())
@@ -87,10 +87,10 @@ def test_a_run_starts_from_the_network_of_another(comparing, method, tmp_path):
 def test_a_step_that_is_not_finite_is_repeated(comparing, tmp_path, caplog):
     config = replace(comparing("moco"), lr=1e30, clip=0.0)
     with pytest.raises(FloatingPointError, match="--replay"):
-        pretrain(config)
+        run_pretraining(config)
     (file,) = config.run_folder.glob("nonfinite_step_*.pth")
     with caplog.at_level("INFO", "hyspark"):
-        pretrain(replace(config, replay=str(file)))
+        run_pretraining(replace(config, replay=str(file)))
     assert caplog.text.count(": values 0") == config.batch_size * config.crops_per_volume
     assert "not finite in fp32 either" in caplog.text
 
@@ -99,8 +99,8 @@ def test_a_step_that_is_not_finite_is_repeated(comparing, tmp_path, caplog):
 def test_what_is_not_trained_is_told(comparing, size, fixed):
     """In a crop of one position at its stride the last stage has no map."""
     config = replace(comparing("moco"), crop_size=(size,))
-    network = build(config)
-    assert untrained(network.encoder.backbone) == fixed
+    network = initialise_pretraining(config)
+    assert untrained_modules(network.encoder.backbone) == fixed
     text = describe(config, find_processes("cpu"), network, [], [])
     assert ("left as they are: layer4" in text) == bool(fixed)
 
@@ -109,7 +109,7 @@ def test_a_dry_run_tells_time_and_memory(comparing, caplog):
     """Its smallest step has two images: heads normalise over them."""
     config = replace(comparing("byol"), dry_run=True)
     with caplog.at_level("INFO", "hyspark"):
-        pretrain(config)
+        run_pretraining(config)
     for word in ("network", "per step of 4 crops", "at the peak of 4 crops", "for the run, 6 steps"):
         assert word in caplog.text
     assert not config.run_folder.exists()

@@ -12,11 +12,12 @@ import hyspark
 from hyspark.config.shared import EncoderSettings
 from hyspark.data.datasets import datalist_json
 from hyspark.evaluation.linear_probe import find_probe_cases, make_probe, probe_encoder
-from hyspark.tasks.masked import Pretraining, encoder_file, training_file
-from hyspark.tasks.pretrain import build, find_cases, pretrain, start
+from hyspark.tasks.masked import MaskedTask
+from hyspark.tasks.pretrain import find_pretraining_cases, initialise_pretraining, run_pretraining, start
 from hyspark.training import loop
 from hyspark.training.distributed import Processes
-from hyspark.training.metrics_log import keeps
+from hyspark.training.metrics_log import is_valid_line
+from hyspark.training.run_folder import checkpoint_file, encoder_file
 
 
 def metrics(config):
@@ -28,12 +29,12 @@ def losses(config):
 
 
 def weights(config):
-    return torch.load(training_file(config), weights_only=True)["model"]
+    return torch.load(checkpoint_file(config), weights_only=True)["model"]
 
 
 @pytest.mark.curves
 def test_a_run_folder_holds_what_is_promised(pretraining):
-    folder = pretrain(pretraining)
+    folder = run_pretraining(pretraining)
     for name in ("config.yaml", "metrics.jsonl", "report.html", "tensorboard", "pictures"):
         assert (folder / name).exists(), name
     steps = [m for m in metrics(pretraining) if "loss" in m]
@@ -46,23 +47,23 @@ def test_a_run_folder_holds_what_is_promised(pretraining):
     assert list((folder / "pictures").glob("epoch_0001_*.png"))
     assert "HySparK pre-training" in (folder / "report.html").read_text()
     assert encoder_file(pretraining).name == "hyspark_1kpretrained_timm_style.pth"
-    assert training_file(pretraining).name == "hyspark_withdecoder_1kpretrained_hyspark_style.pth"
+    assert checkpoint_file(pretraining).name == "hyspark_withdecoder_1kpretrained_hyspark_style.pth"
 
 
 def test_the_encoder_file_loads_into_segmentation(pretraining):
-    pretrain(replace(pretraining, epochs=1))
+    run_pretraining(replace(pretraining, epochs=1))
     shape = {"widths": pretraining.encoder_widths, "depths": (1,) * 5, "expansions": (2,) * 5, "vit_depth": 1}
     model = hyspark.build_hybird(1, 4, 32, **shape)
     report = hyspark.load_pretrained(model, encoder_file(pretraining))
     assert all(key.startswith("decoder.") for key in report.missing)
     assert not report.unexpected
-    full = hyspark.load_pretrained(hyspark.build_hybird(1, 4, 32, **shape), training_file(pretraining))
+    full = hyspark.load_pretrained(hyspark.build_hybird(1, 4, 32, **shape), checkpoint_file(pretraining))
     assert full.matched == report.matched
 
 
 def test_the_loss_falls(pretraining):
     config = replace(pretraining, epochs=24, lr=3e-3, warmup_epochs=1)
-    pretrain(config)
+    run_pretraining(config)
     values = losses(config)
     assert sum(values[-6:]) / 6 < 0.95 * sum(values[:3]) / 3
 
@@ -70,11 +71,11 @@ def test_the_loss_falls(pretraining):
 def test_an_interrupted_run_continues_as_if_nothing_had_happened(pretraining, tmp_path):
     whole = replace(pretraining, out=str(tmp_path / "whole"))
     parts = replace(pretraining, out=str(tmp_path / "parts"))
-    pretrain(whole)
-    pretrain(replace(parts, max_steps=2))
+    run_pretraining(whole)
+    run_pretraining(replace(parts, max_steps=2))
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:  # what a killed run may leave behind
         file.write('{"step": 2, "epoch": 0, "loss": 99.0}\n{"step": 3, "ep')
-    pretrain(replace(parts, dataloader_workers=2))
+    run_pretraining(replace(parts, dataloader_workers=2))
     assert losses(whole) == losses(parts)
     a, b = weights(whole), weights(parts)
     assert a.keys() == b.keys()
@@ -83,16 +84,16 @@ def test_an_interrupted_run_continues_as_if_nothing_had_happened(pretraining, tm
 
 def test_a_finished_run_is_left_alone(pretraining):
     config = replace(pretraining, epochs=1)
-    pretrain(config)
-    before = training_file(config).stat().st_mtime_ns
-    pretrain(config)
-    assert training_file(config).stat().st_mtime_ns == before
+    run_pretraining(config)
+    before = checkpoint_file(config).stat().st_mtime_ns
+    run_pretraining(config)
+    assert checkpoint_file(config).stat().st_mtime_ns == before
 
 
 def test_another_run_is_not_continued_by_mistake(pretraining):
-    pretrain(replace(pretraining, max_steps=1))
+    run_pretraining(replace(pretraining, max_steps=1))
     with pytest.raises(ValueError, match=r"mask: was 0\.75, is 0\.5"):
-        pretrain(replace(pretraining, mask_ratio=0.5))
+        run_pretraining(replace(pretraining, mask_ratio=0.5))
 
 
 def test_another_data_list_is_not_continued_by_mistake(pretraining, phantoms, tmp_path):
@@ -100,61 +101,61 @@ def test_another_data_list_is_not_continued_by_mistake(pretraining, phantoms, tm
     path = tmp_path / "list.json"
     datalist_json.write_datalist(listed, path)
     config = replace(pretraining, data=str(path), store_dir=str(phantoms / "prepared"), max_steps=1)
-    pretrain(config)
+    run_pretraining(config)
     datalist_json.write_datalist(replace(listed, training=listed.training[1:]), path)
     with pytest.raises(ValueError, match=r"data: was 6 training and 1 validation cases .*, is 5 training and 1"):
-        pretrain(config)
+        run_pretraining(config)
 
 
 def test_weights_that_are_not_there_are_noticed_before_preparation(pretraining, tmp_path):
     config = replace(pretraining, weights="nowhere.pth", store_dir=str(tmp_path / "store"))
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
-        pretrain(config)
+        run_pretraining(config)
     assert not (tmp_path / "store").exists()
 
 
 def test_validation_does_not_depend_on_the_seed(pretraining, tmp_path):
     def held_out(seed):
         config = replace(pretraining, seed=seed, out=str(tmp_path / str(seed)))
-        return [c.name for c in find_cases(config)[1]]
+        return [c.name for c in find_pretraining_cases(config)[1]]
 
     assert held_out(0) == held_out(1)
 
 
 def test_resume_from_takes_another_runs_state_and_init_weight_only_its_weights(pretraining, tmp_path):
     first = replace(pretraining, out=str(tmp_path / "first"), max_steps=3)
-    pretrain(first)
-    source = str(training_file(first))
+    run_pretraining(first)
+    source = str(checkpoint_file(first))
     resumed = replace(pretraining, out=str(tmp_path / "resumed"), resume_from=source, max_steps=4)
-    pretrain(resumed)
+    run_pretraining(resumed)
     assert [m["step"] for m in metrics(resumed) if "loss" in m] == [3]
     started = replace(pretraining, out=str(tmp_path / "started"), weights=source, max_steps=1)
-    pretrain(started)
+    run_pretraining(started)
     assert [m["step"] for m in metrics(started) if "loss" in m] == [0]
     fresh = replace(pretraining, out=str(tmp_path / "fresh"), max_steps=1)
-    pretrain(fresh)
+    run_pretraining(fresh)
     assert losses(started) != losses(fresh)
 
 
 def test_a_dry_run_writes_nothing(pretraining, tmp_path, phantoms):
     config = replace(pretraining, dry_run=True, store_dir=str(tmp_path / "store"))
-    pretrain(config)
+    run_pretraining(config)
     assert not config.run_folder.exists()
     assert not (tmp_path / "store").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_cases(pretraining, monkeypatch):
-    original = Pretraining.loss
+    original = MaskedTask.loss
     calls = []
 
     def broken(self, run, batch):
         calls.append(batch["cases"])
         return original(self, run, batch) * (math.nan if len(calls) == 5 else 1.0)
 
-    monkeypatch.setattr(Pretraining, "loss", broken)
+    monkeypatch.setattr(MaskedTask, "loss", broken)
     with pytest.raises(FloatingPointError, match=r"loss is nan at step 4 \(cases .*(trunk|phantom)_\d+"):
-        pretrain(pretraining)
-    state = torch.load(training_file(pretraining), weights_only=True)
+        run_pretraining(pretraining)
+    state = torch.load(checkpoint_file(pretraining), weights_only=True)
     assert state["step"] == 3
     assert all(torch.isfinite(v).all() for v in state["model"].values())
 
@@ -167,13 +168,13 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights():
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_other_precisions_train_on_the_cpu(pretraining, precision):
     config = replace(pretraining, precision=precision, epochs=1)
-    pretrain(config)
+    run_pretraining(config)
     assert all(math.isfinite(v) for v in losses(config))
 
 
 def test_non_cubic_crops_train(pretraining):
     config = replace(pretraining, crop_size=(32, 16, 48), max_steps=1)
-    pretrain(config)
+    run_pretraining(config)
     assert len(losses(config)) == 1
 
 
@@ -190,9 +191,9 @@ def test_a_network_of_others_is_trained_on_planes_and_continues(pretraining, tmp
         decoder_width=32,
     )
     whole, parts = (replace(config, out=str(tmp_path / name)) for name in ("whole", "parts"))
-    folder = pretrain(whole)
-    pretrain(replace(parts, max_steps=1))
-    pretrain(parts)
+    folder = run_pretraining(whole)
+    run_pretraining(replace(parts, max_steps=1))
+    run_pretraining(parts)
     assert losses(whole) == losses(parts)
     report = timm.create_model("resnet10t").load_state_dict(
         torch.load(folder / "spark_timm_resnet10t_1kpretrained_timm_style.pth", weights_only=True), strict=False
@@ -206,12 +207,12 @@ def test_a_network_of_others_starts_from_weights(pretraining, tmp_path, caplog):
     """From its backbone alone, whatever its head, or with the decoder too."""
     planes = {"model": "spark/timm/resnet10t", "slices": "axial", "in_channels": 3, "crop_size": (64,)}
     config = replace(pretraining, **asdict(EncoderSettings()), **planes, decoder_width=32)
-    other = build(replace(config, seed=1))
+    other = initialise_pretraining(replace(config, seed=1))
     head = {"fc.weight": torch.zeros(5, 512), "fc.bias": torch.zeros(5)}
     torch.save({"state_dict": other.encoder.weights() | head}, tmp_path / "backbone.pth")
     torch.save({"model": other.state_dict(), "step": 7}, tmp_path / "all.pth")
     for name, keys in (("backbone.pth", other.encoder.state_dict()), ("all.pth", other.state_dict())):
-        model = build(config)
+        model = initialise_pretraining(config)
         with caplog.at_level("INFO"):
             assert start(replace(config, weights=str(tmp_path / name)), model) is None
         own = model.encoder.state_dict() if name == "backbone.pth" else model.state_dict()
@@ -220,12 +221,12 @@ def test_a_network_of_others_starts_from_weights(pretraining, tmp_path, caplog):
     assert "fc.weight, fc.bias: head of its own, not part of this model" in caplog.text
     torch.save({"conv1.0.weight": torch.zeros(24, 3, 3, 3)}, tmp_path / "cut.pth")
     with pytest.raises(ValueError, match=r"cut\.pth lacks"):
-        start(replace(config, weights=str(tmp_path / "cut.pth")), build(config))
+        start(replace(config, weights=str(tmp_path / "cut.pth")), initialise_pretraining(config))
 
 
 def test_volumes_may_train_a_network_of_monai(pretraining):
     shape = asdict(EncoderSettings())  # of hyspark's own encoder
-    folder = pretrain(replace(pretraining, **shape, model="spark/monai/segresnet", decoder_width=16, epochs=1))
+    folder = run_pretraining(replace(pretraining, **shape, model="spark/monai/segresnet", decoder_width=16, epochs=1))
     SegResNet(3, 16, 1).load_state_dict(
         torch.load(folder / "spark_monai_segresnet_best_timm_style.pth", weights_only=True), strict=True
     )
@@ -233,22 +234,22 @@ def test_volumes_may_train_a_network_of_monai(pretraining):
 
 def test_no_data_list_says_how_to_make_one(pretraining, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"dataset\.json; make it by: python generate_js\.py --data"):
-        pretrain(replace(pretraining, data=str(tmp_path)))
+        run_pretraining(replace(pretraining, data=str(tmp_path)))
 
 
 def test_torn_metrics_lines_are_dropped():
-    assert keeps('{"step": 1}', 2, True)
-    assert not keeps('{"step": 2}', 2, True)
-    assert keeps('{"step": -1}', 2, True)
-    assert not keeps('{"step": -1}', 0, True)
-    assert not keeps('{"step": 1, "lo', 2, True)
+    assert is_valid_line('{"step": 1}', 2, True)
+    assert not is_valid_line('{"step": 2}', 2, True)
+    assert is_valid_line('{"step": -1}', 2, True)
+    assert not is_valid_line('{"step": -1}', 0, True)
+    assert not is_valid_line('{"step": 1, "lo', 2, True)
 
 
 def test_metrics_of_a_review_that_is_done_again_are_dropped():
-    assert keeps('{"step": 1, "loss": 1}', 2, False)
-    assert not keeps('{"step": 1, "val_loss": 1}', 2, False)
-    assert keeps('{"step": 0, "val_loss": 1}', 2, False)
-    assert keeps('{"step": -1, "probe_dice": 1}', 1, False)
+    assert is_valid_line('{"step": 1, "loss": 1}', 2, False)
+    assert not is_valid_line('{"step": 1, "val_loss": 1}', 2, False)
+    assert is_valid_line('{"step": 0, "val_loss": 1}', 2, False)
+    assert is_valid_line('{"step": -1, "probe_dice": 1}', 1, False)
 
 
 @pytest.fixture
@@ -264,7 +265,7 @@ def probes(config):
 
 def test_a_probe_is_taken_before_the_first_step_and_with_the_epochs(probing):
     config = replace(probing, epochs=4, probe_every=2)
-    folder = pretrain(config)
+    folder = run_pretraining(config)
     taken = probes(config)
     assert [(m["step"], m["epoch"]) for m in taken] == [(-1, 0), (2, 0), (8, 2), (11, 3)]
     for line in taken:
@@ -273,7 +274,7 @@ def test_a_probe_is_taken_before_the_first_step_and_with_the_epochs(probing):
         assert "liver" in line["probe"]
     assert len({m["probe_dice"] for m in taken}) == 4
     # As in a run: with another memory format other kernels round otherwise.
-    fresh, trained = (build(config).to(memory_format=torch.channels_last_3d).encoder for _ in range(2))
+    fresh, trained = (initialise_pretraining(config).to(memory_format=torch.channels_last_3d).encoder for _ in range(2))
     assert taken[0]["probe"] == probe_encoder(fresh, probe_of(config))
     trained.load_state_dict(torch.load(folder / "hyspark_1kpretrained_timm_style.pth", weights_only=True))
     assert taken[-1]["probe"] == probe_encoder(trained, probe_of(config))
@@ -286,9 +287,9 @@ def probe_of(config):
 
 def test_a_run_with_a_probe_and_one_without_are_the_same(pretraining, probing, tmp_path):
     without = replace(pretraining, out=str(tmp_path / "without"))
-    pretrain(without)
+    run_pretraining(without)
     assert not probes(without)
-    pretrain(probing)
+    run_pretraining(probing)
     assert len(probes(probing)) == 3
     assert losses(probing) == losses(without)
     a, b = weights(probing), weights(without)
@@ -298,13 +299,13 @@ def test_a_run_with_a_probe_and_one_without_are_the_same(pretraining, probing, t
 def test_an_interrupted_run_probes_as_an_uninterrupted_one(probing, tmp_path):
     whole = replace(probing, out=str(tmp_path / "whole"))
     parts = replace(probing, out=str(tmp_path / "parts"))
-    pretrain(whole)
+    run_pretraining(whole)
     parts.run_folder.mkdir()
     # What a run killed before its first checkpoint leaves behind; and a probe may come and go between the parts.
     (parts.run_folder / "metrics.jsonl").write_text('{"step": -1, "epoch": 0, "probe_dice": 9.0, "probe": {}}\n')
-    pretrain(replace(parts, max_steps=3))
-    pretrain(replace(parts, max_steps=4, probe_data=""))
-    pretrain(replace(parts, probe_every=2))
+    run_pretraining(replace(parts, max_steps=3))
+    run_pretraining(replace(parts, max_steps=4, probe_data=""))
+    run_pretraining(replace(parts, probe_every=2))
     assert probes(whole) == probes(parts)
     assert losses(whole) == losses(parts)
 
@@ -312,7 +313,7 @@ def test_an_interrupted_run_probes_as_an_uninterrupted_one(probing, tmp_path):
 def test_probe_data_that_does_not_fit_is_noticed_before_preparation(probing, tmp_path):
     config = replace(probing, store_dir=str(tmp_path / "store"), probe_cases=9)
     with pytest.raises(ValueError, match=r"probe_cases is 9, but .* has \d labelled training cases"):
-        pretrain(config)
-    with pytest.raises(FileNotFoundError, match="nowhere has no imagesTr"):
-        pretrain(replace(config, probe_data=str(tmp_path / "nowhere")))
+        run_pretraining(config)
+    with pytest.raises(FileNotFoundError, match="nowhere: expected a folder with imagesTr and labelsTr"):
+        run_pretraining(replace(config, probe_data=str(tmp_path / "nowhere")))
     assert not (tmp_path / "store").exists()

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hyspark.tasks.classification import finetune_classify
-from hyspark.tasks.pretrain import pretrain
-from hyspark.tasks.segmentation import finetune
+from hyspark.tasks.classification import run_classification
+from hyspark.tasks.pretrain import run_pretraining
+from hyspark.tasks.segmentation import run_segmentation
 from tests.tasks.kinds import PRETRAININGS
 
 RECORDED = json.loads((Path(__file__).parents[1] / "fixtures" / "losses.json").read_text())
@@ -45,20 +45,20 @@ def assert_recorded(kind: str, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_masked_pretraining(pretraining):
-    assert_recorded("masked", pretrain(replace(pretraining, epochs=4, max_steps=STEPS)))
+    assert_recorded("masked", run_pretraining(replace(pretraining, epochs=4, max_steps=STEPS)))
 
 
 @pytest.mark.slow
 def test_contrastive_pretraining(pretraining):
     config = replace(pretraining, **PRETRAININGS["moco"], epochs=4, max_steps=STEPS)
-    assert_recorded("contrastive", pretrain(config))
+    assert_recorded("contrastive", run_pretraining(config))
 
 
 @pytest.mark.slow
 def test_segmentation(finetuning):
-    assert_recorded("segmentation", finetune(replace(finetuning, epochs=STEPS, val_every=STEPS)))
+    assert_recorded("segmentation", run_segmentation(replace(finetuning, epochs=STEPS, val_every=STEPS)))
 
 
 @pytest.mark.slow
 def test_classification(classifying):
-    assert_recorded("classification", finetune_classify(replace(classifying, epochs=5, val_every=5)))
+    assert_recorded("classification", run_classification(replace(classifying, epochs=5, val_every=5)))

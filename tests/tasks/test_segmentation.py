@@ -15,12 +15,12 @@ from hyspark.data.datasets import datalist_json
 from hyspark.evaluation.protocol import read_summary
 from hyspark.evaluation.segmentation.inference import load_network
 from hyspark.evaluation.validations import read_validations
-from hyspark.tasks.masked import encoder_file, training_file
-from hyspark.tasks.pretrain import pretrain
-from hyspark.tasks.segmentation import build, finetune, split_crops
-from hyspark.training.initial_weights import load_start
-from hyspark.training.labelled_cases import find_cases
+from hyspark.tasks.pretrain import run_pretraining
+from hyspark.tasks.segmentation import initialise_segmentation, run_segmentation, split_crops
+from hyspark.training.initial_weights import load_volume_weights
+from hyspark.training.labelled_cases import find_labelled_cases
 from hyspark.training.losses import DiceAndCrossEntropy
+from hyspark.training.run_folder import checkpoint_file, encoder_file
 
 ORGANS = ["liver", "spleen", "right_kidney", "left_kidney", "aorta", "spine", "right_lung", "left_lung"]
 
@@ -31,9 +31,9 @@ def metrics(config):
 
 @pytest.mark.curves
 def test_from_pretraining_to_a_table(pretraining, finetuning, capsys):
-    pretrain(replace(pretraining, epochs=1))
+    run_pretraining(replace(pretraining, epochs=1))
     config = replace(finetuning, weights=str(encoder_file(pretraining)))
-    folder = finetune(config)
+    folder = run_segmentation(config)
     for name in ("config.yaml", "metrics.jsonl", "best.pth", "last.pth", "report.html", "pictures"):
         assert (folder / name).exists(), name
     for name in ("cases.csv", "summary.json", "table.md"):
@@ -47,7 +47,7 @@ def test_from_pretraining_to_a_table(pretraining, finetuning, capsys):
     assert list(scores.best) == list(scores.last) == ORGANS
     assert [m["epoch"] for m in metrics(config) if "dice_mean" in m] == [1, 3]
     scratch = replace(finetuning, out=str(folder.parent / "scratch"))
-    finetune(scratch)
+    run_segmentation(scratch)
     first = [next(m["loss"] for m in metrics(c)) for c in (config, scratch)]
     assert first[0] != first[1]
     main(["compare", str(folder), str(scratch.run_folder)])
@@ -58,8 +58,8 @@ def test_from_pretraining_to_a_table(pretraining, finetuning, capsys):
 
 def test_the_decoder_of_pre_training_comes_along(pretraining, finetuning, tmp_path):
     """With turns and stretches, interrupted and continued, and read back for prediction."""
-    pretrain(replace(pretraining, epochs=1))
-    source = training_file(pretraining)
+    run_pretraining(replace(pretraining, epochs=1))
+    source = checkpoint_file(pretraining)
     light = replace(
         finetuning,
         decoder="light",
@@ -70,9 +70,9 @@ def test_the_decoder_of_pre_training_comes_along(pretraining, finetuning, tmp_pa
         weight_decay=0,
     )
     whole, parts = (replace(light, out=str(tmp_path / name)) for name in ("whole", "parts"))
-    finetune(whole)
-    finetune(replace(parts, max_steps=1))
-    finetune(parts)
+    run_segmentation(whole)
+    run_segmentation(replace(parts, max_steps=1))
+    run_segmentation(parts)
     a, b = ([m["loss"] for m in metrics(c) if "loss" in m] for c in (whole, parts))
     assert a == b
     network, config, names, _ = load_network(whole.run_folder)
@@ -84,9 +84,9 @@ def test_the_decoder_of_pre_training_comes_along(pretraining, finetuning, tmp_pa
 def test_an_interrupted_run_continues_as_if_nothing_had_happened(finetuning, tmp_path):
     whole = replace(finetuning, out=str(tmp_path / "whole"))
     parts = replace(finetuning, out=str(tmp_path / "parts"))
-    finetune(whole)
-    finetune(replace(parts, max_steps=1))
-    finetune(replace(parts, dataloader_workers=1))
+    run_segmentation(whole)
+    run_segmentation(replace(parts, max_steps=1))
+    run_segmentation(replace(parts, dataloader_workers=1))
     a, b = ([m["loss"] for m in metrics(c) if "loss" in m] for c in (whole, parts))
     assert a == b
     x, y = (torch.load(c.run_folder / "last.pth", weights_only=True)["model"] for c in (whole, parts))
@@ -95,7 +95,7 @@ def test_an_interrupted_run_continues_as_if_nothing_had_happened(finetuning, tmp
 
 def test_the_organs_are_learnt(finetuning):
     config = replace(finetuning, epochs=60, val_every=60, lr=5e-3, warmup_epochs=2, flip_prob=(0.0, 0.0, 0.0))
-    finetune(config)
+    run_segmentation(config)
     values = [m["loss"] for m in metrics(config) if "loss" in m]
     assert sum(values[-5:]) < 0.8 * sum(values[:5])
 
@@ -130,10 +130,10 @@ def test_the_loss_is_that_of_monai():
 
 
 def test_a_label_value_that_is_no_class_stops_before_the_first_step(finetuning, tmp_path):
-    listed = datasets_build.build(finetuning.data, labels=True, splits="auto")
+    listed = datasets_build.build_datalist(finetuning.data, labels=True, splits="auto")
     datalist_json.write_datalist(replace(listed, labels={"background": 0, "liver": 1}), tmp_path / "list.json")
     with pytest.raises(ValueError, match="holds the value 8, but the classes go from 0 to 1"):
-        finetune(replace(finetuning, json_list=str(tmp_path / "list.json")))
+        run_segmentation(replace(finetuning, json_list=str(tmp_path / "list.json")))
     assert not (finetuning.run_folder / "metrics.jsonl").exists()
 
 
@@ -141,7 +141,7 @@ def test_wrong_weights_stop_before_the_first_step(finetuning, tmp_path):
     path = tmp_path / "x.pth"
     torch.save({"something.weight": torch.ones(2)}, path)
     with pytest.raises(ValueError, match=r"x\.pth"):
-        finetune(replace(finetuning, weights=str(path)))
+        run_segmentation(replace(finetuning, weights=str(path)))
     assert not (finetuning.run_folder / "metrics.jsonl").exists()
 
 
@@ -154,8 +154,8 @@ def test_passes_of_a_step_add_up_to_the_step(finetuning, tmp_path, weight):
     config = replace(finetuning, crops_per_volume=2, epochs=2, background_weight=weight)
     whole = replace(config, out=str(tmp_path / "whole"))
     split = replace(config, out=str(tmp_path / "split"), accumulate=4)
-    finetune(whole)
-    finetune(split)
+    run_segmentation(whole)
+    run_segmentation(split)
     a, b = ([m for m in metrics(c) if "loss" in m] for c in (whole, split))
     for name in ("loss", "grad_norm"):
         assert [m[name] for m in a] == pytest.approx([m[name] for m in b], rel=1e-3), name
@@ -173,21 +173,21 @@ def test_parts_of_a_batch():
 
 
 def test_a_frozen_encoder_stays_and_the_decoder_learns(finetuning):
-    start = {k: v.clone() for k, v in build(finetuning, 1 + len(ORGANS)).state_dict().items()}
+    start = {k: v.clone() for k, v in initialise_segmentation(finetuning, 1 + len(ORGANS)).state_dict().items()}
     config = replace(finetuning, freeze_epochs=2, epochs=4)
-    finetune(replace(config, max_steps=2))
+    run_segmentation(replace(config, max_steps=2))
     frozen = weights_of(config)
     moved = {key.split(".")[0] for key in start if not torch.equal(start[key], frozen[key])}
     assert moved == {"decoder"}
-    finetune(config)  # goes on, with the encoder
+    run_segmentation(config)  # goes on, with the encoder
     thawed = weights_of(config)
     assert {key.split(".")[0] for key in start if not torch.equal(frozen[key], thawed[key])} >= {"embeddings", "mae"}
 
 
 def test_lower_layers_learn_more_slowly(finetuning):
-    start = build(finetuning, 1 + len(ORGANS)).state_dict()
+    start = initialise_segmentation(finetuning, 1 + len(ORGANS)).state_dict()
     config = replace(finetuning, layer_decay=0.5, epochs=1, warmup_epochs=0)
-    finetune(config)
+    run_segmentation(config)
     moved = {key: (value - start[key]).abs().max().item() for key, value in weights_of(config).items()}
     # The first step of AdamW moves a weight by the learning rate, whatever its gradient.
     assert moved["decoder.out.conv.weight"] == pytest.approx(1e-3, rel=0.05)
@@ -196,7 +196,7 @@ def test_lower_layers_learn_more_slowly(finetuning):
 
 
 def test_a_pretrained_encoder_has_a_rate_of_its_own(finetuning, tmp_path):
-    start = build(finetuning, 1 + len(ORGANS)).state_dict()
+    start = initialise_segmentation(finetuning, 1 + len(ORGANS)).state_dict()
     torch.save(start, tmp_path / "start.pth")
     config = replace(finetuning, encoder_lr_ratio=0.5, pretrained_lr_ratio=0.2, epochs=1, warmup_epochs=0)
     starts = {
@@ -205,7 +205,7 @@ def test_a_pretrained_encoder_has_a_rate_of_its_own(finetuning, tmp_path):
     }
     moved = {}
     for name, run in starts.items():
-        finetune(run)
+        run_segmentation(run)
         moved[name] = {key: (value - start[key]).abs().max().item() for key, value in weights_of(run).items()}
     # The first step of AdamW moves a weight by the learning rate, whatever its gradient.
     assert moved["scratch"]["mae.blocks.0.attn.qkv.weight"] == pytest.approx(1e-3 / 2, rel=0.05)
@@ -215,15 +215,15 @@ def test_a_pretrained_encoder_has_a_rate_of_its_own(finetuning, tmp_path):
 
 def test_weights_that_have_seen_other_volumes_are_pointed_out(finetuning, tmp_path, caplog):
     config = replace(finetuning, spacing=(4.0, 4.0, 3.0))
-    model = build(config, 9)
+    model = initialise_segmentation(config, 9)
     made = {"spacing": [4.0, 4.0, 3.0], "hu_min": config.hu_min, "hu_max": config.hu_max}
     torch.save({"model": model.state_dict(), "config": made}, tmp_path / "a.pth")
-    load_start(model, tmp_path / "a.pth", config)
+    load_volume_weights(model, tmp_path / "a.pth", config)
     assert not caplog.records
     torch.save({"model": model.state_dict(), "config": {"spacing": 4, "hu_max": "?"}}, tmp_path / "b.pth")
-    load_start(model, tmp_path / "b.pth", replace(config, spacing=(4.0, 4.0, 4.0)))
+    load_volume_weights(model, tmp_path / "b.pth", replace(config, spacing=(4.0, 4.0, 4.0)))
     assert not caplog.records
-    load_start(model, tmp_path / "a.pth", replace(config, spacing=(2.0, 2.0, 3.0), hu_max=400.0))
+    load_volume_weights(model, tmp_path / "a.pth", replace(config, spacing=(2.0, 2.0, 3.0), hu_max=400.0))
     assert [record.getMessage().split(" was ")[1] for record in caplog.records] == [
         "made with spacing 4.0 4.0 3.0, this run has 2.0 2.0 3.0",
         "made with hu_max 250.0, this run has 400.0",
@@ -235,21 +235,21 @@ def test_settings_of_the_other_decoder_are_refused_in_a_new_run(finetuning, sett
     """In an old one, which had them for nothing, they change nothing."""
     config = replace(finetuning, **{setting: 32})
     with pytest.raises(ValueError, match=f"{setting}=32 is of the light decoder, but decoder is released"):
-        finetune(config)
+        run_segmentation(config)
     with monkeypatch.context() as before:
         before.setattr("hyspark.tasks.segmentation.check_decoder", lambda config: None)
-        finetune(replace(config, epochs=1, max_steps=1))
-    finetune(replace(config, epochs=1))
+        run_segmentation(replace(config, epochs=1, max_steps=1))
+    run_segmentation(replace(config, epochs=1))
     assert getattr(load_network(config.run_folder).config, setting) == 32
 
 
 def test_without_an_organ_in_validation_there_is_no_dice(finetuning, tmp_path, caplog):
     folder = shutil.copytree(finetuning.data, tmp_path / "Dataset902_Empty")
     config = replace(finetuning, data=str(folder), epochs=1)
-    (case,) = find_cases(config)[1]
+    (case,) = find_labelled_cases(config)[1]
     image = nibabel.load(case.label)
     nibabel.save(nibabel.Nifti1Image(np.zeros_like(image.dataobj), image.affine), case.label)
-    finetune(config)
+    run_segmentation(config)
     assert "no Dice, since no label of the 1 validation cases has an organ" in caplog.text
     assert "dice_mean" not in (config.run_folder / "metrics.jsonl").read_text()
     assert load_network(config.run_folder).names[1:] == ORGANS
@@ -257,46 +257,46 @@ def test_without_an_organ_in_validation_there_is_no_dice(finetuning, tmp_path, c
 
 def test_epochs_of_a_set_length(finetuning):
     config = replace(finetuning, steps_per_epoch=3, epochs=2, num_labelled=1)
-    finetune(config)
+    run_segmentation(config)
     assert [m["epoch"] for m in metrics(config) if "loss" in m] == [0, 0, 0, 1, 1, 1]
 
 
 def test_further_cases_are_scored_once_by_the_last_weights(finetuning, tmp_path, caplog):
     config = replace(finetuning, epochs=2, test_dir=finetuning.data)
-    finetune(config)
+    run_segmentation(config)
     path = config.run_folder / "scores_test" / "summary.json"
     summary = json.loads(path.read_text())
     assert summary["protocol"]["num_cases"] == 3
     assert summary["protocol"]["weights"] == "last.pth after 2 steps"
     before = path.stat().st_mtime_ns
-    finetune(config)  # nothing to do
+    run_segmentation(config)  # nothing to do
     assert path.stat().st_mtime_ns == before
     path.unlink()
-    finetune(config)  # the scores alone
+    run_segmentation(config)  # the scores alone
     assert json.loads(path.read_text()) == summary
     assert summary["protocol"]["scored_cases_trained_on"] == summary["protocol"]["training_cases"] == 2
     assert "2 of 3 were trained on" in caplog.text
     settings = config.run_folder / "config.yaml"
     told = settings.read_text()
-    finetune(replace(config, max_steps=1))  # has been done, and more
+    run_segmentation(replace(config, max_steps=1))  # has been done, and more
     assert settings.read_text() == told
     own = config.run_folder / "scores"
     scores = (own / "cases.csv").read_text()
     shutil.rmtree(own)
-    finetune(config)
+    run_segmentation(config)
     assert (own / "cases.csv").read_text() == scores
     assert read_summary(own)["protocol"]["scored_cases_trained_on"] == 0
     others = tmp_path / "Dataset901_Others"  # as many cases
     shutil.copytree(finetuning.data, others)
     label = sorted((others / "labelsTr").iterdir())[0]
     nibabel.save(nibabel.Nifti1Image(np.zeros_like(nibabel.load(label).dataobj), nibabel.load(label).affine), label)
-    finetune(replace(config, test_dir=str(others)))
+    run_segmentation(replace(config, test_dir=str(others)))
     assert read_summary(path.parent)["protocol"]["data_digest"] != summary["protocol"]["data_digest"]
     assert str(others) in (config.run_folder / "config.yaml").read_text()
     with pytest.raises(FileNotFoundError):
-        finetune(replace(config, test_dir=str(tmp_path / "none"), out=str(tmp_path / "other")))
+        run_segmentation(replace(config, test_dir=str(tmp_path / "none"), out=str(tmp_path / "other")))
 
 
 def test_a_left_right_pair_that_is_no_class_is_found_at_once(finetuning):
     with pytest.raises(ValueError, match="'left_kidny', which is no class; did you mean left_kidney"):
-        finetune(replace(finetuning, left_right=("left_kidny=right_kidney",), dry_run=True))
+        run_segmentation(replace(finetuning, left_right=("left_kidny=right_kidney",), dry_run=True))

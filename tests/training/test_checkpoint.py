@@ -21,9 +21,9 @@ def test_training_state_survives_the_disk(tmp_path):
     layer(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     path = tmp_path / "state.pth"
-    whole = checkpoint.training_state(7, {"batch_size": 4}, "2 cases", model=layer, optimizer=optimizer)
-    checkpoint.save(checkpoint.sealed(whole), path)
-    state = checkpoint.read_training_state(path)
+    whole = checkpoint.make_state(7, {"batch_size": 4}, "2 cases", model=layer, optimizer=optimizer)
+    checkpoint.save(checkpoint.add_checksum(whole), path)
+    state = checkpoint.read_checkpoint(path)
     assert (state["step"], state["config"], state["data"]) == (7, {"batch_size": 4}, "2 cases")
     assert torch.equal(state["model"]["weight"], layer.weight)
     assert torch.equal(state["optimizer"]["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
@@ -40,17 +40,19 @@ def test_what_cannot_be_continued_is_refused_with_the_reason(tmp_path, content, 
     path = tmp_path / "x.pth"
     torch.save(content, path)
     with pytest.raises(ValueError, match=message):
-        checkpoint.read_training_state(path)
+        checkpoint.read_checkpoint(path)
 
 
 def test_a_torn_file_is_named(tmp_path):
     path = tmp_path / "torn.pth"
-    checkpoint.save(checkpoint.sealed({"optimizer": {}, "format": checkpoint.FORMAT, "x": torch.ones(1000)}), path)
+    checkpoint.save(
+        checkpoint.add_checksum({"optimizer": {}, "format": checkpoint.CHECKPOINT_FORMAT, "x": torch.ones(1000)}), path
+    )
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match=r"torn\.pth"):
-        checkpoint.read_training_state(path)
+        checkpoint.read_checkpoint(path)
     with pytest.raises(FileNotFoundError, match="missing"):
-        checkpoint.read_training_state(tmp_path / "missing.pth")
+        checkpoint.read_checkpoint(tmp_path / "missing.pth")
 
 
 def test_no_flipped_bit_goes_unnoticed(tmp_path):
@@ -58,16 +60,16 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
     path = tmp_path / "state.pth"
     state = {
         "optimizer": {"step": 3},
-        "format": checkpoint.FORMAT,
+        "format": checkpoint.CHECKPOINT_FORMAT,
         "model": {"w": torch.arange(600.0), "b": torch.ones(2)},
     }
-    checkpoint.save(checkpoint.sealed(state), path)
+    checkpoint.save(checkpoint.add_checksum(state), path)
     content = path.read_bytes()
     refused = 0
     for place in range(0, len(content), 7):
         path.write_bytes(content[:place] + bytes([content[place] ^ (1 << place % 8)]) + content[place + 1 :])
         try:
-            found = checkpoint.read_training_state(path)
+            found = checkpoint.read_checkpoint(path)
         except ValueError:
             refused += 1
             continue

@@ -15,16 +15,15 @@ from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from hyspark.config.shared import EncoderSettings
 from hyspark.models.classifier import build_classifier
 from hyspark.tasks.classification import build as build_classification
-from hyspark.tasks.classification import finetune_classify
-from hyspark.tasks.masked import training_file
+from hyspark.tasks.classification import run_classification
 from hyspark.tasks.pretrain import build as build_pretraining
-from hyspark.tasks.pretrain import pretrain
-from hyspark.tasks.segmentation import build as build_finetuning
-from hyspark.tasks.segmentation import finetune
+from hyspark.tasks.pretrain import run_pretraining
+from hyspark.tasks.segmentation import initialise_segmentation as build_finetuning
+from hyspark.tasks.segmentation import run_segmentation
 from hyspark.training.batch_norm import GlobalBatchNorm, global_batch_norm, synchronise_batch_norms
-from hyspark.training.distributed import Processes, connected, find_processes, share_gradients
-from hyspark.training.run_folder import last_file
-from hyspark.training.run_folder import last_file as last_state
+from hyspark.training.distributed import Processes, find_processes, join_process_group, wrap_model
+from hyspark.training.run_folder import checkpoint_file, last_file
+from hyspark.training.run_folder import checkpoint_file as last_state
 from tests.training.attacks import command
 
 
@@ -65,9 +64,9 @@ def test_two_processes_equal_one_in_pretraining(pretraining, phantoms, tmp_path)
     probe = {"probe_data": str(phantoms / "Dataset900_PhantomLabelled"), "probe_cases": 2}
     one = replace(pretraining, out=str(tmp_path / "one"), max_steps=2, **probe)
     two = replace(one, out=str(tmp_path / "two"))
-    pretrain(one)
+    run_pretraining(one)
     torchrun(two)
-    check_same_training(one, two, dict(build_pretraining(one).named_parameters()), training_file)
+    check_same_training(one, two, dict(build_pretraining(one).named_parameters()), checkpoint_file)
     assert measured(two, "val_loss") == pytest.approx(measured(one, "val_loss"), rel=1e-3)
     assert measured(two, "probe_dice") == pytest.approx(measured(one, "probe_dice"), abs=0.05)
     assert len(measured(two, "probe_dice")) == 2  # of the main process, the other waits
@@ -89,19 +88,19 @@ def test_two_processes_equal_one_around_a_network_of_others(pretraining, tmp_pat
     planes = {"slices": "axial", "in_channels": 3, "crop_size": (64,)}
     one = replace(pretraining, out=str(tmp_path / "one"), max_steps=2, **planes)
     two = replace(one, out=str(tmp_path / "two"))
-    pretrain(one)
+    run_pretraining(one)
     torchrun(two)
     # Assignments are of exp(20 x), and rounding with them. Four crops that are much alike come apart in MoCo's
     # BatchNorm, and rounding with them: their order alone changes the gradient by 4e-4.
     rel = {"swav": 1e-3, "moco": 2e-3}.get(model.split("/")[0], 1e-4)
-    check_same_training(one, two, dict(build_pretraining(one).named_parameters()), training_file, rel)
+    check_same_training(one, two, dict(build_pretraining(one).named_parameters()), checkpoint_file, rel)
 
 
 def test_two_processes_equal_one_in_finetuning(finetuning, tmp_path):
     """Of which one sees more of the background than the other, which counts less."""
     one = replace(finetuning, out=str(tmp_path / "one"), max_steps=2, background_weight=0.2)
     two = replace(one, out=str(tmp_path / "two"))
-    finetune(one)
+    run_segmentation(one)
     torchrun(two)
     check_same_training(one, two, dict(build_finetuning(one, 9).named_parameters()), last_file)
 
@@ -121,7 +120,7 @@ def test_two_processes_equal_one_in_classification(classifying, tmp_path):
     }
     one = replace(classifying, out=str(tmp_path / "one"), ema_decay=0.9, **given)
     two = replace(one, out=str(tmp_path / "two"))
-    finetune_classify(one)
+    run_classification(one)
     torchrun(two)
     check_same_training(one, two, dict(build_classification(one, 2).named_parameters()), last_state)
     assert measured(two, "val_loss") == pytest.approx(measured(one, "val_loss"), rel=1e-3)
@@ -135,8 +134,8 @@ def leave_a_model_behind(rank, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     torch.distributed.rendezvous = lambda where: iter([(torch.distributed.FileStore(f"{folder}/store", 2), rank, 2)])
     processes = Processes(torch.device("cpu"), rank, rank, 2)
-    with connected(processes):
-        model = share_gradients(torch.nn.Linear(2, 2), processes)
+    with join_process_group(processes):
+        model = wrap_model(torch.nn.Linear(2, 2), processes)
         model(torch.ones(1, 2)).sum().backward()
     model.circle = model
     if rank == 1:  # as after an error that nothing caught
@@ -262,5 +261,5 @@ def test_cuda_that_is_not_there_is_refused_with_advice(monkeypatch):
 
 def test_a_batch_that_does_not_divide_is_refused(pretraining, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="multiple of their number"):
-        pretrain(replace(pretraining, batch_size=3))
+    with pytest.raises(ValueError, match="batch size: expected a multiple of the 2 processes"):
+        run_pretraining(replace(pretraining, batch_size=3))

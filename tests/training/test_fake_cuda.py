@@ -15,16 +15,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 from hyspark.data.batches.loader import Shard
 from hyspark.evaluation.segmentation.inference import Windows, class_scores
 from hyspark.models import encoder
-from hyspark.tasks.classification import Classifying
+from hyspark.tasks.classification import ClassificationTask
 from hyspark.tasks.classification import build as build_classification
 from hyspark.tasks.classification import make_optimizer as classification_optimizer
 from hyspark.tasks.pretrain import build as build_pretraining
 from hyspark.tasks.pretrain import task_of
-from hyspark.tasks.segmentation import Finetuning
-from hyspark.tasks.segmentation import build as build_finetuning
+from hyspark.tasks.segmentation import SegmentationTask
+from hyspark.tasks.segmentation import initialise_segmentation as build_finetuning
 from hyspark.training import optim
 from hyspark.training.distributed import Processes
-from hyspark.training.loop import start_run
+from hyspark.training.loop import make_run
 from hyspark.training.losses import DiceAndCrossEntropy
 from hyspark.training.precision import autocast
 from tests.tasks.kinds import PRETRAININGS
@@ -42,7 +42,7 @@ def _fake_cuda():
 
 def begin(config, network, **options):
     """A run as training makes it."""
-    run = start_run(config, "", PROCESSES, network, 1, 1, None, **options)
+    run = make_run(config, "", PROCESSES, network, 1, 1, None, **options)
     run.model.train()
     return run
 
@@ -56,7 +56,7 @@ def check_run(run, task, batch):
     before = {p: p.dtype for p in run.model.parameters()}
     for parameter in run.model.parameters():
         parameter.grad = torch.empty_like(parameter)
-    optim.set_rates(run.optimizer, **task.rates(run, 0))
+    optim.set_lr_and_decay(run.optimizer, **task.rates(run, 0))
     run.optimizer.step()
     states = [x for state in run.optimizer.state.values() for x in state.values()]
     assert states
@@ -94,7 +94,7 @@ def test_segmentation(finetuning, decoder):
     config = replace(finetuning, decoder=decoder, decoder_width=16 if decoder == "light" else 768)
     names = ["background", "liver", "spleen"]
     criterion = DiceAndCrossEntropy(len(names), 0.2).to(DEVICE)
-    task = Finetuning(config, Shard(2), [], [], [], names, criterion, -1.0, [])
+    task = SegmentationTask(config, Shard(2), [], [], [], names, criterion, -1.0, [])
     run = begin(config, build_finetuning(config, len(names)))
     labels = torch.randint(3, (2, 1, 32, 32, 32))
     batch = {"image": torch.rand(2, 1, 32, 32, 32), "label": labels, "weight_sum": float(criterion.weight_of(labels))}
@@ -106,7 +106,7 @@ def test_classification(classifying, mixed):
     config = replace(classifying, **mixed, label_smoothing=0.1)
     run = begin(config, build_classification(config, 2), make_optimizer=lambda m: classification_optimizer(config, m))
     images = type("Images", (), {"classes": ("dark", "light")})
-    task = Classifying(config, Shard(4), images, -1.0, 0, None)
+    task = ClassificationTask(config, Shard(4), images, -1.0, 0, None)
     batch = {"image": torch.rand(4, 1, 32, 32), "label": torch.tensor([0, 1, 1, 0])}
     check_run(run, task, batch)
 

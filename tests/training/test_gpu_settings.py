@@ -12,8 +12,8 @@ import torch.nn.functional as F
 import hyspark
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.models.compile import compile_blocks
-from hyspark.tasks.pretrain import pretrain
-from hyspark.training.precision import choose_kernels, fastest_precision
+from hyspark.tasks.pretrain import run_pretraining
+from hyspark.training.precision import configure_kernels, fastest_precision
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +27,7 @@ SMALL = {"widths": (6, 6, 12, 12, 24), "depths": (1, 1, 1, 1, 1), "vit_depth": 1
 def _torch_as_before() -> Iterator[None]:
     torch.compiler.reset()
     yield
-    choose_kernels(PretrainConfig())
+    configure_kernels(PretrainConfig())
 
 
 def losses(folder):
@@ -52,7 +52,7 @@ def test_tf32_is_where_it_is_allowed(tf32, rough):
     """Ten bits of mantissa show as errors above 1e-5; fp32's are below 1e-6 times a few."""
     if torch.cuda.get_device_capability()[0] < 8:
         pytest.skip("a GPU without TF32")
-    choose_kernels(PretrainConfig(tf32=tf32))
+    configure_kernels(PretrainConfig(tf32=tf32))
     assert tuple(int(error > 1e-5) for error in error_of_convolution_and_product()) == rough
 
 
@@ -74,12 +74,12 @@ def test_auto_is_bf16_where_the_gpu_has_it():
 def test_a_run_learns_the_same(pretraining, settings, bound):
     run = replace(pretraining, device="cuda", decoder_width=64)
     plain = replace(run, tf32="none", out=f"{pretraining.out}_plain")
-    assert losses(pretrain(replace(run, **settings))) == pytest.approx(losses(pretrain(plain)), rel=bound)
+    assert losses(run_pretraining(replace(run, **settings))) == pytest.approx(losses(run_pretraining(plain)), rel=bound)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_compiled_blocks_give_the_same(precision):
-    choose_kernels(PretrainConfig(tf32="none"))
+    configure_kernels(PretrainConfig(tf32="none"))
     torch.manual_seed(0)
     plain = hyspark.build_hyspark(32, decoder_width=64, **SMALL).to("cuda", memory_format=torch.channels_last_3d)
     compiled = copy.deepcopy(plain)

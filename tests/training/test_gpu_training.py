@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from hyspark.models.contrastive import CONTRASTIVE_METHODS
-from hyspark.tasks.classification import finetune_classify
-from hyspark.tasks.masked import Pretraining, training_file
-from hyspark.tasks.pretrain import build, pretrain, task_of
-from hyspark.tasks.segmentation import finetune
+from hyspark.tasks.classification import run_classification
+from hyspark.tasks.masked import MaskedTask
+from hyspark.tasks.pretrain import initialise_pretraining, run_pretraining, task_of
+from hyspark.tasks.segmentation import run_segmentation
 from hyspark.training.distributed import find_processes
-from hyspark.training.loop import start_run, update
-from hyspark.training.run_folder import last_file
+from hyspark.training.loop import make_run, update
+from hyspark.training.run_folder import checkpoint_file
 from tests.tasks.kinds import PRETRAININGS
 from tests.training.attacks import command, lines, results, same_weights
 from tests.training.launched import launch
@@ -63,7 +63,7 @@ def test_every_kind_of_pretraining_trains_in_bf16(pretraining, kind):
     if kind in CONTRASTIVE_METHODS:
         pytest.importorskip("lightly")
     config = replace(pretraining, **PRETRAININGS[kind], device=DEVICE, precision="bf16", max_steps=3)
-    pretrain(config)
+    run_pretraining(config)
     assert is_finite(config)
 
 
@@ -71,7 +71,7 @@ def test_pretraining_trains_in_fp16_and_is_probed(pretraining, phantoms):
     """Its loss scale may skip steps; none of them may end the run."""
     probe = {"probe_data": str(phantoms / "Dataset900_PhantomLabelled"), "probe_cases": 2}
     config = replace(pretraining, device=DEVICE, precision="fp16", dataloader_workers=2, **probe)
-    pretrain(config)
+    run_pretraining(config)
     assert is_finite(config)
     assert [line for line in lines(config) if "probe_dice" in line]
 
@@ -80,7 +80,7 @@ def test_pretraining_trains_in_fp16_and_is_probed(pretraining, phantoms):
 def test_finetuning_trains_in_bf16(finetuning, decoder):
     width = 16 if decoder == "light" else finetuning.decoder_width
     config = replace(finetuning, device=DEVICE, precision="bf16", decoder=decoder, decoder_width=width, epochs=2)
-    finetune(config)
+    run_segmentation(config)
     assert is_finite(config)
     assert (config.run_folder / "scores" / "summary.json").is_file()
 
@@ -88,7 +88,7 @@ def test_finetuning_trains_in_bf16(finetuning, decoder):
 def test_classification_trains_in_bf16(classifying):
     """With all that draws random numbers on the device, and the average of the weights."""
     config = replace(classifying, device=DEVICE, precision="bf16", mixup=0.2, cutmix=1.0, ema_decay=0.9)
-    finetune_classify(config)
+    run_classification(config)
     assert is_finite(config)
 
 
@@ -97,24 +97,24 @@ def test_classification_trains_in_bf16(classifying):
 
 def test_cuda_repeats_the_cpu_run(pretraining, tmp_path, full_precision):
     cpu, cuda = (replace(pretraining, out=str(tmp_path / name)) for name in ("cpu", "cuda"))
-    pretrain(cpu)
-    pretrain(replace(cuda, device=DEVICE))
+    run_pretraining(cpu)
+    run_pretraining(replace(cuda, device=DEVICE))
     assert losses(cuda) == pytest.approx(losses(cpu), rel=1e-2)
 
 
 def test_batches_come_pinned_and_loader_processes_change_nothing(pretraining, tmp_path, monkeypatch, full_precision):
     """The loss of the first step is of the same batch and the same weights."""
     pinned = []
-    loss = Pretraining.loss
+    loss = MaskedTask.loss
 
     def noted(task, run, batch):
         pinned.append(batch["volumes"].is_pinned())
         return loss(task, run, batch)
 
-    monkeypatch.setattr(Pretraining, "loss", noted)
+    monkeypatch.setattr(MaskedTask, "loss", noted)
     runs = [replace(pretraining, device=DEVICE, max_steps=3, out=str(tmp_path / name)) for name in ("own", "two")]
-    pretrain(runs[0])
-    pretrain(replace(runs[1], dataloader_workers=2))
+    run_pretraining(runs[0])
+    run_pretraining(replace(runs[1], dataloader_workers=2))
     assert len(pinned) == 6
     assert all(pinned)
     own, two = map(losses, runs)
@@ -125,11 +125,11 @@ def test_batches_come_pinned_and_loader_processes_change_nothing(pretraining, tm
 @pytest.mark.parametrize(("first", "then"), [("cpu", DEVICE), (DEVICE, "cpu")])
 def test_a_run_continues_on_another_device(pretraining, tmp_path, full_precision, first, then):
     whole, parts = (replace(pretraining, out=str(tmp_path / name)) for name in ("whole", "parts"))
-    pretrain(whole)
-    pretrain(replace(parts, device=first, max_steps=3))
-    pretrain(replace(parts, device=then))
+    run_pretraining(whole)
+    run_pretraining(replace(parts, device=first, max_steps=3))
+    run_pretraining(replace(parts, device=then))
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-2)
-    state = torch.load(training_file(parts), map_location="cpu", weights_only=True)
+    state = torch.load(checkpoint_file(parts), map_location="cpu", weights_only=True)
     assert state["step"] == len(losses(whole))
 
 
@@ -137,7 +137,7 @@ def steps(config, device):
     """Two steps on noise: losses, norms before clipping, the norm that is left after the last, and the weights."""
     config = replace(config, device=device, clip=0.01)
     task = task_of(config)(config, None, [], [])
-    run = start_run(config, "", find_processes(device), build(config), 1, 1, None)
+    run = make_run(config, "", find_processes(device), initialise_pretraining(config), 1, 1, None)
     run.model.train()
     torch.manual_seed(0)
     found = [update(run, task, task.random_batch(2), step) for step in range(2)]
@@ -157,7 +157,7 @@ def test_fused_adamw_after_clipping_moves_weights_as_on_the_cpu(pretraining, ful
     assert found[1] == pytest.approx(wanted[1], rel=1e-2)
     assert min(found[1]) > 0.01
     assert found[2] == pytest.approx(0.01, rel=1e-3)
-    fresh = [p.detach() for p in build(pretraining).parameters()]
+    fresh = [p.detach() for p in initialise_pretraining(pretraining).parameters()]
     moved = sum(float((a - b).abs().sum()) for a, b in zip(wanted[3], fresh, strict=True))
     apart = sum(float((a - b).abs().sum()) for a, b in zip(wanted[3], found[3], strict=True))
     assert moved > 0
@@ -174,7 +174,7 @@ def test_a_resumed_run_repeats_bit_for_bit_on_cuda(pretraining, tmp_path):
     call_all({"args": command(parts)})
     assert len(losses(parts)) == 6
     assert results(parts) == results(whole)
-    assert same_weights(training_file(parts), training_file(whole))
+    assert same_weights(checkpoint_file(parts), checkpoint_file(whole))
 
 
 @pytest.mark.parametrize("decoder", ["released", "light"])
@@ -185,7 +185,7 @@ def test_finetuning_repeats_bit_for_bit_on_cuda(finetuning, tmp_path, decoder):
     call_all({"args": command(one)}, {"args": command(two)})
     assert is_finite(one)
     assert results(two) == results(one)
-    assert same_weights(last_file(two), last_file(one))
+    assert same_weights(checkpoint_file(two), checkpoint_file(one))
 
 
 # One process for each GPU
@@ -209,7 +209,7 @@ def test_nccl_with_synchronised_statistics(pretraining, tmp_path, kind, norms):
         "device": "cuda:0",
     }
     assert "barrier" not in written  # torch warns where one has to guess its device
-    pretrain(plain)
+    run_pretraining(plain)
     assert is_finite(shared)
     assert losses(shared) == pytest.approx(losses(plain), rel=2e-2)
 
@@ -217,14 +217,14 @@ def test_nccl_with_synchronised_statistics(pretraining, tmp_path, kind, norms):
 def test_a_step_that_is_not_finite_is_repeated_on_the_cpu(pretraining, caplog):
     config = replace(pretraining, device=DEVICE, lr=1e18, clip=0.0)
     with pytest.raises(FloatingPointError, match="--replay"):
-        pretrain(config)
+        run_pretraining(config)
     (file,) = config.run_folder.glob("nonfinite_step_*.pth")
     with caplog.at_level("INFO", "hyspark"):
-        pretrain(replace(config, replay=str(file)))
+        run_pretraining(replace(config, replay=str(file)))
     assert "not finite in fp32 either" in caplog.text
 
 
 def test_a_plan_takes_trial_steps_on_the_gpu(pretraining, caplog):
     with caplog.at_level("INFO", "hyspark"):
-        pretrain(replace(pretraining, device=DEVICE, dry_run=True))
+        run_pretraining(replace(pretraining, device=DEVICE, dry_run=True))
     assert "per step of 4 crops" in caplog.text

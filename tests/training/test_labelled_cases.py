@@ -7,7 +7,13 @@ import pytest
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets import build, cases, datalist_json
 from hyspark.data.datasets.cases import Case
-from hyspark.training.labelled_cases import choose_labelled, class_names, find_cases, left_right_pairs, one_sided
+from hyspark.training.labelled_cases import (
+    class_names,
+    draw_labelled_subset,
+    find_labelled_cases,
+    left_right_pairs,
+    unpaired_sides,
+)
 
 ORGANS = ["liver", "spleen", "right_kidney", "left_kidney", "aorta", "spine", "right_lung", "left_lung"]
 CASES = [Case(f"case_{i:02d}", "D", Path(f"case_{i:02d}.nii.gz")) for i in range(30)]
@@ -20,8 +26,8 @@ def test_a_decathlon_list_and_the_folders_give_the_same_cases(finetuning, tmp_pa
     )
     path = tmp_path / "list.json"
     datalist_json.write_datalist(listed, path)
-    by_list = find_cases(replace(finetuning, json_list=str(path)))
-    by_folder = find_cases(finetuning)
+    by_list = find_labelled_cases(replace(finetuning, json_list=str(path)))
+    by_folder = find_labelled_cases(finetuning)
     names = [[c.name for part in found[:2] for c in part] for found in (by_list, by_folder)]
     assert names[0] == names[1]
     assert by_list[2] == by_folder[2] == ["background", *ORGANS]
@@ -34,7 +40,7 @@ def test_all_seeds_are_validated_on_the_same_cases(finetuning, tmp_path):
         cases.Datalist(listed.training + listed.validation, (), listed.labels), tmp_path / "list.json"
     )
     for config in (finetuning, replace(finetuning, json_list=str(tmp_path / "list.json"))):
-        parts = [find_cases(replace(config, seed=seed))[1] for seed in range(8)]
+        parts = [find_labelled_cases(replace(config, seed=seed))[1] for seed in range(8)]
         assert all([c.name for c in part] == [c.name for c in parts[0]] for part in parts)
 
 
@@ -48,7 +54,7 @@ def test_class_names_and_counts(finetuning):
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
 def test_fewer_labelled_cases_are_among_more(seed):
-    chosen = [choose_labelled(CASES, SegmentationConfig(num_labelled=n, seed=seed)) for n in range(1, 31)]
+    chosen = [draw_labelled_subset(CASES, SegmentationConfig(num_labelled=n, seed=seed)) for n in range(1, 31)]
     assert [len(c) for c in chosen] == list(range(1, 31))
     assert all(set(few) < set(more) for few, more in pairwise(chosen))
     assert all([c.name for c in few] == sorted(c.name for c in few) for few in chosen)
@@ -56,21 +62,22 @@ def test_fewer_labelled_cases_are_among_more(seed):
 
 def test_the_choice_depends_on_the_seed_and_not_on_the_order():
     config = SegmentationConfig(num_labelled=5)
-    first = {c.name for c in choose_labelled(CASES, config)}
-    assert first == {c.name for c in choose_labelled(CASES[::-1], config)}
-    assert first != {c.name for c in choose_labelled(CASES, replace(config, seed=1))}
+    first = {c.name for c in draw_labelled_subset(CASES, config)}
+    assert first == {c.name for c in draw_labelled_subset(CASES[::-1], config)}
+    assert first != {c.name for c in draw_labelled_subset(CASES, replace(config, seed=1))}
 
 
 def test_a_share_of_the_cases():
-    assert len(choose_labelled(CASES, SegmentationConfig(label_fraction=0.1))) == 3
-    assert len(choose_labelled(CASES, SegmentationConfig(label_fraction=0.001))) == 1
-    assert choose_labelled(CASES, SegmentationConfig()) == CASES
+    assert len(draw_labelled_subset(CASES, SegmentationConfig(label_fraction=0.1))) == 3
+    assert len(draw_labelled_subset(CASES, SegmentationConfig(label_fraction=0.001))) == 1
+    assert draw_labelled_subset(CASES, SegmentationConfig()) == CASES
     a, b = (
-        choose_labelled(CASES, c) for c in (SegmentationConfig(label_fraction=0.1), SegmentationConfig(num_labelled=3))
+        draw_labelled_subset(CASES, c)
+        for c in (SegmentationConfig(label_fraction=0.1), SegmentationConfig(num_labelled=3))
     )
     assert a == b
     with pytest.raises(ValueError, match=r"num_labelled: expected at most the 30 labelled training cases, got 31"):
-        choose_labelled(CASES, SegmentationConfig(num_labelled=31))
+        draw_labelled_subset(CASES, SegmentationConfig(num_labelled=31))
 
 
 def test_pairs_of_left_and_right_classes():
@@ -84,5 +91,5 @@ def test_pairs_of_left_and_right_classes():
         left_right_pairs(SegmentationConfig(left_right=("2=3", "1=2")), names)
     with pytest.raises(ValueError, match="twice, or the background"):
         left_right_pairs(SegmentationConfig(left_right=("0=3",)), names)
-    assert one_sided(names) == ["left kidney", "right kidney"]
-    assert one_sided([*names, "left lung", "right lung"], [(3, 2)]) == ["left lung", "right lung"]
+    assert unpaired_sides(names) == ["left kidney", "right kidney"]
+    assert unpaired_sides([*names, "left lung", "right lung"], [(3, 2)]) == ["left lung", "right lung"]

@@ -9,11 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hyspark.tasks.masked import training_file
-from hyspark.tasks.pretrain import pretrain
-from hyspark.tasks.segmentation import finetune
-from hyspark.training.distributed import connected, find_processes, share_gradients
-from hyspark.training.run_folder import last_file
+from hyspark.tasks.pretrain import run_pretraining
+from hyspark.tasks.segmentation import run_segmentation
+from hyspark.training.distributed import find_processes, join_process_group, wrap_model
+from hyspark.training.run_folder import checkpoint_file
 from tests.training.attacks import command, results, same_weights
 from tests.training.launched import launch
 
@@ -27,8 +26,8 @@ def call(**command):
 def test_pretraining_begun_plainly_continues_under_torchrun(pretraining, tmp_path):
     """There the process is in a group, and the model shares gradients; validation gathers."""
     whole, parts = (replace(pretraining, out=str(tmp_path / name)) for name in ("whole", "parts"))
-    pretrain(whole)
-    pretrain(replace(parts, max_steps=3))
+    run_pretraining(whole)
+    run_pretraining(replace(parts, max_steps=3))
     how, out = launch(parts)
     call(**how)
     assert json.loads(out.read_text()) == {
@@ -39,29 +38,29 @@ def test_pretraining_begun_plainly_continues_under_torchrun(pretraining, tmp_pat
         "device": "cpu",
     }
     assert results(parts) == results(whole)
-    assert same_weights(training_file(parts), training_file(whole))
+    assert same_weights(checkpoint_file(parts), checkpoint_file(whole))
 
 
 def test_finetuning_in_parts_of_a_batch_repeats_a_plain_run(finetuning, tmp_path):
     """Of which only the last has the gradients averaged; with an encoder that first gets none."""
     settings = replace(finetuning, accumulate=2, freeze_epochs=1, epochs=3, val_every=3)
     plain, alone = (replace(settings, out=str(tmp_path / name)) for name in ("plain", "alone"))
-    finetune(plain)
+    run_segmentation(plain)
     call(args=command(alone, by_torchrun=True))
     assert results(alone) == results(plain)
-    assert same_weights(last_file(alone), last_file(plain))
+    assert same_weights(checkpoint_file(alone), checkpoint_file(plain))
 
 
 def test_a_replay_and_a_plan_join_no_group(pretraining, tmp_path, monkeypatch, caplog):
     config = replace(pretraining, lr=1e18, clip=0.0)
     with pytest.raises(FloatingPointError):
-        pretrain(config)
+        run_pretraining(config)
     (file,) = config.run_folder.glob("nonfinite_step_*.pth")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: pytest.fail("joined"))
     with caplog.at_level(logging.INFO, "hyspark"):
-        pretrain(replace(config, replay=str(file)))
-        pretrain(replace(config, out=str(tmp_path / "plan"), dry_run=True))
+        run_pretraining(replace(config, replay=str(file)))
+        run_pretraining(replace(config, out=str(tmp_path / "plan"), dry_run=True))
     assert "not finite in fp32 either" in caplog.text
     assert "per step of 4 crops" in caplog.text
 
@@ -69,7 +68,7 @@ def test_a_replay_and_a_plan_join_no_group(pretraining, tmp_path, monkeypatch, c
 def test_a_process_that_torchrun_did_not_start_is_left_alone(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     processes = find_processes("cpu")
-    with connected(processes):
+    with join_process_group(processes):
         assert not torch.distributed.is_initialized()
         model = torch.nn.Linear(1, 1)
-        assert share_gradients(model, processes) is model
+        assert wrap_model(model, processes) is model

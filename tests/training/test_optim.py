@@ -6,7 +6,7 @@ import torch
 
 import hyspark
 from hyspark.models.spark import build_spark
-from hyspark.training.optim import encoder_layer, learning_rate, parameter_groups, set_rates, weight_decay
+from hyspark.training.optim import encoder_layer, learning_rate, parameter_groups, set_lr_and_decay, weight_decay
 
 
 def test_learning_rate_starts_peaks_and_ends_where_the_recipe_says():
@@ -36,7 +36,7 @@ def test_weight_decay_goes_from_start_to_end_by_half_a_cosine():
 def test_norms_biases_and_tokens_are_spared_weight_decay():
     model = hyspark.build_hyspark(32, widths=(6, 6, 12, 12, 24), decoder_width=16)
     optimizer = torch.optim.AdamW(parameter_groups(model))
-    set_rates(optimizer, lr=0.5, wd=0.25)
+    set_lr_and_decay(optimizer, lr=0.5, wd=0.25)
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert all(g["lr"] == 0.5 for g in optimizer.param_groups)
     assert len(decay) == len(list(model.parameters()))

@@ -9,10 +9,10 @@ import torch
 import yaml
 
 from hyspark.config.pretrain import PretrainConfig
-from hyspark.tasks.pretrain import pretrain
+from hyspark.tasks.pretrain import run_pretraining
 from hyspark.training import precision
 from hyspark.training.distributed import Processes
-from hyspark.training.precision import choose_kernels, cpu_has_bf16, fastest_precision, with_precision
+from hyspark.training.precision import configure_kernels, cpu_has_bf16, fastest_precision, resolve_precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
@@ -26,7 +26,7 @@ def switches() -> list[bool]:
 def _torch_as_before() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
-    choose_kernels(PretrainConfig())
+    configure_kernels(PretrainConfig())
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
@@ -57,18 +57,18 @@ def test_what_torch_says_of_this_processor_can_be_asked():
 def test_a_named_precision_is_taken_as_it_is(monkeypatch):
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
     config = PretrainConfig(precision="fp32")
-    assert with_precision(config, Processes(CPU)) is config
+    assert resolve_precision(config, Processes(CPU)) is config
 
 
 def test_a_run_keeps_the_precision_that_auto_chose(pretraining, monkeypatch):
     """Begun where bf16 is slow, continued where it is fast: in fp32, as all of its steps."""
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
-    whole = pretrain(replace(pretraining, out=f"{pretraining.out}_whole", max_steps=3))
+    whole = run_pretraining(replace(pretraining, out=f"{pretraining.out}_whole", max_steps=3))
     begun = replace(pretraining, precision="auto", max_steps=2)
-    folder = pretrain(begun)
+    folder = run_pretraining(begun)
     assert yaml.safe_load((folder / "config.yaml").read_text())["precision"] == "fp32"
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
-    pretrain(replace(begun, max_steps=3))
+    run_pretraining(replace(begun, max_steps=3))
     assert yaml.safe_load((folder / "config.yaml").read_text())["precision"] == "fp32"
     assert losses(folder) == losses(whole)
 
@@ -83,7 +83,7 @@ def test_a_damaged_config_yaml_does_not_choose(pretraining, monkeypatch, text):
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
     pretraining.run_folder.mkdir()
     (pretraining.run_folder / "config.yaml").write_text(text)
-    assert with_precision(replace(pretraining, precision="auto"), Processes(CPU)).precision == "bf16"
+    assert resolve_precision(replace(pretraining, precision="auto"), Processes(CPU)).precision == "bf16"
 
 
 @pytest.mark.parametrize(
@@ -97,8 +97,8 @@ def test_a_damaged_config_yaml_does_not_choose(pretraining, monkeypatch, text):
     ],
 )
 def test_kernels_are_chosen_by_the_settings(settings, wanted):
-    choose_kernels(PretrainConfig(tf32="all", cudnn_benchmark=True))
-    choose_kernels(PretrainConfig(**settings))
+    configure_kernels(PretrainConfig(tf32="all", cudnn_benchmark=True))
+    configure_kernels(PretrainConfig(**settings))
     assert switches() == wanted
 
 

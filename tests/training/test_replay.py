@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from hyspark.config.shared import EncoderSettings
-from hyspark.tasks.pretrain import pretrain
-from hyspark.tasks.segmentation import finetune
+from hyspark.tasks.pretrain import run_pretraining
+from hyspark.tasks.segmentation import run_segmentation
 from hyspark.training import checkpoint, loop
-from hyspark.training.checkpoint import read_training_state
+from hyspark.training.checkpoint import read_checkpoint
 
 
 def stop_at_overflow(config, run):
@@ -25,14 +25,14 @@ def stop_at_overflow(config, run):
 
 
 def test_a_step_of_pretraining_is_repeated(pretraining, tmp_path, caplog):
-    file = stop_at_overflow(replace(pretraining, lr=1e18, clip=0.0), pretrain)
+    file = stop_at_overflow(replace(pretraining, lr=1e18, clip=0.0), run_pretraining)
     step = int(file.stem.rpartition("_")[2])
     assert step > 0
     lines = (pretraining.run_folder / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == step - 1
     before = file.read_bytes()
     with caplog.at_level(logging.INFO, "hyspark"):
-        pretrain(replace(pretraining, out=str(tmp_path / "elsewhere"), replay=str(file)))
+        run_pretraining(replace(pretraining, out=str(tmp_path / "elsewhere"), replay=str(file)))
     assert f"step {step} stopped the run: the " in caplog.text
     assert "not finite in fp32 either, first in the output of " in caplog.text
     assert caplog.text.count("values 0 to ") == pretraining.batch_size * pretraining.crops_per_volume
@@ -43,7 +43,7 @@ def test_a_step_of_pretraining_is_repeated(pretraining, tmp_path, caplog):
 
 def test_a_step_of_finetuning_is_repeated(finetuning, caplog, monkeypatch):
     """Sound weights, and a number format that is to blame: here, losses that are made infinite."""
-    found = loop.gradient
+    found = loop.compute_gradient
 
     def overflowing(run, task, batch):
         loss = found(run, task, batch)
@@ -52,35 +52,35 @@ def test_a_step_of_finetuning_is_repeated(finetuning, caplog, monkeypatch):
         return loss * math.inf
 
     monkeypatch.setattr(loop, "gradient", overflowing)
-    file = stop_at_overflow(finetuning, finetune)
-    assert read_training_state(file)["step"] == 0
+    file = stop_at_overflow(finetuning, run_segmentation)
+    assert read_checkpoint(file)["step"] == 0
     monkeypatch.undo()
     with caplog.at_level(logging.INFO, "hyspark"):
-        finetune(replace(finetuning, replay=str(file)))
+        run_segmentation(replace(finetuning, replay=str(file)))
     assert "both are finite, so the number format was to blame" in caplog.text
 
 
 def test_another_file_is_no_step_to_repeat(pretraining, tmp_path):
     path = tmp_path / "last.pth"
-    checkpoint.save(checkpoint.sealed({"optimizer": {}, "format": checkpoint.FORMAT}), path)
+    checkpoint.save(checkpoint.add_checksum({"optimizer": {}, "format": checkpoint.CHECKPOINT_FORMAT}), path)
     with pytest.raises(ValueError, match="no step that a run stopped at"):
-        pretrain(replace(pretraining, replay=str(path)))
+        run_pretraining(replace(pretraining, replay=str(path)))
 
 
 def test_a_file_does_not_choose_what_is_run(pretraining, tmp_path, monkeypatch):
     """A function to build the network by is called where the user names it, not where a file does."""
     (tmp_path / "planted.py").write_text("def make(in_channels, axes):\n    raise RuntimeError('called')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    file = stop_at_overflow(replace(pretraining, lr=1e18, clip=0.0), pretrain)
+    file = stop_at_overflow(replace(pretraining, lr=1e18, clip=0.0), run_pretraining)
     state = torch.load(file, weights_only=True)
     del state["checksum"]
     state["config"] |= {"model": "spark/planted:make", **asdict(EncoderSettings())}
-    checkpoint.save(checkpoint.sealed(state), file)
+    checkpoint.save(checkpoint.add_checksum(state), file)
     asked = replace(pretraining, replay=str(file))
     with pytest.raises(ValueError, match="builds its network by 'spark/planted:make'; if you trust that"):
-        pretrain(asked)
+        run_pretraining(asked)
     with pytest.raises(RuntimeError, match="called"):
-        pretrain(replace(asked, **asdict(EncoderSettings()), model="spark/planted:make"))
+        run_pretraining(replace(asked, **asdict(EncoderSettings()), model="spark/planted:make"))
 
 
 def test_the_scale_of_fp16_has_a_floor(pretraining, monkeypatch):
@@ -99,14 +99,14 @@ def test_the_scale_of_fp16_has_a_floor(pretraining, monkeypatch):
 
     monkeypatch.setattr(loop, "gradient_norm", nowhere_finite)
     with pytest.raises(FloatingPointError, match="gradient norm is nan at step 16"):
-        pretrain(replace(pretraining, precision="fp16", epochs=20))
+        run_pretraining(replace(pretraining, precision="fp16", epochs=20))
     assert norms == [2.0**k for k in range(16, -1, -1)]
 
 
 def test_gradients_are_clipped_at_their_true_size_under_a_loss_scale(pretraining, monkeypatch):
     """Clipped weights move as in fp32 although the loss was multiplied by 65536."""
     clipped = []
-    found = loop.gradient_norm
+    found = loop.clip_gradient
 
     def note(run):
         norm = found(run)
@@ -115,8 +115,8 @@ def test_gradients_are_clipped_at_their_true_size_under_a_loss_scale(pretraining
         return norm
 
     monkeypatch.setattr(loop, "gradient_norm", note)
-    pretrain(replace(pretraining, clip=1e-3, max_steps=1))
-    pretrain(replace(pretraining, clip=1e-3, max_steps=1, precision="fp16", out=pretraining.out + "16"))
+    run_pretraining(replace(pretraining, clip=1e-3, max_steps=1))
+    run_pretraining(replace(pretraining, clip=1e-3, max_steps=1, precision="fp16", out=pretraining.out + "16"))
     (norm, size), (norm16, size16) = clipped
     assert norm > 2e-3
     assert norm16 == pytest.approx(norm, rel=0.05)

@@ -14,12 +14,11 @@ from dataclasses import replace
 import pytest
 
 from hyspark.data.datasets import datalist_json
-from hyspark.tasks.masked import encoder_file, training_file
-from hyspark.tasks.pretrain import pretrain
-from hyspark.tasks.segmentation import finetune
-from hyspark.training.checkpoint import states
-from hyspark.training.run_folder import last_file
-from hyspark.training.signals import EXIT_CODE
+from hyspark.tasks.pretrain import run_pretraining
+from hyspark.tasks.segmentation import run_segmentation
+from hyspark.training.checkpoint import list_checkpoints
+from hyspark.training.run_folder import checkpoint_file, encoder_file
+from hyspark.training.signals import STOPPED_EXIT_CODE
 from tests.training.attacks import end, last_step, output, results, same_weights, start, wait_for_step
 
 pytestmark = pytest.mark.slow
@@ -30,9 +29,13 @@ SECONDS = float(os.environ.get("HYSPARK_SOAK_SECONDS", 180))
 def test_twenty_kills_leave_the_losses_of_none(pretraining, finetuning, tmp_path, task):
     """Killed at random moments, with 0 to 2 loader workers; losses and weights equal bit for bit."""
     if task == "pretrain":
-        config, run, file = replace(pretraining, epochs=40, save_every=2), pretrain, training_file
+        config, run, file = replace(pretraining, epochs=40, save_every=2), run_pretraining, checkpoint_file
     else:
-        config, run, file = replace(finetuning, epochs=120, val_every=10, save_every=2), finetune, last_file
+        config, run, file = (
+            replace(finetuning, epochs=120, val_every=10, save_every=2),
+            run_segmentation,
+            checkpoint_file,
+        )
     folder = "exp_dir" if task == "pretrain" else "logdir"
     whole, config = (replace(config, **{folder: str(tmp_path / name)}) for name in ("whole", "killed"))
     run(whole)
@@ -59,9 +62,9 @@ def test_a_run_to_which_everything_happens_ends_as_an_undisturbed_one(pretrainin
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
         fault = rng.choice(["kill", "stop", "corrupt", "truncate", "full disk", "store", "missing"])
-        if fault in ("corrupt", "truncate") and len(states(training_file(config))) < 2:
+        if fault in ("corrupt", "truncate") and len(list_checkpoints(checkpoint_file(config))) < 2:
             continue
-        if fault == "full disk" and not states(training_file(config)):
+        if fault == "full disk" and not list_checkpoints(checkpoint_file(config)):
             continue
         faults[fault] += 1
         inject(fault, config, cases, data, rng)
@@ -69,10 +72,10 @@ def test_a_run_to_which_everything_happens_ends_as_an_undisturbed_one(pretrainin
     print(f"\n{reached} steps; faults injected: {dict(faults)}")
     whole = replace(config, out=str(tmp_path / "whole"))
     for run in (config, whole):
-        pretrain(replace(run, max_steps=reached + 3))
+        run_pretraining(replace(run, max_steps=reached + 3))
     losses = [[line for line in results(run) if "loss" in line] for run in (config, whole)]
     assert losses[0] == losses[1]
-    assert same_weights(training_file(config), training_file(whole))
+    assert same_weights(checkpoint_file(config), checkpoint_file(whole))
     assert same_weights(encoder_file(config), encoder_file(whole))
     assert [path.name for path in config.run_folder.glob(".*")] == [".lock"]
 
@@ -80,7 +83,7 @@ def test_a_run_to_which_everything_happens_ends_as_an_undisturbed_one(pretrainin
 def inject(fault, config, cases, data, rng):
     """Let the run go on for a while, and do something to it."""
     if fault == "full disk":
-        size = states(training_file(config))[0].stat().st_size
+        size = list_checkpoints(checkpoint_file(config))[0].stat().st_size
         process = start(config, limit=size // 2)
         assert process.wait(timeout=120) == 2
         assert "what was saved before is as it was" in output(config)[-2000:]
@@ -94,15 +97,15 @@ def inject(fault, config, cases, data, rng):
         image.with_suffix(".away").rename(image)
         return
     process = start(config, "--dataloader_workers", str(rng.randrange(2)))
-    # Of the two states kept one may be damaged at a time, so a second one is saved before that.
+    # Of the two checkpoints kept one may be damaged at a time, so a second one is saved before that.
     wait_for_step(config, process, last_step(config) + (7 if fault in ("corrupt", "truncate") else 1))
     time.sleep(rng.uniform(0, 3))
     if fault == "stop":
-        assert end(process, rng.choice([signal.SIGTERM, signal.SIGUSR1])) == EXIT_CODE
+        assert end(process, rng.choice([signal.SIGTERM, signal.SIGUSR1])) == STOPPED_EXIT_CODE
         return
     assert end(process) == -signal.SIGKILL
     if fault in ("corrupt", "truncate"):
-        newest = states(training_file(config))[0]
+        newest = list_checkpoints(checkpoint_file(config))[0]
         content = bytearray(newest.read_bytes())
         place = rng.randrange(len(content) // 4, len(content) * 3 // 4)
         if fault == "truncate":

@@ -1,7 +1,7 @@
 """Crops of prepared volumes: pure functions of (seed, position).
 
-No random state is kept. The volume, crop and flips of slot i of batch t depend on the seed, t and i alone, not on the
-number of workers, processes or restarts.
+No random state is kept. The volume, crop and flips of slot i of batch t depend on the seed, t and i alone. The
+numbers of workers, processes and restarts do not matter.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def crop_start(centre: Sequence[int], shape: Sequence[int], size: Sequence[int])
 
 
 class SliceSampling(NamedTuple):
-    """How 2D slices are taken of a volume in place of 3D crops.
+    """How 2D slices are taken of a volume instead of 3D crops.
 
     Attributes:
         axis: the axis that slices are perpendicular to.
@@ -59,7 +59,7 @@ def image_crop(
         size: voxels per axis; two axes with `slices`.
         flip_prob: probability of a flip of each axis of the volume.
         rng: source of the random choices.
-        out: float32 array `(1, *size)` to write to, in place of a new one.
+        out: float32 array `(1, *size)` to write to, instead of a new one.
         slices: takes a 2D crop of a slice.
 
     Returns:

@@ -49,7 +49,7 @@ def read_folder(folder: Path, *, seed: int, val_fraction: float) -> Datalist:
     """List the labelled cases of one data set folder, of any name, split by its splits.json or else by subject."""
     folder = Path(os.path.abspath(folder))
     if not (folder / "imagesTr").is_dir():
-        raise FileNotFoundError(f"{folder} has no imagesTr: expected a folder with imagesTr and labelsTr")
+        raise FileNotFoundError(f"{folder}: expected a folder with imagesTr and labelsTr, found no imagesTr")
     cases = dataset_cases(folder, labels=True, channel="0000")
     return split_cases(cases, folder, labels=True, splits="auto", val_fraction=val_fraction, seed=seed)
 

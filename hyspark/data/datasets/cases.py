@@ -81,12 +81,14 @@ def class_values(labels: Any, path: Path) -> dict[str, int]:
     """
     pairs = list(labels.items()) if isinstance(labels, dict) else []
     if any(isinstance(value, list) for _, value in pairs):
-        raise ValueError(f'{path}: "labels" has regions (lists of values), which are not supported')
+        raise ValueError(f'{path}: "labels": regions (lists of values) are not supported')
     if all(key.isdecimal() and isinstance(value, str) for key, value in pairs):
         pairs = [(value, int(key)) for key, value in pairs]
     if not pairs or any(type(value) is not int or value < 0 for _, value in pairs):
-        raise ValueError(f'{path}: "labels" must be like {{"background": 0, "spleen": 1}}, got {labels!r}')
+        raise ValueError(
+            f'{path}: "labels": expected class values as in {{"background": 0, "spleen": 1}}, got {labels!r}'
+        )
     values = dict(sorted(pairs, key=lambda pair: pair[1]))
     if not len(pairs) == len(values) == len(set(values.values())):
-        raise ValueError(f'{path}: "labels" gives one name or one value to two classes: {labels!r}')
+        raise ValueError(f'{path}: "labels": expected one name and one value per class, got {labels!r}')
     return values

@@ -73,7 +73,7 @@ def read_datalist(path: Path, *, require_labels: bool = False, require_files: bo
         raise ValueError(f'{path}: expected {{"training": [{{"image": "./..."}}, ...]}} with at least one image')
     validation = content.get("validation", [])
     if not isinstance(validation, list):
-        raise ValueError(f'{path}: "validation" must be a list, got {type(validation).__name__}')
+        raise ValueError(f'{path}: "validation": expected a list, got {type(validation).__name__}')
 
     pairs: list[tuple[Path, Path | None]] = []
     for key, entries in (("training", content["training"]), ("validation", validation)):
@@ -100,11 +100,11 @@ def entry_paths(value: Any, path: Path, key: str, require_label: bool) -> tuple[
     image, label = entry.get("image"), entry.get("label")
     if not isinstance(image, str) or not isinstance(label, str | None) or "" in (image, label):
         raise ValueError(
-            f'{path}: {key} must be {{"image": "./..."}}, optionally with "label": "./...", each the '
-            f"path of one file; got {value!r}"
+            f'{path}: {key}: expected {{"image": "./..."}}, optionally with "label": "./...", each the '
+            f"path of one file, got {value!r}"
         )
     if require_label and label is None:
-        raise ValueError(f'{path}: {key} has no "label", which is required here: {image}')
+        raise ValueError(f'{path}: {key}: expected a "label", got the image {image} alone')
     absolute = Path(os.path.abspath(path.parent / image))
     return absolute, None if label is None else Path(os.path.abspath(path.parent / label))
 
@@ -114,7 +114,7 @@ def case_names(images: Sequence[Path]) -> dict[Path, str]:
 
     A channel is "_0000", or four digits that all images of a data set have in common. A name that several files have
     (case_1/imaging.nii.gz, case_2/imaging.nii.gz) is prefixed by its folder's name. The names of folders above are
-    added as far as they are needed to tell the files apart.
+    added as far as they are needed to distinguish the files.
     """
     endings: dict[str, set[str]] = {}
     for image in images:

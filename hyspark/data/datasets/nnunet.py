@@ -37,20 +37,20 @@ def scan_images(data_path: Path, *, labels: bool, channel: str) -> list[Case]:
     if not re.fullmatch(r"\d{4}", channel):
         raise ValueError(f'channel: expected four digits as in nnU-Net\'s file names ("0000"), got {channel!r}')
     if not data_path.is_dir():
-        raise FileNotFoundError(f"{data_path} is not a folder: expected one that holds DatasetXXX_Name/imagesTr")
+        raise FileNotFoundError(f"{data_path}: expected a folder that holds DatasetXXX_Name/imagesTr, found none")
     folders: dict[str, Path] = {}
     for folder, below in walk_folders(data_path):
         if folder.name.startswith("Dataset") and (folder / "imagesTr").is_dir():
             if folder.name in folders:
-                raise ValueError(f"two data sets of one name: {folders[folder.name]} and {folder}; rename one of them")
+                raise ValueError(f"{folders[folder.name]} and {folder}: two data sets of one name; rename one of them")
             folders[folder.name] = folder
         below[:] = [name for name in below if name not in ("imagesTr", "labelsTr", "imagesTs", "labelsTs")]
     cases = [c for _, f in sorted(folders.items()) for c in dataset_cases(f, labels=labels, channel=channel)]
     if not cases:
         seen = f"; images of this channel are missing in {listing(folders)}" if folders else ""
         raise FileNotFoundError(
-            f"no images found: looked in {data_path} and all folders below it for "
-            f"DatasetXXX_Name/imagesTr/CASE_{channel}.nii.gz (or .nii){seen}"
+            f"{data_path}: expected DatasetXXX_Name/imagesTr/CASE_{channel}.nii.gz (or .nii) in it or below, "
+            f"found no image{seen}"
         )
     return cases
 
@@ -94,7 +94,7 @@ def name_of_label(file: Path, images: Container[str]) -> str | None:
 def add_once(files: dict[str, Path], name: str, file: Path) -> None:
     """Add the file of a case; raise ValueError if the case has one already."""
     if name in files:
-        raise ValueError(f"two files for the case {name}: {files[name]} and {file}; keep one of them")
+        raise ValueError(f"{files[name]} and {file}: expected one file for the case {name}, got both; keep one of them")
     files[name] = file
 
 

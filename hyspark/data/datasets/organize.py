@@ -39,7 +39,7 @@ def organize_by_names(source: Path, target: Path, *, copy: bool = False) -> int:
             case = re.sub(r"[^A-Za-z0-9._-]", "-", re.sub(r"(?<=.)_0000$", "", nifti_stem(file)))
             files.setdefault(case, []).append(file)
     if not files:
-        raise FileNotFoundError(f"no .nii.gz or .nii file in {source} or the folders below it")
+        raise FileNotFoundError(f"{source}: expected .nii.gz or .nii files in it or any folder below, found none")
     if twice := [f"{case} ({listing(map(str, found))})" for case, found in files.items() if len(found) > 1]:
         raise ValueError(f"files that would get the same name; rename them: {listing(twice)}")
 

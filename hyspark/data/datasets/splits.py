@@ -76,12 +76,12 @@ def split_by_file(cases: Sequence[Case], path: Path, *, labels: bool) -> tuple[l
     if not {"train", validation_key} <= keys <= {"train", validation_key, "unlabelled", "test"}:
         raise ValueError(
             f'{path}: expected {{"train": [...], "validation" or "val": [...]}}, optionally '
-            f'with "unlabelled" and "test", or a list of such folds; '
+            f'with "unlabelled" and "test", or a list of these; '
             f"got {sorted(keys) or type(fold).__name__}"
         )
     for key, value in fold.items():
         if not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
-            raise ValueError(f'{path}: "{key}" must be a list of case names')
+            raise ValueError(f'{path}: "{key}": expected a list of case names, got {value!r}')
 
     train, validation, unlabelled = (set(fold.get(key, [])) for key in ("train", validation_key, "unlabelled"))
     if both := (train | unlabelled) & validation:

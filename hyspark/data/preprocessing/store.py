@@ -209,7 +209,7 @@ class StoredVolume:
             array: "image" (float32 in [0, 1]) or "label" (uint8).
             start: first voxel on each axis, may be negative.
             size: voxels per axis.
-            out: float32 array of this size that an image is written to, in place of a new one.
+            out: float32 array of this size that an image is written to, instead of a new one.
         """
         box = self.read_stored(array, start, size)
         if array == "label":

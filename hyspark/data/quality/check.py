@@ -57,7 +57,7 @@ def check_dataset(
     found = find_dataset(path)
     if not found.cases and not found.findings:
         raise FileNotFoundError(
-            f"nothing to check in {path}: expected a JSON, or a folder with DatasetXXX_Name/imagesTr/CASE_0000.nii.gz"
+            f"{path}: expected a JSON, or a folder with DatasetXXX_Name/imagesTr/CASE_0000.nii.gz, found neither"
         )
     declared = frozenset(found.classes.values()) if found.classes else None
     examined = list(examine_all(found.cases, hu_min, declared, num_workers or available_cores(), progress))

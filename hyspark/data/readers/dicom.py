@@ -1,7 +1,7 @@
 """DICOM files -> CT series, each one volume.
 
-Files are recognised by their content, not by their name. The slices of a series are ordered by their position along
-the normal of the image plane (DICOM PS3.3, C.7.6.2.1.1), not by name or number.
+Files are recognised by their content, not by their name. Slices are ordered by their position along their normal
+(DICOM PS3.3, C.7.6.2.1.1), not by name or number.
 """
 
 import warnings
@@ -178,21 +178,21 @@ def check_same_plane(headers: Sequence[Header]) -> None:
     lost = [header.path.name for header in headers if header.plane is None or header.position is None]
     if lost:
         raise ValueError(f"{len(lost)} of {len(headers)} images have no position in the patient, e.g. {lost[0]}")
-    planes = np.array([header.plane for header in headers])
-    if not (planes[:, 2:4] > 0).all() or np.abs(np.linalg.norm(normals(planes), axis=1) - 1).max() > 0.01:
+    grids = np.array([header.plane for header in headers])
+    if not (grids[:, 2:4] > 0).all() or np.abs(np.linalg.norm(normals(grids), axis=1) - 1).max() > 0.01:
         raise ValueError("no valid pixel spacing or orientation")
-    sizes = Counter(f"{rows:g} x {columns:g}" for rows, columns in planes[:, :2])
+    sizes = Counter(f"{rows:g} x {columns:g}" for rows, columns in grids[:, :2])
     if len(sizes) > 1:
         raise ValueError("slices of different sizes: " + ", ".join(f"{n} of {size}" for size, n in sizes.most_common()))
-    if np.abs(planes[:, 2:4] / planes[0, 2:4] - 1).max() > 0.01:
+    if np.abs(grids[:, 2:4] / grids[0, 2:4] - 1).max() > 0.01:
         raise ValueError("slices of different pixel spacing")
-    if np.abs(planes[:, 4:] - planes[0, 4:]).max() > 0.01:
+    if np.abs(grids[:, 4:] - grids[0, 4:]).max() > 0.01:
         raise ValueError("slices of different orientation")
 
 
-def normals(planes: np.ndarray) -> np.ndarray:
-    """Compute the normals `(n, 3)`, LPS, of image planes `(n, 10)`."""
-    return np.cross(planes[:, 4:7], planes[:, 7:10])
+def normals(grids: np.ndarray) -> np.ndarray:
+    """Compute the normals `(n, 3)`, LPS, of slices, each given as a row of `(n, 10)`, see `Header.plane`."""
+    return np.cross(grids[:, 4:7], grids[:, 7:10])
 
 
 def along_normal(header: Header) -> float:

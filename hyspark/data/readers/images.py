@@ -106,14 +106,14 @@ def find_classes(folder: Path, classes: Sequence[str]) -> FoundImages:
         ValueError: if a folder is no class, or there is no image.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}; expected one that holds {', '.join(classes)}")
+        raise FileNotFoundError(f"{folder}: expected a folder that holds {', '.join(classes)}, found none")
     found = class_folders(folder)
     for name in found:
         if name not in classes:
             raise ValueError(f"{folder / name}: expected one of the classes {', '.join(classes)}")
     files = [(path, classes.index(name)) for name in found for path in image_files(folder / name)]
     if not files:
-        raise ValueError(f"{folder} holds no images in folders of the classes {', '.join(classes)}")
+        raise ValueError(f"{folder}: expected images in folders of the classes {', '.join(classes)}, found none")
     names = tuple(path.relative_to(folder).as_posix() for path, _ in files)
     return FoundImages(names, tuple(label for _, label in files), [path for path, _ in files])
 
@@ -137,7 +137,7 @@ def read_medmnist(path: Path) -> tuple[dict[str, FoundImages], tuple[str, ...]]:
         ValueError: for volumes, several labels per image, or another kind of file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no MedMNIST file at {path}")
+        raise FileNotFoundError(f"{path}: no such MedMNIST file")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -150,7 +150,7 @@ def read_medmnist(path: Path) -> tuple[dict[str, FoundImages], tuple[str, ...]]:
         try:
             images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         except KeyError as error:
-            raise ValueError(f"{path} lacks {error}; it holds {listing(arrays)}") from None
+            raise ValueError(f"{path}: expected {error}, got {listing(arrays)}") from None
         splits[split] = FoundImages(*check_medmnist(path, split, images, labels))
     num = 1 + max(label for found in splits.values() for label in found.labels)
     missing = sorted(set(range(num)) - set(splits["train"].labels))

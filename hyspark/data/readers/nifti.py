@@ -18,7 +18,7 @@ def check_header(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
     except Exception as error:
         raise ValueError(f"unreadable as NIfTI ({error})") from error
     if len(shape) not in (3, 4) or shape[3:] not in ((), (1,)):
-        raise ValueError(f"expected one 3D volume, but its shape is {shape}")
+        raise ValueError(f"expected one 3D volume, got shape {shape}")
     return shape[:3], affine
 
 

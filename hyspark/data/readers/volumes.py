@@ -116,7 +116,7 @@ def files_of(source: Path, skip: Path) -> Iterator[Path]:
     if source.is_file():
         yield source
     elif not source.is_dir():
-        raise FileNotFoundError(f"no file or folder {source}")
+        raise FileNotFoundError(f"{source}: no such file or folder")
     else:
         for folder, below in walk_folders(source, skip=skip):
             if (folder / "imagesTr").is_dir():

@@ -132,7 +132,7 @@ def write_phantoms(
     """
     if min(num_labelled, num_unlabelled, seed) < 0 or not spacings:
         raise ValueError(
-            "expected counts and a seed of at least 0, and at least one spacing, got "
+            "num_labelled, num_unlabelled, seed and spacings: expected at least 0, and at least one spacing, got "
             f"num_labelled={num_labelled}, num_unlabelled={num_unlabelled}, seed={seed}, spacings={spacings}"
         )
     labelled, unlabelled = (

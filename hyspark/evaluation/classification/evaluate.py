@@ -17,7 +17,7 @@ from hyspark.figures.mistakes import mistakes_figure
 from hyspark.figures.panels import save_figure
 from hyspark.training import distributed
 from hyspark.training.distributed import LOG, Processes
-from hyspark.training.labelled_images import Images
+from hyspark.training.labelled_images import LabelledImages
 
 SCORE_FOLDERS = {"val": "scores", "test": "scores_test"}
 """Folders of scores in a run, by the subset of images that is scored."""
@@ -87,7 +87,7 @@ def scored_subsets(subsets: Mapping[str, Any]) -> list[str]:
     return [name for name in SCORE_FOLDERS if name in subsets]
 
 
-def score_best(config: ClassificationConfig, images: Images, processes: Processes) -> None:
+def score_best(config: ClassificationConfig, images: LabelledImages, processes: Processes) -> None:
     """Score the best weights of a run on the validation images, then on the test images.
 
     Subsets whose scores exist are skipped. The test images are used here alone.

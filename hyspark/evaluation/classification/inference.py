@@ -15,7 +15,7 @@ from hyspark.evaluation.network_kind import read_fine_tuned
 from hyspark.models.classifier import build_classifier
 from hyspark.training import distributed
 from hyspark.training.distributed import Processes
-from hyspark.training.labelled_images import unusable
+from hyspark.training.labelled_images import unreadable_images_message
 from hyspark.training.precision import autocast
 
 
@@ -74,7 +74,7 @@ def decode_all(found: FoundImages, config: ClassificationConfig) -> ImageSet:
     """
     images, wrong = decode(found, short_side(config.crop_size))
     if wrong:
-        raise ValueError(unusable(wrong, len(found.names)))
+        raise ValueError(unreadable_images_message(wrong, len(found.names)))
     return images
 
 
@@ -101,4 +101,4 @@ def class_probabilities(
             with autocast(processes, config.precision):
                 scores = network(torch.stack(crops).to(processes.device))
             rows += zip(indices, scores.double().softmax(1).tolist(), strict=True)
-    return np.array([row for _, row in sorted(distributed.gather(rows, processes))])
+    return np.array([row for _, row in sorted(distributed.gather_lists(rows, processes))])

@@ -41,7 +41,7 @@ from hyspark.training import precision as training_precision
 from hyspark.training.distributed import Processes
 from hyspark.training.labelled_cases import check_labels
 from hyspark.training.precision import autocast
-from hyspark.training.run_volumes import prepared
+from hyspark.training.run_volumes import prepare_volumes
 from hyspark.utils.digests import content_digest
 from hyspark.utils.log import LOG
 from hyspark.utils.text import listing
@@ -196,7 +196,7 @@ def are_cases_scored(
     missing = False
     if processes.is_main:
         missing = not has_scores(out, source.protocol(cases) | Scoring().protocol(config, names, ""))
-    return not distributed.any_of(missing, processes)
+    return not distributed.any_process(missing, processes)
 
 
 def score_cases(
@@ -235,7 +235,7 @@ def score_cases(
             "%s: %d of %d were trained on (%s); scores on these say nothing of new cases",
             *(source.data, len(seen), len(cases), listing(seen)),
         )
-    windows, precision = scoring.windows(config, names), training_precision.precision_on(processes, config)
+    windows, precision = scoring.windows(config, names), training_precision.inference_precision(processes, config)
     mine = range(processes.rank, len(cases), processes.world_size)
     done: list[ScoredCase] = []
     for i in tqdm(mine, desc="score", unit="case", disable=not processes.is_main):
@@ -245,7 +245,7 @@ def score_cases(
         found = segment_case(network, volumes[i], cases[i], windows, processes, precision, scoring.largest_component)
         organs = score_case(found.on_file, truth, len(names), voxel_sizes(file_grid(label)[1]), scoring.tolerance)
         done.append(ScoredCase(i, organs, zlib.compress(found.prepared.tobytes(), 1)))
-    done = sorted(distributed.gather(done, processes), key=lambda scored: scored.index)
+    done = sorted(distributed.gather_lists(done, processes), key=lambda scored: scored.index)
     table = organ_score_table({cases[scored.index].name: scored.organs for scored in done}, names[1:])
     protocol = source.protocol(cases) | scoring.protocol(config, names, precision)
     if not processes.is_main:
@@ -329,8 +329,8 @@ def evaluate_segmentation(
     processes = distributed.find_processes(device)
     LOG.info("%d cases, %s, %d organs, on %s", len(cases), where, len(names) - 1, processes.device)
     settings = replace(config, store_dir=store_dir, prepare_workers=prepare_workers)
-    with distributed.connected(processes):
-        volumes = prepared(settings, processes, data, cases)
+    with distributed.join_process_group(processes):
+        volumes = prepare_volumes(settings, processes, data, cases)
         check_labels(volumes, names)
         network = network.to(processes.device)
         given = (network, config, names, volumes, cases, out, processes)

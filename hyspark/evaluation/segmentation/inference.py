@@ -19,7 +19,7 @@ from hyspark.config.recipes import typed_values
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.evaluation.network_kind import read_fine_tuned
 from hyspark.models.segmentation import Hybird, build_hybird
-from hyspark.training.labelled_cases import left_right_pairs, one_sided
+from hyspark.training.labelled_cases import left_right_pairs, unpaired_sides
 
 MAX_DRIFT = 0.05
 """Voxels by which two grids may drift apart over a whole axis and still count as parallel."""
@@ -120,7 +120,7 @@ def windows_from_config(
         raise ValueError(f"flips: expected axes 0 (left-right), 1 (back-front), 2 (foot-head), got {list(flips)}")
     swaps = left_right_pairs(config, names)
     deliberate = swaps and config.flip_prob[0]  # trained with flips that leave these classes as they are
-    if 0 in flips and not deliberate and (unpaired := one_sided(names, swaps)):
+    if 0 in flips and not deliberate and (unpaired := unpaired_sides(names, swaps)):
         raise ValueError(
             f"flips: a flip of axis 0 would mix up {', '.join(unpaired)}, since left_right of the network's training "
             "does not pair them; omit axis 0"
@@ -213,7 +213,7 @@ def to_grid(
     return labels
 
 
-class RowInterpolation(NamedTuple):
+class InterpolationRows(NamedTuple):
     """Linear interpolation in a row of voxels as a matrix.
 
     Attributes:
@@ -225,7 +225,7 @@ class RowInterpolation(NamedTuple):
     weights: Tensor
 
 
-def row_weights(positions: np.ndarray, num: int) -> RowInterpolation:
+def row_weights(positions: np.ndarray, num: int) -> InterpolationRows:
     """Compute the interpolation at positions in a row of `num` voxels.
 
     Positions are in voxels. Those up to half a voxel beyond an end count as that end.
@@ -235,7 +235,7 @@ def row_weights(positions: np.ndarray, num: int) -> RowInterpolation:
     within = np.flatnonzero((positions > -0.5 - ON_VOXEL) & (positions < num - 0.5 + ON_VOXEL))
     inside = slice(within[0], within[-1] + 1) if within.size else slice(0)
     distance = np.abs(positions[inside, None].clip(0, num - 1) - np.arange(num))
-    return RowInterpolation(inside, torch.from_numpy((1 - distance).clip(min=0)).float())
+    return InterpolationRows(inside, torch.from_numpy((1 - distance).clip(min=0)).float())
 
 
 def to_slanted_grid(scores: Tensor, rotation: np.ndarray, offset: np.ndarray, shape: Sequence[int]) -> np.ndarray:

@@ -25,7 +25,7 @@ from hyspark.data.settings import PrepareSettings
 from hyspark.evaluation.segmentation.evaluate import Scoring
 from hyspark.evaluation.segmentation.inference import class_scores, largest_components, load_network, to_grid
 from hyspark.training import distributed
-from hyspark.training.precision import autocast, precision_on
+from hyspark.training.precision import autocast, inference_precision
 from hyspark.utils.atomic import write_whole
 from hyspark.utils.log import LOG
 from hyspark.utils.paths import NIFTI, nifti_files, nifti_stem
@@ -73,8 +73,8 @@ def predict_segmentation(
     targets = {case.name: out / f"{case.name}.nii.gz" for case in cases}
     check_targets(cases, targets, overwrite)
     processes = distributed.find_processes(device)
-    precision = precision_on(processes, config)
-    LOG.info("%d volumes, %d classes, on %s", len(cases), len(names) - 1, processes.text(precision))
+    precision = inference_precision(processes, config)
+    LOG.info("%d volumes, %d classes, on %s", len(cases), len(names) - 1, processes.describe(precision))
     network = network.to(processes.device)
     failures: dict[str, str] = {}
     writing: Future[None] | None = None

@@ -12,7 +12,7 @@ from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.evaluation.segmentation.evaluate import Source, are_cases_scored, check_classes, find_labelled, score_cases
 from hyspark.training.distributed import Processes
 from hyspark.training.labelled_cases import check_labels
-from hyspark.training.run_volumes import prepared
+from hyspark.training.run_volumes import prepare_volumes
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def prepare_held_out(config: SegmentationConfig, processes: Processes, names: Se
     folder = Path(config.test_dir)
     found = find_labelled(folder, "all")
     check_classes(names, found.labels, folder)
-    volumes = prepared(config, processes, folder, found.cases)
+    volumes = prepare_volumes(config, processes, folder, found.cases)
     check_labels(volumes, names)
     return HeldOut(volumes, found.cases, found.text)
 

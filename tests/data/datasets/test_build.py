@@ -125,7 +125,7 @@ def test_scan_names_a_label_without_image(tmp_path):
 def test_scan_refuses_two_files_for_one_case_and_names_both(tmp_path, files):
     folder = dataset(tmp_path / "Dataset001_A", ["ok"])
     touch(*(folder / file for file in files))
-    with pytest.raises(ValueError, match="two files") as caught:
+    with pytest.raises(ValueError, match="expected one file for the case") as caught:
         nnunet.scan_cases(tmp_path, labels=True)
     assert all(str(folder / file) in str(caught.value) for file in files)
 
@@ -437,7 +437,7 @@ def test_read_understands_decathlon_variants(tmp_path):
         ([], "expected.*training"),
         ({"validation": []}, "expected.*training"),
         ({"training": []}, "at least one image"),
-        ({"training": ["a.nii"], "validation": {}}, '"validation" must be a list'),
+        ({"training": ["a.nii"], "validation": {}}, '"validation": expected a list'),
         ({"training": ["a.nii", {"label": "a.nii"}]}, r"training\[1\]"),
         ({"training": ["a.nii", 7]}, r"training\[1\].*7"),
         ({"training": [{"image": ["a.nii", "b.nii"]}]}, r"training\[0\].*one file"),
@@ -445,10 +445,10 @@ def test_read_understands_decathlon_variants(tmp_path):
         ({"training": ["a.nii"], "validation": [""]}, r"validation\[0\]"),
         ({"training": ["a.nii"], "validation": ["./x/../a.nii"]}, r"more than once.*a\.nii"),
         ({"training": ["a.nii"], "labels": {"whole": [1, 2]}}, "regions"),
-        ({"training": ["a.nii"], "labels": {"background": 0, "x": 0}}, "two classes"),
-        ({"training": ["a.nii"], "labels": {"0": "x", "1": "x"}}, "two classes"),
-        ({"training": ["a.nii"], "labels": {"background": "zero"}}, "labels.*must be like"),
-        ({"training": ["a.nii"], "labels": ["background"]}, "labels.*must be like"),
+        ({"training": ["a.nii"], "labels": {"background": 0, "x": 0}}, "expected one name and one value per class"),
+        ({"training": ["a.nii"], "labels": {"0": "x", "1": "x"}}, "expected one name and one value per class"),
+        ({"training": ["a.nii"], "labels": {"background": "zero"}}, "labels.*expected class values as in"),
+        ({"training": ["a.nii"], "labels": ["background"]}, "labels.*expected class values as in"),
     ],
 )
 def test_read_refuses(tmp_path, content, message):
@@ -458,7 +458,7 @@ def test_read_refuses(tmp_path, content, message):
         datalist_json.read_datalist(path)
 
 
-def test_read_asks_for_labels_only_when_told(tmp_path):
+def test_read_requires_labels_only_on_request(tmp_path):
     touch(tmp_path / "a.nii", tmp_path / "b.nii", tmp_path / "la.nii")
     content = {"training": [{"image": "a.nii", "label": "la.nii"}], "validation": [{"image": "b.nii"}]}
     path = write_json(tmp_path / "d.json", content)

@@ -134,7 +134,7 @@ def test_split_by_file_puts_every_named_case_where_it_says(tmp_path_factory, sid
         ({"train": ["a"]}, "expected.*got.*train"),
         ({"train": ["a"], "val": [], "validation": []}, "expected"),
         ({"train": ["a"], "val": ["b"], "unlabeled": ["c"]}, "expected.*unlabeled"),
-        ({"train": "a", "val": []}, '"train" must be a list'),
+        ({"train": "a", "val": []}, '"train": expected a list of case names'),
         ([], "expected.*list"),
         ("{", "not valid JSON"),
     ],

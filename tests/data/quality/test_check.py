@@ -430,7 +430,7 @@ def test_a_list_is_checked_by_its_entries(data):
 
 
 def test_where_there_is_nothing_to_check(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing to check"):
+    with pytest.raises(FileNotFoundError, match="expected a JSON, or a folder with DatasetXXX_Name"):
         check_dataset(tmp_path, hu_min=-175.0, progress=False)
 
 

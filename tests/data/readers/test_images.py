@@ -80,7 +80,7 @@ def test_folders_that_do_not_fit(folder, tmp_path):
     save(folder / "val" / "c" / "0.png")
     with pytest.raises(ValueError, match=r"val.c: expected one of the classes a, b"):
         find_images(folder)
-    with pytest.raises(ValueError, match="holds no images in folders of the classes c"):
+    with pytest.raises(ValueError, match="expected images in folders of the classes c, found none"):
         find_classes(folder / "train" / "a", ["c"])
     (tmp_path / "one" / "train" / "a").mkdir(parents=True)
     (tmp_path / "one" / "val").mkdir()
@@ -113,7 +113,7 @@ def test_a_medmnist_file(tmp_path):
             {"train_labels": np.zeros((5, 1), np.uint8)},
             "train_labels: expected one integer from 0 for each of 6 images, got uint8",
         ),
-        ({"val_images": None}, "lacks 'val_images'"),
+        ({"val_images": None}, "expected 'val_images', got"),
         ({"val_labels": np.full((6, 1), 4, np.uint8)}, "none has the label 3, 4"),
         ({f"{part}_labels": np.zeros((6, 1), np.uint8) for part in ("train", "val", "test")}, "all labels are 0"),
     ],

@@ -262,7 +262,7 @@ def test_wrong_commands(visits, capsys):
     assert "prepare_workers and min_slices: expected at least 0 and at least 1, got -1" in refused(
         visits, capsys, "--prepare_workers=-1"
     )
-    assert "no file or folder" in refused(visits / "none", capsys)
+    assert "no such file or folder" in refused(visits / "none", capsys)
     (visits / "empty").mkdir()
     assert "no CT volume" in refused(visits / "empty", capsys)
     (visits.parent / "out").write_text("a file")

@@ -247,5 +247,5 @@ def test_cases_of_another_run_are_not_mixed_in(written):
 
 @pytest.mark.parametrize("wrong", [{"num_labelled": -1}, {"spacings": []}, {"seed": -1}])
 def test_wrong_counts_are_refused(wrong, tmp_path):
-    with pytest.raises(ValueError, match="expected counts"):
+    with pytest.raises(ValueError, match="expected at least 0, and at least one spacing"):
         write_phantoms(tmp_path, **{"num_labelled": 1, "num_unlabelled": 1, "progress": False, **wrong})
