@@ -10,10 +10,11 @@ import torch
 from monai.losses import DiceCELoss
 
 from hyspark.cli.main import main
+from hyspark.data.datasets import build as datasets_build
 from hyspark.data.datasets import datalist_json
-from hyspark.data.datasets import initialise_segmentation as datasets_build
+from hyspark.evaluation.protocol import read_summary
 from hyspark.evaluation.segmentation.inference import load_network
-from hyspark.evaluation.segmentation.scores import read_scores, read_summary
+from hyspark.evaluation.validations import read_validations
 from hyspark.tasks.pretrain import run_pretraining
 from hyspark.tasks.segmentation import initialise_segmentation, run_segmentation, split_crops
 from hyspark.training.initial_weights import load_volume_weights
@@ -33,7 +34,7 @@ def test_from_pretraining_to_a_table(pretraining, finetuning, capsys):
     run_pretraining(replace(pretraining, epochs=1))
     config = replace(finetuning, weights=str(encoder_file(pretraining)))
     folder = run_segmentation(config)
-    for name in ("config.yaml", "metrics.jsonl", "best.pth", "last.pth", "dice.json", "report.html", "pictures"):
+    for name in ("config.yaml", "metrics.jsonl", "best.pth", "last.pth", "report.html", "pictures"):
         assert (folder / name).exists(), name
     for name in ("cases.csv", "summary.json", "table.md"):
         assert (folder / "scores" / name).is_file(), name
@@ -41,9 +42,9 @@ def test_from_pretraining_to_a_table(pretraining, finetuning, capsys):
     assert len(list((folder / "scores").glob("*.png"))) == 1
     summary = json.loads((folder / "scores" / "summary.json").read_text())
     assert summary["protocol"]["weights"] == "last.pth after 4 steps"
-    scores = read_scores(folder)
-    assert {name: row["dice"] for name, row in summary["organs"].items()} == pytest.approx(scores["last"])
-    assert list(scores["best"]) == list(scores["last"]) == ORGANS
+    scores = read_validations(folder)
+    assert {name: row["dice"] for name, row in summary["organs"].items()} == pytest.approx(scores.last)
+    assert list(scores.best) == list(scores.last) == ORGANS
     assert [m["epoch"] for m in metrics(config) if "dice_mean" in m] == [1, 3]
     scratch = replace(finetuning, out=str(folder.parent / "scratch"))
     run_segmentation(scratch)
@@ -129,7 +130,7 @@ def test_the_loss_is_that_of_monai():
 
 
 def test_a_label_value_that_is_no_class_stops_before_the_first_step(finetuning, tmp_path):
-    listed = datasets_build.build(finetuning.data, labels=True, splits="auto")
+    listed = datasets_build.build_datalist(finetuning.data, labels=True, splits="auto")
     datalist_json.write_datalist(replace(listed, labels={"background": 0, "liver": 1}), tmp_path / "list.json")
     with pytest.raises(ValueError, match="holds the value 8, but the classes go from 0 to 1"):
         run_segmentation(replace(finetuning, json_list=str(tmp_path / "list.json")))

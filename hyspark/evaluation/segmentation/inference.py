@@ -258,8 +258,8 @@ def to_slanted_grid(scores: Tensor, rotation: np.ndarray, offset: np.ndarray, sh
 def largest_components(labels: np.ndarray, num_classes: int) -> np.ndarray:
     """Keep the largest connected component of each class in a label map (h, w, d); voxels that share a corner touch.
 
-    Of components of one size the first by its first voxel is kept. MONAI's KeepLargestConnectedComponent keeps the last
-    one, and needs scikit-image.
+    Of components of one size the first by its first voxel is kept. MONAI's KeepLargestConnectedComponent keeps
+    another one, and needs scikit-image.
     """
     kept = labels.copy()
     for value, box in enumerate(find_objects(labels, max_label=num_classes - 1), start=1):
