@@ -10,8 +10,8 @@ import torch
 from monai.losses import DiceCELoss
 
 from hyspark.cli.main import main
+from hyspark.data.datasets import build as datasets_build
 from hyspark.data.datasets import datalist_json
-from hyspark.data.datasets import initialise_segmentation as datasets_build
 from hyspark.evaluation.segmentation.inference import load_network
 from hyspark.evaluation.segmentation.scores import read_scores, read_summary
 from hyspark.tasks.pretrain import run_pretraining
@@ -107,14 +107,14 @@ def test_the_background_counts_less_where_the_settings_say_so():
     for weight in (1.0, 0.2):
         loss = DiceAndCrossEntropy(3, weight)
         expected = (weight * dice[0] + dice[1] + dice[2]) / 3 + math.log(3)
-        value = loss(scores, labels, float(loss.weight_of(labels)))
+        value = loss(scores, labels, float(loss.weight_sum(labels)))
         assert value.item() == pytest.approx(expected, rel=1e-5), weight
     wrong = scores.clone()
     wrong[:, 0] = -5.0  # the background's voxels are all wrong, the organ's is half right
     a, b = (torch.nn.functional.cross_entropy(wrong, torch.full((1, 4, 4, 4), c)).item() for c in (0, 2))
     for weight in (1.0, 0.2):
         loss = DiceAndCrossEntropy(3, weight)
-        cross_entropy = loss(wrong, labels, float(loss.weight_of(labels))) - loss.dice(wrong, labels)
+        cross_entropy = loss(wrong, labels, float(loss.weight_sum(labels))) - loss.dice(wrong, labels)
         assert cross_entropy.item() == pytest.approx((weight * 63 * a + b) / (weight * 63 + 1), rel=1e-5)
 
 
@@ -125,11 +125,11 @@ def test_the_loss_is_that_of_monai():
         own = DiceAndCrossEntropy(3, weight)
         options = {"squared_pred": True, "smooth_nr": 0.0, "smooth_dr": 1e-6, "weight": torch.tensor([weight, 1, 1])}
         expected = DiceCELoss(to_onehot_y=True, softmax=True, **options)(scores, labels)
-        torch.testing.assert_close(own(scores, labels, float(own.weight_of(labels))), expected)
+        torch.testing.assert_close(own(scores, labels, float(own.weight_sum(labels))), expected)
 
 
 def test_a_label_value_that_is_no_class_stops_before_the_first_step(finetuning, tmp_path):
-    listed = datasets_build.build(finetuning.data, labels=True, splits="auto")
+    listed = datasets_build.build_datalist(finetuning.data, labels=True, splits="auto")
     datalist_json.write_datalist(replace(listed, labels={"background": 0, "liver": 1}), tmp_path / "list.json")
     with pytest.raises(ValueError, match="holds the value 8, but the classes go from 0 to 1"):
         run_segmentation(replace(finetuning, json_list=str(tmp_path / "list.json")))
