@@ -12,7 +12,7 @@ import study_results
 from measure import machine
 from study_time import Budget, Limit, OutOfTimeError, epochs_that_fit, seeds_at_once, time_limit, warmup_of
 
-from hyspark.comparison.benefit import benefit
+from hyspark.comparison.benefit import run_comparison
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import read_yaml
 from hyspark.config.segmentation import SegmentationConfig
@@ -163,6 +163,6 @@ def finetune(config: SegmentationConfig, out: Path, arguments: Any, after_report
     for seeds in range(step, arguments.max_seeds + step, step):
         wanted = range(min(seeds, arguments.max_seeds))
         where = (out / "benefit", starts, arguments.num_labelled, wanted)
-        if failed := benefit(config, *where, num_at_once=arguments.jobs, after_report=after_report):
+        if failed := run_comparison(config, *where, num_at_once=arguments.jobs, after_report=after_report):
             return failed
     return []

@@ -2,12 +2,13 @@
 
 from typing import Literal, get_args, get_type_hints
 
-from hyspark.cli.parsing import Arguments
+from hyspark.cli.parsing import Arguments, add_settings
 from hyspark.config.pretrain import PretrainConfig
-from hyspark.config.shared import RunSettings
+from hyspark.config.shared import EncoderSettings, RunSettings
 from hyspark.data.settings import Axis, Scaling
 
-DEVICES = get_args(get_type_hints(RunSettings)["device"])
+Part = Literal["", "all", "training", "validation"]
+DEVICE_CHOICES = get_args(get_type_hints(RunSettings)["device"])
 
 
 class DatalistArguments(Arguments):
@@ -33,8 +34,9 @@ class DatalistArguments(Arguments):
 
 
 class CheckArguments(Arguments):
-    """Find everything that is wrong with a data set. Exit codes: 0: no error or warning; 1: some; 2: it could not be
-    checked.
+    """Find everything that is wrong with a data set.
+
+    Exit codes: 0: no error or warning; 1: some; 2: it could not be checked.
 
     Example:
         hyspark check data/Dataset015_BTCV --out check
@@ -62,17 +64,13 @@ class WeightsArguments(Arguments):
     in_channels: int = 0  # Input channels; 0 uses 1, or 3 for a network of timm or torchvision
     out_channels: int = 14  # Classes, background included
     crop_size: tuple[int, ...] = (96,)  # Crop size in voxels, one number or one per axis
-    encoder_widths: tuple[int, ...] = PretrainConfig.encoder_widths  # Channels of the five stages
-    encoder_depths: tuple[int, ...] = PretrainConfig.encoder_depths  # Blocks in each of the five stages
-    expansions: tuple[int, ...] = PretrainConfig.expansions  # Expansion ratio in each of the five stages
-    vit_depth: int = PretrainConfig.vit_depth  # Transformer blocks
-    num_heads: int = PretrainConfig.num_heads  # Attention heads
     decoder: Literal["released", "light"] = "released"  # Decoder of the segmentation network
     decoder_width: int = PretrainConfig.decoder_width  # Channels of the light decoder at its deepest level
     decoder_min_width: int = 0  # Least channels of a level of the light decoder
 
     def configure(self) -> None:
         self.add_argument("path")
+        add_settings(self, EncoderSettings)
 
     def old_spellings(self) -> dict[str, str]:
         return {"in_channel": "in_channels", "n_classes": "out_channels", "img_size": "crop_size"}
@@ -110,12 +108,14 @@ class NetworkArguments(Arguments):
 
     def configure(self) -> None:
         self.add_argument("weights")
-        self.add_argument("--device", choices=DEVICES)
+        self.add_argument("--device", choices=DEVICE_CHOICES)
 
 
 class EvaluateArguments(NetworkArguments):
-    """Score a fine-tuned network on labelled cases. Segmentation: Dice, HD95 and surface Dice per organ, on the labels'
-    own grid. Classification: AUC, accuracy and macro F1.
+    """Score a fine-tuned network on labelled cases.
+
+    Segmentation: Dice, HD95 and surface Dice per organ, on the labels' own grid. Classification: AUC, accuracy and
+    macro F1.
 
     Example:
         hyspark evaluate ckpt/btcv data/Dataset015_BTCV --out ckpt/btcv_scores
@@ -123,9 +123,7 @@ class EvaluateArguments(NetworkArguments):
 
     weights: str  # best.pth of a fine-tuning run, or its run folder
     data: str  # nnU-Net data set (imagesTr, labelsTr), or a decathlon JSON; for a classifier, a folder CLASS/IMAGE
-    part: Literal["", "all", "training", "validation"] = (
-        ""  # Part of a JSON; by default validation if it has one, else all
-    )
+    part: Part = ""  # Part of a JSON; by default validation if the JSON has one, else all
     tolerance: float = 2.0  # Segmentation: tolerance of the normalised surface Dice, in mm
     store_dir: str = ""  # Segmentation: folder of prepared volumes; by default `prepared` in the data folder
 
@@ -135,8 +133,10 @@ class EvaluateArguments(NetworkArguments):
 
 
 class PredictArguments(NetworkArguments):
-    """Predict with a fine-tuned network. Segmentation: a label map for each volume, CASE.nii.gz, in the volume's own
-    geometry. Classification: predictions.csv with the probability of each class.
+    """Predict with a fine-tuned network.
+
+    Segmentation: a label map for each volume, CASE.nii.gz, in the volume's own geometry. Classification:
+    predictions.csv with the probability of each class.
 
     Example:
         hyspark predict ckpt/btcv scans/*.nii.gz --out ckpt/btcv_labels
@@ -152,8 +152,9 @@ class PredictArguments(NetworkArguments):
 
 
 class ClassifyArguments(Arguments):
-    """Write predictions.csv for the images below a folder. If its folders are the classes, also write the scores.
-    `predict` and `evaluate` do the same.
+    """Write predictions.csv for the images below a folder.
+
+    If its folders are the classes, also write the scores. `predict` and `evaluate` do the same.
     """
 
     weights: str  # best.pth of a classification run, or its run folder
@@ -164,7 +165,7 @@ class ClassifyArguments(Arguments):
     def configure(self) -> None:
         self.add_argument("weights")
         self.add_argument("images")
-        self.add_argument("--device", choices=DEVICES)
+        self.add_argument("--device", choices=DEVICE_CHOICES)
 
 
 class PhantomArguments(Arguments):
@@ -217,12 +218,14 @@ class CompareArguments(Arguments):
 
 
 class BenefitArguments(Arguments):
-    """Find out whether pre-training pays: fine-tune from several initial weights with the same seeds, cases and budget,
-    and report the differences. Flags of `hyspark finetune` (--config, --data, --max_steps, ...) go to all runs; with
-    --task classify, those of `hyspark finetune-classifier`.
+    r"""Find out whether pre-training pays.
+
+    Fine-tunes from several initial weights with the same seeds, cases and budget, and reports the differences. Flags of
+    `hyspark finetune` (--config, --data, --max_steps, ...) go to all runs; with --task classify, those of
+    `hyspark finetune-classifier`.
 
     Example:
-        hyspark benefit --config configs/finetune_btcv.yaml --data data/Dataset015_BTCV --out ckpt/benefit \\
+        hyspark benefit --config configs/finetune_btcv.yaml --data data/Dataset015_BTCV --out ckpt/benefit \
             --initial_weights scratch=none own=ckpt/encoder.pth --num_labelled 5 10
     """
 

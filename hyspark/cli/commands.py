@@ -1,6 +1,4 @@
-"""Command lines: flags -> settings -> one call. The scripts at the top level and the `hyspark` command are these
-functions.
-"""
+"""Command lines: flags -> settings -> one call; of the `hyspark` command and the scripts at the top level."""
 
 import sys
 from collections.abc import Sequence
@@ -24,7 +22,9 @@ from hyspark.cli.arguments import (
 from hyspark.cli.parsing import options, parse, present_words, read_config
 from hyspark.config.classification import ClassificationConfig
 from hyspark.config.pretrain import PretrainConfig
-from hyspark.config.segmentation import SegmentationConfig
+from hyspark.config.segmentation import SegmentationConfig, network_options
+from hyspark.config.shared import EncoderSettings
+from hyspark.utils.settings import field_info
 
 
 def datalist(argv: Sequence[str]) -> None:
@@ -65,9 +65,10 @@ def check(argv: Sequence[str]) -> None:
 
     examined, found = check_dataset(Path(args.data), hu_min=args.hu_min, num_workers=args.prepare_workers)
     cost = estimate_preparation(examined, PrepareSettings(spacing=args.spacing, hu_min=args.hu_min))
-    lines = data_check_page.facts(examined, cost, args.spacing)
-    print(data_check_page.text(examined, found.findings, lines))
-    print(f"\nreport {data_check_page.write(Path(args.out), args.data, examined, found.findings, lines, cost)}")
+    lines = data_check_page.data_set_facts(examined, cost, args.spacing)
+    print(data_check_page.data_check_text(examined, found.findings, lines))
+    page = data_check_page.write_data_check(Path(args.out), args.data, examined, found.findings, lines, cost)
+    print(f"\nreport {page}")
     if any(finding.severity != "note" for finding in data_check_page.all_findings(examined, found.findings)):
         sys.exit(1)
 
@@ -98,40 +99,30 @@ def finetune_classifier(argv: Sequence[str]) -> None:
 
 def weights(argv: Sequence[str]) -> None:
     """Print which keys of a weights file fit a network."""
+    args = parse(WeightsArguments(prog="hyspark weights", allow_abbrev=False), argv)
     from hyspark.models.weights.load import load_pretrained
 
-    args = parse(WeightsArguments(prog="hyspark weights", allow_abbrev=False), argv)
-    print(load_pretrained(other_network(args) if args.model else segmentation_network(args), args.path))
+    print(load_pretrained(third_party_network(args) if args.model else segmentation_network(args), args.path))
 
 
 def segmentation_network(args: WeightsArguments) -> Any:
-    """The segmentation network that the flags describe."""
+    """Build the segmentation network that the flags describe."""
     from hyspark.models.segmentation import build_hybird
 
     return build_hybird(
         args.in_channels or 1,
         args.out_channels,
         args.crop_size[0] if len(args.crop_size) == 1 else args.crop_size,
-        widths=args.encoder_widths,
-        depths=args.encoder_depths,
-        expansions=args.expansions,
-        vit_depth=args.vit_depth,
-        num_heads=args.num_heads,
-        decoder=args.decoder,
-        decoder_width=args.decoder_width,
-        decoder_min_width=args.decoder_min_width,
+        **network_options(args),
     )
 
 
-def other_network(args: WeightsArguments) -> Any:
-    """The network of others that the flags name; raises ValueError for flags of the segmentation network."""
+def third_party_network(args: WeightsArguments) -> Any:
+    """Build the third-party network that the flags name; raise ValueError for flags of the segmentation network."""
     from hyspark.models.backbones import build_backbone
 
-    own = [
-        *("out_channels", "encoder_widths", "encoder_depths", "expansions", "vit_depth", "num_heads"),
-        *("decoder", "decoder_width", "decoder_min_width"),
-    ]
-    if given := [name for name in own if getattr(args, name) != getattr(WeightsArguments, name)]:
+    own = ("out_channels", *field_info(EncoderSettings), "decoder", "decoder_width", "decoder_min_width")
+    if given := [name for name in own if getattr(args, name) != args.get_default(name)]:
         raise ValueError(f"{', '.join(given)}: not read for {args.model}, but for the segmentation network; drop them")
     of_images = args.model.startswith(("timm/", "torchvision/"))
     axes = len(args.crop_size) if len(args.crop_size) > 1 else 2 if of_images else 3
@@ -147,7 +138,7 @@ def export(argv: Sequence[str]) -> None:
 
     args = parse(ExportArguments(prog="hyspark export", allow_abbrev=False), argv)
     if args.detectron2 and args.decoder:
-        raise ValueError("--decoder is of pre-training; detectron2 has none, leave it out")
+        raise ValueError("--decoder: not read with --detectron2, which takes no decoder; drop it")
     dtype = {"fp16": torch.float16, "fp32": torch.float32}[args.precision]
     if args.detectron2:
         weights = write_detectron2(args.source, Path(args.out), dtype)
@@ -201,33 +192,23 @@ def slices(argv: Sequence[str]) -> None:
 def compare(argv: Sequence[str]) -> None:
     """Print the scores of fine-tuning runs side by side."""
     args = parse(CompareArguments(prog="hyspark compare", allow_abbrev=False), argv)
-    from hyspark.evaluation.segmentation.evaluate import have_same_cases
-    from hyspark.evaluation.segmentation.scores import read_scores
-    from hyspark.reports.run_page import dice_table
+    from hyspark.comparison.side_by_side import runs_text
 
-    folders = [Path(f) for f in args.folders]
-    unique = len({folder.name for folder in folders}) == len(folders)
-    titles = {folder: folder.name if unique else str(folder) for folder in folders}
-    print("Dice, best weights of each run")
-    print(dice_table({titles[folder]: read_scores(folder)["best"] for folder in folders}, difference=True))
-    if not have_same_cases(folders):
-        print("WARNING: the runs were validated on different cases, so that these numbers cannot be compared")
-    for folder in folders:
-        print(f"{titles[folder]}: report {folder / 'report.html'}, pictures {folder / 'pictures'}")
+    print(runs_text([Path(folder) for folder in args.folders]))
 
 
 def evaluate(argv: Sequence[str]) -> None:
     """Score a fine-tuned network on labelled cases."""
     args = parse(EvaluateArguments(prog="hyspark evaluate", allow_abbrev=False), argv)
     from hyspark.evaluation.classification.scores import metrics_text
-    from hyspark.evaluation.segmentation.scores import text_table
+    from hyspark.evaluation.segmentation.scores import summary_text
     from hyspark.tasks import api
 
     summary = api.evaluate(args.weights, args.data, args.out, device=args.device, **given_options(args)).summary
     if "metrics" in summary:
         print(f"{metrics_text(summary['metrics'])} on {summary['protocol']['num_images']} images")
     else:
-        print(text_table(summary))
+        print(summary_text(summary))
     print(f"scores of each case, protocol and pictures: {args.out}")
 
 
@@ -274,13 +255,12 @@ def benefit(argv: Sequence[str]) -> None:
     base = read_config(config_class, "hyspark benefit", args.extra_args, also=options(parser))
     from hyspark.comparison import benefit as comparison_benefit
 
-    starts = comparison_benefit.read_starts(args.initial_weights)
     try:
-        failed = comparison_benefit.benefit(
+        failed = comparison_benefit.run_comparison(
             base,
             Path(args.out),
-            starts,
-            comparison_benefit.numbers_of(base, args.num_labelled, args.label_fractions),
+            comparison_benefit.read_initial_weights(args.initial_weights),
+            comparison_benefit.labelled_numbers(base, args.num_labelled, args.label_fractions),
             args.seeds,
             num_at_once=args.jobs,
             plan_only=args.plan,

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from hyspark.cli.exit_codes import run
 from hyspark.utils.text import nearest
 
-GROUPS = {
+VERB_GROUPS = {
     "data": {
         "datalist": "Write dataset.json from nnU-Net folders (generate_js.py).",
         "check": "Find everything that is wrong with a data set.",
@@ -34,7 +34,7 @@ GROUPS = {
     },
 }
 """Verbs by purpose, with their help; each is a function of hyspark.cli.commands, with _ for -."""
-VERBS = {verb: text for verbs in GROUPS.values() for verb, text in verbs.items()}
+VERBS = {verb: text for verbs in VERB_GROUPS.values() for verb, text in verbs.items()}
 EARLIER = {"finetune_classify": "finetune-classifier", "classify": "classify"}
 """Verbs of earlier versions, which still work and are not listed, with their present functions."""
 SHELLS = ("bash", "zsh", "tcsh")
@@ -70,7 +70,7 @@ def usage() -> str:
         "       hyspark --version",
         f"       hyspark --completion SHELL      a completion script, for {', '.join(SHELLS)}",
     ]
-    for group, verbs in GROUPS.items():
+    for group, verbs in VERB_GROUPS.items():
         lines += ["", f"{group}:", *(f"  {verb:21s}{text}" for verb, text in verbs.items())]
     return "\n".join(lines)
 

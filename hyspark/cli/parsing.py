@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from inspect import cleandoc
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tap import Tap, to_tap_class
 
@@ -14,7 +14,7 @@ from hyspark.utils.settings import GROUPS, FieldInfo, field_info
 from hyspark.utils.text import nearest
 
 METAVARS = {int: "N", float: "X", str: "TEXT"}
-"""Placeholders in the help, by the type of a value."""
+"""Placeholders of values in the help, by their type."""
 
 
 class Arguments(Tap):
@@ -23,6 +23,23 @@ class Arguments(Tap):
     def old_spellings(self) -> dict[str, str]:
         """Return the earlier spellings of flags, each with the present one, without dashes."""
         return {}
+
+    def _add_argument(self, *flags: str, **known: Any) -> None:
+        """Add a flag; its help is the comment behind the class variable, with the default."""
+        name = flags[0].lstrip("-")
+        if name in self.class_variables:
+            hint = self._annotations[name]
+            default = getattr(self, name, "")
+            text = f"{self.class_variables[name]['comment']}{'' if default is None else default_text(default)}"
+            known.setdefault("help", text.replace("%", "%%"))
+            if (
+                flags[0].startswith("-")
+                and get_origin(hint) is not Literal
+                and hint is not bool
+                and "choices" not in known
+            ):
+                known.setdefault("metavar", metavar_of(hint))
+        super()._add_argument(*flags, **known)
 
     def sections(self) -> dict[str, list[Action]]:
         """Return the flags by section of the help."""
@@ -90,19 +107,13 @@ def present_words(argv: Sequence[str], old: Mapping[str, str]) -> list[str]:
 def config_parser(config_class: type, prog: str) -> Arguments:
     """Make the parser of a verb whose flags are the fields of its settings."""
     base: Any = to_tap_class(config_class)
-    help_texts = field_help(config_class)
     infos: dict[str, FieldInfo] = field_info(config_class)
 
     class Flags(Arguments, base):
         def configure(self) -> None:
             text = "YAML recipe (see configs/); flags override it."
             self.add_argument("--config", type=str, default="", help=text, metavar="YAML")
-            for field in fields(config_class):
-                extra: dict[str, Any] = {"metavar": METAVARS.get(kind_of(field.default))}
-                if isinstance(field.default, bool):
-                    extra = {"action": BooleanOptionalAction}
-                text = f"{help_texts[field.name]}{default_text(field.default)}".replace("%", "%%")
-                self.add_argument(f"--{field.name}", default=field.default, help=text, **extra)
+            add_settings(self, config_class)
 
         def old_spellings(self) -> dict[str, str]:
             return old_spellings(config_class)
@@ -140,14 +151,27 @@ def read_config(config_class: type[ConfigT], prog: str, argv: Sequence[str], als
     return config_class(**{f.name: getattr(args, f.name) for f in fields(config_class)})
 
 
-def kind_of(value: Any) -> type:
-    """Return the type of a default value, or of its elements."""
-    return type(value[0]) if isinstance(value, tuple) and value else str if value == () else type(value)
+def add_settings(parser: Arguments, config_class: Any) -> None:
+    """Make each field of a dataclass of settings a flag."""
+    help_texts, hints = field_help(config_class), get_type_hints(config_class)
+    for field in fields(config_class):
+        hint = hints[field.name]
+        extra: dict[str, Any] = {} if get_origin(hint) is Literal else {"metavar": metavar_of(hint)}
+        if isinstance(field.default, bool):
+            extra = {"action": BooleanOptionalAction}
+        parser._annotations[field.name] = hint  # from which typed-argument-parser takes the type
+        text = f"{help_texts[field.name]}{default_text(field.default)}".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", default=field.default, help=text, **extra)
+
+
+def metavar_of(hint: Any) -> str | None:
+    """Return the placeholder of values of a type, or of its first argument as in tuple[int, ...]."""
+    return METAVARS.get(next((inner for inner in get_args(hint) if inner in METAVARS), hint))
 
 
 def default_text(value: Any) -> str:
     """Write a default value at the end of a help text; nothing for an empty one."""
-    text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    text = " ".join(map(str, value)) if isinstance(value, tuple) else "" if value is False else str(value)
     return f" (default: {text})" if text else ""
 
 

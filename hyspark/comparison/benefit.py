@@ -1,8 +1,7 @@
-"""Does pre-training pay? The same fine-tuning from several starts, at several numbers of labelled cases and seeds.
+"""Whether pre-training pays: the same fine-tuning from several initial weights, numbers of labels and seeds.
 
-Every run is an ordinary fine-tuning run in a process and a folder of its own, <out>/runs/<start>_<labels>_seed<seed>.
-What is finished is not run again and what was interrupted continues, so the same command makes or completes the
-report.
+Every run is an ordinary fine-tuning run in a process and a folder of its own, OUT/runs/WEIGHTS_LABELS_seedSEED.
+Finished runs are kept and interrupted ones continue, so the same command makes or completes the report.
 """
 
 import hashlib
@@ -14,24 +13,32 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hyspark.comparison import classification, segmentation
+from hyspark.comparison.classification import ClassificationRuns
 from hyspark.comparison.jobs import Job, last_step, run_jobs
-from hyspark.comparison.table import Kind, Place, name_of
+from hyspark.comparison.kind import RunKind
+from hyspark.comparison.report import write_benefit
+from hyspark.comparison.segmentation import SegmentationRuns
+from hyspark.comparison.table import RunKey, compare_runs, read_run
 from hyspark.config.classification import ClassificationConfig
 from hyspark.config.recipes import as_plain, differences, read_yaml, write_yaml
 from hyspark.config.segmentation import SegmentationConfig
-from hyspark.evaluation.protocol import SCORE_FILES
+from hyspark.evaluation.protocol import has_score_files
 from hyspark.training.run_folder import checkpoint_file
 from hyspark.utils.atomic import write_json
 from hyspark.utils.processes import available_cores
 from hyspark.utils.settings import field_info
 
-Config = SegmentationConfig | ClassificationConfig
-KINDS: dict[type, Kind] = {SegmentationConfig: segmentation.KIND, ClassificationConfig: classification.KIND}
-"""What is compared, by the class of its settings."""
-
-GIVEN = {"out": "out", "weights": "initial_weights", "seed": "seeds", "num_labelled": "num_labelled", "dry_run": "plan"}
-"""Settings of a run that the comparison gives, and the flag that says them."""
+FineTuningConfig = SegmentationConfig | ClassificationConfig
+RUN_KINDS: dict[type, RunKind] = {SegmentationConfig: SegmentationRuns(), ClassificationConfig: ClassificationRuns()}
+"""Kinds of runs, by the class of their settings."""
+SET_BY_COMPARISON = {
+    "out": "out",
+    "weights": "initial_weights",
+    "seed": "seeds",
+    "num_labelled": "num_labelled",
+    "dry_run": "plan",
+}
+"""Settings of a run that the comparison sets, and its flags for them."""
 COMMAND = (sys.executable, "-c", "from hyspark.cli.main import main; main()")
 
 
@@ -39,24 +46,23 @@ COMMAND = (sys.executable, "-c", "from hyspark.cli.main import main; main()")
 class PlannedRun:
     """A run of the comparison."""
 
-    place: Place
+    key: RunKey
     config: Any
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> RunKind:
         """Segmentation or classification."""
-        return KINDS[type(self.config)]
+        return RUN_KINDS[type(self.config)]
 
     @property
     def scores(self) -> Path:
-        """Where its scores lie: of the test part where there is one, else of the validation part."""
-        return self.kind.scores(self.config)
+        """Folder of its scores: of the test part if there is one, else of the validation part."""
+        return self.kind.scores_folder(self.config)
 
     @property
     def is_finished(self) -> bool:
-        """Whether its scores are there and were made with these settings."""
-        has_scores = all((self.scores / name).is_file() for name in SCORE_FILES)
-        return has_scores and self.has_settings and not self.changes()
+        """Whether its scores exist and were made with these settings."""
+        return has_score_files(self.scores) and self.has_settings and not self.changes()
 
     @property
     def has_settings(self) -> bool:
@@ -64,7 +70,7 @@ class PlannedRun:
         return (self.config.run_folder / "config.yaml").is_file()
 
     def changes(self) -> list[str]:
-        """Settings of its folder that differ from those wanted now."""
+        """List the settings of its folder that differ from the present ones."""
         config_class = type(self.config)
         old = config_class(**read_yaml(self.config.run_folder / "config.yaml", config_class))
         infos = field_info(config_class)
@@ -74,10 +80,10 @@ class PlannedRun:
         return list(dict.fromkeys(found))
 
 
-def benefit(
-    base: Config,
+def run_comparison(
+    base: FineTuningConfig,
     out: Path,
-    starts: Mapping[str, str],
+    initial_weights: Mapping[str, str],
     num_labelled: Sequence[int],
     seeds: Sequence[int],
     *,
@@ -85,121 +91,137 @@ def benefit(
     plan_only: bool = False,
     after_report: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """Make what is missing of the runs, so many at once, and the report in `out`; returns the names of failed runs.
+    """Run what is missing of the comparison, and write the report.
 
-    base: what all runs share. starts: of `read_starts`. plan_only: print the runs and their state, run and write
-    nothing. after_report: called whenever the report has been written. Raises, before the first run, ValueError or
-    FileNotFoundError for settings, weights and data that do not fit, and for runs in `out` that were made with other
-    ones.
+    Args:
+        base: Settings of all runs.
+        out: Folder of the runs and the report.
+        initial_weights: By name, a file of weights, or "none"; the first is the baseline.
+        num_labelled: Numbers of labelled training samples.
+        seeds: Seeds.
+        num_at_once: Number of runs side by side.
+        plan_only: Whether the runs and their progress are only printed.
+        after_report: Called whenever the report was written.
+
+    Returns:
+        The names of failed runs.
+
+    Raises:
+        FileNotFoundError: Weights or data are missing; raised before the first run.
+        ValueError: Settings, weights and data do not fit each other, or runs in `out` were made with other ones; raised
+            before the first run.
     """
-    runs = plan(base, out, starts, num_labelled, seeds, num_at_once)
+    runs = plan_runs(base, out, initial_weights, num_labelled, seeds, num_at_once)
     check_folders(runs)
-    digests = check_weights(out, starts)
+    digests = check_weights(out, initial_weights)
     if plan_only:
-        print("\n".join(f"{name_of(run.place):40s} {state(run)}" for run in runs))
+        print("\n".join(f"{run.key.folder:40s} {progress_text(run)}" for run in runs))
         return []
     todo = [run for run in runs if not run.is_finished]
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished; output in {out / 'runs'}/*/log.txt")
-    kind, defaults = KINDS[type(base)], as_plain(type(base)())
+    kind = RUN_KINDS[type(base)]
     if todo:
-        data = check_data_digest(out, kind.digest(base))
-        kind.check_data([run.config for run in todo], starts)
+        data = check_data_digest(out, kind.data_digest(base))
+        kind.check_data([run.config for run in todo], initial_weights)
         write_json(out / "data.json", {"digest": data})
     write_json(out / "starts.json", digests)
-    matters = {name for name, info in field_info(type(base)).items() if info.affects_results} - GIVEN.keys()
-    recipe = {k: v for k, v in as_plain(runs[0].config).items() if k in matters and v != defaults[k]}
-    scored_on = "test" if runs[0].scores.name.endswith("test") else "validation"
-    more = {
-        "scored_on": scored_on,
-        "recipe": recipe,
-        "digests": {name: digests[name] for name in starts if name in digests},
-    }
 
     def report() -> None:
-        make_report(kind, runs, out, starts, more)
+        report_finished(kind, runs, out, initial_weights, digests)
         after_report()
 
     if len(todo) < len(runs):
-        report()  # first, since what is finished may not go together
-    failed = run_jobs([job(run) for run in todo], num_at_once, report)
+        report()  # first, since finished runs may not fit each other
+    failed = run_jobs([job_of(run) for run in todo], num_at_once, report)
     report()
     print(f"report {out / 'benefit.md'}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return failed
 
 
-def read_starts(words: Sequence[str]) -> dict[str, str]:
-    """NAME=FILE words as a dictionary; a FILE of none is from scratch. Raises ValueError for what is not that."""
-    starts: dict[str, str] = {}
+def read_initial_weights(words: Sequence[str]) -> dict[str, str]:
+    """Read NAME=FILE words as a dictionary; NAME=none is a random initialisation.
+
+    Raises:
+        ValueError: A word is no such pair, or a name comes twice.
+    """
+    found: dict[str, str] = {}
     for word in words:
         name, _, path = word.partition("=")
         if not path or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ValueError(
-                f"a start is NAME=FILE, or NAME=none for one from scratch, with a name of letters, digits, '.', '_' "
-                f"and '-'; got {word!r}"
+                "--initial_weights: expected NAME=FILE, or NAME=none for a random initialisation, with a name of "
+                f"letters, digits, '.', '_' and '-'; got {word!r}"
             )
-        if name in starts:
-            raise ValueError(f"two starts have the name {name!r}")
-        starts[name] = path
-    return starts
+        if name in found:
+            raise ValueError(f"--initial_weights: expected each name once, got {name!r} twice")
+        found[name] = path
+    return found
 
 
-def numbers_of(base: Config, num_labelled: Sequence[int], fractions: Sequence[float]) -> list[int]:
-    """Numbers of labelled cases: as given, or those that are so large a share of the training cases.
+def labelled_numbers(base: FineTuningConfig, num_labelled: Sequence[int], fractions: Sequence[float]) -> list[int]:
+    """Return the numbers of labelled training samples, as given or as fractions of all.
 
-    Raises ValueError where both are given, or none, a share is none, or two are the same number.
+    Raises:
+        ValueError: Both are given, or none; a fraction is not within 0 to 1; or two fractions give one number.
     """
     if bool(num_labelled) == bool(fractions):
         raise ValueError("name the numbers of labelled cases by one of --num_labelled and --label_fractions")
     if not fractions:
         return list(num_labelled)
     if not 0 < min(fractions) <= max(fractions) <= 1:
-        raise ValueError(f"--label_fractions are above 0 and at most 1, but got {list(fractions)}")
-    num = KINDS[type(base)].num_training(base)
+        raise ValueError(f"--label_fractions: expected fractions above 0 and at most 1, got {list(fractions)}")
+    num = RUN_KINDS[type(base)].num_training(base)
     numbers = [max(1, round(fraction * num)) for fraction in fractions]
     if len(set(numbers)) < len(numbers):
         raise ValueError(
-            f"of {num} training cases, --label_fractions {list(fractions)} are {numbers}: some are the same"
+            f"--label_fractions: of {num} training cases, {list(fractions)} are {numbers}; expected different numbers"
         )
     return numbers
 
 
-def plan(
-    base: Config,
+def plan_runs(
+    base: FineTuningConfig,
     out: Path,
-    starts: Mapping[str, str],
+    initial_weights: Mapping[str, str],
     num_labelled: Sequence[int],
     seeds: Sequence[int],
     num_at_once: int,
 ) -> list[PlannedRun]:
-    """All runs in the order in which they tell most early: seed by seed, few labels first, the starts side by side.
+    """List all runs in the order of early insight: seed by seed, few labels first, initial weights side by side.
 
-    Raises ValueError for settings that do not fit.
+    Raises:
+        ValueError: Settings do not fit.
     """
     defaults = type(base)()
-    for name, flag in GIVEN.items():
+    for name, flag in SET_BY_COMPARISON.items():
         if getattr(base, name) != getattr(defaults, name):
-            raise ValueError(f"{name} is given to each run of a comparison by --{flag}; take it out of the recipe")
+            raise ValueError(f"{name}: set for each run of a comparison by --{flag}; take it out of the recipe")
     if base.label_fraction != defaults.label_fraction:
-        raise ValueError("a comparison takes numbers of cases (--num_labelled), not label_fraction")
-    for flag, values in (("num_labelled", num_labelled), ("seeds", seeds), ("starts", list(starts))):
+        raise ValueError("label_fraction: a comparison takes --num_labelled or --label_fractions; drop label_fraction")
+    lists = {"num_labelled": num_labelled, "seeds": seeds, "initial_weights": list(initial_weights)}
+    for flag, values in lists.items():
         if not values or len(set(values)) != len(values):
-            raise ValueError(f"--{flag} takes one value or more, each once, but got {list(values)}")
+            raise ValueError(f"--{flag}: expected one value or more, each once, got {list(values)}")
     if min(num_labelled) < 1 or num_at_once < 1:
-        raise ValueError(f"--num_labelled and --jobs are at least 1, but got {list(num_labelled)} and {num_at_once}")
+        raise ValueError(f"--num_labelled, --jobs: expected 1 or more, got {list(num_labelled)} and {num_at_once}")
     if num_at_once > 1 and base.dataloader_workers < 0:
         base = replace(base, dataloader_workers=max(1, min(8, available_cores() // num_at_once)))
-    places = [Place(start, n, seed) for seed in seeds for n in sorted(num_labelled) for start in starts]
-    return [PlannedRun(place, settings(base, out, place, starts[place.start])) for place in places]
+    keys = [RunKey(name, n, seed) for seed in seeds for n in sorted(num_labelled) for name in initial_weights]
+    return [PlannedRun(key, run_settings(base, out, key, initial_weights[key.weights])) for key in keys]
 
 
-def settings(base: Config, out: Path, place: Place, weights: str) -> Config:
-    """The settings of one run."""
-    folder = str(out / "runs" / name_of(place))
-    return replace(base, out=folder, weights=weights, seed=place.seed, num_labelled=place.num_labelled)
+def run_settings(base: FineTuningConfig, out: Path, key: RunKey, weights: str) -> FineTuningConfig:
+    """Return the settings of one run."""
+    folder = str(out / "runs" / key.folder)
+    return replace(base, out=folder, weights=weights, seed=key.seed, num_labelled=key.num_labelled)
 
 
 def check_folders(runs: Sequence[PlannedRun]) -> None:
-    """Raises ValueError where a run's folder holds weights or scores that were made with other settings."""
+    """Check that the folders of runs hold no weights or scores of other settings.
+
+    Raises:
+        ValueError: One does.
+    """
     for run in runs:
         folder = run.config.run_folder
         is_used = checkpoint_file(run.config).is_file() or run.scores.is_dir()
@@ -210,18 +232,20 @@ def check_folders(runs: Sequence[PlannedRun]) -> None:
             )
 
 
-def check_weights(out: Path, starts: Mapping[str, str]) -> dict[str, str]:
-    """Digests of the starts' files, those that earlier calls noted in `out` included.
+def check_weights(out: Path, initial_weights: Mapping[str, str]) -> dict[str, str]:
+    """Compute the digests of the initial weights, and add those that earlier calls recorded in `out`.
 
-    Raises FileNotFoundError for a missing file; ValueError where a file is not what it was in an earlier call.
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: The content of a file has changed since an earlier call.
     """
-    noted = out / "starts.json"
-    digests: dict[str, str] = json.loads(noted.read_text()) if noted.is_file() else {}
-    for name, weights in starts.items():
+    record = out / "starts.json"
+    digests: dict[str, str] = json.loads(record.read_text()) if record.is_file() else {}
+    for name, weights in initial_weights.items():
         if weights == "none":
             continue
         if not Path(weights).is_file():
-            raise FileNotFoundError(f"no weights at {weights}, named by --initial_weights {name}={weights}")
+            raise FileNotFoundError(f"--initial_weights {name}={weights}: no such file")
         digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
         if digests.setdefault(name, digest) != digest:
             raise ValueError(
@@ -232,34 +256,57 @@ def check_weights(out: Path, starts: Mapping[str, str]) -> dict[str, str]:
 
 
 def check_data_digest(out: Path, digest: str) -> str:
-    """The digest; raises ValueError where an earlier call noted another one in `out`."""
-    noted = out / "data.json"
-    known = json.loads(noted.read_text())["digest"] if noted.is_file() else digest
+    """Compare the digest of the data with the one that an earlier call recorded in `out`.
+
+    Returns:
+        The digest.
+
+    Raises:
+        ValueError: They differ.
+    """
+    record = out / "data.json"
+    known = json.loads(record.read_text())["digest"] if record.is_file() else digest
     if known != digest:
         raise ValueError(
-            f"the data is not what runs in {out} were made with: images, labels, or which of them are to train on, to "
-            f"validate on and to score have changed (digest was {known}, is {digest}); name another --out"
+            f"the data is not that of the runs in {out}: images, labels, or the lists of training, validation and test "
+            f"cases have changed (digest was {known}, is {digest}); name another --out"
         )
     return digest
 
 
-def job(run: PlannedRun) -> Job:
-    """The process that makes a run, from the settings that it leaves in the run's folder."""
+def job_of(run: PlannedRun) -> Job:
+    """Write the settings of a run into its folder, and return the job that makes the run."""
     recipe = run.config.run_folder / "config.yaml"
     write_yaml(run.config, recipe)
     command = [*COMMAND, run.kind.verb, "--config", str(recipe)]
-    return Job(name_of(run.place), command, run.config.run_folder, lambda: run.is_finished)
+    return Job(run.key.folder, command, run.config.run_folder, lambda: run.is_finished)
 
 
-def state(run: PlannedRun) -> str:
-    """How far a run is."""
+def progress_text(run: PlannedRun) -> str:
+    """Write the progress of a run."""
     step = last_step(run.config.run_folder / "metrics.jsonl")
     return "finished" if run.is_finished else f"begun, at{step}" if step else "to do"
 
 
-def make_report(
-    kind: Kind, runs: Sequence[PlannedRun], out: Path, starts: Mapping[str, str], more: Mapping[str, Any]
+def report_finished(
+    kind: RunKind,
+    runs: Sequence[PlannedRun],
+    out: Path,
+    initial_weights: Mapping[str, str],
+    digests: Mapping[str, str],
 ) -> None:
-    """Write the report of what is finished. more: goes along with the numbers."""
-    finished = {run.place: run.config for run in runs if run.is_finished}
-    kind.report(out, finished, [run.place for run in runs], starts, more)
+    """Write the report of the finished runs."""
+    finished = {
+        run.key: read_run(run.scores, run.config.run_folder / "metrics.jsonl", kind.samples_per_step(run.config))
+        for run in runs
+        if run.is_finished
+    }
+    config = runs[0].config
+    infos, defaults = field_info(type(config)), as_plain(type(config)())
+    matters = {name for name, info in infos.items() if info.affects_results} - SET_BY_COMPARISON.keys()
+    numbers = compare_runs(kind, finished, [run.key for run in runs], initial_weights) | {
+        "scored_on": "test" if runs[0].scores.name.endswith("test") else "validation",
+        "recipe": {k: v for k, v in as_plain(config).items() if k in matters and v != defaults[k]},
+        "digests": {name: digests[name] for name in initial_weights if name in digests},
+    }
+    write_benefit(out, kind, numbers)

@@ -1,14 +1,7 @@
-"""Fine-tuning runs from several starts compared: their scores and times, and what differs with how much certainty.
+"""Segmentation runs compared: Dice, surfaces and missed organs, with intervals over cases and seeds."""
 
-Everything that a report says is in the one dictionary that `compare` returns; see `hyspark.comparison.bootstrap` for
-the intervals. Distances are in mm, Dice and NSD shares of 1.
-"""
-
-import csv
-import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +10,15 @@ import numpy as np
 import torch
 
 from hyspark.comparison.bootstrap import interval, organ_means, paired_difference, seed_means, weighted_mean
-from hyspark.comparison.report import write_benefit
-from hyspark.comparison.table import Kind, Place, budget, by_name, name_of, steps_and_seconds, tabulate
+from hyspark.comparison.kind import RunKind
+from hyspark.comparison.report import cell_of, number, with_interval
+from hyspark.comparison.table import by_name
 from hyspark.config.segmentation import SegmentationConfig, check_decoder
 from hyspark.data.datasets.cases import cases_digest
 from hyspark.data.preprocessing.prepare import files_exist
+from hyspark.evaluation.score_table import ScoreTable
 from hyspark.evaluation.segmentation.evaluate import find_labelled
+from hyspark.evaluation.segmentation.metrics import ORGAN_METRICS
 from hyspark.evaluation.segmentation.test_cases import prepare_held_out
 from hyspark.tasks.segmentation import initialise_segmentation
 from hyspark.training.distributed import Processes
@@ -30,157 +26,157 @@ from hyspark.training.initial_weights import load_volume_weights
 from hyspark.training.labelled_cases import find_labelled_cases, label_fault
 from hyspark.training.run_volumes import prepare_run_volumes
 from hyspark.utils.digests import text_digest
-from hyspark.utils.text import listing
+from hyspark.utils.tables import markdown_table
 
-METRICS = ("dice", "nsd", "hd95_mm")
-MISSED = "missed"  # share of (case, organ) pairs with an organ of which nothing was found
-
-
-@dataclass(frozen=True)
-class ScoredRun:
-    """A finished run. scores: of each metric, by (case, organ), as far as they are defined. seconds: of its training
-    steps.
-    """
-
-    scores: Mapping[str, Mapping[tuple[str, str], float]]
-    protocol: Mapping[str, Any]
-    steps: int
-    seconds: float
-
-
-def read_run(scores: Path, metrics: Path, crops_per_step: int) -> ScoredRun:
-    """A run from its scores' folder (cases.csv, summary.json) and its metrics.jsonl. An organ that the truth of a case
-    does not hold has no scores there.
-
-    Raises FileNotFoundError where a file is missing; ValueError, naming the file, where a column or number is wrong.
-    """
-    found: dict[str, dict[tuple[str, str], float]] = {name: {} for name in (*METRICS, MISSED)}
-    path = scores / "cases.csv"
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            try:
-                key = (row["case"], row["organ"])
-                if not int(row["truth_voxels"]):
-                    continue
-                for name in METRICS:
-                    if row[name]:
-                        found[name][key] = float(row[name])
-                found[MISSED][key] = float(int(row["predicted_voxels"]) == 0)
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{path}: expected case, organ, truth_voxels, predicted_voxels and {', '.join(METRICS)} in each "
-                    f"line, but {dict(row)} is not that ({error}); remove the run's folder to have it made again"
-                ) from error
-    protocol = json.loads((scores / "summary.json").read_text())["protocol"]
-    return ScoredRun(found, protocol, *steps_and_seconds(metrics, crops_per_step))
+MISSED = "missed"
+"""Metric: 1 where the truth holds an organ of which no voxel is predicted, else 0."""
+PUBLISHED = (
+    (
+        "Official HySparK weights, fine-tuned by other authors, at 1 / 10 / 100 % of the labels",
+        "AMOS 34.5 / 64.3 / 85.6; FLARE22 37.5 / 73.6 / 82.4; BTCV 35.8 / 51.5 / -; SegTHOR 58.8 / 84.0 / 88.7",
+        "MedGMAE, submission to ICLR 2026, table 1 (https://openreview.net/forum?id=Z2XIRLv535)",
+    ),
+    (
+        "In the same table, BTCV at 1 / 10 / 100 % of the labels",
+        "MAE 62.0 / 75.0 / -; VoCo 73.2 / 77.9 / 83.9",
+        "the same",
+    ),
+    (
+        "BTCV in the protocol of VoCo's authors",
+        "from scratch 82.79; SwinUNETR-SSL 82.58; SuPreM 85.32; VoCo 86.64",
+        "https://github.com/Luffy03/Large-Scale-Medical, Downstream/monai/BTCV",
+    ),
+    (
+        "SparK in 3D (S3D, CVPR 2025), mean of 11 data sets",
+        "from scratch 70.40; pre-trained 72.37",
+        "arXiv 2410.23132",
+    ),
+)
+"""Results in the literature: what, Dice in %, source."""
 
 
-def compare(runs: Mapping[Place, ScoredRun], planned: Sequence[Place], starts: Mapping[str, str]) -> dict[str, Any]:
-    """All numbers of a comparison.
+class SegmentationRuns(RunKind):
+    """Runs of `hyspark finetune`."""
 
-    runs: the finished ones of those `planned`. starts: name -> weights; the first is what the others are compared
-    with. A mean is over the seeds that are finished; a difference over those that are finished on both sides, and what
-    that leaves out is named. Raises ValueError where runs were not scored on the same cases.
-    """
-    scored_on: list[str] = []
-    for place, run in runs.items():
-        own = sorted({case for case, _ in run.scores[MISSED]})
-        scored_on = scored_on or own
-        if own != scored_on:
-            raise ValueError(
-                f"{name_of(place)} was scored on other cases than the runs before it: {listing(own)}; not on "
-                f"{listing(scored_on)}. Remove the folder of the run that is wrong, and it is made again"
+    verb = "finetune"
+    samples = "cases"
+    metrics = (*ORGAN_METRICS, MISSED)
+    shown = {"dice": "Dice"}  # noqa: RUF012
+    reading = """\
+Dice is the mean over organs (background excluded) of the mean over the cases that hold the organ, then the mean over
+seeds; in parentheses its range over seeds. A difference is over pairs: the same seed (so the same labelled cases,
+batches and random initialisation) and the same scored case on both sides. In brackets is its 95 % bootstrap interval,
+seeds and cases resampled with pairs kept; bold where it excludes 0. With few seeds it is too narrow where seeds differ
+more than cases do (three seeds: it may hold the true value in three of four repeats only), and with one seed it holds
+for that seed alone. Intervals of organs are not corrected for their number. HD95 has no value where no voxel of an
+organ was predicted, so it flatters weights that miss organs: read it with the fraction of missed organs."""
+
+    def scores_folder(self, config: SegmentationConfig) -> Path:
+        return config.run_folder / ("scores_test" if config.test_dir else "scores")
+
+    def samples_per_step(self, config: SegmentationConfig) -> int:
+        return config.batch_size * config.crops_per_volume
+
+    def num_training(self, config: SegmentationConfig) -> int:
+        return len(find_labelled_cases(config)[0])
+
+    def data_digest(self, config: SegmentationConfig) -> str:
+        training, validation, _ = find_labelled_cases(replace(config, num_labelled=0, label_fraction=1.0))
+        test = find_labelled(Path(config.test_dir), "all").cases if config.test_dir else []
+        return text_digest(
+            cases_digest([case for case in cases if files_exist(case)]) for cases in (training, validation, test)
+        )
+
+    def check_data(self, configs: Sequence[SegmentationConfig], initial_weights: Mapping[str, str]) -> None:
+        """Check data and weights, and prepare the volumes, which runs side by side would all prepare."""
+        check_decoder(configs[0])
+        largest = {config.seed: config for config in sorted(configs, key=lambda config: config.num_labelled)}
+        found = [(config, *find_labelled_cases(config)) for config in largest.values()]
+        config, _, _, names = found[0]
+        for name, weights in initial_weights.items():
+            if weights != "none":
+                network = initialise_segmentation(config, len(names))
+                print(f"initial weights {name}: {weights}\n{load_volume_weights(network, weights, config)}")
+        processes = Processes(torch.device("cpu"))
+        for config, training, validation, _ in found:
+            prepare_run_volumes(
+                config, processes, Path(config.data), training, validation, partial(label_fault, names=names)
             )
-    keys = dict.fromkeys(key for run in runs.values() for key in run.scores["dice"])
-    cases, organs = (list(dict.fromkeys(key[i] for key in keys)) for i in (0, 1))
-    cells = partial(describe, cases=cases, organs=organs), partial(differ, cases=cases, organs=organs)
-    return tabulate(runs, planned, starts, *cells, cases=cases, organs=organs)
+        prepare_held_out(config, processes, names)
 
+    def comparable(self, table: ScoreTable) -> ScoreTable:
+        """Keep the scores of organs that the truth holds, and say which organs were missed.
 
-def describe(runs: Mapping[int, ScoredRun], cases: Sequence[str], organs: Sequence[str]) -> dict[str, Any]:
-    """Of one start and count: each metric's mean with interval, by seed and by organ; steps and minutes of a run."""
-    found: dict[str, Any] = {}
-    for metric in (*METRICS, MISSED):
-        scores = stacked(runs.values(), metric, cases, organs)
-        organ_scores = weighted_mean(organ_means(scores).T, np.ones(len(runs)))
-        found[metric] = asdict(interval(scores)) | {
-            "by_seed": by_name(map(str, runs), seed_means(scores)),
-            "by_organ": by_name(organs, organ_scores),
-        }
-    return found | budget(runs)
+        Cases without any organ and organs without any case are dropped. Organs are in the order in which cases hold
+        them.
+        """
+        held = table.values["truth_voxels"] > 0
+        values = {metric: np.where(held, table.values[metric], np.nan) for metric in ORGAN_METRICS}
+        values[MISSED] = np.where(held, table.values["predicted_voxels"] == 0, np.nan)
+        cases = [table.cases[i] for i in np.flatnonzero(held.any(1))]
+        first = held.argmax(0)
+        order = sorted(np.flatnonzero(held.any(0)), key=lambda organ: (first[organ], organ))
+        return ScoreTable(table.cases, table.targets, values).take(cases, [table.targets[organ] for organ in order])
 
+    def names(self, cases: Sequence[str], targets: Sequence[str]) -> dict[str, Any]:
+        published = [dict(zip(("what", "dice_percent", "source"), row, strict=True)) for row in PUBLISHED]
+        return {"cases": cases, "organs": targets, "published_elsewhere_not_comparable": published}
 
-def differ(
-    own: Mapping[int, ScoredRun], other: Mapping[int, ScoredRun], cases: Sequence[str], organs: Sequence[str]
-) -> dict[str, Any]:
-    """One start minus another, by seed and case: each metric with its interval; of Dice, each organ too."""
-    both = [seed for seed in own if seed in other]
-    found: dict[str, Any] = {}
-    for metric in (*METRICS, MISSED):
-        a, b = (stacked([side[seed] for seed in both], metric, cases, organs) for side in (own, other))
-        found[metric] = asdict(paired_difference(a, b))
+    def mean(self, tables: Sequence[ScoreTable], metric: str, targets: Sequence[str]) -> dict[str, Any]:
+        scores = stack_scores(tables, metric, len(targets))
+        organs = weighted_mean(organ_means(scores).T, np.ones(len(tables)))
+        return asdict(interval(scores)) | {"by_seed": seed_means(scores), "by_organ": by_name(targets, organs)}
+
+    def difference(
+        self, own: Sequence[ScoreTable], baseline: Sequence[ScoreTable], metric: str, targets: Sequence[str]
+    ) -> dict[str, Any]:
+        a, b = (stack_scores(side, metric, len(targets)) for side in (own, baseline))
+        found: dict[str, Any] = asdict(paired_difference(a, b))
         if metric == "dice":
-            each = [paired_difference(a[:, :, [i]], b[:, :, [i]]) for i in range(len(organs))]
-            found[metric]["by_organ"] = {organ: asdict(e) for organ, e in zip(organs, each, strict=True)}
-    return found
+            organs = [paired_difference(a[:, :, [i]], b[:, :, [i]]) for i in range(len(targets))]
+            found["by_organ"] = {organ: asdict(each) for organ, each in zip(targets, organs, strict=True)}
+        return found
+
+    def sections(self, numbers: Mapping[str, Any]) -> list[str]:
+        parts = ["## Organs"]
+        for count in numbers["num_labelled"]:
+            parts += [f"Dice, %, with {count} labelled cases:", markdown_table(organ_rows(numbers, count))]
+        return [*parts, "## Surfaces, and missed organs", markdown_table(surface_rows(numbers))]
+
+    def appendix(self) -> list[str]:
+        return [
+            "## Published elsewhere: not comparable",
+            "Other data, splits, networks, budgets and ways to score: quoted to know the field, not to be compared "
+            "with the figures above.",
+            markdown_table([["what", "Dice, %", "source"], *map(list, PUBLISHED)]),
+        ]
 
 
-def stacked(runs: Iterable[ScoredRun], metric: str, cases: Sequence[str], organs: Sequence[str]) -> np.ndarray:
-    """Scores (runs, cases, organs), NaN where there is none."""
-    rows = [[[run.scores[metric].get((c, o), math.nan) for o in organs] for c in cases] for run in runs]
-    return np.array(rows, dtype=float).reshape(len(rows), len(cases), len(organs))
+def stack_scores(tables: Sequence[ScoreTable], metric: str, num_targets: int) -> np.ndarray:
+    """Stack a metric of runs on the same cases, (runs, cases, organs); NaN where there is no score."""
+    return np.stack([table.values[metric] for table in tables]) if tables else np.empty((0, 0, num_targets))
 
 
-def scores_folder(config: SegmentationConfig) -> Path:
-    """Of the cases in test_dir where there is one, else of the validation cases."""
-    return config.run_folder / ("scores_test" if config.test_dir else "scores")
+def organ_rows(numbers: Mapping[str, Any], count: int) -> list[list[str]]:
+    """Format a row for each organ: the Dice of all initial weights, and their differences to the baseline."""
+    names = list(numbers["starts"])
+    cells = [cell_of(numbers, name, count) for name in names]
+    rows = [["organ", *names, *(f"{name} minus {numbers['baseline']}, points" for name in names[1:])]]
+    for organ in numbers["organs"]:
+        row = [organ, *(number(100 * cell["dice"]["by_organ"][organ]) for cell in cells)]
+        rows.append([*row, *(with_interval(cell["difference"]["dice"]["by_organ"][organ]) for cell in cells[1:])])
+    return rows
 
 
-def num_training(config: SegmentationConfig) -> int:
-    """Labelled training cases."""
-    return len(find_labelled_cases(config)[0])
-
-
-def digest(config: SegmentationConfig) -> str:
-    """Of the names and files of all cases to train on, to validate on and to score further, in 12 digits."""
-    training, validation, _ = find_labelled_cases(replace(config, num_labelled=0, label_fraction=1.0))
-    further = find_labelled(Path(config.test_dir), "all").cases if config.test_dir else []
-    parts = [cases_digest([c for c in part if files_exist(c)]) for part in (training, validation, further)]
-    return text_digest(parts)
-
-
-def check_data(configs: Sequence[SegmentationConfig], starts: Mapping[str, str]) -> None:
-    """Look at the data and load each start once, and prepare the volumes, which runs side by side would all make.
-
-    Raises ValueError or FileNotFoundError for data or weights that do not fit.
-    """
-    check_decoder(configs[0])
-    largest = {config.seed: config for config in sorted(configs, key=lambda config: config.num_labelled)}
-    found = [(config, *find_labelled_cases(config)) for config in largest.values()]
-    config, _, _, names = found[0]
-    for name, weights in starts.items():
-        if weights != "none":
-            network = initialise_segmentation(config, len(names))
-            print(f"start {name}: {weights}\n{load_volume_weights(network, weights, config)}")
-    here = Processes(torch.device("cpu"))
-    for config, training, validation, _ in found:
-        prepare_run_volumes(config, here, Path(config.data), training, validation, partial(label_fault, names=names))
-    prepare_held_out(config, here, names)
-
-
-def report(
-    out: Path,
-    finished: Mapping[Place, SegmentationConfig],
-    planned: Sequence[Place],
-    starts: Mapping[str, str],
-    more: Mapping[str, Any],
-) -> None:
-    """Dice, surfaces and missed organs against the number of labelled cases."""
-    scored = {
-        place: read_run(scores_folder(c), c.run_folder / "metrics.jsonl", c.batch_size * c.crops_per_volume)
-        for place, c in finished.items()
-    }
-    write_benefit(out, compare(scored, planned, starts) | dict(more))
-
-
-KIND = Kind("finetune", scores_folder, num_training, digest, check_data, report)
+def surface_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
+    """Format a row for each cell: NSD and HD95 with their differences to the baseline, and missed organs."""
+    minus = f"minus {numbers['baseline']}"
+    heading = ["labelled cases", "initial weights", "NSD, %", f"{minus}, points", "HD95, mm", f"{minus}, mm"]
+    rows = [[*heading, "missed, %"]]
+    for cell in numbers["cells"]:
+        row = [str(cell["num_labelled"]), cell["start"]]
+        for metric, scale in (("nsd", 100), ("hd95_mm", 1)):
+            difference = with_interval(cell["difference"][metric], scale) if "difference" in cell else ""
+            row += [number(scale * cell[metric]["mean"]), difference]
+        rows.append([*row, number(100 * cell[MISSED]["mean"])])
+    return rows

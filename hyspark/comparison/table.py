@@ -1,128 +1,161 @@
-"""What is common to comparisons of any kind of run: places, means, budgets, names."""
+"""The numbers of a comparison: finished runs read, paired, and summed up in a cell per initial weights and budget.
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+benefit.json holds them. In its keys, "starts" are initial weights, and "left_out" are seeds without a pair.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
-from hyspark.evaluation.protocol import TRAINED_ON
+from hyspark.comparison.kind import RunKind
+from hyspark.evaluation.protocol import TRAINED_ON, read_summary
+from hyspark.evaluation.score_table import ScoreTable, read_score_table
 from hyspark.training.metrics_log import read_metrics
+from hyspark.utils.text import listing
 
 
-class Place(NamedTuple):
-    """Which run of a comparison."""
+class RunKey(NamedTuple):
+    """Key of a run in a comparison.
 
-    start: str
+    Attributes:
+        weights: Name of the initial weights.
+        num_labelled: Number of labelled training samples.
+        seed: Seed of the run.
+    """
+
+    weights: str
     num_labelled: int
     seed: int
 
-
-class AnyRun(Protocol):
-    """What comparisons ask of finished runs of all kinds."""
-
     @property
-    def protocol(self) -> Mapping[str, Any]:
-        """How it was scored."""
-
-    @property
-    def steps(self) -> int:
-        """Of training."""
-
-    @property
-    def seconds(self) -> float:
-        """Of its training steps."""
+    def folder(self) -> str:
+        """Name of the run's folder."""
+        return f"{self.weights}_{self.num_labelled}_seed{self.seed}"
 
 
-RunT = TypeVar("RunT", bound=AnyRun)
+@dataclass(frozen=True)
+class ScoredRun:
+    """A finished run.
 
-
-def steps_and_seconds(metrics: Path, samples_per_step: int) -> tuple[int, float]:
-    """Steps of a run and the seconds that they took, from its metrics.jsonl."""
-    speeds = [line["samples_per_second"] for line in read_metrics(metrics) if line.get("samples_per_second")]
-    return len(speeds), sum(samples_per_step / speed for speed in speeds)
-
-
-def tabulate(
-    runs: Mapping[Place, RunT],
-    planned: Sequence[Place],
-    starts: Mapping[str, str],
-    describe: Callable[[Mapping[int, RunT]], dict[str, Any]],
-    differ: Callable[[Mapping[int, RunT], Mapping[int, RunT]], dict[str, Any]],
-    **more: Any,
-) -> dict[str, Any]:
-    """What comparisons of all kinds have in common: a cell for each start and number of labels, and what is missing.
-
-    describe: of the runs of a cell, by seed. differ: of such runs and those of the first start. more: goes along.
+    Attributes:
+        table: Its scores.
+        protocol: How they were measured.
+        steps: Steps of training.
+        seconds: Duration of these steps.
     """
-    baseline = next(iter(starts))
-    names = [Place(*place) for place in planned]
-    counts, seeds = (sorted({getattr(place, field) for place in names}) for field in ("num_labelled", "seed"))
+
+    table: ScoreTable
+    protocol: Mapping[str, Any]
+    steps: int
+    seconds: float
+
+
+def read_run(scores: Path, metrics: Path, samples_per_step: int) -> ScoredRun:
+    """Read a run from its folder of scores and its metrics.jsonl.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is damaged; the message names it.
+    """
+    speeds = [line["samples_per_second"] for line in read_metrics(metrics) if line.get("samples_per_second")]
+    seconds = sum(samples_per_step / speed for speed in speeds)
+    return ScoredRun(read_score_table(scores / "cases.csv"), read_summary(scores)["protocol"], len(speeds), seconds)
+
+
+def compare_runs(
+    kind: RunKind, runs: Mapping[RunKey, ScoredRun], planned: Sequence[RunKey], initial_weights: Mapping[str, str]
+) -> dict[str, Any]:
+    """Compute all numbers of a comparison.
+
+    A mean is over the finished seeds. A difference is over the seeds that are finished on both sides.
+
+    Args:
+        kind: Kind of the runs.
+        runs: The finished runs.
+        planned: Keys of all runs.
+        initial_weights: By name, the file of weights, or "none". The first is the baseline of differences.
+
+    Returns:
+        The content of benefit.json.
+
+    Raises:
+        ValueError: Runs were not scored on the same samples.
+    """
+    baseline = next(iter(initial_weights))
+    runs, cases, targets = with_same_samples(kind, runs)
+    counts, seeds = (sorted({getattr(key, field) for key in planned}) for field in ("num_labelled", "seed"))
     cells = []
     for count in counts:
-        for start in starts:
-            own, other = ({s: runs[p] for s in seeds if (p := Place(n, count, s)) in runs} for n in (start, baseline))
-            cell = {"start": start, "num_labelled": count, "seeds": list(own)} | describe(own)
-            if start != baseline:
-                cell["difference"] = differ(own, other)
-                cell["pairs"] = [s for s in own if s in other]
-                cell["left_out"] = [s for s in seeds if (s in own) != (s in other)]
+        for name in initial_weights:
+            own, other = (
+                {seed: runs[key] for seed in seeds if (key := RunKey(side, count, seed)) in runs}
+                for side in (name, baseline)
+            )
+            cell = {"start": name, "num_labelled": count, "seeds": list(own)} | describe_runs(kind, own, targets)
+            if name != baseline:
+                pairs = [seed for seed in own if seed in other]
+                ours, theirs = ([side[seed].table for seed in pairs] for side in (own, other))
+                cell["difference"] = {m: kind.difference(ours, theirs, m, targets) for m in kind.metrics}
+                cell["pairs"] = pairs
+                cell["left_out"] = [seed for seed in seeds if (seed in own) != (seed in other)]
             cells.append(cell)
     return {
         "baseline": baseline,
-        "starts": dict(starts),
+        "starts": dict(initial_weights),
         "num_labelled": counts,
         "seeds": seeds,
-        **more,
-        "planned": len(names),
+        **kind.names(cases, targets),
+        "planned": len(planned),
         "finished": len(runs),
-        "missing": [name_of(place) for place in names if place not in runs],
-        "protocol": merged({k: v for k, v in run.protocol.items() if k != TRAINED_ON} for run in runs.values()),
+        "missing": [key.folder for key in planned if key not in runs],
+        "protocol": merge_protocols(run.protocol for run in runs.values()),
         "cells": cells,
     }
 
 
-def budget(runs: Mapping[int, AnyRun]) -> dict[str, Any]:
-    """Steps and minutes of runs, and how many cases they were trained on, as far as their scores say."""
-    minutes = [round(run.seconds / 60, 2) for run in runs.values()]
-    numbers = {run.protocol[TRAINED_ON] for run in runs.values() if TRAINED_ON in run.protocol}
-    return {"steps": sorted({run.steps for run in runs.values()}), "minutes": minutes, TRAINED_ON: sorted(numbers)}
+def with_same_samples(
+    kind: RunKind, runs: Mapping[RunKey, ScoredRun]
+) -> tuple[dict[RunKey, ScoredRun], list[str], list[str]]:
+    """Bring the tables of runs to the same cases and targets; returns these, too.
+
+    Raises:
+        ValueError: Runs were not scored on the same samples.
+    """
+    tables = {key: kind.comparable(run.table) for key, run in runs.items()}
+    cases = list(next(iter(tables.values())).cases) if tables else []
+    targets = list(dict.fromkeys(name for table in tables.values() for name in table.targets))
+    for key, table in tables.items():
+        if sorted(table.cases) != sorted(cases):
+            raise ValueError(
+                f"{key.folder} was scored on other {kind.samples} than the runs before it: {listing(table.cases)}; not "
+                f"on {listing(cases)}. Remove the folder of the wrong run to have it made again"
+            )
+    return {key: replace(run, table=tables[key].take(cases, targets)) for key, run in runs.items()}, cases, targets
+
+
+def describe_runs(kind: RunKind, runs: Mapping[int, ScoredRun], targets: Sequence[str]) -> dict[str, Any]:
+    """Sum up the runs of a cell, by seed: each metric, steps, minutes, numbers of training samples."""
+    found: dict[str, Any] = {}
+    for metric in kind.metrics:
+        mean = kind.mean([run.table for run in runs.values()], metric, targets)
+        found[metric] = mean | {"by_seed": by_name(map(str, runs), mean["by_seed"])}
+    return found | {
+        "steps": sorted({run.steps for run in runs.values()}),
+        "minutes": [round(run.seconds / 60, 2) for run in runs.values()],
+        TRAINED_ON: sorted({run.protocol[TRAINED_ON] for run in runs.values() if TRAINED_ON in run.protocol}),
+    }
 
 
 def by_name(names: Iterable[str], values: Iterable[float]) -> dict[str, float]:
-    """Names and plain numbers."""
+    """Map names to plain numbers."""
     return {name: float(value) for name, value in zip(names, values, strict=True)}
 
 
-def merged(protocols: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Of each line of the protocols, the values that occur: one, unless runs were scored differently."""
+def merge_protocols(protocols: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Collect the values of each key, but for TRAINED_ON: one, unless runs were scored differently."""
     found: dict[str, list[Any]] = {}
-    for protocol in protocols:
-        for key, value in protocol.items():
-            values = found.setdefault(key, [])
-            if value not in values:
-                values.append(value)
+    for key, value in (item for protocol in protocols for item in protocol.items()):
+        if key != TRAINED_ON and value not in found.setdefault(key, []):
+            found[key].append(value)
     return found
-
-
-def name_of(place: Place) -> str:
-    """The name of a run's folder."""
-    return f"{place.start}_{place.num_labelled}_seed{place.seed}"
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of fine-tuning. Settings are of the task's own class.
-
-    verb: of the command that makes a run. scores: settings -> the folder of a run's scores. num_training: settings ->
-    how many training cases there are. digest: settings -> digest of all data that runs with any number of labels and
-    any seed train on or are scored on. check_data: look at the data and load each start once, before the first of the
-    runs with these settings; raises ValueError or FileNotFoundError for data or weights that do not fit. report: into a
-    folder, of the finished runs' settings by place, all places planned, starts, and what goes along with the numbers.
-    """
-
-    verb: str
-    scores: Callable[[Any], Path]
-    num_training: Callable[[Any], int]
-    digest: Callable[[Any], str]
-    check_data: Callable[[Sequence[Any], Mapping[str, str]], None]
-    report: Callable[[Path, Mapping[Place, Any], Sequence[Place], Mapping[str, str], Mapping[str, Any]], None]

@@ -18,10 +18,10 @@ LIBRARIES = ("timm", "torchvision")
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationConfig(RunSettings):
-    """Fine-tune a classifier on labelled images.
+    r"""Fine-tune a classifier on labelled images.
 
     Example:
-        hyspark finetune-classifier --config configs/finetune_covidct.yaml --data data/COVID-CT --out ckpt/covidct \\
+        hyspark finetune-classifier --config configs/finetune_covidct.yaml --data data/COVID-CT --out ckpt/covidct \
             --weights ckpt/resnet50.pth
     """
 

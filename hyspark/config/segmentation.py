@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hyspark.config.checks import between, check_probabilities, not_negative, positive
 from hyspark.config.shared import (
@@ -12,6 +12,7 @@ from hyspark.config.shared import (
     check_finetuning,
     check_run,
     check_volumes,
+    encoder_options,
 )
 from hyspark.models.light_decoder import check_min_width
 from hyspark.models.masking.mask import grid_of
@@ -20,10 +21,10 @@ from hyspark.utils.settings import setting
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationConfig(VolumeSettings, EncoderSettings):
-    """Fine-tune the segmentation network on labelled CT.
+    r"""Fine-tune the segmentation network on labelled CT.
 
     Example:
-        hyspark finetune --config configs/finetune_btcv.yaml --data data/Dataset015_BTCV --weights ckpt/encoder.pth \\
+        hyspark finetune --config configs/finetune_btcv.yaml --data data/Dataset015_BTCV --weights ckpt/encoder.pth \
             --out ckpt/btcv
     """
 
@@ -180,3 +181,9 @@ def check_decoder(config: SegmentationConfig) -> None:
     for name in ("decoder_width", "decoder_min_width"):
         if config.decoder == "released" and (value := getattr(config, name)) != getattr(SegmentationConfig, name):
             raise ValueError(f"{name}={value} needs decoder=light, but decoder is released; set decoder to light")
+
+
+def network_options(settings: Any) -> dict[str, Any]:
+    """Return the options of `build_hybird` that SegmentationConfig, or flags of the same names, describe."""
+    decoder = {name: getattr(settings, name) for name in ("decoder", "decoder_width", "decoder_min_width")}
+    return encoder_options(settings) | decoder

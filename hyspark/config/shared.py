@@ -14,24 +14,35 @@ from hyspark.models.encoder import DEPTHS, EXPANSIONS, WIDTHS
 from hyspark.utils.settings import setting
 
 Precision = Literal["fp32", "bf16", "fp16", "auto"]
-ENCODER: dict[str, Any] = {"group": "network", "methods": ("hyspark",)}
-MACHINE: dict[str, Any] = {"group": "machine", "may_change": True, "affects_results": False}
+ENCODER_FIELD: dict[str, Any] = {"group": "network", "methods": ("hyspark",)}
+MACHINE_FIELD: dict[str, Any] = {"group": "machine", "may_change": True, "affects_results": False}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSettings:
     """Shape of the hybrid encoder; the defaults are HySparK-B of the paper."""
 
-    encoder_widths: tuple[int, ...] = setting(WIDTHS, **ENCODER)
+    encoder_widths: tuple[int, ...] = setting(WIDTHS, **ENCODER_FIELD)
     """Channels of the five stages; the last is a multiple of num_heads and of 6."""
-    encoder_depths: tuple[int, ...] = setting(DEPTHS, **ENCODER)
+    encoder_depths: tuple[int, ...] = setting(DEPTHS, **ENCODER_FIELD)
     """MedNeXt blocks in each of the five stages."""
-    expansions: tuple[int, ...] = setting(EXPANSIONS, **ENCODER)
+    expansions: tuple[int, ...] = setting(EXPANSIONS, **ENCODER_FIELD)
     """Expansion ratio inside the blocks of each of the five stages."""
-    vit_depth: int = setting(3, **ENCODER)
+    vit_depth: int = setting(3, **ENCODER_FIELD)
     """Transformer blocks."""
-    num_heads: int = setting(12, **ENCODER)
+    num_heads: int = setting(12, **ENCODER_FIELD)
     """Attention heads."""
+
+
+def encoder_options(settings: Any) -> dict[str, Any]:
+    """Return the options of `HybridEncoder` that EncoderSettings, or flags of the same names, describe."""
+    return {
+        "widths": settings.encoder_widths,
+        "depths": settings.encoder_depths,
+        "expansions": settings.expansions,
+        "vit_depth": settings.vit_depth,
+        "num_heads": settings.num_heads,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,19 +77,19 @@ class RunSettings:
     """Precision of the forward pass (autocast); weights stay fp32. auto: bf16 if the GPU supports it, or the CPU has
     AVX-512 BF16 or AMX; else fp32. A resumed run keeps its own.
     """
-    tf32: Literal["none", "convolutions", "all"] = setting("convolutions", **MACHINE)
+    tf32: Literal["none", "convolutions", "all"] = setting("convolutions", **MACHINE_FIELD)
     """Operations that CUDA may compute in TF32 instead of fp32, faster and with a mantissa of 10 bits. convolutions is
     torch's default; all adds matrix products.
     """
-    cudnn_benchmark: bool = setting(False, **MACHINE)
+    cudnn_benchmark: bool = setting(False, **MACHINE_FIELD)
     """Let cuDNN time its algorithms for every new shape and keep the fastest. CUDA only; not with deterministic."""
-    deterministic: bool = setting(False, **MACHINE)
+    deterministic: bool = setting(False, **MACHINE_FIELD)
     """On CUDA, use only kernels that repeat bit for bit, so that a resumed run equals an uninterrupted one. Slower. The
     CPU always repeats.
     """
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", **MACHINE)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", **MACHINE_FIELD)
     """Device; auto uses CUDA if it is available."""
-    dataloader_workers: int = setting(-1, **MACHINE)
+    dataloader_workers: int = setting(-1, **MACHINE_FIELD)
     """Loader processes per rank. -1: one per available core, at most 8. 0: load in the main process."""
 
 
@@ -88,11 +99,11 @@ class VolumeSettings(RunSettings, PrepareSettings):
 
     crops_per_volume: int = setting(4, "data")
     """Crops taken from each drawn volume."""
-    store_dir: str = setting("", **MACHINE)
+    store_dir: str = setting("", **MACHINE_FIELD)
     """Folder of prepared volumes, shared by all runs on the same data; by default `prepared` in the data folder."""
-    prepare_workers: int = setting(0, **MACHINE)
+    prepare_workers: int = setting(0, **MACHINE_FIELD)
     """Processes that prepare volumes; 0 uses one per available core."""
-    compile: Literal["none", "blocks"] = setting("none", **{**MACHINE, "methods": ("hyspark", "spark")})
+    compile: Literal["none", "blocks"] = setting("none", **{**MACHINE_FIELD, "methods": ("hyspark", "spark")})
     """blocks: torch.compile fuses the operations of each block, which takes minutes before the first step. Layers of
     third-party networks are not compiled. Not with deterministic.
     """

@@ -1,1 +1,1 @@
-"""How well trained networks do."""
+"""Scores of trained networks, and their predictions."""

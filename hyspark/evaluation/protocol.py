@@ -1,13 +1,48 @@
-"""How scores were made: the protocol that stands beside them, and the files of a run's scores."""
+"""How scores were measured: the protocol in the summary.json of a folder of scores."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from hyspark.utils.atomic import to_json
+
 SCORE_FILES = ("cases.csv", "summary.json")
-DATA_DIGEST = "data_digest"  # in a protocol: `cases_digest` of what was scored
-TRAINED_ON = "training_cases"  # in a protocol: their number, without those that could not be used
+"""Files of a folder of scores that comparisons read."""
+DATA_DIGEST = "data_digest"
+"""Key of the digest of the scored cases' names and files (`cases_digest`)."""
+TRAINED_ON = "training_cases"
+"""Key of the number of training cases, without the excluded ones."""
+INFORMATIVE = ("data", "precision")
+"""Keys without an effect on scores beyond rounding: the path of the data, and the precision that the machine offers."""
 
 
 def protocol_text(protocol: Mapping[str, Any]) -> str:
-    """How scores were measured, in one line."""
+    """Write a protocol in one line."""
     return "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in protocol.items())
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Read the summary.json of a folder of scores.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    path = folder / "summary.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no scores (summary.json); were its cases scored?")
+    summary: dict[str, Any] = json.loads(path.read_text())
+    return summary
+
+
+def has_score_files(folder: Path) -> bool:
+    """Check that a folder holds all files of scores."""
+    return all((folder / name).is_file() for name in SCORE_FILES)
+
+
+def has_scores(folder: Path, protocol: Mapping[str, Any]) -> bool:
+    """Check that a folder holds scores that were measured by a protocol; `INFORMATIVE` keys may differ."""
+    if not has_score_files(folder):
+        return False
+    known = read_summary(folder)["protocol"]
+    return all(known.get(key) == to_json(value) for key, value in protocol.items() if key not in INFORMATIVE)

@@ -230,8 +230,8 @@ def time_lines(
     return [
         ("time", f"{duration(step)} per step of {crops} crops in a process ({how}{alone}, {busy})"),
         ("", f"{duration(step * steps_per_epoch)} per epoch of {steps_per_epoch} steps"),
-        ("", f"{duration(step * steps_left)} for the run, {steps_left} steps; preparing and reading volumes, validation"
-             " and exchange between processes come on top"),
+        ("", f"{duration(step * steps_left)} for the run, {steps_left} steps; preparing and reading volumes, "
+             "validation and exchange between processes come on top"),
     ]  # fmt: skip
 
 

@@ -1,9 +1,7 @@
-"""The report on a data set that was checked: text for the terminal, JSON, one HTML page."""
+"""The report on a checked data set: text for the terminal, JSON, one HTML page."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from html import escape
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,17 +14,18 @@ from hyspark.data.preprocessing.estimate import PreparationEstimate
 from hyspark.data.quality.examine import HISTOGRAM, Examined
 from hyspark.data.quality.findings import FINDING_KINDS, SEVERITIES, Finding
 from hyspark.figures.panels import DPI, figure_png
-from hyspark.reports.html import cards, data_url, page, table
+from hyspark.reports.html import render_page
 from hyspark.utils.atomic import write_json, write_whole
+from hyspark.utils.text import format_bytes, format_duration
 
-MOST_FILES = 5
-"""Files of one kind of fault that the terminal names; the JSON and the page name all."""
-MOST_THUMBNAILS = 120
-"""Cases that are shown, those with findings first."""
+MAX_FILES = 5
+"""Files of one kind of fault that the terminal lists; the JSON and the page list all."""
+MAX_THUMBNAILS = 120
+"""Cases that the page shows, those with findings first."""
 
 
 def by_kind(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
-    """Findings by their kind, errors first, in the order of FINDING_KINDS."""
+    """Group findings by their kind, errors first, in the order of FINDING_KINDS."""
     found: dict[str, list[Finding]] = {}
     order = list(FINDING_KINDS)
     for finding in sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), order.index(f.kind))):
@@ -35,19 +34,25 @@ def by_kind(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
 
 
 def all_findings(examined: Sequence[Examined], others: Sequence[Finding]) -> list[Finding]:
-    """Those of the cases and those of the data set."""
+    """List the findings of the cases and the others, which are of the data set."""
     return [*(finding for seen in examined for finding in seen.findings), *others]
 
 
 def counts_text(findings: Sequence[Finding]) -> str:
-    """How many of each severity."""
+    """Count the findings of each severity, in words."""
     return ", ".join(f"{sum(f.severity == s for f in findings)} {s}s" for s in SEVERITIES)
 
 
-def facts(
+def data_set_facts(
     examined: Sequence[Examined], estimate: PreparationEstimate | None, spacing: Sequence[float]
 ) -> dict[str, str]:
-    """What the data set is, in a few lines."""
+    """Sum up the data set in a few named facts.
+
+    Args:
+        examined: The cases.
+        estimate: Cost of preparation.
+        spacing: Prepared spacing in mm.
+    """
     read = [seen for seen in examined if seen.shape and seen.spacing]
     lines = {
         "cases": f"{len(examined)}, {sum(seen.case.label is not None for seen in examined)} of them labelled",
@@ -57,51 +62,44 @@ def facts(
         lines["voxels"] = ranges([seen.shape for seen in read], "{:.0f}")
         lines["spacing, mm"] = ranges([seen.spacing for seen in read], "{:.2f}")
     if estimate:
-        lines["store"] = f"about {size(estimate.store_bytes)} at {' x '.join(f'{edge:g}' for edge in spacing)} mm"
-        lines["preparation"] = f"about {duration(estimate.seconds)} on one core, {size(estimate.memory)} a process"
+        lines["store"] = (
+            f"about {format_bytes(estimate.store_bytes)} at {' x '.join(f'{edge:g}' for edge in spacing)} mm"
+        )
+        lines["preparation"] = (
+            f"about {format_duration(estimate.seconds)} on one core, {format_bytes(estimate.memory)} a process"
+        )
     return lines
 
 
 def ranges(values: Sequence[Any], form: str) -> str:
-    """Median and range of each axis."""
+    """Write the median and the range of each axis."""
     axes = np.array(values, dtype=float)
     middle, low, high = np.nanmedian(axes, axis=0), np.nanmin(axes, axis=0), np.nanmax(axes, axis=0)
     text = [" x ".join(form.format(v) for v in row) for row in (middle, low, high)]
     return text[0] if text[1] == text[2] else f"{text[0]} (median; {text[1]} to {text[2]})"
 
 
-def size(num_bytes: float) -> str:
-    """Bytes for people."""
-    power = min(4, int(math.log(max(num_bytes, 1), 1000)))
-    return f"{num_bytes / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+def data_check_text(examined: Sequence[Examined], others: Sequence[Finding], lines: Mapping[str, str]) -> str:
+    """Write the report for the terminal.
 
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
-
-
-def text(examined: Sequence[Examined], others: Sequence[Finding], lines: Mapping[str, str]) -> str:
-    """The report for the terminal."""
+    Args:
+        examined: The cases.
+        others: Findings of the data set.
+        lines: Facts of `data_set_facts`.
+    """
     findings = all_findings(examined, others)
     rows = [f"{name:12s} {value}" for name, value in lines.items()]
     rows.append(f"{'findings':12s} {counts_text(findings)}")
     for kind, found in by_kind(findings).items():
         known = FINDING_KINDS[kind]
         rows.append(f"\n{known.severity}: {kind} ({len(found)}); expected {known.expected}: {known.advice}")
-        rows += [f"  {finding.file}: {finding.found}" for finding in found[:MOST_FILES]]
-        if len(found) > MOST_FILES:
-            rows.append(f"  and {len(found) - MOST_FILES} more")
+        rows += [f"  {finding.file}: {finding.found}" for finding in found[:MAX_FILES]]
+        if len(found) > MAX_FILES:
+            rows.append(f"  and {len(found) - MAX_FILES} more")
     return "\n".join(rows)
 
 
-def write(
+def write_data_check(
     out: Path,
     title: str,
     examined: Sequence[Examined],
@@ -109,7 +107,19 @@ def write(
     lines: Mapping[str, str],
     estimate: PreparationEstimate | None,
 ) -> Path:
-    """Write check.json and check.html into a folder; returns the page."""
+    """Write check.json and check.html.
+
+    Args:
+        out: Folder to write to.
+        title: The data, in words.
+        examined: The cases.
+        others: Findings of the data set.
+        lines: Facts of `data_set_facts`.
+        estimate: Cost of preparation.
+
+    Returns:
+        The path of check.html.
+    """
     findings = all_findings(examined, others)
     write_json(
         out / "check.json",
@@ -128,15 +138,29 @@ def write(
             "estimate": asdict(estimate) if estimate else None,
         },
     )
-    body = [cards({**lines, "findings": counts_text(findings)}), "<h2>Findings</h2>", *findings_html(findings)]
-    body += ["<h2>Spacing, size and values</h2>", histograms_html(examined)]
-    body += ["<h2>Cases</h2>", *thumbnails_html(examined)]
-    write_whole(out / "check.html", page(f"Data check: {title}", body).encode("utf-8", "surrogateescape"))
+    with_picture = sorted((seen for seen in examined if seen.thumbnail is not None), key=lambda seen: not seen.findings)
+    page = render_page(
+        "data_check.html",
+        title=f"Data check: {title}",
+        cards={**lines, "findings": counts_text(findings)},
+        findings=[finding_table(kind, found) for kind, found in by_kind(findings).items()],
+        histograms=drawn_histograms(examined),
+        thumbnails=[shown_thumbnail(seen) for seen in with_picture[:MAX_THUMBNAILS]],
+        num_thumbnails=len(with_picture),
+    )
+    write_whole(out / "check.html", page)
     return out / "check.html"
 
 
+def finding_table(kind: str, findings: Sequence[Finding]) -> dict[str, Any]:
+    """Collect what the page shows of a kind of findings."""
+    rows = [[finding.file, finding.found] for finding in findings]
+    known = FINDING_KINDS[kind]
+    return {"name": kind, "rows": rows, "severity": known.severity, "expected": known.expected, "advice": known.advice}
+
+
 def case_numbers(seen: Examined) -> dict[str, Any]:
-    """A case in plain values."""
+    """Describe a case in plain values."""
     return {
         "name": seen.case.name,
         "dataset": seen.case.dataset,
@@ -151,28 +175,11 @@ def case_numbers(seen: Examined) -> dict[str, Any]:
     }
 
 
-def findings_html(findings: Sequence[Finding]) -> list[str]:
-    """A table for each kind."""
-    if not findings:
-        return ['<p class="note">None.</p>']
-    parts = []
-    for kind, found in by_kind(findings).items():
-        heading = f"{FINDING_KINDS[kind].severity}: {kind} ({len(found)})"
-        parts.append(
-            f"<details{' open' if FINDING_KINDS[kind].severity == 'error' else ''}><summary>{escape(heading)}</summary>"
-        )
-        parts.append(
-            f'<p class="note">expected {escape(FINDING_KINDS[kind].expected)}: {escape(FINDING_KINDS[kind].advice)}</p>'
-        )
-        parts.append(table([[finding.file, finding.found] for finding in found], "text") + "</details>")
-    return parts
-
-
-def histograms_html(examined: Sequence[Examined]) -> str:
-    """Spacing and size of the cases by axis, HU of all voxels."""
+def drawn_histograms(examined: Sequence[Examined]) -> bytes | None:
+    """Draw spacing and size of the cases by axis, and HU of all voxels, as PNG; None if no case was read."""
     read = [seen for seen in examined if seen.shape and seen.spacing]
     if not read:
-        return '<p class="note">No case could be read.</p>'
+        return None
     figure = Figure(figsize=(10.5, 2.8), dpi=DPI, facecolor="white", layout="constrained")
     spacing, shape, values = figure.subplots(1, 3)
     for axes, rows, title in (
@@ -183,27 +190,17 @@ def histograms_html(examined: Sequence[Examined]) -> str:
         axes.hist(list(columns.T), bins=20, label=["first axis", "second", "third"])
         axes.set(title=title, ylabel="cases")
         axes.legend(fontsize=7)
-    shares = [seen.counts / seen.counts.sum() for seen in read if seen.counts is not None]
-    if shares:
-        values.stairs(np.mean(shares, axis=0), HISTOGRAM, fill=True)
-        values.set(title="HU, mean over cases", ylabel="share of voxels", yscale="log")
-    return f'<div class="box"><img alt="histograms" src="{data_url(figure_png(figure))}"></div>'
+    fractions = [seen.counts / seen.counts.sum() for seen in read if seen.counts is not None]
+    if fractions:
+        values.stairs(np.mean(fractions, axis=0), HISTOGRAM, fill=True)
+        values.set(title="HU, mean over cases", ylabel="fraction of voxels", yscale="log")
+    return figure_png(figure)
 
 
-def thumbnails_html(examined: Sequence[Examined]) -> list[str]:
-    """The middle coronal slice of the cases, those with findings first."""
-    shown = sorted((seen for seen in examined if seen.thumbnail is not None), key=lambda seen: not seen.findings)
-    parts = ['<p class="note">Middle coronal slice, -400 to 400 HU, the patient\'s right on the left.</p>']
-    parts.append('<div style="display:flex;flex-wrap:wrap;gap:.7rem">')
-    for seen in shown[:MOST_THUMBNAILS]:
-        assert seen.thumbnail is not None
-        buffer = BytesIO()
-        matplotlib.image.imsave(buffer, seen.thumbnail, cmap="gray", vmin=0, vmax=255, format="png")
-        source = data_url(buffer.getvalue())
-        kinds = ", ".join(finding.kind for finding in seen.findings)
-        caption = escape(seen.case.name) + (f"<br><b>{escape(kinds)}</b>" if kinds else "")
-        parts.append(f'<figure><img alt="" src="{source}"><figcaption>{caption}</figcaption></figure>')
-    parts.append("</div>")
-    if len(shown) > MOST_THUMBNAILS:
-        parts.append(f'<p class="note">{MOST_THUMBNAILS} of {len(shown)} cases.</p>')
-    return parts
+def shown_thumbnail(seen: Examined) -> dict[str, Any]:
+    """Return a case's name, its thumbnail as PNG, and the kinds of its findings."""
+    buffer = BytesIO()
+    assert seen.thumbnail is not None
+    matplotlib.image.imsave(buffer, seen.thumbnail, cmap="gray", vmin=0, vmax=255, format="png")
+    kinds = ", ".join(finding.kind for finding in seen.findings)
+    return {"name": seen.case.name, "png": buffer.getvalue(), "findings": kinds}

@@ -1,40 +1,26 @@
-"""The HTML page of a run, from its metrics, pictures and Dice; nothing here trains."""
+"""The HTML page of a run, from its metrics, pictures and scores; nothing here trains."""
 
 import importlib.metadata
-import json
 import math
 import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from hyspark.evaluation.protocol import protocol_text
-from hyspark.evaluation.segmentation.scores import score_rows
+from hyspark.evaluation.classification.scores import confusion_rows, metric_rows
+from hyspark.evaluation.protocol import protocol_text, read_summary
+from hyspark.evaluation.segmentation.scores import summary_rows
 from hyspark.figures.curves import CURVES, Curve, curves_figure
 from hyspark.figures.panels import figure_png
-from hyspark.reports.html import cards, data_url, figure_html, page, table
+from hyspark.reports.html import render_page
 from hyspark.training.metrics_log import read_metrics
 from hyspark.utils.atomic import write_whole
-
-
-def dice_table(columns: Mapping[str, Mapping[str, float]], difference: bool = False) -> str:
-    """Dice per organ (rows) and run (columns) as aligned text, the mean last, "-" where there is no value.
-
-    Each mean is over the values its column shows. difference: with two columns, add the first minus the second.
-    Raises ValueError when there is no column.
-    """
-    rows = dice_rows(columns, difference)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)])
-        for row in rows
-    )
+from hyspark.utils.tables import aligned_table
 
 
 def write_report(
@@ -46,38 +32,48 @@ def write_report(
     summary: Mapping[str, str],
     dice: Mapping[str, Mapping[str, float]] | None = None,
     scores: Mapping[str, Path] | None = None,
-    sections: Mapping[str, Sequence[str]] | None = None,
 ) -> Path:
-    """Write `run_folder`/report.html and return its path: one file that needs no script and no other file.
+    """Write `run_folder`/report.html, one file that needs no script and no other file.
 
-    It shows `summary` as cards at the top, `dice` (run -> organ -> Dice) as in `dice_table`, `scores` (heading ->
-    folder of scores: table, protocol, pictures), `sections` (heading -> parts that are HTML), curves from
-    metrics.jsonl, the pictures of the last three epochs and the first (pictures/epoch_0010_NAME.png) and those named
-    otherwise, `config` (may be nested) and `environment`. Metrics and pictures may be missing.
-    Raises FileNotFoundError when there is no such folder, ValueError when metrics.jsonl is damaged.
+    It shows the curves of metrics.jsonl and the pictures, too; both may be missing.
+
+    Args:
+        run_folder: Folder of the run.
+        title: Title of the page.
+        config: Settings of the run, may be nested.
+        environment: Versions and hardware.
+        summary: Facts at the top of the page.
+        dice: Dice by column and organ, as in `dice_table`.
+        scores: Folders of scores by heading; tables, protocol and pictures are shown.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: metrics.jsonl is damaged.
     """
     run_folder = Path(run_folder)
     if not run_folder.is_dir():
-        raise FileNotFoundError(f"expected the folder of a run, got {run_folder}, which is not a folder")
-    body = [cards(summary)]
-    if dice:
-        body += ["<h2>Dice</h2>", table(dice_rows(dice, difference=False), "numbers", header=True)]
-    for heading, folder in (scores or {}).items():
-        body += [f"<h2>{escape(heading)}</h2>", *scores_html(folder)]
-    for heading, parts in (sections or {}).items():
-        body += [f"<h2>{escape(heading)}</h2>", *parts]
-    body += ["<h2>Curves</h2>", curves_html(run_folder / "metrics.jsonl")]
-    body += ["<h2>Pictures</h2>", *pictures_html(run_folder / "pictures")]
-    for name, mapping in (("Configuration", config), ("Environment", environment)):
-        rows = [[key, str(value)] for key, value in flat(mapping).items()]
-        body += [f"<h2>{name}</h2>", table(rows, "text")]
+        raise FileNotFoundError(f"{run_folder}: expected the folder of a run, got no folder")
+    page = render_page(
+        "run.html",
+        title=title,
+        cards=dict(summary),
+        dice_rows=dice_rows(dice, difference=False) if dice else [],
+        scores=[score_section(heading, folder) for heading, folder in (scores or {}).items()],
+        curves=drawn_curves(run_folder / "metrics.jsonl"),
+        pictures=shown_pictures(run_folder / "pictures"),
+        config=[[key, str(value)] for key, value in flat(config).items()],
+        environment=[[key, str(value)] for key, value in flat(environment).items()],
+    )
     path = run_folder / "report.html"
-    write_whole(path, page(title, body).encode())
+    write_whole(path, page)
     return path
 
 
 def environment() -> dict[str, str]:
-    """What this process runs on: versions of Python and the libraries that matter, platform, CPU and GPU."""
+    """Describe what this process runs on: versions of Python and libraries, platform, CPU and GPU."""
     found = {"python": platform.python_version()}
     for package in ("torch", "monai", "timm", "numpy", "hyspark"):
         try:
@@ -95,8 +91,24 @@ def environment() -> dict[str, str]:
     return found
 
 
+def dice_table(columns: Mapping[str, Mapping[str, float]], difference: bool = False) -> str:
+    """Write Dice per organ as aligned text.
+
+    Args:
+        columns: By column, Dice by organ.
+        difference: Whether two columns get a third, the first minus the second.
+
+    Returns:
+        A line per organ and one for the mean of each column's values; "-" where there is no value.
+
+    Raises:
+        ValueError: There is no column.
+    """
+    return aligned_table(dice_rows(columns, difference))
+
+
 def dice_rows(columns: Mapping[str, Mapping[str, float]], difference: bool) -> list[list[str]]:
-    """The cells of `dice_table`, the header first."""
+    """Format the cells of `dice_table`, the header first."""
     if not columns:
         raise ValueError("expected the Dice of at least one run, got none; pass {run: {organ: Dice}}")
     organs = list(dict.fromkeys(organ for column in columns.values() for organ in column))
@@ -116,19 +128,21 @@ def dice_rows(columns: Mapping[str, Mapping[str, float]], difference: bool) -> l
     return rows
 
 
-def scores_html(folder: Path) -> list[str]:
-    """Table, protocol and pictures of a folder of scores."""
-    summary = json.loads((folder / "summary.json").read_text())
-    parts = [table(score_rows(summary), "numbers", header=True)]
-    parts.append(f'<p class="note">{escape(protocol_text(summary["protocol"]))}</p>')
-    pictures = [figure_html(path) for path in sorted(folder.glob("*.png"))]
-    if pictures:
-        parts.append(f"<details><summary>Best, median and worst case</summary>{''.join(pictures)}</details>")
-    return parts
+def score_section(heading: str, folder: Path) -> dict[str, Any]:
+    """Collect what the page shows of a folder of scores, of segmentation or classification."""
+    summary = read_summary(folder)
+    is_segmentation = "organs" in summary
+    return {
+        "heading": heading,
+        "tables": [summary_rows(summary)] if is_segmentation else [metric_rows(summary), confusion_rows(summary)],
+        "protocol": protocol_text(summary["protocol"]),
+        "pictures": sorted(folder.glob("*.png")),
+        "pictures_title": "Best, median and worst case" if is_segmentation else "Most confident mistakes",
+    }
 
 
 def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
+    """Flatten nested mappings into one with dotted keys."""
     one: dict[str, Any] = {}
     for key, value in mapping.items():
         if isinstance(value, Mapping) and value:
@@ -139,8 +153,9 @@ def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def measured_curves(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
-    """Of each metric that is drawn and was measured, steps and values; the Dice of an organ is "dice.ORGAN", that of
-    the probe "probe.ORGAN".
+    """Collect the steps and values of each metric that is drawn and was measured.
+
+    The Dice of an organ is named "dice.ORGAN", that of the probe "probe.ORGAN".
     """
     entries = [flat(line) for line in metrics]
     drawn = {key for keys in CURVES.values() for key in keys}
@@ -152,26 +167,22 @@ def measured_curves(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
 
 
 def series(entries: Sequence[Mapping[str, Any]], key: str) -> Curve:
-    """Steps and values of one key; where a resumed run repeated a step, its last value."""
+    """Collect the steps and values of one key; of a step that a resumed run repeated, the last value."""
     found = {entry["step"]: entry[key] for entry in entries if entry.get(key) is not None}
     steps = np.array(sorted(found), dtype=float)
     values = np.array([found[step] for step in sorted(found)], dtype=float)
     return steps, np.where(np.isfinite(values), values, np.nan)
 
 
-def curves_html(path: Path) -> str:
-    """The curves of metrics.jsonl, light or dark as the page is."""
+def drawn_curves(path: Path) -> dict[str, bytes] | None:
+    """Draw the curves of metrics.jsonl as PNG for light and for dark pages; None if nothing was measured."""
     curves = measured_curves(read_metrics(path) if path.exists() else [])
     light, dark = (curves_figure(curves, dark=dark) for dark in (False, True))
-    if light is None or dark is None:
-        return '<p class="note">No metrics yet: metrics.jsonl is missing or empty.</p>'
-    source = f'<source media="(prefers-color-scheme: dark)" srcset="{data_url(figure_png(dark))}">'
-    image = f'<img alt="training curves" src="{data_url(figure_png(light))}">'
-    return f'<div class="box"><picture>{source}{image}</picture></div>'
+    return None if light is None or dark is None else {"light": figure_png(light), "dark": figure_png(dark)}
 
 
-def pictures_html(folder: Path) -> list[str]:
-    """The pictures of the last three epochs and the first, and those of no epoch."""
+def shown_pictures(folder: Path) -> dict[str, Any]:
+    """Choose the pictures of the last three epochs and the first, and those of no epoch, in groups with a heading."""
     epochs: dict[int, list[Path]] = {}
     others = []
     for path in sorted(folder.glob("*.png")):
@@ -180,19 +191,7 @@ def pictures_html(folder: Path) -> list[str]:
             epochs.setdefault(int(match[1]), []).append(path)
         else:
             others.append(path)
-    if not epochs and not others:
-        return ['<p class="note">No pictures yet: the folder pictures is missing or empty.</p>']
     numbers = sorted(epochs, reverse=True)
     shown = numbers[:3] + numbers[3:][-1:]
-    groups = [(f"Epoch {number}", epochs[number]) for number in shown]
-    if others:
-        groups.append(("Other", others))
-    parts: list[str] = []
-    for heading, paths in groups:
-        figures = "".join(figure_html(path) for path in paths)
-        state = "" if parts else " open"  # the latest epoch is shown, the others at a click
-        parts.append(f"<details{state}><summary>{heading}</summary>{figures}</details>")
-    if len(shown) < len(numbers):
-        count = f"{len(shown)} of {len(numbers)} epochs"
-        parts.append(f'<p class="note">{count}; the rest is in the folder pictures.</p>')
-    return parts
+    groups = [(f"Epoch {number}", epochs[number]) for number in shown] + ([("Other", others)] if others else [])
+    return {"groups": groups, "num_shown": len(shown), "num_epochs": len(numbers)}

@@ -17,7 +17,7 @@ from hyspark.evaluation.classification.evaluate import evaluate_classification
 from hyspark.evaluation.classification.predict import predict_classification
 from hyspark.evaluation.network_kind import NetworkKind, kind_of_network
 from hyspark.evaluation.segmentation.evaluate import Scoring, evaluate_segmentation
-from hyspark.evaluation.segmentation.predict import find_volumes, predict_segmentation
+from hyspark.evaluation.segmentation.predict import find_inputs, predict_segmentation
 from hyspark.tasks.classification import run_classification
 from hyspark.tasks.pretrain import run_pretraining
 from hyspark.tasks.segmentation import run_segmentation
@@ -90,7 +90,7 @@ def pretrain(config: StrPath | None = None, **settings: Any) -> TrainingRun:
         FileNotFoundError: Data or weights are missing.
         FloatingPointError: The loss is not finite.
     """
-    values = PretrainConfig(**merged(PretrainConfig, config, settings))
+    values = PretrainConfig(**merge_settings(PretrainConfig, config, settings))
     folder = run_pretraining(values)
     return TrainingRun(folder, encoder_file(values), folder / "report.html")
 
@@ -114,9 +114,9 @@ def finetune(
         FloatingPointError: The loss is not finite.
     """
     if task == "segmentation":
-        folder = run_segmentation(SegmentationConfig(**merged(SegmentationConfig, config, settings)))
+        folder = run_segmentation(SegmentationConfig(**merge_settings(SegmentationConfig, config, settings)))
     elif task == "classification":
-        folder = run_classification(ClassificationConfig(**merged(ClassificationConfig, config, settings)))
+        folder = run_classification(ClassificationConfig(**merge_settings(ClassificationConfig, config, settings)))
     else:
         raise ValueError(f"task: expected segmentation or classification, got {task!r}")
     return TrainingRun(folder, folder / "best.pth", folder / "report.html")
@@ -171,11 +171,11 @@ def predict(
     scoring = Scoring(**{name: options.pop(name) for name in WINDOWING if name in options})
     options["num_workers"] = options.pop("prepare_workers", 0)
     failures = predict_segmentation(Path(weights), paths, Path(out), scoring=scoring, device=device, **options)
-    names = [case.name for case in find_volumes(paths)]
+    names = [case.name for case in find_inputs(paths)]
     return Predictions([Path(out) / f"{name}.nii.gz" for name in names if name not in failures], failures)
 
 
-def merged(config_class: type, config: StrPath | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+def merge_settings(config_class: type, config: StrPath | None, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Put settings over those of a recipe, in the types of their fields."""
     plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in settings.items()}
     return (read_yaml(os.fspath(config), config_class) if config else {}) | typed_values(

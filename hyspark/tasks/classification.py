@@ -22,18 +22,17 @@ from hyspark.config.recipes import as_plain
 from hyspark.data.batches.images import Augmentation, ImageBatches
 from hyspark.data.batches.loader import Batch, Shard
 from hyspark.data.seeds import seed_at
-from hyspark.evaluation.classification import scores as classification_scores
-from hyspark.evaluation.classification.evaluate import HEADINGS, SCORES, score_best, scored_parts
+from hyspark.evaluation.classification.evaluate import HEADINGS, SCORE_FOLDERS, score_best, scored_subsets
 from hyspark.evaluation.classification.inference import (
     class_probabilities,
     classifier_from_config,
     scaling_from_config,
 )
-from hyspark.evaluation.classification.metrics import class_scores as measured
+from hyspark.evaluation.classification.metrics import classification_scores
+from hyspark.evaluation.classification.scores import metrics_text
 from hyspark.models.classifier import layer_indices, set_backbone_trainable
 from hyspark.models.weights.load import LoadReport, load_pretrained
 from hyspark.reports import run_page
-from hyspark.reports.classification_part import score_parts
 from hyspark.tasks.launch import Experiment, launch
 from hyspark.training import checkpoint, distributed, optim
 from hyspark.training.distributed import Processes
@@ -112,7 +111,10 @@ class ClassificationExperiment(Experiment["ClassificationTask"]):
         if self.processes.is_main:
             folder = self.config.run_folder
             LOG.info("report   %s", task.write_report(run))
-            LOG.info("scores   %s", ", ".join(str(folder / SCORES[part]) for part in scored_parts(self.images.parts)))
+            LOG.info(
+                "scores   %s",
+                ", ".join(str(folder / SCORE_FOLDERS[part]) for part in scored_subsets(self.images.parts)),
+            )
 
 
 def initialise_classifier(config: ClassificationConfig, num_classes: int) -> nn.Module:
@@ -200,7 +202,7 @@ class ClassificationTask(Task):
         network = self.average.module if self.average else run.network
         images = self.images.parts["val"]
         probabilities = class_probabilities(network, images, self.config, run.processes)
-        scores = measured(np.array(images.labels), probabilities)
+        scores = classification_scores(np.array(images.labels), probabilities)
         is_best = scores["accuracy"] > self.best
         if is_best:
             self.best, self.best_after = scores["accuracy"], step + 1
@@ -209,7 +211,7 @@ class ClassificationTask(Task):
         of_truth = probabilities[np.arange(len(images)), list(images.labels)]
         val_loss = float(-np.log(np.maximum(of_truth, np.finfo(float).tiny)).mean())
         log.write(step, epoch, val_loss=val_loss, **{k: v for k, v in scores.items() if not math.isnan(v)})
-        LOG.info("epoch %d: %s%s", epoch, classification_scores.metrics_text(scores), " (best)" if is_best else "")
+        LOG.info("epoch %d: %s%s", epoch, metrics_text(scores), " (best)" if is_best else "")
         if is_best:
             weights = {
                 "model": network.state_dict(),
@@ -227,7 +229,7 @@ class ClassificationTask(Task):
     def write_report(self, run: Run) -> Path:
         """Write the run's HTML page."""
         c = self.config
-        folders = {HEADINGS[part]: c.run_folder / SCORES[part] for part in scored_parts(self.images.parts)}
+        folders = {HEADINGS[part]: c.run_folder / SCORE_FOLDERS[part] for part in scored_subsets(self.images.parts)}
         numbers = {f"{name} images": str(len(part)) for name, part in self.images.parts.items()}
         return run_page.write_report(
             c.run_folder,
@@ -242,5 +244,5 @@ class ClassificationTask(Task):
                 "best validation accuracy": f"{self.best:.3f} after {self.best_after} steps",
                 "device": run.processes.describe(c.precision),
             },
-            sections={heading: score_parts(folder) for heading, folder in folders.items()},
+            scores=folders,
         )

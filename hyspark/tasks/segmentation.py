@@ -23,16 +23,16 @@ from hyspark.data.readers.nifti import read_label
 from hyspark.evaluation.segmentation.evaluate import (
     Segmented,
     Source,
+    are_cases_scored,
     case_panel,
-    is_scored,
-    mean_dice,
     score_cases,
     segment_case,
 )
-from hyspark.evaluation.segmentation.inference import hybird_from_config, windows_of
+from hyspark.evaluation.segmentation.inference import hybird_from_config, windows_from_config
 from hyspark.evaluation.segmentation.metrics import dice
-from hyspark.evaluation.segmentation.scores import Scores, mean_of, read_scores, write_scores
+from hyspark.evaluation.segmentation.scores import mean_dice, mean_of
 from hyspark.evaluation.segmentation.test_cases import prepare_held_out, score_held_out
+from hyspark.evaluation.validations import read_validations
 from hyspark.figures.panels import save_figure
 from hyspark.models.compile import compile_blocks
 from hyspark.models.segmentation import Hybird
@@ -128,14 +128,13 @@ class SegmentationExperiment(Experiment["SegmentationTask"]):
             write_yaml(config, folder / "config.yaml")
         run.model.eval()
         cases = task.volumes.validation_cases
-        if not is_scored(folder / "scores", config, self.names, cases, processes, task.source(run)):
-            dice_by_case = task.write_validation_scores(run)
-            if processes.is_main:
-                write_scores(folder, last=task.mean_scores(run.first_step - 1, dice_by_case))
+        if not are_cases_scored(folder / "scores", config, self.names, cases, processes, task.source(run)):
+            task.write_validation_scores(run)
         weights = describe_last_weights(config, run)
         score_held_out(run.network, config, self.names, self.held_out, processes, weights, task.trained_on)
         if processes.is_main:
-            LOG.info("%s", run_page.dice_table(read_scores(folder)))
+            if dice_of := best_and_last(folder):
+                LOG.info("%s", run_page.dice_table(dice_of))
             LOG.info("report   %s", task.write_report(run))
             LOG.info("scores   %s", folder / "scores")
 
@@ -143,6 +142,12 @@ class SegmentationExperiment(Experiment["SegmentationTask"]):
 def describe_last_weights(config: SegmentationConfig, run: Run) -> str:
     """Describe the weights that a run ends with, for a protocol."""
     return f"{checkpoint_file(config).name} after {max(run.first_step, run.last_step)} steps"
+
+
+def best_and_last(run_folder: Path) -> dict[str, dict[str, float]]:
+    """Read the Dice per organ of the best and of the last validation; empty if no label held an organ."""
+    found = read_validations(run_folder)
+    return {"best": found.best, "last": found.last} if found else {}
 
 
 def initialise_segmentation(config: SegmentationConfig, num_classes: int) -> Hybird:
@@ -228,15 +233,16 @@ class SegmentationTask(Task):
             dice_by_case = self.write_validation_scores(run)
         else:
             dice_by_case, picture = self.validation_dice(run)
-        scores = self.mean_scores(step, dice_by_case)
-        is_best = not scores.mean <= self.best  # NaN, of labels without an organ, keeps the newest weights
-        self.best = max(self.best, scores.mean)
+        organs = mean_dice(list(dice_by_case.values()), self.names[1:])
+        mean = mean_of(list(organs.values()))
+        is_best = not mean <= self.best  # NaN, of labels without an organ, keeps the newest weights
+        self.best = max(self.best, mean)
         if log is None:
             return
-        if organs := {name: value for name, value in scores.organs.items() if not math.isnan(value)}:
-            log.write(step, epoch, dice_mean=scores.mean, dice=organs)
+        if held := {name: value for name, value in organs.items() if not math.isnan(value)}:
+            log.write(step, epoch, dice_mean=mean, dice=held)
             suffix = " (best)" if is_best else ""
-            LOG.info("epoch %d: mean Dice %.4f on %d cases%s", epoch, scores.mean, len(dice_by_case), suffix)
+            LOG.info("epoch %d: mean Dice %.4f on %d cases%s", epoch, mean, len(dice_by_case), suffix)
         else:
             LOG.warning(
                 "epoch %d: no Dice, since no label of the %d validation cases has an organ", epoch, len(dice_by_case)
@@ -249,23 +255,17 @@ class SegmentationTask(Task):
                 "trained_on": list(self.trained_on),
             }
             checkpoint.save(weights, self.config.run_folder / "best.pth")
-            write_scores(self.config.run_folder, best=scores)
-        write_scores(self.config.run_folder, last=scores)
         if picture is not None:
             self.draw_picture(log, step, epoch, picture)
         self.write_report(run)
-
-    def mean_scores(self, step: int, dice_by_case: dict[str, list[float]]) -> Scores:
-        """Average the Dice over cases; NaN if no case has an organ."""
-        organs = mean_dice(list(dice_by_case.values()), self.names[1:])
-        return Scores(step, mean_of(list(organs.values())), organs, dice_by_case)
 
     def write_validation_scores(self, run: Run) -> dict[str, list[float]]:
         """Write all scores of the validation cases to the folder `scores`; return the Dice per class by case."""
         volumes = self.volumes
         cases = (self.names, volumes.validation, volumes.validation_cases)
         out = self.config.run_folder / "scores"
-        return score_cases(run.network, self.config, *cases, out, run.processes, self.source(run))[1]
+        _, table = score_cases(run.network, self.config, *cases, out, run.processes, self.source(run))
+        return dict(zip(table.cases, table.values["dice"].tolist(), strict=True))
 
     def source(self, run: Run) -> Source:
         """Return weights and data of the scores of the validation cases."""
@@ -275,7 +275,7 @@ class SegmentationTask(Task):
     def segment(self, run: Run, index: int) -> Segmented:
         """Segment a validation case."""
         c = self.config
-        windows = windows_of(c, self.names, c.infer_overlap)
+        windows = windows_from_config(c, self.names, c.infer_overlap)
         volume, case = self.volumes.validation[index], self.volumes.validation_cases[index]
         return segment_case(run.network, volume, case, windows, run.processes, c.precision)
 
@@ -325,7 +325,7 @@ class SegmentationTask(Task):
                 "scored on": "the label's own grid, mean over cases that hold the organ, background excluded",
                 "device": run.processes.describe(c.precision),
             },
-            dice=read_scores(c.run_folder),
+            dice=best_and_last(c.run_folder),
             scores={
                 heading: c.run_folder / name
                 for heading, name in SCORE_FOLDERS.items()

@@ -11,7 +11,7 @@ from PIL import Image
 
 from hyspark.cli import main
 from hyspark.comparison import benefit, report
-from hyspark.comparison.classification import digest
+from hyspark.comparison.classification import ClassificationRuns
 from hyspark.config.classification import ClassificationConfig
 from hyspark.config.recipes import write_yaml
 from hyspark.tasks.classification import initialise_classifier
@@ -33,6 +33,9 @@ def starts(base, tmp_path):
     return {"scratch": "none", "own": str(path)}
 
 
+digest_of = ClassificationRuns().data_digest
+
+
 class Stopper:
     """Runs jobs in this process, without the seconds that a process takes to begin, and stops after so many."""
 
@@ -50,19 +53,19 @@ class Stopper:
 
 
 def test_shares_become_numbers(base):
-    assert benefit.numbers_of(base, [], [1.0, 0.5, 0.25]) == [16, 8, 4]
-    assert benefit.numbers_of(base, [4, 2], []) == [4, 2]
+    assert benefit.labelled_numbers(base, [], [1.0, 0.5, 0.25]) == [16, 8, 4]
+    assert benefit.labelled_numbers(base, [4, 2], []) == [4, 2]
     for numbers, fractions in (([], []), ([4], [0.5])):
         with pytest.raises(ValueError, match="one of --num_labelled and --label_fractions"):
-            benefit.numbers_of(base, numbers, fractions)
+            benefit.labelled_numbers(base, numbers, fractions)
     with pytest.raises(ValueError, match="above 0 and at most 1"):
-        benefit.numbers_of(base, [], [1.5])
-    with pytest.raises(ValueError, match=r"of 16 training cases, --label_fractions \[0.25, 0.24\] are \[4, 4\]"):
-        benefit.numbers_of(base, [], [0.25, 0.24])
+        benefit.labelled_numbers(base, [], [1.5])
+    with pytest.raises(ValueError, match=r"of 16 training cases, \[0.25, 0.24\] are \[4, 4\]"):
+        benefit.labelled_numbers(base, [], [0.25, 0.24])
 
 
 def test_shares_of_segmentation_cases(finetuning):
-    assert benefit.numbers_of(finetuning, [], [1.0, 0.5]) == [2, 1]
+    assert benefit.labelled_numbers(finetuning, [], [1.0, 0.5]) == [2, 1]
 
 
 def test_from_command_to_report_and_what_is_missing_is_made_later(base, starts, tmp_path, monkeypatch, capsys):
@@ -93,8 +96,8 @@ def test_from_command_to_report_and_what_is_missing_is_made_later(base, starts, 
 
 
 def test_a_run_that_is_not_scored_yet_is_not_finished(base, tmp_path):
-    (run,) = benefit.plan(base, tmp_path, {"scratch": "none"}, [4], [0], 1)
-    benefit.job(run)
+    (run,) = benefit.plan_runs(base, tmp_path, {"scratch": "none"}, [4], [0], 1)
+    benefit.job_of(run)
     main.main(["finetune_classify", "--config", str(run.config.run_folder / "config.yaml")])
     assert run.is_finished
     (run.scores / "cases.csv").unlink()
@@ -105,24 +108,24 @@ def test_a_run_that_is_not_scored_yet_is_not_finished(base, tmp_path):
 def test_the_data_is_known_by_what_it_holds(base, tmp_path):
     """Wherever it lies and however few of it a run takes; a changed image, or one on another side, is another."""
     moved = shutil.copytree(base.data, tmp_path / "moved")
-    known = digest(base)
-    assert digest(replace(base, data=str(moved), seed=5, num_labelled=4)) == known
+    known = digest_of(base)
+    assert digest_of(replace(base, data=str(moved), seed=5, num_labelled=4)) == known
     files = sorted(path for path in moved.rglob("*.png") if path.parent.parent.name == "train")
     pixels = np.asarray(Image.open(files[0]))
     Image.fromarray(np.roll(pixels, 1, 0)).save(files[0])
-    changed = digest(replace(base, data=str(moved)))
+    changed = digest_of(replace(base, data=str(moved)))
     assert changed != known
     val = next(path for path in moved.rglob(files[0].parent.name) if path.parent.name == "val")
     files[0].rename(val / "moved.png")
-    assert digest(replace(base, data=str(moved))) not in (known, changed)
+    assert digest_of(replace(base, data=str(moved))) not in (known, changed)
 
 
 def test_weights_and_data_that_do_not_fit_stop_before_the_first_run(base, tmp_path):
-    with pytest.raises(ValueError, match="num_labelled is 17"):
-        benefit.benefit(base, tmp_path / "out", {"scratch": "none"}, [4, 17], [0])
-    with pytest.raises(ValueError, match="num_labelled is 1, but it takes at least one image of each"):
-        benefit.benefit(base, tmp_path / "out", {"scratch": "none"}, [4, 1], [0])
+    with pytest.raises(ValueError, match=r"num_labelled: expected .* 16 training images, got 17"):
+        benefit.run_comparison(base, tmp_path / "out", {"scratch": "none"}, [4, 17], [0])
+    with pytest.raises(ValueError, match=r"num_labelled: expected at least one image of each .*, got 1$"):
+        benefit.run_comparison(base, tmp_path / "out", {"scratch": "none"}, [4, 1], [0])
     torch.save({"something.weight": torch.ones(2)}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"x\.pth"):
-        benefit.benefit(base, tmp_path / "out", {"scratch": "none", "x": str(tmp_path / "x.pth")}, [4], [0])
+        benefit.run_comparison(base, tmp_path / "out", {"scratch": "none", "x": str(tmp_path / "x.pth")}, [4], [0])
     assert not (tmp_path / "out").exists()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hyspark.comparison.bootstrap import interval, organ_means, paired_difference, seed_means
-from hyspark.evaluation.segmentation.evaluate import mean_dice
+from hyspark.evaluation.segmentation.scores import mean_dice
 
 FEW = {"num_resamples": 400}
 

@@ -14,7 +14,7 @@ from hyspark.comparison.jobs import Job, run_jobs
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(jobs, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(jobs, "POLL_SECONDS", 0.01)
 
 
 def job(folder: Path, script: str, name: str = "a", done: bool = True) -> Job:
@@ -67,7 +67,7 @@ def test_a_failed_job_is_shown_and_the_others_go_on(tmp_path, capsys):
     assert "failed: a (exit code 3)" in shown
     assert "what went wrong" in shown
     assert "an earlier attempt" not in shown
-    assert "failed: b (it ended, but did not leave its scores)" in shown
+    assert "failed: b (it ended without scores)" in shown
     assert called == [1]
     assert (tmp_path / "a" / "log.txt").read_text().startswith("an earlier attempt\n")
 
@@ -87,7 +87,7 @@ def test_an_interruption_stops_jobs_and_their_children(tmp_path):
 
 
 def test_a_job_that_does_not_listen_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "GRACE", 0.3)
+    monkeypatch.setattr(jobs, "GRACE_SECONDS", 0.3)
 
     def interrupt() -> None:
         until((tmp_path / "b" / "pid").exists)
@@ -100,7 +100,7 @@ def test_a_job_that_does_not_listen_is_killed(tmp_path, monkeypatch):
 
 
 def test_a_child_that_outlives_its_job_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "GRACE", 0.5)
+    monkeypatch.setattr(jobs, "GRACE_SECONDS", 0.5)
 
     def interrupt() -> None:
         until((tmp_path / "b" / "pid").exists)
@@ -134,15 +134,15 @@ def test_sigterm_stops_the_jobs_and_handlers_are_put_back(tmp_path):
 def test_threads_and_gpus_are_shared_out(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(jobs, "available_cores", lambda: 9)
-    two = [jobs.environment(slot, 2, ["4", "7"]) for slot in range(3)]
+    two = [jobs.job_variables(slot, 2, ["4", "7"]) for slot in range(3)]
     assert [v["CUDA_VISIBLE_DEVICES"] for v in two] == ["4", "7", "4"]
     assert two[0]["OMP_NUM_THREADS"] == "4"
-    assert jobs.environment(0, 20, [])["OMP_NUM_THREADS"] == "1"
-    alone = jobs.environment(0, 1, ["4", "7"])
+    assert jobs.job_variables(0, 20, [])["OMP_NUM_THREADS"] == "1"
+    alone = jobs.job_variables(0, 1, ["4", "7"])
     assert not {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"} & set(alone)
-    assert "CUDA_VISIBLE_DEVICES" not in jobs.environment(0, 2, ["4"])
+    assert "CUDA_VISIBLE_DEVICES" not in jobs.job_variables(0, 2, ["4"])
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert "OMP_NUM_THREADS" not in jobs.environment(0, 2, [])
+    assert "OMP_NUM_THREADS" not in jobs.job_variables(0, 2, [])
 
 
 def test_gpus_named_by_the_user_are_the_ones_used(monkeypatch):

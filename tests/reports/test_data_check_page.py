@@ -78,8 +78,8 @@ def test_a_data_set_of_broken_files_alone_still_gives_a_report(tmp_path):
 def test_the_terminal_names_a_few_files_of_a_kind_and_counts_the_rest(tmp_path):
     findings = [Finding("constant", f"file{n}", "the value 0 everywhere") for n in range(9)]
     findings += [Finding("empty file", "other", "no bytes"), Finding("thin", "thin", "7 voxels")]
-    printed = data_check_page.text([], findings, {})
-    assert printed.count("everywhere") == data_check_page.MOST_FILES
+    printed = data_check_page.data_check_text([], findings, {})
+    assert printed.count("everywhere") == data_check_page.MAX_FILES
     assert "and 4 more" in printed
     assert "10 errors, 1 warnings, 0 notes" in printed
     assert printed.index("empty file") < printed.index("constant") < printed.index("thin")  # errors first
@@ -98,11 +98,6 @@ def test_no_text_of_a_header_reaches_the_report(tmp_path, capsys):
     assert "DOE" not in written
 
 
-def test_sizes_and_times_for_people():
-    assert [data_check_page.size(n) for n in (0, 999, 1500, 2.5e9)] == ["0 B", "999 B", "1.5 kB", "2.5 GB"]
-    assert [data_check_page.duration(s) for s in (5, 150, 9000)] == ["5 s", "2 min", "2.5 h"]
-
-
 def test_ranges_of_one_and_of_several():
     assert data_check_page.ranges([(2, 3), (2, 3)], "{:.0f}") == "2 x 3"
     assert data_check_page.ranges([(1, 3), (2, 3), (5, 4)], "{:.0f}") == "2 x 3 (median; 1 x 3 to 5 x 4)"
@@ -110,6 +105,6 @@ def test_ranges_of_one_and_of_several():
 
 def test_numbers_of_a_case_are_plain(tmp_path):
     seen = Examined(Case("a", "D", tmp_path / "a.nii.gz"), shape=(1, 2, 3), spacing=(1.0, float("nan"), 1.0))
-    data_check_page.write(tmp_path, "t", [seen], [], {}, None)
+    data_check_page.write_data_check(tmp_path, "t", [seen], [], {}, None)
     (case,) = json.loads((tmp_path / "check.json").read_text())["cases"]
     assert (case["shape"], case["spacing_mm"]) == ([1, 2, 3], [1.0, None, 1.0])

@@ -7,9 +7,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from hyspark.evaluation.classification.scores import Classified, write_classification_scores
+from hyspark.evaluation.score_table import ScoreTable
 from hyspark.figures import curves, panels
 from hyspark.figures import curves as figures_curves
-from hyspark.reports import html, run_page
+from hyspark.reports import run_page
 from hyspark.training import metrics_log
 
 pytestmark = pytest.mark.curves
@@ -18,7 +20,7 @@ pytestmark = pytest.mark.curves
 @pytest.fixture
 def run_folder(tmp_path):
     steps = [
-        {"step": s, "epoch": s // 10, "loss": 1 / (s + 1), "lr": 1e-4, "weight_decay": 0.04, "grad_norm": 1.0,
+        {"step": s, "epoch": s // 10, "loss": 1 / (s + 1), "lr": 1e-4, "wd": 0.04, "grad_norm": 1.0,
          "samples_per_second": 6.0, "data_wait": 0.01}
         for s in range(30)
     ]  # fmt: skip
@@ -120,8 +122,8 @@ def test_report_is_one_self_contained_file(run_folder):
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
     assert "script" not in page.tags
     assert "link" not in page.tags
-    assert "url(" not in html.STYLE
-    assert "@import" not in html.STYLE
+    assert "url(" not in text
+    assert "@import" not in text
     assert "data.url" in text
     assert sorted(entry.name for entry in run_folder.iterdir()) == [
         "metrics.jsonl",
@@ -140,7 +142,7 @@ def test_report_escapes_everything_it_is_given(run_folder):
     page = _Page(text)
     assert "script" not in page.tags
     assert not {"b", "i"} & set(page.tags)
-    assert text.count("&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;") == 10
+    assert text.count("&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;") == 10
 
 
 def test_report_shows_the_last_three_epochs_and_the_first(run_folder):
@@ -216,8 +218,28 @@ def test_the_page_shows_scores_with_their_protocol_and_pictures(run_folder):
         "<td>&lt;liver&gt;</td><td>0.900</td><td>3.2</td><td>0.750</td><td>4</td><td>1</td><td>2</td><td>0</td>" in text
     )
     assert "<td>aorta</td><td>-</td><td>-</td><td>-</td>" in text
-    assert "scored on: the label&#x27;s own grid" in text
+    assert "scored on: the label&#39;s own grid" in text
     assert 'alt="best_caseA"' in text
+
+
+def test_the_page_shows_scores_of_classified_images(run_folder):
+    scores = run_folder / "scores"
+    table = ScoreTable(
+        ("a/0.png", "b/1.png", "b/2.png"),
+        ("a", "<b>"),
+        {
+            "truth": np.array([[1.0, 0], [0, 1], [0, 1]]),
+            "probability": np.array([[0.1, 0.9], [0.9, 0.1], [2 / 3, 1 / 3]]),
+        },
+    )
+    write_classification_scores(scores, Classified.from_table(table), {"weights": "<w>"})
+    text = write(run_folder, scores={"Validation images": scores})
+    assert "weights: &lt;w&gt;; num images: 3" in text
+    assert "<td>accuracy</td><td>0.000</td>" in text
+    assert "<td>true &lt;b&gt;</td><td>2</td><td>0</td>" in text
+    assert "mistakes" not in text
+    panels.save_figure(panels.Figure(figsize=(1, 1)), scores / "mistakes.png")
+    assert "Most confident mistakes" in write(run_folder, scores={"Validation images": scores})
 
 
 def test_environment_names_the_versions():

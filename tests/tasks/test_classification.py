@@ -206,7 +206,7 @@ def test_unreadable_images_stop_the_run_or_are_excluded(config, image_data):
     broken.write_bytes(b"no image")
     try:
         with pytest.raises(
-            ValueError, match=r"1 of 31 images are unreadable; .*on_bad_case skip(.|\n)*broken\.png: it"
+            ValueError, match=r"1 of 31 images are unreadable; .*on_bad_case skip(.|\n)*broken\.png: no image"
         ):
             run_classification(config)
         assert not config.run_folder.exists()
@@ -321,5 +321,5 @@ def test_files_that_are_no_classifier(config, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no best\.pth"):
         load_classifier(tmp_path)
     torch.save({"fc.weight": torch.ones(2)}, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match=r"x\.pth expected a fine-tuned network for classification"):
+    with pytest.raises(ValueError, match=r"x\.pth: expected a fine-tuned network for classification"):
         load_classifier(tmp_path / "x.pth")

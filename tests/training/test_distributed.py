@@ -260,5 +260,5 @@ def test_cuda_that_is_not_there_is_refused_with_advice(monkeypatch):
 
 def test_a_batch_that_does_not_divide_is_refused(pretraining, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="multiple of their number"):
+    with pytest.raises(ValueError, match="batch size: expected a multiple of the 2 processes"):
         run_pretraining(replace(pretraining, batch_size=3))

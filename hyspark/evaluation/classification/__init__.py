@@ -1,1 +1,1 @@
-"""Class probabilities and their scores."""
+"""Classification: class probabilities of images, and their scores."""

@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hyspark.data.readers.images import FoundImages, class_folders, image_files
 from hyspark.evaluation.classification.evaluate import evaluate_classification
 from hyspark.evaluation.classification.inference import class_probabilities, decode_all, load_classifier
-from hyspark.evaluation.classification.scores import read_cases, write_table
+from hyspark.evaluation.classification.scores import Classified, write_probabilities
+from hyspark.evaluation.score_table import read_score_table
 from hyspark.training import distributed
 
 
@@ -33,11 +36,15 @@ def predict_classification(weights: Path, folder: Path, out: Path, device: str =
     files = image_files(folder)
     if not files:
         raise ValueError(f"{folder} holds no images (.png, .jpg, .tif, ...)")
-    found = FoundImages(tuple(f.relative_to(folder).as_posix() for f in files), (0,) * len(files), files)
-    images = decode_all(found, config)
+    names = tuple(file.relative_to(folder).as_posix() for file in files)
+    images = decode_all(FoundImages(names, (0,) * len(files), files), config)
     values = class_probabilities(network.to(processes.device), images, config, processes)
-    predicted = {"predicted": [classes[i] for i in values.argmax(1)]}
-    write_table(out / "predictions.csv", images.names, predicted, classes, values)
+    return write_predictions(out, Classified(images.names, np.array(images.labels), values, classes))
+
+
+def write_predictions(out: Path, images: Classified) -> Path:
+    """Write predictions.csv into a folder; returns its path."""
+    write_probabilities(out / "predictions.csv", images, "predicted", images.probabilities.argmax(1))
     return out / "predictions.csv"
 
 
@@ -55,7 +62,5 @@ def classify(weights: Path, folder: Path, out: Path, device: str = "auto") -> di
         predict_classification(weights, folder, out, device)
         return None
     summary = evaluate_classification(weights, folder, out, device)
-    scored = read_cases(out / "cases.csv")
-    predicted = {"predicted": [scored.classes[i] for i in scored.probabilities.argmax(1)]}
-    write_table(out / "predictions.csv", scored.names, predicted, scored.classes, scored.probabilities)
+    write_predictions(out, Classified.from_table(read_score_table(out / "cases.csv")))
     return summary

@@ -1,1 +1,1 @@
-"""Label maps and their scores."""
+"""Segmentation: label maps of volumes, and their scores."""

@@ -1,5 +1,4 @@
-"""From weights to label maps: the trained network, its class scores by sliding window, the label map on the grid of
-the file that the volume was prepared from.
+"""From weights to label maps: the trained network, its class scores by sliding window, label maps on a file's grid.
 
 Shapes: n classes, background included; (h, w, d) voxels of the prepared grid, in RAS.
 """
@@ -22,19 +21,22 @@ from hyspark.evaluation.network_kind import read_fine_tuned
 from hyspark.models.segmentation import Hybird, build_hybird
 from hyspark.training.labelled_cases import left_right_pairs, unpaired_sides
 
-STRAIGHT = 0.05
+MAX_DRIFT = 0.05
 """Voxels by which two grids may drift apart over a whole axis and still count as parallel."""
 ON_VOXEL = 1e-3
-"""Voxels within which a position counts as that of a voxel, so that nothing is interpolated."""
+"""Voxels within which a position counts as that of a voxel, which avoids interpolation."""
 
 
 @dataclass(frozen=True)
 class Windows:
-    """How class scores are put together from windows.
+    """How class scores are assembled from windows.
 
-    size: voxels per axis. overlap: share of a window that its neighbour covers. per_pass: windows in one forward pass.
-    flips: axes (0 left-right, 1 back-front, 2 foot-head) in whose flips, alone and together, the volume is looked at
-    too; scores are averaged. swaps: pairs of classes that change places in a flip of axis 0.
+    Attributes:
+        size: Voxels per axis.
+        overlap: Fraction of a window that its neighbour covers.
+        per_pass: Windows in one forward pass.
+        flips: Axes (0 left-right, 1 back-front, 2 foot-head). Scores are averaged over all combinations of their flips.
+        swaps: Pairs of classes that a flip of axis 0 swaps.
     """
 
     size: tuple[int, ...]
@@ -44,9 +46,14 @@ class Windows:
     swaps: tuple[tuple[int, int], ...] = ()
 
 
-class Trained(NamedTuple):
-    """A fine-tuned network on the CPU, in evaluation mode, its settings, its class names, background first, and digests
-    of the images that it was trained on (`content_digest`), as far as its file says.
+class TrainedNetwork(NamedTuple):
+    """A network fine-tuned for segmentation, on the CPU, in evaluation mode.
+
+    Attributes:
+        network: The network.
+        config: Its settings.
+        names: Names of its classes, background first.
+        trained_on: Digests (`content_digest`) of the images that it was trained on; empty if its file names none.
     """
 
     network: Hybird
@@ -55,7 +62,7 @@ class Trained(NamedTuple):
     trained_on: list[str]
 
 
-def load_network(path: Path) -> Trained:
+def load_network(path: Path) -> TrainedNetwork:
     """Load the segmentation network that fine-tuning left in a file. Nothing stored in it is executed.
 
     Args:
@@ -73,7 +80,7 @@ def load_network(path: Path) -> Trained:
         model.load_state_dict(contents["model"])
     except RuntimeError as error:
         raise ValueError(f"{path}: its weights do not fit the network that its settings describe ({error})") from error
-    return Trained(model.eval(), config, names, list(contents.get("trained_on", [])))
+    return TrainedNetwork(model.eval(), config, names, list(contents.get("trained_on", [])))
 
 
 def hybird_from_config(config: SegmentationConfig, num_classes: int) -> Hybird:
@@ -93,33 +100,47 @@ def hybird_from_config(config: SegmentationConfig, num_classes: int) -> Hybird:
     )
 
 
-def windows_of(
+def windows_from_config(
     config: SegmentationConfig, names: Sequence[str], overlap: float, flips: tuple[int, ...] = ()
 ) -> Windows:
-    """The windows of a network with these settings and classes.
+    """Return the windows of a network with these settings and classes.
 
-    Raises ValueError for an overlap or axes that there are not, and for flips of left and right where the settings do
-    not say which classes change places.
+    Args:
+        config: Settings of the network.
+        names: Its classes, background first.
+        overlap: Fraction of a window that its neighbour covers.
+        flips: Axes of the flips to average over.
+
+    Raises:
+        ValueError: There are no such overlap or axes, or a flip of axis 0 would mix up classes.
     """
     if not 0 <= overlap < 1:
         raise ValueError(f"overlap must be at least 0 and below 1, but it is {overlap}")
     if len(set(flips)) < len(flips) or not set(flips) <= {0, 1, 2}:
-        raise ValueError(f"flips takes axes, each once: 0 left-right, 1 back-front, 2 foot-head; it is {list(flips)}")
+        raise ValueError(f"flips: expected axes 0 (left-right), 1 (back-front), 2 (foot-head), got {list(flips)}")
     swaps = left_right_pairs(config, names)
     deliberate = swaps and config.flip_prob[0]  # trained with flips that leave these classes as they are
     if 0 in flips and not deliberate and (unpaired := unpaired_sides(names, swaps)):
         raise ValueError(
-            f"a flip of axis 0 would mix up {', '.join(unpaired)}: left_right of the network's training does not say "
-            "with which classes they change places; leave axis 0 out of flips"
+            f"flips: a flip of axis 0 would mix up {', '.join(unpaired)}, since left_right of the network's training "
+            "does not pair them; omit axis 0"
         )
     return Windows(config.crop_shape, overlap, config.sw_batch_size, flips, swaps)
 
 
 def class_scores(model: nn.Module, image: Tensor, windows: Windows, device: torch.device) -> Tensor:
-    """Class scores of a prepared volume: (h, w, d) in [0, 1], on the CPU -> float32 (n, h, w, d), on the CPU.
+    """Compute the class scores of a prepared volume from windows that are blended with Gaussian weights.
 
-    model: on `device`, in evaluation mode. Windows are blended with Gaussian weights. Only windows are ever on the
-    device: the scores of a large volume are many times what fits it.
+    Only windows are ever on the device: the scores of a large volume need many times its memory.
+
+    Args:
+        model: In evaluation mode, on `device`.
+        image: (h, w, d) in [0, 1], on the CPU.
+        windows: How to assemble the scores.
+        device: Device of the forward passes.
+
+    Returns:
+        float32 (n, h, w, d), on the CPU.
     """
     total: Tensor | None = None
     subsets = [axes for num in range(len(windows.flips) + 1) for axes in combinations(windows.flips, num)]
@@ -139,14 +160,14 @@ def class_scores(model: nn.Module, image: Tensor, windows: Windows, device: torc
             assert isinstance(scores, Tensor)
             back = scores[0].flip([1 + axis for axis in axes]) if axes else scores[0]
             if 0 in axes:
-                back = back[swapped(len(back), windows.swaps)]
+                back = back[swap_classes(len(back), windows.swaps)]
             total = back if total is None else total.add_(back)
     assert total is not None
     return total.div_(len(subsets))
 
 
-def swapped(num_classes: int, swaps: Sequence[tuple[int, int]]) -> list[int]:
-    """Class numbers, those of each pair in each other's place."""
+def swap_classes(num_classes: int, swaps: Sequence[tuple[int, int]]) -> list[int]:
+    """List the class numbers in order, those of each pair swapped."""
     order = list(range(num_classes))
     for a, b in swaps:
         order[a], order[b] = b, a
@@ -156,11 +177,19 @@ def swapped(num_classes: int, swaps: Sequence[tuple[int, int]]) -> list[int]:
 def to_grid(
     scores: Tensor, affine: np.ndarray, reference_shape: Sequence[int], reference_affine: np.ndarray
 ) -> np.ndarray:
-    """Label map on a reference grid: the likeliest class by linearly interpolated scores, uint8 of `reference_shape`.
+    """Compute the label map on a reference grid: the likeliest class by linearly interpolated scores.
 
-    scores: (n, h, w, d), on the CPU; affine: (4, 4) of their grid, to RAS mm. A voxel of the reference whose centre
-    lies no voxel of the scores' (up to half of one beyond the outermost centres there, values are those of the edge)
-    is background.
+    A voxel of the reference whose centre lies in no voxel of the scores' grid is background. Up to half a voxel beyond
+    the outermost centres of that grid, the scores are those of its edge.
+
+    Args:
+        scores: Class scores (n, h, w, d), on the CPU.
+        affine: Affine (4, 4) of their grid, to RAS mm.
+        reference_shape: Shape of the reference grid.
+        reference_affine: Affine (4, 4) of the reference grid, to RAS mm.
+
+    Returns:
+        uint8 of `reference_shape`.
     """
     to_scores = np.linalg.solve(np.asarray(affine, dtype=np.float64), np.asarray(reference_affine, dtype=np.float64))
     rotation, offset, shape = to_scores[:3, :3], to_scores[:3, 3], np.asarray(reference_shape)
@@ -168,26 +197,28 @@ def to_grid(
     along = rotation[own, range(3)]
     rest = np.abs(rotation).copy()
     rest[own, range(3)] = 0
-    if len(set(own)) < 3 or (rest @ (shape - 1)).max() > STRAIGHT:
+    if len(set(own)) < 3 or (rest @ (shape - 1)).max() > MAX_DRIFT:
         return to_slanted_grid(scores, rotation, offset, reference_shape)
 
     rows = [row_weights(along[i] * np.arange(shape[i]) + offset[own[i]], scores.shape[1 + own[i]]) for i in range(3)]
-    first = int(np.flatnonzero(own == 0)[0])  # planes across the scores' slowest axis lie together in memory
+    first = int(np.flatnonzero(own == 0)[0])  # 2D slices across the scores' slowest axis are contiguous in memory
     second, third = (i for i in range(3) if i != first)
     labels = np.zeros(tuple(shape), np.uint8)
-    planes = np.moveaxis(labels, first, 0)[rows[first].inside, rows[second].inside, rows[third].inside]
-    for to, weights in zip(planes, rows[first].weights, strict=True):
+    slices = np.moveaxis(labels, first, 0)[rows[first].inside, rows[second].inside, rows[third].inside]
+    for target, weights in zip(slices, rows[first].weights, strict=True):
         near = weights.nonzero()[:, 0].tolist()  # one or two
-        plane = scores[:, near[0]].lerp(scores[:, near[-1]], weights[near[-1]])
-        plane = plane.transpose(1, 2) if own[second] > own[third] else plane
-        to[...] = (rows[second].weights @ plane @ rows[third].weights.T).max(0).indices.numpy()
+        source = scores[:, near[0]].lerp(scores[:, near[-1]], weights[near[-1]])
+        source = source.transpose(1, 2) if own[second] > own[third] else source
+        target[...] = (rows[second].weights @ source @ rows[third].weights.T).max(0).indices.numpy()
     return labels
 
 
 class Rows(NamedTuple):
     """Linear interpolation in a row of voxels as a matrix.
 
-    inside: the positions that lie in the row, the first to the last. weights: (positions inside, voxels of the row).
+    Attributes:
+        inside: Indices of the positions that lie in the row.
+        weights: (positions inside, voxels of the row).
     """
 
     inside: slice
@@ -195,7 +226,10 @@ class Rows(NamedTuple):
 
 
 def row_weights(positions: np.ndarray, num: int) -> Rows:
-    """For positions in a row of `num` voxels, counted in voxels; up to half a voxel beyond an end is on that end."""
+    """Compute the interpolation at positions in a row of `num` voxels.
+
+    Positions are in voxels. Those up to half a voxel beyond an end count as that end.
+    """
     nearest = np.rint(positions)
     positions = np.where(np.abs(positions - nearest) < ON_VOXEL, nearest, positions)
     within = np.flatnonzero((positions > -0.5 - ON_VOXEL) & (positions < num - 0.5 + ON_VOXEL))
@@ -205,30 +239,33 @@ def row_weights(positions: np.ndarray, num: int) -> Rows:
 
 
 def to_slanted_grid(scores: Tensor, rotation: np.ndarray, offset: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """As `to_grid`, where the grids are not parallel (a sheared image, as of a tilted gantry): by SciPy, which takes
-    ten times as long.
+    """Compute the label map on a reference grid that is not parallel (a sheared image, as of a tilted gantry).
 
-    Voxel i of the reference lies at `rotation @ i + offset` in the scores' grid.
+    SciPy interpolates, which takes ten times as long as `to_grid`. Voxel i of the reference lies at
+    `rotation @ i + offset` in the scores' grid.
     """
     grid: dict[str, Any] = {"matrix": rotation, "offset": offset, "output_shape": tuple(shape)}
     labels, best = np.zeros(grid["output_shape"], np.uint8), np.full(grid["output_shape"], -np.inf, np.float32)
-    for value, one in enumerate(scores.numpy()):
-        there = affine_transform(one, **grid, output=np.float32, order=1, mode="nearest")
-        likelier = there > best
+    for value, score in enumerate(scores.numpy()):
+        resampled = affine_transform(score, **grid, output=np.float32, order=1, mode="nearest")
+        likelier = resampled > best
         labels[likelier] = value
-        best[likelier] = there[likelier]
+        best[likelier] = resampled[likelier]
     held = np.ones(tuple(scores.shape[1:]), np.uint8)
     return labels * affine_transform(held, **grid, order=0, mode="grid-constant")
 
 
 def largest_components(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """A label map (h, w, d) with the largest connected part of each class alone; voxels that share a corner touch."""
+    """Keep the largest connected component of each class in a label map (h, w, d); voxels that share a corner touch.
+
+    Of components of one size the first by its first voxel is kept. MONAI's KeepLargestConnectedComponent keeps the last
+    one, and needs scikit-image.
+    """
     kept = labels.copy()
     for value, box in enumerate(find_objects(labels, max_label=num_classes - 1), start=1):
         if box is None:
             continue
-        part = kept[box]
-        parts, num = label(labels[box] == value, structure=np.ones((3, 3, 3)))
-        sizes = np.bincount(parts.ravel(), minlength=num + 1)
-        part[(parts > 0) & (parts != 1 + sizes[1:].argmax())] = 0
+        components, num = label(labels[box] == value, structure=np.ones((3, 3, 3)))
+        sizes = np.bincount(components.ravel(), minlength=num + 1)
+        kept[box][(components > 0) & (components != 1 + sizes[1:].argmax())] = 0
     return kept

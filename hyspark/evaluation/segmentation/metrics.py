@@ -1,13 +1,14 @@
-"""How well a label map agrees with the truth, organ by organ: Dice, HD95, normalised surface Dice; on the label's own
-grid, distances in mm.
+"""Agreement of a label map with the truth, by organ: Dice, HD95, normalised surface Dice, on the label's own grid.
 
-Distances and surfaces are MONAI's. HD95 is the larger of the two 95th percentiles (of the distances from the border
-voxels of one to the other's), between voxel centres. The normalised surface Dice is the share of both surfaces, by
-area, that lies within a tolerance of the other (Nikolov et al., arXiv 1809.04430). An organ that reaches the edge of
-the volume ends there.
+Distances and surfaces are MONAI's, in mm:
+- HD95 is the larger of two 95th percentiles, of the distances from the border voxels of one to those of the other.
+  Distances are between voxel centres.
+- The normalised surface Dice is the fraction of both surfaces, by area, within a tolerance of the other (Nikolov et
+  al., arXiv 1809.04430).
+- An organ that reaches the edge of the volume ends there.
 
-An organ that the truth does not hold has no scores (NaN). One that the truth holds and the prediction does not is
-missed: Dice and surface Dice 0, HD95 NaN, since no distance is.
+Undefined scores are NaN. An organ that the truth does not hold has none. One that the truth holds and the prediction
+does not is missed: its Dice and surface Dice are 0, its HD95 is undefined.
 """
 
 import math
@@ -20,12 +21,22 @@ import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from scipy.ndimage import find_objects
 
-METRICS = ("dice", "hd95_mm", "nsd")
+ORGAN_METRICS = {"dice": ("Dice", "{:.3f}"), "hd95_mm": ("HD95 (mm)", "{:.1f}"), "nsd": ("NSD", "{:.3f}")}
+"""Metrics of an organ: by key, the heading and the format in tables."""
+VOXEL_COUNTS = ("truth_voxels", "predicted_voxels")
 
 
 @dataclass(frozen=True)
 class OrganScores:
-    """One organ of one case. dice, nsd: 0..1; hd95_mm: mm; NaN where undefined. Voxel counts on the label's grid."""
+    """Scores of one organ of one case; NaN where undefined.
+
+    Attributes:
+        dice: Dice, 0 to 1.
+        hd95_mm: HD95 in mm.
+        nsd: Normalised surface Dice, 0 to 1.
+        truth_voxels: Voxels of the organ in the truth, on the label's grid.
+        predicted_voxels: Voxels of the organ in the prediction, on the label's grid.
+    """
 
     dice: float
     hd95_mm: float
@@ -35,54 +46,70 @@ class OrganScores:
 
 
 def dice(prediction: np.ndarray, truth: np.ndarray, num_classes: int) -> list[float]:
-    """Dice of each class but the background; NaN for a class that the truth does not hold.
+    """Compute the Dice of each class but the background; NaN for a class that the truth does not hold.
 
-    Both uint8, of one shape, values below `num_classes`.
+    Args:
+        prediction: uint8, values below `num_classes`.
+        truth: Likewise, of the same shape.
+        num_classes: Number of classes, background included.
     """
-    predicted, held, both = overlaps(prediction, truth, num_classes)
+    predicted, held, both = count_overlaps(prediction, truth, num_classes)
     return [2 * b / (p + t) if t else math.nan for p, t, b in zip(predicted[1:], held[1:], both[1:], strict=True)]
 
 
-def overlaps(prediction: np.ndarray, truth: np.ndarray, num_classes: int) -> tuple[list[int], list[int], list[int]]:
-    """Voxels of each class, background included: in the prediction, in the truth, in both."""
+def count_overlaps(
+    prediction: np.ndarray, truth: np.ndarray, num_classes: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Count the voxels of each class, background included: in the prediction, in the truth, in both.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction and truth differ in shape: {prediction.shape} and {truth.shape}")
-    parts = [np.bincount(part.ravel(), minlength=num_classes) for part in (prediction, truth)]
-    parts.append(np.bincount(truth[prediction == truth], minlength=num_classes))
-    predicted, held, both = (part.tolist() for part in parts)
+    counts = [np.bincount(labels.ravel(), minlength=num_classes) for labels in (prediction, truth)]
+    counts.append(np.bincount(truth[prediction == truth], minlength=num_classes))
+    predicted, held, both = (count.tolist() for count in counts)
     return predicted, held, both
 
 
 def score_case(
     prediction: np.ndarray, truth: np.ndarray, num_classes: int, spacing: Sequence[float], tolerance: float
 ) -> list[OrganScores]:
-    """Scores of each class but the background, in their order.
+    """Score each class but the background, in their order.
 
-    prediction, truth: uint8 (h, w, d), values below `num_classes`. spacing: mm per voxel. tolerance: mm, of the
-    normalised surface Dice. Raises ValueError where the shapes differ.
+    Args:
+        prediction: uint8 (h, w, d), values below `num_classes`.
+        truth: Likewise, of the same shape.
+        num_classes: Number of classes, background included.
+        spacing: Edges of a voxel in mm.
+        tolerance: Tolerance of the normalised surface Dice in mm.
+
+    Raises:
+        ValueError: The shapes differ.
     """
-    predicted, held, _ = overlaps(prediction, truth, num_classes)
+    predicted, held, _ = count_overlaps(prediction, truth, num_classes)
     values = dice(prediction, truth, num_classes)
-    boxes = [find_objects(part, max_label=num_classes - 1) for part in (prediction, truth)]
+    boxes = [find_objects(labels, max_label=num_classes - 1) for labels in (prediction, truth)]
     scores = []
     for value in range(1, num_classes):
         hd95, nsd = math.nan, 0.0 if held[value] else math.nan
         if held[value] and predicted[value]:
-            one, other = (part[value - 1] for part in boxes)
+            one, other = (found[value - 1] for found in boxes)
             box = tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(one, other, strict=True))
-            hd95, nsd = surface_scores(prediction[box] == value, truth[box] == value, spacing, tolerance)
+            hd95, nsd = score_surfaces(prediction[box] == value, truth[box] == value, spacing, tolerance)
         scores.append(OrganScores(values[value - 1], hd95, nsd, held[value], predicted[value]))
     return scores
 
 
-def surface_scores(
+def score_surfaces(
     prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float], tolerance: float
 ) -> tuple[float, float]:
-    """HD95 in mm and normalised surface Dice of two bool arrays (h, w, d), neither of them empty."""
-    one, other = (torch.from_numpy(part.astype(np.float32))[None, None] for part in (prediction, truth))
+    """Compute HD95 in mm and normalised surface Dice of two bool arrays (h, w, d), neither of them empty."""
+    one, other = (torch.from_numpy(mask.astype(np.float32))[None, None] for mask in (prediction, truth))
     mm = [float(edge) for edge in spacing]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.5 and 1.6 warn of what they do themselves
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.5 and 1.6 warn of their own calls
         hd95 = compute_hausdorff_distance(one, other, include_background=True, percentile=95, spacing=mm)
         nsd = compute_surface_dice(one, other, [tolerance], include_background=True, spacing=mm, use_subvoxels=True)
     return float(hd95), float(nsd)

@@ -1,7 +1,7 @@
-"""Label maps for volumes without labels: NIfTI in, NIfTI out, each in the geometry and with the header of its input.
+"""Label maps of volumes without labels: NIfTI in, NIfTI out, with the geometry and the header of the input.
 
-Three things go on at once: worker processes prepare the next volumes, the network looks at one, a thread brings the
-one before to its own grid and writes it.
+Three things run at once: worker processes prepare the next volumes, the network segments one, and a thread writes the
+label map of the previous one on its own grid.
 """
 
 from collections import deque
@@ -32,8 +32,8 @@ from hyspark.utils.paths import NIFTI, nifti_files, nifti_stem
 from hyspark.utils.processes import available_cores, worker_pool
 from hyspark.utils.text import listing
 
-MOST_WORKERS = 4
-"""Prepared volumes that wait take memory; so many workers keep ahead of any network."""
+MAX_PREPARE_WORKERS = 4
+"""Waiting volumes take memory; this number of workers keeps ahead of any network."""
 
 
 def predict_segmentation(
@@ -46,19 +46,30 @@ def predict_segmentation(
     num_workers: int = 0,
     overwrite: bool = False,
 ) -> dict[str, str]:
-    """Write out/CASE.nii.gz for each volume; returns why for each case that could not be read, which does not stop the
-    others.
+    """Write the label map of each volume, CASE.nii.gz. An unreadable volume does not stop the others.
 
-    weights: best.pth or its run folder. inputs: NIfTI files and folders of such. scoring: how volumes are segmented.
-    num_workers: processes that prepare volumes; 0 takes one per core, at most 4; 1 prepares in this process. Raises
-    ValueError, FileNotFoundError for what does not fit; ValueError where an output exists, unless `overwrite` says so.
+    Args:
+        weights: best.pth of a fine-tuning run, or the run folder.
+        inputs: NIfTI files, and folders of such files.
+        out: Folder to write to.
+        scoring: How to segment.
+        device: "auto", or a device of torch.
+        num_workers: Processes that prepare volumes. 0 takes one per core, at most 4; 1 prepares in this process.
+        overwrite: Whether existing label maps are replaced.
+
+    Returns:
+        The reason for each unreadable case, by its name.
+
+    Raises:
+        FileNotFoundError: Weights or inputs are missing.
+        ValueError: Weights, inputs and settings do not fit each other, or a label map exists.
     """
     if num_workers < 0:
-        raise ValueError(f"prepare_workers must not be negative, but it is {num_workers}")
+        raise ValueError(f"--prepare_workers: expected 0 or more, got {num_workers}")
     network, config, names, _ = load_network(weights)
     scoring = scoring or Scoring()
     windows = scoring.windows(config, names)
-    cases = find_volumes(inputs)
+    cases = find_inputs(inputs)
     targets = {case.name: out / f"{case.name}.nii.gz" for case in cases}
     check_targets(cases, targets, overwrite)
     processes = distributed.find_processes(device)
@@ -69,7 +80,7 @@ def predict_segmentation(
     writing: Future[None] | None = None
     bar = tqdm(total=len(cases), desc="predict", unit="volume")
     with bar, ThreadPoolExecutor(1) as writer:
-        for case, prepared in prepare_ahead(cases, config, num_workers or min(available_cores(), MOST_WORKERS)):
+        for case, prepared in prepare_ahead(cases, config, num_workers or min(available_cores(), MAX_PREPARE_WORKERS)):
             if isinstance(prepared, str):
                 failures[case.name] = f"{case.image}: {prepared}"
             else:
@@ -85,10 +96,12 @@ def predict_segmentation(
     return failures
 
 
-def find_volumes(inputs: Sequence[Path]) -> list[Case]:
-    """The volumes of NIfTI files and folders, named as their files without ending and "_0000".
+def find_inputs(inputs: Sequence[Path]) -> list[Case]:
+    """Find the volumes of NIfTI files and folders. A case is named as its file, without ending and "_0000".
 
-    Raises FileNotFoundError where there is none; ValueError for other files, and for two volumes of one name.
+    Raises:
+        FileNotFoundError: A path does not exist, or a folder holds no NIfTI file.
+        ValueError: A file is no NIfTI file, or two volumes have one name.
     """
     files: list[Path] = []
     for path in inputs:
@@ -98,7 +111,7 @@ def find_volumes(inputs: Sequence[Path]) -> list[Case]:
                 raise FileNotFoundError(f"{path} holds no NIfTI file (.nii, .nii.gz)")
             files += found
         elif not path.is_file():
-            raise FileNotFoundError(f"no file or folder {path}")
+            raise FileNotFoundError(f"{path}: no such file or folder")
         elif not NIFTI.fullmatch(path.name):
             raise ValueError(f"{path} is no NIfTI file (.nii, .nii.gz)")
         else:
@@ -115,20 +128,25 @@ def find_volumes(inputs: Sequence[Path]) -> list[Case]:
 
 
 def check_targets(cases: Sequence[Case], targets: dict[str, Path], overwrite: bool) -> None:
-    """Raises ValueError where an output would replace an input, or a file that may not be replaced."""
+    """Check that no output replaces an input, or, without `overwrite`, a file.
+
+    Raises:
+        ValueError: An output does.
+    """
     inputs = {case.image.resolve() for case in cases}
     if same := [str(path) for path in targets.values() if path.resolve() in inputs]:
         raise ValueError(f"label maps would replace the volumes themselves: {listing(same)}; name another folder")
     if not overwrite and (known := [str(path) for path in targets.values() if path.exists()]):
-        raise ValueError(f"there already: {listing(known)}; name another folder, or replace them with --overwrite")
+        raise ValueError(f"existing label maps: {listing(known)}; name another folder, or replace them by --overwrite")
 
 
 def prepare_ahead(
     cases: Sequence[Case], settings: PrepareSettings, num_workers: int
 ) -> Iterator[tuple[Case, dict[str, Any] | str]]:
-    """Each case with what `prepare_case` gives, or the reason why it cannot be prepared; in their order.
+    """Prepare cases in worker processes, ahead of their use; one worker, or one case, is this process itself.
 
-    One worker, or one case, is prepared in this process.
+    Yields:
+        Each case in order, with the result of `prepare_case`, or the reason why it is unreadable.
     """
     num_workers = min(num_workers, len(cases))
     if num_workers == 1:
@@ -147,7 +165,7 @@ def prepare_ahead(
 
 
 def prepared_or_reason(case: Case, settings: PrepareSettings) -> dict[str, Any] | str:
-    """What `prepare_case` gives, or in one line why it does not."""
+    """Prepare a case; returns the reason in one line if that fails."""
     try:
         return prepare_case(case, settings)
     except PREPARE_ERRORS as error:
@@ -155,7 +173,15 @@ def prepared_or_reason(case: Case, settings: PrepareSettings) -> dict[str, Any] 
 
 
 def write_label_map(scores: Tensor, affine: np.ndarray, source: Path, target: Path, largest_component: bool) -> None:
-    """Class scores (n, h, w, d) on a grid -> a NIfTI label map on the grid of the file `source`, all at once."""
+    """Write the label map of class scores on the grid of a NIfTI file, the whole file at once.
+
+    Args:
+        scores: (n, h, w, d).
+        affine: Affine of their grid.
+        source: The NIfTI file.
+        target: The file to write.
+        largest_component: Whether only the largest component of each class is kept.
+    """
     labels = to_grid(scores, affine, *file_grid(source))
     if largest_component:
         labels = largest_components(labels, len(scores))
@@ -163,9 +189,9 @@ def write_label_map(scores: Tensor, affine: np.ndarray, source: Path, target: Pa
 
 
 def label_image(labels: np.ndarray, source: Path) -> Any:
-    """A label map, uint8 (h, w, d), with the geometry, units and codes of a NIfTI file.
+    """Make an image of a label map, uint8 (h, w, d), with the geometry, units and codes of a NIfTI file.
 
-    What the header says of intensities is reset, and free text and extensions, which may name a patient, are left out.
+    Fields on intensities are reset. Free text and extensions are removed, since they may name a patient.
     """
     image: Any = nibabel.load(source)
     header = image.header.copy()

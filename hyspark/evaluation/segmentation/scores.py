@@ -1,187 +1,155 @@
-"""The scores of a set of cases as a folder: cases.csv (one row per case and organ), summary.json (means, with the
-protocol that they were measured by), table.md. Which cases are the best, the median and the worst, for pictures.
+"""A folder of segmentation scores.
+
+It holds cases.csv (see score_table.py), summary.json (means, with the protocol that they were measured by) and
+table.md.
 """
 
 import csv
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hyspark.evaluation.protocol import protocol_text
-from hyspark.evaluation.segmentation.metrics import METRICS, OrganScores
+from hyspark.evaluation.score_table import ORGAN_COLUMNS, ScoreTable
+from hyspark.evaluation.segmentation.metrics import ORGAN_METRICS, OrganScores
 from hyspark.utils.atomic import to_json, write_json, write_whole
+from hyspark.utils.tables import aligned_table, markdown_table
 
-Cases = Mapping[str, Sequence[OrganScores]]
-"""Name of a case -> scores of its organs, in the order of the classes, without background."""
-COLUMNS = ("case", "organ", *METRICS, "truth_voxels", "predicted_voxels")
 MEAN = "over organs of the mean over the cases that hold the organ"
-
-
-def summarise(cases: Cases, organs: Sequence[str], protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """What summary.json holds: {"protocol": ..., "organs": {name: see `summary_of`}, "mean": {metric: ...}}; None where
-    a value is undefined.
-
-    protocol: how the scores were measured, in plain values; the number of cases and the meaning of the mean are added.
-    """
-    protocol = {**protocol, "mean": MEAN, "background": "excluded", "num_cases": len(cases)}
-    by_organ = {organ: summary_of([rows[i] for rows in cases.values()]) for i, organ in enumerate(organs)}
-    mean = {metric: mean_of([row[metric] for row in by_organ.values()]) for metric in METRICS}
-    summary: dict[str, Any] = to_json({"protocol": protocol, "organs": by_organ, "mean": mean})
-    return summary
-
-
-def write_folder(folder: Path, cases: Cases, organs: Sequence[str], protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """Write cases.csv, summary.json and table.md; returns the summary (see `summarise`)."""
-    summary = summarise(cases, organs, protocol)
-    write_whole(folder / "cases.csv", csv_text(cases, organs).encode())
-    write_json(folder / "summary.json", summary)
-    write_whole(folder / "table.md", markdown(summary).encode())
-    return summary
-
-
-def summary_of(rows: Sequence[OrganScores]) -> dict[str, float]:
-    """One organ over cases: means over those where a score is defined (NaN: none), and counts.
-
-    num_cases: cases that hold the organ; num_missed: of these, without a voxel of it predicted; num_absent: cases
-    without it; num_absent_predicted: of these, with voxels of it predicted all the same.
-    """
-    present = [row for row in rows if row.truth_voxels]
-    absent = [row for row in rows if not row.truth_voxels]
-    means = {metric: mean_of([getattr(row, metric) for row in present]) for metric in METRICS}
-    return means | {
-        "num_cases": len(present),
-        "num_missed": sum(not row.predicted_voxels for row in present),
-        "num_absent": len(absent),
-        "num_absent_predicted": sum(row.predicted_voxels > 0 for row in absent),
-    }
-
-
-def mean_of(values: Sequence[float]) -> float:
-    """Mean of the values that are not NaN; NaN where there is none."""
-    held = [value for value in values if not math.isnan(value)]
-    return float(np.mean(held)) if held else math.nan
-
-
-def csv_text(cases: Cases, organs: Sequence[str]) -> str:
-    """One row per case and organ; a field is empty where the score is undefined."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for name, rows in cases.items():
-        for organ, row in zip(organs, rows, strict=True):
-            values = asdict(row).values()
-            writer.writerow([name, organ, *("" if isinstance(v, float) and math.isnan(v) else v for v in values)])
-    return text.getvalue()
-
-
-def text_table(summary: Mapping[str, Any]) -> str:
-    """The table of a summary as aligned text, with the protocol below it."""
-    rows = score_rows(summary)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-    return "\n".join(["  ".join(row).rstrip() for row in cells]) + f"\n\n{protocol_text(summary['protocol'])}"
-
-
-def markdown(summary: Mapping[str, Any]) -> str:
-    """The table of a summary, and the protocol below it."""
-    heading, *rows = [[cell.replace("|", "\\|") for cell in row] for row in score_rows(summary)]
-    rows[-1] = [f"**{cell}**" if cell else "" for cell in rows[-1]]
-    ruler = [":--", *("--:" for _ in heading[1:])]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in [heading, ruler, *rows])
-    return f"{table}\n\nProtocol: {protocol_text(summary['protocol'])}.\n"
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """What summary.json of a scores folder holds; raises FileNotFoundError where there is none."""
-    path = folder / "summary.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no scores (summary.json); were its cases scored?")
-    summary: dict[str, Any] = json.loads(path.read_text())
-    return summary
-
-
 PICTURED = ("best", "worst", "median")
-"""Cases that a folder of scores shows, by the title that their pictures' file names begin with."""
-
-
-def best_median_worst(cases: Cases) -> dict[str, str]:
-    """Which case is the best, the median and the worst by mean Dice; fewer where there are fewer cases with a score."""
-    means = {name: mean_of([row.dice for row in rows]) for name, rows in cases.items()}
-    ranked = sorted((name for name in means if not math.isnan(means[name])), key=lambda name: -means[name])
-    places = (0, len(ranked) - 1, (len(ranked) - 1) // 2)
-    chosen: dict[str, str] = {}
-    for title, place in zip(PICTURED, places, strict=True):
-        if ranked and ranked[place] not in chosen.values():
-            chosen[title] = ranked[place]
-    return chosen
-
-
-SCORES = {"dice": ("Dice", "{:.3f}"), "hd95_mm": ("HD95 (mm)", "{:.1f}"), "nsd": ("NSD", "{:.3f}")}
-COUNTS = {
+"""Cases whose pictures are in a folder of scores; their files' names begin with these words."""
+CASE_COUNTS = {
     "num_cases": "cases",
     "num_missed": "missed",
     "num_absent": "absent",
     "num_absent_predicted": "absent, yet predicted",
 }
+"""Numbers of cases of an organ: by key, the heading in tables."""
 
 
-def score_rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    """The cells of the table of a scores' summary (summary.json): a heading, a row per organ, the mean; "-" where there
-    is no value.
+def organ_score_table(cases: Mapping[str, Sequence[OrganScores]], organs: Sequence[str]) -> ScoreTable:
+    """Build the table of scores.
+
+    Args:
+        cases: By name, the scores of a case's organs.
+        organs: Names of the organs, in this order.
     """
+    values = {
+        metric: np.array([[getattr(row, metric) for row in rows] for rows in cases.values()], dtype=float)
+        for metric in ORGAN_COLUMNS[2:]
+    }
+    shape = len(cases), len(organs)
+    return ScoreTable(tuple(cases), tuple(organs), {metric: array.reshape(shape) for metric, array in values.items()})
+
+
+def write_segmentation_scores(folder: Path, table: ScoreTable, protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """Write cases.csv, summary.json and table.md; returns the summary (see `summarise_organs`)."""
+    summary = summarise_organs(table, protocol)
+    write_whole(folder / "cases.csv", organ_csv(table).encode())
+    write_json(folder / "summary.json", summary)
+    write_whole(folder / "table.md", summary_markdown(summary).encode())
+    return summary
+
+
+def summarise_organs(table: ScoreTable, protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """Sum up a table of scores as the content of summary.json; None in it is an undefined value.
+
+    Args:
+        table: The scores.
+        protocol: How they were measured, in plain values.
+
+    Returns:
+        "protocol", with the number of cases and the meaning of the mean; "organs", by name (see `summarise_organ`);
+        "mean", by metric.
+    """
+    protocol = {**protocol, "mean": MEAN, "background": "excluded", "num_cases": len(table.cases)}
+    organs = {organ: summarise_organ(table, i) for i, organ in enumerate(table.targets)}
+    mean = {metric: mean_of([row[metric] for row in organs.values()]) for metric in ORGAN_METRICS}
+    summary: dict[str, Any] = to_json({"protocol": protocol, "organs": organs, "mean": mean})
+    return summary
+
+
+def summarise_organ(table: ScoreTable, index: int) -> dict[str, float]:
+    """Sum up one organ over the cases.
+
+    Returns:
+        Mean of each metric over the cases where it is defined, and numbers of cases. num_cases: they hold the organ.
+        num_missed: of these, no voxel of it is predicted. num_absent: they do not hold it. num_absent_predicted: of
+        these, voxels of it are predicted.
+    """
+    values = {metric: array[:, index] for metric, array in table.values.items()}
+    is_held, is_predicted = values["truth_voxels"] > 0, values["predicted_voxels"] > 0
+    numbers = (is_held, is_held & ~is_predicted, ~is_held, ~is_held & is_predicted)
+    means = {metric: mean_of(values[metric][is_held]) for metric in ORGAN_METRICS}
+    return means | {key: int(found.sum()) for key, found in zip(CASE_COUNTS, numbers, strict=True)}
+
+
+def mean_of(values: Sequence[float] | np.ndarray) -> float:
+    """Average the values that are not NaN; NaN if there is none."""
+    defined = [value for value in values if not math.isnan(value)]
+    return float(np.mean(defined)) if defined else math.nan
+
+
+def organ_csv(table: ScoreTable) -> str:
+    """Write a line per case and organ; a cell is empty where the score is undefined."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(ORGAN_COLUMNS)
+    for i, case in enumerate(table.cases):
+        for j, organ in enumerate(table.targets):
+            values = {metric: float(table.values[metric][i, j]) for metric in ORGAN_COLUMNS[2:]}
+            cells = [v if metric in ORGAN_METRICS else int(v) for metric, v in values.items()]
+            writer.writerow([case, organ, *("" if math.isnan(cell) else cell for cell in cells)])
+    return text.getvalue()
+
+
+def summary_text(summary: Mapping[str, Any]) -> str:
+    """Write the table of a summary as aligned text, with the protocol below it."""
+    return f"{aligned_table(summary_rows(summary))}\n\n{protocol_text(summary['protocol'])}"
+
+
+def summary_markdown(summary: Mapping[str, Any]) -> str:
+    """Write the table of a summary in Markdown, with the protocol below it."""
+    *rows, mean = summary_rows(summary)
+    table = markdown_table([*rows, [f"**{cell}**" if cell else "" for cell in mean]])
+    return f"{table}\n\nProtocol: {protocol_text(summary['protocol'])}.\n"
+
+
+def summary_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Format a summary as rows: a heading, a row per organ, the mean; "-" where there is no value."""
 
     def scores(row: Mapping[str, float | None]) -> list[str]:
-        return ["-" if row[key] is None else form.format(row[key]) for key, (_, form) in SCORES.items()]
+        return ["-" if row[key] is None else form.format(row[key]) for key, (_, form) in ORGAN_METRICS.items()]
 
-    organs = [[organ, *scores(row), *(str(row[key]) for key in COUNTS)] for organ, row in summary["organs"].items()]
-    heading = ["organ", *(title for title, _ in SCORES.values()), *COUNTS.values()]
-    return [heading, *organs, ["mean", *scores(summary["mean"]), *("" for _ in COUNTS)]]
+    organs = [[name, *scores(row), *(str(row[key]) for key in CASE_COUNTS)] for name, row in summary["organs"].items()]
+    heading = ["organ", *(title for title, _ in ORGAN_METRICS.values()), *CASE_COUNTS.values()]
+    return [heading, *organs, ["mean", *scores(summary["mean"]), *("" for _ in CASE_COUNTS)]]
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Dice after a step: mean over organs, mean over cases of each organ, and each case's values in the organs'
-    order.
+def best_median_worst(table: ScoreTable) -> dict[str, str]:
+    """Find the cases of the best, the median and the worst mean Dice; fewer of them if there are fewer cases."""
+    means = {case: mean_of(row) for case, row in zip(table.cases, table.values["dice"], strict=True)}
+    ranked = sorted((name for name in means if not math.isnan(means[name])), key=lambda name: -means[name])
+    positions = (0, len(ranked) - 1, (len(ranked) - 1) // 2)
+    chosen: dict[str, str] = {}
+    for title, position in zip(PICTURED, positions, strict=True):
+        if ranked and ranked[position] not in chosen.values():
+            chosen[title] = ranked[position]
+    return chosen
+
+
+def mean_dice(rows: Sequence[Sequence[float]], names: Sequence[str]) -> dict[str, float]:
+    """Average the Dice of each class over the cases that hold it; NaN if none does.
+
+    Args:
+        rows: For each case, the Dice of each class.
+        names: Names of the classes, background excluded.
     """
-
-    step: int
-    mean: float
-    organs: dict[str, float]
-    cases: dict[str, list[float]]
-
-
-def write_scores(folder: Path, **entries: Scores) -> None:
-    """Put entries ("best", "last") into dice.json of a run folder."""
-    path = folder / "dice.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    known |= {name: asdict(scores) for name, scores in entries.items()}
-    write_whole(path, (json.dumps(known, indent=1) + "\n").encode())
-
-
-def read_scores(folder: Path) -> dict[str, dict[str, float]]:
-    """Dice per organ of the best and of the last weights of a run.
-
-    Raises FileNotFoundError where the folder holds no scores yet.
-    """
-    loaded = load_scores(folder)
-    return {name: loaded[name]["organs"] for name in ("best", "last")}
-
-
-def read_cases(folder: Path) -> list[str]:
-    """Names of the cases that a run was validated on, sorted; raises as `read_scores`."""
-    return sorted(load_scores(folder)["best"]["cases"])
-
-
-def load_scores(folder: Path) -> dict[str, Any]:
-    """What dice.json of a run folder holds; raises as `read_scores`."""
-    path = folder / "dice.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no scores (dice.json); is it a fine-tuning run that was validated?")
-    loaded: dict[str, Any] = json.loads(path.read_text())
-    return loaded
+    values = np.asarray(rows, dtype=np.float64).reshape(-1, len(names))
+    held = ~np.isnan(values)
+    sums, nums = np.where(held, values, 0).sum(0), held.sum(0)
+    return {name: float(s / n) if n else float("nan") for name, s, n in zip(names, sums, nums, strict=True)}

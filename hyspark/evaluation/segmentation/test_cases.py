@@ -1,4 +1,4 @@
-"""Further labelled cases (`test_dir`) that a fine-tuning run is scored on once, with its last weights."""
+"""The test cases (`test_dir`), which a fine-tuning run is scored on once, with its last weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import nn
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets.cases import Case
 from hyspark.data.preprocessing.store import StoredVolume
-from hyspark.evaluation.segmentation.evaluate import Source, check_classes, find_labelled, is_scored, score_cases
+from hyspark.evaluation.segmentation.evaluate import Source, are_cases_scored, check_classes, find_labelled, score_cases
 from hyspark.training.distributed import Processes
 from hyspark.training.labelled_cases import check_labels
 from hyspark.training.run_volumes import prepare_volumes
@@ -17,7 +17,13 @@ from hyspark.training.run_volumes import prepare_volumes
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Prepared cases; none where the settings name no folder. text: what they are, in words."""
+    """The test cases of a run; none if the settings name no folder.
+
+    Attributes:
+        volumes: The cases, prepared.
+        cases: The cases.
+        text: The cases, in words.
+    """
 
     volumes: Sequence[StoredVolume]
     cases: Sequence[Case]
@@ -25,9 +31,11 @@ class HeldOut:
 
 
 def prepare_held_out(config: SegmentationConfig, processes: Processes, names: Sequence[str]) -> HeldOut:
-    """The cases of test_dir.
+    """Find and prepare the cases of test_dir.
 
-    Raises ValueError or FileNotFoundError where there are none, or their classes are others than the run's.
+    Raises:
+        FileNotFoundError: There are none.
+        ValueError: They are unreadable, or their classes are not those of the run.
     """
     if not config.test_dir:
         return HeldOut([], [], "")
@@ -48,11 +56,18 @@ def score_held_out(
     weights: str,
     trained_on: Sequence[str],
 ) -> None:
-    """Write scores_test in the run's folder, unless it holds the scores of these weights and cases already.
+    """Write scores_test in the run folder, unless it holds the scores of these weights and cases.
 
-    weights, trained_on: as in `Source`; the rest as in `score_cases`.
+    Args:
+        network: In evaluation mode, on the device of `processes`.
+        config: Settings of the network.
+        names: Its classes, background first.
+        held_out: The test cases.
+        processes: The processes of the run.
+        weights: The weights, in words.
+        trained_on: Digests of the images that the weights were trained on.
     """
     source = Source(weights, held_out.text, trained_on)
     out = config.run_folder / "scores_test"
-    if held_out.cases and not is_scored(out, config, names, held_out.cases, processes, source):
+    if held_out.cases and not are_cases_scored(out, config, names, held_out.cases, processes, source):
         score_cases(network, config, names, held_out.volumes, held_out.cases, out, processes, source)

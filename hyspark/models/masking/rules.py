@@ -107,6 +107,7 @@ def masked_global_pool(
     if not context.is_map(input) or return_indices:
         raise mixing_error(func)
     if asked == (1,) * context.axes:
+        context.mask(size)  # makes the size known to the reductions
         over = tuple(range(2, input.ndim))
         is_max = func in (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)
         out: Tensor = (

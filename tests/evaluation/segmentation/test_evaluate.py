@@ -1,7 +1,6 @@
 import csv
 import gzip
 import json
-import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,36 +18,18 @@ from hyspark.data.preprocessing.prepare import prepare_all
 from hyspark.evaluation.segmentation.evaluate import (
     Scoring,
     Source,
+    are_cases_scored,
     check_classes,
     evaluate_segmentation,
     find_labelled,
-    is_scored,
-    mean_dice,
     score_cases,
 )
 from hyspark.evaluation.segmentation.inference import hybird_from_config
-from hyspark.evaluation.segmentation.scores import Scores, read_scores, write_scores
 from hyspark.training import checkpoint, precision
 from hyspark.training.distributed import find_processes
 from hyspark.utils.digests import content_digest
 
 TINY = {"encoder_widths": (6, 6, 12, 12, 24), "encoder_depths": (1,) * 5, "expansions": (2,) * 5, "vit_depth": 1}
-
-
-def test_mean_dice_leaves_out_cases_without_the_organ():
-    nan = float("nan")
-    means = mean_dice([[0.5, nan, nan], [0.7, 0.2, nan]], ["liver", "spleen", "aorta"])
-    assert means["liver"] == pytest.approx(0.6)
-    assert means["spleen"] == pytest.approx(0.2)
-    assert math.isnan(means["aorta"])
-
-
-def test_scores_of_best_and_last_live_side_by_side(tmp_path):
-    write_scores(tmp_path, best=Scores(3, 0.5, {"liver": 0.5}, {"x": [0.5]}))
-    write_scores(tmp_path, last=Scores(9, 0.4, {"liver": 0.4}, {"x": [0.4]}))
-    assert read_scores(tmp_path) == {"best": {"liver": 0.5}, "last": {"liver": 0.4}}
-    with pytest.raises(FileNotFoundError, match=r"dice\.json"):
-        read_scores(tmp_path / "other")
 
 
 # Scoring
@@ -155,7 +136,7 @@ def test_scores_are_those_of_these_weights_and_files(labelled, tmp_path, monkeyp
     cases, _, text = find_labelled(labelled)
 
     def known(source, cases=cases, config=BOXES):
-        return is_scored(tmp_path / "scores", config, NAMES, cases, find_processes("cpu"), source)
+        return are_cases_scored(tmp_path / "scores", config, NAMES, cases, find_processes("cpu"), source)
 
     source = Source("levels", text, [])
     assert known(source)
@@ -185,14 +166,14 @@ def test_flips_change_nothing_for_a_network_that_does_not_look_around(labelled, 
 
 def test_flips_of_sides_need_their_pairs(labelled, tmp_path):
     sided = ["background", "left kidney", "right kidney"]
-    with pytest.raises(ValueError, match="leave axis 0 out of flips"):
+    with pytest.raises(ValueError, match="omit axis 0"):
         Scoring(flips=(0,)).windows(BOXES, sided)
     pairs = replace(BOXES, left_right=("left kidney=right kidney",))
     assert Scoring(flips=(0,)).windows(pairs, sided).swaps == ((1, 2),)
-    with pytest.raises(ValueError, match=r"mix up left lung, right lung: .* leave axis 0 out of flips"):
+    with pytest.raises(ValueError, match=r"mix up left lung, right lung, since .* omit axis 0"):
         Scoring(flips=(0,)).windows(replace(pairs, flip_prob=(0, 0, 0)), [*sided, "left lung", "right lung"])
     assert Scoring(flips=(1, 2)).windows(BOXES, sided).flips == (1, 2)
-    with pytest.raises(ValueError, match="flips takes axes"):
+    with pytest.raises(ValueError, match="flips: expected axes"):
         Scoring(flips=(3,)).windows(BOXES, NAMES)
     with pytest.raises(ValueError, match="overlap must be"):
         Scoring(overlap=1.0).windows(BOXES, NAMES)
@@ -230,9 +211,9 @@ def test_a_folder_and_a_list_of_unseen_cases(labelled, weights, tmp_path):
 
 
 def test_data_that_do_not_fit_the_network(labelled, weights, tmp_path):
-    with pytest.raises(ValueError, match="is a folder, whose labelled cases are all scored"):
+    with pytest.raises(ValueError, match="--part validation: expected a decathlon JSON, got the folder"):
         find_labelled(labelled, "validation")
-    with pytest.raises(FileNotFoundError, match=r"no data list at .*gone\.json"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.json: no such file; expected a decathlon JSON"):
         find_labelled(tmp_path / "gone.json", "validation")
     content = {"labels": {"background": 0, "aorta": 1, "liver": 2}}
     (labelled / "dataset.json").write_text(json.dumps(content))

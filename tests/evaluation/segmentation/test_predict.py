@@ -15,7 +15,7 @@ from hyspark.config.recipes import as_plain
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.evaluation.segmentation import predict
 from hyspark.evaluation.segmentation.evaluate import Scoring
-from hyspark.evaluation.segmentation.inference import Trained, hybird_from_config
+from hyspark.evaluation.segmentation.inference import TrainedNetwork, hybird_from_config
 from hyspark.tasks import api
 from hyspark.training import checkpoint
 
@@ -49,7 +49,7 @@ def weights(tmp_path):
 @pytest.fixture
 def knowing(monkeypatch):
     """In place of the untrained network one that knows."""
-    monkeypatch.setattr(predict, "load_network", lambda path: Trained(Levels(), CONFIG, NAMES, []))
+    monkeypatch.setattr(predict, "load_network", lambda path: TrainedNetwork(Levels(), CONFIG, NAMES, []))
     monkeypatch.setattr(api, "kind_of_network", lambda path: "segmentation")
 
 
@@ -126,7 +126,7 @@ def test_several_volumes_and_a_broken_one(knowing, tmp_path, capsys):
 def test_workers_keep_the_order(tmp_path):
     for name in "cab":
         write_volume(tmp_path / f"{name}.nii.gz")
-    cases = predict.find_volumes([tmp_path / "c.nii.gz", tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"])
+    cases = predict.find_inputs([tmp_path / "c.nii.gz", tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"])
     ahead = list(predict.prepare_ahead(cases, CONFIG, 2))
     assert [case.name for case, _ in ahead] == ["c", "a", "b"]
     alone = list(predict.prepare_ahead(cases, CONFIG, 1))
@@ -161,25 +161,25 @@ def test_inputs_that_cannot_be(tmp_path):
     for folder in ("a", "b"):
         write_volume(tmp_path / folder / "x_0000.nii.gz")
     with pytest.raises(ValueError, match="two volumes are named x"):
-        predict.find_volumes([tmp_path / "a", tmp_path / "b"])
-    with pytest.raises(FileNotFoundError, match="no file or folder"):
-        predict.find_volumes([tmp_path / "c"])
+        predict.find_inputs([tmp_path / "a", tmp_path / "b"])
+    with pytest.raises(FileNotFoundError, match="c: no such file or folder"):
+        predict.find_inputs([tmp_path / "c"])
     with pytest.raises(FileNotFoundError, match="holds no NIfTI file"):
-        predict.find_volumes([tmp_path])
+        predict.find_inputs([tmp_path])
     (tmp_path / "x.txt").write_text("")
     with pytest.raises(ValueError, match="is no NIfTI file"):
-        predict.find_volumes([tmp_path / "x.txt"])
+        predict.find_inputs([tmp_path / "x.txt"])
 
 
 def test_flips_of_left_and_right_need_pairs(monkeypatch, tmp_path):
     sided = ["background", "left kidney", "right kidney"]
-    monkeypatch.setattr(predict, "load_network", lambda path: Trained(Levels(), CONFIG, sided, []))
+    monkeypatch.setattr(predict, "load_network", lambda path: TrainedNetwork(Levels(), CONFIG, sided, []))
     write_volume(tmp_path / "x.nii.gz")
-    with pytest.raises(ValueError, match="leave axis 0 out"):
+    with pytest.raises(ValueError, match="omit axis 0"):
         predict.predict_segmentation(
             tmp_path, [tmp_path / "x.nii.gz"], tmp_path / "out", scoring=Scoring(flips=(0,)), device="cpu"
         )
     paired = replace(CONFIG, left_right=("left kidney=right kidney",))
-    monkeypatch.setattr(predict, "load_network", lambda path: Trained(Levels(), paired, sided, []))
+    monkeypatch.setattr(predict, "load_network", lambda path: TrainedNetwork(Levels(), paired, sided, []))
     options = {"scoring": Scoring(flips=(0,)), "device": "cpu", "num_workers": 1}
     assert predict.predict_segmentation(tmp_path, [tmp_path / "x.nii.gz"], tmp_path / "out", **options) == {}

@@ -2,10 +2,18 @@ import csv
 import json
 import math
 
+import numpy as np
 import pytest
 
+from hyspark.evaluation.protocol import read_summary
+from hyspark.evaluation.score_table import read_score_table
 from hyspark.evaluation.segmentation.metrics import OrganScores
-from hyspark.evaluation.segmentation.scores import best_median_worst, read_summary, write_folder
+from hyspark.evaluation.segmentation.scores import (
+    best_median_worst,
+    mean_dice,
+    organ_score_table,
+    write_segmentation_scores,
+)
 
 NAN = math.nan
 ABSENT = OrganScores(NAN, NAN, NAN, 0, 0)
@@ -15,10 +23,11 @@ CASES = {
     "c": [OrganScores(0.2, 9.0, 0.1, 100, 70), OrganScores(NAN, NAN, NAN, 0, 7), ABSENT],
 }
 ORGANS = ["liver", "spleen", "gall|bladder"]
+TABLE = organ_score_table(CASES, ORGANS)
 
 
 def test_means_are_over_organs_of_the_cases_that_hold_them(tmp_path):
-    summary = write_folder(tmp_path, CASES, ORGANS, {"weights": "best.pth", "spacing_mm": [1, 1, 2]})
+    summary = write_segmentation_scores(tmp_path, TABLE, {"weights": "best.pth", "spacing_mm": [1, 1, 2]})
     assert summary == read_summary(tmp_path) == json.loads((tmp_path / "summary.json").read_text())
     liver, spleen, bladder = (summary["organs"][organ] for organ in ORGANS)
     assert liver["dice"] == pytest.approx(0.6)
@@ -34,7 +43,7 @@ def test_means_are_over_organs_of_the_cases_that_hold_them(tmp_path):
 
 
 def test_a_row_per_case_and_organ(tmp_path):
-    write_folder(tmp_path, CASES, ORGANS, {})
+    write_segmentation_scores(tmp_path, TABLE, {})
     with (tmp_path / "cases.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["case", "organ", "dice", "hd95_mm", "nsd", "truth_voxels", "predicted_voxels"]
@@ -45,7 +54,7 @@ def test_a_row_per_case_and_organ(tmp_path):
 
 
 def test_the_table_names_the_protocol(tmp_path):
-    write_folder(tmp_path, CASES, ORGANS, {"weights": "best.pth", "nsd_tolerance_mm": 2.0})
+    write_segmentation_scores(tmp_path, TABLE, {"weights": "best.pth", "nsd_tolerance_mm": 2.0})
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert lines[0].startswith("| organ | Dice | HD95 (mm) | NSD |")
     assert lines[2] == "| liver | 0.600 | 5.0 | 0.500 | 3 | 0 | 0 | 0 |"
@@ -61,8 +70,39 @@ def test_scores_that_are_not_there(tmp_path):
         read_summary(tmp_path)
 
 
+def test_the_table_is_read_back_from_its_file(tmp_path):
+    write_segmentation_scores(tmp_path, TABLE, {})
+    read = read_score_table(tmp_path / "cases.csv")
+    assert (read.cases, read.targets, list(read.values)) == (TABLE.cases, TABLE.targets, list(TABLE.values))
+    for metric, values in TABLE.values.items():
+        assert np.array_equal(read.values[metric], values, equal_nan=True)
+
+
+def test_a_selection_of_a_table_has_its_order_and_no_scores_of_unknown_names():
+    taken = TABLE.take(["c", "a", "new"], ["spleen", "aorta"])
+    assert (taken.cases, taken.targets) == (("c", "a", "new"), ("spleen", "aorta"))
+    assert np.array_equal(taken.values["dice"], [[NAN, NAN], [0.5, NAN], [NAN, NAN]], equal_nan=True)
+
+
+@pytest.mark.parametrize("row", ["a,liver,good,1,1,5,5", "a,liver,0.5", "a,liver,0.5,1,1,many,5"])
+def test_damaged_scores_name_their_file(tmp_path, row):
+    (tmp_path / "cases.csv").write_text(f"case,organ,dice,hd95_mm,nsd,truth_voxels,predicted_voxels\n{row}\n")
+    with pytest.raises(ValueError, match=r"cases\.csv: expected case, organ"):
+        read_score_table(tmp_path / "cases.csv")
+
+
 def test_the_cases_to_look_at():
-    assert best_median_worst(CASES) == {"best": "a", "median": "b", "worst": "c"}
-    assert best_median_worst({"a": CASES["a"]}) == {"best": "a"}
-    assert best_median_worst({name: CASES[name] for name in "ca"}) == {"best": "a", "worst": "c"}
-    assert best_median_worst({"a": [ABSENT]}) == {}
+    def chosen(cases):
+        return best_median_worst(organ_score_table(cases, ORGANS[: len(next(iter(cases.values())))]))
+
+    assert chosen(CASES) == {"best": "a", "median": "b", "worst": "c"}
+    assert chosen({"a": CASES["a"]}) == {"best": "a"}
+    assert chosen({name: CASES[name] for name in "ca"}) == {"best": "a", "worst": "c"}
+    assert chosen({"a": [ABSENT]}) == {}
+
+
+def test_mean_dice_excludes_cases_without_the_organ():
+    means = mean_dice([[0.5, NAN, NAN], [0.7, 0.2, NAN]], ["liver", "spleen", "aorta"])
+    assert means["liver"] == pytest.approx(0.6)
+    assert means["spleen"] == pytest.approx(0.2)
+    assert math.isnan(means["aorta"])
