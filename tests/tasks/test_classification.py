@@ -195,7 +195,7 @@ def test_other_images_or_settings_do_not_continue_a_run(config, image_data):
     extra = image_data / "train" / "dark" / "99.png"
     Image.new("L", (40, 36)).save(extra)
     try:
-        with pytest.raises(ValueError, match=r"begun on other images(.|\n)*was 16 training .* is 17 training"):
+        with pytest.raises(ValueError, match=r"begun on other data(.|\n)*was 16 training .* is 17 training"):
             run_classification(config)
     finally:
         extra.unlink()
@@ -265,7 +265,7 @@ def test_networks_by_name():
     }
     with pytest.raises(ValueError, match="timm has no 'test_resne' here; did you mean test_resnet"):
         build_classifier("timm/test_resne", 3, 2)
-    with pytest.raises(ValueError, match="three channels"):
+    with pytest.raises(ValueError, match="expected channels=3"):
         build_classifier("torchvision/resnet18", 1, 2)
     with pytest.raises(ValueError, match="several outputs"):
         build_classifier("torchvision/googlenet", 3, 2)

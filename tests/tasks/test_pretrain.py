@@ -98,7 +98,7 @@ def test_a_finished_run_is_left_alone(pretraining):
 
 def test_another_run_is_not_continued_by_mistake(pretraining):
     run_pretraining(replace(pretraining, max_steps=1))
-    with pytest.raises(ValueError, match=r"mask: was 0\.75, is 0\.5"):
+    with pytest.raises(ValueError, match=r"mask_ratio: was 0\.75, is 0\.5"):
         run_pretraining(replace(pretraining, mask_ratio=0.5))
 
 
@@ -227,7 +227,7 @@ def test_a_network_of_others_starts_from_weights(pretraining, tmp_path, caplog):
         own = model.encoder.state_dict() if name == "backbone.pth" else model.state_dict()
         assert own.keys() == keys.keys()
         assert all(torch.equal(own[key], keys[key]) for key in keys)
-    assert "fc.weight, fc.bias: head of its own, not part of this model" in caplog.text
+    assert "fc.weight, fc.bias: head of the file's network, not part of this model" in caplog.text
     torch.save({"conv1.0.weight": torch.zeros(24, 3, 3, 3)}, tmp_path / "cut.pth")
     with pytest.raises(ValueError, match=r"cut\.pth lacks"):
         run_pretraining(replace(config, weights=str(tmp_path / "cut.pth")))

@@ -12,8 +12,9 @@ from monai.losses import DiceCELoss
 from hyspark.cli.main import main
 from hyspark.data.datasets import build as datasets_build
 from hyspark.data.datasets import datalist_json
+from hyspark.evaluation.protocol import read_summary
 from hyspark.evaluation.segmentation.inference import load_network
-from hyspark.evaluation.segmentation.scores import read_scores, read_summary
+from hyspark.evaluation.validations import read_validations
 from hyspark.tasks.pretrain import run_pretraining
 from hyspark.tasks.segmentation import initialise_segmentation, run_segmentation, split_crops
 from hyspark.training.initial_weights import load_volume_weights
@@ -33,7 +34,7 @@ def test_from_pretraining_to_a_table(pretraining, finetuning, capsys):
     run_pretraining(replace(pretraining, epochs=1))
     config = replace(finetuning, weights=str(encoder_file(pretraining)))
     folder = run_segmentation(config)
-    for name in ("config.yaml", "metrics.jsonl", "best.pth", "last.pth", "dice.json", "report.html", "pictures"):
+    for name in ("config.yaml", "metrics.jsonl", "best.pth", "last.pth", "report.html", "pictures"):
         assert (folder / name).exists(), name
     for name in ("cases.csv", "summary.json", "table.md"):
         assert (folder / "scores" / name).is_file(), name
@@ -41,9 +42,9 @@ def test_from_pretraining_to_a_table(pretraining, finetuning, capsys):
     assert len(list((folder / "scores").glob("*.png"))) == 1
     summary = json.loads((folder / "scores" / "summary.json").read_text())
     assert summary["protocol"]["weights"] == "last.pth after 4 steps"
-    scores = read_scores(folder)
-    assert {name: row["dice"] for name, row in summary["organs"].items()} == pytest.approx(scores["last"])
-    assert list(scores["best"]) == list(scores["last"]) == ORGANS
+    scores = read_validations(folder)
+    assert {name: row["dice"] for name, row in summary["organs"].items()} == pytest.approx(scores.last)
+    assert list(scores.best) == list(scores.last) == ORGANS
     assert [m["epoch"] for m in metrics(config) if "dice_mean" in m] == [1, 3]
     scratch = replace(finetuning, out=str(folder.parent / "scratch"))
     run_segmentation(scratch)
@@ -233,7 +234,7 @@ def test_weights_that_have_seen_other_volumes_are_pointed_out(finetuning, tmp_pa
 def test_settings_of_the_other_decoder_are_refused_in_a_new_run(finetuning, setting, monkeypatch):
     """In an old one, which had them for nothing, they change nothing."""
     config = replace(finetuning, **{setting: 32})
-    with pytest.raises(ValueError, match=f"{setting}=32 is of the light decoder, but decoder is released"):
+    with pytest.raises(ValueError, match=f"{setting}=32 needs decoder=light, but decoder is released"):
         run_segmentation(config)
     with monkeypatch.context() as before:
         before.setattr("hyspark.tasks.segmentation.check_decoder", lambda config: None)
