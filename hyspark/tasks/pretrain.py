@@ -48,7 +48,6 @@ class PretrainingExperiment(Experiment[MaskedTask | ContrastiveTask]):
         self.probe_cases = find_probe_cases(Path(config.probe_data), config.probe_cases) if config.probe_data else None
         self.data = describe_cases(self.training, self.validation)
         self.model = initialise_pretraining(config, processes.world_size)
-        self.task_class = ContrastiveTask if config.method in CONTRASTIVE_METHODS else MaskedTask
 
     def describe(self) -> dict[str, str]:
         """Describe data, network, steps and probe."""
@@ -81,7 +80,7 @@ class PretrainingExperiment(Experiment[MaskedTask | ContrastiveTask]):
         """Estimate time, memory and disk space by trial steps; nothing is written."""
         config, processes = self.config, self.processes
         free = memory.free_memory(processes)
-        task = self.task_class(config, self.shard, [], [])
+        task = task_class(config)(config, self.shard, [], [])
         crops = crops_per_process(config, processes)
         least = 2 if config.method in CONTRASTIVE_METHODS else 1  # BatchNorm on vectors takes two
         make = partial(initialise_pretraining, config)
@@ -100,7 +99,7 @@ class PretrainingExperiment(Experiment[MaskedTask | ContrastiveTask]):
         volumes = prepare_run_volumes(config, processes, Path(config.data), self.training, self.validation)
         probe = make_probe(config, processes, self.probe_cases) if self.probe_cases else None
         best = state["best"] if state else math.inf
-        task = self.task_class(config, self.shard, volumes.training, volumes.validation, probe, best)
+        task = task_class(config)(config, self.shard, volumes.training, volumes.validation, probe, best)
         steps = steps_per_epoch(config, len(volumes.training))
         run = make_run(config, self.data, processes, self.model, steps, state, excluded=volumes.excluded)
         return run, task
@@ -111,6 +110,11 @@ class PretrainingExperiment(Experiment[MaskedTask | ContrastiveTask]):
             LOG.info("encoder  %s", encoder_file(self.config))
             LOG.info("report   %s", write_pretraining_report(task, run))
             LOG.info("pictures %s", self.config.run_folder / "pictures")
+
+
+def task_class(config: PretrainConfig) -> type[MaskedTask] | type[ContrastiveTask]:
+    """Return the task of the method that the settings name."""
+    return ContrastiveTask if config.method in CONTRASTIVE_METHODS else MaskedTask
 
 
 def find_pretraining_cases(config: PretrainConfig) -> tuple[list[Case], list[Case]]:

@@ -51,8 +51,8 @@ from hyspark.training.run_volumes import RunVolumes, describe_cases, format_excl
 from hyspark.utils.digests import content_digest
 from hyspark.utils.log import LOG
 
-FOLDERS_BY_HEADING = {"Validation cases, last weights": "scores", "Further cases, last weights": "scores_test"}
-"""Folders of scores in a run by their heading in the report."""
+SCORE_HEADINGS = {"Validation cases, last weights": "scores", "Further cases, last weights": "scores_test"}
+"""Headings of the report with their folders of scores in a run."""
 
 
 def run_segmentation(config: SegmentationConfig) -> Path:
@@ -328,7 +328,7 @@ class SegmentationTask(Task):
             dice=best_and_last(c.run_folder),
             scores={
                 heading: c.run_folder / name
-                for heading, name in FOLDERS_BY_HEADING.items()
+                for heading, name in SCORE_HEADINGS.items()
                 if (c.run_folder / name / "summary.json").is_file()
             },
         )

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hyspark.training.batch_norm import global_batch_norm, synchronise_batch_norms
 from hyspark.utils.log import LOG
 
-T = TypeVar("T")
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def gather_lists(values: Sequence[Any], processes: Processes) -> list[Any]:
     return [value for own in gathered for value in own]
 
 
-def run_once_per_machine(work: Callable[[], T], processes: Processes) -> list[T]:
+def run_once_per_machine(work: Callable[[], ResultT], processes: Processes) -> list[ResultT]:
     """Call `work` on one process of each machine, while the others wait as long as it takes.
 
     Returns:

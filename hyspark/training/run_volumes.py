@@ -138,7 +138,7 @@ def prepare_run_volumes(
     excluded = [case.name for case in cases if str(case.image) in failed]
     if failed:
         lines = "\n  ".join(line for lines in failed.values() for line in lines)
-        LOG.warning("%d of %d volumes are unreadable and excluded:\n  %s", len(failed), len(cases), lines)
+        LOG.warning("%d of %d volumes are unusable and excluded:\n  %s", len(failed), len(cases), lines)
     if not train_on or (validation and not validate_on):
         raise ValueError(
             f"{data}: without unreadable cases there are {len(train_on)} to train on and {len(validate_on)} to "

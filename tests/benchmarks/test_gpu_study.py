@@ -19,8 +19,8 @@ from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import read_yaml
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.config.shared import EncoderSettings
+from hyspark.data.datasets import build as datasets_build
 from hyspark.data.datasets import datalist_json
-from hyspark.data.datasets import initialise_pretraining as datasets_build
 from hyspark.data.readers.nifti import read_nifti
 from hyspark.data.settings import PrepareSettings
 from hyspark.data.synthetic.phantom import write_phantoms
@@ -205,7 +205,9 @@ def test_a_stopped_study_continues_to_its_end(study, source, tmp_path, monkeypat
 
     monkeypatch.setattr(benefit, "run_jobs", in_this_process)
     with monkeypatch.context() as patched:
-        patched.setattr(MaskedTask, "begin", lambda task, run, step: step == 1 and signal.raise_signal(signal.SIGALRM))
+        patched.setattr(
+            MaskedTask, "before_step", lambda task, run, step: step == 1 and signal.raise_signal(signal.SIGALRM)
+        )
         with pytest.raises(SystemExit) as stop:
             study.main(argv)
     assert stop.value.code == 75

@@ -248,7 +248,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(pretraining, tmp_path, pha
 def test_other_processes_than_the_main_one_print_and_measure_nothing(pretraining, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("hyspark.tasks.pretrain.plan", None)
+    monkeypatch.setattr("hyspark.tasks.pretrain.format_plan", None)
     run_pretraining(replace(pretraining, dry_run=True))
 
 

@@ -14,7 +14,7 @@ from hyspark.evaluation.classification.inference import load_classifier
 from hyspark.models.classifier import build_classifier, get_head, layer_indices
 from hyspark.tasks.classification import initialise_classifier, make_optimizer, run_classification
 from hyspark.training.labelled_images import read_images
-from hyspark.training.optim import set_lr_and_decay
+from hyspark.training.optim import LR_RATIO, set_lr_and_decay
 
 
 @pytest.fixture
@@ -195,18 +195,18 @@ def test_other_images_or_settings_do_not_continue_a_run(config, image_data):
     extra = image_data / "train" / "dark" / "99.png"
     Image.new("L", (40, 36)).save(extra)
     try:
-        with pytest.raises(ValueError, match=r"begun on other images(.|\n)*was 16 training .* is 17 training"):
+        with pytest.raises(ValueError, match=r"begun on other data(.|\n)*was 16 training .* is 17 training"):
             run_classification(config)
     finally:
         extra.unlink()
 
 
-def test_images_that_cannot_be_used_stop_the_run_or_are_left_out(config, image_data):
+def test_unreadable_images_stop_the_run_or_are_excluded(config, image_data):
     broken = image_data / "val" / "dark" / "broken.png"
     broken.write_bytes(b"no image")
     try:
         with pytest.raises(
-            ValueError, match=r"1 of 31 images cannot be used; .*on_bad_case skip(.|\n)*broken\.png: no image"
+            ValueError, match=r"1 of 31 images are unreadable; .*on_bad_case skip(.|\n)*broken\.png: no image"
         ):
             run_classification(config)
         assert not config.run_folder.exists()
@@ -265,7 +265,7 @@ def test_networks_by_name():
     }
     with pytest.raises(ValueError, match="timm has no 'test_resne' here; did you mean test_resnet"):
         build_classifier("timm/test_resne", 3, 2)
-    with pytest.raises(ValueError, match="three channels"):
+    with pytest.raises(ValueError, match="expected channels=3"):
         build_classifier("torchvision/resnet18", 1, 2)
     with pytest.raises(ValueError, match="several outputs"):
         build_classifier("torchvision/googlenet", 3, 2)
@@ -290,7 +290,7 @@ def test_decay_is_in_the_gradient_of_all_weights_or_apart_from_it(config):
     assert found["layer4.0.conv1.weight"] == pytest.approx((0.1 * 0.5, 0.5))
     assert found["conv1.0.weight"] == pytest.approx((0.1 * 0.5**5, 0.5))
     loaded = replace(config, optimizer="adamw", encoder_lr_ratio=0.1, pretrained_lr_ratio=0.2, weights="a.pth")
-    assert sorted({g["share"] for g in make_optimizer(loaded, network).param_groups}) == pytest.approx([0.02, 1.0])
+    assert sorted({g[LR_RATIO] for g in make_optimizer(loaded, network).param_groups}) == pytest.approx([0.02, 1.0])
 
 
 # The trained network on other images

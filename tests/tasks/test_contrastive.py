@@ -8,7 +8,7 @@ import timm
 import torch
 
 from hyspark.config.shared import EncoderSettings
-from hyspark.tasks.pretrain import describe, initialise_pretraining, run_pretraining, start, untrained_modules
+from hyspark.tasks.pretrain import PretrainingExperiment, initialise_pretraining, run_pretraining, untrained_modules
 from hyspark.training.distributed import find_processes
 from hyspark.training.run_folder import checkpoint_file
 
@@ -53,7 +53,7 @@ def test_a_run_leaves_the_networks_own_keys_and_a_report(comparing, method):
 
 
 def test_an_interrupted_run_continues_bit_for_bit(comparing, tmp_path):
-    """With the slow copy and the queue where they were."""
+    """With the momentum encoder and the queue as they were."""
     whole, parts = (replace(comparing("moco"), out=str(tmp_path / name)) for name in ("whole", "parts"))
     run_pretraining(whole)
     run_pretraining(replace(parts, max_steps=2))
@@ -62,20 +62,21 @@ def test_an_interrupted_run_continues_bit_for_bit(comparing, tmp_path):
     a, b = (torch.load(checkpoint_file(config), weights_only=True)["model"] for config in (whole, parts))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
-    reviews = [m for m in metrics(whole) if "val_loss" in m]
-    assert [m["epoch"] for m in reviews] == [0, 1]
-    assert all(0 < m["projection_std"] <= 1 for m in reviews)
+    validations = [m for m in metrics(whole) if "val_loss" in m]
+    assert [m["epoch"] for m in validations] == [0, 1]
+    assert all(0 < m["projection_std"] <= 1 for m in validations)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_starts_from_the_network_of_another(comparing, method, tmp_path):
-    """The slow copy does too; heads are fresh."""
+    """The momentum encoder does too; heads are randomly initialised."""
     torch.manual_seed(1)
     given = timm.create_model("resnet10t", num_classes=0, in_chans=1)
     torch.save(given.state_dict(), tmp_path / "network.pth")
     config = comparing(method)
-    network, fresh = initialise_pretraining(config), initialise_pretraining(config)
-    assert start(replace(config, weights=str(tmp_path / "network.pth")), network) is None
+    experiment = PretrainingExperiment(replace(config, weights=str(tmp_path / "network.pth")), find_processes("cpu"))
+    assert experiment.load_weights()
+    network, fresh = experiment.model, initialise_pretraining(config)
     assert all(torch.equal(value, given.state_dict()[key]) for key, value in network.encoder.weights().items())
     torch.testing.assert_close(network.project.state_dict(), fresh.project.state_dict())
     if method != "swav":
@@ -96,13 +97,13 @@ def test_a_step_that_is_not_finite_is_repeated(comparing, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(("size", "fixed"), [(32, ["layer4"]), (64, [])])
-def test_what_is_not_trained_is_told(comparing, size, fixed):
+def test_what_is_not_trained_is_named(comparing, size, fixed):
     """In a crop of one position at its stride the last stage has no map."""
     config = replace(comparing("moco"), crop_size=(size,))
     network = initialise_pretraining(config)
     assert untrained_modules(network.encoder.backbone) == fixed
-    text = describe(config, find_processes("cpu"), network, [], [])
-    assert ("left as they are: layer4" in text) == bool(fixed)
+    text = PretrainingExperiment(config, find_processes("cpu")).describe()["model"]
+    assert ("left unchanged: layer4" in text) == bool(fixed)
 
 
 def test_a_dry_run_tells_time_and_memory(comparing, caplog):

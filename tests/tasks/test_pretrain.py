@@ -12,8 +12,14 @@ import hyspark
 from hyspark.config.shared import EncoderSettings
 from hyspark.data.datasets import datalist_json
 from hyspark.evaluation.linear_probe import find_probe_cases, make_probe, probe_encoder
+from hyspark.tasks.launch import load_state
 from hyspark.tasks.masked import MaskedTask
-from hyspark.tasks.pretrain import find_pretraining_cases, initialise_pretraining, run_pretraining, start
+from hyspark.tasks.pretrain import (
+    PretrainingExperiment,
+    find_pretraining_cases,
+    initialise_pretraining,
+    run_pretraining,
+)
 from hyspark.training import loop
 from hyspark.training.distributed import Processes
 from hyspark.training.metrics_log import is_valid_line
@@ -42,8 +48,8 @@ def test_a_run_folder_holds_what_is_promised(pretraining):
     assert [m["epoch"] for m in steps] == [0, 0, 0, 1, 1, 1]
     expected = {"step", "epoch", "loss", "lr", "wd", "grad_norm", "samples_per_second", "data_wait"}
     assert all(set(m) == expected and 0 <= m["data_wait"] <= 1 for m in steps)
-    reviews = [m for m in metrics(pretraining) if "val_loss" in m]
-    assert [m["step"] for m in reviews] == [2, 5]
+    validations = [m for m in metrics(pretraining) if "val_loss" in m]
+    assert [m["step"] for m in validations] == [2, 5]
     assert list((folder / "pictures").glob("epoch_0001_*.png"))
     assert "HySparK pre-training" in (folder / "report.html").read_text()
     assert encoder_file(pretraining).name == "hyspark_1kpretrained_timm_style.pth"
@@ -92,7 +98,7 @@ def test_a_finished_run_is_left_alone(pretraining):
 
 def test_another_run_is_not_continued_by_mistake(pretraining):
     run_pretraining(replace(pretraining, max_steps=1))
-    with pytest.raises(ValueError, match=r"mask: was 0\.75, is 0\.5"):
+    with pytest.raises(ValueError, match=r"mask_ratio: was 0\.75, is 0\.5"):
         run_pretraining(replace(pretraining, mask_ratio=0.5))
 
 
@@ -212,16 +218,19 @@ def test_a_network_of_others_starts_from_weights(pretraining, tmp_path, caplog):
     torch.save({"state_dict": other.encoder.weights() | head}, tmp_path / "backbone.pth")
     torch.save({"model": other.state_dict(), "step": 7}, tmp_path / "all.pth")
     for name, keys in (("backbone.pth", other.encoder.state_dict()), ("all.pth", other.state_dict())):
-        model = initialise_pretraining(config)
+        experiment = PretrainingExperiment(
+            replace(config, weights=str(tmp_path / name)), Processes(torch.device("cpu"))
+        )
         with caplog.at_level("INFO"):
-            assert start(replace(config, weights=str(tmp_path / name)), model) is None
+            assert load_state(experiment.config, experiment) is None
+        model = experiment.model
         own = model.encoder.state_dict() if name == "backbone.pth" else model.state_dict()
         assert own.keys() == keys.keys()
         assert all(torch.equal(own[key], keys[key]) for key in keys)
-    assert "fc.weight, fc.bias: head of its own, not part of this model" in caplog.text
+    assert "fc.weight, fc.bias: head of the file's network, not part of this model" in caplog.text
     torch.save({"conv1.0.weight": torch.zeros(24, 3, 3, 3)}, tmp_path / "cut.pth")
     with pytest.raises(ValueError, match=r"cut\.pth lacks"):
-        start(replace(config, weights=str(tmp_path / "cut.pth")), initialise_pretraining(config))
+        run_pretraining(replace(config, weights=str(tmp_path / "cut.pth")))
 
 
 def test_volumes_may_train_a_network_of_monai(pretraining):
@@ -245,7 +254,7 @@ def test_torn_metrics_lines_are_dropped():
     assert not is_valid_line('{"step": 1, "lo', 2, True)
 
 
-def test_metrics_of_a_review_that_is_done_again_are_dropped():
+def test_metrics_of_a_validation_that_is_repeated_are_dropped():
     assert is_valid_line('{"step": 1, "loss": 1}', 2, False)
     assert not is_valid_line('{"step": 1, "val_loss": 1}', 2, False)
     assert is_valid_line('{"step": 0, "val_loss": 1}', 2, False)

@@ -108,14 +108,14 @@ def test_the_background_counts_less_where_the_settings_say_so():
     for weight in (1.0, 0.2):
         loss = DiceAndCrossEntropy(3, weight)
         expected = (weight * dice[0] + dice[1] + dice[2]) / 3 + math.log(3)
-        value = loss(scores, labels, float(loss.weight_of(labels)))
+        value = loss(scores, labels, float(loss.weight_sum(labels)))
         assert value.item() == pytest.approx(expected, rel=1e-5), weight
     wrong = scores.clone()
     wrong[:, 0] = -5.0  # the background's voxels are all wrong, the organ's is half right
     a, b = (torch.nn.functional.cross_entropy(wrong, torch.full((1, 4, 4, 4), c)).item() for c in (0, 2))
     for weight in (1.0, 0.2):
         loss = DiceAndCrossEntropy(3, weight)
-        cross_entropy = loss(wrong, labels, float(loss.weight_of(labels))) - loss.dice(wrong, labels)
+        cross_entropy = loss(wrong, labels, float(loss.weight_sum(labels))) - loss.dice(wrong, labels)
         assert cross_entropy.item() == pytest.approx((weight * 63 * a + b) / (weight * 63 + 1), rel=1e-5)
 
 
@@ -126,7 +126,7 @@ def test_the_loss_is_that_of_monai():
         own = DiceAndCrossEntropy(3, weight)
         options = {"squared_pred": True, "smooth_nr": 0.0, "smooth_dr": 1e-6, "weight": torch.tensor([weight, 1, 1])}
         expected = DiceCELoss(to_onehot_y=True, softmax=True, **options)(scores, labels)
-        torch.testing.assert_close(own(scores, labels, float(own.weight_of(labels))), expected)
+        torch.testing.assert_close(own(scores, labels, float(own.weight_sum(labels))), expected)
 
 
 def test_a_label_value_that_is_no_class_stops_before_the_first_step(finetuning, tmp_path):
@@ -234,7 +234,7 @@ def test_weights_that_have_seen_other_volumes_are_pointed_out(finetuning, tmp_pa
 def test_settings_of_the_other_decoder_are_refused_in_a_new_run(finetuning, setting, monkeypatch):
     """In an old one, which had them for nothing, they change nothing."""
     config = replace(finetuning, **{setting: 32})
-    with pytest.raises(ValueError, match=f"{setting}=32 is of the light decoder, but decoder is released"):
+    with pytest.raises(ValueError, match=f"{setting}=32 needs decoder=light, but decoder is released"):
         run_segmentation(config)
     with monkeypatch.context() as before:
         before.setattr("hyspark.tasks.segmentation.check_decoder", lambda config: None)

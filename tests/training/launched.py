@@ -16,7 +16,8 @@ from torch import nn
 
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import typed_values, write_yaml
-from hyspark.tasks import pretrain
+from hyspark.tasks import launch as tasks_launch
+from hyspark.tasks.pretrain import run_pretraining
 from hyspark.training import loop
 
 ROOT = Path(__file__).parents[2]
@@ -59,8 +60,8 @@ def main():
             out.write_text(json.dumps(seen(run)))
         return loop.train(run, *args, **kwargs)
 
-    with mock.patch.object(pretrain, "train", observed):
-        pretrain.pretrain(config)
+    with mock.patch.object(tasks_launch, "train", observed):
+        run_pretraining(config)
 
 
 if __name__ == "__main__":

@@ -14,16 +14,15 @@ from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 
 from hyspark.config.shared import EncoderSettings
 from hyspark.models.classifier import build_classifier
-from hyspark.tasks.classification import build as build_classification
+from hyspark.tasks.classification import initialise_classifier as build_classification
 from hyspark.tasks.classification import run_classification
-from hyspark.tasks.pretrain import build as build_pretraining
+from hyspark.tasks.pretrain import initialise_pretraining as build_pretraining
 from hyspark.tasks.pretrain import run_pretraining
 from hyspark.tasks.segmentation import initialise_segmentation as build_finetuning
 from hyspark.tasks.segmentation import run_segmentation
 from hyspark.training.batch_norm import GlobalBatchNorm, global_batch_norm, synchronise_batch_norms
 from hyspark.training.distributed import Processes, find_processes, join_process_group, wrap_model
-from hyspark.training.run_folder import checkpoint_file, last_file
-from hyspark.training.run_folder import checkpoint_file as last_state
+from hyspark.training.run_folder import checkpoint_file
 from tests.training.attacks import command
 
 
@@ -102,7 +101,7 @@ def test_two_processes_equal_one_in_finetuning(finetuning, tmp_path):
     two = replace(one, out=str(tmp_path / "two"))
     run_segmentation(one)
     torchrun(two)
-    check_same_training(one, two, dict(build_finetuning(one, 9).named_parameters()), last_file)
+    check_same_training(one, two, dict(build_finetuning(one, 9).named_parameters()), checkpoint_file)
 
 
 def test_two_processes_equal_one_in_classification(classifying, tmp_path):
@@ -122,7 +121,7 @@ def test_two_processes_equal_one_in_classification(classifying, tmp_path):
     two = replace(one, out=str(tmp_path / "two"))
     run_classification(one)
     torchrun(two)
-    check_same_training(one, two, dict(build_classification(one, 2).named_parameters()), last_state)
+    check_same_training(one, two, dict(build_classification(one, 2).named_parameters()), checkpoint_file)
     assert measured(two, "val_loss") == pytest.approx(measured(one, "val_loss"), rel=1e-3)
     assert (tmp_path / "two" / "scores" / "cases.csv").read_text().count("\n") == 8
 
@@ -245,12 +244,12 @@ def test_share_statistics_keeps_activations_inside_norms(shared):
         ("cuda:0", "x86_64", "AVX2", "bf16", False),
     ],
 )
-def test_a_number_format_that_the_processor_emulates_is_warned_of(
+def test_a_precision_that_the_processor_emulates_is_warned_of(
     monkeypatch, device, machine, capability, precision, warns
 ):
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert ("WARNING" in Processes(torch.device(device)).text(precision)) == warns
+    assert ("WARNING" in Processes(torch.device(device)).describe(precision)) == warns
 
 
 def test_cuda_that_is_not_there_is_refused_with_advice(monkeypatch):

@@ -16,10 +16,10 @@ from hyspark.data.batches.loader import Shard
 from hyspark.evaluation.segmentation.inference import Windows, class_scores
 from hyspark.models import encoder
 from hyspark.tasks.classification import ClassificationTask
-from hyspark.tasks.classification import build as build_classification
+from hyspark.tasks.classification import initialise_classifier as build_classification
 from hyspark.tasks.classification import make_optimizer as classification_optimizer
-from hyspark.tasks.pretrain import build as build_pretraining
-from hyspark.tasks.pretrain import task_of
+from hyspark.tasks.pretrain import initialise_pretraining as build_pretraining
+from hyspark.tasks.pretrain import task_class
 from hyspark.tasks.segmentation import SegmentationTask
 from hyspark.tasks.segmentation import initialise_segmentation as build_finetuning
 from hyspark.training import optim
@@ -27,6 +27,7 @@ from hyspark.training.distributed import Processes
 from hyspark.training.loop import make_run
 from hyspark.training.losses import DiceAndCrossEntropy
 from hyspark.training.precision import autocast
+from hyspark.training.run_volumes import RunVolumes
 from tests.tasks.kinds import PRETRAININGS
 from tests.training.fake_cuda import DEVICE, check_fake, fake_cuda
 
@@ -42,21 +43,21 @@ def _fake_cuda():
 
 def begin(config, network, **options):
     """A run as training makes it."""
-    run = make_run(config, "", PROCESSES, network, 1, 1, None, **options)
+    run = make_run(config, "", PROCESSES, network, 1, None, **options)
     run.model.train()
     return run
 
 
 def check_run(run, task, batch):
     """The loss in training, and a step of the optimizer."""
-    task.begin(run, 0)
+    task.before_step(run, 0)
     for precision in PRECISIONS:
         with autocast(run.processes, precision):
             check_fake(task.loss(run, batch))
     before = {p: p.dtype for p in run.model.parameters()}
     for parameter in run.model.parameters():
         parameter.grad = torch.empty_like(parameter)
-    optim.set_lr_and_decay(run.optimizer, **task.rates(run, 0))
+    optim.set_lr_and_decay(run.optimizer, **task.schedule(run, 0))
     run.optimizer.step()
     states = [x for state in run.optimizer.state.values() for x in state.values()]
     assert states
@@ -67,7 +68,7 @@ def check_run(run, task, batch):
 @pytest.mark.parametrize("kind", PRETRAININGS)
 def test_pretraining(pretraining, kind):
     config = replace(pretraining, **PRETRAININGS[kind], device="cuda")
-    task = task_of(config)(config, Shard(config.batch_size), [], [])
+    task = task_class(config)(config, Shard(config.batch_size), [], [])
     run = begin(config, build_pretraining(config))
     batch = task.random_batch(2)
     check_run(run, task, batch)
@@ -80,7 +81,7 @@ def test_pooling_where_kernels_have_to_be_deterministic(pretraining, monkeypatch
     """Not by max_pool3d, of which torch 2.11 has no such backward pass on CUDA."""
     monkeypatch.setattr(encoder, "MAX_POOL", {})
     config = replace(pretraining, device="cuda")
-    task = task_of(config)(config, Shard(config.batch_size), [], [])
+    task = task_class(config)(config, Shard(config.batch_size), [], [])
     run = begin(config, build_pretraining(config))
     torch.use_deterministic_algorithms(True)
     try:
@@ -94,10 +95,10 @@ def test_segmentation(finetuning, decoder):
     config = replace(finetuning, decoder=decoder, decoder_width=16 if decoder == "light" else 768)
     names = ["background", "liver", "spleen"]
     criterion = DiceAndCrossEntropy(len(names), 0.2).to(DEVICE)
-    task = SegmentationTask(config, Shard(2), [], [], [], names, criterion, -1.0, [])
+    task = SegmentationTask(config, Shard(2), RunVolumes([], [], [], [], []), names, criterion, -1.0, [])
     run = begin(config, build_finetuning(config, len(names)))
     labels = torch.randint(3, (2, 1, 32, 32, 32))
-    batch = {"image": torch.rand(2, 1, 32, 32, 32), "label": labels, "weight_sum": float(criterion.weight_of(labels))}
+    batch = {"image": torch.rand(2, 1, 32, 32, 32), "label": labels, "weight_sum": float(criterion.weight_sum(labels))}
     check_run(run, task, batch)
 
 

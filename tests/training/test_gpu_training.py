@@ -15,7 +15,7 @@ import torch
 from hyspark.models.contrastive import CONTRASTIVE_METHODS
 from hyspark.tasks.classification import run_classification
 from hyspark.tasks.masked import MaskedTask
-from hyspark.tasks.pretrain import initialise_pretraining, run_pretraining, task_of
+from hyspark.tasks.pretrain import initialise_pretraining, run_pretraining, task_class
 from hyspark.tasks.segmentation import run_segmentation
 from hyspark.training.distributed import find_processes
 from hyspark.training.loop import make_run, update
@@ -136,8 +136,8 @@ def test_a_run_continues_on_another_device(pretraining, tmp_path, full_precision
 def steps(config, device):
     """Two steps on noise: losses, norms before clipping, the norm that is left after the last, and the weights."""
     config = replace(config, device=device, clip=0.01)
-    task = task_of(config)(config, None, [], [])
-    run = make_run(config, "", find_processes(device), initialise_pretraining(config), 1, 1, None)
+    task = task_class(config)(config, None, [], [])
+    run = make_run(config, "", find_processes(device), initialise_pretraining(config), 1, None)
     run.model.train()
     torch.manual_seed(0)
     found = [update(run, task, task.random_batch(2), step) for step in range(2)]

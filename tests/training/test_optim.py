@@ -6,7 +6,14 @@ import torch
 
 import hyspark
 from hyspark.models.spark import build_spark
-from hyspark.training.optim import encoder_layer, learning_rate, parameter_groups, set_lr_and_decay, weight_decay
+from hyspark.training.optim import (
+    LR_RATIO,
+    encoder_layer,
+    learning_rate,
+    parameter_groups,
+    set_lr_and_decay,
+    weight_decay,
+)
 
 
 def test_learning_rate_starts_peaks_and_ends_where_the_recipe_says():
@@ -48,9 +55,9 @@ def test_norms_biases_and_tokens_are_spared_weight_decay():
 def test_rates_fall_from_layer_to_layer_and_the_decoder_has_the_full_one():
     model = hyspark.build_hybird(1, 3, 32, widths=(6, 6, 12, 12, 24), vit_depth=2)
     groups = parameter_groups(model, layer_decay=0.5)
-    share = {id(p): g["share"] for g in groups for p in g["params"]}
-    by_name = {name: share[id(p)] for name, p in model.named_parameters()}
-    assert len(share) == len(by_name)
+    ratio = {id(p): g[LR_RATIO] for g in groups for p in g["params"]}
+    by_name = {name: ratio[id(p)] for name, p in model.named_parameters()}
+    assert len(ratio) == len(by_name)
     assert by_name["decoder.decoder4.layer.conv1.weight"] == by_name["mae.norm.weight"] == 1
     assert [by_name[f"mae.blocks.{i}.mlp.fc1.bias"] for i in (1, 0)] == [1 / 2, 1 / 4]
     assert [by_name[f"embeddings.layer{s}.0.conv2.weight"] for s in (5, 4, 1)] == [1 / 8, 1 / 16, 1 / 128]
@@ -60,9 +67,9 @@ def test_rates_fall_from_layer_to_layer_and_the_decoder_has_the_full_one():
 @pytest.mark.parametrize("build", [hyspark.build_hyspark, hyspark.build_hybird])
 def test_the_encoder_has_a_rate_of_its_own(build):
     model = build(img_size=32, widths=(6, 6, 12, 12, 24))
-    groups = parameter_groups(model, layer_decay=0.5, encoder_share=0.1)
-    share = {id(p): g["share"] for g in groups for p in g["params"]}
-    by_name = {name.removeprefix("encoder."): share[id(p)] for name, p in model.named_parameters()}
+    groups = parameter_groups(model, layer_decay=0.5, encoder_lr_ratio=0.1)
+    ratio = {id(p): g[LR_RATIO] for g in groups for p in g["params"]}
+    by_name = {name.removeprefix("encoder."): ratio[id(p)] for name, p in model.named_parameters()}
     assert by_name["mae.norm.weight"] == pytest.approx(0.1)
     assert by_name["mae.blocks.2.mlp.fc1.weight"] == pytest.approx(0.05)
     assert by_name["embeddings.stem.weight"] == pytest.approx(0.1 / 256)
@@ -73,10 +80,10 @@ def test_the_encoder_has_a_rate_of_its_own(build):
 
 def test_a_network_of_others_has_the_encoders_rate():
     model = build_spark(timm.create_model("resnet10t", num_classes=0), 64, decoder_width=32)
-    groups = parameter_groups(model, encoder_share=0.1)
-    share = {id(p): g["share"] for g in groups for p in g["params"]}
-    assert {share[id(p)] for p in model.encoder.parameters()} == {0.1}
-    assert {share[id(p)] for part in (model.densify, model.decoder) for p in part.parameters()} == {1.0}
+    groups = parameter_groups(model, encoder_lr_ratio=0.1)
+    ratio = {id(p): g[LR_RATIO] for g in groups for p in g["params"]}
+    assert {ratio[id(p)] for p in model.encoder.parameters()} == {0.1}
+    assert {ratio[id(p)] for part in (model.densify, model.decoder) for p in part.parameters()} == {1.0}
 
 
 def test_place_in_the_encoder():

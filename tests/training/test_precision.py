@@ -110,7 +110,7 @@ def test_deterministic_keeps_what_it_promises(settings):
 
 @pytest.mark.parametrize(
     ("settings", "match"),
-    [({"compute": "masked"}, "compute packed"), ({"model": "moco/timm/resnet18"}, "not read by moco")],
+    [({"compute": "masked"}, "compute=packed"), ({"model": "moco/timm/resnet18"}, "not read by moco")],
 )
 def test_compile_is_refused_where_it_would_do_nothing(settings, match):
     with pytest.raises(ValueError, match=match):

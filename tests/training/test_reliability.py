@@ -31,7 +31,7 @@ from tests.training.attacks import command, end, output, results, same_weights, 
 
 @pytest.fixture
 def whole(pretraining, tmp_path):
-    """An undisturbed pre-training of 6 steps with reviews after 3 and 6."""
+    """An undisturbed pre-training of 6 steps with validations after 3 and 6."""
     config = replace(pretraining, out=str(tmp_path / "whole"))
     run_pretraining(config)
     return config
@@ -115,17 +115,17 @@ def test_a_crash_ends_the_process_though_its_loader_processes_leave_signals_alon
     assert "out of something" in done.stderr
 
 
-def test_a_review_that_was_cut_off_is_done_again(pretraining, whole, monkeypatch):
-    """Killed after the review has written its metrics, before the state knows of it; also after the last step."""
-    review = MaskedTask.review
+def test_a_validation_that_was_cut_off_is_repeated(pretraining, whole, monkeypatch):
+    """Killed after the validation has written its metrics, before the state knows of it; also after the last step."""
+    validate = MaskedTask.validate
     for step in (2, 5):
 
         def cut_off(self, run, log, done, epoch, step=step):
-            review(self, run, log, done, epoch)
+            validate(self, run, log, done, epoch)
             if done == step:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(MaskedTask, "review", cut_off)
+        monkeypatch.setattr(MaskedTask, "validate", cut_off)
         with pytest.raises(KeyboardInterrupt):
             run_pretraining(pretraining)
         assert any(r["step"] == step and "val_loss" in r for r in results(pretraining))
@@ -134,16 +134,16 @@ def test_a_review_that_was_cut_off_is_done_again(pretraining, whole, monkeypatch
     assert same_pretraining(pretraining, whole)
 
 
-def test_a_review_of_finetuning_that_was_cut_off_is_done_again(finetuning, tmp_path, monkeypatch):
+def test_a_validation_of_finetuning_that_was_cut_off_is_repeated(finetuning, tmp_path, monkeypatch):
     whole = replace(finetuning, out=str(tmp_path / "whole"))
     run_segmentation(whole)
-    review = SegmentationTask.review
+    validate = SegmentationTask.validate
 
     def cut_off(self, *args):
-        review(self, *args)
+        validate(self, *args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(SegmentationTask, "review", cut_off)
+    monkeypatch.setattr(SegmentationTask, "validate", cut_off)
     with pytest.raises(KeyboardInterrupt):
         run_segmentation(finetuning)
     monkeypatch.undo()
@@ -158,7 +158,7 @@ def test_a_review_of_finetuning_that_was_cut_off_is_done_again(finetuning, tmp_p
 # Files of a run
 
 
-def test_a_damaged_newest_state_is_told_and_the_one_before_it_used(pretraining, whole, caplog):
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(pretraining, whole, caplog):
     run_pretraining(replace(pretraining, max_steps=4))
     newest = checkpoint_file(pretraining)
     assert [checkpoint.read_checkpoint(path)["step"] for path in list_checkpoints(newest)] == [4, 3]
@@ -177,7 +177,7 @@ def test_where_all_states_are_damaged_the_run_does_not_begin_anew(pretraining):
     run_pretraining(replace(pretraining, max_steps=4))
     for path in list_checkpoints(checkpoint_file(pretraining)):
         path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="no state of this run is whole") as error:
+    with pytest.raises(ValueError, match="no checkpoint of this run is intact") as error:
         run_pretraining(pretraining)
     assert all(str(path) in str(error.value) for path in list_checkpoints(checkpoint_file(pretraining)))
 
@@ -195,7 +195,7 @@ def test_a_read_error_is_not_taken_for_damage(pretraining, monkeypatch):
     assert list_checkpoints(checkpoint_file(pretraining)) == before
 
 
-def test_so_many_states_are_kept(pretraining):
+def test_the_newest_checkpoints_are_kept(pretraining):
     run_pretraining(replace(pretraining, keep_last=3, save_every=1, max_steps=5))
     file = checkpoint_file(pretraining)
     assert [checkpoint.read_checkpoint(path)["step"] for path in list_checkpoints(file)] == [5, 4, 3]
@@ -203,7 +203,7 @@ def test_so_many_states_are_kept(pretraining):
 
 
 def test_a_folder_that_another_process_writes_to_is_left_to_it(pretraining, monkeypatch):
-    monkeypatch.setattr(run_folder, "WAIT_FOR_LOCK", 0.1)
+    monkeypatch.setattr(run_folder, "LOCK_TIMEOUT", 0.1)
     pretraining.run_folder.mkdir(parents=True)
     with FileLock(pretraining.run_folder / ".lock"), pytest.raises(ValueError, match="another process is writing to"):
         run_pretraining(pretraining)
@@ -227,7 +227,7 @@ def test_a_disk_that_gets_full_keeps_what_was_saved(pretraining, whole):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (checkpoint_file(pretraining).stat().st_size // 2, limits[1]))
     try:
-        with pytest.raises(OSError, match="what was saved before is as it was") as error:
+        with pytest.raises(OSError, match="what was saved before is unchanged") as error:
             run_pretraining(pretraining)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -290,14 +290,14 @@ def test_broken_cases_stop_the_run_with_one_message(pretraining, with_broken, ph
     assert not checkpoint_file(config).exists()
 
 
-def test_broken_cases_are_left_out_where_the_settings_say_so(pretraining, with_broken, phantoms, whole, caplog):
+def test_broken_cases_are_excluded_if_the_settings_say_so(pretraining, with_broken, phantoms, whole, caplog):
     store = str(phantoms / "prepared")
     config = replace(pretraining, data=str(with_broken), store_dir=store, on_bad_case="skip")
     run_pretraining(replace(config, max_steps=3))
-    assert "2 of 9 volumes cannot be used and are left out" in caplog.text
+    assert "2 of 9 volumes are unusable and excluded" in caplog.text
     assert "2: bad1, bad2" in (config.run_folder / "report.html").read_text()
     run_pretraining(config)
-    assert same_pretraining(config, whole)  # what is left is all that they saw
+    assert same_pretraining(config, whole)  # the rest is all that they saw
 
 
 def test_a_run_does_not_go_on_without_a_case_that_it_began_with(pretraining, phantoms, tmp_path):
@@ -307,7 +307,7 @@ def test_a_run_does_not_go_on_without_a_case_that_it_began_with(pretraining, pha
     run_pretraining(replace(config, max_steps=2))
     image = datalist_json.read_datalist(data / "dataset.json").training[0].image
     image.unlink()
-    with pytest.raises(ValueError, match=r"begun without the cases \[\], now those that cannot be used are \['"):
+    with pytest.raises(ValueError, match=r"the run excluded the cases \[\], but now \['"):
         run_pretraining(config)
     with pytest.raises(ValueError, match=f"1 of 7 volumes are unusable.*\n.*{image.name}: it or its label is missing"):
         run_pretraining(replace(config, on_bad_case="stop"))
@@ -324,7 +324,7 @@ def test_labels_beyond_the_classes_are_broken_cases_too(finetuning, phantoms, tm
     with pytest.raises(ValueError, match="3 of 3 volumes are unusable") as error:
         run_segmentation(config)
     assert str(error.value).count("its label holds the value 8") == 3
-    with pytest.raises(ValueError, match="leaves 0 to train on"):
+    with pytest.raises(ValueError, match="there are 0 to train on"):
         run_segmentation(replace(config, on_bad_case="skip"))
 
 

@@ -42,7 +42,7 @@ def test_a_step_of_pretraining_is_repeated(pretraining, tmp_path, caplog):
 
 
 def test_a_step_of_finetuning_is_repeated(finetuning, caplog, monkeypatch):
-    """Sound weights, and a number format that is to blame: here, losses that are made infinite."""
+    """Sound weights, and a precision that is to blame: here, losses that are made infinite."""
     found = loop.compute_gradient
 
     def overflowing(run, task, batch):
@@ -51,19 +51,19 @@ def test_a_step_of_finetuning_is_repeated(finetuning, caplog, monkeypatch):
             buffer.fill_(0).add_(math.inf if buffer.is_floating_point() else 0)  # as batch statistics are left
         return loss * math.inf
 
-    monkeypatch.setattr(loop, "gradient", overflowing)
+    monkeypatch.setattr(loop, "compute_gradient", overflowing)
     file = stop_at_overflow(finetuning, run_segmentation)
     assert read_checkpoint(file)["step"] == 0
     monkeypatch.undo()
     with caplog.at_level(logging.INFO, "hyspark"):
         run_segmentation(replace(finetuning, replay=str(file)))
-    assert "both are finite, so the number format was to blame" in caplog.text
+    assert "both are finite, so the precision was to blame" in caplog.text
 
 
 def test_another_file_is_no_step_to_repeat(pretraining, tmp_path):
     path = tmp_path / "last.pth"
     checkpoint.save(checkpoint.add_checksum({"optimizer": {}, "format": checkpoint.CHECKPOINT_FORMAT}), path)
-    with pytest.raises(ValueError, match="no step that a run stopped at"):
+    with pytest.raises(ValueError, match="of a run that stopped"):
         run_pretraining(replace(pretraining, replay=str(path)))
 
 
@@ -77,7 +77,7 @@ def test_a_file_does_not_choose_what_is_run(pretraining, tmp_path, monkeypatch):
     state["config"] |= {"model": "spark/planted:make", **asdict(EncoderSettings())}
     checkpoint.save(checkpoint.add_checksum(state), file)
     asked = replace(pretraining, replay=str(file))
-    with pytest.raises(ValueError, match="builds its network by 'spark/planted:make'; if you trust that"):
+    with pytest.raises(ValueError, match="builds its network by 'spark/planted:make'; if you trust it"):
         run_pretraining(asked)
     with pytest.raises(RuntimeError, match="called"):
         run_pretraining(replace(asked, **asdict(EncoderSettings()), model="spark/planted:make"))
@@ -97,7 +97,7 @@ def test_the_scale_of_fp16_has_a_floor(pretraining, monkeypatch):
         norms.append(run.scaler.get_scale())
         return math.nan
 
-    monkeypatch.setattr(loop, "gradient_norm", nowhere_finite)
+    monkeypatch.setattr(loop, "clip_gradient", nowhere_finite)
     with pytest.raises(FloatingPointError, match="gradient norm is nan at step 16"):
         run_pretraining(replace(pretraining, precision="fp16", epochs=20))
     assert norms == [2.0**k for k in range(16, -1, -1)]
@@ -114,7 +114,7 @@ def test_gradients_are_clipped_at_their_true_size_under_a_loss_scale(pretraining
         clipped.append((norm, float(torch.linalg.vector_norm(torch.cat([g.flatten() for g in grads])))))
         return norm
 
-    monkeypatch.setattr(loop, "gradient_norm", note)
+    monkeypatch.setattr(loop, "clip_gradient", note)
     run_pretraining(replace(pretraining, clip=1e-3, max_steps=1))
     run_pretraining(replace(pretraining, clip=1e-3, max_steps=1, precision="fp16", out=pretraining.out + "16"))
     (norm, size), (norm16, size16) = clipped
