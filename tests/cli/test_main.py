@@ -302,11 +302,11 @@ def test_weights_prints_what_matched(tmp_path, capsys):
     assert f"matched    {len(encoder.state_dict()):4d} keys" in output
     model = build_hybird(1, 3, 32, **{k.removeprefix("encoder_"): v for k, v in TINY.items()}, vit_depth=1, num_heads=2)
     num_decoder = sum(key.startswith("decoder.") for key in model.state_dict())
-    assert f"missing    {num_decoder:4d} (fresh: decoder.* {num_decoder})" in output
+    assert f"missing    {num_decoder:4d} (randomly initialised: decoder.* {num_decoder})" in output
 
 
 def test_weights_that_do_not_fit(tmp_path, capsys):
-    assert "no weights at none.pth" in fails(["weights", "none.pth", *TINY_FLAGS], capsys)
+    assert "none.pth: no such file" in fails(["weights", "none.pth", *TINY_FLAGS], capsys)
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     assert "other.pth" in fails(["weights", str(tmp_path / "other.pth"), *TINY_FLAGS], capsys)
     (tmp_path / "torn.pth").write_bytes(b"torn")
@@ -319,9 +319,9 @@ def test_weights_of_networks_of_others(tmp_path, capsys):
     main.main(["weights", path, "--model", "timm/resnet18"])
     report = capsys.readouterr().out
     assert "matched     120 keys, covering 100.0% of the model's parameters" in report
-    assert "unexpected    2 (fc.weight, fc.bias: head of its own, not part of this model)" in report
+    assert "unexpected    2 (fc.weight, fc.bias: head of the file's network, not part of this model)" in report
     main.main(["weights", path, "--model", "torchvision/resnet18"])
-    assert "missing       2 (fresh: fc.* 2)" in capsys.readouterr().out
+    assert "missing       2 (randomly initialised: fc.* 2)" in capsys.readouterr().out
     assert "n_classes, decoder_width: of the segmentation network; leave out for timm/resnet18" in fails(
         ["weights", path, "--model", "timm/resnet18", "--n_classes", "3", "--decoder_width", "32"], capsys
     )

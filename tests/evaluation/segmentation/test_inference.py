@@ -204,7 +204,7 @@ def test_files_that_are_no_fine_tuned_network(finetuning, tmp_path):
     model = network_of(finetuning, 3)
     with pytest.raises(FileNotFoundError, match=r"holds no best\.pth"):
         load_network(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no weights at"):
+    with pytest.raises(FileNotFoundError, match="no such file; give the path of"):
         load_network(tmp_path / "none.pth")
     path = tmp_path / "encoder.pth"
     torch.save({key: value for key, value in model.state_dict().items() if not key.startswith("decoder.")}, path)
