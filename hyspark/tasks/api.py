@@ -16,8 +16,9 @@ from hyspark.config.segmentation import SegmentationConfig
 from hyspark.evaluation.classification.evaluate import evaluate_classification
 from hyspark.evaluation.classification.predict import predict_classification
 from hyspark.evaluation.network_kind import NetworkKind, kind_of_network
-from hyspark.evaluation.segmentation.evaluate import Scoring, evaluate_segmentation
+from hyspark.evaluation.segmentation.evaluate import evaluate_segmentation
 from hyspark.evaluation.segmentation.predict import find_inputs, predict_segmentation
+from hyspark.evaluation.segmentation.scoring_protocol import Scoring
 from hyspark.tasks.classification import run_classification
 from hyspark.tasks.pretrain import run_pretraining
 from hyspark.tasks.segmentation import run_segmentation

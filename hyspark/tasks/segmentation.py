@@ -22,7 +22,6 @@ from hyspark.data.batches.volumes import FinetuneBatches
 from hyspark.data.readers.nifti import read_label
 from hyspark.evaluation.segmentation.evaluate import (
     Segmented,
-    Source,
     are_cases_scored,
     case_panel,
     score_cases,
@@ -31,6 +30,7 @@ from hyspark.evaluation.segmentation.evaluate import (
 from hyspark.evaluation.segmentation.inference import hybird_from_config, windows_from_config
 from hyspark.evaluation.segmentation.metrics import dice
 from hyspark.evaluation.segmentation.scores import mean_dice, mean_of
+from hyspark.evaluation.segmentation.scoring_protocol import Source
 from hyspark.evaluation.segmentation.test_cases import prepare_held_out, score_held_out
 from hyspark.evaluation.validations import read_validations
 from hyspark.figures.panels import save_figure
