@@ -345,6 +345,6 @@ def test_a_disk_without_room_for_the_volumes_is_told_before_they_are_prepared(
         // 10
     )
     monkeypatch.setattr(store_size.shutil, "disk_usage", lambda path: used._replace(free=small))
-    monkeypatch.setattr(checkpoint, "check_space", lambda *args: None)
+    monkeypatch.setattr(checkpoint, "check_disk_space", lambda *args: None)
     run_pretraining(config)
     assert "the 7 volumes to prepare will take about" in caplog.text
