@@ -184,7 +184,7 @@ def make_step(size: Size, setting: Setting, compute: str, precision: str, varian
 
 @contextmanager
 def applied(variant: Variant, precision: str) -> Iterator[None]:
-    """torch's switches and the network's inner choices, as before when it is over."""
+    """Torch's switches and the network's inner choices, as before when it is over."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = TF32[precision] == "all"
     torch.set_float32_matmul_precision("high" if TF32[precision] == "all" else "highest")

@@ -126,7 +126,7 @@ def by_kernel(size: Size, batch: int, variant: Variant) -> Iterator[tuple[str, d
 
 
 def profiled(device: str) -> profile:
-    """torch's profiler."""
+    """Torch's profiler."""
     cuda = [ProfilerActivity.CUDA] if device == "cuda" else []
     return profile(activities=[ProfilerActivity.CPU, *cuda])
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from hyspark.models.backbones import list_backbones
     from hyspark.models.masked_autoencoder import build_hyspark
     from hyspark.models.masking.context import hidden
+    from hyspark.models.masking.packed import packed
     from hyspark.models.segmentation import build_hybird
     from hyspark.models.spark import build_spark
     from hyspark.models.weights.load import LoadReport, load_pretrained
@@ -27,6 +28,7 @@ MODULES = {
     "list_backbones": "models.backbones",
     "list_methods": "config.pretrain",
     "load_pretrained": "models.weights.load",
+    "packed": "models.masking.packed",
     "predict": "tasks.api",
     "pretrain": "tasks.api",
 }
@@ -42,6 +44,7 @@ __all__ = [
     "list_backbones",
     "list_methods",
     "load_pretrained",
+    "packed",
     "predict",
     "pretrain",
 ]

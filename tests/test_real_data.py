@@ -17,7 +17,7 @@ from hyspark.data.datasets import build, datalist_json
 from hyspark.data.datasets import cases as datasets_cases
 from hyspark.data.settings import PictureSettings
 from hyspark.data.slices.write_slices import write_slices
-from hyspark.evaluation.segmentation.scores import read_scores
+from hyspark.evaluation.protocol import read_summary
 from hyspark.tasks.pretrain import run_pretraining
 from hyspark.tasks.segmentation import run_segmentation
 from hyspark.training.run_folder import encoder_file
@@ -49,9 +49,9 @@ def test_pretraining_and_finetuning_on_real_ct(pretraining, finetuning, tmp_path
         epochs=2,
     )
     run_segmentation(tuned)
-    organs = read_scores(tuned.run_folder)["last"]
+    organs = read_summary(tuned.run_folder / "scores")["organs"]
     assert list(organs) == ["Brainstem", "SpinalCord", "RightParotid", "LeftParotid", "Mandible"]
-    assert all(math.isnan(v) or 0 <= v <= 1 for v in organs.values())
+    assert all(row["dice"] is None or 0 <= row["dice"] <= 1 for row in organs.values())
 
 
 def test_slices_of_a_raw_dicom_series(tmp_path):

@@ -12,7 +12,7 @@ FILES = [ROOT / name for name in ("generate_js.py", "train.py", "finetune_btcv.p
 FILES += sorted((ROOT / "hyspark").rglob("*.py"))
 BANNED = {
     r"\breview(s|ed|ing)?\b": "validation",
-    r"\bas a share\b|\b(the|a|its|each|this|whose|same|that) shares?\b|\bshares? of\b": "ratio, fraction or shard",
+    r"\bas a share\b|\b(the|a|its|each|this|whose|same) shares?\b|\bshares? of\b": "ratio, fraction or shard",
     r"\bhand(s|ed)? on\b": "export",
     r"\b(left|leaves?|leaving)( \w+)? out\b": "exclude, skip, omit or drop",
     r"\bcannot be used\b|\bcan be used\b": "unreadable, or what does not fit",

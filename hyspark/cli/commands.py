@@ -238,10 +238,10 @@ def given_options(args: NetworkArguments) -> dict[str, Any]:
 def classify(argv: Sequence[str]) -> None:
     """Write class probabilities for images, and scores where they lie in folders of the classes."""
     args = parse(ClassifyArguments(prog="hyspark classify", allow_abbrev=False), argv)
-    from hyspark.evaluation.classification import predict as classification_predict
+    from hyspark.evaluation.classification.predict import predict_and_score
     from hyspark.evaluation.classification.scores import metrics_text
 
-    summary = classification_predict.classify(Path(args.weights), Path(args.images), Path(args.out), args.device)
+    summary = predict_and_score(Path(args.weights), Path(args.images), Path(args.out), args.device)
     if summary:
         print(f"{metrics_text(summary['metrics'])} on {summary['protocol']['num_images']} images")
     print(f"probabilities of each image: {Path(args.out) / 'predictions.csv'}")

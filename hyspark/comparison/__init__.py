@@ -1,1 +1,1 @@
-"""Does pre-training pay? The same fine-tuning from several starts."""
+"""Whether pre-training pays: the same fine-tuning from several initial weights."""

@@ -45,7 +45,10 @@ def benefit_page(kind: RunKind, numbers: Mapping[str, Any]) -> str:
         parts.append(kind.validation_note)
     parts.append(f"![{drawn}, and differences to the baseline](benefit.png)")
     for metric, title in kind.shown.items():
-        parts += [f"## {title[0].upper()}{title[1:]}, %", markdown_table(metric_rows(numbers, metric, kind.samples))]
+        parts += [
+            f"## {title[0].upper()}{title[1:]}, %",
+            markdown_table(comparison_rows(numbers, metric, kind.samples)),
+        ]
     parts += [
         *unpaired_seeds(numbers, kind.samples),
         *fewer_labels(numbers, kind.samples),
@@ -58,7 +61,7 @@ def benefit_page(kind: RunKind, numbers: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def metric_rows(numbers: Mapping[str, Any], metric: str, samples: str) -> list[list[str]]:
+def comparison_rows(numbers: Mapping[str, Any], metric: str, samples: str) -> list[list[str]]:
     """Format a row for each number of labels: a metric by initial weights, differences, number of finished runs."""
     names, baseline = list(numbers["starts"]), numbers["baseline"]
     rows = [[f"labelled {samples}", *names, *(f"{name} minus {baseline}, points" for name in names[1:]), "runs"]]

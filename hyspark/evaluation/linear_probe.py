@@ -1,20 +1,20 @@
-"""A voxel probe: how well a linear head on frozen features tells labelled organs apart, while pre-training runs.
+"""Linear probe: how well a linear head on frozen features separates labelled organs, while pre-training runs.
 
 The loss says how well patches are reconstructed, not what the features are good for. So a few labelled volumes are cut
 into fixed crops; half of the volumes fit a linear classifier of voxels, the other half score it. A voxel's features are
-the five maps of the dense encoder at its place (trilinear, channels side by side, each divided by its deviation).
+the five maps of the dense encoder at its position (trilinear, channels side by side, each divided by its deviation).
 
 What the Dice means. The head is fitted on voxels drawn evenly over the classes, since organs are small, and ALL voxels
-of the scoring crops are classified. The likeliest class of such a head finds organs everywhere, as it takes them for as
-common as the background; set back to the true shares (in a logistic head they only shift the intercepts: King and Zeng,
-"Logistic regression in rare events data", 2001) it hardly finds any. Dice asks for as much of the one as of the other,
-so the intercepts go half the way, with shares counted in the fitting crops: this gave the highest Dice for random and
-for pre-trained encoders. Per class, the Dice is that of all scoring crops together, so that a crop without the organ
-counts by what is wrongly found there. It is the Dice within crops around organs at the prepared spacing: good for
-comparing encoders by one probe, not with other tables.
+of the scoring crops are classified. The likeliest class of such a head has many false positives, as the head takes
+organs to be as common as the background. With intercepts for the true fractions it finds hardly any organ. (In a
+logistic head fractions only shift the intercepts: King and Zeng, "Logistic regression in rare events data", 2001.) Dice
+weighs both errors alike, so the intercepts go half the way, with fractions counted in the fitting crops: this gave the
+highest Dice for random and for pre-trained encoders. Per class, the Dice is that of all scoring crops together, so a
+crop without the organ counts by its false positives. It is the Dice within crops around organs at the prepared spacing:
+good for comparing encoders by one probe, not with other tables.
 
-It draws nothing at random while training runs, changes no weights and no statistics, and computes in fp32 whatever the
-run does, so a run with and without it is the same.
+It draws nothing at random while training runs, changes no weights and no statistics, and always computes in fp32. So a
+run with and without it is the same.
 """
 
 import math
@@ -62,8 +62,12 @@ class ProbeCases:
 
 @dataclass(frozen=True)
 class ProbeCrop:
-    """image float32 (1, *size) in [0, 1]; label int64 (*size), the class's place in `Probe.names` or IGNORED; voxels
-    int64 (n,), flat positions the head is fitted on.
+    """A labelled crop of the probe.
+
+    Attributes:
+        image: float32 (1, *size) in [0, 1].
+        label: int64 (*size), the index of the class in `Probe.names`, or IGNORED.
+        voxels: int64 (n,), flat positions that the head is fitted on.
     """
 
     image: Tensor
@@ -81,11 +85,16 @@ class Probe:
 
 
 def find_probe_cases(path: Path, num_cases: int) -> ProbeCases:
-    """`num_cases` labelled training cases of a data list or of an nnU-Net data set folder, in two halves without a
-    common subject. The choice depends on their names alone.
+    """Choose labelled training cases for the probe, in two halves without a common subject.
 
-    Cases that the list or a splits.json keeps for validation are not used. Raises ValueError where there are fewer
-    cases, and what reading the list raises.
+    The choice depends on the names of the cases alone. Validation cases of the list or of a splits.json are not used.
+
+    Args:
+        path: A data list, or an nnU-Net data set folder.
+        num_cases: Number of cases.
+
+    Raises:
+        ValueError: There are fewer cases, or what reading the list raises.
     """
     default = path if path.suffix == ".json" else path / "dataset.json"
     if path.suffix == ".json" or (default.is_file() and datalist_json.is_datalist(default)):
@@ -106,8 +115,10 @@ def find_probe_cases(path: Path, num_cases: int) -> ProbeCases:
 
 
 def make_probe(config: PretrainConfig, processes: Processes, cases: ProbeCases) -> Probe | None:
-    """The probe of a run, prepared by the run's settings; None on other processes than the main one, which do not
-    probe. Raises what preparation and `cut_probe` raise.
+    """Prepare the probe of a run by the run's settings; None on other processes than the main one.
+
+    Raises:
+        ValueError, OSError: What preparation and `cut_probe` raise.
     """
     volumes = prepare_volumes(config, processes, Path(config.probe_data), [*cases.fit, *cases.score])
     if not processes.is_main:
@@ -119,10 +130,16 @@ def make_probe(config: PretrainConfig, processes: Processes, cases: ProbeCases) 
 def cut_probe(
     fit: Sequence[StoredVolume], score: Sequence[StoredVolume], names: dict[int, str], crop_size: Sequence[int]
 ) -> Probe:
-    """The fixed crops of prepared, labelled volumes.
+    """Cut the fixed crops of prepared, labelled volumes.
 
-    names: by label value; classes without one are called by their value. Raises ValueError where the crops of the two
-    halves have no class in common.
+    Args:
+        fit: Volumes whose crops fit the head.
+        score: Volumes whose crops score it.
+        names: Class names by label value; a class without a name is called by its value.
+        crop_size: Voxels of a crop on each axis.
+
+    Raises:
+        ValueError: The crops of the two halves have no class in common.
     """
     halves = [
         [
@@ -146,15 +163,18 @@ def cut_probe(
 
 
 def labelled_box(volume: StoredVolume, size: Sequence[int], *position: int) -> tuple[np.ndarray, np.ndarray]:
-    """A crop around a labelled voxel: image float32 and label uint8, (*size). The volume's classes take turns, so
-    that small ones are in as many crops as large ones.
+    """Cut a crop around a labelled voxel: image float32 and label uint8, (*size).
+
+    The volume's classes take turns, so that small ones are in as many crops as large ones.
     """
     rng = np.random.default_rng(position)  # of its own: the probe is the same in runs of every seed
     shape = volume.entry.shape
     label = volume.read("label", (0,) * len(shape), shape)
     values = np.unique(label)[np.unique(label) > 0]
     if not len(values):
-        raise ValueError(f"{volume.name}: its label is empty, so that the probe cannot use it; take it off the list")
+        raise ValueError(
+            f"{volume.name}: its label is empty, so that the probe has no use for it; remove it from the list"
+        )
     found = np.flatnonzero(label == values[sum(position) % len(values)])
     start = crop_start(np.unravel_index(rng.choice(found), shape), shape, size)
     return volume.read("image", start, size), volume.read("label", start, size)
@@ -171,7 +191,7 @@ def probe_crop(image: np.ndarray, label: np.ndarray) -> ProbeCrop:
 
 
 def take_probe(encoder: HybridEncoder, probe: Probe, log: RunLog, step: int, epoch: int) -> None:
-    """Probe the encoder as step `step` left it, and write what came out."""
+    """Probe the encoder after a step, and log the Dice."""
     clock = time.perf_counter()
     dice = probe_encoder(encoder, probe)
     log.write(step, epoch, probe_dice=mean(dice), probe=dice)
@@ -181,21 +201,25 @@ def take_probe(encoder: HybridEncoder, probe: Probe, log: RunLog, step: int, epo
 
 @torch.no_grad()
 def probe_encoder(encoder: HybridEncoder, probe: Probe) -> dict[str, float]:
-    """Dice of each class but the background, by name; the encoder is left as it was.
+    """Compute the Dice of each class except the background, by name, on the encoder's device.
 
-    Computed on the encoder's device.
+    The encoder's mode, weights and statistics do not change.
     """
     was_training = encoder.training
     encoder.eval()
     features = torch.cat([features_at(maps, crop) for crop, maps in encoded(encoder, probe.fit)])
     labels = torch.cat([crop.label.flatten()[crop.voxels] for crop in probe.fit]).to(features.device)
-    shares = counts(torch.cat([crop.label.flatten() for crop in probe.fit]), len(probe.names)).to(features)
-    weight, bias = fit_head(features, labels, shares / shares.sum())
+    fractions = count_voxels_by_class(torch.cat([crop.label.flatten() for crop in probe.fit]), len(probe.names)).to(
+        features
+    )
+    weight, bias = fit_head(features, labels, fractions / fractions.sum())
     totals = torch.zeros(3, len(probe.names), dtype=torch.long)  # correct, found, true
     for crop, maps in encoded(encoder, probe.score):
         known = crop.label != IGNORED
-        found, truth = class_scores(maps, weight, bias).argmax(1)[0].cpu()[known], crop.label[known]
-        totals += torch.stack([counts(x, len(probe.names)) for x in (truth[found == truth], found, truth)])
+        found, truth = probe_scores(maps, weight, bias).argmax(1)[0].cpu()[known], crop.label[known]
+        totals += torch.stack(
+            [count_voxels_by_class(x, len(probe.names)) for x in (truth[found == truth], found, truth)]
+        )
     encoder.train(was_training)
     correct, num_found, num_true = totals
     dice = (2 * correct / (num_found + num_true)).tolist()
@@ -203,17 +227,17 @@ def probe_encoder(encoder: HybridEncoder, probe: Probe) -> dict[str, float]:
 
 
 def mean(dice: dict[str, float]) -> float:
-    """Over the classes."""
+    """Average over the classes."""
     return math.fsum(dice.values()) / len(dice)
 
 
-def counts(labels: Tensor, num_classes: int) -> Tensor:
-    """Voxels of each class, int64 (num_classes,), without the ignored ones."""
+def count_voxels_by_class(labels: Tensor, num_classes: int) -> Tensor:
+    """Count the voxels of each class, int64 (num_classes,), without the ignored ones."""
     return torch.bincount(labels[labels != IGNORED].flatten(), minlength=num_classes)
 
 
 def encoded(encoder: HybridEncoder, crops: Sequence[ProbeCrop]) -> Iterator[tuple[ProbeCrop, list[Tensor]]]:
-    """Each crop with its five dense maps, (1, c, *size), finest first.
+    """Encode crops: yield each with its five dense maps, (1, c, *size), finest first.
 
     Those of a volume are encoded together: with weights that lie channels last, torch's convolutions took four times
     as long on CPU for a crop alone.
@@ -227,7 +251,7 @@ def encoded(encoder: HybridEncoder, crops: Sequence[ProbeCrop]) -> Iterator[tupl
 
 
 def features_at(maps: Sequence[Tensor], crop: ProbeCrop) -> Tensor:
-    """Features of the chosen voxels, (n, sum of c): every map is interpolated as `class_scores` does."""
+    """Interpolate the features of the chosen voxels, (n, sum of c), as `probe_scores` interpolates maps."""
     size = crop.label.shape
     at = torch.stack(torch.unravel_index(crop.voxels, size), dim=-1)
     grid = (2 * at + 1) / torch.tensor(size) - 1  # -1..1 between the outer faces of the crop
@@ -236,11 +260,18 @@ def features_at(maps: Sequence[Tensor], crop: ProbeCrop) -> Tensor:
     return torch.cat(sampled, dim=1)[0, :, 0, 0].T
 
 
-def fit_head(features: Tensor, labels: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression on features (n, c): weight (classes, c) and bias (classes,) for features as
-    they come. shares: of the classes among all voxels, (classes,); the intercepts go half the way to them.
+def fit_head(features: Tensor, labels: Tensor, fractions: Tensor) -> tuple[Tensor, Tensor]:
+    """Fit a multinomial logistic regression.
+
+    Args:
+        features: (n, c).
+        labels: int64 (n,).
+        fractions: Of the classes among all voxels, (classes,). The intercepts go half the way to them.
+
+    Returns:
+        Weight (classes, c) and bias (classes,) for features without normalisation.
     """
-    num_classes = len(shares)
+    num_classes = len(fractions)
     centre, scale = features.mean(0), features.std(0).clamp_min(1e-6)
     x = (features - centre) / scale
     weight, bias = x.new_zeros(num_classes, x.shape[1]), x.new_zeros(num_classes)
@@ -256,13 +287,14 @@ def fit_head(features: Tensor, labels: Tensor, shares: Tensor) -> tuple[Tensor, 
     with torch.enable_grad():
         optimizer.step(loss)
     weight, bias = weight.detach() / scale, bias.detach()
-    drawn = counts(labels, num_classes) / len(labels)
-    return weight, bias - weight @ centre + (shares / drawn).log() / 2
+    drawn = count_voxels_by_class(labels, num_classes) / len(labels)
+    return weight, bias - weight @ centre + (fractions / drawn).log() / 2
 
 
-def class_scores(maps: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
-    """The head at every voxel, (1, classes, *size). It is applied to each map before this is interpolated, which gives
-    the same, as both are linear, with less work.
+def probe_scores(maps: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    """Apply the head at every voxel: (1, classes, *size).
+
+    It is applied to each map before its interpolation, which gives the same with less work, since both are linear.
     """
     size = maps[0].shape[2:]
     scores = bias[:, None, None, None]

@@ -153,7 +153,7 @@ class MoCo(MomentumSiamese):
 
     def forward(self, views: Sequence[Tensor]) -> SiameseOutput:
         query = self.project(self.encoder(views[0])).float()
-        return SiameseOutput(self.criterion(query, self.teacher.encode_keys(views[1])), normalise(query))
+        return SiameseOutput(self.criterion(query, self.teacher.encode_keys(views[1])), unit_length(query))
 
 
 class BYOL(MomentumSiamese):
@@ -167,7 +167,7 @@ class BYOL(MomentumSiamese):
         found = [self.project(self.encoder(view)) for view in views[:2]]
         wanted = [self.teacher(view) for view in views[:2]]
         losses = [self.criterion(self.predict(a).float(), b) for a, b in zip(found, reversed(wanted), strict=True)]
-        return SiameseOutput((losses[0] + losses[1]) / 2, normalise(found[0]))
+        return SiameseOutput((losses[0] + losses[1]) / 2, unit_length(found[0]))
 
 
 class SwAV(Siamese):
@@ -183,7 +183,7 @@ class SwAV(Siamese):
         self.criterion: Any = criterion
 
     def forward(self, views: Sequence[Tensor]) -> SiameseOutput:
-        projections = [normalise(self.project(self.encoder(view))) for view in views]
+        projections = [unit_length(self.project(self.encoder(view))) for view in views]
         scores = [self.prototypes(x).float() for x in projections]
         return SiameseOutput(self.criterion(scores[:2], scores[2:]).sum(), projections[0])  # sum of a single value
 
@@ -197,7 +197,7 @@ class SwAV(Siamese):
         self.prototypes.normalize()
 
 
-def normalise(x: Tensor) -> Tensor:
+def unit_length(x: Tensor) -> Tensor:
     """Scale vectors (b, f) to unit length."""
     return nn.functional.normalize(x.float(), dim=1)
 

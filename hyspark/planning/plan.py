@@ -21,9 +21,7 @@ from hyspark.models.masking.mask import draw_visible, grid_of
 from hyspark.planning.flops import flops_by_layer, step_flops, sum_by_module
 from hyspark.planning.trial_steps import Trial, extrapolate
 from hyspark.training.distributed import Processes
-from hyspark.utils.text import format_bytes as size
-from hyspark.utils.text import format_count as scaled
-from hyspark.utils.text import format_duration as duration
+from hyspark.utils.text import format_bytes, format_count, format_duration
 
 ADAM_STATE = 2
 """Values per parameter in AdamW's state."""
@@ -150,21 +148,21 @@ def state_bytes(model: nn.Module) -> tuple[int, int, int]:
 def network_lines(model: nn.Module, flops: Flops | None, crops: int) -> list[tuple[str, str]]:
     """Format the lines on parameters and operations."""
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    parts = ", ".join(f"{name} {scaled(number)}" for name, number in parameters.items() if number)
-    network = ("network", f"{scaled(sum(parameters.values()))} parameters: {parts}")
+    parts = ", ".join(f"{name} {format_count(number)}" for name, number in parameters.items() if number)
+    network = ("network", f"{format_count(sum(parameters.values()))} parameters: {parts}")
     if flops is None:
         return [network]
-    forward = ", ".join(f"{name} {scaled(number)}" for name, number in flops.forward.items())
-    total = scaled(sum(flops.forward.values()))
+    forward = ", ".join(f"{name} {format_count(number)}" for name, number in flops.forward.items())
+    total = format_count(sum(flops.forward.values()))
     lines = [
         network,
         ("FLOPs", f"per step of {crops} crops in a process: {total} forward ({forward}),"),
-        ("", f"{scaled(flops.backward)} backward, recomputation included (counted)"),
+        ("", f"{format_count(flops.backward)} backward, recomputation included (counted)"),
     ]
     if flops.encoder:
         packed, masked = flops.encoder["packed"], flops.encoder["masked"]
         times = f"{masked / packed:.1f} times as many"
-        lines.append(("", f"encoder forward: packed {scaled(packed)}, masked {scaled(masked)}, {times}"))
+        lines.append(("", f"encoder forward: packed {format_count(packed)}, masked {format_count(masked)}, {times}"))
     return lines
 
 
@@ -179,17 +177,21 @@ def memory_lines(
     """Format the lines on memory: bytes, the number of crops that fit, and advice if the run's do not."""
     weights, gradients, optimizer = state_bytes(model)
     state = weights + gradients + optimizer
-    parts = f"weights {size(weights)}, gradients {size(gradients)}, optimizer {size(optimizer)}"
-    lines = [("memory", f"{size(state)} in each process: {parts} (computed)")]
+    parts = f"weights {format_bytes(weights)}, gradients {format_bytes(gradients)}, optimizer {format_bytes(optimizer)}"
+    lines = [("memory", f"{format_bytes(state)} in each process: {parts} (computed)")]
     total = memory.of(crops)
     if memory.base is not None and memory.per_crop is not None and total is not None:
-        parts = f"{size(memory.per_crop)} per crop and {size(memory.base)} for the rest"
+        parts = f"{format_bytes(memory.per_crop)} per crop and {format_bytes(memory.base)} for the rest"
         lines.append(
-            ("", f"{size(total)} at the peak of {crops} crops: {parts} (estimated from {describe_trials(trials)})")
+            (
+                "",
+                f"{format_bytes(total)} at the peak of {crops} crops: {parts} "
+                f"(estimated from {describe_trials(trials)})",
+            )
         )
     elif len(trials) == 1:
-        lines.append(("", f"{size(trials[0].peak or state)} at the peak of one crop; two do not fit"))
-    fits = "free memory is unknown" if memory.free is None else f"{size(memory.free)} free for each process"
+        lines.append(("", f"{format_bytes(trials[0].peak or state)} at the peak of one crop; two do not fit"))
+    fits = "free memory is unknown" if memory.free is None else f"{format_bytes(memory.free)} free for each process"
     if memory.most is not None:
         most = "any number of" if math.isinf(memory.most) else f"about {memory.most:.0f}"
         fits += f": {most} crops would fit, this run has {crops}"
@@ -228,9 +230,9 @@ def time_lines(
     alone = "" if processes.world_size == 1 else f" by one of {processes.world_size} processes alone"
     busy = "at the current load of the machine"
     return [
-        ("time", f"{duration(step)} per step of {crops} crops in a process ({how}{alone}, {busy})"),
-        ("", f"{duration(step * steps_per_epoch)} per epoch of {steps_per_epoch} steps"),
-        ("", f"{duration(step * steps_left)} for the run, {steps_left} steps; preparing and reading volumes, "
+        ("time", f"{format_duration(step)} per step of {crops} crops in a process ({how}{alone}, {busy})"),
+        ("", f"{format_duration(step * steps_per_epoch)} per epoch of {steps_per_epoch} steps"),
+        ("", f"{format_duration(step * steps_left)} for the run, {steps_left} steps; preparing and reading volumes, "
              "validation and exchange between processes come on top"),
     ]  # fmt: skip
 
@@ -252,15 +254,16 @@ def seconds_per_step(trials: Sequence[Trial], crops: int) -> float:
 def storage_lines(storage: StoreSize) -> list[tuple[str, str]]:
     """Format the lines on the store: volumes prepared and missing, and a warning if they do not fit the disk."""
     total = storage.prepared + storage.missing
-    done = f"{storage.prepared} of {total} volumes prepared in {storage.folder}, {size(storage.prepared_bytes)}"
+    done = f"{storage.prepared} of {total} volumes prepared in {storage.folder}, {format_bytes(storage.prepared_bytes)}"
     lines = [("store", done)]
     if storage.missing:
         basis = "assumed" if storage.is_assumed else "as in the volumes already prepared"
         lines.append(
             (
                 "",
-                f"the other {storage.missing} take about {size(storage.missing_bytes)}, by their headers and "
-                f"{storage.bytes_per_voxel:.2g} bytes per voxel ({basis}); {size(storage.free)} free on that disk",
+                f"the other {storage.missing} take about {format_bytes(storage.missing_bytes)}, by their headers and "
+                f"{storage.bytes_per_voxel:.2g} bytes per voxel ({basis}); "
+                f"{format_bytes(storage.free)} free on that disk",
             )
         )
     if storage.unreadable:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hyspark.evaluation.classification.scores import confusion_rows, metric_rows
+from hyspark.evaluation.classification.scores import class_metric_rows, confusion_rows
 from hyspark.evaluation.protocol import protocol_text, read_summary
 from hyspark.evaluation.segmentation.scores import summary_rows
 from hyspark.figures.curves import CURVES, Curve, curves_figure
@@ -134,7 +134,7 @@ def score_section(heading: str, folder: Path) -> dict[str, Any]:
     is_segmentation = "organs" in summary
     return {
         "heading": heading,
-        "tables": [summary_rows(summary)] if is_segmentation else [metric_rows(summary), confusion_rows(summary)],
+        "tables": [summary_rows(summary)] if is_segmentation else [class_metric_rows(summary), confusion_rows(summary)],
         "protocol": protocol_text(summary["protocol"]),
         "pictures": sorted(folder.glob("*.png")),
         "pictures_title": "Best, median and worst case" if is_segmentation else "Most confident mistakes",

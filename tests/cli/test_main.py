@@ -15,7 +15,6 @@ from hyspark.config.classification import ClassificationConfig
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import field_help, old_spellings
 from hyspark.config.segmentation import SegmentationConfig
-from hyspark.evaluation.segmentation.scores import Scores, write_scores
 from hyspark.models.encoder import HybridEncoder
 from hyspark.models.segmentation import build_hybird
 from hyspark.utils.atomic import write_json
@@ -336,7 +335,7 @@ def test_datalist_with_unpaired_labels(tmp_path, capsys):
     assert not (tmp_path / "dataset.json").exists()
 
 
-# weights, phantom, compare
+# weights, phantom
 
 
 def test_weights_prints_what_matched(tmp_path, capsys):
@@ -393,20 +392,60 @@ def test_phantom_writes_both_datasets(tmp_path):
     assert written[2].startswith("Dataset901_PhantomUnlabelled/imagesTr/")
 
 
+# compare
+
+
+def write_validations(folder, *lines):
+    """A run folder with lines of validations in its metrics.jsonl."""
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": i} | line) + "\n" for i, line in enumerate(lines))
+    )
+
+
+def write_scores(folder, case, digest):
+    """Scores of one case in a run folder."""
+    write_json(folder / "scores" / "summary.json", {"protocol": {"data_digest": digest}})
+    heading = "case,organ,dice,hd95_mm,nsd,truth_voxels,predicted_voxels"
+    (folder / "scores" / "cases.csv").write_text(f"{heading}\n{case},liver,0.5,1.0,0.5,9,9\n")
+
+
 def test_compare_names_a_folder_that_is_no_run(tmp_path, capsys):
     assert str(tmp_path) in fails(["compare", str(tmp_path)], capsys)
+
+
+def test_compare_prints_the_best_validation_of_each_run(tmp_path, capsys):
+    write_validations(tmp_path / "own", *({"dice_mean": d, "dice": {"liver": d}} for d in (0.5, 0.75, 0.25)))
+    write_validations(tmp_path / "scratch", {"dice_mean": 0.5, "dice": {"liver": 0.5}})
+    (tmp_path / "scratch" / "dice.json").write_text("{}")  # of an earlier version
+    main.main(["compare", str(tmp_path / "own"), str(tmp_path / "scratch")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["organ", "own", "scratch", "difference"]
+    assert lines[2].split() == ["liver", "0.750", "0.500", "+0.250"]
+
+
+def test_compare_serves_classification(tmp_path, capsys):
+    metrics = {"accuracy": 0.5, "f1": 0.25}
+    write_validations(tmp_path / "own", metrics | {"accuracy": 0.75, "auc": 0.9}, metrics)
+    write_validations(tmp_path / "scratch", metrics)
+    main.main(["compare", str(tmp_path / "own"), str(tmp_path / "scratch")])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:5]]
+    assert rows[0] == ["metric", "own", "scratch"]
+    assert rows[1:3] == [["AUC", "0.900", "-"], ["accuracy", "0.750", "0.500"]]
+    write_validations(tmp_path / "other", {"dice_mean": 0.5, "dice": {"liver": 0.5}})
+    told = fails(["compare", str(tmp_path / "own"), str(tmp_path / "other")], capsys)
+    assert "expected runs of one kind, got own: classification, other: segmentation" in told
 
 
 def test_runs_validated_on_other_cases_are_pointed_out(tmp_path, capsys):
     folders = [tmp_path / name for name in ("a", "b", "c")]
     for folder, case in zip(folders, ("x", "x", "y"), strict=True):
-        folder.mkdir()
-        scores = Scores(1, 0.5, {"liver": 0.5}, {case: [0.5]})
-        write_scores(folder, best=scores, last=scores)
+        write_validations(folder, {"dice_mean": 0.5, "dice": {"liver": 0.5}})
+        write_scores(folder, case, None)
     main.main(["compare", *map(str, folders[:2])])
     assert "WARNING" not in capsys.readouterr().out
     for folder, digest in zip(folders, ("one", "another"), strict=False):
-        write_json(folder / "scores" / "summary.json", {"protocol": {"data_digest": digest}})
+        write_scores(folder, "x", digest)
     main.main(["compare", *map(str, folders[:2])])
     assert "WARNING" in capsys.readouterr().out
     main.main(["compare", str(folders[0]), str(folders[2])])

@@ -11,7 +11,6 @@ from hyspark.evaluation.linear_probe import (
     IGNORED,
     VOXELS_PER_CLASS,
     Probe,
-    class_scores,
     cut_probe,
     features_at,
     find_probe_cases,
@@ -20,6 +19,7 @@ from hyspark.evaluation.linear_probe import (
     mean,
     probe_crop,
     probe_encoder,
+    probe_scores,
 )
 from hyspark.models.encoder import HybridEncoder
 
@@ -151,7 +151,7 @@ def test_a_voxels_features_are_what_the_head_sees_there():
     assert features.shape == (3 * VOXELS_PER_CLASS, 20)
     torch.testing.assert_close(features[:, :2].T, maps[0][0].flatten(1)[:, crop.voxels])
     weight, bias = torch.rand(4, 20), torch.rand(4)
-    scores = class_scores(maps, weight, bias)
+    scores = probe_scores(maps, weight, bias)
     assert scores.shape == (1, 4, 32, 16, 48)
     torch.testing.assert_close(scores[0].flatten(1)[:, crop.voxels].T, features @ weight.T + bias)
 

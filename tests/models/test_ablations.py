@@ -1,4 +1,4 @@
-"""Where hidden patches are left out (`hide`): what each ablation gives away, and what none of them may see."""
+"""Where hidden patches are excluded (`hide`): what each ablation gives away, and what none of them may see."""
 
 import pytest
 import torch
@@ -59,5 +59,5 @@ def test_zeros_in_the_input_let_convolutions_cross_a_hidden_patch(make_encoder):
 
 
 def test_another_word_is_refused():
-    with pytest.raises(ValueError, match='hide must be "everywhere", "convolutions" or "input"'):
+    with pytest.raises(ValueError, match='hide: expected "everywhere", "convolutions" or "input"'):
         HybridEncoder(hide="nowhere")

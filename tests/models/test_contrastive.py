@@ -186,5 +186,13 @@ def test_without_lightly_the_message_says_what_to_install(monkeypatch):
 
 
 def test_unknown_methods_are_errors():
-    with pytest.raises(ValueError, match=r"method must be one of moco, byol, swav, not 'simclr'"):
+    with pytest.raises(ValueError, match=r"method: expected one of moco, byol, swav, got 'simclr'"):
         siamese_of("simclr")
+
+
+@pytest.mark.parametrize("method", ["moco", "byol"])
+def test_the_momentum_encoder_keeps_the_key_names_of_earlier_checkpoints(method):
+    """Run folders written before its class was renamed are continued."""
+    keys = set(siamese_of(method).state_dict())
+    assert {key.split(".")[0] for key in keys} >= {"encoder", "project", "teacher"}
+    assert {"teacher.module.0.backbone.conv1.0.weight", "teacher.module.1.layers.0.weight"} <= keys

@@ -228,7 +228,7 @@ def test_volumes_that_do_not_fit_are_refused(make_encoder):
 
 @pytest.mark.parametrize("shape", [(2, 1, 2, 2, 3), (1, 1, 2, 2, 2), (2, 2, 2, 2), (2, 1, 32, 32, 32)])
 def test_masks_of_another_shape_are_refused(build, shape):
-    with pytest.raises(ValueError, match="visible must be bool") as error:
+    with pytest.raises(ValueError, match="visible: expected bool") as error:
         build(32)(torch.rand(2, 1, 32, 32, 32), torch.ones(shape, dtype=torch.bool))
     assert "(2, 1, 2, 2, 2)" in str(error.value)
     assert str(shape) in str(error.value)
@@ -236,7 +236,7 @@ def test_masks_of_another_shape_are_refused(build, shape):
 
 @pytest.mark.parametrize("name", ["widths", "depths", "expansions"])
 def test_other_than_five_stages_are_refused(name):
-    with pytest.raises(ValueError, match=f"{name} must have 5 entries"):
+    with pytest.raises(ValueError, match=f"{name}: expected 5 numbers"):
         HybridEncoder(**{"img_size": 32, "widths": WIDTHS, name: (12, 12, 12, 12)})
 
 

@@ -265,13 +265,13 @@ def test_two_axes(make_hyspark):
 
 
 def test_names_of_computing():
-    with pytest.raises(ValueError, match=r'"masked" or "packed", not \'sparse\''):
+    with pytest.raises(ValueError, match=r'"masked" or "packed", got \'sparse\''):
         build_hyspark(32, compute="sparse")
 
 
 @pytest.mark.parametrize("mask_ratio", [-0.1, 1.0, 1.5])
 def test_ratios_out_of_range_are_refused_when_building(make_hyspark, mask_ratio):
-    with pytest.raises(ValueError, match="mask ratio must be at least 0 and below 1"):
+    with pytest.raises(ValueError, match="mask ratio: expected at least 0 and below 1"):
         make_hyspark(mask_ratio=mask_ratio)
 
 
@@ -283,7 +283,7 @@ def test_a_ratio_that_hides_nothing_is_refused_when_building(make_hyspark, size,
 
 @pytest.mark.parametrize("width", [0, 8, 24, 100])
 def test_decoder_widths_that_do_not_halve_are_refused(make_hyspark, width):
-    with pytest.raises(ValueError, match=f"multiple of 16.* it is {width}"):
+    with pytest.raises(ValueError, match=f"multiple of 16.* got {width}"):
         make_hyspark(decoder_width=width)
 
 
@@ -295,5 +295,5 @@ def test_sizes_that_do_not_fit_are_refused(make_hyspark):
 
 
 def test_a_mask_for_another_grid_is_refused(make_hyspark, make_visible):
-    with pytest.raises(ValueError, match=r"visible must be bool \(1, 1, 2, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"visible: expected bool \(1, 1, 2, 2, 2\)"):
         make_hyspark()(torch.rand(1, 1, 32, 32, 32), make_visible(1, (2, 2, 3)))

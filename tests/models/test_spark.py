@@ -184,20 +184,21 @@ def test_a_factory_of_ones_own(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert build_backbone("my_networks:make", 5, 2).network.weight.shape == (2, 5, 2, 2)
-    with pytest.raises(ValueError, match="no backbone 'my_networks:other'"):
+    with pytest.raises(ValueError, match="backbone 'my_networks:other'"):
         build_backbone("my_networks:other", 5, 2)
 
 
 def test_what_makes_no_pyramid_is_refused():
-    with pytest.raises(ValueError, match="gives no map at stride 2, 4, 8"):
+    with pytest.raises(ValueError, match="expected feature maps at strides 2, 4, 8"):
         PyramidEncoder(nn.Conv2d(1, 1, 3, padding=1), (32, 32), 1)
     with pytest.raises(
-        ValueError, match=r"a crop of \(80, 80\) becomes a map of \(3, 3\).*multiples of its total stride"
+        ValueError,
+        match=r"crop size \(80, 80\): this network .* a map of \(3, 3\).*multiples of its total stride",
     ):
         build_spark(timm.create_model("resnet18"), 80)
-    with pytest.raises(ValueError, match="decoder width must be a multiple of 32"):
+    with pytest.raises(ValueError, match="decoder_width: expected a multiple of 32"):
         build_spark(timm.create_model("resnet18"), 64, decoder_width=48)
-    with pytest.raises(ValueError, match="visible must be bool"):
+    with pytest.raises(ValueError, match="visible: expected bool"):
         spark_of("timm/resnet18")(torch.rand(1, 3, 64, 64), torch.ones(1, 1, 4, 4, dtype=torch.bool))
 
 
@@ -205,12 +206,12 @@ def test_what_makes_no_pyramid_is_refused():
     ("name", "channels", "axes", "message"),
     [
         ("timm/resnet5O", 1, 2, "timm has no 'resnet5O' here; did you mean resnet50"),
-        ("timm/resnet18", 1, 3, "takes images of two axes"),
-        ("torchvision/resnet18", 1, 2, "takes three channels"),
+        ("timm/resnet18", 1, 3, "expected images with 2 axes"),
+        ("torchvision/resnet18", 1, 2, "expected data with 3 channels"),
         ("monai/unet", 1, 3, "monai has no 'unet'"),
         ("resnet50", 1, 2, "expected timm/NAME"),
-        ("nowhere.at.all:make", 1, 2, "no backbone 'nowhere.at.all:make'"),
-        ("builtins:dict", 1, 2, "gave dict, not a torch module"),
+        ("nowhere.at.all:make", 1, 2, "backbone 'nowhere.at.all:make': No module named 'nowhere'"),
+        ("builtins:dict", 1, 2, "expected a torch module from it, got dict"),
     ],
 )
 def test_backbones_that_there_are_not(name, channels, axes, message):

@@ -101,9 +101,9 @@ def test_positions_of_the_released_width():
 
 
 def test_widths_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match=r"multiple of 6.* it is 20"):
+    with pytest.raises(ValueError, match=r"multiple of 6 for 3 axes, got 20"):
         sincos_position((2, 2, 2), 20)
-    with pytest.raises(ValueError, match=r"multiple of the 12 attention heads.* it is 30"):
+    with pytest.raises(ValueError, match=r"multiple of the 12 attention heads, got 30"):
         TokenTransformer(30, 1, NUM_HEADS, (2, 2, 2))
 
 

@@ -61,7 +61,7 @@ def test_it_learns_and_leaves_a_run(classifying_drawn):
     assert protocol["weights"] == f"best.pth after {first + 1} steps"
     assert summary_of(config)["metrics"]["accuracy"] == best
     page = (folder / "report.html").read_text()
-    assert "taken for light" in page
+    assert "predicted light" in page
     assert ("Most confident mistakes" in page) == any(
         (folder / n / "mistakes.png").exists() for n in ("scores", "scores_test")
     )

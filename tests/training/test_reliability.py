@@ -151,6 +151,8 @@ def test_a_validation_of_finetuning_that_was_cut_off_is_repeated(finetuning, tmp
     assert results(finetuning) == results(whole)
     for name in ("last.pth", "best.pth"):
         assert same_weights(finetuning.run_folder / name, whole.run_folder / name)
+    scores = [(c.run_folder / "scores" / "cases.csv").read_text() for c in (finetuning, whole)]
+    assert scores[0] == scores[1]
 
 
 # Files of a run

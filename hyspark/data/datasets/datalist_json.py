@@ -114,7 +114,7 @@ def case_names(images: Sequence[Path]) -> dict[Path, str]:
 
     A channel is "_0000", or four digits that all images of a data set have in common. A name that several files have
     (case_1/imaging.nii.gz, case_2/imaging.nii.gz) is prefixed by its folder's name. The names of folders above are
-    added as far as they are needed to tell the files apart.
+    added as far as they are needed to distinguish the files.
     """
     endings: dict[str, set[str]] = {}
     for image in images:

@@ -39,7 +39,7 @@ FINDING_KINDS: dict[str, FindingKind] = {
         "error", "a spacing above 0 mm on each axis", "convert it again from the scanner's files"
     ),
     "odd spacing": FindingKind("warning", "voxels of .2 to 10 mm", "is the spacing in mm? convert it again if not"),
-    "singular affine": FindingKind("error", "an affine that tells three axes apart", "convert it again"),
+    "singular affine": FindingKind("error", "an affine with three independent axes", "convert it again"),
     "sheared affine": FindingKind(
         "warning", "axes at right angles", "was the gantry tilted? resample it upright if it matters"
     ),

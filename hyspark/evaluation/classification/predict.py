@@ -48,7 +48,7 @@ def write_predictions(out: Path, images: Classified) -> Path:
     return out / "predictions.csv"
 
 
-def classify(weights: Path, folder: Path, out: Path, device: str = "auto") -> dict[str, Any] | None:
+def predict_and_score(weights: Path, folder: Path, out: Path, device: str = "auto") -> dict[str, Any] | None:
     """Write predictions.csv, and the scores if the folder's own folders are named as the classes.
 
     The arguments and errors are those of `predict_classification`.

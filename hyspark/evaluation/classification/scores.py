@@ -92,7 +92,7 @@ def metrics_text(metrics: Mapping[str, float | None]) -> str:
     return ", ".join(f"{title} {defined[key]:.4f}" if key in defined else f"{title} -" for key, title in titles)
 
 
-def metric_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+def class_metric_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     """Format the metrics of a summary as rows, a heading first; "-" where a value is undefined."""
     metrics = summary["metrics"]
     cells = [[title, "-" if metrics[k] is None else f"{metrics[k]:.3f}"] for k, title in CLASSIFICATION_METRICS.items()]

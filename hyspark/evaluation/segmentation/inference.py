@@ -213,7 +213,7 @@ def to_grid(
     return labels
 
 
-class Rows(NamedTuple):
+class InterpolationRows(NamedTuple):
     """Linear interpolation in a row of voxels as a matrix.
 
     Attributes:
@@ -225,7 +225,7 @@ class Rows(NamedTuple):
     weights: Tensor
 
 
-def row_weights(positions: np.ndarray, num: int) -> Rows:
+def row_weights(positions: np.ndarray, num: int) -> InterpolationRows:
     """Compute the interpolation at positions in a row of `num` voxels.
 
     Positions are in voxels. Those up to half a voxel beyond an end count as that end.
@@ -235,7 +235,7 @@ def row_weights(positions: np.ndarray, num: int) -> Rows:
     within = np.flatnonzero((positions > -0.5 - ON_VOXEL) & (positions < num - 0.5 + ON_VOXEL))
     inside = slice(within[0], within[-1] + 1) if within.size else slice(0)
     distance = np.abs(positions[inside, None].clip(0, num - 1) - np.arange(num))
-    return Rows(inside, torch.from_numpy((1 - distance).clip(min=0)).float())
+    return InterpolationRows(inside, torch.from_numpy((1 - distance).clip(min=0)).float())
 
 
 def to_slanted_grid(scores: Tensor, rotation: np.ndarray, offset: np.ndarray, shape: Sequence[int]) -> np.ndarray:
@@ -258,8 +258,8 @@ def to_slanted_grid(scores: Tensor, rotation: np.ndarray, offset: np.ndarray, sh
 def largest_components(labels: np.ndarray, num_classes: int) -> np.ndarray:
     """Keep the largest connected component of each class in a label map (h, w, d); voxels that share a corner touch.
 
-    Of components of one size the first by its first voxel is kept. MONAI's KeepLargestConnectedComponent keeps the last
-    one, and needs scikit-image.
+    Of components of one size the first by its first voxel is kept. MONAI's KeepLargestConnectedComponent keeps
+    another one, and needs scikit-image.
     """
     kept = labels.copy()
     for value, box in enumerate(find_objects(labels, max_label=num_classes - 1), start=1):

@@ -137,7 +137,9 @@ def check_targets(cases: Sequence[Case], targets: dict[str, Path], overwrite: bo
     if same := [str(path) for path in targets.values() if path.resolve() in inputs]:
         raise ValueError(f"label maps would replace the volumes themselves: {listing(same)}; name another folder")
     if not overwrite and (known := [str(path) for path in targets.values() if path.exists()]):
-        raise ValueError(f"existing label maps: {listing(known)}; name another folder, or replace them by --overwrite")
+        raise ValueError(
+            f"existing label maps: {listing(known)}; name another folder, or replace them with --overwrite"
+        )
 
 
 def prepare_ahead(

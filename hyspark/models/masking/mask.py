@@ -33,7 +33,7 @@ def grid_of(size: Sequence[int], patch: int = PATCH) -> tuple[int, ...]:
         nearest = tuple(max(patch, round(s / patch) * patch) for s in size)
         raise ValueError(
             f"crop size: expected a positive multiple of {patch} voxels on every axis, got {tuple(size)}; "
-            f"the nearest valid size is {nearest}"
+            f"the nearest that fits is {nearest}"
         )
     return tuple(s // patch for s in size)
 

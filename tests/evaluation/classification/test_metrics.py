@@ -13,8 +13,8 @@ from hyspark.evaluation.classification.metrics import (
 )
 from hyspark.evaluation.classification.scores import (
     Classified,
+    class_metric_rows,
     confusion_rows,
-    metric_rows,
     write_classification_scores,
 )
 from hyspark.evaluation.score_table import read_score_table
@@ -110,7 +110,7 @@ def test_scores_are_written_and_read_back(tmp_path):
     assert (read.names, read.classes) == (scored.names, scored.classes)
     assert np.array_equal(read.truth, scored.truth)
     assert np.array_equal(read.probabilities, scored.probabilities)
-    assert metric_rows(summary)[:3] == [["metric", "value"], ["AUC", "0.000"], ["accuracy", "0.000"]]
+    assert class_metric_rows(summary)[:3] == [["metric", "value"], ["AUC", "0.000"], ["accuracy", "0.000"]]
     assert confusion_rows(summary)[2] == ["true b", "2", "0"]
     (tmp_path / "cases.csv").write_text("file,truth,probability of a\nx,c,0.5\n")
     with pytest.raises(ValueError, match=r"cases\.csv: expected file, truth"):

@@ -185,6 +185,13 @@ def test_the_largest_part_of_each_class_is_kept():
     assert labels[6, 6, 6] == 1
 
 
+def test_of_parts_of_one_size_the_first_is_kept():
+    labels = np.zeros((6, 6, 6), np.uint8)
+    labels[0, 0, 0:2] = labels[5, 5, 4:6] = 1
+    kept = largest_components(labels, 3)
+    assert np.argwhere(kept).tolist() == [[0, 0, 0], [0, 0, 1]]
+
+
 def test_a_network_comes_back_from_its_file(finetuning, tmp_path):
     names = ["background", "liver", "spleen"]
     model = hybird_from_config(finetuning, 3)

@@ -73,7 +73,7 @@ def test_patches_are_visible_equally_often_and_in_all_combinations():
 
 @pytest.mark.parametrize("ratio", [-0.1, 1, 1.5, float("nan")])
 def test_a_ratio_out_of_range_is_refused(ratio):
-    with pytest.raises(ValueError, match="mask ratio must be at least 0 and below 1"):
+    with pytest.raises(ValueError, match="mask ratio: expected at least 0 and below 1"):
         draw_visible((2, 2), ratio, generators(0))
 
 

@@ -111,7 +111,7 @@ def test_the_gradient_of_the_halo_numerically():
 def test_a_sample_without_a_patch_is_refused():
     visible = torch.ones(3, 1, 2, 2, dtype=torch.bool)
     visible[1] = False
-    with pytest.raises(ValueError, match=r"at least one patch, but they keep \[4, 0, 4\]"):
+    with pytest.raises(ValueError, match=r"at least one visible patch in every sample, got \[4, 0, 4\]"):
         Patches(visible)
 
 

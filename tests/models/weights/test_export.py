@@ -38,14 +38,14 @@ def test_the_light_decoder_goes_along_where_asked_for(make_hyspark, make_hybird,
     with safe_open(tmp_path / "all.safetensors", "pt") as file:
         assert "decoder.levels.3.up.weight" in file.keys()  # noqa: SIM118
     torch.save(net.encoder.state_dict(), tmp_path / "encoder.pth")
-    with pytest.raises(ValueError, match=r"holds no light decoder: none of its \d+ keys is of decoder\.levels\.\*"):
+    with pytest.raises(ValueError, match=r"no light decoder; none of its \d+ keys is decoder\.levels\.\*"):
         export_weights(tmp_path / "encoder.pth", tmp_path / "x.safetensors", decoder=True)
 
 
 def test_the_decoder_of_a_network_for_segmentation_stays_behind(make_hybird, tmp_path):
     released = make_hybird()
     torch.save({"model": released.state_dict()}, tmp_path / "best.pth")
-    with pytest.raises(ValueError, match="holds no light decoder"):
+    with pytest.raises(ValueError, match="no light decoder"):
         export_weights(tmp_path / "best.pth", tmp_path / "x.safetensors", decoder=True)
     written = export_weights(tmp_path / "best.pth", tmp_path / "x.safetensors")
     assert not any(key.startswith("decoder.") for key in written)
@@ -72,7 +72,7 @@ def test_another_number_of_heads_is_refused(make_hyspark, make_hybird, tmp_path,
     model = make_hybird(num_heads=4)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for net in (model, torch.nn.ModuleDict({"body": model})):
-        with pytest.raises(ValueError, match=r"run\.\w+ was made with 2 attention heads, the model has 4.*_heads 2"):
+        with pytest.raises(ValueError, match=r"run\.\w+: expected 4 attention heads, as in the model, got 2.*_heads 2"):
             load_pretrained(net, tmp_path / f"run.{ending}")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -94,14 +94,14 @@ def test_half_precision_halves_the_file_and_rounds(make_hyspark, make_hybird, tm
 def test_what_cannot_be_handed_on_is_refused(make_hyspark, tmp_path):
     net = make_hyspark()
     torch.save(net.state_dict(), tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="give it that ending"):
+    with pytest.raises(ValueError, match="ends in \\.safetensors"):
         export_weights(tmp_path / "x.pth", tmp_path / "x.bin")
     with pytest.raises(FileNotFoundError):
         export_weights(tmp_path / "y.pth", tmp_path / "x.safetensors")
     torch.save({"decoder.out.conv.weight": torch.ones(1)}, tmp_path / "d.pth")
-    with pytest.raises(ValueError, match="holds no encoder"):
+    with pytest.raises(ValueError, match="no encoder"):
         export_weights(tmp_path / "d.pth", tmp_path / "x.safetensors")
     torch.save({"embeddings.stem.bias": torch.tensor([1e6])}, tmp_path / "large.pth")
-    with pytest.raises(ValueError, match="cannot hold"):
+    with pytest.raises(ValueError, match="values exceed the range"):
         export_weights(tmp_path / "large.pth", tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()

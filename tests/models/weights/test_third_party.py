@@ -106,14 +106,14 @@ def lightning(state):
 KINDS = {
     spark: {},
     moco: {
-        "head of 128 outputs, the model's has 1000": {"encoder_q.fc.weight", "encoder_q.fc.bias"},
+        "head with 128 outputs, the model's has 1000": {"encoder_q.fc.weight", "encoder_q.fc.bias"},
         "queue of MoCo": {"queue", "queue_ptr", "val_queue", "val_queue_ptr"},
-        "momentum encoder of MoCo, encoder_q is taken": 74,
+        "momentum encoder of MoCo, encoder_q is used": 74,
     },
     byol: {
         "projection head of BYOL": {"online_network.projector.model.0.weight"},
         "predictor of BYOL": {"online_network.predictor.model.0.weight"},
-        "momentum encoder of BYOL, online_network is taken": 73,
+        "momentum encoder of BYOL, online_network is used": 73,
     },
     swav: {
         "projection head of pre-training": {
@@ -152,7 +152,7 @@ def test_a_projection_of_two_layers_is_set_aside(weights, model):
     mlp["encoder_q.fc.0.weight"] = torch.rand(512, 512)
     report = load_pretrained(model, mlp)
     assert_loaded(model, body(weights))
-    assert report.unexpected["encoder_q.fc.0.weight"] == "head of its own, not part of this model"
+    assert report.unexpected["encoder_q.fc.0.weight"] == "head of the file's network, not part of this model"
     assert set(report.missing) == HEAD
 
 
@@ -163,7 +163,7 @@ def test_spark_into_the_resnet50_of_the_study():
     assert_loaded(model, body(weights))
     assert report.missing == ("fc.weight", "fc.bias")
     assert report.unexpected == {}
-    assert "missing       2 (fresh: fc.* 2)" in str(report)
+    assert "missing       2 (randomly initialised: fc.* 2)" in str(report)
 
 
 def test_sparks_own_training_file(weights, model):
@@ -199,12 +199,12 @@ def test_timm_and_torchvision_exchange_resnets(tmp_path):
     other = timm.create_model("resnet18", num_classes=5, in_chans=1)
     report = load_pretrained(other, weights)
     assert report.adapted == {"conv1.weight": "3 -> 1 input channels"}
-    assert report.unexpected == dict.fromkeys(HEAD, "head of 1000 outputs, the model's has 5")
+    assert report.unexpected == dict.fromkeys(HEAD, "head with 1000 outputs, the model's has 5")
     assert set(report.missing) == HEAD
     without = timm.create_model("resnet18", num_classes=0)
     report = load_pretrained(without, weights)
     assert report.missing == ()
-    assert report.unexpected == dict.fromkeys(HEAD, "head of its own, not part of this model")
+    assert report.unexpected == dict.fromkeys(HEAD, "head of the file's network, not part of this model")
 
 
 def test_the_head_is_what_timm_says():
@@ -213,7 +213,7 @@ def test_the_head_is_what_timm_says():
     model = timm.create_model("convnext_atto", num_classes=3)
     assert set(load_pretrained(model, weights).missing) == {"head.fc.weight", "head.fc.bias"}
     del weights["head.norm.bias"]
-    assert "lacks 1 keys of the network, its head aside (head.norm.bias" in refused(model, weights)
+    assert "1 keys of the network, its head aside, are missing (head.norm.bias" in refused(model, weights)
 
 
 @pytest.mark.parametrize(("name", "layer"), [("mobilenet_v3_small", 3), ("mnasnet0_5", 1)])
@@ -245,7 +245,7 @@ def test_counters_may_be_absent_on_either_side(weights, model):
     frozen = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=FrozenBatchNorm2d)
     report = load_pretrained(frozen, weights)
     assert_loaded(frozen, without)
-    assert report.unexpected["bn1.num_batches_tracked"] == "count of batches, which the model's norms do not keep"
+    assert report.unexpected["bn1.num_batches_tracked"] == "number of batches, which the model's norms do not count"
 
 
 # --- segmentation networks around an encoder
@@ -291,7 +291,7 @@ def test_segresnet_and_dynunet(name, whole):
     assert all(key.startswith(scores if whole else (*scores, *tops)) for key in report.missing)
     assert any(key.startswith(("conv_final.2", "output_block")) for key in report.missing)
     cut = {key: value for key, value in source.items() if "down_layers.1" not in key and "downsample" not in key}
-    assert "lacks" in refused(model, cut)
+    assert "keys of the network, its head aside, are missing" in refused(model, cut)
 
 
 # --- this project's files
@@ -324,7 +324,9 @@ def test_its_backbone_alone_into_pre_training_and_back(pretraining):
 
 def test_a_decoder_of_another_width_is_refused_with_advice(pretraining):
     model = build_spark(timm.create_model("resnet10t", num_classes=0), 64, decoder_width=64)
-    assert refused(model, pretraining.state_dict()).endswith("build the model as the weights were (--decoder_width 32)")
+    assert refused(model, pretraining.state_dict()).endswith(
+        "build the model with the shapes of the weights (--decoder_width 32)"
+    )
 
 
 # --- what is refused
@@ -332,40 +334,44 @@ def test_a_decoder_of_another_width_is_refused_with_advice(pretraining):
 
 def test_what_does_not_fit_is_refused(weights, model):
     assert "none of its 2 keys" in refused(model, {"a.weight.x": torch.zeros(1), "b": torch.zeros(1)})
-    assert "1 keys are not explained (extra.weight" in refused(model, weights | {"extra.weight": torch.zeros(1)})
-    assert "layer2.0.conv2.weight has shape (1,)" in refused(model, weights | {"layer2.0.conv2.weight": torch.zeros(1)})
-    assert "conv1.weight has shape" in refused(model, weights | {"conv1.weight": torch.zeros(64, 3, 3, 3)})
-    assert "two keys stand for bn1.bias" in refused(model, weights | {"module.bn1.bias": weights["bn1.bias"]})
+    assert "1 keys are unexplained (extra.weight" in refused(model, weights | {"extra.weight": torch.zeros(1)})
+    assert "layer2.0.conv2.weight: the model expects shape (128, 128, 3, 3), got (1,)" in refused(
+        model, weights | {"layer2.0.conv2.weight": torch.zeros(1)}
+    )
+    assert "conv1.weight: the model expects shape" in refused(
+        model, weights | {"conv1.weight": torch.zeros(64, 3, 3, 3)}
+    )
+    assert "two keys match bn1.bias" in refused(model, weights | {"module.bn1.bias": weights["bn1.bias"]})
     assert "fc.bias" in refused(model, {key: value for key, value in weights.items() if key != "fc.bias"})
     assert "config is no tensor" not in refused(model, {"config": {}, "a": torch.zeros(1)})
-    assert "epoch is no tensor" in refused(model, weights | {"epoch": 3})
+    assert "got others at epoch" in refused(model, weights | {"epoch": 3})
 
 
 @pytest.mark.parametrize("part", ["layer4.", "bn1.running_var", "layer1.0.conv2.weight"])
 def test_part_of_the_backbone_missing_is_refused(part, weights, model):
     left = {key: value for key, value in weights.items() if not key.startswith(part)}
     num = sum(key.startswith(part) and "num_batches" not in key for key in weights)
-    assert f"lacks {num} keys of the network, its head aside ({part}" in refused(model, left)
+    assert f"{num} keys of the network, its head aside, are missing ({part}" in refused(model, left)
 
 
 def test_one_layer_is_not_taken_for_a_part_of_its_own(weights, model):
     left = {key: value for key, value in weights.items() if key.startswith("layer3.")}
-    assert "lacks" in refused(model, left)
+    assert "keys of the network, its head aside, are missing" in refused(model, left)
     report = load_pretrained(model.layer3, {key.removeprefix("layer3."): value for key, value in left.items()})
     assert report.missing == ()
 
 
 def test_other_depths_are_refused(weights, model):
     deeper = torchvision.models.ResNet(BasicBlock, [1, 2, 1, 1])
-    assert "lacks 10 keys" in refused(deeper, weights)
-    assert "12 keys are not explained (layer2.1.conv1.weight" in refused(model, deeper.state_dict())
-    assert "has shape" in refused(torchvision.models.ResNet(Bottleneck, [1, 1, 1, 1]), weights)
+    assert "10 keys of the network, its head aside, are missing" in refused(deeper, weights)
+    assert "12 keys are unexplained (layer2.1.conv1.weight" in refused(model, deeper.state_dict())
+    assert "the model expects shape" in refused(torchvision.models.ResNet(Bottleneck, [1, 1, 1, 1]), weights)
 
 
 def test_weights_that_fit_two_parts_are_refused(weights):
     model = nn.ModuleDict({"one": small_resnet(), "two": small_resnet()})
     message = refused(model, weights)
-    assert "fits in 2 ways" in message
+    assert "matches the model in 2 ways" in message
     assert "one.*" in message
     load_pretrained(model["two"], weights)
     assert_loaded(model, weights, prefix="two.")
@@ -377,7 +383,7 @@ def test_python_objects_are_not_opened_but_the_way_out_is_named(weights, model, 
     path = tmp_path / "model.ckpt"
     torch.save(lightning(body(weights)) | {"hyper_parameters": argparse.Namespace(lr=0.1)}, path)
     message = refused(model, path)
-    assert "holds Python objects other than tensors" in message
+    assert "contains Python objects other than tensors" in message
     assert "with torch.serialization.safe_globals([argparse.Namespace]):" in message
     with torch.serialization.safe_globals([argparse.Namespace]):
         load_pretrained(model, path)
@@ -397,10 +403,10 @@ def test_the_state_of_pre_training_by_views_gives_its_network(method):
     report = load_pretrained(network, given.state_dict())
     assert_loaded(network, given.encoder.weights())
     assert all(
-        reason.startswith(("projection", "predictor", "slow copy", "queue", "prototypes"))
+        reason.startswith(("projection", "predictor", "momentum encoder", "queue", "prototypes"))
         for reason in report.unexpected.values()
     )
 
 
 def test_keys_that_are_no_names_are_an_error(weights):
-    assert "its key 3 is no name" in refused(small_resnet(), {**weights, 3: torch.ones(1)})
+    assert "expected text as keys, got 3" in refused(small_resnet(), {**weights, 3: torch.ones(1)})
