@@ -21,7 +21,8 @@ from hyspark.data.datasets.cases import Datalist
 from hyspark.data.preprocessing import prepare, store_size
 from hyspark.tasks.masked import MaskedTask
 from hyspark.tasks.pretrain import find_pretraining_cases, run_pretraining
-from hyspark.tasks.segmentation import SegmentationTask, run_segmentation
+from hyspark.tasks.segmentation import run_segmentation
+from hyspark.tasks.segmentation_task import SegmentationTask
 from hyspark.training import checkpoint, run_folder
 from hyspark.training.checkpoint import list_checkpoints, older_checkpoint
 from hyspark.training.run_folder import best_encoder_file, checkpoint_file, encoder_file
