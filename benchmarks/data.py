@@ -37,7 +37,7 @@ from torch.utils.data import Dataset
 from hyspark.data.batches.loader import Batch, Shard, make_loader
 from hyspark.data.batches.volumes import PretrainBatches
 from hyspark.data.datasets.cases import Case
-from hyspark.data.preprocessing.prepare import prepare_all, prepare_case
+from hyspark.data.preprocessing.prepare import failure_message, prepare_case, prepare_missing, stored_volumes
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.data.settings import PrepareSettings
 from hyspark.data.synthetic.phantom import make_phantom
@@ -225,8 +225,11 @@ def phantom_file(folder: Path, seed: int = 0, spacing: tuple[float, float, float
 
 
 def prepared(images: Sequence[Path], store: Path) -> list[StoredVolume]:
-    """The images in a store."""
-    return prepare_all([Case(image.name, "", image) for image in images], SETTINGS, store, 1, progress=False)
+    """Prepare the images in a store."""
+    cases = [Case(image.name, "", image) for image in images]
+    if failed := prepare_missing(cases, SETTINGS, store, 1, progress=False):
+        raise ValueError(failure_message(failed, len(cases)))
+    return stored_volumes(cases, SETTINGS, store)
 
 
 def bytes_below(folder: Path) -> int:

@@ -24,7 +24,7 @@ from hyspark.cli import commands
 from hyspark.data.batches.loader import Shard, loading, make_loader
 from hyspark.data.batches.volumes import PretrainBatches
 from hyspark.data.datasets import datalist_json
-from hyspark.data.preprocessing.prepare import prepare_all
+from hyspark.data.preprocessing.prepare import prepare_missing, stored_volumes
 from hyspark.data.settings import PrepareSettings
 from hyspark.evaluation.segmentation.inference import Windows, class_scores
 from hyspark.training.precision import AUTOCAST_DTYPES
@@ -138,9 +138,9 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
 def loader(folder: str, size: Size, spacing: tuple[float, ...], workers: int, seconds: float) -> dict[str, Any]:
     """Crops a second of the loader alone, pinned as for training, from the volumes that training has prepared."""
     cases = datalist_json.read_datalist(Path(folder) / "dataset.json").training
-    settings = PrepareSettings(spacing=spacing)
-    volumes = prepare_all(cases, settings, Path(folder) / "prepared", 0, progress=False)
-    batches = PretrainBatches(volumes, Shard(4), (size.edge,) * 3, 4, FLIPS, 0)
+    settings, store = PrepareSettings(spacing=spacing), Path(folder) / "prepared"
+    prepare_missing(cases, settings, store, 0, progress=False)
+    batches = PretrainBatches(stored_volumes(cases, settings, store), Shard(4), (size.edge,) * 3, 4, FLIPS, 0)
     made = make_loader(batches, range(100_000), workers, pin_memory=size.device == "cuda")
     crops = 0
     with loading(made) as found:

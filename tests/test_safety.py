@@ -16,7 +16,7 @@ import torch
 import hyspark
 from hyspark.data.datasets import datalist_json, nnunet
 from hyspark.data.datasets.cases import Case, Datalist
-from hyspark.data.preprocessing.prepare import prepare_all
+from hyspark.data.preprocessing.prepare import prepare_missing, stored_volumes
 from hyspark.data.preprocessing.store import cumulative_counts, is_intact, open_array
 from hyspark.data.settings import PrepareSettings
 from hyspark.evaluation.segmentation.inference import load_network
@@ -74,12 +74,14 @@ def test_no_pickle_in_a_checkpoint_is_executed(tmp_path, trap, reader, form):
 def test_no_pickle_in_a_run_folder_is_executed(pretraining, trap):
     pretraining.run_folder.mkdir(parents=True)
     torch.save({"optimizer": trap}, checkpoint_file(pretraining))
-    with pytest.raises(ValueError, match="no state of this run is whole"):
+    with pytest.raises(ValueError, match="no checkpoint of this run is intact"):
         run_pretraining(pretraining)
 
 
 def test_no_pickle_in_the_store_is_executed(tmp_path, trap):
-    (volume,) = prepare_all([write_case(tmp_path)], PrepareSettings(), tmp_path / "store", 1, progress=False)
+    cases, settings, store = [write_case(tmp_path)], PrepareSettings(), tmp_path / "store"
+    assert not prepare_missing(cases, settings, store, 1, progress=False)
+    (volume,) = stored_volumes(cases, settings, store)
     np.save(volume.folder / "counts.npy", np.array([trap], dtype=object), allow_pickle=True)
     assert not is_intact(volume.folder)
     with pytest.raises(ValueError, match="allow_pickle"):

@@ -19,7 +19,8 @@ from hyspark.config.recipes import Config
 from hyspark.data.batches.loader import Batch
 from hyspark.training import memory, optim
 from hyspark.training.distributed import Processes
-from hyspark.training.loop import Task, make_run, update
+from hyspark.training.loop import Task, update
+from hyspark.training.run import make_run
 
 REPEATS, SHORT = 3, 1.0
 """Repetitions, of which the fastest counts, of steps that take less than this number of seconds."""

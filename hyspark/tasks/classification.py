@@ -38,8 +38,9 @@ from hyspark.training import checkpoint, distributed, optim
 from hyspark.training.distributed import Processes
 from hyspark.training.initial_weights import initialise
 from hyspark.training.labelled_images import LabelledImages, read_images
-from hyspark.training.loop import Run, Task, make_run
+from hyspark.training.loop import Task
 from hyspark.training.metrics_log import RunLog
+from hyspark.training.run import Run, make_run
 from hyspark.training.run_folder import steps_per_epoch
 from hyspark.training.run_volumes import format_excluded
 from hyspark.utils.log import LOG

@@ -16,8 +16,9 @@ from hyspark.evaluation.linear_probe import Probe
 from hyspark.figures.panels import save_figure
 from hyspark.figures.slices import views_panel
 from hyspark.tasks import pretrain_common as common
-from hyspark.training.loop import Run, Task
+from hyspark.training.loop import Task
 from hyspark.training.metrics_log import RunLog
+from hyspark.training.run import Run
 
 
 @dataclass

@@ -8,9 +8,10 @@ from hyspark.config.recipes import ConfigT
 from hyspark.models.weights.load import LoadReport
 from hyspark.training import distributed
 from hyspark.training.distributed import Processes
-from hyspark.training.loop import Run, Task, train
+from hyspark.training.loop import Task, train
 from hyspark.training.precision import resolve_precision
 from hyspark.training.replay import read_replay, repeat_step
+from hyspark.training.run import Run
 from hyspark.training.run_folder import check_same_data, describe_settings, open_run_folder, read_state
 from hyspark.utils.log import LOG
 

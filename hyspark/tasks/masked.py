@@ -18,9 +18,10 @@ from hyspark.figures.panels import reconstruction_panel, save_figure
 from hyspark.models.masked_autoencoder import reconstruct
 from hyspark.models.masking.mask import draw_visible, grid_of, visible_at
 from hyspark.tasks import pretrain_common as common
-from hyspark.training.loop import Run, Task
+from hyspark.training.loop import Task
 from hyspark.training.metrics_log import RunLog
 from hyspark.training.precision import autocast
+from hyspark.training.run import Run
 
 
 @dataclass

@@ -27,7 +27,7 @@ from hyspark.tasks.pretrain_common import format_num_parameters, write_pretraini
 from hyspark.training import memory
 from hyspark.training.distributed import Processes
 from hyspark.training.initial_weights import initialise, load_volume_weights
-from hyspark.training.loop import Run, make_run
+from hyspark.training.run import Run, make_run
 from hyspark.training.run_folder import encoder_file, steps_per_epoch
 from hyspark.training.run_volumes import describe_cases, prepare_run_volumes, store_folder
 from hyspark.utils.log import LOG

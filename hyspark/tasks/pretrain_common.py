@@ -19,9 +19,10 @@ from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.evaluation.linear_probe import Probe, take_probe
 from hyspark.reports import run_page
 from hyspark.training import checkpoint, distributed, optim
-from hyspark.training.loop import Run, Task
+from hyspark.training.loop import Task
 from hyspark.training.metrics_log import RunLog
 from hyspark.training.precision import autocast
+from hyspark.training.run import Run
 from hyspark.training.run_folder import best_encoder_file, encoder_file
 from hyspark.training.run_volumes import format_excluded
 from hyspark.utils.log import LOG

@@ -1,58 +1,34 @@
-"""Fine-tuning for segmentation: data and network of a run, and its task of the loop.
+"""Fine-tuning for segmentation outside of its steps: labelled cases, the network, and the end of a run.
 
 Source of the recipe: UNETR's BTCV example (Project-MONAI/research-contributions), the usual stand-in for the paper's.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-from tqdm import tqdm
-
-from hyspark.config.recipes import as_plain, write_yaml
+from hyspark.config.recipes import write_yaml
 from hyspark.config.segmentation import SegmentationConfig, check_decoder
-from hyspark.data.batches.augmentation import AffineRange
-from hyspark.data.batches.loader import Batch, Shard
-from hyspark.data.batches.volumes import FinetuneBatches
-from hyspark.data.readers.nifti import read_label
-from hyspark.evaluation.segmentation.evaluate import (
-    Segmented,
-    are_cases_scored,
-    case_panel,
-    score_cases,
-    segment_case,
-)
-from hyspark.evaluation.segmentation.inference import hybird_from_config, windows_from_config
-from hyspark.evaluation.segmentation.metrics import dice
-from hyspark.evaluation.segmentation.scores import mean_dice, mean_of
-from hyspark.evaluation.segmentation.scoring_protocol import Source
+from hyspark.data.batches.loader import Shard
+from hyspark.evaluation.segmentation.evaluate import are_cases_scored
+from hyspark.evaluation.segmentation.inference import hybird_from_config
 from hyspark.evaluation.segmentation.test_cases import prepare_held_out, score_held_out
-from hyspark.evaluation.validations import read_validations
-from hyspark.figures.panels import save_figure
 from hyspark.models.compile import compile_blocks
 from hyspark.models.segmentation import Hybird
 from hyspark.models.weights.load import LoadReport
 from hyspark.reports import run_page
 from hyspark.tasks.launch import Experiment, launch
-from hyspark.training import checkpoint, distributed, optim
+from hyspark.tasks.segmentation_task import SegmentationTask, best_and_last, describe_last_weights
+from hyspark.training import optim
 from hyspark.training.distributed import Processes
 from hyspark.training.initial_weights import initialise, load_volume_weights
 from hyspark.training.labelled_cases import find_labelled_cases, label_fault, left_right_pairs, unpaired_sides
-from hyspark.training.loop import Run, Task, make_run
 from hyspark.training.losses import DiceAndCrossEntropy
-from hyspark.training.metrics_log import RunLog
-from hyspark.training.run_folder import checkpoint_file, steps_per_epoch
-from hyspark.training.run_volumes import RunVolumes, describe_cases, format_excluded, prepare_run_volumes
+from hyspark.training.run import Run, make_run
+from hyspark.training.run_folder import steps_per_epoch
+from hyspark.training.run_volumes import describe_cases, prepare_run_volumes
 from hyspark.utils.digests import content_digest
 from hyspark.utils.log import LOG
-
-SCORE_HEADINGS = {"Validation cases, last weights": "scores", "Further cases, last weights": "scores_test"}
-"""Headings of the report with their folders of scores in a run."""
 
 
 def run_segmentation(config: SegmentationConfig) -> Path:
@@ -60,7 +36,7 @@ def run_segmentation(config: SegmentationConfig) -> Path:
     return launch(config, SegmentationExperiment)
 
 
-class SegmentationExperiment(Experiment["SegmentationTask"]):
+class SegmentationExperiment(Experiment[SegmentationTask]):
     """Fine-tuning for segmentation."""
 
     def __init__(self, config: SegmentationConfig, processes: Processes) -> None:
@@ -96,7 +72,7 @@ class SegmentationExperiment(Experiment["SegmentationTask"]):
             return None
         return load_volume_weights(self.model, self.config.weights, self.config)
 
-    def set_up(self, state: dict[str, Any] | None) -> tuple[Run, "SegmentationTask"]:
+    def set_up(self, state: dict[str, Any] | None) -> tuple[Run, SegmentationTask]:
         """Prepare the volumes, and make run and task."""
         config, processes = self.config, self.processes
         fault = partial(label_fault, names=self.names)
@@ -121,7 +97,7 @@ class SegmentationExperiment(Experiment["SegmentationTask"]):
         )
         return run, task
 
-    def finish(self, run: Run, task: "SegmentationTask", has_trained: bool) -> None:
+    def finish(self, run: Run, task: SegmentationTask, has_trained: bool) -> None:
         """Score the last weights on validation and further cases, unless that is done; write the report."""
         config, processes, folder = self.config, self.processes, self.config.run_folder
         if not has_trained and processes.is_main and run.first_step <= run.last_step:  # no fewer steps than it has done
@@ -139,196 +115,9 @@ class SegmentationExperiment(Experiment["SegmentationTask"]):
             LOG.info("scores   %s", folder / "scores")
 
 
-def describe_last_weights(config: SegmentationConfig, run: Run) -> str:
-    """Describe the weights that a run ends with, for a protocol."""
-    return f"{checkpoint_file(config).name} after {max(run.first_step, run.last_step)} steps"
-
-
-def best_and_last(run_folder: Path) -> dict[str, dict[str, float]]:
-    """Read the Dice per organ of the best and of the last validation; empty if no label held an organ."""
-    found = read_validations(run_folder)
-    return {"best": found.best, "last": found.last} if found else {}
-
-
 def initialise_segmentation(config: SegmentationConfig, num_classes: int) -> Hybird:
     """Build the network with random weights from the seed."""
     network = initialise(partial(hybird_from_config, config, num_classes), config.seed)
     if config.compile == "blocks" and not config.replay:
         compile_blocks(network)
     return network
-
-
-def split_crops(batch: Batch, num: int) -> list[Batch]:
-    """Split a batch into micro-batches of equally many crops.
-
-    Raises:
-        ValueError: The number of crops is no multiple of theirs.
-    """
-    crops = len(batch["cases"])
-    if crops % num:
-        raise ValueError(
-            f"accumulate={num} does not divide the {crops} crops of a step in each process into equal parts"
-        )
-    size = crops // num
-    return [{name: values[i : i + size] for name, values in batch.items()} for i in range(0, crops, size)]
-
-
-@dataclass
-class SegmentationTask(Task):
-    """Fine-tuning for segmentation.
-
-    Attributes:
-        shard: This process's shard of a batch.
-        volumes: Training and validation volumes with their cases.
-        names: Class names by label value.
-        criterion: Loss.
-        best: Best mean Dice so far.
-        trained_on: Digests of the training images, see `Source`.
-    """
-
-    config: SegmentationConfig
-    shard: Shard
-    volumes: RunVolumes
-    names: Sequence[str]
-    criterion: DiceAndCrossEntropy
-    best: float
-    trained_on: Sequence[str]
-
-    @property
-    def batches(self) -> FinetuneBatches:
-        """Augmented crops with their labels."""
-        c = self.config
-        drawing = (c.flip_prob, c.rot90_prob, c.intensity_prob, c.labelled_prob)
-        swaps = left_right_pairs(c, self.names)
-        affine = AffineRange(c.affine_prob, c.affine_degrees, c.affine_scale)
-        crops = (self.volumes.training, self.shard, c.crop_shape, c.crops_per_volume)
-        return FinetuneBatches(*crops, *drawing, c.seed, swaps, affine)
-
-    def before_step(self, run: Run, step: int) -> None:
-        """Freeze the encoder in the first epochs, if the settings say so."""
-        learns = step >= self.config.freeze_epochs * run.steps_per_epoch
-        run.network.set_encoder_trainable(learns)
-
-    def micro_batches(self, run: Run, batch: Batch) -> list[Batch]:
-        """Split a batch; each micro-batch gets the mean weight of a micro-batch's voxels over all processes."""
-        micro_batches = split_crops(batch, self.config.accumulate)
-        own = self.criterion.weight_sum(batch["label"]) / len(micro_batches)
-        weight_sum = distributed.mean_over_processes(own.to(run.processes.device), run.processes)
-        return [micro_batch | {"weight_sum": weight_sum} for micro_batch in micro_batches]
-
-    def loss(self, run: Run, batch: Batch) -> Tensor:
-        """Return Dice and cross entropy, in fp32."""
-        images, labels = (batch[k].to(run.processes.device, non_blocking=True) for k in ("image", "label"))
-        loss: Tensor = self.criterion(run.model(images).float(), labels, batch["weight_sum"])
-        return loss
-
-    def schedule(self, run: Run, step: int) -> dict[str, float]:
-        """Return learning rate and weight decay of a step."""
-        return optim.finetuning_schedule(self.config, step, run.steps_per_epoch, run.total_steps)
-
-    def validate(self, run: Run, log: RunLog | None, step: int, epoch: int) -> None:
-        """Compute the Dice of the validation cases, at the end of the run all scores; save the best weights."""
-        picture = None
-        if step + 1 == run.last_step:
-            dice_by_case = self.write_validation_scores(run)
-        else:
-            dice_by_case, picture = self.validation_dice(run)
-        organs = mean_dice(list(dice_by_case.values()), self.names[1:])
-        mean = mean_of(list(organs.values()))
-        is_best = not mean <= self.best  # NaN, of labels without an organ, keeps the newest weights
-        self.best = max(self.best, mean)
-        if log is None:
-            return
-        if held := {name: value for name, value in organs.items() if not math.isnan(value)}:
-            log.write(step, epoch, dice_mean=mean, dice=held)
-            suffix = " (best)" if is_best else ""
-            LOG.info("epoch %d: mean Dice %.4f on %d cases%s", epoch, mean, len(dice_by_case), suffix)
-        else:
-            LOG.warning(
-                "epoch %d: no Dice, since no label of the %d validation cases has an organ", epoch, len(dice_by_case)
-            )
-        if is_best:
-            weights = {
-                "model": run.network.state_dict(),
-                "config": as_plain(self.config),
-                "classes": list(self.names),
-                "trained_on": list(self.trained_on),
-            }
-            checkpoint.save(weights, self.config.run_folder / "best.pth")
-        if picture is not None:
-            self.draw_picture(log, step, epoch, picture)
-        self.write_report(run)
-
-    def write_validation_scores(self, run: Run) -> dict[str, list[float]]:
-        """Write all scores of the validation cases to the folder `scores`; return the Dice per class by case."""
-        volumes = self.volumes
-        cases = (self.names, volumes.validation, volumes.validation_cases)
-        out = self.config.run_folder / "scores"
-        _, table = score_cases(run.network, self.config, *cases, out, run.processes, self.source(run))
-        return dict(zip(table.cases, table.values["dice"].tolist(), strict=True))
-
-    def source(self, run: Run) -> Source:
-        """Return weights and data of the scores of the validation cases."""
-        weights = describe_last_weights(self.config, run)
-        return Source(weights, f"validation cases of {self.config.data}", self.trained_on)
-
-    def segment(self, run: Run, index: int) -> Segmented:
-        """Segment a validation case."""
-        c = self.config
-        windows = windows_from_config(c, self.names, c.infer_overlap)
-        volume, case = self.volumes.validation[index], self.volumes.validation_cases[index]
-        return segment_case(run.network, volume, case, windows, run.processes, c.precision)
-
-    def validation_dice(self, run: Run) -> tuple[dict[str, list[float]], np.ndarray | None]:
-        """Segment the validation cases.
-
-        Returns:
-            Dice per class by case, on the label's own grid; and on the main process the label map of the first case on
-            the prepared grid, uint8 (h, w, d).
-        """
-        processes, cases = run.processes, self.volumes.validation_cases
-        own = range(processes.rank, len(cases), processes.world_size)
-        rows: list[tuple[int, list[float]]] = []
-        first = None
-        for i in tqdm(own, desc="validate", unit="case", leave=False, disable=not processes.is_main):
-            label = cases[i].label
-            assert label is not None
-            segmented = self.segment(run, i)
-            first = segmented.prepared if i == 0 else first
-            rows.append((i, dice(segmented.on_file, read_label(label, len(self.names)), len(self.names))))
-        return {cases[i].name: values for i, values in sorted(distributed.gather_lists(rows, processes))}, first
-
-    def draw_picture(self, log: RunLog, step: int, epoch: int, prediction: np.ndarray) -> None:
-        """Draw image, truth and prediction, uint8 (h, w, d) on the prepared grid, of the first validation case."""
-        volume = self.volumes.validation[0]
-        figure = case_panel(volume, prediction, self.names, self.config.spacing, f"{volume.name}, epoch {epoch}")
-        save_figure(figure, self.config.run_folder / "pictures" / f"epoch_{epoch:04d}_{volume.name}.png")
-        log.board.add_figure(f"segmentation/{volume.name}", figure, step, close=False)
-
-    def extra_state(self) -> dict[str, float]:
-        """Return the best Dice."""
-        return {"best": self.best}
-
-    def write_report(self, run: Run) -> Path:
-        """Write the run's HTML page."""
-        c = self.config
-        return run_page.write_report(
-            c.run_folder,
-            title=f"HySparK fine-tuning: {c.run_folder.name}",
-            config=as_plain(c),
-            environment=run_page.environment(),
-            summary={
-                "initial weights": "random" if c.weights == "none" else c.weights,
-                "training cases": str(len(self.volumes.training)),
-                "validation cases": str(len(self.volumes.validation)),
-                "excluded": format_excluded(run.excluded),
-                "scored on": "the label's own grid, mean over cases that hold the organ, background excluded",
-                "device": run.processes.describe(c.precision),
-            },
-            dice=best_and_last(c.run_folder),
-            scores={
-                heading: c.run_folder / name
-                for heading, name in SCORE_HEADINGS.items()
-                if (c.run_folder / name / "summary.json").is_file()
-            },
-        )

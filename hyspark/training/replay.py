@@ -16,7 +16,8 @@ from hyspark.config.recipes import ConfigT, typed_values
 from hyspark.data.batches.loader import Batch
 from hyspark.training import checkpoint
 from hyspark.training.distributed import Processes
-from hyspark.training.loop import Run, Task, clip_gradient, compute_gradient
+from hyspark.training.loop import Task, clip_gradient, compute_gradient
+from hyspark.training.run import Run
 
 
 def read_replay(config: ConfigT, processes: Processes) -> tuple[ConfigT, dict[str, Any]]:

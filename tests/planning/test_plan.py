@@ -12,7 +12,7 @@ import torch
 
 from hyspark.data.batches.loader import Shard
 from hyspark.data.preprocessing import store_size
-from hyspark.data.preprocessing.prepare import prepare_all
+from hyspark.data.preprocessing.prepare import prepare_missing
 from hyspark.planning import plan, trial_steps
 from hyspark.planning.trial_steps import Trial
 from hyspark.tasks.masked import MaskedTask
@@ -141,11 +141,11 @@ def test_what_is_missing_is_estimated_by_what_is_prepared(pretraining, tmp_path)
     before = store_size.estimate_store_size(pretraining, cases, tmp_path / "store" / "deep")
     assert (before.prepared, before.prepared_bytes, before.missing, before.is_assumed) == (0, 0, len(cases), True)
     assert before.free > 0
-    prepare_all(cases[:3], pretraining, tmp_path, num_workers=1, progress=False)
+    prepare_missing(cases[:3], pretraining, tmp_path, num_workers=1, progress=False)
     after = store_size.estimate_store_size(pretraining, cases, tmp_path)
     assert (after.prepared, after.missing, after.is_assumed) == (3, len(cases) - 3, False)
     estimate = after.prepared_bytes + after.missing_bytes
-    prepare_all(cases, pretraining, tmp_path, num_workers=1, progress=False)
+    prepare_missing(cases, pretraining, tmp_path, num_workers=1, progress=False)
     done = store_size.estimate_store_size(pretraining, cases, tmp_path)
     assert (done.missing, done.missing_bytes) == (0, 0)
     assert done.prepared_bytes == pytest.approx(estimate, rel=0.25)

@@ -16,7 +16,8 @@ from hyspark.evaluation.protocol import read_summary
 from hyspark.evaluation.segmentation.inference import load_network
 from hyspark.evaluation.validations import read_validations
 from hyspark.tasks.pretrain import run_pretraining
-from hyspark.tasks.segmentation import initialise_segmentation, run_segmentation, split_crops
+from hyspark.tasks.segmentation import initialise_segmentation, run_segmentation
+from hyspark.tasks.segmentation_task import split_crops
 from hyspark.training.initial_weights import load_volume_weights
 from hyspark.training.labelled_cases import find_labelled_cases
 from hyspark.training.losses import DiceAndCrossEntropy

@@ -20,13 +20,13 @@ from hyspark.tasks.classification import initialise_classifier as build_classifi
 from hyspark.tasks.classification import make_optimizer as classification_optimizer
 from hyspark.tasks.pretrain import initialise_pretraining as build_pretraining
 from hyspark.tasks.pretrain import task_class
-from hyspark.tasks.segmentation import SegmentationTask
 from hyspark.tasks.segmentation import initialise_segmentation as build_finetuning
+from hyspark.tasks.segmentation_task import SegmentationTask
 from hyspark.training import optim
 from hyspark.training.distributed import Processes
-from hyspark.training.loop import make_run
 from hyspark.training.losses import DiceAndCrossEntropy
 from hyspark.training.precision import autocast
+from hyspark.training.run import make_run
 from hyspark.training.run_volumes import RunVolumes
 from tests.tasks.kinds import PRETRAININGS
 from tests.training.fake_cuda import DEVICE, check_fake, fake_cuda

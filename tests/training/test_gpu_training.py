@@ -18,7 +18,8 @@ from hyspark.tasks.masked import MaskedTask
 from hyspark.tasks.pretrain import initialise_pretraining, run_pretraining, task_class
 from hyspark.tasks.segmentation import run_segmentation
 from hyspark.training.distributed import find_processes
-from hyspark.training.loop import make_run, update
+from hyspark.training.loop import update
+from hyspark.training.run import make_run
 from hyspark.training.run_folder import checkpoint_file
 from tests.tasks.kinds import PRETRAININGS
 from tests.training.attacks import command, lines, results, same_weights

@@ -21,7 +21,8 @@ from hyspark.data.datasets.cases import Datalist
 from hyspark.data.preprocessing import prepare, store_size
 from hyspark.tasks.masked import MaskedTask
 from hyspark.tasks.pretrain import find_pretraining_cases, run_pretraining
-from hyspark.tasks.segmentation import SegmentationTask, run_segmentation
+from hyspark.tasks.segmentation import run_segmentation
+from hyspark.tasks.segmentation_task import SegmentationTask
 from hyspark.training import checkpoint, run_folder
 from hyspark.training.checkpoint import list_checkpoints, older_checkpoint
 from hyspark.training.run_folder import best_encoder_file, checkpoint_file, encoder_file
@@ -347,6 +348,6 @@ def test_a_disk_without_room_for_the_volumes_is_told_before_they_are_prepared(
         // 10
     )
     monkeypatch.setattr(store_size.shutil, "disk_usage", lambda path: used._replace(free=small))
-    monkeypatch.setattr(checkpoint, "check_space", lambda *args: None)
+    monkeypatch.setattr(checkpoint, "check_disk_space", lambda *args: None)
     run_pretraining(config)
     assert "the 7 volumes to prepare will take about" in caplog.text

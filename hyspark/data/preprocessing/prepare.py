@@ -152,32 +152,6 @@ def failure_reason(error: BaseException) -> str:
     return first_line(error)
 
 
-def prepare_all(
-    cases: Sequence[Case],
-    settings: PrepareSettings,
-    store_dir: Path,
-    num_workers: int = 0,
-    progress: bool = True,
-) -> list[StoredVolume]:
-    """Prepare the cases that the store lacks, and return all prepared volumes in the cases' order.
-
-    Args:
-        cases: cases of the data set.
-        settings: settings of preparation.
-        store_dir: folder of the store.
-        num_workers: processes; 0 takes one per core.
-        progress: whether to show progress bars.
-
-    Raises:
-        PermissionError: if the store is not writable.
-        ValueError: if cases cannot be prepared; the message lists them with their reasons.
-    """
-    failed = prepare_missing(cases, settings, store_dir, num_workers, progress)
-    if failed:
-        raise ValueError(failure_message(failed, len(cases)))
-    return stored_volumes(cases, settings, store_dir)
-
-
 def failure_message(failed: Mapping[str, Sequence[str]], num: int, alternative: str = "") -> str:
     """Write one message for all broken cases.
 
@@ -203,9 +177,16 @@ def prepare_missing(
     num_workers: int = 0,
     progress: bool = True,
 ) -> dict[str, tuple[str, ...]]:
-    """Prepare the cases that the store lacks; see `prepare_all` for the arguments.
+    """Prepare the cases that the store lacks.
 
     Existing entries are compared with their checksums first, and damaged ones are made again.
+
+    Args:
+        cases: cases of the data set.
+        settings: settings of preparation.
+        store_dir: folder of the store.
+        num_workers: processes; 0 takes one per core.
+        progress: whether to show progress bars.
 
     Returns:
         By image, the reasons why cases cannot be prepared.

@@ -9,7 +9,7 @@ from hyspark.data.batches.crops import SliceSampling
 from hyspark.data.batches.loader import Shard
 from hyspark.data.batches.views import ValidationViews, ViewBatches, ViewRecipe, view_transform
 from hyspark.data.datasets.datalist_json import read_datalist
-from hyspark.data.preprocessing.prepare import prepare_all
+from hyspark.data.preprocessing.prepare import prepare_missing, stored_volumes
 from hyspark.data.seeds import rng_at
 from hyspark.data.settings import PrepareSettings
 
@@ -19,7 +19,9 @@ AXIAL = ViewRecipe((32, 24), 0.6, 3, (0.5, 0.5, 0.0), SliceSampling(2))
 @pytest.fixture(scope="module")
 def volumes(phantoms):
     cases = read_datalist(phantoms / "dataset.json").training[:3]
-    return prepare_all(cases, PrepareSettings(spacing=(8.0, 8.0, 8.0)), phantoms / "prepared", num_workers=1)
+    settings, store = PrepareSettings(spacing=(8.0, 8.0, 8.0)), phantoms / "prepared"
+    assert not prepare_missing(cases, settings, store, num_workers=1)
+    return stored_volumes(cases, settings, store)
 
 
 def test_two_large_views_and_small_ones_of_half_the_size(volumes):

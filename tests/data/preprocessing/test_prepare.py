@@ -12,7 +12,7 @@ from monai.transforms import CropForeground, LoadImage, Orientation, ScaleIntens
 
 from hyspark.data.batches.crops import crop_start
 from hyspark.data.datasets.cases import Case
-from hyspark.data.preprocessing.prepare import prepare_all, prepare_missing
+from hyspark.data.preprocessing.prepare import failure_message, prepare_missing, stored_volumes
 from hyspark.data.preprocessing.store import StoredVolume, is_intact, open_array
 from hyspark.data.settings import PrepareSettings
 from hyspark.data.synthetic.phantom import make_phantom
@@ -40,7 +40,10 @@ def write_case(folder: Path, name: str, voxels: np.ndarray, label: np.ndarray | 
 
 
 def prepare(cases: list[Case], store: Path, settings: PrepareSettings = COARSE, **kwargs) -> list[StoredVolume]:
-    return prepare_all(cases, settings, store, **{"num_workers": 1, "progress": False, **kwargs})
+    failed = prepare_missing(cases, settings, store, **{"num_workers": 1, "progress": False, **kwargs})
+    if failed:
+        raise ValueError(failure_message(failed, len(cases)))
+    return stored_volumes(cases, settings, store)
 
 
 def whole(volume: StoredVolume, array: str) -> np.ndarray:

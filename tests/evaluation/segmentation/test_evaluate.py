@@ -14,7 +14,7 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 from hyspark.config.recipes import as_plain
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets import build, cases, datalist_json
-from hyspark.data.preprocessing.prepare import prepare_all
+from hyspark.data.preprocessing.prepare import prepare_missing, stored_volumes
 from hyspark.evaluation.segmentation.evaluate import (
     are_cases_scored,
     evaluate_segmentation,
@@ -79,7 +79,9 @@ BOXES = SegmentationConfig(spacing=(2.0, 2.0, 3.0), crop_size=(16,), device="cpu
 
 def scored(folder, out, config=BOXES, trained_on=(), **options):
     cases, _, text = find_labelled(folder)
-    volumes = prepare_all(cases, config, folder.parent / "store", 1, progress=False)
+    store = folder.parent / "store"
+    assert not prepare_missing(cases, config, store, 1, progress=False)
+    volumes = stored_volumes(cases, config, store)
     processes = find_processes("cpu")
     source = Source("levels", text, trained_on)
     return score_cases(Levels(), config, NAMES, volumes, cases, out, processes, source, **options)[0]
@@ -141,7 +143,7 @@ def test_scores_are_those_of_these_weights_and_files(labelled, tmp_path, monkeyp
     assert not known(replace(source, weights="others"))
     assert known(replace(source, data="the same, by another path"))
     with monkeypatch.context() as another_machine:
-        another_machine.setattr(precision, "precision_on", lambda processes, config: "bf16")
+        another_machine.setattr(precision, "inference_precision", lambda processes, config: "bf16")
         assert known(source)
     assert not known(source, cases[:2])
     assert not known(source, config=replace(BOXES, infer_overlap=0.25))
