@@ -326,7 +326,7 @@ def test_weights_of_networks_of_others(tmp_path, capsys):
         ["weights", path, "--model", "timm/resnet18", "--n_classes", "3", "--decoder_width", "32"], capsys
     )
     assert "did you mean resnet18" in fails(["weights", path, "--model", "timm/resnet_18"], capsys)
-    assert "has shape" in fails(["weights", path, "--model", "monai/resnet18"], capsys)
+    assert "the model expects shape" in fails(["weights", path, "--model", "monai/resnet18"], capsys)
     assert "none of its 122 keys" in fails(["weights", path, "--model", "monai/segresnet"], capsys)
 
 
@@ -336,7 +336,7 @@ def test_export_for_detectron2(tmp_path, capsys):
     main.main(words)
     assert "resnet.pkl: 100 tensors, 11.19 M numbers" in capsys.readouterr().out
     assert "--decoder is of pre-training" in fails([*words, "--decoder"], capsys)
-    assert "give it that" in fails([*words[:-1], "x.safetensors"], capsys)
+    assert "ends in .pkl" in fails([*words[:-1], "x.safetensors"], capsys)
 
 
 def test_phantom_writes_both_datasets(tmp_path):
