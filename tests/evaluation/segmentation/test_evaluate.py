@@ -141,7 +141,7 @@ def test_scores_are_those_of_these_weights_and_files(labelled, tmp_path, monkeyp
     assert not known(replace(source, weights="others"))
     assert known(replace(source, data="the same, by another path"))
     with monkeypatch.context() as another_machine:
-        another_machine.setattr(precision, "precision_on", lambda processes, config: "bf16")
+        another_machine.setattr(precision, "inference_precision", lambda processes, config: "bf16")
         assert known(source)
     assert not known(source, cases[:2])
     assert not known(source, config=replace(BOXES, infer_overlap=0.25))
