@@ -207,7 +207,7 @@ def test_wrong_recipes_are_messages(tmp_path, capsys):
         ("pretrain --batch_size", "argument --batch_size: expected one argument"),
         ("pretrain --spacing 1 2", "argument --spacing: expected 3 arguments"),
         ("pretrain --precision fp61", "bf16"),
-        ("pretrain --crop_size 100", "the nearest valid size is (96, 96, 96)"),
+        ("pretrain --crop_size 100", "the nearest that fits is (96, 96, 96)"),
         ("pretrain --mask_ratio 1.5", "mask_ratio must lie between 0 and 1"),
         ("finetune --in_channels 3", "in_channels must be 1, since CT has one channel"),
         ("datalist --organize_from x", "--organize_from and --organize_to go together"),
@@ -379,7 +379,7 @@ def test_export_for_detectron2(tmp_path, capsys):
     words = ["export", "--detectron2", str(tmp_path / "resnet.pth"), str(tmp_path / "resnet.pkl")]
     main.main(words)
     assert "resnet.pkl: 100 tensors, 11.19 M numbers" in capsys.readouterr().out
-    assert "--decoder is of pre-training" in fails([*words, "--decoder"], capsys)
+    assert "--decoder: not read with --detectron2" in fails([*words, "--decoder"], capsys)
     assert "expected a path that ends in .pkl" in fails([*words[:-1], "x.safetensors"], capsys)
 
 

@@ -274,7 +274,7 @@ WRONG_PRETRAIN = [
     ({"picture_every": -1}, "picture_every must not be negative"),
     ({"crop_size": (96, 96)}, "crop_size takes one number or three"),
     ({"crop_size": ()}, "crop_size takes one number or three"),
-    ({"crop_size": (100,)}, r"multiple of 16.*nearest valid size is \(96, 96, 96\)"),
+    ({"crop_size": (100,)}, r"multiple of 16.*nearest that fits is \(96, 96, 96\)"),
     ({"crop_size": (96, 0, 96)}, "multiple of 16"),
     ({"model": "moco"}, "model must be hyspark, or a method and a backbone"),
     ({"model": "simclr/timm/resnet50"}, "methods are spark, moco, byol, swav"),
