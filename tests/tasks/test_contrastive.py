@@ -21,7 +21,7 @@ METHODS = {
 
 @pytest.fixture
 def comparing(pretraining):
-    """make(method) -> a run of seconds: axial planes, 3 steps an epoch, 2 epochs."""
+    """make(method) -> a run of seconds: axial slices, 3 steps an epoch, 2 epochs."""
 
     def make(method):
         return replace(

@@ -184,13 +184,13 @@ def test_non_cubic_crops_train(pretraining):
     assert len(losses(config)) == 1
 
 
-def test_a_network_of_others_is_trained_on_planes_and_continues(pretraining, tmp_path):
-    """The files bear its name, the one to hand on its own keys; an interrupted run is the same run."""
-    planes = {"model": "spark/timm/resnet10t", "slices": "coronal", "slice_stride": 2, "slice_scaling": "minmax"}
+def test_a_third_party_network_is_trained_on_slices_and_continues(pretraining, tmp_path):
+    """The files bear its name, the exported one its own keys; an interrupted run is the same run."""
+    slices = {"model": "spark/timm/resnet10t", "slices": "coronal", "slice_stride": 2, "slice_scaling": "minmax"}
     config = replace(
         pretraining,
         **asdict(EncoderSettings()),
-        **planes,
+        **slices,
         in_channels=3,
         crop_size=(64,),
         mask_ratio=0.6,
@@ -209,10 +209,10 @@ def test_a_network_of_others_is_trained_on_planes_and_continues(pretraining, tmp
     assert list((folder / "pictures").glob("*.png"))
 
 
-def test_a_network_of_others_starts_from_weights(pretraining, tmp_path, caplog):
+def test_a_third_party_network_starts_from_weights(pretraining, tmp_path, caplog):
     """From its backbone alone, whatever its head, or with the decoder too."""
-    planes = {"model": "spark/timm/resnet10t", "slices": "axial", "in_channels": 3, "crop_size": (64,)}
-    config = replace(pretraining, **asdict(EncoderSettings()), **planes, decoder_width=32)
+    slices = {"model": "spark/timm/resnet10t", "slices": "axial", "in_channels": 3, "crop_size": (64,)}
+    config = replace(pretraining, **asdict(EncoderSettings()), **slices, decoder_width=32)
     other = initialise_pretraining(replace(config, seed=1))
     head = {"fc.weight": torch.zeros(5, 512), "fc.bias": torch.zeros(5)}
     torch.save({"state_dict": other.encoder.weights() | head}, tmp_path / "backbone.pth")

@@ -278,9 +278,9 @@ def test_further_cases_are_scored_once_by_the_last_weights(finetuning, tmp_path,
     assert summary["protocol"]["scored_cases_trained_on"] == summary["protocol"]["training_cases"] == 2
     assert "2 of 3 were trained on" in caplog.text
     settings = config.run_folder / "config.yaml"
-    told = settings.read_text()
+    written = settings.read_text()
     run_segmentation(replace(config, max_steps=1))  # has been done, and more
-    assert settings.read_text() == told
+    assert settings.read_text() == written
     own = config.run_folder / "scores"
     scores = (own / "cases.csv").read_text()
     shutil.rmtree(own)

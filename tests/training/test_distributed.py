@@ -79,13 +79,13 @@ def test_two_processes_equal_one_in_pretraining(pretraining, phantoms, tmp_path)
         ("swav/timm/resnet10t", {"prototypes": 6, "local_views": 1}),
     ],
 )
-def test_two_processes_equal_one_around_a_network_of_others(pretraining, tmp_path, model, options):
+def test_two_processes_equal_one_around_a_third_party_network(pretraining, tmp_path, model, options):
     """Its BatchNorms take the statistics of the global batch, of masked ones over visible positions."""
     is_masked = model.startswith("spark")
     plain = asdict(EncoderSettings()) | ({} if is_masked else {"decoder_width": 768, "head_width": 16})
     pretraining = replace(pretraining, **(plain | options), model=model)
-    planes = {"slices": "axial", "in_channels": 3, "crop_size": (64,)}
-    one = replace(pretraining, out=str(tmp_path / "one"), max_steps=2, **planes)
+    slices = {"slices": "axial", "in_channels": 3, "crop_size": (64,)}
+    one = replace(pretraining, out=str(tmp_path / "one"), max_steps=2, **slices)
     two = replace(one, out=str(tmp_path / "two"))
     run_pretraining(one)
     torchrun(two)
@@ -127,7 +127,7 @@ def test_two_processes_equal_one_in_classification(classifying, tmp_path):
 
 
 def leave_a_model_behind(rank, folder):
-    """One of two processes: a model that shares gradients is left in a circle of references when the group ends, and in
+    """One of two processes: a model that averages gradients is left in a reference cycle when the group ends, and in
     the second in the frames of an error.
     """
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
@@ -170,13 +170,13 @@ KINDS_OF_NORM = ({"affine": False}, {"track_running_stats": False}, {"momentum":
 
 
 def run_ranks(rank, folder):
-    """One of two processes: a share of a batch through GlobalBatchNorm, forward and backward, then twice through other
+    """One of two processes: a shard of a batch through GlobalBatchNorm, forward and backward, then twice through other
     kinds of it.
     """
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.manual_seed(0)
     x, target = torch.randn(6, 3, 4, 4, 4) * 3 + 1, torch.randn(6, 3, 4, 4, 4)
-    part = slice(0, 4) if rank == 0 else slice(4, 6)  # unequal shares
+    part = slice(0, 4) if rank == 0 else slice(4, 6)  # unequal shards
     mine = x[part].clone().requires_grad_()
     norm = global_batch_norm(BatchNormAct2d(3))
     out = norm(mine)

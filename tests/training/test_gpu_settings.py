@@ -36,7 +36,7 @@ def losses(folder):
 
 
 def error_of_convolution_and_product() -> tuple[float, float]:
-    """Largest error of a convolution and of a matrix product in fp32 on CUDA, as shares of the largest value."""
+    """Largest error of a convolution and of a matrix product in fp32 on CUDA, as fractions of the largest value."""
     torch.manual_seed(0)
     x, weight, a = torch.randn(2, 64, 16, 16, 16), torch.randn(64, 64, 3, 3, 3), torch.randn(512, 512)
     pairs = [

@@ -196,7 +196,7 @@ def test_finetuning_repeats_bit_for_bit_on_cuda(finetuning, tmp_path, decoder):
     ("kind", "norms"), [("packed", ["SyncBatchNorm"]), ("spark timm", ["BatchNorm2d", "SyncBatchNorm"])]
 )
 def test_nccl_with_synchronised_statistics(pretraining, tmp_path, kind, norms):
-    """Under torchrun, also on one GPU. A network of others keeps its BatchNorms, which the mask's context computes."""
+    """Under torchrun, also on one GPU. A third-party network keeps its BatchNorms; the mask's context computes them."""
     count = torch.cuda.device_count()
     config = replace(pretraining, **PRETRAININGS[kind], device=DEVICE, batch_size=2 * count, max_steps=3)
     plain, shared = (replace(config, out=str(tmp_path / name)) for name in ("plain", "shared"))

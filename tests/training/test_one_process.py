@@ -24,7 +24,7 @@ def call(**command):
 
 
 def test_pretraining_begun_plainly_continues_under_torchrun(pretraining, tmp_path):
-    """There the process is in a group, and the model shares gradients; validation gathers."""
+    """There the process is in a group, and the model averages gradients; validation gathers."""
     whole, parts = (replace(pretraining, out=str(tmp_path / name)) for name in ("whole", "parts"))
     run_pretraining(whole)
     run_pretraining(replace(parts, max_steps=3))

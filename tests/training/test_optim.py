@@ -78,7 +78,7 @@ def test_the_encoder_has_a_rate_of_its_own(build):
     assert set(rest.values()) == {1.0}
 
 
-def test_a_network_of_others_has_the_encoders_rate():
+def test_a_third_party_network_has_the_encoders_rate():
     model = build_spark(timm.create_model("resnet10t", num_classes=0), 64, decoder_width=32)
     groups = parameter_groups(model, encoder_lr_ratio=0.1)
     ratio = {id(p): g[LR_RATIO] for g in groups for p in g["params"]}

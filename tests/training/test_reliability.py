@@ -338,9 +338,7 @@ def test_deterministic_kernels_train_both_tasks(pretraining, finetuning, whole):
     assert same_pretraining(pretraining, whole)
 
 
-def test_a_disk_without_room_for_the_volumes_is_told_before_they_are_prepared(
-    pretraining, tmp_path, monkeypatch, caplog
-):
+def test_a_disk_without_room_for_the_volumes_is_warned_of(pretraining, tmp_path, monkeypatch, caplog):
     used = shutil.disk_usage(tmp_path)
     config = replace(pretraining, store_dir=str(tmp_path / "store"), max_steps=1)
     small = (
