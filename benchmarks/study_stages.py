@@ -21,11 +21,11 @@ from hyspark.models.weights.export import export_weights
 from hyspark.planning.plan import crops_per_process
 from hyspark.planning.trial_steps import iterate_trials
 from hyspark.tasks import pretrain as tasks_pretrain
-from hyspark.tasks.masked import MaskedTask
+from hyspark.tasks.masked_task import MaskedTask
 from hyspark.training.distributed import find_processes
 from hyspark.training.run_folder import checkpoint_file, steps_per_epoch
 from hyspark.training.run_volumes import prepare_volumes
-from hyspark.training.signals import STOPPED_EXIT_CODE
+from hyspark.training.signals import STOPPED
 from hyspark.utils.atomic import write_json
 
 PATCH = 16
@@ -85,7 +85,7 @@ def run(arguments: Any, budget: Budget) -> int:
     print(f"{ended}; {content['fine_tuning']['finished']} fine-tuning runs finished; results in {out / 'results'}")
     if failed:
         return 1
-    return 0 if content["pretraining"]["weights_mb"] else STOPPED_EXIT_CODE
+    return 0 if content["pretraining"]["weights_mb"] else STOPPED
 
 
 def settings(arguments: Any, found: dict[str, Any]) -> tuple[PretrainConfig, SegmentationConfig]:

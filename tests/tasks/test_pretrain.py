@@ -13,7 +13,7 @@ from hyspark.config.shared import EncoderSettings
 from hyspark.data.datasets import datalist_json
 from hyspark.evaluation.linear_probe import find_probe_cases, make_probe, probe_encoder
 from hyspark.tasks.launch import load_state
-from hyspark.tasks.masked import MaskedTask
+from hyspark.tasks.masked_task import MaskedTask
 from hyspark.tasks.pretrain import (
     PretrainingExperiment,
     find_pretraining_cases,
