@@ -308,7 +308,7 @@ WRONG_FINETUNE = [
     ({"intensity_prob": -1.0}, "must be probabilities"),
     ({"labelled_prob": 1.1}, "must be probabilities"),
     ({"background_weight": 0.0}, "background_weight must be above 0"),
-    ({"decoder_width": 16, "decoder_min_width": 32}, "decoder_min_width=32 is above decoder_width=16"),
+    ({"decoder_width": 16, "decoder_min_width": 32}, "decoder_min_width: expected at most decoder_width=16, .* got 32"),
     ({"accumulate": 0}, "accumulate must be above 0"),
     ({"accumulate": 3}, "accumulate=3 does not divide a step's 4 crops"),
     ({"num_labelled": -1}, "num_labelled must not be negative"),
