@@ -40,7 +40,7 @@ class Backbone(NamedTuple):
 def list_backbones(pattern: str = "*") -> list[str]:
     """List the names for `build_backbone` of convolutional networks that can be pre-trained with SparK.
 
-    All were run under a mask, except timm's with more than 250 million parameters. They are the networks of timm in
+    Most were run under a mask; of timm's above 60 million parameters not all were. They are the networks of timm in
     `TIMM_FAMILIES` and those of torchvision, both without `UNSUPPORTED`, and `MONAI_BACKBONES`. `build_backbone` also
     accepts the rest of timm and torchvision.
 

@@ -23,9 +23,20 @@ PACKAGE = Path(hyspark.__file__).parent
 RECIPES = sorted((PACKAGE.parent / "configs").rglob("*.yaml"))
 VOLUMES = {"pretrain": PretrainConfig, "finetune": SegmentationConfig}
 CLASSES = VOLUMES | {"finetune-classifier": ClassificationConfig}
-CLASSIFYING = ("tasks/classification.py", "evaluation/classification/predict.py", "training/labelled_images.py")
-PRETRAINING = ("tasks/pretrain.py", "tasks/masked_task.py", "tasks/contrastive_task.py", "tasks/pretrain_common.py", "planning/plan.py")
-SEGMENTING = ("tasks/segmentation.py", "evaluation/segmentation/evaluate.py")
+CLASSIFYING = (
+    "tasks/classification.py",
+    "tasks/classification_task.py",
+    "evaluation/classification/predict.py",
+    "training/labelled_images.py",
+)
+PRETRAINING = (
+    "tasks/pretrain.py",
+    "tasks/masked_task.py",
+    "tasks/contrastive_task.py",
+    "tasks/pretrain_common.py",
+    "planning/plan.py",
+)
+SEGMENTING = ("tasks/segmentation.py", "tasks/segmentation_task.py", "evaluation/segmentation/evaluate.py")
 OTHER_TASKS = {
     PretrainConfig: (*SEGMENTING, "training/optim.py", *CLASSIFYING),
     SegmentationConfig: (*PRETRAINING, *CLASSIFYING),

@@ -69,8 +69,9 @@ class packed(hidden):  # noqa: N801 - reads as a statement: `with packed(visible
         kwargs = kwargs or {}
         values = [x for arg in (*args, *kwargs.values()) for x in (arg if isinstance(arg, list | tuple) else [arg])]
         tensors = [x for x in values if isinstance(x, Tensor) and not isinstance(x, nn.Parameter)]
-        pooled = [x for x in tensors if hasattr(x, "is_pooled")]
-        if pooled and all(hasattr(x, "is_pooled") or len(x) != len(self.sample) for x in tensors if x.ndim):
+        inputs = tensors[:1] if func in RULES else [x for x in tensors if x.ndim > 1]  # not weights or statistics
+        pooled = [hasattr(x, "is_pooled") for x in inputs if hasattr(x, "is_pooled") or len(x) == len(self.sample)]
+        if pooled and all(pooled):
             return set_flag(self.of_samples(func, args, kwargs), "is_pooled")
         if func in PACKED_RULES and func not in self.safe:
             return PACKED_RULES[func](self, func, *args, **kwargs)
