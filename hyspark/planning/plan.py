@@ -268,7 +268,7 @@ def storage_lines(storage: StoreSize) -> list[tuple[str, str]]:
         )
     if storage.unreadable:
         lines.append(("WARNING", f"{storage.unreadable} of the sampled files have no readable NIfTI header"))
-    if storage.missing_bytes > storage.free:
+    if storage.exceeds_disk:
         lines.append(("WARNING", "the prepared volumes do not fit the disk; set another folder with --store_dir"))
     return lines
 

@@ -71,7 +71,7 @@ def prepare_on_each_machine(
 def warn_of_full_disk(config: VolumeSettings, store: Path, cases: Sequence[Case]) -> None:
     """Warn if the volumes to prepare will probably not fit the disk."""
     estimate = estimate_store_size(config, cases, store)
-    if estimate.missing_bytes > estimate.free:
+    if estimate.exceeds_disk:
         LOG.warning(
             "the %d volumes to prepare will take about %.1f GB, but the disk of %s has %.1f GB free; "
             "--store_dir names another folder",

@@ -48,6 +48,11 @@ class StoreSize:
     unreadable: int
     free: int
 
+    @property
+    def exceeds_disk(self) -> bool:
+        """Whether the missing volumes will probably not fit the disk."""
+        return self.missing_bytes > self.free
+
 
 def estimate_store_size(settings: PrepareSettings, cases: Sequence[Case], folder: Path) -> StoreSize:
     """Measure the prepared volumes of the cases in a store, and estimate the missing ones."""
