@@ -16,7 +16,7 @@ The same as `hyspark datalist`.
 """
 
 from hyspark.cli.commands import datalist
-from hyspark.cli.exit_codes import run
+from hyspark.cli.run_verb import run_verb
 
 if __name__ == "__main__":
-    run(datalist)
+    run_verb(datalist)

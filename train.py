@@ -8,7 +8,7 @@ The same command continues an interrupted run; --help lists every setting. The s
 """
 
 from hyspark.cli.commands import pretrain
-from hyspark.cli.exit_codes import run
+from hyspark.cli.run_verb import run_verb
 
 if __name__ == "__main__":
-    run(pretrain)
+    run_verb(pretrain)

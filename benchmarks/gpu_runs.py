@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_steps import AUTOCAST, Size
+from gpu_steps import Size
 from measure import peak_memory
 
 from data import FLIPS, phantom_file
@@ -27,6 +27,7 @@ from hyspark.data.datasets import datalist_json
 from hyspark.data.preprocessing.prepare import prepare_missing, stored_volumes
 from hyspark.data.settings import PrepareSettings
 from hyspark.evaluation.segmentation.inference import Windows, class_scores
+from hyspark.training.precision import AUTOCAST_DTYPES
 from hyspark.utils.processes import available_cores
 
 ROOT = Path(__file__).parents[1]
@@ -161,7 +162,7 @@ def sliding_window(size: Size, shape: Sequence[int], classes: int, precision: st
     if size.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    with torch.autocast(size.device, AUTOCAST[precision], enabled=precision != "fp32"):
+    with torch.autocast(size.device, AUTOCAST_DTYPES[precision], enabled=precision != "fp32"):
         scores = class_scores(model, image, windows, torch.device(size.device))
     return {
         "s": time.perf_counter() - start,

@@ -89,9 +89,9 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the flags and do the step; errors for users are one line and exit code 2."""
     begun = time.monotonic()
     arguments = Arguments(prog="benchmarks/gpu_study.py", description=__doc__).parse_args(argv)
-    from hyspark.cli import exit_codes
+    from hyspark.cli.run_verb import run_verb
 
-    exit_codes.run(lambda _: prepare(arguments) if arguments.step == "prepare" else run(arguments, begun), [])
+    run_verb(lambda _: prepare(arguments) if arguments.step == "prepare" else run(arguments, begun), [])
 
 
 if __name__ == "__main__":

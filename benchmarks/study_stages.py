@@ -21,11 +21,11 @@ from hyspark.models.weights.export import export_weights
 from hyspark.planning.plan import crops_per_process
 from hyspark.planning.trial_steps import iterate_trials
 from hyspark.tasks import pretrain as tasks_pretrain
-from hyspark.tasks.masked import MaskedTask
+from hyspark.tasks.masked_task import MaskedTask
 from hyspark.training.distributed import find_processes
-from hyspark.training.run_folder import checkpoint_file
+from hyspark.training.run_folder import checkpoint_file, steps_per_epoch
 from hyspark.training.run_volumes import prepare_volumes
-from hyspark.training.signals import STOPPED_EXIT_CODE
+from hyspark.training.signals import STOPPED
 from hyspark.utils.atomic import write_json
 
 PATCH = 16
@@ -85,7 +85,7 @@ def run(arguments: Any, budget: Budget) -> int:
     print(f"{ended}; {content['fine_tuning']['finished']} fine-tuning runs finished; results in {out / 'results'}")
     if failed:
         return 1
-    return 0 if content["pretraining"]["weights_mb"] else STOPPED_EXIT_CODE
+    return 0 if content["pretraining"]["weights_mb"] else STOPPED
 
 
 def settings(arguments: Any, found: dict[str, Any]) -> tuple[PretrainConfig, SegmentationConfig]:
@@ -138,9 +138,9 @@ def plan(config: PretrainConfig, budget: Budget) -> dict[str, Any]:
     trial = next(iterate_trials(config, processes, make, task, task.random_batch, crops, None, crops), None)
     if trial is None:
         raise OSError(
-            f"--pretrain_config: expected a step of {crops} crops to fit the memory, but it does not; lower bs"
+            f"--pretrain_config: expected a step of {crops} crops to fit the memory, but it does not; lower batch_size"
         )
-    steps = tasks_pretrain.steps_per_epoch(config, training)
+    steps = steps_per_epoch(config, len(training))
     epochs = epochs_that_fit(budget.left_of_first_half(time.monotonic()), trial.seconds, steps)
     return {
         "num_parameters": sum(p.numel() for p in make().parameters()),

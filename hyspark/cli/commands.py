@@ -24,6 +24,7 @@ from hyspark.config.classification import ClassificationConfig
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.segmentation import SegmentationConfig, network_options
 from hyspark.config.shared import EncoderSettings
+from hyspark.utils.exit_codes import FOUND, INTERRUPTED
 from hyspark.utils.settings import field_info
 
 
@@ -70,7 +71,7 @@ def check(argv: Sequence[str]) -> None:
     page = data_check_page.write_data_check(Path(args.out), args.data, examined, found.findings, lines, cost)
     print(f"\nreport {page}")
     if any(finding.severity != "note" for finding in data_check_page.all_findings(examined, found.findings)):
-        sys.exit(1)
+        sys.exit(FOUND)
 
 
 def pretrain(argv: Sequence[str]) -> None:
@@ -180,13 +181,13 @@ def slices(argv: Sequence[str]) -> None:
         )
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     print(write_slices.summarise_slices(record))
     print(f"written to {args.out}; every volume: {Path(args.out) / write_slices.RECORD}")
     for failed in record["failed"]:
         print(f"not read: {failed['source']}: {failed['why']}", file=sys.stderr)
     if record["failed"]:
-        sys.exit(1)
+        sys.exit(FOUND)
 
 
 def compare(argv: Sequence[str]) -> None:
@@ -226,7 +227,7 @@ def predict(argv: Sequence[str]) -> None:
     for why in made.failures.values():
         print(f"not predicted: {why}", file=sys.stderr)
     if made.failures:
-        sys.exit(1)
+        sys.exit(FOUND)
 
 
 def given_options(args: NetworkArguments) -> dict[str, Any]:
@@ -267,6 +268,6 @@ def benefit(argv: Sequence[str]) -> None:
         )
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     if failed:
-        sys.exit(1)
+        sys.exit(FOUND)

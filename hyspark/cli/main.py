@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from hyspark.cli.exit_codes import run
+from hyspark.cli.run_verb import run_verb
+from hyspark.utils.exit_codes import DONE, WRONG_USE
 from hyspark.utils.text import nearest
 
 VERB_GROUPS = {
@@ -47,19 +48,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"hyspark {installed_version()}")
         return
     if argv and argv[0] == "--completion":
-        run(lambda words: import_module("hyspark.cli.completion").print_completion(words), argv[1:])
+        run_verb(lambda words: import_module("hyspark.cli.completion").print_completion(words), argv[1:])
         return
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
-        sys.exit(0 if argv else 2)
+        sys.exit(DONE if argv else WRONG_USE)
     if argv[0] not in (*VERBS, *EARLIER):
         print(
             f"error: no verb {argv[0]!r}; the verbs are {', '.join(VERBS)}{nearest(argv[0], VERBS)}",
             file=sys.stderr,
         )
-        sys.exit(2)
+        sys.exit(WRONG_USE)
     function = EARLIER.get(argv[0], argv[0]).replace("-", "_")
-    run(getattr(import_module("hyspark.cli.commands"), function), argv[1:])
+    run_verb(getattr(import_module("hyspark.cli.commands"), function), argv[1:])
 
 
 def usage() -> str:

@@ -4,8 +4,6 @@ Every run is an ordinary fine-tuning run in a process and a folder of its own, O
 Finished runs are kept and interrupted ones continue, so the same command makes or completes the report.
 """
 
-import hashlib
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +14,7 @@ from typing import Any
 from hyspark.comparison.classification import ClassificationRuns
 from hyspark.comparison.jobs import Job, last_step, run_jobs
 from hyspark.comparison.kind import RunKind
+from hyspark.comparison.records import check_data_digest, check_weights
 from hyspark.comparison.report import write_benefit
 from hyspark.comparison.segmentation import SegmentationRuns
 from hyspark.comparison.table import RunKey, compare_runs, read_run
@@ -230,48 +229,6 @@ def check_folders(runs: Sequence[PlannedRun]) -> None:
                 f"{folder} holds a run with other settings; name another --out, or use the same to continue:\n  "
                 + "\n  ".join(run.changes())
             )
-
-
-def check_weights(out: Path, initial_weights: Mapping[str, str]) -> dict[str, str]:
-    """Compute the digests of the initial weights, and add those that earlier calls recorded in `out`.
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: The content of a file has changed since an earlier call.
-    """
-    record = out / "starts.json"
-    digests: dict[str, str] = json.loads(record.read_text()) if record.is_file() else {}
-    for name, weights in initial_weights.items():
-        if weights == "none":
-            continue
-        if not Path(weights).is_file():
-            raise FileNotFoundError(f"--initial_weights {name}={weights}: no such file")
-        digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
-        if digests.setdefault(name, digest) != digest:
-            raise ValueError(
-                f"{weights} is not the file that runs of {name!r} in {out} were started from: its content has changed; "
-                "give it another name in --initial_weights, or name another --out"
-            )
-    return digests
-
-
-def check_data_digest(out: Path, digest: str) -> str:
-    """Compare the digest of the data with the one that an earlier call recorded in `out`.
-
-    Returns:
-        The digest.
-
-    Raises:
-        ValueError: They differ.
-    """
-    record = out / "data.json"
-    known = json.loads(record.read_text())["digest"] if record.is_file() else digest
-    if known != digest:
-        raise ValueError(
-            f"the data is not that of the runs in {out}: images, labels, or the lists of training, validation and test "
-            f"cases have changed (digest was {known}, is {digest}); name another --out"
-        )
-    return digest
 
 
 def job_of(run: PlannedRun) -> Job:

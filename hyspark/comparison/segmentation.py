@@ -17,7 +17,7 @@ from hyspark.config.segmentation import SegmentationConfig, check_decoder
 from hyspark.data.datasets.cases import cases_digest
 from hyspark.data.preprocessing.prepare import files_exist
 from hyspark.evaluation.score_table import ScoreTable
-from hyspark.evaluation.segmentation.evaluate import find_labelled
+from hyspark.evaluation.segmentation.labelled_data import find_labelled
 from hyspark.evaluation.segmentation.metrics import ORGAN_METRICS
 from hyspark.evaluation.segmentation.test_cases import prepare_held_out
 from hyspark.tasks.segmentation import initialise_segmentation

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from torch import nn
+
 from hyspark.models.weights.files import read_contents
 
 NetworkKind = Literal["segmentation", "classification"]
@@ -21,6 +23,19 @@ class FineTunedFile(NamedTuple):
     path: Path
     kind: NetworkKind
     contents: Mapping[str, Any]
+
+    def load_weights(self, network: nn.Module) -> None:
+        """Load the weights into a network.
+
+        Raises:
+            ValueError: They do not fit.
+        """
+        try:
+            network.load_state_dict(self.contents["model"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self.path}: its weights do not fit the network that its settings describe ({error})"
+            ) from error
 
 
 def kind_of_network(path: Path) -> NetworkKind:

@@ -49,6 +49,15 @@ class ScoreTable:
         padded = {name: np.pad(v, ((0, 1), (0, 1)), constant_values=np.nan) for name, v in self.values.items()}
         return ScoreTable(tuple(cases), tuple(targets), {name: v[np.ix_(*chosen)] for name, v in padded.items()})
 
+    def rows(self) -> list[dict[str, str | float]]:
+        """Return a row per score, with the keys case, target, metric and value; NaN where undefined."""
+        return [
+            {"case": case, "target": target, "metric": metric, "value": float(values[i, j])}
+            for i, case in enumerate(self.cases)
+            for j, target in enumerate(self.targets)
+            for metric, values in self.values.items()
+        ]
+
 
 def read_score_table(path: Path) -> ScoreTable:
     """Read a cases.csv, of segmentation or classification. Names that are not UTF-8 keep their bytes.

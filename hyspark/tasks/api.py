@@ -16,8 +16,10 @@ from hyspark.config.segmentation import SegmentationConfig
 from hyspark.evaluation.classification.evaluate import evaluate_classification
 from hyspark.evaluation.classification.predict import predict_classification
 from hyspark.evaluation.network_kind import NetworkKind, kind_of_network
-from hyspark.evaluation.segmentation.evaluate import Scoring, evaluate_segmentation
+from hyspark.evaluation.score_table import read_score_table
+from hyspark.evaluation.segmentation.evaluate import evaluate_segmentation
 from hyspark.evaluation.segmentation.predict import find_inputs, predict_segmentation
+from hyspark.evaluation.segmentation.scoring_protocol import Scoring
 from hyspark.tasks.classification import run_classification
 from hyspark.tasks.pretrain import run_pretraining
 from hyspark.tasks.segmentation import run_segmentation
@@ -51,6 +53,12 @@ class TrainingRun:
         """Lines of metrics.jsonl, one per logged step or validation; a table for pandas.DataFrame."""
         return read_metrics(self.folder / "metrics.jsonl")
 
+    @property
+    def scores(self) -> list[dict[str, str | float]]:
+        """Scores of the validation cases after a fine-tuning, as in `Evaluation.table`; empty after pre-training."""
+        path = self.folder / "scores" / "cases.csv"
+        return read_score_table(path).rows() if path.is_file() else []
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -63,6 +71,11 @@ class Evaluation:
 
     folder: Path
     summary: dict[str, Any]
+
+    @property
+    def table(self) -> list[dict[str, str | float]]:
+        """Scores, a row each with case, target, metric and value; a table for pandas.DataFrame."""
+        return read_score_table(self.folder / "cases.csv").rows()
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from hyspark.models.spark import build_spark
 from hyspark.models.weights.load import LoadReport
 from hyspark.planning.plan import count_flops, crops_per_process, format_plan
 from hyspark.planning.trial_steps import run_trials
-from hyspark.tasks.contrastive import ContrastiveTask
+from hyspark.tasks.contrastive_task import ContrastiveTask
 from hyspark.tasks.launch import Experiment, launch
-from hyspark.tasks.masked import MaskedTask
+from hyspark.tasks.masked_task import MaskedTask
 from hyspark.tasks.pretrain_common import format_num_parameters, write_pretraining_report
 from hyspark.training import memory
 from hyspark.training.distributed import Processes

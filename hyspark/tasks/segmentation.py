@@ -10,9 +10,7 @@ from typing import Any
 from hyspark.config.recipes import write_yaml
 from hyspark.config.segmentation import SegmentationConfig, check_decoder
 from hyspark.data.batches.loader import Shard
-from hyspark.evaluation.segmentation.evaluate import (
-    are_cases_scored,
-)
+from hyspark.evaluation.segmentation.evaluate import are_cases_scored
 from hyspark.evaluation.segmentation.inference import hybird_from_config
 from hyspark.evaluation.segmentation.test_cases import prepare_held_out, score_held_out
 from hyspark.models.compile import compile_blocks

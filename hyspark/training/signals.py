@@ -10,18 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from hyspark.utils.exit_codes import STOPPED
 from hyspark.utils.log import LOG
 from hyspark.utils.processes import STOP_SIGNALS
-
-STOPPED_EXIT_CODE = 75
-"""Exit code of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, "try again later"."""
 
 
 class StopRequested(SystemExit):
     """The end of a process that was asked to stop, with its message logged."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(STOPPED_EXIT_CODE)
+        super().__init__(STOPPED)
         LOG.info("%s", message)
 
 

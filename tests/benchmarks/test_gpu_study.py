@@ -24,7 +24,7 @@ from hyspark.data.datasets import datalist_json
 from hyspark.data.readers.nifti import read_nifti
 from hyspark.data.settings import PrepareSettings
 from hyspark.data.synthetic.phantom import write_phantoms
-from hyspark.tasks.masked import MaskedTask
+from hyspark.tasks.masked_task import MaskedTask
 from hyspark.tasks.pretrain import initialise_pretraining
 from hyspark.tasks.segmentation import run_segmentation
 

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from hyspark.cli import commands, exit_codes, main, parsing
+from hyspark.cli import commands, main, parsing, run_verb
 from hyspark.config.classification import ClassificationConfig
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import field_help, old_spellings
@@ -207,7 +207,7 @@ def test_wrong_recipes_are_messages(tmp_path, capsys):
         ("pretrain --batch_size", "argument --batch_size: expected one argument"),
         ("pretrain --spacing 1 2", "argument --spacing: expected 3 arguments"),
         ("pretrain --precision fp61", "bf16"),
-        ("pretrain --crop_size 100", "the nearest valid size is (96, 96, 96)"),
+        ("pretrain --crop_size 100", "the nearest that fits is (96, 96, 96)"),
         ("pretrain --mask_ratio 1.5", "mask_ratio must lie between 0 and 1"),
         ("finetune --in_channels 3", "in_channels must be 1, since CT has one channel"),
         ("datalist --organize_from x", "--organize_from and --organize_to go together"),
@@ -379,7 +379,7 @@ def test_export_for_detectron2(tmp_path, capsys):
     words = ["export", "--detectron2", str(tmp_path / "resnet.pth"), str(tmp_path / "resnet.pkl")]
     main.main(words)
     assert "resnet.pkl: 100 tensors, 11.19 M numbers" in capsys.readouterr().out
-    assert "--decoder is of pre-training" in fails([*words, "--decoder"], capsys)
+    assert "--decoder: not read with --detectron2" in fails([*words, "--decoder"], capsys)
     assert "expected a path that ends in .pkl" in fails([*words[:-1], "x.safetensors"], capsys)
 
 
@@ -458,16 +458,16 @@ def test_runs_validated_on_other_cases_are_pointed_out(tmp_path, capsys):
 def test_a_bug_keeps_its_traceback():
     """Only what this package raises on purpose, and trouble with files, is shortened."""
     with pytest.raises(ValueError, match="broadcast"):
-        exit_codes.run(lambda argv: torch.zeros(2).numpy().__setitem__(slice(None), [1, 2, 3]), [])
+        run_verb.run_verb(lambda argv: torch.zeros(2).numpy().__setitem__(slice(None), [1, 2, 3]), [])
     with pytest.raises(json.JSONDecodeError):
-        exit_codes.run(lambda argv: json.loads("{"), [])
+        run_verb.run_verb(lambda argv: json.loads("{"), [])
     with pytest.raises(KeyError):
-        exit_codes.run(lambda argv: {}["a"], [])
+        run_verb.run_verb(lambda argv: {}["a"], [])
 
 
 def test_trouble_with_files_is_one_line_wherever_it_is_noticed(capsys):
     with pytest.raises(SystemExit) as exit_:
-        exit_codes.run(lambda argv: Path("none").stat(), [])
+        run_verb.run_verb(lambda argv: Path("none").stat(), [])
     assert exit_.value.code == 2
     assert capsys.readouterr().err == "error: [Errno 2] No such file or directory: 'none'\n"
 
@@ -476,9 +476,9 @@ def test_a_diverged_training_is_exit_code_1(monkeypatch, capsys):
     def failed(argv: list[str]) -> None:
         raise FloatingPointError("the loss is nan")
 
-    monkeypatch.setattr(exit_codes, "raised_here", lambda error: True)
+    monkeypatch.setattr(run_verb, "raised_here", lambda error: True)
     with pytest.raises(SystemExit) as exit_:
-        exit_codes.run(failed, [])
+        run_verb.run_verb(failed, [])
     assert exit_.value.code == 1
     assert capsys.readouterr().err == "error: the loss is nan\n"
 
@@ -499,9 +499,9 @@ def test_a_missing_extra_or_an_unsupported_network_is_one_line(error, monkeypatc
     def failed(argv: list[str]) -> None:
         raise error("moco needs lightly: pip install 'hyspark[views]'")
 
-    monkeypatch.setattr(exit_codes, "raised_here", lambda error: True)
+    monkeypatch.setattr(run_verb, "raised_here", lambda error: True)
     with pytest.raises(SystemExit) as exit_:
-        exit_codes.run(failed, [])
+        run_verb.run_verb(failed, [])
     assert exit_.value.code == 2
     assert capsys.readouterr().err == "error: moco needs lightly: pip install 'hyspark[views]'\n"
 

@@ -23,9 +23,20 @@ PACKAGE = Path(hyspark.__file__).parent
 RECIPES = sorted((PACKAGE.parent / "configs").rglob("*.yaml"))
 VOLUMES = {"pretrain": PretrainConfig, "finetune": SegmentationConfig}
 CLASSES = VOLUMES | {"finetune-classifier": ClassificationConfig}
-CLASSIFYING = ("tasks/classification.py", "evaluation/classification/predict.py", "training/labelled_images.py")
-PRETRAINING = ("tasks/pretrain.py", "tasks/masked.py", "tasks/contrastive.py", "planning/plan.py")
-SEGMENTING = ("tasks/segmentation.py", "evaluation/segmentation/evaluate.py")
+CLASSIFYING = (
+    "tasks/classification.py",
+    "tasks/classification_task.py",
+    "evaluation/classification/predict.py",
+    "training/labelled_images.py",
+)
+PRETRAINING = (
+    "tasks/pretrain.py",
+    "tasks/masked_task.py",
+    "tasks/contrastive_task.py",
+    "tasks/pretrain_common.py",
+    "planning/plan.py",
+)
+SEGMENTING = ("tasks/segmentation.py", "tasks/segmentation_task.py", "evaluation/segmentation/evaluate.py")
 OTHER_TASKS = {
     PretrainConfig: (*SEGMENTING, "training/optim.py", *CLASSIFYING),
     SegmentationConfig: (*PRETRAINING, *CLASSIFYING),
@@ -274,7 +285,7 @@ WRONG_PRETRAIN = [
     ({"picture_every": -1}, "picture_every must not be negative"),
     ({"crop_size": (96, 96)}, "crop_size takes one number or three"),
     ({"crop_size": ()}, "crop_size takes one number or three"),
-    ({"crop_size": (100,)}, r"multiple of 16.*nearest valid size is \(96, 96, 96\)"),
+    ({"crop_size": (100,)}, r"multiple of 16.*nearest that fits is \(96, 96, 96\)"),
     ({"crop_size": (96, 0, 96)}, "multiple of 16"),
     ({"model": "moco"}, "model must be hyspark, or a method and a backbone"),
     ({"model": "simclr/timm/resnet50"}, "methods are spark, moco, byol, swav"),

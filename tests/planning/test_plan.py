@@ -15,7 +15,7 @@ from hyspark.data.preprocessing import store_size
 from hyspark.data.preprocessing.prepare import prepare_missing
 from hyspark.planning import plan, trial_steps
 from hyspark.planning.trial_steps import Trial
-from hyspark.tasks.masked import MaskedTask
+from hyspark.tasks.masked_task import MaskedTask
 from hyspark.tasks.pretrain import find_pretraining_cases, initialise_pretraining, run_pretraining
 from hyspark.training.distributed import Processes
 from hyspark.utils import text as utils_text

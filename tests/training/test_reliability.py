@@ -19,14 +19,14 @@ from hyspark.config.recipes import write_yaml
 from hyspark.data.datasets import datalist_json, nnunet
 from hyspark.data.datasets.cases import Datalist
 from hyspark.data.preprocessing import prepare, store_size
-from hyspark.tasks.masked import MaskedTask
+from hyspark.tasks.masked_task import MaskedTask
 from hyspark.tasks.pretrain import find_pretraining_cases, run_pretraining
 from hyspark.tasks.segmentation import run_segmentation
 from hyspark.tasks.segmentation_task import SegmentationTask
 from hyspark.training import checkpoint, run_folder
 from hyspark.training.checkpoint import list_checkpoints, older_checkpoint
 from hyspark.training.run_folder import best_encoder_file, checkpoint_file, encoder_file
-from hyspark.training.signals import STOPPED_EXIT_CODE
+from hyspark.training.signals import STOPPED
 from tests.training.attacks import command, end, output, results, same_weights, start, wait_for_step
 
 
@@ -64,7 +64,7 @@ def test_signals_save_and_end_with_a_code_of_their_own(finetuning, tmp_path, num
     config = replace(whole, out=str(tmp_path / "stopped"), val_every=6)
     process = start(config, "--dataloader_workers", "1")
     wait_for_step(config, process, 1)
-    assert end(process, number) == STOPPED_EXIT_CODE
+    assert end(process, number) == STOPPED
     assert f"stopped by {number.name} after" in output(config)
     assert "Traceback" not in output(config)
     done = checkpoint.read_checkpoint(checkpoint_file(config))["step"]
@@ -104,9 +104,9 @@ def test_a_run_whose_loader_processes_outlive_it_for_a_while_continues(pretraini
 def test_a_crash_ends_the_process_though_its_loader_processes_leave_signals_alone(pretraining):
     write_yaml(pretraining, pretraining.run_folder.with_suffix(".yaml"))
     code = (
-        "import sys; from hyspark.cli import commands, exit_codes; from hyspark.training import loop\n"
+        "import sys; from hyspark.cli import commands, run_verb; from hyspark.training import loop\n"
         "def update(*args): raise RuntimeError('out of something')\n"
-        "if __name__ == '__main__': loop.update = update; exit_codes.run(commands.pretrain, sys.argv[1:])"
+        "if __name__ == '__main__': loop.update = update; run_verb.run_verb(commands.pretrain, sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, "--dataloader_workers", "2", "--config"]
     done = subprocess.run(

@@ -18,7 +18,7 @@ from hyspark.tasks.pretrain import run_pretraining
 from hyspark.tasks.segmentation import run_segmentation
 from hyspark.training.checkpoint import list_checkpoints
 from hyspark.training.run_folder import checkpoint_file, encoder_file
-from hyspark.training.signals import STOPPED_EXIT_CODE
+from hyspark.training.signals import STOPPED
 from tests.training.attacks import end, last_step, output, results, same_weights, start, wait_for_step
 
 pytestmark = pytest.mark.slow
@@ -101,7 +101,7 @@ def inject(fault, config, cases, data, rng):
     wait_for_step(config, process, last_step(config) + (7 if fault in ("corrupt", "truncate") else 1))
     time.sleep(rng.uniform(0, 3))
     if fault == "stop":
-        assert end(process, rng.choice([signal.SIGTERM, signal.SIGUSR1])) == STOPPED_EXIT_CODE
+        assert end(process, rng.choice([signal.SIGTERM, signal.SIGUSR1])) == STOPPED
         return
     assert end(process) == -signal.SIGKILL
     if fault in ("corrupt", "truncate"):

@@ -45,15 +45,12 @@ def load_classifier(path: Path) -> TrainedClassifier:
         FileNotFoundError: There is no such file, or the folder holds no best.pth.
         ValueError: The file is damaged, or holds no fine-tuned classifier.
     """
-    path, _, contents = read_fine_tuned(path, "classification")
-    config = ClassificationConfig(**typed_values(contents["config"], ClassificationConfig, str(path)))
-    classes = tuple(str(name) for name in contents["classes"])
+    file = read_fine_tuned(path, "classification")
+    config = ClassificationConfig(**typed_values(file.contents["config"], ClassificationConfig, str(file.path)))
+    classes = tuple(str(name) for name in file.contents["classes"])
     network = classifier_from_config(config, len(classes))
-    try:
-        network.load_state_dict(contents["model"])
-    except RuntimeError as error:
-        raise ValueError(f"{path}: its weights do not fit the network that its settings describe ({error})") from error
-    return TrainedClassifier(network.eval(), config, classes, str(contents["weights"]))
+    file.load_weights(network)
+    return TrainedClassifier(network.eval(), config, classes, str(file.contents["weights"]))
 
 
 def classifier_from_config(config: ClassificationConfig, num_classes: int) -> nn.Module:

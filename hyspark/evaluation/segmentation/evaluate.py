@@ -18,14 +18,14 @@ from tqdm import tqdm
 
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.config.shared import Precision
-from hyspark.data.datasets import datalist_json, nnunet
-from hyspark.data.datasets.cases import Case, cases_digest, common_labels
+from hyspark.data.datasets.cases import Case
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.data.readers.nifti import file_grid, read_label
-from hyspark.evaluation.protocol import DATA_DIGEST, TRAINED_ON, has_scores
+from hyspark.evaluation.protocol import has_scores
 from hyspark.evaluation.score_table import ScoreTable
 from hyspark.evaluation.segmentation import inference
 from hyspark.evaluation.segmentation.inference import Windows, class_scores, largest_components
+from hyspark.evaluation.segmentation.labelled_data import check_classes, find_labelled
 from hyspark.evaluation.segmentation.metrics import OrganScores, score_case
 from hyspark.evaluation.segmentation.scores import (
     PICTURED,
@@ -35,6 +35,7 @@ from hyspark.evaluation.segmentation.scores import (
     summarise_organs,
     write_segmentation_scores,
 )
+from hyspark.evaluation.segmentation.scoring_protocol import Scoring, Source
 from hyspark.figures.panels import save_figure, segmentation_panel
 from hyspark.training import distributed
 from hyspark.training import precision as training_precision
@@ -42,55 +43,8 @@ from hyspark.training.distributed import Processes
 from hyspark.training.labelled_cases import check_labels
 from hyspark.training.precision import autocast
 from hyspark.training.run_volumes import prepare_volumes
-from hyspark.utils.digests import content_digest
 from hyspark.utils.log import LOG
 from hyspark.utils.text import listing
-
-NSD_TOLERANCE = 2.0
-"""Tolerance of the normalised surface Dice, in mm."""
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """Settings of segmenting and scoring cases.
-
-    Attributes:
-        overlap: Fraction by which windows overlap; None takes that of the network's settings.
-        flips: Axes of the flips to average over (see `Windows`).
-        largest_component: Whether only the largest component of each class is kept.
-        tolerance: Tolerance of the normalised surface Dice, in mm.
-    """
-
-    overlap: float | None = None
-    flips: tuple[int, ...] = ()
-    largest_component: bool = False
-    tolerance: float = NSD_TOLERANCE
-
-    def __post_init__(self) -> None:
-        if not 0 < self.tolerance < np.inf:
-            raise ValueError(f"tolerance must be above 0 mm, but it is {self.tolerance}")
-
-    def windows(self, config: SegmentationConfig, names: Sequence[str]) -> Windows:
-        """Return the windows of a network with these settings and classes; raises as `windows_from_config`."""
-        overlap = config.infer_overlap if self.overlap is None else self.overlap
-        return inference.windows_from_config(config, names, overlap, self.flips)
-
-    def protocol(self, config: SegmentationConfig, names: Sequence[str], precision: str) -> dict[str, Any]:
-        """Describe in plain values how cases are scored, network's settings included."""
-        windows = self.windows(config, names)
-        return {
-            "spacing_mm": list(config.spacing),
-            "hu_window": [config.hu_min, config.hu_max],
-            "window_size": list(windows.size),
-            "overlap": windows.overlap,
-            "blending": "Gaussian",
-            "flips": list(windows.flips) or "none",
-            "post_processing": "largest component of each class" if self.largest_component else "none",
-            "precision": precision,
-            "scored_on": "the label's own grid",
-            "resampling": "class scores linearly, then the likeliest class",
-            "nsd_tolerance_mm": self.tolerance,
-        }
 
 
 class Segmented(NamedTuple):
@@ -134,36 +88,6 @@ def segment_case(
     if largest_component:
         return Segmented(*(largest_components(found, len(scores)) for found in (labels, on_file)))
     return Segmented(labels, on_file)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Weights and data that scores are of.
-
-    Attributes:
-        weights: The weights, in words.
-        data: The cases, in words.
-        trained_on: Digests (`content_digest`) of the images that the weights were trained on; empty if unknown.
-    """
-
-    weights: str
-    data: str
-    trained_on: Sequence[str]
-
-    def seen(self, cases: Sequence[Case]) -> list[str]:
-        """Return the names of the cases that are known to have been trained on."""
-        known = set(self.trained_on)
-        return [case.name for case in cases if content_digest(case.image) in known] if known else []
-
-    def protocol(self, cases: Sequence[Case]) -> dict[str, Any]:
-        """Describe the source in plain values, with a digest of the cases' names and files."""
-        return {
-            "weights": self.weights,
-            TRAINED_ON: len(self.trained_on) or "unknown",
-            "data": self.data,
-            DATA_DIGEST: cases_digest(cases),
-            "scored_cases_trained_on": len(self.seen(cases)) if self.trained_on else "unknown",
-        }
 
 
 @dataclass(frozen=True)
@@ -336,72 +260,3 @@ def evaluate_segmentation(
         given = (network, config, names, volumes, cases, out, processes)
         summary, _ = score_cases(*given, Source(str(weights), where, trained_on), scoring)
     return summary
-
-
-class LabelledCases(NamedTuple):
-    """Labelled cases.
-
-    Attributes:
-        cases: The cases.
-        labels: Values by class name; None if the data does not name its classes.
-        text: The cases, in words.
-    """
-
-    cases: list[Case]
-    labels: dict[str, int] | None
-    text: str
-
-
-def find_labelled(data: Path, part: str = "") -> LabelledCases:
-    """Find labelled cases on the disk.
-
-    Args:
-        data: A decathlon JSON, an nnU-Net data set (imagesTr, labelsTr), or a folder of such data sets. All labelled
-            cases of folders are taken.
-        part: Part of a JSON: "training", "validation" or "all". By default "validation", or "all" if it lists none.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: There are no such cases, or two of one name.
-    """
-    if data.is_file():
-        listed = datalist_json.read_datalist(data, require_labels=True)
-        part = part or ("validation" if listed.validation else "all")
-        parts = {"training": listed.training, "validation": listed.validation}
-        cases = [case for name, found in parts.items() if part in (name, "all") for case in found]
-        if not cases:
-            raise ValueError(f"{data} lists no {part} cases")
-        return LabelledCases(cases, listed.labels, f"{part} cases of {data}")
-    if data.suffix == ".json":
-        raise FileNotFoundError(f"{data}: no such file; expected a decathlon JSON")
-    if part not in ("", "all"):
-        raise ValueError(f"--part {part}: expected a decathlon JSON, got the folder {data}; drop --part")
-    if (data / "imagesTr").is_dir():
-        found = nnunet.dataset_cases(data.absolute(), labels=True, channel="0000")
-        cases = nnunet.only_labelled(found, data)
-    else:
-        cases = nnunet.scan_cases(data, labels=True)
-    if len({case.name for case in cases}) < len(cases):
-        raise ValueError(f"{data} holds data sets with cases of one name; score one data set at a time")
-    labels = common_labels(sorted({case.image.parent.parent for case in cases}))
-    return LabelledCases(cases, labels, f"all labelled cases of {data}")
-
-
-def check_classes(names: Sequence[str], labels: dict[str, int] | None, data: Path) -> None:
-    """Compare the classes of the data with those of the network; class_N is no name.
-
-    Raises:
-        ValueError: They give different names to one value.
-    """
-    for name, value in (labels or {}).items():
-        own = names[value] if value < len(names) else "none"
-        if normalised_name(own) != normalised_name(name) and f"class_{value}" not in (own, name):
-            raise ValueError(
-                f"{data}: the value {value} is {name!r} there, but {own!r} for the network, whose classes are "
-                f"{', '.join(names)}"
-            )
-
-
-def normalised_name(name: str) -> str:
-    """Write a class name in lower case, with spaces for - and _."""
-    return name.lower().replace("_", " ").replace("-", " ")

@@ -72,15 +72,12 @@ def load_network(path: Path) -> TrainedNetwork:
         FileNotFoundError: There is no such file, or the folder holds no best.pth.
         ValueError: The file is damaged, or holds no network fine-tuned for segmentation.
     """
-    path, _, contents = read_fine_tuned(path, "segmentation")
-    config = SegmentationConfig(**typed_values(contents["config"], SegmentationConfig, str(path)))
-    names = [str(name) for name in contents["classes"]]
+    file = read_fine_tuned(path, "segmentation")
+    config = SegmentationConfig(**typed_values(file.contents["config"], SegmentationConfig, str(file.path)))
+    names = [str(name) for name in file.contents["classes"]]
     model = hybird_from_config(config, len(names))
-    try:
-        model.load_state_dict(contents["model"])
-    except RuntimeError as error:
-        raise ValueError(f"{path}: its weights do not fit the network that its settings describe ({error})") from error
-    return TrainedNetwork(model.eval(), config, names, list(contents.get("trained_on", [])))
+    file.load_weights(model)
+    return TrainedNetwork(model.eval(), config, names, list(file.contents.get("trained_on", [])))
 
 
 def hybird_from_config(config: SegmentationConfig, num_classes: int) -> Hybird:

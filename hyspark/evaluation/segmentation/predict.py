@@ -22,8 +22,8 @@ from hyspark.data.datasets.cases import Case
 from hyspark.data.preprocessing.prepare import PREPARE_ERRORS, failure_reason, prepare_case
 from hyspark.data.readers.nifti import file_grid
 from hyspark.data.settings import PrepareSettings
-from hyspark.evaluation.segmentation.evaluate import Scoring
 from hyspark.evaluation.segmentation.inference import class_scores, largest_components, load_network, to_grid
+from hyspark.evaluation.segmentation.scoring_protocol import Scoring
 from hyspark.training import distributed
 from hyspark.training.precision import autocast, inference_precision
 from hyspark.utils.atomic import write_whole

@@ -9,7 +9,9 @@ from torch import nn
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets.cases import Case
 from hyspark.data.preprocessing.store import StoredVolume
-from hyspark.evaluation.segmentation.evaluate import Source, are_cases_scored, check_classes, find_labelled, score_cases
+from hyspark.evaluation.segmentation.evaluate import are_cases_scored, score_cases
+from hyspark.evaluation.segmentation.labelled_data import check_classes, find_labelled
+from hyspark.evaluation.segmentation.scoring_protocol import Source
 from hyspark.training.distributed import Processes
 from hyspark.training.labelled_cases import check_labels
 from hyspark.training.run_volumes import prepare_volumes

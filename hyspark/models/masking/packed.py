@@ -69,14 +69,15 @@ class packed(hidden):  # noqa: N801 - reads as a statement: `with packed(visible
         kwargs = kwargs or {}
         values = [x for arg in (*args, *kwargs.values()) for x in (arg if isinstance(arg, list | tuple) else [arg])]
         tensors = [x for x in values if isinstance(x, Tensor) and not isinstance(x, nn.Parameter)]
-        pooled = [x for x in tensors if hasattr(x, "is_pooled")]
-        if pooled and all(hasattr(x, "is_pooled") or len(x) != len(self.sample) for x in tensors if x.ndim):
-            return mark(self.of_samples(func, args, kwargs), "is_pooled")
+        inputs = tensors[:1] if func in RULES else [x for x in tensors if x.ndim > 1]  # not weights or statistics
+        pooled = [hasattr(x, "is_pooled") for x in inputs if hasattr(x, "is_pooled") or len(x) == len(self.sample)]
+        if pooled and all(pooled):
+            return set_flag(self.of_samples(func, args, kwargs), "is_pooled")
         if func in PACKED_RULES and func not in self.safe:
             return PACKED_RULES[func](self, func, *args, **kwargs)
         out = super().__torch_function__(func, types, args, kwargs)
         padded = [x for x in tensors if hasattr(x, "has_border")]
-        return mark(out, "has_border") if padded and shape_of(out) == tuple(padded[0].shape[2:]) else out
+        return set_flag(out, "has_border") if padded and shape_of(out) == tuple(padded[0].shape[2:]) else out
 
     def of_samples(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function of values that are equal for all patches of a sample; BatchNorm counts each sample once."""
@@ -115,7 +116,7 @@ class packed(hidden):  # noqa: N801 - reads as a statement: `with packed(visible
         return dense.movedim(1, -1)[tuple(self.patches.position)].movedim(-1, 1)
 
 
-def mark(out: Any, flag: str) -> Any:
+def set_flag(out: Any, flag: str) -> Any:
     """Set a flag of a tensor: `is_pooled`, equal for all patches of a sample, or `has_border`, padded."""
     if isinstance(out, Tensor):
         setattr(out, flag, True)
@@ -232,7 +233,7 @@ def packed_pad(
         raise mixing_error(func)
     spatial += [0] * (2 * context.axes - len(spatial))
     out = context.with_border(context.register(input), spatial[::2][::-1], spatial[1::2][::-1], value or 0.0)
-    marked: Tensor = mark(out, "has_border")
+    marked: Tensor = set_flag(out, "has_border")
     return marked
 
 
@@ -254,7 +255,7 @@ def on_dense_map(context: packed, func: Function, input: Tensor, *args: Any, **k
     out: Tensor = RULES[func](context.dense, func, context.unpack(context.register(input)), *args, **kwargs)
     if max(out.shape[2:]) > 1 or max(context.patches.grid) == 1:
         return context.register(context.patches.pack(out))
-    pooled: Tensor = mark(out[context.sample], "is_pooled")
+    pooled: Tensor = set_flag(out[context.sample], "is_pooled")
     return pooled
 
 
@@ -272,7 +273,7 @@ def packed_reduction(context: packed, func: Function, input: Tensor, *args: Any,
     context.dense.mask(tuple(x.shape[2:]))
     out = RULES[func](context.dense, func, x.movedim(1, -1) if is_last else x, *args, **kwargs)
     is_per_sample = dims is not None and 0 not in ([dims] if isinstance(dims, int) else list(dims))
-    return mark(out[context.sample], "is_pooled") if is_per_sample else out
+    return set_flag(out[context.sample], "is_pooled") if is_per_sample else out
 
 
 REDUCTIONS = (masked_mean, masked_sum_or_norm, masked_extreme)

@@ -16,15 +16,13 @@ from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets import build, cases, datalist_json
 from hyspark.data.preprocessing.prepare import prepare_missing, stored_volumes
 from hyspark.evaluation.segmentation.evaluate import (
-    Scoring,
-    Source,
     are_cases_scored,
-    check_classes,
     evaluate_segmentation,
-    find_labelled,
     score_cases,
 )
 from hyspark.evaluation.segmentation.inference import hybird_from_config
+from hyspark.evaluation.segmentation.labelled_data import check_classes, find_labelled
+from hyspark.evaluation.segmentation.scoring_protocol import Scoring, Source
 from hyspark.training import checkpoint, precision
 from hyspark.training.distributed import find_processes
 from hyspark.utils.digests import content_digest

@@ -14,8 +14,8 @@ from hyspark.cli.main import main
 from hyspark.config.recipes import as_plain
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.evaluation.segmentation import predict
-from hyspark.evaluation.segmentation.evaluate import Scoring
 from hyspark.evaluation.segmentation.inference import TrainedNetwork, hybird_from_config
+from hyspark.evaluation.segmentation.scoring_protocol import Scoring
 from hyspark.tasks import api
 from hyspark.training import checkpoint
 

@@ -96,6 +96,27 @@ def test_layers_with_windows_across_patches(layer):
     torch.testing.assert_close(dense, expected)
 
 
+def test_pooled_values_with_as_many_channels_as_there_are_patches():
+    """Neither weights nor running statistics are taken for patches."""
+    visible = some_visible(2, (3, 2))
+    num = int(visible.sum())
+    images = torch.randn(2, num, 24, 16, dtype=torch.float64)
+    conv, norm = nn.Conv2d(num, num, 1).double(), nn.BatchNorm2d(num).double()
+
+    def gates(x):
+        weight = conv.weight * 2  # no parameter, as where weights are standardised
+        return norm(F.conv2d(F.relu(x).mean((2, 3), keepdim=True), weight))
+
+    with hidden(visible):
+        expected = gates(F.max_pool2d(images, 1))
+    statistics = norm.running_var.clone()
+    norm.reset_running_stats()
+    with packed(visible, 8) as context:
+        found = gates(F.max_pool2d(context.pack(images), 1))
+    torch.testing.assert_close(found, expected[context.sample])
+    torch.testing.assert_close(norm.running_var, statistics)
+
+
 @pytest.mark.parametrize("name", ["mean", "sum", "amax", "amin"])
 @pytest.mark.parametrize("keepdim", [True, False])
 def test_reductions_are_of_samples(name, keepdim):

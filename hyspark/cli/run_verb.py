@@ -1,4 +1,4 @@
-"""Exit codes: 0 done, 1 found something, 2 wrong use, 75 stopped and can be continued."""
+"""Calling a verb: errors that are for the user become one message and an exit code (hyspark.utils.exit_codes)."""
 
 import os
 import sys
@@ -6,14 +6,16 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from hyspark.utils.exit_codes import FOUND, WRONG_USE
+
 EXPECTED = (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError)
 """Errors that this package raises for the user. A missing extra is an ImportError."""
 
 
-def run(function: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
+def run_verb(function: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
     """Call a verb; print an error that this package raised for the user as one message.
 
-    The exit code is 2 then, or 1 for a training that diverged. Other errors keep their traceback.
+    The exit code is WRONG_USE then, or FOUND for a training that diverged. Other errors keep their traceback.
     """
     try:
         function(sys.argv[1:] if argv is None else argv)
@@ -22,7 +24,7 @@ def run(function: Callable[[Sequence[str]], None], argv: Sequence[str] | None = 
             raise
         rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         print(f"error{rank}: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+        sys.exit(FOUND if isinstance(error, FloatingPointError) else WRONG_USE)
 
 
 def raised_here(error: BaseException) -> bool:
