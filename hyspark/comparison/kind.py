@@ -92,7 +92,3 @@ class RunKind(ABC):
     def sections(self, numbers: Mapping[str, Any]) -> list[str]:
         """Write further sections of the report, in Markdown, below the tables of metrics."""
         return []
-
-    def appendix(self) -> list[str]:
-        """Write the last sections of the report, in Markdown."""
-        return []

@@ -56,7 +56,6 @@ def benefit_page(kind: RunKind, numbers: Mapping[str, Any]) -> str:
         kind.reading,
         *kind.sections(numbers),
         *budgets_and_protocol(numbers, kind.samples),
-        *kind.appendix(),
     ]
     return "\n\n".join(parts) + "\n"
 

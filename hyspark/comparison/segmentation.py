@@ -30,29 +30,6 @@ from hyspark.utils.tables import markdown_table
 
 MISSED = "missed"
 """Metric: 1 where the truth holds an organ of which no voxel is predicted, else 0."""
-PUBLISHED = (
-    (
-        "Official HySparK weights, fine-tuned by other authors, at 1 / 10 / 100 % of the labels",
-        "AMOS 34.5 / 64.3 / 85.6; FLARE22 37.5 / 73.6 / 82.4; BTCV 35.8 / 51.5 / -; SegTHOR 58.8 / 84.0 / 88.7",
-        "MedGMAE, submission to ICLR 2026, table 1 (https://openreview.net/forum?id=Z2XIRLv535)",
-    ),
-    (
-        "In the same table, BTCV at 1 / 10 / 100 % of the labels",
-        "MAE 62.0 / 75.0 / -; VoCo 73.2 / 77.9 / 83.9",
-        "the same",
-    ),
-    (
-        "BTCV in the protocol of VoCo's authors",
-        "from scratch 82.79; SwinUNETR-SSL 82.58; SuPreM 85.32; VoCo 86.64",
-        "https://github.com/Luffy03/Large-Scale-Medical, Downstream/monai/BTCV",
-    ),
-    (
-        "SparK in 3D (S3D, CVPR 2025), mean of 11 data sets",
-        "from scratch 70.40; pre-trained 72.37",
-        "arXiv 2410.23132",
-    ),
-)
-"""Results in the literature: what, Dice in %, source."""
 
 
 class SegmentationRuns(RunKind):
@@ -119,8 +96,7 @@ organ was predicted, so it flatters weights that miss organs: read it with the f
         return ScoreTable(table.cases, table.targets, values).take(cases, [table.targets[organ] for organ in order])
 
     def names(self, cases: Sequence[str], targets: Sequence[str]) -> dict[str, Any]:
-        published = [dict(zip(("what", "dice_percent", "source"), row, strict=True)) for row in PUBLISHED]
-        return {"cases": cases, "organs": targets, "published_elsewhere_not_comparable": published}
+        return {"cases": cases, "organs": targets}
 
     def mean(self, tables: Sequence[ScoreTable], metric: str, targets: Sequence[str]) -> dict[str, Any]:
         scores = stack_scores(tables, metric, len(targets))
@@ -142,14 +118,6 @@ organ was predicted, so it flatters weights that miss organs: read it with the f
         for count in numbers["num_labelled"]:
             parts += [f"Dice, %, with {count} labelled cases:", markdown_table(organ_rows(numbers, count))]
         return [*parts, "## Surfaces, and missed organs", markdown_table(surface_rows(numbers))]
-
-    def appendix(self) -> list[str]:
-        return [
-            "## Published elsewhere: not comparable",
-            "Other data, splits, networks, budgets and ways to score: quoted to know the field, not to be compared "
-            "with the figures above.",
-            markdown_table([["what", "Dice, %", "source"], *map(list, PUBLISHED)]),
-        ]
 
 
 def stack_scores(tables: Sequence[ScoreTable], metric: str, num_targets: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from matplotlib.image import imread
 
 from hyspark.comparison.figure import benefit_figure
 from hyspark.comparison.report import benefit_page, write_benefit
-from hyspark.comparison.segmentation import PUBLISHED, SegmentationRuns
+from hyspark.comparison.segmentation import SegmentationRuns
 from hyspark.comparison.table import RunKey, ScoredRun, compare_runs
 from hyspark.evaluation.score_table import ScoreTable
 
@@ -101,14 +101,6 @@ def test_budgets_that_differ_are_pointed_out(numbers):
     assert "not the same in all rows" in page(numbers | {"cells": cells})
 
 
-def test_published_figures_come_last_and_are_marked(numbers):
-    before, after = page(numbers).split("## Published elsewhere: not comparable")
-    for what, figures, source in PUBLISHED:
-        assert what not in before
-        assert figures not in before
-        assert f"| {what} | {figures} | {source} |" in after
-
-
 def test_without_any_run_there_is_still_a_page(tmp_path):
     empty = compare_runs(KIND, {}, [RunKey(start, 5, 0) for start in WEIGHTS], WEIGHTS)
     write_benefit(tmp_path, KIND, empty | {"scored_on": "validation", "recipe": {}, "digests": {}})
@@ -121,7 +113,6 @@ def test_three_files_that_agree(numbers, tmp_path):
     assert write_benefit(tmp_path, KIND, numbers) == tmp_path / "benefit.md"
     loaded = json.loads((tmp_path / "benefit.json").read_text())
     assert loaded["cells"][1]["difference"]["dice"]["mean"] == pytest.approx(0.125)
-    assert [p["source"] for p in loaded["published_elsewhere_not_comparable"]] == [row[2] for row in PUBLISHED]
     assert imread(tmp_path / "benefit.png").shape[:2] == (484, 1155)
     assert (tmp_path / "benefit.md").read_text() == page(numbers)
     assert {path.name for path in tmp_path.iterdir()} == {"benefit.md", "benefit.json", "benefit.png"}
