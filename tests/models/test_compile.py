@@ -104,9 +104,9 @@ def test_a_run_compiles_its_steps_and_not_its_validations(pretraining, monkeypat
     shapes = []
     depthwise = MedNeXtBlock.depthwise
     monkeypatch.setattr(MedNeXtBlock, "depthwise", lambda self, x, patches: watch(shapes, depthwise, self, x, patches))
-    plain = pretrain.pretrain(replace(small, out=f"{pretraining.out}_plain"))
+    plain = pretrain.run_pretraining(replace(small, out=f"{pretraining.out}_plain"))
     shapes.clear()
-    folder = pretrain.pretrain(replace(small, compile="blocks"))
+    folder = pretrain.run_pretraining(replace(small, compile="blocks"))
     lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (folder, plain)]
     for key in ("loss", "val_loss"):
         ours, theirs = ([line[key] for line in run if key in line] for run in lines)

@@ -56,7 +56,7 @@ def test_settings_are_read_back_and_handed_on(make_hyspark, make_hybird, tmp_pat
     torch.save({"model": make_hyspark(num_heads=2).state_dict(), "config": settings}, tmp_path / "run.pth")
     export_weights(tmp_path / "run.pth", tmp_path / "a.safetensors")
     export_weights(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    kept = {name: value for name, value in settings.items() if name != "logdir"}
+    kept = {name: value for name, value in settings.items() if name != "out"}
     model = make_hybird(num_heads=2)
     for path in ("a.safetensors", "b.safetensors"):
         assert load_pretrained(model, tmp_path / path).made_with == kept | {"format": "pt"}
