@@ -123,13 +123,14 @@ class EvaluateArguments(NetworkArguments):
 
     weights: str  # best.pth of a fine-tuning run, or its run folder
     data: str  # nnU-Net data set (imagesTr, labelsTr), or a decathlon JSON; for a classifier, a folder CLASS/IMAGE
-    part: Part = ""  # Part of a JSON; by default validation if the JSON has one, else all
+    part: Part = ""  # Segmentation: part of a JSON; by default validation if the JSON has one, else all
     tolerance: float = 2.0  # Segmentation: tolerance of the normalised surface Dice, in mm
     store_dir: str = ""  # Segmentation: folder of prepared volumes; by default `prepared` in the data folder
 
     def configure(self) -> None:
         super().configure()
         self.add_argument("data")
+        self.add_argument("--part", metavar="{all,training,validation}")
 
 
 class PredictArguments(NetworkArguments):
@@ -187,7 +188,7 @@ class SlicesArguments(Arguments):
     The same command on the same folder continues. Exit code 1: some volume was unreadable.
 
     Example:
-        hyspark slices scans --out data/slices --axis axial --stride 4
+        hyspark slices --source scans --out data/slices --axis axial --stride 4
     """
 
     source: list[str]  # NIfTI files, and folders of NIfTI files, nnU-Net data sets or DICOM series, at any depth

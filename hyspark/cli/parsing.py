@@ -1,5 +1,6 @@
 """From words to settings: flags made of the fields of a dataclass, over a YAML recipe."""
 
+import re
 from argparse import SUPPRESS, Action, BooleanOptionalAction
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -9,12 +10,16 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tap import Tap, to_tap_class
 
-from hyspark.config.recipes import ConfigT, axis_values, field_help, old_spellings, read_yaml
+from hyspark.config.recipes import Config, ConfigT, axis_values, field_help, old_spellings, read_yaml
 from hyspark.utils.settings import GROUPS, FieldInfo, field_info
 from hyspark.utils.text import nearest
 
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 """Placeholders of values in the help, by their type."""
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)
+"""Words that are values, not flags; argparse itself does not know exponents."""
+EARLIER_SETTINGS = {old: new for config_class in get_args(Config) for old, new in old_spellings(config_class).items()}
+"""Earlier spellings of the settings of all kinds of training, each with the present one."""
 
 
 class Arguments(Tap):
@@ -40,6 +45,9 @@ class Arguments(Tap):
             ):
                 known.setdefault("metavar", metavar_of(hint))
         super()._add_argument(*flags, **known)
+        kind: Any = self._actions[-1].type
+        if kind and not hasattr(kind, "__name__"):  # of tuples; argparse names it in messages
+            kind.__name__ = {"N": "whole number", "X": "number"}.get(str(self._actions[-1].metavar), "value")
 
     def sections(self) -> dict[str, list[Action]]:
         """Return the flags by section of the help."""
@@ -85,22 +93,31 @@ def parse(parser: Any, argv: Sequence[str], also: Sequence[str] = ()) -> Any:
         ValueError: There is an unknown flag; the message names the nearest one.
     """
     old = parser.old_spellings()
+    parser._negative_number_matcher = NEGATIVE_NUMBER
     args = parser.parse_args(present_words(argv, old), known_only=True)
     if args.extra_args:
         flag = args.extra_args[0].split("=")[0]
-        renamed = {f"--{before}": f"--{present}" for before, present in old.items()}
-        suggestion = nearest(flag, [*also, *options(parser)], renamed)
+        known = {*also, *options(parser)}
+        renamed = {f"--{before}": f"--{present}" for before, present in (EARLIER_SETTINGS | old).items()}
+        suggestion = nearest(flag, known, {b: p for b, p in renamed.items() if p in known})
         raise ValueError(f"unknown argument {flag!r}{suggestion}; --help lists all")
     return args
 
 
 def present_words(argv: Sequence[str], old: Mapping[str, str]) -> list[str]:
-    """Replace earlier spellings of flags by the present ones."""
+    """Replace earlier spellings of flags by the present ones.
+
+    Raises:
+        ValueError: A flag is given in two spellings.
+    """
     words = []
+    spelled: dict[str, str] = {}
     for word in argv:
         flag, equals, value = word.partition("=")
-        known = flag.startswith("--") and flag[2:] in old
-        words.append(f"--{old[flag[2:]]}{equals}{value}" if known else word)
+        present = f"--{old.get(flag[2:], flag[2:])}" if flag.startswith("--") else flag
+        if present.startswith("--") and spelled.setdefault(present, flag) != flag:
+            raise ValueError(f"{spelled[present]} and {flag} are one setting; use {present} alone")
+        words.append(f"{present}{equals}{value}" if present != flag else word)
     return words
 
 
@@ -194,7 +211,10 @@ def gathered_axes(argv: Sequence[str], config_class: type, recipe: Mapping[str, 
             flag, equals, value = word.partition("=")
             if flag.startswith("--") and flag[2:] in info.old_axes:
                 given.append(flag)
-                edges[info.old_axes.index(flag[2:])] = value if equals else next(rest, "")
+                value = value if equals else next(rest, "")
+                if not value.isdigit():
+                    raise ValueError(f"{flag}: expected a number of voxels, got {value!r}")
+                edges[info.old_axes.index(flag[2:])] = value
             else:
                 kept.append(word)
         if given and any(word.split("=")[0] == f"--{name}" for word in words):

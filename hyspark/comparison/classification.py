@@ -28,9 +28,9 @@ MIN_RESAMPLES = 1000
 
 
 class ClassificationRuns(RunKind):
-    """Runs of `hyspark finetune_classify`."""
+    """Runs of `hyspark finetune-classifier`."""
 
-    verb = "finetune_classify"
+    verb = "finetune-classifier"
     samples = "images"
     metrics = tuple(CLASSIFICATION_METRICS)
     shown = CLASSIFICATION_METRICS

@@ -23,6 +23,8 @@ def runs_text(folders: Sequence[Path]) -> str:
     are_unique = len({folder.name for folder in folders}) == len(folders)
     found: dict[str, Validations] = {}
     for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder; expected the folder of a fine-tuning run")
         validations = read_validations(folder)
         if not validations:
             raise FileNotFoundError(f"{folder}: expected a fine-tuning run that was validated, got no scores")
@@ -38,7 +40,9 @@ def runs_text(folders: Sequence[Path]) -> str:
     if not have_same_cases(folders):
         lines.append("WARNING: the runs were validated on different cases, so that these numbers cannot be compared")
     pairs = zip(found, folders, strict=True)
-    lines += [f"{name}: report {folder / 'report.html'}, pictures {folder / 'pictures'}" for name, folder in pairs]
+    for name, folder in pairs:
+        pictures = f", pictures {folder / 'pictures'}" if (folder / "pictures").is_dir() else ""
+        lines.append(f"{name}: report {folder / 'report.html'}{pictures}")
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -33,13 +34,16 @@ def old_spellings(config_class: type) -> dict[str, str]:
     return {old: name for name, info in field_info(config_class).items() for old in (*info.old, *info.old_axes)}
 
 
-def present_spelling(values: Mapping[str, Any], config_class: type, source: str = "settings") -> dict[str, Any]:
+def present_spelling(
+    values: Mapping[str, Any], config_class: type, source: str = "settings", base: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Replace earlier spellings of settings by the present ones.
 
     Args:
         values: Settings by name, in any spelling.
         config_class: Class of the settings.
         source: What messages call the origin of the values.
+        base: Settings below these, by their present names; a setting of one axis changes them.
 
     Raises:
         ValueError: A setting is given in two spellings.
@@ -54,7 +58,8 @@ def present_spelling(values: Mapping[str, Any], config_class: type, source: str 
         if len(spelled[new]) > 1 and not set(spelled[new]) <= set(axes):
             raise ValueError(f"{source}: {' and '.join(spelled[new])} are one setting; keep one of the two")
         if name in axes:
-            edges = axis_values(found.get(new, getattr(config_class, new)), axes)
+            whole = (base or {}).get(new, getattr(config_class, new))
+            edges = axis_values(found.get(new, whole), axes)
             edges[axes.index(name)] = value
             found[new] = edges
         else:
@@ -89,13 +94,16 @@ def read_yaml(path: str | Path, config_class: type) -> dict[str, Any]:
     return typed_values(loaded, config_class, str(path))
 
 
-def typed_values(loaded: Mapping[str, Any], config_class: type, source: str) -> dict[str, Any]:
+def typed_values(
+    loaded: Mapping[str, Any], config_class: type, source: str, base: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Convert plain values (see `as_plain`) to the types of their fields.
 
     Args:
         loaded: Values by name, in any spelling.
         config_class: Class of the settings.
         source: What messages call the origin of the values.
+        base: Settings below these, by their present names; a setting of one axis changes them.
 
     Raises:
         ValueError: There is an unknown key, or a value of another type.
@@ -104,9 +112,16 @@ def typed_values(loaded: Mapping[str, Any], config_class: type, source: str) -> 
     renamed = old_spellings(config_class)
     given = {renamed.get(key, key): key for key in loaded}
     values = {}
-    for key, value in present_spelling(loaded, config_class, source).items():
+    for key, value in present_spelling(loaded, config_class, source, base).items():
         if key not in hints:
             raise ValueError(f"{source}: unknown key {key!r}{nearest(str(key), hints, renamed)}")
+        if get_origin(hints[key]) is Literal and value not in get_args(hints[key]):
+            quoted = "; in YAML, quote yes, no, on and off" if isinstance(value, bool) else ""
+            choices = get_args(hints[key])
+            raise ValueError(
+                f"{source}: {given[key]} must be one of {', '.join(choices)}, not {value!r}"
+                f"{nearest(str(value), choices)}{quoted}"
+            )
         try:
             values[key] = coerce(value, hints[key])
         except (TypeError, ValueError):
@@ -127,12 +142,15 @@ def coerce(value: Any, hint: Any) -> Any:
     """
     if get_origin(hint) is tuple:
         inner = get_args(hint)
+        value = value.tolist() if hasattr(value, "tolist") else value
         values = value if isinstance(value, list | tuple) else [value]
         if inner[-1] is not Ellipsis and len(values) != len(inner):
             raise ValueError
         return tuple(coerce(v, inner[0]) for v in values)
     if get_origin(hint) is Literal:
         return str(value)
+    if hint is int and isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
     if hint is float and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

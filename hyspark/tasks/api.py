@@ -1,18 +1,24 @@
 """The verbs as Python functions: settings are keyword arguments, the code is that of the command line.
 
 Each function returns paths and tables, for a notebook. Logs go to the error stream, as on the command line.
+
+Work that takes processes imports a script anew in each of them. Calls in a script therefore stand below
+`if __name__ == "__main__":`; a notebook or an interactive session needs no such line.
 """
 
+import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
+from hyspark.config.checks import one_of
 from hyspark.config.classification import ClassificationConfig
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import read_yaml, typed_values
 from hyspark.config.segmentation import SegmentationConfig
+from hyspark.config.shared import RunSettings
 from hyspark.evaluation.classification.evaluate import evaluate_classification
 from hyspark.evaluation.classification.predict import predict_classification
 from hyspark.evaluation.network_kind import NetworkKind, kind_of_network
@@ -32,6 +38,7 @@ WINDOWING = ("overlap", "flips", "largest_component")
 """Options of segmenting a volume, fields of `Scoring`."""
 SCORING = (*WINDOWING, "tolerance")
 """Options of scoring, fields of `Scoring`."""
+DEVICES = get_args(get_type_hints(RunSettings)["device"])
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,7 @@ def pretrain(config: StrPath | None = None, **settings: Any) -> TrainingRun:
         FileNotFoundError: Data or weights are missing.
         FloatingPointError: The loss is not finite.
     """
+    check_caller()
     values = PretrainConfig(**merge_settings(PretrainConfig, config, settings))
     folder = run_pretraining(values)
     return TrainingRun(folder, encoder_file(values), folder / "report.html")
@@ -126,6 +134,7 @@ def finetune(
         FileNotFoundError: Data or weights are missing.
         FloatingPointError: The loss is not finite.
     """
+    check_caller()
     if task == "segmentation":
         folder = run_segmentation(SegmentationConfig(**merge_settings(SegmentationConfig, config, settings)))
     elif task == "classification":
@@ -149,6 +158,7 @@ def evaluate(weights: StrPath, data: StrPath, out: StrPath, *, device: str = "au
         ValueError: An option is unknown, or is not read for a classifier; the data does not fit the network.
         FileNotFoundError: Weights or data are missing.
     """
+    check_caller(device)
     kind = kind_of_network(Path(weights))
     check_options(options, (*SCORING, "part", "store_dir", "prepare_workers"), kind)
     if kind == "classification":
@@ -174,7 +184,10 @@ def predict(
         ValueError: An option is unknown, or is not read for a classifier; the inputs do not fit the network.
         FileNotFoundError: Weights or inputs are missing.
     """
+    check_caller(device)
     paths = [Path(path) for path in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
+    if not paths:
+        raise ValueError("inputs: expected one path or more, got none")
     kind = kind_of_network(Path(weights))
     check_options(options, (*WINDOWING, "prepare_workers", "overwrite"), kind)
     if kind == "classification":
@@ -183,17 +196,26 @@ def predict(
         return Predictions([predict_classification(Path(weights), paths[0], Path(out), device)], {})
     scoring = Scoring(**{name: options.pop(name) for name in WINDOWING if name in options})
     options["num_workers"] = options.pop("prepare_workers", 0)
-    failures = predict_segmentation(Path(weights), paths, Path(out), scoring=scoring, device=device, **options)
     names = [case.name for case in find_inputs(paths)]
+    failures = predict_segmentation(Path(weights), paths, Path(out), scoring=scoring, device=device, **options)
     return Predictions([Path(out) / f"{name}.nii.gz" for name in names if name not in failures], failures)
+
+
+def check_caller(device: str = "auto") -> None:
+    """Raise RuntimeError in a process that a script started by importing itself, ValueError for an unknown device."""
+    one_of("device", device, DEVICES)
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "this script started processes, each of which imports it: put its calls of hyspark below "
+            'the line `if __name__ == "__main__":`'
+        )
 
 
 def merge_settings(config_class: type, config: StrPath | None, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Put settings over those of a recipe, in the types of their fields."""
     plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in settings.items()}
-    return (read_yaml(os.fspath(config), config_class) if config else {}) | typed_values(
-        plain, config_class, "settings"
-    )
+    recipe = read_yaml(os.fspath(config), config_class) if config else {}
+    return recipe | typed_values(plain, config_class, "settings", base=recipe)
 
 
 def check_options(options: Mapping[str, Any], known: Sequence[str], kind: NetworkKind) -> None:

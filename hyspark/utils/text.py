@@ -13,7 +13,8 @@ def nearest(word: str, choices: Iterable[str], renamed: Mapping[str, str] | None
         renamed: Earlier names of choices, which are known too; the present one is suggested.
     """
     present = {choice: choice for choice in choices} | dict(renamed or {})
-    matches = [c for c in present if c.startswith(word)] or difflib.get_close_matches(word, present, n=1, cutoff=0.5)
+    starting = sorted((c for c in present if c.startswith(word)), key=len) if word.strip("-") else []
+    matches = starting or difflib.get_close_matches(word, present, n=1, cutoff=0.5)
     return f"; did you mean {present[matches[0]]}?" if matches else ""
 
 

@@ -1,6 +1,7 @@
 """Command lines: published ones parse unchanged, wrong ones say what is wrong, and verbs do what they say."""
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 import timm
 import torch
 
-from hyspark.cli import commands, main, parsing, run_verb
+from hyspark.cli import commands, completion, main, parsing, run_verb
 from hyspark.config.classification import ClassificationConfig
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import field_help, old_spellings
@@ -150,6 +151,11 @@ def test_values_of_several_numbers():
     assert (config.flip_prob, config.encoder_widths) == ((0.0, 0.0, 1.0), (8, 8, 8, 8, 12))
 
 
+def test_negative_numbers_with_an_exponent():
+    assert pretrain_config("--hu_min -1e3 --hu_max -.5").hu_min == -1000
+    assert pretrain_config("--hu_min -1.5E+2").hu_min == -150
+
+
 def test_booleans():
     assert pretrain_config("").dry_run is False
     assert pretrain_config("--dry_run").dry_run is True
@@ -202,6 +208,12 @@ def test_wrong_recipes_are_messages(tmp_path, capsys):
         ("pretrain --exp_n=debug", "unknown argument '--exp_n'; did you mean --exp_name?"),
         ("finetune --max_e 3", "unknown argument '--max_e'; did you mean --epochs?"),
         ("datalist --lab", "unknown argument '--lab'; did you mean --labels?"),
+        ("finetune --bs 2", "unknown argument '--bs'; did you mean --batch_size?"),
+        ("finetune-classifier --data_path x", "unknown argument '--data_path'; did you mean --data?"),
+        ("pretrain --data x --data_path y", "--data and --data_path are one setting; use --data alone"),
+        ("finetune --roi_x", "--roi_x: expected a number of voxels, got ''"),
+        ("finetune --roi_x --dry_run", "--roi_x: expected a number of voxels, got '--dry_run'"),
+        ("finetune --crop_size abc", "argument --crop_size: invalid whole number value: 'abc'"),
         # values
         ("pretrain --batch_size x", "argument --batch_size: invalid int value: 'x'"),
         ("pretrain --batch_size", "argument --batch_size: expected one argument"),
@@ -504,6 +516,17 @@ def test_a_missing_extra_or_an_unsupported_network_is_one_line(error, monkeypatc
         run_verb.run_verb(failed, [])
     assert exit_.value.code == 2
     assert capsys.readouterr().err == "error: moco needs lightly: pip install 'hyspark[views]'\n"
+
+
+def test_the_example_of_every_verb_parses():
+    """What the help shows can be typed."""
+    for verb in main.VERBS:
+        parser = completion.verb_parser(verb)
+        example = parser.description.partition("Example:")[2].replace("\\\n", " ")
+        program, shown, *words = shlex.split(example)
+        assert (program, shown) == ("hyspark", verb)
+        extra = parser.parse_args(words, known_only=True).extra_args
+        assert not extra or verb == "benefit"
 
 
 # Completion

@@ -45,7 +45,7 @@ class Stopper:
 
     def __call__(self, todo, num_at_once, after_each):
         for job in todo[: self.most]:
-            main.main(job.command[job.command.index("finetune_classify") :])
+            main.main(job.command[job.command.index("finetune-classifier") :])
             assert job.is_done()
             self.ran.append(job.name)
             after_each()
@@ -98,7 +98,7 @@ def test_from_command_to_report_and_what_is_missing_is_made_later(base, starts, 
 def test_a_run_that_is_not_scored_yet_is_not_finished(base, tmp_path):
     (run,) = benefit.plan_runs(base, tmp_path, {"scratch": "none"}, [4], [0], 1)
     benefit.job_of(run)
-    main.main(["finetune_classify", "--config", str(run.config.run_folder / "config.yaml")])
+    main.main(["finetune-classifier", "--config", str(run.config.run_folder / "config.yaml")])
     assert run.is_finished
     (run.scores / "cases.csv").unlink()
     assert not run.is_finished

@@ -204,6 +204,8 @@ def test_empty_recipe_is_no_change(tmp_path):
         ("spacing: 1.5", "spacing should be"),
         ("input_size: [a]", r"input_size should be tuple\[int, ...\], but it is \['a'\]"),
         ("- ep", "expected lines of `name: value`, got list"),
+        ("slices: axia", "slices must be one of none, sagittal, coronal, axial, not 'axia'; did you mean axial"),
+        ("slices: off", "slices must be one of none, .*, not False; in YAML, quote yes, no, on and off"),
         ("just words", "expected lines of `name: value`, got str"),
         ("ep: [1", "is not valid YAML"),
     ],

@@ -163,10 +163,10 @@ def test_report_shows_the_last_three_epochs_and_the_first(run_folder):
     assert "4 of 5 epochs" in text
 
 
-def test_report_without_metrics_and_pictures_says_so(tmp_path):
+def test_report_without_metrics_says_so_and_has_no_pictures(tmp_path):
     text = write(tmp_path)
     assert "No metrics yet" in text
-    assert "No pictures yet" in text
+    assert "<h2>Pictures</h2>" not in text
     assert _Page(text).addresses == []
     (tmp_path / "metrics.jsonl").write_text("")
     assert "No metrics yet" in write(tmp_path)

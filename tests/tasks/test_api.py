@@ -1,15 +1,18 @@
 """The verbs as Python functions: the same code and results as the command line, paths and tables back."""
 
 import csv
+import multiprocessing
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import hyspark
 from hyspark.cli import main
 from hyspark.config.recipes import write_yaml
+from hyspark.config.segmentation import SegmentationConfig
 from hyspark.tasks import api
 
 
@@ -114,3 +117,41 @@ def test_public_names():
     assert {"hyspark", "spark", "moco", "byol", "swav"} == set(hyspark.list_methods())
     assert "timm/resnet50" in hyspark.list_backbones("resnet*")
     assert hyspark.pretrain is api.pretrain
+
+
+def test_label_maps_beside_their_volumes(finetuning, phantoms, tmp_path):
+    """The label maps are no inputs of the same call."""
+    run = hyspark.finetune(**settings_of(finetuning, epochs=1, val_every=1))
+    volume = next((phantoms / "Dataset900_PhantomLabelled" / "imagesTr").glob("*.nii.gz"))
+    (tmp_path / "scans").mkdir()
+    shutil.copy(volume, tmp_path / "scans")
+    options = {"overlap": 0.0, "device": "cpu", "prepare_workers": 1}
+    made = hyspark.predict(run.folder, tmp_path / "scans", tmp_path / "scans", **options)
+    assert made.files == [tmp_path / "scans" / volume.name.replace("_0000", "")]
+    assert made.files[0].is_file()
+
+
+def test_settings_of_one_axis_change_those_of_the_recipe(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("crop_size: 32\n")
+    assert api.merge_settings(SegmentationConfig, tmp_path / "recipe.yaml", {"roi_z": 48}) == {
+        "crop_size": (32, 32, 48)
+    }
+
+
+def test_numbers_of_numpy_are_settings():
+    values = {"epochs": np.int64(3), "lr": np.float32(0.5), "crop_size": np.array([32, 32, 48])}
+    assert api.merge_settings(SegmentationConfig, None, values) == {"epochs": 3, "lr": 0.5, "crop_size": (32, 32, 48)}
+
+
+def test_what_is_asked_wrongly_is_said_at_once(tmp_path):
+    with pytest.raises(ValueError, match="inputs: expected one path or more, got none"):
+        hyspark.predict(tmp_path, [], tmp_path)
+    with pytest.raises(ValueError, match="device must be one of auto, cpu, cuda, not 'cpux'"):
+        hyspark.evaluate(tmp_path, tmp_path, tmp_path, device="cpux")
+
+
+def test_a_script_without_a_guard_is_told_what_to_add(monkeypatch, tmp_path):
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    for call in (hyspark.pretrain, hyspark.finetune):
+        with pytest.raises(RuntimeError, match="put its calls of hyspark below the line `if __name__"):
+            call(out=tmp_path)

@@ -276,7 +276,6 @@ def packed_reduction(context: packed, func: Function, input: Tensor, *args: Any,
     return set_flag(out[context.sample], "is_pooled") if is_per_sample else out
 
 
-REDUCTIONS = (masked_mean, masked_sum_or_norm, masked_extreme)
 PACKED_RULES: dict[Function, Function] = {
     **dict.fromkeys([torch.conv1d, torch.conv2d, torch.conv3d], packed_convolution),
     **dict.fromkeys([F.max_pool1d, F.max_pool2d, F.max_pool3d], packed_max_pool),
