@@ -185,5 +185,8 @@ def check_decoder(config: SegmentationConfig) -> None:
 
 def network_options(settings: Any) -> dict[str, Any]:
     """Return the options of `build_hybird` that SegmentationConfig, or flags of the same names, describe."""
-    decoder = {name: getattr(settings, name) for name in ("decoder", "decoder_width", "decoder_min_width")}
-    return encoder_options(settings) | decoder
+    return encoder_options(settings) | {
+        "decoder": settings.decoder,
+        "decoder_width": settings.decoder_width,
+        "decoder_min_width": settings.decoder_min_width,
+    }

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hyspark.config.pretrain import PretrainConfig
+from hyspark.config.shared import encoder_options
 from hyspark.data.batches.loader import Shard
 from hyspark.data.datasets import datalist_json
 from hyspark.data.datasets.cases import Case
@@ -169,11 +170,7 @@ def build_pretraining_network(config: PretrainConfig, num_processes: int) -> Mas
             config.mask_ratio,
             config.compute,
             hide=config.hide,
-            widths=config.encoder_widths,
-            depths=config.encoder_depths,
-            expansions=config.expansions,
-            vit_depth=config.vit_depth,
-            num_heads=config.num_heads,
+            **encoder_options(config),
             decoder_width=config.decoder_width,
             axes=axes,
         )

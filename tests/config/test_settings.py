@@ -15,7 +15,8 @@ import hyspark
 from hyspark.config.classification import ClassificationConfig
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import as_plain, differences, field_help, read_yaml, write_yaml
-from hyspark.config.segmentation import SegmentationConfig
+from hyspark.config.segmentation import SegmentationConfig, network_options
+from hyspark.config.shared import encoder_options
 from hyspark.utils.settings import GROUPS, field_info
 from hyspark.utils.text import nearest
 
@@ -81,6 +82,11 @@ def properties_of(config_class: type) -> list[ast.FunctionDef]:
     return [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.decorator_list]
 
 
+def names_called(tree: ast.AST) -> set[str]:
+    """Functions that are called by their bare names."""
+    return {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+
+
 # Recipes and fields
 
 
@@ -102,10 +108,18 @@ def test_there_are_recipes():
 def test_every_field_is_read(config_class):
     """A field that nothing outside validation reads would be accepted and ignored."""
     read: set[str] = set()
+    called: set[str] = set()
     for path in PACKAGE.rglob("*.py"):
         name = path.relative_to(PACKAGE).as_posix()
-        if not name.startswith("config/") and name not in OTHER_TASKS[config_class]:
-            read |= attributes_read(ast.parse(path.read_text()), CONFIG_NAMES)
+        if not name.startswith(("config/", "cli/")) and name not in OTHER_TASKS[config_class]:
+            tree = ast.parse(path.read_text())
+            read |= attributes_read(tree, CONFIG_NAMES)
+            called |= names_called(tree)
+    for function in (network_options, encoder_options):  # the first calls the second
+        if function.__name__ in called:
+            tree = ast.parse(inspect.getsource(function))
+            read |= attributes_read(tree, CONFIG_NAMES)
+            called |= names_called(tree)
     for function in properties_of(config_class):
         if function.name in read:
             read |= attributes_read(function, ("self",))

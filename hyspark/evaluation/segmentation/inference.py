@@ -16,7 +16,7 @@ from scipy.ndimage import affine_transform, find_objects, label
 from torch import Tensor, nn
 
 from hyspark.config.recipes import typed_values
-from hyspark.config.segmentation import SegmentationConfig
+from hyspark.config.segmentation import SegmentationConfig, network_options
 from hyspark.evaluation.network_kind import read_fine_tuned
 from hyspark.models.segmentation import Hybird, build_hybird
 from hyspark.training.labelled_cases import left_right_pairs, unpaired_sides
@@ -82,19 +82,7 @@ def load_network(path: Path) -> TrainedNetwork:
 
 def hybird_from_config(config: SegmentationConfig, num_classes: int) -> Hybird:
     """Build the network that the settings describe, randomly initialised by torch's generator."""
-    return build_hybird(
-        config.in_channels,
-        num_classes,
-        config.crop_shape,
-        widths=config.encoder_widths,
-        depths=config.encoder_depths,
-        expansions=config.expansions,
-        vit_depth=config.vit_depth,
-        num_heads=config.num_heads,
-        decoder=config.decoder,
-        decoder_width=config.decoder_width,
-        decoder_min_width=config.decoder_min_width,
-    )
+    return build_hybird(config.in_channels, num_classes, config.crop_shape, **network_options(config))
 
 
 def windows_from_config(
