@@ -12,9 +12,11 @@ from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets import build, datalist_json
 from hyspark.data.datasets.cases import Case
+from hyspark.data.preprocessing.prepare import PREPARE_ERRORS
 from hyspark.data.quality.check import check_dataset
 from hyspark.data.quality.findings import Finding
 from hyspark.data.readers.nifti import read_label
+from hyspark.data.readers.volumes import find_ct_volumes, read_volume
 from hyspark.evaluation.segmentation.labelled_data import find_labelled
 from hyspark.evaluation.segmentation.predict import find_inputs, prepared_or_reason
 from hyspark.reports.data_check_page import data_check_text, data_set_facts
@@ -22,9 +24,10 @@ from hyspark.tasks.pretrain import find_pretraining_cases
 from hyspark.training.distributed import Processes, find_processes
 from hyspark.training.labelled_cases import check_labels, find_labelled_cases, label_fault
 from hyspark.training.run_volumes import prepare_run_volumes, prepare_volumes
+from hyspark.utils.text import first_line
 from tests.data.quality.small_data import SPACING, SmallData
 
-VERBS = ("finetune", "pretrain", "evaluate", "predict")
+VERBS = ("finetune", "pretrain", "evaluate", "predict", "slices")
 
 
 @dataclass
@@ -198,6 +201,23 @@ class Runs:
                     outcome.messages[case.image] = prepared
                 else:
                     self.predicted.add(content)
+
+        guarded(outcome, run)
+        return outcome
+
+    def slices(self, data: SmallData) -> Outcome:
+        """The verb `slices` takes volumes of any values, so it refuses fewer of them."""
+        outcome = Outcome()
+
+        def run() -> None:
+            found = find_ct_volumes([data.folder], min_slices=1, skip=self.store, num_workers=1, progress=False)
+            for volume in found.volumes:
+                outcome.cases.append(Case(volume.name, "", volume.source))
+                try:
+                    read_volume(volume)
+                except PREPARE_ERRORS as error:
+                    outcome.refused.add(volume.source)
+                    outcome.messages[volume.source] = first_line(error)
 
         guarded(outcome, run)
         return outcome
