@@ -23,7 +23,7 @@ from monai.transforms import Compose, CropForegroundd
 from nibabel.affines import apply_affine, voxel_sizes
 from tqdm import tqdm
 
-from hyspark.data.datasets.cases import IGNORED, Case
+from hyspark.data.datasets.cases import UNANNOTATED, Case
 from hyspark.data.intensity import stored_steps, window_transform
 from hyspark.data.preprocessing.resample import region_above, whole_grid
 from hyspark.data.preprocessing.store import (
@@ -102,7 +102,7 @@ def prepare_case(case: Case, settings: PrepareSettings) -> dict[str, Any]:
             raise ValueError(f"label values must be whole numbers from 0 to 255 ({case.label})")
         label = np.ascontiguousarray(values.astype(np.uint8))
         if case.ignore is not None:
-            label[label == case.ignore] = IGNORED
+            label[label == case.ignore] = UNANNOTATED
     return {"image": array, "label": label, "affine": np.asarray(data["image"].affine, dtype=np.float64)}
 
 
@@ -139,8 +139,8 @@ def prepare_into(case: Case, settings: PrepareSettings, folder: Path) -> Outcome
 def store_case(folder: Path, prepared: dict[str, Any], case: Case, settings: PrepareSettings) -> None:
     """Write a prepared case to the store; raise OSError if the disk fails, which is no fault of the case."""
     try:
-        about = {"source": str(case.image), "steps": stored_steps(settings), "has_ignored": case.ignore is not None}
-        write_entry(folder, **about, **prepared)
+        has_ignored, steps = case.ignore is not None, stored_steps(settings)
+        write_entry(folder, source=str(case.image), steps=steps, has_ignored=has_ignored, **prepared)
     except (OSError, RuntimeError) as error:  # RuntimeError: blosc2's
         raise OSError(
             f"{folder.parent}: prepared volumes are not writable ({failure_reason(error)}); make room, or choose "
