@@ -1,5 +1,6 @@
 """What `check` finds in a data set, and what each run does with it: the real ways up to the first step."""
 
+import inspect
 import re
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -179,7 +180,10 @@ class Runs:
             check_labels(volumes, names)
             for case in cases:
                 assert case.label
-                read_label(case.label, len(names))
+                if "image" in inspect.signature(read_label).parameters:
+                    read_label(case.label, case.image, len(names), case.ignore)
+                else:
+                    read_label(case.label, len(names), case.ignore)
 
         guarded(outcome, run)
         attribute(outcome)
@@ -192,7 +196,7 @@ class Runs:
         def run() -> None:
             outcome.cases = find_inputs([data.folder / "imagesTr"])
             for case in outcome.cases:
-                content = case.image.read_bytes() if case.image.is_file() else b""
+                content = case.image.suffix.encode() + (case.image.read_bytes() if case.image.is_file() else b"")
                 if content in self.predicted:
                     continue
                 prepared = prepared_or_reason(case, config)
