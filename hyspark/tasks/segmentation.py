@@ -22,7 +22,7 @@ from hyspark.tasks.segmentation_task import SegmentationTask, best_and_last, des
 from hyspark.training import optim
 from hyspark.training.distributed import Processes
 from hyspark.training.initial_weights import initialise, load_volume_weights
-from hyspark.training.labelled_cases import find_labelled_cases, label_fault, left_right_pairs, unpaired_sides
+from hyspark.training.labelled_cases import find_run_cases, label_fault, left_right_pairs, unpaired_sides
 from hyspark.training.losses import DiceAndCrossEntropy
 from hyspark.training.run import Run, make_run
 from hyspark.training.run_folder import steps_per_epoch
@@ -42,7 +42,9 @@ class SegmentationExperiment(Experiment[SegmentationTask]):
     def __init__(self, config: SegmentationConfig, processes: Processes) -> None:
         self.config, self.processes = config, processes
         self.shard = Shard(config.batch_size, processes.rank, processes.world_size)
-        self.training, self.validation, self.names = find_labelled_cases(config)
+        self.training, self.validation, self.names, notes = find_run_cases(config)
+        for note in notes:
+            LOG.warning("%s", note)
         self.data = describe_cases(self.training, self.validation)
         swaps = left_right_pairs(config, self.names)
         self.model = initialise_segmentation(config, len(self.names))
