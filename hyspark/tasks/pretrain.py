@@ -30,7 +30,7 @@ from hyspark.training.distributed import Processes
 from hyspark.training.initial_weights import initialise, load_volume_weights
 from hyspark.training.run import Run, make_run
 from hyspark.training.run_folder import encoder_file, steps_per_epoch
-from hyspark.training.run_volumes import describe_cases, prepare_run_volumes, store_folder
+from hyspark.training.run_volumes import check_files_exist, describe_cases, prepare_run_volumes, store_folder
 from hyspark.utils.log import LOG
 
 
@@ -48,6 +48,8 @@ class PretrainingExperiment(Experiment[MaskedTask | ContrastiveTask]):
         self.training, self.validation = find_pretraining_cases(config)
         self.probe_cases = find_probe_cases(Path(config.probe_data), config.probe_cases) if config.probe_data else None
         self.data = describe_cases(self.training, self.validation)
+        if config.dry_run:
+            check_files_exist(config, [*self.training, *self.validation])
         self.model = initialise_pretraining(config, processes.world_size)
 
     def describe(self) -> dict[str, str]:

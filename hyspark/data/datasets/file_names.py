@@ -10,8 +10,10 @@ from hyspark.utils.paths import nifti_stem
 FIRST_CHANNEL = "0000"
 CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})", re.DOTALL)
 """A case and its channel, as nnU-Net writes them."""
-MAX_CHANNELS = 10
-"""Consecutive numbers behind one name, from 0000, that count as channels; more are numbers of cases."""
+MAX_CHANNELS, MAX_CHANNELS_OF_ONE = 10, 4
+"""Consecutive numbers behind each of several names, and behind one name alone, from 0000, that count as channels. More
+are numbers of cases.
+"""
 BTCV_IMAGE = re.compile(r"img\d+")
 LABEL_WORDS = frozenset(
     (
@@ -99,7 +101,7 @@ def cases_of_stems(
     for match in found.values():
         numbers.setdefault(match["case"], set()).add(int(match["channel"]))
     names, whole = set(labels), set(stems)
-    most = max(num_channels or 0, MAX_CHANNELS)
+    most = max(num_channels or 0, MAX_CHANNELS if len(numbers) > 1 else MAX_CHANNELS_OF_ONE)
 
     def runs_from_0(case: str) -> bool:
         return case in whole or max(numbers[case]) < len(numbers[case]) <= most

@@ -58,16 +58,21 @@ class FoundData:
     def unused_findings(self) -> list[Finding]:
         """Return a finding for each reason that files are not used for."""
         return [
-            Finding(kind, str(files[0]), reason if len(files) == 1 else f"{reason}; {len(files)} files: {named(files)}")
+            Finding(kind, str(files[0]), f"{reason}; {len(files)} files: {self.named(files)}" if files[1:] else reason)
             for (kind, reason), files in sorted(self.unused.items())
         ]
 
     def unused_lines(self) -> list[str]:
         """Return a line for the terminal for each reason that files are not used for."""
         return [
-            f"{self.source}: {len(files)} file{'s' * (len(files) > 1)} not used, {reason}: {named(files)}"
+            f"{self.source}: {len(files)} file{'s' * (len(files) > 1)} not used, {reason}: {self.named(files)}"
             for (_, reason), files in sorted(self.unused.items())
         ]
+
+    def named(self, files: Collection[Path]) -> str:
+        """Name the first few files, by their paths below the source."""
+        below = (file.relative_to(self.source) if file.is_relative_to(self.source) else file for file in files)
+        return listing(map(str, below), MAX_NAMED)
 
     def check(self, ignored_kinds: Collection[str] = ()) -> None:
         """Raise ValueError with all errors among the findings, except those of some kinds."""
@@ -84,9 +89,3 @@ def log_unused(lines: Iterable[str]) -> None:
     """Log lines on files that are not used."""
     for line in lines:
         LOG.info("%s", line)
-
-
-def named(files: Collection[Path]) -> str:
-    """Name the first few files, with their folders where names repeat."""
-    repeat = len({file.name for file in files}) < len(files)
-    return listing((f"{file.parent.name}/{file.name}" if repeat else file.name for file in files), MAX_NAMED)

@@ -25,7 +25,10 @@ from hyspark.utils.paths import NIFTI, nifti_stem, walk_folders
 
 STORE_ENTRY = re.compile(r"[0-9a-f]{32}")
 """The name of a folder in a store of prepared volumes, which is not searched."""
-MASKS = "several label maps of one image, such as one per organ; combine them into one label map per image"
+MASKS = (
+    "several label maps of one image, such as one per organ, which have to be combined into one label map (by "
+    "TotalSegmentator's option --ml, for example)"
+)
 
 
 def read_loose(
@@ -40,11 +43,14 @@ def read_loose(
         deep: whether folders below are searched.
         skip: folders that are not entered.
     """
-    content = read_declaration(root, found)
+    of_set = root.name.startswith("images")  # a folder of images in a data set
+    content = read_declaration(root.parent if of_set else root, found)
     images, labels = sort_files(root, found, deep, skip)
+    near = root.with_name(root.name.replace("images", "labels", 1))
+    near_stems = {nifti_stem(file) for file in near.iterdir()} if of_set and near.is_dir() else set()
     stems = {}
     for files in images.values():
-        cases = cases_of_stems([nifti_stem(file) for file in files], (), channel, num_channels(content))
+        cases = cases_of_stems([nifti_stem(file) for file in files], near_stems, channel, num_channels(content))
         for file in files:
             if (case := cases[nifti_stem(file)]) is None:
                 found.pass_over(*ANOTHER_CHANNEL, file)
