@@ -21,7 +21,7 @@ from typing import Any
 import nibabel
 import numpy as np
 
-from hyspark.data.datasets import build, datalist_json, nnunet
+from hyspark.data.datasets import build, data_folder, datalist_json
 from hyspark.data.datasets.cases import Case, Datalist
 from hyspark.data.datasets.splits import SPLIT_SEED, split_by_file
 from hyspark.data.preprocessing.prepare import prepare_case
@@ -51,12 +51,12 @@ def find(data: Path, labelled: str, unlabelled: Sequence[str], seed: int) -> Fou
     """Find the cases, on the sides of training and validation that fine-tuning will put them on."""
     folder = (data / labelled).absolute()
     listed = build.read_folder(folder, seed=SPLIT_SEED, val_fraction=VAL_FRACTION)
-    cases = nnunet.dataset_cases(folder, labels=True, channel="0000")
+    cases = data_folder.find_cases(folder, labels=True).cases
     splits = folder / "splits.json"
     usable = split_by_file(cases, splits, labels=False)[0] if splits.is_file() else cases
     spare = [case for case in usable if case.label is None]
     for name in unlabelled:
-        spare += nnunet.dataset_cases((data / name).absolute(), labels=False, channel="0000")
+        spare += data_folder.scan_cases(data / name)
     order = np.random.default_rng(seed).permutation(len(spare))
     return Found(list(listed.training), list(listed.validation), [spare[i] for i in order])
 

@@ -21,7 +21,8 @@ class DatalistArguments(Arguments):
     data: str = "data"  # Folder with nnU-Net data sets (DatasetXXX_Name/imagesTr), or one of them
     out: str = ""  # File to write; by default DATA/dataset.json
     labels: bool = False  # List labelled cases only, each with its label, for fine-tuning
-    splits: str = ""  # A splits.json, or auto: each data set's own splits.json, else a seeded split by subject
+    splits: str = ""  # A splits file, or auto: each data set's splits.json or splits_final.json, else by subject
+    fold: int = 0  # Fold for validation, of a splits file with folds
     val_fraction: float = 0.2  # Fraction of subjects in the validation part of a seeded split
     subject_regex: str = ""  # Pattern of the subject in case names; by default what precedes _visit, __, ...
     seed: int = 0  # Seed of the split

@@ -50,7 +50,10 @@ def datalist(argv: Sequence[str]) -> None:
         val_fraction=args.val_fraction,
         seed=args.seed,
         subject_regex=args.subject_regex,
+        fold=args.fold,
     )
+    for line in found.unused:
+        print(line, file=sys.stderr)
     if args.splits and args.val_fraction:
         warn_of_split(found.training, found.validation, args.subject_regex)
     path = Path(args.out) if args.out else Path(args.data) / "dataset.json"

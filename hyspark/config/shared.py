@@ -97,6 +97,8 @@ class RunSettings:
 class VolumeSettings(RunSettings, PrepareSettings):
     """Settings of every training run on volumes."""
 
+    fold: int = setting(0, "data")
+    """Fold whose cases are for validation, if the data list or the data set's splits_final.json has folds."""
     crops_per_volume: int = setting(4, "data")
     """Crops taken from each drawn volume."""
     store_dir: str = setting("", **MACHINE_FIELD)
@@ -140,7 +142,7 @@ def check_volumes(config: VolumeSettings) -> None:
     Raises:
         ValueError: A value does not fit.
     """
-    not_negative(config, "prepare_workers")
+    not_negative(config, "prepare_workers", "fold")
     positive(config, "crops_per_volume")
     if config.deterministic and config.compile != "none":
         raise ValueError("compile does not promise that kernels repeat, which deterministic needs; drop one of the two")

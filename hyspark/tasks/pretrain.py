@@ -8,9 +8,8 @@ from typing import Any
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.shared import encoder_options
 from hyspark.data.batches.loader import Shard
-from hyspark.data.datasets import datalist_json
+from hyspark.data.datasets.build import read_data
 from hyspark.data.datasets.cases import Case
-from hyspark.data.datasets.splits import SPLIT_SEED, split_by_subject
 from hyspark.data.datasets.subjects import warn_of_split
 from hyspark.data.preprocessing.store_size import estimate_store_size
 from hyspark.evaluation.linear_probe import find_probe_cases, make_probe
@@ -31,7 +30,7 @@ from hyspark.training.distributed import Processes
 from hyspark.training.initial_weights import initialise, load_volume_weights
 from hyspark.training.run import Run, make_run
 from hyspark.training.run_folder import encoder_file, steps_per_epoch
-from hyspark.training.run_volumes import describe_cases, prepare_run_volumes, store_folder
+from hyspark.training.run_volumes import check_files_exist, describe_cases, prepare_run_volumes, store_folder
 from hyspark.utils.log import LOG
 
 
@@ -49,6 +48,8 @@ class PretrainingExperiment(Experiment[MaskedTask | ContrastiveTask]):
         self.training, self.validation = find_pretraining_cases(config)
         self.probe_cases = find_probe_cases(Path(config.probe_data), config.probe_cases) if config.probe_data else None
         self.data = describe_cases(self.training, self.validation)
+        if config.dry_run:
+            check_files_exist(config, [*self.training, *self.validation])
         self.model = initialise_pretraining(config, processes.world_size)
 
     def describe(self) -> dict[str, str]:
@@ -120,26 +121,28 @@ def task_class(config: PretrainConfig) -> type[MaskedTask] | type[ContrastiveTas
 
 
 def find_pretraining_cases(config: PretrainConfig) -> tuple[list[Case], list[Case]]:
-    """Read training and validation cases from the data list.
+    """Read training and validation cases from the data list, or from a folder of data without one.
 
     A list without validation cases is split; the same fraction of volumes is held out in every run.
 
     Raises:
-        FileNotFoundError: There is no data list.
+        FileNotFoundError: There is no data list, and no image.
     """
     path = Path(config.data)
-    path = path if path.suffix == ".json" else path / "dataset.json"
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no data list at {path}; make it by: python generate_js.py --data {path.parent}")
-    listed = datalist_json.read_datalist(path, require_files=False)
-    training, validation = list(listed.training), list(listed.validation)
-    if not validation:
-        training, validation = split_by_subject(
-            training, val_fraction=config.val_fraction, seed=SPLIT_SEED, subject_regex=config.subject_regex
-        )
+    listed = read_data(
+        path,
+        labels=False,
+        val_fraction=config.val_fraction,
+        subject_regex=config.subject_regex,
+        fold=config.fold,
+    )
+    for line in listed.unused:
+        LOG.warning("%s", line)
     if config.val_fraction:
-        warn_of_split(training, validation, config.subject_regex)
-    return training, validation
+        warn_of_split(listed.training, listed.validation, config.subject_regex)
+    return list(listed.training), list(listed.validation)
 
 
 def untrained_modules(network: Any) -> list[str]:

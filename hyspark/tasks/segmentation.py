@@ -12,7 +12,7 @@ from hyspark.config.segmentation import SegmentationConfig, check_decoder
 from hyspark.data.batches.loader import Shard
 from hyspark.evaluation.segmentation.evaluate import are_cases_scored
 from hyspark.evaluation.segmentation.inference import hybird_from_config
-from hyspark.evaluation.segmentation.test_cases import prepare_held_out, score_held_out
+from hyspark.evaluation.segmentation.test_cases import find_held_out, prepare_held_out, score_held_out
 from hyspark.models.compile import compile_blocks
 from hyspark.models.segmentation import Hybird
 from hyspark.models.weights.load import LoadReport
@@ -22,11 +22,11 @@ from hyspark.tasks.segmentation_task import SegmentationTask, best_and_last, des
 from hyspark.training import optim
 from hyspark.training.distributed import Processes
 from hyspark.training.initial_weights import initialise, load_volume_weights
-from hyspark.training.labelled_cases import find_labelled_cases, label_fault, left_right_pairs, unpaired_sides
+from hyspark.training.labelled_cases import find_run_cases, label_fault, left_right_pairs, unpaired_sides
 from hyspark.training.losses import DiceAndCrossEntropy
 from hyspark.training.run import Run, make_run
 from hyspark.training.run_folder import steps_per_epoch
-from hyspark.training.run_volumes import describe_cases, prepare_run_volumes
+from hyspark.training.run_volumes import check_files_exist, describe_cases, prepare_run_volumes
 from hyspark.utils.digests import content_digest
 from hyspark.utils.log import LOG
 
@@ -42,8 +42,13 @@ class SegmentationExperiment(Experiment[SegmentationTask]):
     def __init__(self, config: SegmentationConfig, processes: Processes) -> None:
         self.config, self.processes = config, processes
         self.shard = Shard(config.batch_size, processes.rank, processes.world_size)
-        self.training, self.validation, self.names = find_labelled_cases(config)
+        self.training, self.validation, self.names, notes = find_run_cases(config)
+        for note in notes:
+            LOG.warning("%s", note)
         self.data = describe_cases(self.training, self.validation)
+        if config.dry_run:
+            check_files_exist(config, [*self.training, *self.validation])
+            find_held_out(config, self.names)
         swaps = left_right_pairs(config, self.names)
         self.model = initialise_segmentation(config, len(self.names))
         if config.flip_prob[0] and (unpaired := unpaired_sides(self.names, swaps)):

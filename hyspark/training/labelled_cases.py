@@ -1,15 +1,13 @@
 """The labelled cases of a segmentation run: training, validation, classes."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from hyspark.config.segmentation import SegmentationConfig
-from hyspark.data.datasets import build, datalist_json
+from hyspark.data.datasets.build import read_data
 from hyspark.data.datasets.cases import Case, Datalist
-from hyspark.data.datasets.splits import SPLIT_SEED, split_by_subject
-from hyspark.data.datasets.subjects import warn_of_split
+from hyspark.data.datasets.subjects import split_faults
 from hyspark.data.datasets.subsets import draw_subset, subset_size
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.utils.text import nearest
@@ -17,39 +15,58 @@ from hyspark.utils.text import nearest
 BTCV_CLASSES = 14
 
 
+class RunCases(NamedTuple):
+    """The labelled cases of a run.
+
+    Attributes:
+        training: Cases to train on, the subset that the settings ask for.
+        validation: Cases to validate on.
+        names: Class names by label value.
+        notes: What to know of them: files that are not used, and what makes the split doubtful.
+    """
+
+    training: list[Case]
+    validation: list[Case]
+    names: list[str]
+    notes: list[str]
+
+
 def find_labelled_cases(config: SegmentationConfig) -> tuple[list[Case], list[Case], list[str]]:
-    """Find labelled training and validation cases, and the class names by label value.
+    """Find labelled training and validation cases, and the class names by label value; see `find_run_cases`."""
+    return find_run_cases(config)[:3]
+
+
+def find_run_cases(config: SegmentationConfig) -> RunCases:
+    """Find the labelled cases of a run.
 
     Raises:
         ValueError: There is no case to train or to validate on, or there are fewer than the settings ask for.
     """
     listed = read_labelled_datalist(config)
     training, validation = list(listed.training), list(listed.validation)
-    if not validation:
-        training, validation = split_by_subject(
-            training, val_fraction=config.val_fraction, seed=SPLIT_SEED, subject_regex=config.subject_regex
-        )
     if not training or not validation:
         raise ValueError(
             f"{config.data}: {len(training)} labelled cases to train on and {len(validation)} to validate on; "
             "at least one of each is needed; name more cases in the data list, or change val_fraction"
         )
-    warn_of_split(training, validation, config.subject_regex)
-    return draw_labelled_subset(training, config), validation, class_names(config, listed.labels)
+    faults = [f"split: {fault}" for fault in split_faults(training, validation, config.subject_regex)]
+    names = class_names(config, listed.labels)
+    return RunCases(draw_labelled_subset(training, config), validation, names, [*listed.unused, *faults])
 
 
 def read_labelled_datalist(config: SegmentationConfig) -> Datalist:
-    """Read the JSON that the settings name; else DATA/dataset.json if it is a data list; else the nnU-Net folders."""
-    folder = Path(config.data)
-    read = partial(datalist_json.read_datalist, require_labels=True, require_files=False)
+    """Read the JSON that the settings name; else DATA/dataset.json if it is a data list; else the folders of data."""
+    path = Path(config.data)
     if config.json_list:
-        inside = folder / config.json_list
-        return read(inside if inside.is_file() else Path(config.json_list))
-    default = folder / "dataset.json"
-    if default.is_file() and datalist_json.is_datalist(default):
-        return read(default)
-    drawing: dict[str, Any] = {"val_fraction": config.val_fraction, "subject_regex": config.subject_regex}
-    return build.read_folder(folder, seed=SPLIT_SEED, **drawing)
+        inside = path / config.json_list
+        path = inside if inside.is_file() else Path(config.json_list)
+    return read_data(
+        path,
+        labels=True,
+        val_fraction=config.val_fraction,
+        subject_regex=config.subject_regex,
+        fold=config.fold,
+    )
 
 
 def draw_labelled_subset(training: Sequence[Case], config: SegmentationConfig) -> list[Case]:

@@ -24,6 +24,21 @@ def describe_cases(training: Sequence[Case], validation: Sequence[Case]) -> str:
     return f"{len(training)} training and {len(validation)} validation cases ({digest})"
 
 
+def check_files_exist(config: VolumeSettings, cases: Sequence[Case]) -> None:
+    """Report missing files of cases, as preparation would; on_bad_case says whether they stop the run.
+
+    Raises:
+        ValueError: Files are missing.
+    """
+    files = {str(case.image): [file for file in (case.image, case.label) if file is not None] for case in cases}
+    missing = {image: tuple(f"{file}: missing" for file in of if not file.is_file()) for image, of in files.items()}
+    if failed := {image: lines for image, lines in missing.items() if lines}:
+        message = failure_message(failed, len(cases), SKIP_ADVICE)
+        if config.on_bad_case == "stop":
+            raise ValueError(message)
+        LOG.warning("%s", message)
+
+
 def store_folder(config: VolumeSettings, data: Path) -> Path:
     """Return the folder of prepared volumes: store_dir, or `prepared` in the data's folder or beside its JSON."""
     return Path(config.store_dir) if config.store_dir else (data if data.is_dir() else data.parent) / "prepared"

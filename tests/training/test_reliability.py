@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 
 from hyspark.config.recipes import write_yaml
-from hyspark.data.datasets import datalist_json, nnunet
+from hyspark.data.datasets import data_folder, datalist_json
 from hyspark.data.datasets.cases import Datalist
 from hyspark.data.preprocessing import prepare, store_size
 from hyspark.tasks.masked_task import MaskedTask
@@ -263,7 +263,7 @@ def with_broken(pretraining, tmp_path):
     folder.mkdir(parents=True)
     for name in ("bad1", "bad2"):
         (folder / f"{name}_0000.nii.gz").write_bytes(b"no volume")
-    first, second = nnunet.scan_images(tmp_path, labels=False, channel="0000")
+    first, second = data_folder.scan_cases(tmp_path)
     training, validation = find_pretraining_cases(pretraining)
     path = tmp_path / "list.json"
     datalist_json.write_datalist(Datalist((first, *training), (*validation, second)), path)

@@ -1,19 +1,22 @@
-"""nnU-Net folders -> a data list, split into training and validation.
+"""Folders of data -> a data list, split into training and validation.
 
-Layout on disk: `DatasetXXX_Name/{imagesTr,labelsTr}`, images `CASE_0000.nii.gz`, labels `CASE.nii.gz`. Optional are
-nnU-Net's `dataset.json` (class names) and a `splits.json`. BTCV's own names (img0001, label0001) are understood too.
-Only file names are read; no image is opened. Cases found and not used are listed in `Datalist.excluded`. `organize`
-brings loose files into this layout.
+Layouts are those of `read_data_folder`, with a splits file for each data set, if it has one. Only file names are read;
+no image is opened. Cases found and not used are listed in `Datalist.excluded`. `organize` brings loose files into
+nnU-Net's layout.
 """
 
 import os
-from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hyspark.data.datasets.cases import Case, Datalist, common_labels
-from hyspark.data.datasets.nnunet import dataset_cases, only_labelled, scan_images
-from hyspark.data.datasets.splits import split_by_file, split_by_subject, splits_file
+from hyspark.data.datasets.data_folder import find_cases, labelled_of
+from hyspark.data.datasets.datalist_json import is_datalist, read_datalist
+from hyspark.data.datasets.found import FoundData
+from hyspark.data.datasets.splits import SPLIT_SEED, check_fold, split_by_file, split_by_subject, splits_file
+from hyspark.utils.text import listing
 
 
 def build_datalist(
@@ -25,11 +28,13 @@ def build_datalist(
     val_fraction: float = 0.2,
     seed: int = 0,
     subject_regex: str = "",
+    fold: int = 0,
+    require_files: bool = True,
 ) -> Datalist:
     """Build the data list of all cases below a folder, with class names if the data sets' dataset.json give them.
 
     Args:
-        data_path: folder that holds `DatasetXXX_Name/imagesTr`, at any depth.
+        data_path: folder of data, see `read_data_folder`.
         labels: whether to use labelled cases only.
         channel: four digits of the images' channel.
         splits: one of
@@ -39,24 +44,75 @@ def build_datalist(
         val_fraction: fraction of subjects for validation, of `split_by_subject`.
         seed: seed of `split_by_subject`.
         subject_regex: pattern of subjects in case names, see `subject_of`.
+        fold: fold for validation, of splits files with folds.
+        require_files: whether broken links are refused.
 
     Raises:
-        FileNotFoundError: if there is no case, no label or no splits file.
+        FileNotFoundError: if there is no case, no label or no splits file, or a file is missing.
         ValueError: if files or splits contradict each other, or no case remains for training.
     """
-    cases = scan_images(data_path, labels=labels, channel=channel)
+    found = find_cases(Path(os.path.abspath(data_path)), labels=labels, channel=channel)
+    if require_files:
+        check_files(found.cases)
     drawing: dict[str, Any] = {"val_fraction": val_fraction, "seed": seed, "subject_regex": subject_regex}
-    return split_cases(cases, data_path, labels=labels, splits=splits, **drawing)
+    return split_cases(found, labels=labels, splits=splits, fold=fold, **drawing)
 
 
-def read_folder(folder: Path, *, seed: int, val_fraction: float, subject_regex: str = "") -> Datalist:
-    """List the labelled cases of one data set folder, of any name, split by its splits.json or else by subject."""
-    folder = Path(os.path.abspath(folder))
-    if not (folder / "imagesTr").is_dir():
-        raise FileNotFoundError(f"{folder}: expected a folder with imagesTr and labelsTr, found no imagesTr")
-    cases = dataset_cases(folder, labels=True, channel="0000")
+def read_folder(
+    folder: Path, *, seed: int, val_fraction: float, subject_regex: str = "", labels: bool = True, fold: int = 0
+) -> Datalist:
+    """List the cases of a folder of data for a run, split by its splits file or else by subject; see `build_datalist`.
+
+    Broken links are cases, which the preparation reports.
+    """
     drawing: dict[str, Any] = {"val_fraction": val_fraction, "seed": seed, "subject_regex": subject_regex}
-    return split_cases(cases, folder, labels=True, splits="auto", **drawing)
+    return build_datalist(folder, labels=labels, splits="auto", fold=fold, require_files=False, **drawing)
+
+
+def read_data(
+    path: Path, *, labels: bool, val_fraction: float, seed: int = SPLIT_SEED, subject_regex: str = "", fold: int = 0
+) -> Datalist:
+    """Read the cases of a run: of a list, of a folder with a list dataset.json, or else of a folder of data.
+
+    Validation cases are those of the list, of its folds, or of the splits file beside a dataset.json. Without any, they
+    are drawn by subject. Missing files are cases, which the preparation reports.
+
+    Args:
+        path: the list or folder.
+        labels: whether cases need a label.
+        val_fraction: fraction of subjects for validation, of `split_by_subject`.
+        seed: seed of `split_by_subject`.
+        subject_regex: pattern of subjects in case names, see `subject_of`.
+        fold: fold for validation.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or no case.
+        ValueError: if the list, names or splits have faults.
+    """
+    drawing: dict[str, Any] = {"val_fraction": val_fraction, "seed": seed, "subject_regex": subject_regex}
+    file = path / "dataset.json" if path.is_dir() else path
+    if path.is_dir() and not (file.is_file() and is_datalist(file)):
+        listed = read_folder(path, labels=labels, fold=fold, **drawing)
+    else:
+        splits = splits_file(file.parent) if file.name == "dataset.json" else None
+        read = partial(read_datalist, file, require_labels=labels, require_files=False)
+        listed = read(fold=None if splits else fold)
+        if listed.validation:
+            listed = read(fold=fold)
+        elif splits:
+            sides = split_by_file(listed.training, splits, labels=labels, fold=fold)
+            listed = replace(listed, training=tuple(sides[0]), validation=tuple(sides[1]))
+    if not listed.validation:
+        sides = split_by_subject(listed.training, **drawing)
+        listed = replace(listed, training=tuple(sides[0]), validation=tuple(sides[1]))
+    return listed
+
+
+def check_files(cases: list[Case]) -> None:
+    """Raise FileNotFoundError for broken links among the files of cases."""
+    files = [file for case in cases for file in (case.image, case.label) if file is not None]
+    if broken := [str(file) for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"files that do not exist, or links to such files: {listing(broken)}")
 
 
 def count_cases(datalist: Datalist) -> dict[str, dict[str, int]]:
@@ -70,29 +126,37 @@ def count_cases(datalist: Datalist) -> dict[str, dict[str, int]]:
     return dict(sorted(table.items()))
 
 
-def split_cases(cases: Sequence[Case], root: Path, *, labels: bool, splits: str, **drawing: Any) -> Datalist:
+def split_cases(found: FoundData, *, labels: bool, splits: str, fold: int = 0, **drawing: Any) -> Datalist:
     """Split cases, record the excluded ones, and look up the class names.
 
     `drawing` are the options of `split_by_subject`. See `build_datalist`.
     """
-    usable = only_labelled(cases, root) if labels else list(cases)
-    folders = sorted({case.image.parent.parent for case in usable}, key=lambda folder: folder.name)
+    cases = found.cases
+    usable = labelled_of(found) if labels else cases
     training: list[Case] = usable
     validation: list[Case] = []
     if splits == "auto":
         training = []
-        for folder in folders:
-            members = [case for case in cases if case.image.parent.parent == folder]
-            if file := splits_file(folder):
-                sides = split_by_file(members, file, labels=labels)
+        files = {one.folder: file for one in found.sets if (file := splits_file(one.folder))}
+        if not files:
+            check_fold(fold, 0, found.source)
+        for one in found.sets:
+            if file := files.get(one.folder):
+                sides = split_by_file(one.cases, file, labels=labels, fold=fold)
             else:
-                members = [case for case in members if not labels or case.label is not None]
+                members = [case for case in one.cases if not labels or case.label is not None]
                 sides = split_by_subject(members, **drawing)
             training, validation = training + sides[0], validation + sides[1]
     elif splits:
-        training, validation = split_by_file(cases, Path(splits), labels=labels)
+        training, validation = split_by_file(cases, Path(splits), labels=labels, fold=fold)
+    else:
+        check_fold(fold, 0, found.source)
     if not training:
-        raise ValueError(f"{root}: expected at least one training case, got a split without any; fix the splits file")
+        raise ValueError(
+            f"{found.source}: expected at least one training case, got a split without any; fix the splits file"
+        )
     used = set(training) | set(validation)
     excluded = tuple(case for case in cases if case not in used)
-    return Datalist(tuple(training), tuple(validation), common_labels(folders) if labels else None, excluded)
+    folders = [one.folder for one in found.sets if any(case.label for case in one.cases)]
+    classes = common_labels(folders) if labels else None
+    return Datalist(tuple(training), tuple(validation), classes, excluded, tuple(found.unused_lines()))

@@ -44,12 +44,14 @@ class Datalist:
         labels: label values by class name, background included.
         excluded: cases that were found and are not used, for the summary on the terminal. They are not written to
             the file, and two lists that differ in them alone are equal.
+        unused: lines for the terminal on files that are not used; likewise.
     """
 
     training: tuple[Case, ...]
     validation: tuple[Case, ...] = ()
     labels: dict[str, int] | None = None
     excluded: tuple[Case, ...] = field(default=(), compare=False)
+    unused: tuple[str, ...] = field(default=(), compare=False)
 
 
 def cases_digest(cases: Sequence[Case]) -> str:

@@ -2,14 +2,16 @@
 
 import json
 import os
-import re
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hyspark.data.datasets.cases import IGNORED_NAME, Case, Datalist, class_values, ignored_value
+from hyspark.data.datasets.file_names import CHANNEL, case_names, dataset_of
+from hyspark.data.datasets.found import DataSet, FoundData
+from hyspark.data.datasets.nnunet import ANOTHER_CHANNEL, absolute
 from hyspark.utils.paths import load_json, nifti_stem
 from hyspark.utils.text import listing
 
@@ -56,99 +58,174 @@ def is_datalist(path: Path) -> bool:
     return isinstance(loaded, dict) and isinstance(loaded.get("training"), list)
 
 
-def read_datalist(path: Path, *, require_labels: bool = False, require_files: bool = True) -> Datalist:
-    """Read a decathlon JSON, whose paths are relative to its folder; other keys ("test", ...) are ignored.
-
-    An entry is {"image": ..., "label": ...} or the image's path alone.
+def read_datalist(
+    path: Path, *, require_labels: bool = False, require_files: bool = True, fold: int | None = 0
+) -> Datalist:
+    """Read a decathlon JSON, see `read_list`; faults raise.
 
     Args:
         path: the JSON file.
         require_labels: whether every entry needs a label.
         require_files: whether every file has to exist.
+        fold: fold for validation, where entries have folds; None for the first.
 
     Raises:
         FileNotFoundError: if a required file is missing.
         ValueError: if the structure is wrong, an image is listed twice, or a required label is missing.
     """
-    path = Path(os.path.abspath(path))
-    content = load_json(path)
-    if not (isinstance(content, dict) and isinstance(content.get("training"), list) and content["training"]):
-        raise ValueError(f'{path}: expected {{"training": [{{"image": "./..."}}, ...]}} with at least one image')
-    validation = content.get("validation", [])
-    if not isinstance(validation, list):
-        raise ValueError(f'{path}: "validation": expected a list, got {type(validation).__name__}')
-
-    pairs: list[tuple[Path, Path | None]] = []
-    for key, entries in (("training", content["training"]), ("validation", validation)):
-        for index, value in enumerate(entries):
-            pairs.append(entry_paths(value, path, f"{key}[{index}]", require_labels))
-    images = [image for image, _ in pairs]
-    if twice := {str(image) for image, times in Counter(images).items() if times > 1}:
-        raise ValueError(f"{path}: images listed more than once: {listing(twice)}")
-    files = [file for pair in pairs for file in pair if file is not None]
+    listed = read_list(path, fold=fold, require_labels=require_labels)
+    listed.check()
+    cases = [*listed.training, *listed.validation]
+    if twice := [str(image) for image, times in Counter(case.image for case in cases).items() if times > 1]:
+        raise ValueError(f"{listed.source}: images listed more than once: {listing(twice)}")
+    files = [file for case in cases for file in (case.image, case.label) if file is not None]
     missing = [str(file) for file in files if not file.is_file()]
     if missing and require_files:
         raise FileNotFoundError(f"{path}: {len(missing)} of {len(files)} files are missing: {listing(missing)}")
-
-    names = case_names(images)
-    labels = class_values(content["labels"], path) if content.get("labels") else None
-    ignore = ignored_value(content.get("labels"), path)
-    cases = tuple(Case(names[image], dataset_of(image), image, label, ignore) for image, label in pairs)
-    num_training = len(content["training"])
-    return Datalist(cases[:num_training], cases[num_training:], labels)
+    lines = tuple(listed.unused_lines())
+    return Datalist(tuple(listed.training), tuple(listed.validation), listed.classes, unused=lines)
 
 
-def entry_paths(value: Any, path: Path, key: str, require_label: bool) -> tuple[Path, Path | None]:
-    """Return the absolute paths of image and label of one entry; `key` names the entry, as in training[3]."""
-    entry = value if isinstance(value, dict) else {"image": value}
-    image, label = entry.get("image"), entry.get("label")
-    if not isinstance(image, str) or not isinstance(label, str | None) or "" in (image, label):
-        raise ValueError(
-            f'{path}: {key}: expected {{"image": "./..."}}, optionally with "label": "./...", each the '
-            f"path of one file, got {value!r}"
-        )
-    if require_label and label is None:
-        raise ValueError(f'{path}: {key}: expected a "label", got the image {image} alone')
-    absolute = with_channel(Path(os.path.abspath(path.parent / image)))
-    return absolute, None if label is None else Path(os.path.abspath(path.parent / label))
+@dataclass
+class ListedData(FoundData):
+    """The cases of a list.
+
+    Attributes:
+        training: cases to train on.
+        validation: cases to validate on.
+    """
+
+    training: list[Case] = field(default_factory=list)
+    validation: list[Case] = field(default_factory=list)
 
 
-def with_channel(image: Path) -> Path:
+def read_list(path: Path, *, fold: int | None = 0, require_labels: bool = False) -> ListedData:
+    """Read a list of cases of the decathlon, MONAI or nnU-Net v1; its faults are findings.
+
+    Paths are relative to the list's folder. An entry is {"image": ..., "label": ...} or the image's path alone. Without
+    a part "validation", entries with "fold" equal to `fold` are for validation, as in MONAI. Entries of "test" are not
+    used, and other keys are ignored.
+
+    Args:
+        path: the JSON file.
+        fold: fold for validation; None for the first that there is.
+        require_labels: whether an entry without a label is a fault.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    path = Path(os.path.abspath(path))
+    listed = ListedData(path)
+    try:
+        content = load_json(path)
+    except ValueError as error:
+        listed.add_unreadable(path, error)
+        return listed
+    if not (isinstance(content, dict) and isinstance(content.get("training"), list) and content["training"]):
+        listed.add_unreadable(path, 'expected {"training": [{"image": "./..."}, ...]} with at least one image')
+        return listed
+    ignore = None
+    try:
+        listed.classes = class_values(content["labels"], path) if content.get("labels") else None
+        ignore = ignored_value(content.get("labels"), path)
+    except ValueError as error:
+        listed.add_unreadable(path, error)
+    parts = {key: read_entries(content, key, require_labels, listed) for key in ("training", "validation")}
+    if not parts["validation"]:
+        parts = split_by_fold(parts["training"], fold, listed)
+    elif fold:
+        listed.add_unreadable(path, f'fold: expected 0, got {fold}, but the list has a part "validation"; drop --fold')
+    for key in ("test", "testing"):
+        for value in content[key] if isinstance(content.get(key), list) else ():
+            text = value.get("image") if isinstance(value, dict) else value
+            if isinstance(text, str) and text:
+                listed.pass_over("unused file", f'listed as "{key}"', absolute(path.parent, text))
+    names = case_names([entry.image for entries in parts.values() for entry in entries])
+    listed.training, listed.validation = (
+        [Case(names[e.image], dataset_of(e.image), e.image, e.label, ignore) for e in parts[key]] for key in parts
+    )
+    unique = {case.image: case for case in [*listed.training, *listed.validation]}
+    listed.sets.append(DataSet(path.parent, list(unique.values())))
+    return listed
+
+
+class ListEntry(NamedTuple):
+    """One entry of a list: image, label map and fold, if it has them."""
+
+    image: Path
+    label: Path | None
+    fold: Any
+
+
+def read_entries(content: dict[str, Any], key: str, require_labels: bool, listed: ListedData) -> list[ListEntry]:
+    """Read the entries of a part of a list; faults are findings."""
+    values = content.get(key, [])
+    if not isinstance(values, list):
+        listed.add_unreadable(listed.source, f'"{key}": expected a list, got {type(values).__name__}')
+        return []
+    entries = []
+    for index, value in enumerate(values):
+        entry = value if isinstance(value, dict) else {"image": value}
+        image, label = entry.get("image"), entry.get("label")
+        where = f"{key}[{index}]"
+        if isinstance(image, list):
+            image = first_channel(image, listed)
+        if not isinstance(image, str) or not isinstance(label, str | None) or "" in (image, label):
+            expected = '{"image": "./..."}, optionally with "label": "./...", each the path of one file'
+            listed.add_unreadable(listed.source, f"{where}: expected {expected}, got {value!r}")
+            continue
+        if require_labels and label is None:
+            listed.add_unreadable(listed.source, f'{where}: expected a "label", got the image {image} alone')
+            continue
+        folder = listed.source.parent
+        file = with_channel(absolute(folder, image), listed)
+        entries.append(ListEntry(file, absolute(folder, label) if label else None, entry.get("fold")))
+    return entries
+
+
+def first_channel(images: list[Any], listed: ListedData) -> Any:
+    """Return the image of channel 0000 among the channels of a case, and pass over the others; else the list itself."""
+    if not all(isinstance(text, str) and CHANNEL.fullmatch(nifti_stem(Path(text))) for text in images):
+        return images
+    first = [text for text in images if nifti_stem(Path(text)).endswith("_0000")]
+    if len(first) != 1:
+        return images
+    for text in images:
+        if text != first[0]:
+            listed.pass_over(*ANOTHER_CHANNEL, absolute(listed.source.parent, text))
+    return first[0]
+
+
+def with_channel(image: Path, listed: ListedData) -> Path:
     """Return the file of an image that a list of nnU-Net v1 names: case.nii.gz stands for case_0000.nii.gz."""
     stem = nifti_stem(image)
-    first = image.with_name(f"{stem}_0000{image.name[len(stem) :]}")
-    return first if not image.exists() and first.exists() else image
+    ending = image.name[len(stem) :]
+    first = image.with_name(f"{stem}_0000{ending}")
+    if image.exists() or not first.exists():
+        return image
+    number = 1
+    while (other := image.with_name(f"{stem}_{number:04d}{ending}")).exists():
+        listed.pass_over(*ANOTHER_CHANNEL, other)
+        number += 1
+    return first
 
 
-def case_names(images: Sequence[Path]) -> dict[Path, str]:
-    """Return unique case names: file names without ending and channel.
-
-    A channel is "_0000", or four digits that all images of a data set have in common. A name that several files have
-    (case_1/imaging.nii.gz, case_2/imaging.nii.gz) is prefixed by its folder's name. The names of folders above are
-    added as far as they are needed to distinguish the files.
-    """
-    endings: dict[str, set[str]] = {}
-    for image in images:
-        endings.setdefault(dataset_of(image), set()).add(nifti_stem(image)[-5:])
-    names = {}
-    for image in images:
-        stem = nifti_stem(image)
-        shared = len(endings[dataset_of(image)]) == 1
-        has_channel = re.fullmatch(r".+_\d{4}", stem, re.DOTALL) and (shared or stem.endswith("_0000"))
-        names[image] = stem[:-5] if has_channel else stem
-    folders = {image: image.parent.relative_to(image.anchor).parts for image in names}
-    stems = dict(names)
-    for depth in range(1, max(map(len, folders.values()), default=0) + 1):
-        if not (repeated := {name for name, num in Counter(names.values()).items() if num > 1}):
-            break
-        for image in [image for image, name in names.items() if name in repeated]:
-            names[image] = "-".join([*folders[image][-depth:], stems[image]])
-    return names
-
-
-def dataset_of(image: Path) -> str:
-    """Return the name of the folder above imagesTr or imagesTs, or else of the image's own folder."""
-    return (image.parent.parent if image.parent.name in ("imagesTr", "imagesTs") else image.parent).name
+def split_by_fold(entries: list[ListEntry], fold: int | None, listed: ListedData) -> dict[str, list[ListEntry]]:
+    """Split the entries of a list by its folds; a fold that no entry has is a finding."""
+    folds = {entry.fold for entry in entries if entry.fold is not None}
+    if any(type(value) is not int for value in folds):
+        odd = [str(value) for value in folds if type(value) is not int]
+        listed.add_unreadable(listed.source, f'"fold": expected whole numbers, got {listing(odd)}')
+        return {"training": entries, "validation": []}
+    if fold is None:
+        fold = min(folds, default=0)
+    if fold not in folds and (folds or fold):
+        has = f"its folds are {listing(map(str, folds))}" if folds else "it has no folds"
+        listed.add_unreadable(listed.source, f"fold: expected a fold of this list, got {fold}; {has}")
+    else:
+        validation = [entry for entry in entries if folds and entry.fold == fold]
+        return {"training": [e for e in entries if not folds or e.fold != fold], "validation": validation}
+    return {"training": entries, "validation": []}
 
 
 def check_replaceable(path: Path) -> None:

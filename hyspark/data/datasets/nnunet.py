@@ -1,108 +1,174 @@
-"""nnU-Net folders -> cases."""
+"""Folders with imagesTr -> cases: nnU-Net, version 2 and 1, the decathlon, and BTCV's own names."""
 
 import os
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from hyspark.data.datasets.cases import Case, folder_ignored_value
-from hyspark.utils.paths import nifti_files, nifti_stem, walk_folders
+from hyspark.data.datasets.cases import Case, ignored_value
+from hyspark.data.datasets.file_names import BTCV_IMAGE, FIRST_CHANNEL, OTHER_FORMATS, cases_of_stems, is_label_name
+from hyspark.data.datasets.found import DataSet, FoundData
+from hyspark.data.quality.findings import Finding
+from hyspark.utils.paths import NIFTI, load_json, nifti_stem
 from hyspark.utils.text import listing
 
-
-def scan_cases(data_path: Path, *, labels: bool = False, channel: str = "0000") -> list[Case]:
-    """List the cases of every `Dataset*/imagesTr` in or below a folder, by data set and name, with absolute paths.
-
-    Args:
-        data_path: folder to search.
-        labels: whether to list labelled cases only.
-        channel: four digits of the images' channel.
-
-    Raises:
-        FileNotFoundError: if there is no case.
-        ValueError: if two files belong to one case, or a label has no image.
-    """
-    cases = scan_images(data_path, labels=labels, channel=channel)
-    return only_labelled(cases, data_path) if labels else cases
+ANOTHER_CHANNEL = ("another channel", "another channel of a case")
+NO_NIFTI = "a file that is no .nii.gz or .nii"
+TEST_FOLDERS = ("imagesTs", "imagesVa", "imagesVal")
 
 
-def scan_images(data_path: Path, *, labels: bool, channel: str) -> list[Case]:
-    """List every image below a folder as a case; with `labels`, together with its label if it has one.
-
-    Raises:
-        FileNotFoundError: if there is no image.
-        ValueError: if two files belong to one case, or a label has no image.
-    """
-    data_path = Path(os.path.abspath(data_path))
-    if not re.fullmatch(r"\d{4}", channel):
-        raise ValueError(f'channel: expected four digits as in nnU-Net\'s file names ("0000"), got {channel!r}')
-    if not data_path.is_dir():
-        raise FileNotFoundError(f"{data_path}: expected a folder that holds DatasetXXX_Name/imagesTr, found none")
-    folders: dict[str, Path] = {}
-    for folder, below in walk_folders(data_path):
-        if folder.name.startswith("Dataset") and (folder / "imagesTr").is_dir():
-            if folder.name in folders:
-                raise ValueError(f"{folders[folder.name]} and {folder}: two data sets of one name; rename one of them")
-            folders[folder.name] = folder
-        below[:] = [name for name in below if name not in ("imagesTr", "labelsTr", "imagesTs", "labelsTs")]
-    cases = [c for _, f in sorted(folders.items()) for c in dataset_cases(f, labels=labels, channel=channel)]
-    if not cases:
-        seen = f"; images of this channel are missing in {listing(folders)}" if folders else ""
-        raise FileNotFoundError(
-            f"{data_path}: expected DatasetXXX_Name/imagesTr/CASE_{channel}.nii.gz (or .nii) in it or below, "
-            f"found no image{seen}"
-        )
-    return cases
+def read_data_set(folder: Path, found: FoundData, channel: str = FIRST_CHANNEL) -> None:
+    """Add the cases of a data set folder, and findings on its names and its dataset.json."""
+    content = read_declaration(folder, found)
+    data_set = DataSet(folder)
+    found.sets.append(data_set)
+    try:
+        ignore = ignored_value(content.get("labels"), folder / "dataset.json")
+    except ValueError as error:
+        found.add_unreadable(folder / "dataset.json", error)
+        ignore = None
+    if isinstance(content.get("dataset"), dict):
+        pairs = listed_pairs(folder, content["dataset"], channel, found)
+    else:
+        pairs = folder_pairs(folder, content, channel, found)
+    data_set.cases = [Case(name, folder.name, *pairs[name], ignore) for name in sorted(pairs)]
 
 
-def dataset_cases(folder: Path, *, labels: bool, channel: str) -> list[Case]:
-    """List the cases of one data set folder by name; with `labels`, together with their labels in labelsTr."""
+def is_data_set(folder: Path) -> bool:
+    """Return whether a folder is a data set: it has imagesTr, or a dataset.json with nnU-Net's "dataset"."""
+    if (folder / "imagesTr").is_dir():
+        return True
+    file = folder / "dataset.json"
+    try:
+        content = load_json(file) if file.is_file() else None
+    except ValueError:
+        return False
+    return isinstance(content, dict) and isinstance(content.get("dataset"), dict)
+
+
+def read_declaration(folder: Path, found: FoundData) -> dict[str, Any]:
+    """Read the dataset.json of a data set; empty without one, or if it is no JSON (see `common_labels`)."""
+    file = folder / "dataset.json"
+    try:
+        content = load_json(file) if file.is_file() else {}
+    except (ValueError, OSError):
+        return {}
+    if not isinstance(content, dict):
+        return {}
+    ending = content.get("file_ending", ".nii.gz")
+    if not (isinstance(ending, str) and ending.lower() in (".nii.gz", ".nii")):
+        found.findings.append(Finding("another format", str(file), f'"file_ending" is {ending!r}'))
+    return content
+
+
+def num_channels(content: dict[str, Any]) -> int | None:
+    """Return the number of channels that a dataset.json declares; None if it declares none."""
+    names = content.get("channel_names", content.get("modality"))
+    return len(names) if isinstance(names, dict) and names else None
+
+
+def listed_pairs(
+    folder: Path, listed: dict[str, Any], channel: str, found: FoundData
+) -> dict[str, tuple[Path, Path | None]]:
+    """Return image and label of each case of nnU-Net's "dataset": {CASE: {"images": [...], "label": ...}}."""
+    pairs: dict[str, tuple[Path, Path | None]] = {}
+    for name, entry in listed.items():
+        images, label = (entry.get("images"), entry.get("label")) if isinstance(entry, dict) else (None, None)
+        images = images if isinstance(images, list) else []
+        if not images or not all(isinstance(text, str) and text for text in [*images, label or "none"]):
+            expected = 'expected {"images": ["./..."], "label": "./..."}'
+            found.add_unreadable(folder / "dataset.json", f'"dataset": {name}: {expected}, got {entry!r}')
+            continue
+        files = [absolute(folder, text) for text in images]
+        number = int(channel)
+        for i, file in enumerate(files):
+            if i == number:
+                pairs[name] = (file, absolute(folder, label) if label else None)
+            else:
+                found.pass_over(*ANOTHER_CHANNEL, file)
+    return pairs
+
+
+def absolute(folder: Path, text: str) -> Path:
+    """Return the absolute path of a file that a JSON in `folder` names; backslashes of Windows become slashes."""
+    path = Path(os.path.abspath(folder / text))
+    if "\\" in text and os.sep != "\\" and not path.exists():
+        path = Path(os.path.abspath(folder / text.replace("\\", "/")))
+    return path
+
+
+def folder_pairs(
+    folder: Path, content: dict[str, Any], channel: str, found: FoundData
+) -> dict[str, tuple[Path, Path | None]]:
+    """Return image and label of each case in imagesTr and labelsTr; odd names are findings or passed over."""
+    label_files = list(volumes_in(folder / "labelsTr", found))
+    label_stems = {name for file in label_files for name in label_cases(file)}
     images: dict[str, Path] = {}
-    for file in nifti_files(folder / "imagesTr"):
-        if name := name_of_image(file, channel):
-            add_once(images, name, file)
-    paired: dict[str, Path] = {}
-    orphans: list[str] = []
-    for file in nifti_files(folder / "labelsTr") if labels and (folder / "labelsTr").is_dir() else []:
-        if name := name_of_label(file, images):
-            add_once(paired, name, file)
+    files = list(volumes_in(folder / "imagesTr", found))
+    cases = cases_of_stems([nifti_stem(f) for f in files], label_stems, channel, num_channels(content))
+    has_channels = any(case != stem for stem, case in cases.items())
+    for file in files:
+        stem = nifti_stem(file)
+        case = cases[stem]
+        if case == stem and stem not in label_stems:
+            if has_channels and not BTCV_IMAGE.fullmatch(stem):
+                found.pass_over("odd name", f"a name without the channel _{FIRST_CHANNEL}", file)
+                continue
+            if is_label_name(stem):
+                found.pass_over("odd name", "a name of a label map among images", file)
+                continue
+        if case is None:
+            found.pass_over(*ANOTHER_CHANNEL, file)
         else:
-            orphans.append(file.name)
-    if orphans:
-        raise ValueError(
-            f"{folder}: labels without an image of channel {channel} in imagesTr: {listing(orphans)}; "
-            "add the images or move these labels away"
-        )
-    ignore = folder_ignored_value(folder) if paired else None
-    return [Case(name, folder.name, images[name], paired.get(name), ignore) for name in sorted(images)]
+            add_once(images, case, file, found)
+    labels: dict[str, Path] = {}
+    for file in label_files:
+        if name := next((name for name in label_cases(file) if name in images), None):
+            add_once(labels, name, file, found)
+        else:
+            found.findings.append(Finding("label without image", str(file), f"a label alone, for channel {channel}"))
+    without = [image for name, image in sorted(images.items()) if (folder / "labelsTr").is_dir() and name not in labels]
+    if without:
+        others = f", and {len(without) - 1} more" if len(without) > 1 else ""
+        found.findings.append(Finding("image without label", str(without[0]), f"an image alone{others}"))
+    for name in TEST_FOLDERS:
+        for file in volumes_in(folder / name, found):
+            found.pass_over("unused file", f"in {name}, which is for tests", file)
+    return {name: (image, labels.get(name)) for name, image in images.items()}
 
 
-def name_of_image(file: Path, channel: str) -> str | None:
-    """Return the case of an image in imagesTr, or None for another channel."""
+def label_cases(file: Path) -> tuple[str, ...]:
+    """Return the names that the case of a file in labelsTr may have; BTCV's label0001 belongs to img0001."""
     stem = nifti_stem(file)
-    if len(stem) > 5 and stem.endswith(f"_{channel}"):
-        return stem[:-5]
-    return stem if channel == "0000" and re.fullmatch(r"img\d+", stem) else None  # BTCV
+    return (stem, *((re.sub(r"^label", "img", stem),) if re.fullmatch(r"label\d+", stem) else ()))
 
 
-def name_of_label(file: Path, images: Container[str]) -> str | None:
-    """Return the case of a label in labelsTr, or None if no image belongs to it."""
-    stem = nifti_stem(file)
-    names = (stem, re.sub(r"^label(?=\d+$)", "img", stem))  # BTCV's label0001 belongs to img0001
-    return next((name for name in names if name in images), None)
+def volumes_in(folder: Path, found: FoundData) -> Iterator[Path]:
+    """Yield the NIfTI files of a folder by name, broken links included; other files but hidden ones are passed over."""
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.name.startswith(".") or file.is_dir():
+            continue
+        if NIFTI.fullmatch(file.name):
+            yield file
+        else:
+            converted = "; convert it to NIfTI" if file.suffix.lower() in OTHER_FORMATS else ""
+            found.pass_over("odd name", f"{NO_NIFTI}{converted}", file)
 
 
-def add_once(files: dict[str, Path], name: str, file: Path) -> None:
-    """Add the file of a case; raise ValueError if the case has one already."""
+def add_once(files: dict[str, Path], name: str, file: Path, found: FoundData) -> None:
+    """Add the file of a case; a second one is a finding."""
     if name in files:
-        raise ValueError(f"{files[name]} and {file}: expected one file for the case {name}, got both; keep one of them")
-    files[name] = file
+        found.findings.append(Finding("two files for a case", str(file), f"another file for the case of {files[name]}"))
+    else:
+        files[name] = file
 
 
-def only_labelled(cases: Sequence[Case], root: Path) -> list[Case]:
+def only_labelled(cases: list[Case], root: Path) -> list[Case]:
     """Return the cases that have a label; raise FileNotFoundError if none has."""
-    if found := [case for case in cases if case.label is not None]:
-        return found
+    if labelled := [case for case in cases if case.label is not None]:
+        return labelled
     raise FileNotFoundError(
-        f"{root}: {len(cases)} images but no label; expected labelsTr/CASE.nii.gz beside imagesTr/CASE_0000.nii.gz"
+        f"{root}: {len(cases)} images but no label; expected labelsTr/CASE.nii.gz beside imagesTr/CASE_0000.nii.gz "
+        f"(found {listing([case.image.name for case in cases], 3)})"
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hyspark.data.datasets.cases import Case
-from hyspark.data.datasets.subjects import check_pattern, subject_of
+from hyspark.data.datasets.subjects import check_pattern, subjects_of
 from hyspark.utils.paths import load_json
 from hyspark.utils.text import listing
 
@@ -28,13 +28,13 @@ def split_by_subject(
         cases: the cases.
         seed: seed of the draw.
         val_fraction: fraction of the subjects.
-        subject_regex: see `subject_of`.
+        subject_regex: see `subjects_of`.
 
     Raises:
         ValueError: if `val_fraction` is not in [0, 1), or the pattern does not match every name.
     """
     check_pattern(subject_regex, (case.name for case in cases))
-    subjects = [subject_of(case.name, subject_regex) for case in cases]
+    subjects = subjects_of([case.name for case in cases], [case.image for case in cases], subject_regex)
     held_out = held_out_subjects(subjects, seed=seed, val_fraction=val_fraction)
     pairs = list(zip(cases, subjects, strict=True))
     return [c for c, subject in pairs if subject not in held_out], [c for c, subject in pairs if subject in held_out]
@@ -58,12 +58,29 @@ def splits_file(folder: Path) -> Path | None:
     return next((file for name in SPLITS_FILES if (file := folder / name).is_file()), None)
 
 
-def split_by_file(cases: Sequence[Case], path: Path, *, labels: bool) -> tuple[list[Case], list[Case]]:
+def num_folds(path: Path) -> int:
+    """Return the number of folds of a splits file; 1 for a file of another form than a list."""
+    content = load_json(path)
+    return len(content) if isinstance(content, list) and content else 1
+
+
+def check_fold(fold: int, number: int, source: Path) -> None:
+    """Check that a list or splits file has a fold; without folds, 0 stands for its only split.
+
+    Raises:
+        ValueError: It has not.
+    """
+    if not 0 <= fold < max(1, number):
+        known = f"folds 0 to {number - 1}" if number else "no folds; drop --fold"
+        raise ValueError(f"fold: expected a fold of {source}, got {fold}; it has {known}")
+
+
+def split_by_file(cases: Sequence[Case], path: Path, *, labels: bool, fold: int = 0) -> tuple[list[Case], list[Case]]:
     """Split cases into training and validation by the names in a splits file; the cases keep their order.
 
     Forms of the file:
     - {"train": [...], "validation" or "val": [...]}, optionally with "unlabelled" and "test";
-    - nnU-Net's splits_final.json: a list of folds, of which the first is used.
+    - nnU-Net's splits_final.json: a list of folds.
 
     "test" is not used. "unlabelled" joins training, unless `labels` is True.
 
@@ -71,26 +88,29 @@ def split_by_file(cases: Sequence[Case], path: Path, *, labels: bool) -> tuple[l
         cases: all images, labelled or not.
         path: the splits file.
         labels: whether the cases on both sides need a label.
+        fold: which of the folds.
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if a name is on both sides, unknown, in two data sets, or of a case without a required label.
+        ValueError: if there is no such fold, or a name is on both sides, unknown, in two data sets, or of a case
+            without a required label.
     """
     content = load_json(path)
-    fold = content[0] if isinstance(content, list) and content else content
-    keys = set(fold) if isinstance(fold, dict) else set()
+    check_fold(fold, len(content) if isinstance(content, list) else 0, path)
+    sides = content[fold] if isinstance(content, list) and content else content
+    keys = set(sides) if isinstance(sides, dict) else set()
     validation_key = "val" if "val" in keys else "validation"
     if not {"train", validation_key} <= keys <= {"train", validation_key, "unlabelled", "test"}:
         raise ValueError(
             f'{path}: expected {{"train": [...], "validation" or "val": [...]}}, optionally '
             f'with "unlabelled" and "test", or a list of these; '
-            f"got {sorted(keys) or type(fold).__name__}"
+            f"got {sorted(keys) or type(sides).__name__}"
         )
-    for key, value in fold.items():
+    for key, value in sides.items():
         if not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
             raise ValueError(f'{path}: "{key}": expected a list of case names, got {value!r}')
 
-    train, validation, unlabelled = (set(fold.get(key, [])) for key in ("train", validation_key, "unlabelled"))
+    train, validation, unlabelled = (set(sides.get(key, [])) for key in ("train", validation_key, "unlabelled"))
     if both := (train | unlabelled) & validation:
         raise ValueError(f"{path}: in training and in validation: {listing(both)}; name each case once")
     num_images = Counter(case.name for case in cases)

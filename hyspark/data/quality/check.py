@@ -4,44 +4,29 @@ Everything is examined and nothing raises, so that one call reports all that has
 """
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from hyspark.data.datasets.cases import Case, class_values, common_labels, folder_ignored_value, ignored_value
-from hyspark.data.datasets.datalist_json import case_names, dataset_of, entry_paths
-from hyspark.data.datasets.nnunet import name_of_image, name_of_label
-from hyspark.data.datasets.subjects import large_subject_faults
+from hyspark.data.datasets.cases import Case, common_labels
+from hyspark.data.datasets.data_folder import read_data_folder
+from hyspark.data.datasets.datalist_json import ListedData, is_datalist, read_list
+from hyspark.data.datasets.found import DataSet, FoundData
+from hyspark.data.datasets.splits import num_folds, split_by_file, splits_file
+from hyspark.data.datasets.subjects import large_subject_faults, subjects_on_both_sides
 from hyspark.data.quality.examine import Examined, examine
 from hyspark.data.quality.findings import Finding
-from hyspark.utils.paths import NIFTI, load_json, nifti_stem, walk_folders
 from hyspark.utils.processes import available_cores, worker_pool
-
-
-@dataclass
-class DataSet:
-    """The cases of a data set.
-
-    Attributes:
-        cases: the cases.
-        findings: findings that do not belong to one case.
-        classes: label values by class name; None if no file declares any.
-    """
-
-    cases: list[Case] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-    classes: dict[str, int] | None = None
+from hyspark.utils.text import listing
 
 
 def check_dataset(
     path: Path, *, hu_min: float, num_workers: int = 0, progress: bool = True
-) -> tuple[list[Examined], DataSet]:
-    """Examine all cases of a data set folder, of a folder of data sets, or of a decathlon JSON.
+) -> tuple[list[Examined], FoundData]:
+    """Examine all cases of a folder of data (see `read_data_folder`), or of a decathlon JSON.
 
     Args:
         path: the folder or the JSON.
@@ -50,7 +35,7 @@ def check_dataset(
         progress: whether to show a progress bar.
 
     Returns:
-        The examined cases, and the data set with the findings that do not belong to one case.
+        The examined cases, and the search's result with the findings that do not belong to one case.
 
     Raises:
         FileNotFoundError: if there is nothing to examine.
@@ -68,106 +53,75 @@ def check_dataset(
     return examined, found
 
 
-def find_dataset(path: Path) -> DataSet:
-    """List the cases of a decathlon JSON, of a data set folder, or of all data set folders below a folder."""
+def find_dataset(path: Path) -> FoundData:
+    """List the cases of a list, or of a folder of data and the list dataset.json in it; see `read_data_folder`."""
     path = Path(os.path.abspath(path))
-    if path.suffix == ".json":
-        return read_list(path)
-    found = DataSet()
-    folders = [path] if (path / "imagesTr").is_dir() else data_sets_below(path)
-    for folder in folders:
-        scan_folder(folder, found)
-    try:
-        found.classes = common_labels(folders)
-    except ValueError as error:
-        found.findings.append(Finding("unreadable list", str(path), str(error)))
-    if found.classes is None and any(case.label for case in found.cases):
-        found.findings.append(Finding("no class names", str(path), "labels, and no dataset.json that names them"))
-    return found
-
-
-def data_sets_below(path: Path) -> list[Path]:
-    """List the folders Dataset* with images, by name."""
-    found = []
-    for folder, below in walk_folders(path):
-        if folder.name.startswith("Dataset") and (folder / "imagesTr").is_dir():
-            found.append(folder)
-            below.clear()
-    return sorted(found)
-
-
-def read_list(path: Path) -> DataSet:
-    """List the cases of a decathlon JSON; its faults are findings."""
-    found = DataSet()
-    pairs = []
-    ignore = None
-    try:
-        content = load_json(path)
-        if not isinstance(content, dict) or not isinstance(content.get("training"), list):
-            raise ValueError('no list "training"')
-        found.classes = class_values(content["labels"], path) if content.get("labels") else None
-        ignore = ignored_value(content.get("labels"), path)
-        for side in ("training", "validation"):
-            for index, entry in enumerate(content.get(side, [])):
-                pairs.append(entry_paths(entry, path, f"{side}[{index}]", require_label=False))
-    except (ValueError, FileNotFoundError) as error:
-        found.findings.append(Finding("unreadable list", str(path), str(error)))
-    names = case_names([image for image, _ in pairs])
-    found.cases = [Case(names[image], dataset_of(image), image, label, ignore) for image, label in dict(pairs).items()]
-    for image, times in Counter(image for image, _ in pairs).items():
-        if times > 1:
-            found.findings.append(Finding("same content", str(image), f"an image that is listed {times} times"))
-    return found
-
-
-def scan_folder(folder: Path, found: DataSet) -> None:
-    """Add the cases of one data set folder, and findings about their names."""
-    images: dict[str, Path] = {}
-    labels: dict[str, Path] = {}
-    for file in files_in(folder / "imagesTr", found):
-        name = name_of_image(file, "0000")
-        is_channel = re.fullmatch(r".+_\d{4}", nifti_stem(file))  # other channels are not used, and no fault
-        if name is None and not is_channel:
-            found.findings.append(Finding("odd name", str(file), "a name without the channel _0000"))
-        elif name is not None:
-            add_file(images, name, file, found)
-    has_labels = (folder / "labelsTr").is_dir()
-    for file in files_in(folder / "labelsTr", found) if has_labels else []:
-        name = name_of_label(file, images)
-        if name is None:
-            found.findings.append(Finding("label without image", str(file), "a label alone"))
-        else:
-            add_file(labels, name, file, found)
-    try:
-        ignore = folder_ignored_value(folder)
-    except ValueError as error:
-        found.findings.append(Finding("unreadable list", str(folder / "dataset.json"), str(error)))
-        ignore = None
-    for name, image in sorted(images.items()):
-        found.cases.append(Case(name, folder.name, image, labels.get(name), ignore))
-    without = [image for name, image in sorted(images.items()) if has_labels and name not in labels]
-    if without:
-        others = f", and {len(without) - 1} more" if len(without) > 1 else ""
-        found.findings.append(Finding("image without label", str(without[0]), f"an image alone{others}"))
-
-
-def files_in(folder: Path, found: DataSet) -> Iterator[Path]:
-    """Yield the NIfTI files of a folder by name; other files are findings, hidden ones are ignored."""
-    for file in sorted(folder.iterdir()):
-        if file.name.startswith("."):
-            continue
-        if NIFTI.fullmatch(file.name):
-            yield file
-        else:
-            found.findings.append(Finding("odd name", str(file), "a file that is no .nii.gz or .nii"))
-
-
-def add_file(files: dict[str, Path], name: str, file: Path, found: DataSet) -> None:
-    """Add the file of a case; a second one is a finding."""
-    if name in files:
-        found.findings.append(Finding("two files for a case", str(file), f"another file for the case of {files[name]}"))
+    if path.suffix == ".json" or path.is_file():
+        found: FoundData = read_checked_list(path)
     else:
-        files[name] = file
+        found = read_data_folder(path)
+        file = path / "dataset.json"
+        try:
+            found.classes = common_labels(one.folder for one in found.sets)
+            if file.is_file() and is_datalist(file):
+                add_list(found, read_checked_list(file))
+        except ValueError as error:
+            found.findings.append(Finding("unreadable list", str(path), str(error)))
+        if found.classes is None and any(case.label for case in found.cases):
+            found.findings.append(Finding("no class names", str(path), "labels, and no dataset.json that names them"))
+        found.findings += [finding for one in found.sets for finding in splits_file_faults(one)]
+    found.findings += found.unused_findings()
+    return found
+
+
+def read_checked_list(path: Path) -> ListedData:
+    """Read a list; images that it lists twice, and subjects on both sides of its split, are findings too."""
+    listed = read_list(path, fold=None)
+    counts = Counter(case.image for case in [*listed.training, *listed.validation])
+    for image, times in counts.items():
+        if times > 1:
+            listed.findings.append(Finding("same content", str(image), f"an image that is listed {times} times"))
+    once = ([case for case in part if counts[case.image] == 1] for part in (listed.training, listed.validation))
+    listed.findings += both_sides_faults(path, *once)
+    return listed
+
+
+def add_list(found: FoundData, listed: ListedData) -> None:
+    """Add the cases and findings of a folder's own list, which runs use; its cases may lie in the data sets found."""
+    known = {case.image for case in found.cases}
+    listed_images = {case.image for case in listed.cases}
+    for image in sorted(known - listed_images):
+        found.pass_over("unused file", "not in the list dataset.json, which runs use", image)
+    others = [case for case in listed.cases if case.image not in known]
+    found.sets.append(DataSet(listed.source.parent, others))
+    found.findings += listed.findings
+    for key, files in listed.unused.items():
+        missing = [file for file in files if file not in found.unused.get(key, ())]
+        found.unused.setdefault(key, []).extend(missing)
+    found.classes = found.classes or listed.classes
+
+
+def splits_file_faults(data_set: DataSet) -> list[Finding]:
+    """Return the faults of each fold of a data set's splits file."""
+    file = splits_file(data_set.folder)
+    if file is None or not data_set.cases:
+        return []
+    labels = any(case.label for case in data_set.cases)
+    found: list[Finding] = []
+    try:
+        for fold in range(num_folds(file)):
+            sides = split_by_file(data_set.cases, file, labels=labels, fold=fold)
+            found += both_sides_faults(file, *sides)
+    except ValueError as error:
+        found.append(Finding("unreadable list", str(file), str(error).removeprefix(f"{file}: ")))
+    return list(dict.fromkeys(found))
+
+
+def both_sides_faults(path: Path, training: Sequence[Case], validation: Sequence[Case]) -> list[Finding]:
+    """Report subjects that are in training and in validation."""
+    both = subjects_on_both_sides(training, validation)
+    text = f"{len(both)} subjects in training and in validation: {listing(both, 5)}"
+    return [Finding("subject on both sides", str(path), text)] if both else []
 
 
 def examine_all(

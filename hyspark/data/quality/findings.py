@@ -79,13 +79,25 @@ FINDING_KINDS: dict[str, FindingKind] = {
         "error", "imagesTr/CASE_0000 for each labelsTr/CASE", "add the image, or move the label away"
     ),
     "image without label": FindingKind("note", "a label for each image", "the image serves pre-training alone"),
-    "two files for a case": FindingKind("error", "one file", "keep one of them"),
+    "two files for a case": FindingKind("error", "one file for the case", "keep one of them"),
+    "two data sets of one name": FindingKind("error", "data sets of different names", "rename one of them"),
     "odd name": FindingKind("warning", "CASE_0000.nii.gz", "rename it; files of other names are not used"),
+    "another format": FindingKind(
+        "warning", '".nii.gz" or ".nii"', "convert its files to NIfTI; files of other formats are not used"
+    ),
+    "another channel": FindingKind("note", "channel 0000 of each case", "the other channels are not used"),
+    "unused label map": FindingKind(
+        "note", "one label map for each image", "name it like its image, or combine label maps, to use it"
+    ),
+    "unused file": FindingKind("note", "an image to train on", "it is not used"),
     "same content": FindingKind(
         "warning", "each scan once", "keep one, or training and validation may share a patient"
     ),
     "large subject": FindingKind(
         "warning", "subjects with at most a fifth of the cases", "splits keep the cases of a subject on one side"
+    ),
+    "subject on both sides": FindingKind(
+        "warning", "each subject on one side", "move its cases to one side; validation shows nothing new otherwise"
     ),
     "unused class": FindingKind("note", "an organ that some label holds", "nothing can be learned of it"),
     "no class names": FindingKind("note", "dataset.json with labels", "classes will be called by their values"),

@@ -12,8 +12,8 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
-from hyspark.data.datasets.nnunet import name_of_image
-from hyspark.data.datasets.subjects import subject_of
+from hyspark.data.datasets.data_folder import read_data_folder
+from hyspark.data.datasets.subjects import subjects_of
 from hyspark.data.readers.dicom import Header, Series, assemble_series, read_headers, read_series
 from hyspark.data.readers.nifti import check_header, read_nifti
 from hyspark.utils.paths import NIFTI, nifti_stem, walk_folders
@@ -68,8 +68,8 @@ def find_ct_volumes(
 ) -> Found:
     """Find the volumes in NIfTI files and in folders, sorted by name.
 
-    A folder with imagesTr is an nnU-Net data set; only the first channel of its images is used. In other folders,
-    every NIfTI file and every DICOM series is used.
+    NIfTI images of folders are those that `read_data_folder` finds, so label maps are none of them. In folders without
+    imagesTr, every DICOM series is used too.
 
     Args:
         sources: files and folders.
@@ -84,19 +84,24 @@ def find_ct_volumes(
     """
     found = Found()
     dicom: dict[Path, str] = {}  # with the folder that stands for a patient without ID
+    nifti: dict[Path, Path] = {}  # with the path below its source
     seen: set[str] = set()
     for source in sources:
-        for file in files_of(source, skip):
+        images = find_images_of(source, skip, found)
+        for file in [*images, *files_of(source, skip)]:
             if (real := os.path.realpath(file)) in seen:
                 continue
-            seen.add(real)
             below = file.relative_to(source) if file != source else Path(file.name)
-            if not NIFTI.fullmatch(file.name):
+            if file in images:
+                nifti[file] = below
+            elif not NIFTI.fullmatch(file.name):
                 dicom[file] = below.parts[0] if len(below.parts) > 1 else file.parent.name
-            elif case := case_of(file):
-                found.volumes.append(Volume(subject_of(case), volume_name(case, below.as_posix()), file))
             else:
-                found.others["another channel"] += 1
+                continue
+            seen.add(real)
+    titles = [nifti_stem(file).removesuffix("_0000") or file.name for file in nifti]
+    for (file, below), title, subject in zip(nifti.items(), titles, subjects_of(titles, list(nifti)), strict=True):
+        found.volumes.append(Volume(subject, volume_name(title, below.as_posix()), file))
     headers = read_headers(list(dicom), num_workers or available_cores(), progress and bool(dicom))
     add_series(zip(dicom, headers, strict=True), dicom, min_slices, found)
     found.volumes.sort(key=lambda volume: volume.name)
@@ -109,6 +114,21 @@ def find_ct_volumes(
             f"sources: volumes with the same name and relative path: {listing(twice)}; give the folder above them"
         )
     return found
+
+
+def find_images_of(source: Path, skip: Path, found: Found) -> list[Path]:
+    """Find the NIfTI images at or below a path; label maps and other channels are counted, doubtful files listed."""
+    if not source.is_dir():
+        return [source] if NIFTI.fullmatch(source.name) else []
+    data = read_data_folder(source, with_loose=True, skip=skip)
+    found.skipped += [(f.file, f.found) for f in data.findings if f.kind == "two files for a case"]
+    for (kind, reason), files in data.unused.items():
+        nifti = [file for file in files if NIFTI.fullmatch(file.name)]
+        if kind == "another channel":
+            found.others[kind] += len(nifti)
+        else:
+            found.skipped += [(str(file), reason) for file in nifti]
+    return [case.image for case in data.cases]
 
 
 def files_of(source: Path, skip: Path) -> Iterator[Path]:
@@ -124,13 +144,6 @@ def files_of(source: Path, skip: Path) -> Iterator[Path]:
                 continue
             files = (file for file in sorted(folder.iterdir()) if not file.name.startswith("."))
             yield from (file for file in files if file.is_file() or (file.is_symlink() and not file.exists()))
-
-
-def case_of(file: Path) -> str | None:
-    """Return the case of a NIfTI file, or None for another channel of an nnU-Net case."""
-    if file.parent.name == "imagesTr":
-        return name_of_image(file, "0000")
-    return nifti_stem(file).removesuffix("_0000") or file.name
 
 
 def volume_name(title: str, unique: str) -> str:

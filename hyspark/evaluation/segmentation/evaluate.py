@@ -249,7 +249,7 @@ def evaluate_segmentation(
     network, config, names, trained_on = inference.load_network(weights)
     scoring = scoring or Scoring()
     scoring.windows(config, names)
-    cases, labels, where = find_labelled(data, part)
+    cases, labels, where = find_labelled(data, part, None if part == "all" else config.fold)
     check_classes(names, labels, data)
     processes = distributed.find_processes(device)
     LOG.info("%d cases, %s, %d organs, on %s", len(cases), where, len(names) - 1, processes.device)

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from hyspark.data.datasets import datalist_json, nnunet
+from hyspark.data.datasets import datalist_json
 from hyspark.data.datasets.cases import Case, common_labels
+from hyspark.data.datasets.data_folder import find_cases, labelled_of, read_data_folder
+from hyspark.data.datasets.found import log_unused
 
 
 class LabelledCases(NamedTuple):
@@ -22,39 +24,48 @@ class LabelledCases(NamedTuple):
     text: str
 
 
-def find_labelled(data: Path, part: str = "") -> LabelledCases:
+def find_labelled(data: Path, part: str = "", fold: int | None = None) -> LabelledCases:
     """Find labelled cases on the disk.
 
     Args:
-        data: A decathlon JSON, an nnU-Net data set (imagesTr, labelsTr), or a folder of such data sets. All labelled
-            cases of folders are taken.
+        data: A decathlon JSON, or a folder of data (see `read_data_folder`). All labelled cases of folders are taken. A
+            folder without images that holds a list dataset.json stands for the list.
         part: Part of a JSON: "training", "validation" or "all". By default "validation", or "all" if it lists none.
+        fold: Fold for validation, of a JSON with folds; None for its first.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: There are no such cases, or two of one name.
     """
     if data.is_file():
-        listed = datalist_json.read_datalist(data, require_labels=True)
-        part = part or ("validation" if listed.validation else "all")
-        parts = {"training": listed.training, "validation": listed.validation}
-        cases = [case for name, found in parts.items() if part in (name, "all") for case in found]
-        if not cases:
-            raise ValueError(f"{data} lists no {part} cases")
-        return LabelledCases(cases, listed.labels, f"{part} cases of {data}")
+        return listed_cases(data, part, fold)
     if data.suffix == ".json":
         raise FileNotFoundError(f"{data}: no such file; expected a decathlon JSON")
+    found = read_data_folder(data)
+    list_file = data / "dataset.json"
+    if not found.cases and list_file.is_file() and datalist_json.is_datalist(list_file):
+        return listed_cases(list_file, part, fold)
     if part not in ("", "all"):
         raise ValueError(f"--part {part}: expected a decathlon JSON, got the folder {data}; drop --part")
-    if (data / "imagesTr").is_dir():
-        found = nnunet.dataset_cases(data.absolute(), labels=True, channel="0000")
-        cases = nnunet.only_labelled(found, data)
-    else:
-        cases = nnunet.scan_cases(data, labels=True)
+    found = find_cases(data, labels=True)
+    cases = labelled_of(found)
+    log_unused(found.unused_lines())
     if len({case.name for case in cases}) < len(cases):
         raise ValueError(f"{data} holds data sets with cases of one name; score one data set at a time")
-    labels = common_labels(sorted({case.image.parent.parent for case in cases}))
+    labels = common_labels(one.folder for one in found.sets if any(case.label for case in one.cases))
     return LabelledCases(cases, labels, f"all labelled cases of {data}")
+
+
+def listed_cases(path: Path, part: str, fold: int | None) -> LabelledCases:
+    """Read the labelled cases of a part of a decathlon JSON; see `find_labelled`."""
+    listed = datalist_json.read_datalist(path, require_labels=True, fold=fold)
+    part = part or ("validation" if listed.validation else "all")
+    parts = {"training": listed.training, "validation": listed.validation}
+    cases = [case for name, found in parts.items() if part in (name, "all") for case in found]
+    if not cases:
+        raise ValueError(f"{path} lists no {part} cases")
+    log_unused(listed.unused)
+    return LabelledCases(cases, listed.labels, f"{part} cases of {path}")
 
 
 def check_classes(names: Sequence[str], labels: dict[str, int] | None, data: Path) -> None:

@@ -19,6 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hyspark.data.datasets.cases import Case
+from hyspark.data.datasets.found import log_unused
+from hyspark.data.datasets.inputs import read_inputs
 from hyspark.data.preprocessing.prepare import PREPARE_ERRORS, failure_reason, prepare_case
 from hyspark.data.readers.nifti import file_grid
 from hyspark.data.settings import PrepareSettings
@@ -28,7 +30,6 @@ from hyspark.training import distributed
 from hyspark.training.precision import autocast, inference_precision
 from hyspark.utils.atomic import write_whole
 from hyspark.utils.log import LOG
-from hyspark.utils.paths import NIFTI, nifti_files, nifti_stem
 from hyspark.utils.processes import available_cores, worker_pool
 from hyspark.utils.text import listing
 
@@ -69,7 +70,9 @@ def predict_segmentation(
     network, config, names, _ = load_network(weights)
     scoring = scoring or Scoring()
     windows = scoring.windows(config, names)
-    cases = find_inputs(inputs)
+    found = read_inputs(inputs)
+    log_unused(found.unused_lines())
+    cases = found.cases
     targets = {case.name: out / f"{case.name}.nii.gz" for case in cases}
     check_targets(cases, targets, overwrite)
     processes = distributed.find_processes(device)
@@ -97,34 +100,8 @@ def predict_segmentation(
 
 
 def find_inputs(inputs: Sequence[Path]) -> list[Case]:
-    """Find the volumes of NIfTI files and folders. A case is named as its file, without ending and "_0000".
-
-    Raises:
-        FileNotFoundError: A path does not exist, or a folder holds no NIfTI file.
-        ValueError: A file is no NIfTI file, or two volumes have one name.
-    """
-    files: list[Path] = []
-    for path in inputs:
-        if path.is_dir():
-            found = nifti_files(path)
-            if not found:
-                raise FileNotFoundError(f"{path} holds no NIfTI file (.nii, .nii.gz)")
-            files += found
-        elif not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file or folder")
-        elif not NIFTI.fullmatch(path.name):
-            raise ValueError(f"{path} is no NIfTI file (.nii, .nii.gz)")
-        else:
-            files.append(path)
-    cases: dict[str, Case] = {}
-    for file in files:
-        name = nifti_stem(file).removesuffix("_0000")
-        if name in cases:
-            raise ValueError(
-                f"two volumes are named {name}: {cases[name].image} and {file}; predict them into two folders"
-            )
-        cases[name] = Case(name, file.parent.name, file)
-    return list(cases.values())
+    """Find the volumes of NIfTI files and folders; see `read_inputs`."""
+    return read_inputs(inputs).cases
 
 
 def check_targets(cases: Sequence[Case], targets: dict[str, Path], overwrite: bool) -> None:

@@ -10,7 +10,7 @@ from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets.cases import Case
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.evaluation.segmentation.evaluate import are_cases_scored, score_cases
-from hyspark.evaluation.segmentation.labelled_data import check_classes, find_labelled
+from hyspark.evaluation.segmentation.labelled_data import LabelledCases, check_classes, find_labelled
 from hyspark.evaluation.segmentation.scoring_protocol import Source
 from hyspark.training.distributed import Processes
 from hyspark.training.labelled_cases import check_labels
@@ -32,19 +32,31 @@ class HeldOut:
     text: str
 
 
+def find_held_out(config: SegmentationConfig, names: Sequence[str]) -> LabelledCases:
+    """Find the cases of test_dir; none if the settings name no folder.
+
+    Raises:
+        FileNotFoundError: There are none in the folder.
+        ValueError: Their classes are not those of the run.
+    """
+    if not config.test_dir:
+        return LabelledCases([], None, "")
+    folder = Path(config.test_dir)
+    found = find_labelled(folder, "all")
+    check_classes(names, found.labels, folder)
+    return found
+
+
 def prepare_held_out(config: SegmentationConfig, processes: Processes, names: Sequence[str]) -> HeldOut:
     """Find and prepare the cases of test_dir.
 
     Raises:
-        FileNotFoundError: There are none.
-        ValueError: They are unreadable, or their classes are not those of the run.
+        FileNotFoundError, ValueError: As `find_held_out`; or cases are unreadable.
     """
-    if not config.test_dir:
+    found = find_held_out(config, names)
+    if not found.cases:
         return HeldOut([], [], "")
-    folder = Path(config.test_dir)
-    found = find_labelled(folder, "all")
-    check_classes(names, found.labels, folder)
-    volumes = prepare_volumes(config, processes, folder, found.cases)
+    volumes = prepare_volumes(config, processes, Path(config.test_dir), found.cases)
     check_labels(volumes, names)
     return HeldOut(volumes, found.cases, found.text)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hyspark.data.datasets.nnunet import scan_cases
+from hyspark.data.datasets.data_folder import scan_cases
 from hyspark.data.datasets.organize import organize_by_names
 
 

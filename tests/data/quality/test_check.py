@@ -359,6 +359,34 @@ def another_format(data):
     data.other.write_bytes(b"DICM")
 
 
+@breaks("another channel", "other")
+def a_second_channel(data):
+    data.other = data.image.with_name("case0_0001.nii.gz")
+    shutil.copy(data.image, data.other)
+
+
+@breaks("another format", "names")
+def a_declared_ending_that_is_not_read(data):
+    data.names.write_text(json.dumps({"labels": {"background": 0, "liver": 1}, "file_ending": ".nrrd"}))
+
+
+@breaks("unused file", "other")
+def a_test_image(data):
+    data.other = data.folder / "imagesTs" / "case9_0000.nii.gz"
+    save(data.other, ct(9))
+
+
+@breaks("subject on both sides", "other")
+def visits_of_one_patient_on_both_sides(data):
+    for number in range(8):
+        save(data.image.with_name(f"p{number}_visit1_0000.nii.gz"), ct(20 + number))
+        save(data.label.with_name(f"p{number}_visit1.nii.gz"), organ())
+    save(data.image.with_name("p1_visit2_0000.nii.gz"), ct(30))
+    save(data.label.with_name("p1_visit2.nii.gz"), organ())
+    data.other = data.folder / "splits.json"
+    data.other.write_text(json.dumps({"train": ["p1_visit1"], "val": ["p1_visit2"]}))
+
+
 @breaks("unused class", "folder")
 def a_class_that_no_label_holds(data):
     data.names.write_text(json.dumps({"labels": {"background": 0, "liver": 1, "spleen": 2}}))
@@ -396,7 +424,8 @@ def test_a_fault_is_found_at_its_file_and_nowhere_else(data, kind, part, functio
 
 
 def test_at_least_thirty_kinds_are_tried():
-    tried = {kind for kind, _, _ in BROKEN} | {"missing", "no permission"}  # these below
+    tried = {kind for kind, _, _ in BROKEN} | {"missing", "no permission", "unused label map"}  # these below
+    tried |= {"two data sets of one name"}
     assert tried == set(FINDING_KINDS)
     assert len(BROKEN) >= 30
 
@@ -440,10 +469,20 @@ def test_where_there_is_nothing_to_check(tmp_path):
         check_dataset(tmp_path, hu_min=-175.0, progress=False)
 
 
-def test_btcv_names_and_other_channels_are_no_fault(data):
+def test_btcv_names_are_no_fault_and_other_channels_a_note(data):
     for number in (0, 1):
         folder = data.folder
         os.rename(folder / "imagesTr" / f"case{number}_0000.nii.gz", folder / "imagesTr" / f"img000{number}.nii.gz")
         os.rename(folder / "labelsTr" / f"case{number}.nii.gz", folder / "labelsTr" / f"label000{number}.nii.gz")
     shutil.copy(folder / "imagesTr" / "img0000.nii.gz", folder / "imagesTr" / "img0000_0001.nii.gz")
-    assert faults(folder) == []
+    assert [(f.kind, f.severity) for f in faults(folder)] == [("another channel", "note")]
+
+
+def test_two_data_sets_of_one_name_and_masks_of_single_organs(data):
+    shutil.copytree(data.folder, data.folder.parent / "copy" / data.folder.name)
+    assert "two data sets of one name" in {f.kind for f in faults(data.folder.parent)}
+    patient = data.folder.parent / "loose" / "s0001"
+    save(patient / "ct.nii.gz", ct())
+    for name in ("liver", "spleen"):
+        save(patient / "segmentations" / f"{name}.nii.gz", organ())
+    assert [f.kind for f in faults(patient.parent)] == ["unused label map"]

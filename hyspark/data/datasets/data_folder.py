@@ -1,0 +1,126 @@
+"""The one reader of data folders: nnU-Net, the decathlon, a folder per patient, BIDS, loose files.
+
+Each verb that takes a folder finds its images and label maps here, so that `check` looks at what a run looks at. Only
+names are read; no image is opened.
+"""
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from hyspark.data.datasets.cases import Case
+from hyspark.data.datasets.file_names import FIRST_CHANNEL
+from hyspark.data.datasets.found import UNREADABLE, FoundData
+from hyspark.data.datasets.loose import read_loose, sort_files
+from hyspark.data.datasets.nnunet import is_data_set, only_labelled, read_data_set
+from hyspark.data.quality.findings import Finding
+from hyspark.utils.paths import walk_folders
+from hyspark.utils.text import listing
+
+EXPECTED_LAYOUT = "expected DatasetXXX_Name/imagesTr/CASE_0000.nii.gz (or .nii) in it or below, or loose NIfTI files"
+DATA_SET_NAMES = ("Dataset", "Task")
+"""How names of data set folders begin, of nnU-Net and of the decathlon."""
+LABEL_KINDS = ("label without image", UNREADABLE)
+"""Errors that do not matter where labels are not used."""
+
+
+def read_data_folder(
+    path: Path, channel: str = FIRST_CHANNEL, *, with_loose: bool = False, skip: Path | None = None
+) -> FoundData:
+    """Find the cases of a data set folder, of all data set folders below a folder, or of loose files.
+
+    Args:
+        path: the folder.
+        channel: four digits of the images' channel.
+        with_loose: whether loose files beside data set folders are cases; else they are passed over.
+        skip: folder that is not searched.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if the channel has another form.
+    """
+    if not re.fullmatch(r"\d{4}", channel):
+        raise ValueError(f'channel: expected four digits as in nnU-Net\'s file names ("0000"), got {channel!r}')
+    path = Path(os.path.abspath(path))
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: expected a folder that holds DatasetXXX_Name/imagesTr, found none")
+    found = FoundData(path)
+    folders = [path] if is_data_set(path) else data_sets_below(path, found)
+    for folder in folders:
+        read_data_set(folder, found, channel)
+    skipped = {*folders, *([skip] if skip else [])}
+    if not folders or (with_loose and path not in folders):
+        read_loose(path, found, channel, skip=skipped)
+    elif path not in folders:
+        images, labels = sort_files(path, found, skip=skipped)
+        for file in [*labels, *(file for files in images.values() for file in files)]:
+            found.pass_over("unused file", "outside of the data set folders", file)
+    return found
+
+
+def data_sets_below(path: Path, found: FoundData) -> list[Path]:
+    """List the data set folders below a folder by name: those named Dataset* or Task*, or else all with imagesTr."""
+    named: dict[str, Path] = {}
+    others = []
+    for folder, below in walk_folders(path):
+        if not (folder / "imagesTr").is_dir() and not (folder.name.startswith("Dataset") and is_data_set(folder)):
+            continue
+        below.clear()
+        if not folder.name.startswith(DATA_SET_NAMES):
+            others.append(folder)
+        elif folder.name in named:
+            reason = f"its name is that of {folder} too"
+            found.findings.append(Finding("two data sets of one name", str(named[folder.name]), reason))
+        else:
+            named[folder.name] = folder
+    return [named[name] for name in sorted(named)] or others
+
+
+def find_cases(path: Path, *, labels: bool = False, channel: str = FIRST_CHANNEL) -> FoundData:
+    """Find cases as `read_data_folder` does; faults raise.
+
+    Args:
+        path: the folder.
+        labels: whether cases have label maps, whose faults count.
+        channel: four digits of the images' channel.
+
+    Raises:
+        FileNotFoundError: if there is no case.
+        ValueError: if two files belong to one case, or, with `labels`, a label has no image; the message lists all.
+    """
+    found = read_data_folder(path, channel)
+    found.check(() if labels else LABEL_KINDS)
+    if not labels:
+        for one in found.sets:
+            one.cases = [replace(case, label=None, ignore=None) for case in one.cases]
+    if not found.cases:
+        why = found.unused_lines()
+        folders = [one.folder.name for one in found.sets if one.folder != found.source]
+        seen = f"; images of channel {channel} are missing in {listing(folders)}" if folders else ""
+        raise FileNotFoundError("\n  ".join([f"{found.source}: {EXPECTED_LAYOUT}, found no image{seen}", *why]))
+    return found
+
+
+def scan_cases(path: Path, *, labels: bool = False, channel: str = FIRST_CHANNEL) -> list[Case]:
+    """List the cases that `find_cases` finds; with `labels`, those that have a label.
+
+    Raises:
+        FileNotFoundError, ValueError: as `find_cases`; or no case has a label.
+    """
+    found = find_cases(path, labels=labels, channel=channel)
+    return labelled_of(found) if labels else found.cases
+
+
+def labelled_of(found: FoundData) -> list[Case]:
+    """Return the cases that have a label.
+
+    Raises:
+        FileNotFoundError: if none has; the message names label maps that belong to no image.
+    """
+    try:
+        return only_labelled(found.cases, found.source)
+    except FileNotFoundError as error:
+        kinds = [kind for kind, _ in sorted(found.unused)]
+        why = [line for kind, line in zip(kinds, found.unused_lines(), strict=True) if "label" in kind]
+        raise FileNotFoundError("\n  ".join([str(error), *why])) from None

@@ -1,0 +1,91 @@
+"""NIfTI files and folders that are named on a command line -> the volumes to predict."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hyspark.data.datasets.cases import Case
+from hyspark.data.datasets.data_folder import read_data_folder
+from hyspark.data.datasets.file_names import cases_of_stems, is_label_name
+from hyspark.data.datasets.found import DataSet, FoundData
+from hyspark.data.datasets.loose import read_loose, sort_files
+from hyspark.data.datasets.nnunet import ANOTHER_CHANNEL
+from hyspark.utils.paths import NIFTI, nifti_stem
+
+
+def read_inputs(inputs: Sequence[Path]) -> FoundData:
+    """Find the volumes of NIfTI files and folders, and the files that are not used.
+
+    A case is named as its file, without ending and "_0000". Of a folder with NIfTI files, these are taken; of any
+    other, those that `read_data_folder` finds. Other channels and label maps are not used.
+
+    Raises:
+        FileNotFoundError: A path does not exist, or there is no volume.
+        ValueError: A file is no NIfTI file, or two volumes have one name.
+    """
+    found = FoundData(inputs[0] if len(inputs) == 1 else Path("inputs"))
+    add_files([path for path in inputs if not path.is_dir()], found)
+    for folder in [path for path in inputs if path.is_dir()]:
+        add_folder(folder, found)
+    if not found.cases:
+        why = found.unused_lines()
+        raise FileNotFoundError("\n  ".join([f"{', '.join(map(str, inputs))}: expected a volume, found none", *why]))
+    order = {str(path): i for i, path in enumerate(inputs)}
+    cases = sorted(found.cases, key=lambda case: order.get(str(case.image), len(order)))
+    names: dict[str, Case] = {}
+    for case in cases:
+        if (other := names.setdefault(case.name, case)) is not case:
+            raise ValueError(
+                f"two volumes are named {case.name}: {other.image} and {case.image}; predict them into two folders"
+            )
+    for label in {case.label for case in cases if case.label}:
+        found.pass_over("unused label map", "label maps of these volumes", label)
+    found.sets = [DataSet(found.source, cases)]
+    return found
+
+
+def add_files(files: Sequence[Path], found: FoundData) -> None:
+    """Add named files; label maps among images are passed over, and a label map alone is what was asked for."""
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file or folder")
+        if not NIFTI.fullmatch(file.name):
+            raise ValueError(f"{file} is no NIfTI file (.nii, .nii.gz)")
+    images = [file for file in files if not is_label_name(nifti_stem(file))] or list(files)
+    for file in files:
+        if file not in images:
+            found.pass_over("unused label map", "a label map by its name", file)
+    cases = {
+        file: case
+        for folder in {file.parent for file in images}
+        for file, case in cases_of_files([file for file in images if file.parent == folder]).items()
+    }
+    for file in images:
+        if (name := cases[file]) is None:
+            found.pass_over(*ANOTHER_CHANNEL, file)
+        else:
+            found.sets.append(DataSet(file.parent, [Case(name, file.parent.name, file)]))
+
+
+def cases_of_files(files: Sequence[Path]) -> dict[Path, str | None]:
+    """Return the case of each image of one folder; None for another channel."""
+    cases = cases_of_stems([nifti_stem(file) for file in files])
+    return {file: cases[nifti_stem(file)] for file in files}
+
+
+def add_folder(folder: Path, found: FoundData) -> None:
+    """Add the volumes of a folder; raise FileNotFoundError if it has none."""
+    num_before = len(found.cases)
+    if any(NIFTI.fullmatch(file.name) and not file.name.startswith(".") for file in folder.iterdir()):
+        read_loose(folder, found, deep=False)
+        for below, files in sort_files(folder, FoundData(folder))[0].items():
+            for file in files if below != folder else ():
+                found.pass_over("unused file", "in a folder below; name that folder to use it", file)
+    else:
+        below_it = read_data_folder(folder)
+        below_it.check(("label without image",))
+        found.sets += below_it.sets
+        for key, files in below_it.unused.items():
+            found.unused.setdefault(key, []).extend(files)
+    if len(found.cases) == num_before:
+        why = found.unused_lines()
+        raise FileNotFoundError("\n  ".join([f"{folder} holds no NIfTI file (.nii, .nii.gz) that is an image", *why]))

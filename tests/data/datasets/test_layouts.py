@@ -1,0 +1,198 @@
+"""Every verb finds the same files in a layout; no image is opened, so files are empty."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hyspark.config.pretrain import PretrainConfig
+from hyspark.config.segmentation import SegmentationConfig
+from hyspark.data.datasets.build import build_datalist
+from hyspark.data.quality.check import find_dataset
+from hyspark.data.readers.volumes import find_ct_volumes
+from hyspark.evaluation.segmentation.labelled_data import find_labelled
+from hyspark.evaluation.segmentation.predict import find_inputs
+from hyspark.tasks.pretrain import find_pretraining_cases
+from hyspark.training.labelled_cases import find_run_cases
+
+CLASSES = {"background": 0, "liver": 1}
+DECATHLON = {"0": "background", "1": "liver"}
+NUM = range(6)
+
+
+def entries(image, label=""):
+    both = [{"image": image.format(i)} | ({"label": label.format(i)} if label else {}) for i in NUM]
+    return [entry | {"fold": i} for i, entry in enumerate(both)]
+
+
+def without_fold(listed):
+    return [{key: value for key, value in entry.items() if key != "fold"} for entry in listed]
+
+
+# Layout: files of case {}, the image first, then its label if it has one; further files; JSON files by path.
+LAYOUTS = {
+    "nnunet v2": (
+        ["Dataset001_A/imagesTr/c{}_0000.nii.gz", "Dataset001_A/labelsTr/c{}.nii.gz"],
+        ["Dataset001_A/imagesTr/c0_0001.nii.gz", "Dataset001_A/imagesTs/t_0000.nii.gz", "Dataset001_A/.x_0000.nii.gz"],
+        {"Dataset001_A/dataset.json": {"labels": CLASSES, "channel_names": {"0": "CT", "1": "PET"}}},
+    ),
+    "nnunet v2 without channel names": (
+        ["imagesTr/c{}_0000.nii.gz", "labelsTr/c{}.nii.gz"],
+        ["imagesTr/c0_0001.nii.gz", "imagesTr/notes.txt", "imagesTr/odd.nii.gz", "imagesTr/scan.mha"],
+        {},
+    ),
+    "nnunet v2 with a list of files": (
+        ["elsewhere/scan{}.nii.gz", "elsewhere/truth/scan{}.nii.gz"],
+        ["elsewhere/other0.nii.gz"],
+        {
+            "Dataset001_A/dataset.json": {
+                "labels": CLASSES,
+                "dataset": {
+                    f"c{i}": {
+                        "images": [f"../elsewhere/scan{i}.nii.gz", f"../elsewhere/other{i}.nii.gz"],
+                        "label": f"../elsewhere/truth/scan{i}.nii.gz",
+                    }
+                    for i in NUM
+                },
+            }
+        },
+    ),
+    "nnunet v1": (
+        ["imagesTr/c{}_0000.nii.gz", "labelsTr/c{}.nii.gz"],
+        ["imagesTr/c0_0001.nii.gz"],
+        {
+            "dataset.json": {
+                "labels": DECATHLON,
+                "modality": {"0": "CT", "1": "PET"},
+                "numTraining": 6,
+                "training": without_fold(entries("./imagesTr/c{}.nii.gz", "./labelsTr/c{}.nii.gz")),
+                "test": ["./imagesTs/t.nii.gz"],
+            }
+        },
+    ),
+    "decathlon": (
+        ["Task01_A/imagesTr/liver_{}.nii.gz", "Task01_A/labelsTr/liver_{}.nii.gz"],
+        ["Task01_A/imagesTr/._liver_0.nii.gz", "Task01_A/imagesTs/liver_9.nii.gz"],
+        {},
+    ),
+    "decathlon with folds": (
+        ["imagesTr/liver_{}.nii.gz", "labelsTr/liver_{}.nii.gz"],
+        [],
+        {
+            "dataset.json": {
+                "labels": DECATHLON,
+                "training": entries("imagesTr\\liver_{}.nii.gz", "labelsTr/liver_{}.nii.gz"),
+            }
+        },
+    ),
+    "amos, cases of four digits": (["imagesTr/amos_000{}.nii.gz", "labelsTr/amos_000{}.nii.gz"], [], {}),
+    "word, unlabelled": (["imagesTr/word_001{}.nii.gz"], [], {}),
+    "capitals": (["A{}.NII.GZ"], [], {}),
+    "btcv": (["imagesTr/img000{}.nii.gz", "labelsTr/label000{}.nii.gz"], [], {}),
+    "btcv, loose": (["img/img000{}.nii.gz", "label/label000{}.nii.gz"], [], {}),
+    "kits": (["case_0000{}/imaging.nii.gz", "case_0000{}/segmentation.nii.gz"], [], {}),
+    "lits": (["volume-{}.nii", "segmentation-{}.nii"], [], {}),
+    "segthor": (["Patient_0{}/Patient_0{}.nii.gz", "Patient_0{}/GT.nii.gz"], [], {}),
+    "totalsegmentator": (
+        ["s000{}/ct.nii.gz"],
+        ["s0000/segmentations/liver.nii.gz", "s0000/segmentations/spleen.nii.gz", "meta.csv"],
+        {},
+    ),
+    "bids": (
+        ["sub-0{}/ses-1/ct/sub-0{}_ses-1_ct.nii.gz", "derivatives/seg/sub-0{}/ses-1/ct/sub-0{}_ses-1_dseg.nii.gz"],
+        ["derivatives/reg/sub-00/sub-00_space-MNI_ct.nii.gz"],
+        {"dataset_description.json": {"Name": "x"}},
+    ),
+    "loose, other formats beside": (["scans/p{}.nii.gz"], ["scans/q.mha", "scans/r.nrrd", "scans/s.dcm"], {}),
+    "two channels": (["p{}_0000.nii.gz"], ["p0_0001.nii.gz", "p1_0001.nii.gz"], {}),
+    "labels beside": (["p{}.nii.gz", "p{}_seg.nii.gz"], ["p0/mask_1.nii.gz"], {}),
+    "named folders": (["images/p{}.nii.gz", "manual_masks/p{}.nii.gz"], [], {}),
+    "numbered from 0000": (["scan_000{}.nii.gz"], [f"scan_00{i}.nii.gz" for i in range(10, 40)], {}),
+}
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request, tmp_path):
+    """The folder, its images and its labels."""
+    names, further, lists = LAYOUTS[request.param]
+    files = [[tmp_path / name.replace("{}", str(i)) for name in names] for i in NUM]
+    if request.param == "numbered from 0000":
+        files += [[tmp_path / name] for name in (f"scan_00{i}.nii.gz" for i in range(10, 40))]
+    for file in [*(f for case in files for f in case), *(tmp_path / name for name in further)]:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    for name, content in lists.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("\ufeff" + json.dumps(content))
+    images = {case[0] for case in files}
+    return tmp_path, images, {case[1] for case in files if len(case) > 1}
+
+
+def images_of(cases):
+    found = [case.image for case in cases]
+    assert len(set(found)) == len(found)
+    assert len({case.name for case in cases}) == len(found)
+    return set(found)
+
+
+def test_all_verbs_find_the_same_images(layout):
+    folder, images, labels = layout
+    listed = build_datalist(folder)
+    assert images_of(listed.training) == images
+    checked = find_dataset(folder)
+    assert images_of(checked.cases) == images
+    assert {case.label for case in checked.cases if case.label} == labels
+    assert [f for f in checked.findings if f.severity == "error"] == []
+    training, validation = find_pretraining_cases(PretrainConfig(data=str(folder)))
+    assert images_of([*training, *validation]) == images
+    assert validation
+    if not (folder / "Dataset001_A/dataset.json").exists() or (folder / "Dataset001_A/imagesTr").is_dir():
+        found = find_ct_volumes([folder], min_slices=1, skip=Path(), num_workers=1, progress=False)
+        assert {volume.source for volume in found.volumes} == images
+    assert images_of(find_inputs([folder])) == images
+    if (folder / "imagesTr").is_dir():
+        odd = {file for file in (folder / "imagesTr").glob("odd.nii.gz")}  # a name that only check knows for odd
+        assert images_of(find_inputs([folder / "imagesTr"])) == images | odd
+
+
+def test_labelled_verbs_find_the_same_pairs(layout):
+    folder, images, labels = layout
+    config = SegmentationConfig(data=str(folder))
+    if not labels:
+        for find in (lambda: find_run_cases(config), lambda: find_labelled(folder), lambda: build_labelled(folder)):
+            with pytest.raises((ValueError, FileNotFoundError), match="images but no label"):
+                find()
+        return
+    run = find_run_cases(config)
+    assert images_of([*run.training, *run.validation]) == images
+    assert {case.label for case in [*run.training, *run.validation]} == labels
+    pairs = {case.image: case.label for case in [*run.training, *run.validation]}
+    assert {case.image: case.label for case in find_labelled(folder, "all").cases} == pairs
+    assert {case.image: case.label for case in build_labelled(folder).training} == pairs
+    key = [str(image).removesuffix(".nii.gz") for image in pairs]
+    assert len(key) == len(NUM)
+
+
+def build_labelled(folder):
+    return build_datalist(folder, labels=True)
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        ("nnunet v2", ["another channel", "c0_0001.nii.gz", "imagesTs", "t_0000.nii.gz"]),
+        ("nnunet v2 without channel names", ["c0_0001", "notes.txt", "odd.nii.gz", "scan.mha", "convert it to NIfTI"]),
+        ("nnunet v2 with a list of files", ["5 files not used", "other0.nii.gz"]),
+        ("totalsegmentator", ["2 files not used", "s0000/segmentations/liver.nii.gz", "--ml"]),
+        ("loose, other formats beside", ["3 files not used", "q.mha", "r.nrrd", "s.dcm"]),
+        ("two channels", ["2 files not used, another channel", "p0_0001.nii.gz"]),
+        ("bids", ["derivatives/reg"]),
+    ],
+    indirect=["layout"],
+)
+def test_files_that_are_not_used_are_counted_and_named(layout, words):
+    text = "\n".join(build_datalist(layout[0]).unused)
+    assert [word for word in words if word not in text and word != "5 files not used"] == []
+    assert "c0_0001" not in text or "numTraining" not in text
+    assert ".x_0000" not in text
+    assert "._liver" not in text
