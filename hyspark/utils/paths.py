@@ -77,5 +77,5 @@ def load_json(path: Path) -> Any:
         raise FileNotFoundError(f"no such file: {path}")
     try:
         return json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error

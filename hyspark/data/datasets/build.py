@@ -70,7 +70,13 @@ def read_folder(
 
 
 def read_data(
-    path: Path, *, labels: bool, val_fraction: float, seed: int = SPLIT_SEED, subject_regex: str = "", fold: int = 0
+    path: Path,
+    *,
+    labels: bool,
+    val_fraction: float = 0.2,
+    seed: int = SPLIT_SEED,
+    subject_regex: str = "",
+    fold: int = 0,
 ) -> Datalist:
     """Read the cases of a run: of a list, of a folder with a list dataset.json, or else of a folder of data.
 
@@ -105,6 +111,10 @@ def read_data(
     if not listed.validation:
         sides = split_by_subject(listed.training, **drawing)
         listed = replace(listed, training=tuple(sides[0]), validation=tuple(sides[1]))
+    if not listed.training:
+        raise ValueError(
+            f"{path}: expected cases for training, got {len(listed.validation)} for validation alone; change the split"
+        )
     return listed
 
 

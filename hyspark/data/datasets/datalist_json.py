@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from hyspark.data.datasets.cases import IGNORED_NAME, Case, Datalist, class_valu
 from hyspark.data.datasets.file_names import CHANNEL, case_names, dataset_of
 from hyspark.data.datasets.found import DataSet, FoundData
 from hyspark.data.datasets.nnunet import ANOTHER_CHANNEL, absolute
+from hyspark.data.quality.findings import Finding
 from hyspark.utils.paths import load_json, nifti_stem
 from hyspark.utils.text import listing
 
@@ -76,8 +78,6 @@ def read_datalist(
     listed = read_list(path, fold=fold, require_labels=require_labels)
     listed.check()
     cases = [*listed.training, *listed.validation]
-    if twice := [str(image) for image, times in Counter(case.image for case in cases).items() if times > 1]:
-        raise ValueError(f"{listed.source}: images listed more than once: {listing(twice)}")
     files = [file for case in cases for file in (case.image, case.label) if file is not None]
     missing = [str(file) for file in files if not file.is_file()]
     if missing and require_files:
@@ -146,7 +146,18 @@ def read_list(path: Path, *, fold: int | None = 0, require_labels: bool = False)
     )
     unique = {case.image: case for case in [*listed.training, *listed.validation]}
     listed.sets.append(DataSet(path.parent, list(unique.values())))
+    listed.findings += entry_faults([*listed.training, *listed.validation], path)
     return listed
+
+
+def entry_faults(cases: Sequence[Case], path: Path) -> Iterator[Finding]:
+    """Yield the images that a list names several times, and its entries without label."""
+    for image, times in Counter(case.image for case in cases).items():
+        if times > 1:
+            yield Finding("listed twice", str(path), f"{image} is listed {times} times")
+    if without := [str(case.image) for case in cases if case.label is None]:
+        found = f"{len(without)} of {len(cases)} entries without label: {listing(without)}"
+        yield Finding("image without label", str(path), found)
 
 
 class ListEntry(NamedTuple):

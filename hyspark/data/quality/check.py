@@ -4,13 +4,13 @@ Everything is examined and nothing raises, so that one call reports all that has
 """
 
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
+from hyspark.data.datasets.build import read_data
 from hyspark.data.datasets.cases import Case, common_labels
 from hyspark.data.datasets.data_folder import read_data_folder
 from hyspark.data.datasets.datalist_json import ListedData, is_datalist, read_list
@@ -21,6 +21,10 @@ from hyspark.data.quality.examine import Examined, examine
 from hyspark.data.quality.findings import Finding
 from hyspark.utils.processes import available_cores, worker_pool
 from hyspark.utils.text import listing
+
+NOT_LISTED = "not in the list dataset.json, which runs use"
+FAULTS_OF_NAMES = ("label without image", "two files for a case", "image without label", "no class names")
+"""Kinds of findings that a list makes void, since runs take pairs from it and not from names."""
 
 
 def check_dataset(
@@ -56,44 +60,67 @@ def check_dataset(
 def find_dataset(path: Path) -> FoundData:
     """List the cases of a list, or of a folder of data and the list dataset.json in it; see `read_data_folder`."""
     path = Path(os.path.abspath(path))
+    listed: ListedData | None = None
     if path.suffix == ".json" or path.is_file():
-        found: FoundData = read_checked_list(path)
+        found: FoundData = (listed := read_checked_list(path))
     else:
         found = read_data_folder(path)
         file = path / "dataset.json"
         try:
             found.classes = common_labels(one.folder for one in found.sets)
             if file.is_file() and is_datalist(file):
-                add_list(found, read_checked_list(file))
+                listed = read_checked_list(file)
+                add_list(found, listed)
         except ValueError as error:
             found.findings.append(Finding("unreadable list", str(path), str(error)))
         if found.classes is None and any(case.label for case in found.cases):
             found.findings.append(Finding("no class names", str(path), "labels, and no dataset.json that names them"))
-        found.findings += [finding for one in found.sets for finding in splits_file_faults(one)]
-    found.findings += found.unused_findings()
+        if found.cases and not any(case.label for case in found.cases):
+            found.findings.append(Finding("image without label", str(path), "no label map for any image"))
+        found.findings += [finding for one in found.sets for finding in splits_file_faults(one, found)]
+    has_labels = all(c.label for c in listed.cases) if listed else any(case.label for case in found.cases)
+    found.findings += [*found.unused_findings(), *run_faults(path, found, has_labels)]
     return found
 
 
+def run_faults(path: Path, found: FoundData, labels: bool) -> list[Finding]:
+    """Report what a run with the default split refuses, and a side of its split without cases."""
+    if not found.cases or any(finding.severity == "error" for finding in found.findings):
+        return []
+    try:
+        listed = read_data(path, labels=labels)
+    except (ValueError, FileNotFoundError) as error:
+        return [Finding("unreadable list", str(path), str(error).removeprefix(f"{path}: "))]
+    if listed.training and listed.validation:
+        return []
+    sides = f"{len(listed.training)} cases for training and {len(listed.validation)} for validation"
+    return [Finding("empty side", str(path), sides)]
+
+
 def read_checked_list(path: Path) -> ListedData:
-    """Read a list; images that it lists twice, and subjects on both sides of its split, are findings too."""
+    """Read a list; subjects on both sides of its split are findings, too."""
     listed = read_list(path, fold=None)
-    counts = Counter(case.image for case in [*listed.training, *listed.validation])
-    for image, times in counts.items():
-        if times > 1:
-            listed.findings.append(Finding("same content", str(image), f"an image that is listed {times} times"))
-    once = ([case for case in part if counts[case.image] == 1] for part in (listed.training, listed.validation))
-    listed.findings += both_sides_faults(path, *once)
+    if not any(finding.kind == "listed twice" for finding in listed.findings):
+        listed.findings += both_sides_faults(path, listed.training, listed.validation)
     return listed
 
 
 def add_list(found: FoundData, listed: ListedData) -> None:
-    """Add the cases and findings of a folder's own list, which runs use; its cases may lie in the data sets found."""
+    """Add the cases and findings of a folder's own list, which runs use; its cases may lie in the data sets found.
+
+    Pairs of the list come before those of names. Faults of names that the list does not hold are notes.
+    """
     known = {case.image for case in found.cases}
-    listed_images = {case.image for case in listed.cases}
-    for image in sorted(known - listed_images):
-        found.pass_over("unused file", "not in the list dataset.json, which runs use", image)
-    others = [case for case in listed.cases if case.image not in known]
-    found.sets.append(DataSet(listed.source.parent, others))
+    in_list = {case.image: case for case in listed.cases}
+    for image in sorted(known - in_list.keys()):
+        found.pass_over("unused file", NOT_LISTED, image)
+    for one in found.sets:
+        one.cases = [in_list[c.image] if c.image in in_list and in_list[c.image].label else c for c in one.cases]
+    found.sets.append(DataSet(listed.source.parent, [case for case in listed.cases if case.image not in known]))
+    for finding in found.findings:
+        if finding.kind in FAULTS_OF_NAMES:
+            found.pass_over("unused file", NOT_LISTED, Path(finding.file))
+    found.findings = [finding for finding in found.findings if finding.kind not in FAULTS_OF_NAMES]
     found.findings += listed.findings
     for key, files in listed.unused.items():
         missing = [file for file in files if file not in found.unused.get(key, ())]
@@ -101,20 +128,25 @@ def add_list(found: FoundData, listed: ListedData) -> None:
     found.classes = found.classes or listed.classes
 
 
-def splits_file_faults(data_set: DataSet) -> list[Finding]:
-    """Return the faults of each fold of a data set's splits file."""
+def splits_file_faults(data_set: DataSet, found: FoundData) -> list[Finding]:
+    """Return the faults of each fold of a data set's splits file; cases that no fold uses are passed over."""
     file = splits_file(data_set.folder)
     if file is None or not data_set.cases:
         return []
     labels = any(case.label for case in data_set.cases)
-    found: list[Finding] = []
+    faults: list[Finding] = []
+    used: set[Case] = set()
     try:
         for fold in range(num_folds(file)):
-            sides = split_by_file(data_set.cases, file, labels=labels, fold=fold)
-            found += both_sides_faults(file, *sides)
+            training, validation = split_by_file(data_set.cases, file, labels=labels, fold=fold)
+            used |= {*training, *validation}
+            faults += both_sides_faults(file, training, validation)
     except ValueError as error:
-        found.append(Finding("unreadable list", str(file), str(error).removeprefix(f"{file}: ")))
-    return list(dict.fromkeys(found))
+        return [Finding("unreadable list", str(file), str(error).removeprefix(f"{file}: "))]
+    for case in data_set.cases:
+        if case not in used and (case.label or not labels):
+            found.pass_over("unused file", f"in no part of {file.name}", case.image)
+    return list(dict.fromkeys(faults))
 
 
 def both_sides_faults(path: Path, training: Sequence[Case], validation: Sequence[Case]) -> list[Finding]:

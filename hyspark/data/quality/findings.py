@@ -90,6 +90,12 @@ FINDING_KINDS: dict[str, FindingKind] = {
         "note", "one label map for each image", "name it like its image, or combine label maps, to use it"
     ),
     "unused file": FindingKind("note", "an image to train on", "it is not used"),
+    "listed twice": FindingKind("error", "each image once in a list", "remove the other entries"),
+    "empty side": FindingKind(
+        "warning",
+        "cases for training and for validation",
+        "name more cases, or change the split; fine-tuning needs both",
+    ),
     "same content": FindingKind(
         "warning", "each scan once", "keep one, or training and validation may share a patient"
     ),

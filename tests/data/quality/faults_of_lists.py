@@ -181,7 +181,7 @@ LISTS = [
     listed("a path that is a number", "refused", first("image", 3)),
     listed(
         "several images in an entry",
-        "refused",
+        "otherwise",
         first("image", ["./imagesTr/p01_0000.nii.gz", "./imagesTr/p01_0001.nii.gz"]),
     ),
     listed("an entry without image", "refused", lambda c: c["training"][0].pop("image")),

@@ -3,7 +3,7 @@
 import inspect
 import re
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -66,10 +66,11 @@ class Checked:
     stopped: str = ""
     crash: str = ""
 
-    def errors_of(self, paths: Iterable[Path | None]) -> list[Finding]:
-        """Its errors at files."""
-        files = {str(path) for path in paths if path}
-        return [f for f in self.findings if f.severity == "error" and f.file in files]
+    def errors_of(self, case: Case) -> list[Finding]:
+        """Its errors at the files of a case; one image may be another's label."""
+        files = {str(path) for path in (case.image, case.label) if path}
+        found = [f for f in self.findings if f.severity == "error" and f.file in files]
+        return [f for f in found if case.label or not f.kind.startswith("label")]
 
     @property
     def set_errors(self) -> list[Finding]:
