@@ -87,11 +87,14 @@ def read_checked_list(path: Path) -> ListedData:
 
 
 def add_list(found: FoundData, listed: ListedData) -> None:
-    """Add the cases and findings of a folder's own list, which runs use; its cases may lie in the data sets found."""
+    """Add the cases and findings of a folder's own list, which runs use, with its labels for cases found before."""
     known = {case.image for case in found.cases}
-    listed_images = {case.image for case in listed.cases}
-    for image in sorted(known - listed_images):
+    listed_cases = {case.image: case for case in listed.cases}
+    for image in sorted(known - set(listed_cases)):
         found.pass_over("unused file", "not in the list dataset.json, which runs use", image)
+    for one in found.sets:
+        with_labels = ((case, listed_cases.get(case.image)) for case in one.cases)
+        one.cases = [listed if listed and listed.label else case for case, listed in with_labels]
     others = [case for case in listed.cases if case.image not in known]
     found.sets.append(DataSet(listed.source.parent, others))
     found.findings += listed.findings
@@ -120,7 +123,7 @@ def splits_file_faults(data_set: DataSet) -> list[Finding]:
 def both_sides_faults(path: Path, training: Sequence[Case], validation: Sequence[Case]) -> list[Finding]:
     """Report subjects that are in training and in validation."""
     both = subjects_on_both_sides(training, validation)
-    text = f"{len(both)} subjects in training and in validation: {listing(both, 5)}"
+    text = f"subjects in training and in validation: {listing(both, 5)}"
     return [Finding("subject on both sides", str(path), text)] if both else []
 
 
