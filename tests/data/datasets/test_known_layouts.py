@@ -11,12 +11,13 @@ import pytest
 from hyspark.cli.main import main
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets.build import build_datalist, read_folder
+from hyspark.data.datasets.data_folder import find_cases
 from hyspark.data.datasets.datalist_json import read_datalist
 from hyspark.data.quality.check import find_dataset
 from hyspark.data.quality.examine import examine
 from hyspark.evaluation.segmentation.labelled_data import find_labelled
 from hyspark.training.labelled_cases import find_run_cases
-from hyspark.utils.paths import load_json, nifti_files, nifti_stem
+from hyspark.utils.paths import load_json
 
 
 def write_cases(folder, names, image="{}_0000.nii.gz"):
@@ -57,7 +58,7 @@ def test_json_with_a_byte_order_mark_is_read(tmp_path, encoding):
 def test_endings_in_capitals_are_nifti(tmp_path):
     for name in ("A.NII.GZ", "b.Nii", "c.nii.gz", "d.nrrd"):
         (tmp_path / name).touch()
-    assert [nifti_stem(file) for file in nifti_files(tmp_path)] == ["A", "b", "c"]
+    assert [case.name for case in find_cases(tmp_path).cases] == ["A", "b", "c"]
 
 
 def test_a_fold_is_chosen_of_splits_final_and_of_a_list(tmp_path):
