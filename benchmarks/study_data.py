@@ -56,7 +56,7 @@ def find(data: Path, labelled: str, unlabelled: Sequence[str], seed: int) -> Fou
     usable = split_by_file(cases, splits, labels=False)[0] if splits.is_file() else cases
     spare = [case for case in usable if case.label is None]
     for name in unlabelled:
-        spare += data_folder.scan_cases(data / name)
+        spare += data_folder.find_cases(data / name).cases
     order = np.random.default_rng(seed).permutation(len(spare))
     return Found(list(listed.training), list(listed.validation), [spare[i] for i in order])
 

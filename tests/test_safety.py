@@ -136,7 +136,7 @@ def test_the_report_escapes_names_and_holds_no_header_text(pretraining, tmp_path
         write_case(data, name, descrip=PATIENT, aux_file="19510203")
     bad = data / "Dataset001_Evil" / "imagesTr" / "<i>bad<_0000.nii.gz"
     bad.write_bytes(b"no volume")
-    found = data_folder.scan_cases(data)
+    found = data_folder.find_cases(data).cases
     listed = Datalist(tuple(c for c in found if c.name != "third"), tuple(c for c in found if c.name == "third"))
     datalist_json.write_datalist(listed, data / "dataset.json")
     config = replace(pretraining, data=str(data), max_steps=1, batch_size=1, on_bad_case="skip", picture_every=1)

@@ -12,13 +12,13 @@ DEVICE_CHOICES = get_args(get_type_hints(RunSettings)["device"])
 
 
 class DatalistArguments(Arguments):
-    """Write dataset.json for every Dataset*/imagesTr below a folder.
+    """Write the data list of a folder: nnU-Net data sets, or another layout of data/README.md.
 
     Example:
         hyspark datalist --data data --labels --splits auto --out data/labelled.json
     """
 
-    data: str = "data"  # Folder with nnU-Net data sets (DatasetXXX_Name/imagesTr), or one of them
+    data: str = "data"  # Folder of data: nnU-Net data sets (DatasetXXX_Name/imagesTr), one of them, or loose files
     out: str = ""  # File to write; by default DATA/dataset.json
     labels: bool = False  # List labelled cases only, each with its label, for fine-tuning
     splits: str = ""  # A splits file, or auto: each data set's splits.json or splits_final.json, else by subject
@@ -44,7 +44,7 @@ class CheckArguments(Arguments):
         hyspark check data/Dataset015_BTCV --out check
     """
 
-    data: str  # nnU-Net data set, a folder that holds some, or a decathlon JSON
+    data: str  # Folder of data: an nnU-Net data set, a folder that holds some, loose files; or a decathlon JSON
     out: str = "check"  # Folder for check.html and check.json
     spacing: tuple[float, float, float] = PretrainConfig.spacing  # Voxel spacing in mm of preparation, for estimates
     hu_min: float = PretrainConfig.hu_min  # HU up to which training sees air

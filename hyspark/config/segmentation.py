@@ -29,10 +29,11 @@ class SegmentationConfig(VolumeSettings, EncoderSettings):
     """
 
     data: str = setting("data", "data", first=True, old=("data_dir",), may_change=True)
-    """Folder of labelled data: an nnU-Net data set (imagesTr, labelsTr), or a folder with a decathlon JSON."""
+    """Folder of labelled data: an nnU-Net data set (imagesTr, labelsTr), loose files, or a decathlon JSON.
+    """
     json_list: str = setting("", "data")
     """Decathlon JSON inside the data folder, or its path. By default dataset.json if it is a data list, else the
-    nnU-Net folders.
+    folder's images and label maps.
     """
     out: str = setting("ckpt/finetune", "run", first=True, old=("logdir",), may_change=True, affects_results=False)
     """Run folder. The same command on it continues the run."""

@@ -66,7 +66,7 @@ def read_score_table(path: Path) -> ScoreTable:
         FileNotFoundError: There is no such file.
         ValueError: A column is missing, or a cell is no number; the message names the file.
     """
-    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         header, *lines = list(csv.reader(file)) or [[]]
     of_images = header[:2] == list(IMAGE_COLUMNS)
     try:

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hyspark.utils.text import listing
-
 NIFTI = re.compile(r"(?P<stem>.+?)\.nii(\.gz)?", re.DOTALL | re.IGNORECASE)
 
 
@@ -35,18 +33,6 @@ def walk_folders(top: Path, *, skip: Path | None = None) -> Iterator[tuple[Path,
             yield Path(folder), below
             paths = [os.path.join(folder, name) for name in below]
             pending += [path for path in paths if os.path.islink(path)]
-
-
-def nifti_files(folder: Path) -> list[Path]:
-    """List the NIfTI files directly in a folder by name, without hidden ones.
-
-    Raises:
-        FileNotFoundError: for a broken link.
-    """
-    files = [f for f in sorted(folder.iterdir()) if NIFTI.fullmatch(f.name) and not f.name.startswith(".")]
-    if broken := [str(file) for file in files if not file.exists()]:
-        raise FileNotFoundError(f"links to files that do not exist: {listing(broken)}")
-    return [file for file in files if file.is_file()]
 
 
 def nifti_stem(file: Path) -> str:

@@ -263,7 +263,7 @@ def with_broken(pretraining, tmp_path):
     folder.mkdir(parents=True)
     for name in ("bad1", "bad2"):
         (folder / f"{name}_0000.nii.gz").write_bytes(b"no volume")
-    first, second = data_folder.scan_cases(tmp_path)
+    first, second = data_folder.find_cases(tmp_path).cases
     training, validation = find_pretraining_cases(pretraining)
     path = tmp_path / "list.json"
     datalist_json.write_datalist(Datalist((first, *training), (*validation, second)), path)

@@ -103,13 +103,6 @@ def ignored_value(labels: Any, path: Path) -> int | None:
     return value
 
 
-def folder_ignored_value(folder: Path) -> int | None:
-    """Return the ignored value that the dataset.json of a data set folder declares; None without one."""
-    file = folder / "dataset.json"
-    content = load_json(file) if file.is_file() else {}
-    return ignored_value(content.get("labels"), file) if isinstance(content, dict) else None
-
-
 def class_values(labels: Any, path: Path) -> dict[str, int]:
     """Convert {"spleen": 1} (nnU-Net) or {"1": "spleen"} (decathlon) to class values by name, sorted by value.
 

@@ -13,7 +13,7 @@ from hyspark.data.datasets.cases import Case
 from hyspark.data.datasets.file_names import FIRST_CHANNEL
 from hyspark.data.datasets.found import UNREADABLE, FoundData
 from hyspark.data.datasets.loose import read_loose, sort_files
-from hyspark.data.datasets.nnunet import is_data_set, only_labelled, read_data_set
+from hyspark.data.datasets.nnunet import is_data_set, read_data_set
 from hyspark.data.quality.findings import Finding
 from hyspark.utils.paths import walk_folders
 from hyspark.utils.text import listing
@@ -102,25 +102,19 @@ def find_cases(path: Path, *, labels: bool = False, channel: str = FIRST_CHANNEL
     return found
 
 
-def scan_cases(path: Path, *, labels: bool = False, channel: str = FIRST_CHANNEL) -> list[Case]:
-    """List the cases that `find_cases` finds; with `labels`, those that have a label.
-
-    Raises:
-        FileNotFoundError, ValueError: as `find_cases`; or no case has a label.
-    """
-    found = find_cases(path, labels=labels, channel=channel)
-    return labelled_of(found) if labels else found.cases
-
-
 def labelled_of(found: FoundData) -> list[Case]:
     """Return the cases that have a label.
 
     Raises:
         FileNotFoundError: if none has; the message names label maps that belong to no image.
     """
-    try:
-        return only_labelled(found.cases, found.source)
-    except FileNotFoundError as error:
-        kinds = [kind for kind, _ in sorted(found.unused)]
-        why = [line for kind, line in zip(kinds, found.unused_lines(), strict=True) if "label" in kind]
-        raise FileNotFoundError("\n  ".join([str(error), *why])) from None
+    if labelled := [case for case in found.cases if case.label is not None]:
+        return labelled
+    kinds = [kind for kind, _ in sorted(found.unused)]
+    why = [line for kind, line in zip(kinds, found.unused_lines(), strict=True) if "label" in kind]
+    examples = listing([case.image.name for case in found.cases], 3)
+    message = (
+        f"{found.source}: {len(found.cases)} images but no label ({examples}); "
+        "expected labelsTr/CASE.nii.gz beside imagesTr/CASE_0000.nii.gz, or another layout of data/README.md"
+    )
+    raise FileNotFoundError("\n  ".join([message, *why]))

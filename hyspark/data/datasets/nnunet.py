@@ -11,7 +11,6 @@ from hyspark.data.datasets.file_names import BTCV_IMAGE, FIRST_CHANNEL, OTHER_FO
 from hyspark.data.datasets.found import DataSet, FoundData
 from hyspark.data.quality.findings import Finding
 from hyspark.utils.paths import NIFTI, load_json, nifti_stem
-from hyspark.utils.text import listing
 
 ANOTHER_CHANNEL = ("another channel", "another channel of a case")
 NO_NIFTI = "a file that is no .nii.gz or .nii"
@@ -162,13 +161,3 @@ def add_once(files: dict[str, Path], name: str, file: Path, found: FoundData) ->
         found.findings.append(Finding("two files for a case", str(file), f"another file for the case of {files[name]}"))
     else:
         files[name] = file
-
-
-def only_labelled(cases: list[Case], root: Path) -> list[Case]:
-    """Return the cases that have a label; raise FileNotFoundError if none has."""
-    if labelled := [case for case in cases if case.label is not None]:
-        return labelled
-    raise FileNotFoundError(
-        f"{root}: {len(cases)} images but no label; expected labelsTr/CASE.nii.gz beside imagesTr/CASE_0000.nii.gz "
-        f"(found {listing([case.image.name for case in cases], 3)})"
-    )

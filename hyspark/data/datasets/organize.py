@@ -8,15 +8,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from hyspark.utils.paths import nifti_files, nifti_stem, walk_folders
+from hyspark.data.datasets.found import FoundData, log_unused
+from hyspark.data.datasets.loose import read_loose
+from hyspark.utils.paths import nifti_stem
 from hyspark.utils.text import listing
 
 
 def organize_by_names(source: Path, target: Path, *, copy: bool = False) -> int:
-    """Link or copy the NIfTI files in and below `source` to `target/imagesTr/CASE_0000.nii.gz`.
+    """Link or copy the NIfTI images in and below `source` to `target/imagesTr/CASE_0000.nii.gz`.
 
-    CASE is the file name without ending and "_0000". Its characters other than letters, digits, ".", "_" and "-"
-    become "-". An uncompressed file keeps its ending .nii. A second call changes nothing.
+    Label maps and other channels are not used; see `read_loose`. CASE is the file name without ending and "_0000". Its
+    characters other than letters, digits, ".", "_" and "-" become "-". An uncompressed file keeps its ending .nii. A
+    second call changes nothing.
 
     Args:
         source: folder of loose files.
@@ -34,12 +37,19 @@ def organize_by_names(source: Path, target: Path, *, copy: bool = False) -> int:
     if not re.fullmatch(r"Dataset\d{3}_\w+", target.name, re.ASCII):
         raise ValueError(f"target folder: expected a name like Dataset501_Name, got {target.name!r}")
     files: dict[str, list[Path]] = {}
-    for folder, _ in walk_folders(source, skip=target):
-        for file in nifti_files(folder):
-            case = re.sub(r"[^A-Za-z0-9._-]", "-", re.sub(r"(?<=.)_0000$", "", nifti_stem(file)))
-            files.setdefault(case, []).append(file)
+    found = FoundData(source)
+    if source.is_dir():
+        read_loose(source, found, skip=[target])
+    for image in [case.image for case in found.cases]:
+        title = re.sub(r"[^A-Za-z0-9._-]", "-", re.sub(r"(?<=.)_0000$", "", nifti_stem(image)))
+        files.setdefault(title, []).append(image)
+    for label in [case.label for case in found.cases if case.label]:
+        found.pass_over("unused label map", "a label map", label)
+    log_unused(found.unused_lines())
     if not files:
         raise FileNotFoundError(f"{source}: expected .nii.gz or .nii files in it or any folder below, found none")
+    if broken := [str(file) for (file, *_) in files.values() if not file.exists()]:
+        raise FileNotFoundError(f"links to files that do not exist: {listing(broken)}")
     if twice := [f"{case} ({listing(map(str, found))})" for case, found in files.items() if len(found) > 1]:
         raise ValueError(f"files that would get the same name; rename them: {listing(twice)}")
 

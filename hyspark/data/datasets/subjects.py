@@ -150,7 +150,7 @@ def split_faults(training: Sequence[Case], validation: Sequence[Case], pattern: 
     cases = [*training, *validation]
     faults = [f"all {len(cases)} cases are for training, none for validation"] if cases and not validation else []
     if both := subjects_on_both_sides(training, validation, pattern):
-        faults.append(f"{len(both)} subjects in training and in validation: {listing(both, 5)}")
+        faults.append(f"subjects in training and in validation: {listing(both, 5)}")
     return [*faults, *large_subject_faults(cases, pattern)]
 
 

@@ -23,7 +23,7 @@ from hyspark.utils.processes import available_cores, worker_pool
 from hyspark.utils.text import listing
 
 NOT_LISTED = "not in the list dataset.json, which runs use"
-FAULTS_OF_NAMES = ("label without image", "two files for a case", "image without label", "no class names")
+FAULTS_OF_NAMES = ("label without image", "two files for a case", "image without label")
 """Kinds of findings that a list makes void, since runs take pairs from it and not from names."""
 
 
@@ -111,11 +111,12 @@ def add_list(found: FoundData, listed: ListedData) -> None:
     Pairs of the list come before those of names. Faults of names that the list does not hold are notes.
     """
     known = {case.image for case in found.cases}
-    in_list = {case.image: case for case in listed.cases}
-    for image in sorted(known - in_list.keys()):
+    listed_cases = {case.image: case for case in listed.cases}
+    for image in sorted(known - set(listed_cases)):
         found.pass_over("unused file", NOT_LISTED, image)
     for one in found.sets:
-        one.cases = [in_list[c.image] if c.image in in_list and in_list[c.image].label else c for c in one.cases]
+        with_labels = ((case, listed_cases.get(case.image)) for case in one.cases)
+        one.cases = [listed if listed and listed.label else case for case, listed in with_labels]
     found.sets.append(DataSet(listed.source.parent, [case for case in listed.cases if case.image not in known]))
     for finding in found.findings:
         if finding.kind in FAULTS_OF_NAMES:
@@ -152,7 +153,7 @@ def splits_file_faults(data_set: DataSet, found: FoundData) -> list[Finding]:
 def both_sides_faults(path: Path, training: Sequence[Case], validation: Sequence[Case]) -> list[Finding]:
     """Report subjects that are in training and in validation."""
     both = subjects_on_both_sides(training, validation)
-    text = f"{len(both)} subjects in training and in validation: {listing(both, 5)}"
+    text = f"subjects in training and in validation: {listing(both, 5)}"
     return [Finding("subject on both sides", str(path), text)] if both else []
 
 

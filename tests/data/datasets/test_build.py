@@ -44,6 +44,11 @@ def cases_of(names):
     return tuple(cases.Case(n, "Dataset001_A", Path(f"/x/Dataset001_A/imagesTr/{n}_0000.nii.gz")) for n in names)
 
 
+def scan_cases(path, labels=False, channel="0000"):
+    found = data_folder.find_cases(path, labels=labels, channel=channel)
+    return data_folder.labelled_of(found) if labels else found.cases
+
+
 def names(cases):
     return [case.name for case in cases]
 
@@ -62,7 +67,7 @@ def test_scan_finds_every_data_set_below_sorted_and_only_the_channel(tmp_path):
     touch(first / "imagesTr/y_0000.nii", first / "imagesTr/z_0001.nii.gz", first / "imagesTr/z.nii.gz")
     touch(first / "imagesTr/._z_0000.nii.gz", first / "imagesTs/test_0000.nii.gz", first / "z.txt")
     touch(tmp_path / ".trash/Dataset003_C/imagesTr/old_0000.nii.gz", tmp_path / "Other/imagesTr/o_0000.nii.gz")
-    found = data_folder.scan_cases(tmp_path)
+    found = scan_cases(tmp_path)
     assert [(c.dataset, c.name) for c in found] == [
         ("Dataset001_Z", "y"),
         ("Dataset001_Z", "z"),
@@ -71,38 +76,38 @@ def test_scan_finds_every_data_set_below_sorted_and_only_the_channel(tmp_path):
     ]
     assert found[0].image == first / "imagesTr/y_0000.nii"
     assert all(case.label is None for case in found)
-    assert names(data_folder.scan_cases(tmp_path, channel="0001")) == ["z"]
+    assert names(scan_cases(tmp_path, channel="0001")) == ["z"]
 
 
 def test_scan_accepts_a_data_set_folder_itself_also_relative(tmp_path, monkeypatch):
     folder = dataset(tmp_path / "Dataset001_A", ["a"])
-    assert names(data_folder.scan_cases(folder)) == ["a"]
+    assert names(scan_cases(folder)) == ["a"]
     monkeypatch.chdir(folder)
-    assert data_folder.scan_cases(Path(".")) == data_folder.scan_cases(folder)
+    assert scan_cases(Path(".")) == scan_cases(folder)
 
 
 def test_scan_pairs_labels_and_leaves_out_what_has_none(tmp_path):
     folder = dataset(tmp_path / "Dataset001_A", ["a", "b", "c"], labels=["a"])
     touch(folder / "labelsTr/c.nii")
     dataset(tmp_path / "Dataset002_B", ["d"])
-    found = data_folder.scan_cases(tmp_path, labels=True)
+    found = scan_cases(tmp_path, labels=True)
     assert [(c.name, c.label) for c in found] == [
         ("a", folder / "labelsTr/a.nii.gz"),
         ("c", folder / "labelsTr/c.nii"),
     ]
-    assert names(data_folder.scan_cases(tmp_path)) == ["a", "b", "c", "d"]
+    assert names(scan_cases(tmp_path)) == ["a", "b", "c", "d"]
 
 
 def test_scan_pairs_btcv_names(tmp_path):
     folder = tmp_path / "Dataset013_BTCV"
     touch(folder / "imagesTr/img0001.nii.gz", folder / "imagesTr/img0002.nii.gz")
     touch(folder / "labelsTr/label0001.nii.gz", folder / "labelsTr/label0002.nii.gz")
-    found = data_folder.scan_cases(tmp_path, labels=True)
+    found = scan_cases(tmp_path, labels=True)
     assert names(found) == ["img0001", "img0002"]
     assert [case.label.name for case in found] == ["label0001.nii.gz", "label0002.nii.gz"]
-    assert names(data_folder.scan_cases(tmp_path)) == ["img0001", "img0002"]
+    assert names(scan_cases(tmp_path)) == ["img0001", "img0002"]
     touch(folder / "imagesTr/other_0000.nii.gz", folder / "imagesTr/other_0001.nii.gz")
-    assert names(data_folder.scan_cases(tmp_path, channel="0001")) == ["other"]
+    assert names(scan_cases(tmp_path, channel="0001")) == ["other"]
     datalist_json.write_datalist(build.build_datalist(tmp_path), tmp_path / "dataset.json")
     assert names(datalist_json.read_datalist(tmp_path / "dataset.json").training) == ["img0001", "img0002", "other"]
 
@@ -110,8 +115,8 @@ def test_scan_pairs_btcv_names(tmp_path):
 def test_scan_names_a_label_without_image(tmp_path):
     dataset(tmp_path / "Dataset001_A", ["a"], labels=["a", "lost"])
     with pytest.raises(ValueError, match=r"Dataset001_A.*lost\.nii\.gz"):
-        data_folder.scan_cases(tmp_path, labels=True)
-    assert names(data_folder.scan_cases(tmp_path)) == ["a"]
+        scan_cases(tmp_path, labels=True)
+    assert names(scan_cases(tmp_path)) == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +131,7 @@ def test_scan_refuses_two_files_for_one_case_and_names_both(tmp_path, files):
     folder = dataset(tmp_path / "Dataset001_A", ["ok"])
     touch(*(folder / file for file in files))
     with pytest.raises(ValueError, match="expected one file for the case") as caught:
-        data_folder.scan_cases(tmp_path, labels=True)
+        scan_cases(tmp_path, labels=True)
     assert all(str(folder / file) in str(caught.value) for file in files)
 
 
@@ -134,22 +139,22 @@ def test_scan_refuses_two_data_sets_of_one_name(tmp_path):
     dataset(tmp_path / "one/Dataset001_A", ["a"])
     dataset(tmp_path / "two/Dataset001_A", ["b"])
     with pytest.raises(ValueError, match=r"one.Dataset001_A.*two.Dataset001_A"):
-        data_folder.scan_cases(tmp_path)
+        scan_cases(tmp_path)
 
 
 def test_scan_says_where_it_looked_and_what_it_expects(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"imagesTr/CASE_0000\.nii\.gz") as caught:
-        data_folder.scan_cases(tmp_path)
+        scan_cases(tmp_path)
     assert str(tmp_path) in str(caught.value)
     with pytest.raises(FileNotFoundError, match="absent"):
-        data_folder.scan_cases(tmp_path / "absent")
+        scan_cases(tmp_path / "absent")
     dataset(tmp_path / "Dataset001_A", ["a"])
     with pytest.raises(FileNotFoundError, match="Dataset001_A"):
-        data_folder.scan_cases(tmp_path, channel="0007")
+        scan_cases(tmp_path, channel="0007")
     with pytest.raises(FileNotFoundError, match="1 images but no label"):
-        data_folder.scan_cases(tmp_path, labels=True)
+        scan_cases(tmp_path, labels=True)
     with pytest.raises(ValueError, match="four digits"):
-        data_folder.scan_cases(tmp_path, channel="0")
+        scan_cases(tmp_path, channel="0")
 
 
 def test_scan_follows_links_once_and_reports_broken_ones(tmp_path):
@@ -160,13 +165,13 @@ def test_scan_follows_links_once_and_reports_broken_ones(tmp_path):
     (data / "Dataset009_R").symlink_to(real)
     (data / "another").symlink_to(data / "Dataset001_A")
     (data / "loop").symlink_to(data)
-    found = data_folder.scan_cases(data)
+    found = scan_cases(data)
     assert names(found) == ["a", "link", "r"]
     assert found[1].image == data / "Dataset001_A/imagesTr/link_0000.nii.gz"
     (tmp_path / "source.nii.gz").unlink()
     with pytest.raises(FileNotFoundError, match="link_0000"):
         build.build_datalist(data)
-    assert names(data_folder.scan_cases(data)) == ["a", "link", "r"]  # runs report it with what is unreadable
+    assert names(scan_cases(data)) == ["a", "link", "r"]  # runs report it with what is unreadable
 
 
 # --- build, read_folder, counts
@@ -406,7 +411,7 @@ def test_scan_gives_back_the_names_in_order_whatever_was_made_first(tmp_path_fac
     root = tmp_path_factory.mktemp("scan")
     shuffled = random.Random(rng.random()).sample(found, len(found))
     dataset(root / "Dataset001_A", shuffled, labels=shuffled)
-    assert names(data_folder.scan_cases(root, labels=True)) == sorted(found)
+    assert names(scan_cases(root, labels=True)) == sorted(found)
 
 
 def test_read_understands_decathlon_variants(tmp_path):

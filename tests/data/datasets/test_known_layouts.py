@@ -1,15 +1,23 @@
 """Layouts and files that other programs write: lists of nnU-Net v1, splits_final.json, byte order marks."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from hyspark.data.datasets.build import read_folder
+from hyspark.cli.main import main
+from hyspark.config.segmentation import SegmentationConfig
+from hyspark.data.datasets.build import build_datalist, read_folder
+from hyspark.data.datasets.data_folder import find_cases
 from hyspark.data.datasets.datalist_json import read_datalist
 from hyspark.data.quality.check import find_dataset
-from hyspark.utils.paths import load_json, nifti_files, nifti_stem
+from hyspark.data.quality.examine import examine
+from hyspark.evaluation.segmentation.labelled_data import find_labelled
+from hyspark.training.labelled_cases import find_run_cases
+from hyspark.utils.paths import load_json
 
 
 def write_cases(folder, names, image="{}_0000.nii.gz"):
@@ -50,4 +58,71 @@ def test_json_with_a_byte_order_mark_is_read(tmp_path, encoding):
 def test_endings_in_capitals_are_nifti(tmp_path):
     for name in ("A.NII.GZ", "b.Nii", "c.nii.gz", "d.nrrd"):
         (tmp_path / name).touch()
-    assert [nifti_stem(file) for file in nifti_files(tmp_path)] == ["A", "b", "c"]
+    assert [case.name for case in find_cases(tmp_path).cases] == ["A", "b", "c"]
+
+
+def test_a_fold_is_chosen_of_splits_final_and_of_a_list(tmp_path):
+    write_cases(tmp_path, "abcd")
+    folds = [{"train": ["b", "c", "d"], "val": ["a"]}, {"train": ["a", "c", "d"], "val": ["b"]}]
+    splits = tmp_path / "splits_final.json"
+    splits.write_text(json.dumps(folds))
+    assert [case.name for case in find_run_cases(SegmentationConfig(data=str(tmp_path), fold=1)).validation] == ["b"]
+    assert [case.name for case in build_datalist(tmp_path, splits=str(splits), fold=1).validation] == ["b"]
+    with pytest.raises(ValueError, match=r"fold: expected a fold of .*splits_final.json, got 2; it has folds 0 to 1"):
+        find_run_cases(SegmentationConfig(data=str(tmp_path), fold=2))
+    pairs = [{"image": f"imagesTr/{n}_0000.nii.gz", "label": f"labelsTr/{n}.nii.gz"} for n in "abcd"]
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps({"training": [pair | {"fold": i % 2} for i, pair in enumerate(pairs)]}))
+    config = SegmentationConfig(data=str(tmp_path), json_list="list.json")
+    for fold, expected in enumerate((["a", "c"], ["b", "d"])):
+        run = find_run_cases(replace(config, fold=fold))
+        assert [case.name for case in run.validation] == expected
+        assert [case.name for case in find_labelled(path, "", fold).cases] == expected
+    with pytest.raises(ValueError, match=r"list.json: fold: expected a fold of this list, got 2; its folds are 0, 1"):
+        find_run_cases(replace(config, fold=2))
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": pairs}))  # the splits file beside it counts
+    assert [case.name for case in find_run_cases(SegmentationConfig(data=str(tmp_path), fold=1)).validation] == ["b"]
+
+
+@pytest.mark.parametrize("value", ["fold0", 1.5, True])
+def test_folds_that_are_no_numbers_are_refused(tmp_path, value):
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps({"training": [{"image": "a.nii.gz", "fold": value}]}))
+    with pytest.raises(ValueError, match=r'list\.json: "fold": expected whole numbers, got'):
+        read_datalist(path, require_files=False)
+
+
+def test_a_fold_without_folds_is_refused(tmp_path):
+    write_cases(tmp_path, "abcd")
+    with pytest.raises(ValueError, match=r"fold: expected a fold of .*, got 3; it has no folds; drop --fold"):
+        find_run_cases(SegmentationConfig(data=str(tmp_path), fold=3))
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps({"training": ["imagesTr/a_0000.nii.gz"], "validation": ["imagesTr/b_0000.nii.gz"]}))
+    with pytest.raises(ValueError, match='fold: expected 0, got 3, but the list has a part "validation"'):
+        read_datalist(path, fold=3)
+
+
+def test_names_and_splits_that_fail_a_run_are_found_by_check(tmp_path):
+    write_cases(tmp_path, "ab")
+    (tmp_path / "splits_final.json").write_text(json.dumps([{"train": ["a"], "val": ["ghost"]}]))
+    errors = [f for f in find_dataset(tmp_path).findings if f.severity == "error"]
+    assert [Path(f.file).name for f in errors] == ["splits_final.json"]
+    with pytest.raises(ValueError, match="no image has these names: ghost"):
+        find_run_cases(SegmentationConfig(data=str(tmp_path)))
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "finetune"])
+def test_missing_files_are_found_by_a_dry_run(tmp_path, verb, capsys):
+    write_cases(tmp_path, "abc")
+    pairs = [{"image": f"imagesTr/{n}_0000.nii.gz", "label": f"labelsTr/{n}.nii.gz"} for n in "abc"]
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": pairs, "labels": {"background": 0, "x": 1}}))
+    (tmp_path / "imagesTr/a_0000.nii.gz").unlink()
+    (tmp_path / "labelsTr/b.nii.gz").unlink()
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--data", str(tmp_path), "--out", str(tmp_path / "run"), "--dry_run", "--device", "cpu"])
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert f"{tmp_path}/imagesTr/a_0000.nii.gz: missing" in printed
+    assert f"{tmp_path}/labelsTr/b.nii.gz: missing" in printed
+    missing = [f.file for case in find_dataset(tmp_path).cases for f in examine(case, -175.0, None).findings]
+    assert {f"{tmp_path}/imagesTr/a_0000.nii.gz", f"{tmp_path}/labelsTr/b.nii.gz"} <= set(missing)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hyspark.data.datasets.data_folder import scan_cases
+from hyspark.data.datasets.data_folder import find_cases
 from hyspark.data.datasets.organize import organize_by_names
 
 
@@ -22,7 +22,7 @@ def test_organize_links_flat_and_nested_files(tmp_path):
     made = sorted((target / "imagesTr").iterdir())
     assert [file.name for file in made] == ["a-b_0000.nii.gz", "c_0000.nii"]
     assert [file.readlink() for file in made] == [source / "a b.nii.gz", source / "deep/c_0000.nii"]
-    assert [case.name for case in scan_cases(tmp_path / "out")] == ["a-b", "c"]
+    assert [case.name for case in find_cases(tmp_path / "out").cases] == ["a-b", "c"]
 
 
 @pytest.mark.parametrize("copy", [False, True])
@@ -93,3 +93,15 @@ def test_organize_checks_its_folders(tmp_path):
         with pytest.raises(FileNotFoundError, match=source):
             organize_by_names(tmp_path / source, tmp_path / "Dataset001_A")
     assert not (tmp_path / "Dataset001_A").exists()
+
+
+def test_organize_takes_images_alone_and_says_what_it_does_not_use(tmp_path, caplog):
+    source, target = tmp_path / "in", tmp_path / "Dataset100_Mine"
+    touch(source / "a.nii.gz", source / "a_seg.nii.gz", source / "b_0000.nii.gz", source / "b_0001.nii.gz")
+    touch(source / "c.nii.gz", source / "labels/x.nii.gz", source / "d.mha")
+    with caplog.at_level("INFO"):
+        assert organize_by_names(source, target) == 3
+    assert sorted(file.name for file in (target / "imagesTr").iterdir()) == [
+        *("a_0000.nii.gz", "b_0000.nii.gz", "c_0000.nii.gz"),
+    ]
+    assert all(name in caplog.text for name in ("a_seg.nii.gz", "b_0001.nii.gz", "labels/x.nii.gz", "d.mha"))

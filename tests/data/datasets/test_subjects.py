@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from hyspark.data.datasets.cases import Case
+from hyspark.data.datasets.file_names import case_names
 from hyspark.data.datasets.splits import split_by_subject
-from hyspark.data.datasets.subjects import check_pattern, split_faults, subject_of, warn_of_split
+from hyspark.data.datasets.subjects import check_pattern, split_faults, subject_of, subjects_of, warn_of_split
 
 
 def cases_of(names):
@@ -53,3 +54,45 @@ def test_doubtful_splits_are_reported(caplog):
     assert split_faults(others, []) == ["all 9 cases are for training, none for validation"]
     assert split_faults(others[:8], others[8:]) == []
     assert split_faults([], []) == []
+
+
+def subjects_of_paths(*paths):
+    images = [Path("/data") / path for path in paths]
+    return subjects_of(list(case_names(images).values()), images)
+
+
+@pytest.mark.parametrize(
+    ("paths", "groups"),
+    [
+        # One folder per patient, with one scan, several, or visits
+        (["case_0/imaging.nii.gz", "case_1/imaging.nii.gz", "case_2/imaging.nii.gz"], [0, 1, 2]),
+        (["p1/ct_1.nii.gz", "p1/ct_2.nii.gz", "p2/ct_1.nii.gz", "p2/ct_2.nii.gz", "p3/ct_1.nii.gz"], [0, 0, 1, 1, 2]),
+        (["p1/visit1/ct.nii.gz", "p1/visit2/ct.nii.gz", "p2/visit1/ct.nii.gz"], [0, 0, 1]),
+        (["p1/20200131/ct.nii.gz", "p1/2021-01-31/ct.nii.gz", "p2/20200131/ct.nii.gz"], [0, 0, 1]),
+        (["site1/p1/images/ct.nii", "site1/p2/images/ct.nii", "site2/p1/images/ct.nii"], [0, 1, 2]),
+        # Folders that are no patients: of sites, of data sets
+        ([f"site{s}/c{i}.nii.gz" for s in (1, 2) for i in range(3)], [0, 1, 2, 3, 4, 5]),
+        ([f"Dataset00{s}/imagesTr/c{i}_0000.nii.gz" for s in (1, 2) for i in range(2)], [0, 1, 2, 3]),
+        # BIDS, by names and by folders
+        (["sub-01_ct.nii.gz", "sub-01_acq-late_ct.nii.gz", "sub-02_ct.nii.gz"], [0, 0, 1]),
+        (["sub-01/ses-1/anat/a.nii.gz", "sub-01/ses-2/anat/b.nii.gz", "sub-02/ses-1/anat/c.nii.gz"], [0, 0, 1]),
+        # Names alone
+        (["p1_visit1.nii.gz", "p1_visit2.nii.gz", "p2_scan1.nii.gz", "p2_t2.nii.gz", "p3__1.nii.gz"], [0, 0, 1, 1, 2]),
+        (["ct.nii.gz"], [0]),
+    ],
+)
+def test_subjects_by_folders_and_names(paths, groups):
+    found = subjects_of_paths(*paths)
+    assert [found.index(subject) for subject in found] == [groups.index(group) for group in groups]
+
+
+def test_subjects_of_earlier_versions_keep_their_names_and_so_their_rank():
+    names = ["sub-01_ct", "sub-02_ct", "p3_visit1", "p3_visit2", "case_0-imaging"]
+    images = [Path(f"/data/{name}.nii.gz") for name in names]
+    assert subjects_of(names, images) == ["sub-01_ct", "sub-02_ct", "p3", "p3", "case_0-imaging"]
+
+
+def test_a_subject_on_both_sides_of_a_split_is_reported():
+    training = cases_of([f"p{i}_visit1" for i in range(12)])
+    (fault,) = split_faults(training, cases_of(["p3_visit2"]))
+    assert fault == "subjects in training and in validation: p3"
