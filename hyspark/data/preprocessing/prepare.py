@@ -69,7 +69,7 @@ def prepare_case(case: Case, settings: PrepareSettings) -> dict[str, Any]:
         image, shape, start = region_above(case.image, settings.spacing, settings.hu_min)
         data: dict[str, Any] = {"image": image}
         if case.label is not None:
-            whole = resampled_label(case.label, case.image, settings.spacing, shape)
+            whole = resampled_label(case.label, case, settings.spacing, shape)
             box = [slice(a, a + n) for a, n in zip(start, image.shape[1:], strict=True)]
             data["label"] = whole[:, box[0], box[1], box[2]]
         data = to_unit_range_and_foreground(settings, list(data))(data)
@@ -84,7 +84,7 @@ def prepare_case(case: Case, settings: PrepareSettings) -> dict[str, Any]:
     return {"image": array, "label": label, "affine": np.asarray(data["image"].affine, dtype=np.float64)}
 
 
-def resampled_label(label: Path, image: Path, spacing: Sequence[float], shape: tuple[int, ...]) -> MetaTensor:
+def resampled_label(label: Path, case: Case, spacing: Sequence[float], shape: tuple[int, ...]) -> MetaTensor:
     """Resample a label to the grid of its resampled image, by nearest neighbour.
 
     The label's own affine is used, whose rounding the nearest voxel may depend on. If it gives another shape, as edges
@@ -92,17 +92,17 @@ def resampled_label(label: Path, image: Path, spacing: Sequence[float], shape: t
 
     Args:
         label: the label's file.
-        image: the image's file.
+        case: its case.
         spacing: mm per voxel.
         shape: voxels per axis of the resampled image.
 
     Returns:
         float32 `(1, h, w, d)`.
     """
-    found = read_label(label, image)
+    found = read_label(label, case.image, ignore=case.ignore)
     whole = whole_grid(SpatialImage(found.values, found.affine), spacing, "nearest")
     if whole.shape[1:] != shape:
-        whole = whole_grid(SpatialImage(found.values, file_grid(image).affine), spacing, "nearest")
+        whole = whole_grid(SpatialImage(found.values, file_grid(case.image).affine), spacing, "nearest")
     return whole
 
 
@@ -139,7 +139,8 @@ def prepare_into(case: Case, settings: PrepareSettings, folder: Path) -> Outcome
 def store_case(folder: Path, prepared: dict[str, Any], case: Case, settings: PrepareSettings) -> None:
     """Write a prepared case to the store; raise OSError if the disk fails, which is no fault of the case."""
     try:
-        write_entry(folder, source=str(case.image), steps=stored_steps(settings), **prepared)
+        has_ignored, steps = case.ignore is not None, stored_steps(settings)
+        write_entry(folder, source=str(case.image), steps=steps, has_ignored=has_ignored, **prepared)
     except (OSError, RuntimeError) as error:  # RuntimeError: blosc2's
         raise OSError(
             f"{folder.parent}: prepared volumes are not writable ({failure_reason(error)}); make room, or choose "
@@ -169,7 +170,7 @@ def failure_message(failed: Mapping[str, Sequence[str]], num: int, alternative: 
 
 def stored_volumes(cases: Sequence[Case], settings: PrepareSettings, store_dir: Path) -> list[StoredVolume]:
     """Return the cases' prepared volumes, which may not exist yet."""
-    return [StoredVolume(entry_folder(store_dir, settings, c.image, c.label), c.name) for c in cases]
+    return [StoredVolume(entry_folder(store_dir, settings, c.image, c.label, c.ignore), c.name) for c in cases]
 
 
 def prepare_missing(
@@ -196,7 +197,7 @@ def prepare_missing(
     Raises:
         PermissionError: if the store is not writable.
     """
-    folders = {c: entry_folder(store_dir, settings, c.image, c.label) for c in cases if files_exist(c)}
+    folders = {c: entry_folder(store_dir, settings, c.image, c.label, c.ignore) for c in cases if files_exist(c)}
     missing = [str(c.image) for c in cases if c not in folders]
     failed: dict[str, tuple[str, ...]] = {image: (f"{image}: it or its label is missing",) for image in missing}
     existing = {folder: None for folder in folders.values() if folder.exists()}

@@ -11,6 +11,7 @@ from nibabel.affines import voxel_sizes
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.spatialimages import SpatialImage
 
+from hyspark.data.datasets.cases import UNANNOTATED
 from hyspark.data.readers.geometry import Grid, in_order, pair_fault, put_in_order, voxel_order
 from hyspark.data.readers.header import FATAL, Header, NiftiError, read_header
 from hyspark.data.readers.label_values import label_value_fault, whole_values
@@ -79,13 +80,14 @@ class LabelMap(NamedTuple):
         return tuple(float(edge) for edge in voxel_sizes(self.affine))
 
 
-def read_label(path: Path, image: Path, num_classes: int = 256) -> LabelMap:
+def read_label(path: Path, image: Path, num_classes: int = 256, ignore: int | None = None) -> LabelMap:
     """Read a label map and bring its axes into the order and direction of its image's, without interpolation.
 
     Args:
         path: the label's file.
         image: the image's file.
         num_classes: number of classes; values lie below it.
+        ignore: value in the file of voxels to ignore, which become UNANNOTATED.
 
     Raises:
         ValueError: a value is no class, the label does not lie on its image, or a file is damaged.
@@ -95,13 +97,17 @@ def read_label(path: Path, image: Path, num_classes: int = 256) -> LabelMap:
     if fault := pair_fault(grid, own):
         raise ValueError(f"{path}: expected a label on the voxels of its image, got {fault[1]}")
     values = whole_values(read_voxels(header))
+    ignored = values == ignore
+    values = np.where(ignored, 0, values) if ignore is not None else values
     low, high = float(values.min()), float(values.max())
     fault = label_value_fault(np.unique(values) if math.isfinite(low + high) else [low, high])
     if fault or high >= num_classes:
         found = fault[1] if fault else f"values up to {high:g}"
         raise ValueError(f"{path}: expected whole label values from 0 to {num_classes - 1}, the classes, got {found}")
+    labels = values.astype(np.uint8)
+    labels[ignored] = UNANNOTATED
     order = voxel_order(grid, own)
-    return LabelMap(put_in_order(values.astype(np.uint8), order), in_order(own, order).affine)
+    return LabelMap(put_in_order(labels, order), in_order(own, order).affine)
 
 
 def label_file(labels: np.ndarray, source: Path) -> bytes:
