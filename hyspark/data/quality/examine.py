@@ -27,6 +27,8 @@ HISTOGRAM = np.arange(-1100, 3101, 50)
 """Edges in HU of the histogram's bins; values beyond count in the outermost bins."""
 SAMPLED = 1_000_000
 """Number of evenly spaced voxels for the histogram and for guessing the unit."""
+LARGEST = float(np.finfo(np.float32).max)
+"""Largest value of float32, in which values are prepared."""
 THUMBNAIL = 128
 """Longest edge of a thumbnail in pixels."""
 
@@ -126,8 +128,8 @@ def examine_voxels(voxels: np.ndarray, hu_min: float, seen: Examined) -> None:
     path = str(seen.case.image)
     seen.digest = digest_of(voxels)
     seen.low, seen.high = float(voxels.min()), float(voxels.max())  # NaN if any voxel is NaN
-    if not np.isfinite([seen.low, seen.high]).all():
-        num = int(voxels.size - np.isfinite(voxels).sum())
+    if not max(abs(seen.low), abs(seen.high)) <= LARGEST:
+        num = int(voxels.size - (np.abs(voxels) <= LARGEST).sum())
         seen.findings.append(Finding("NaN or infinite", path, f"{num} voxels that are no number"))
         return
     sample = sample_voxels(voxels)
@@ -146,8 +148,9 @@ def values_of(voxels: np.ndarray) -> dict[float, int]:
 def digest_of(voxels: np.ndarray) -> str:
     """Digest shape and values slice by slice, independent of the type they are stored in."""
     digest = hashlib.blake2b(repr(voxels.shape).encode(), digest_size=16)
-    for row in voxels:
-        digest.update(np.ascontiguousarray(row, dtype="<f4").tobytes())
+    with np.errstate(over="ignore"):  # of values beyond float32, which are findings
+        for row in voxels:
+            digest.update(np.ascontiguousarray(row, dtype="<f4").tobytes())
     return digest.hexdigest()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from isal import igzip
+from isal import igzip, igzip_lib
 from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 from nibabel.spatialimages import HeaderDataError
@@ -28,6 +28,8 @@ LINE_ENDS = (b"\r\n\x1a\n", bytes(4))
 """Bytes behind the magic of NIfTI-2; a transfer as text changes them."""
 MAX_EXTENSION = 1 << 20
 """Bytes of a header extension that are read."""
+READ_ERRORS = (OSError, EOFError, igzip_lib.IsalError)
+"""Exceptions of reading a file that is damaged or not accessible."""
 FATAL = ("impossible spacing", "singular affine")
 """Kinds of fault that leave a file without a position in space."""
 
@@ -104,9 +106,7 @@ def read_header(path: Path) -> Header:
         with open_unpacked(path, is_compressed) as unpacked:
             start = unpacked.read(Nifti2Header.sizeof_hdr)
         stored = path.stat().st_size
-    except NiftiError:
-        raise
-    except Exception as error:  # of the system, of ISA-L
+    except READ_ERRORS as error:
         raise NiftiError("damaged", first_line(error)) from error
     raw, faults = parse_fields(start)
     dtype = voxel_type(raw)

@@ -13,7 +13,7 @@ from nibabel.spatialimages import SpatialImage
 
 from hyspark.data.datasets.cases import UNANNOTATED
 from hyspark.data.readers.geometry import Grid, in_order, pair_fault, put_in_order, voxel_order
-from hyspark.data.readers.header import FATAL, Header, NiftiError, read_header
+from hyspark.data.readers.header import FATAL, READ_ERRORS, Header, NiftiError, read_header
 from hyspark.data.readers.label_values import label_value_fault, whole_values
 from hyspark.utils.text import first_line
 
@@ -45,7 +45,7 @@ def read_voxels(header: Header) -> np.ndarray:
     if header.is_compressed:
         try:
             content = igzip.decompress(header.path.read_bytes())
-        except Exception as error:  # ISA-L's own has no base but this
+        except READ_ERRORS as error:
             raise NiftiError("damaged", first_line(error)) from error
         if len(content) < header.end:
             missing = header.end - len(content)

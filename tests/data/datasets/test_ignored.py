@@ -89,7 +89,7 @@ def test_prepared_labels_mark_ignored_voxels(folder, tmp_path):
     }
     assert set(np.unique(read_label(case.label, case.image, 2, 2).values)) == {0, 1, UNANNOTATED}
     with pytest.raises(ValueError, match="label values from 0 to 1"):
-        read_label(case.label, 2)
+        read_label(case.label, case.image, 2)
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.2])
