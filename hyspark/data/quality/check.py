@@ -16,6 +16,7 @@ from tqdm import tqdm
 from hyspark.data.datasets.cases import Case, class_values, common_labels, folder_ignored_value, ignored_value
 from hyspark.data.datasets.datalist_json import case_names, dataset_of, entry_paths
 from hyspark.data.datasets.nnunet import name_of_image, name_of_label
+from hyspark.data.datasets.subjects import large_subject_faults
 from hyspark.data.quality.examine import Examined, examine
 from hyspark.data.quality.findings import Finding
 from hyspark.utils.paths import NIFTI, load_json, nifti_stem, walk_folders
@@ -63,6 +64,7 @@ def check_dataset(
     declared = frozenset(found.classes.values()) | ignored if found.classes else None
     examined = list(examine_all(found.cases, hu_min, declared, num_workers or available_cores(), progress))
     found.findings += [*same_content(examined), *unused_classes(examined, found.classes, path)]
+    found.findings += [Finding("large subject", str(path), fault) for fault in large_subject_faults(found.cases)]
     return examined, found
 
 
