@@ -23,13 +23,6 @@ SINGULAR = 1e-3
 """Determinant of the axes' directions below which an affine counts as singular."""
 LOCALISER, THIN_VOXELS, THIN_MM = 4, 16, 32.0
 """Shortest edges, in voxels and mm, below which an image counts as a localiser, or as thin."""
-WRAPPED = 60000
-"""Negative HU that are read as unsigned 16 bits lie above it."""
-OFFSET_TISSUE, OFFSET_FRACTION = (850, 1250), 0.05
-"""Range of tissue in a CT to whose HU 1024 was added, and least fraction of voxels in it.
-
-In HU only bone and metal lie in the range, in a far smaller fraction.
-"""
 SHEAR = 0.01
 """Cosine between two axes above which they count as sheared."""
 
@@ -110,31 +103,13 @@ def position_faults(header: Any, shape: tuple[int, ...]) -> Iterator[tuple[str, 
 
 def personal_text(header: Any) -> str:
     """Return the field or extension of a header that may name a patient, without its text; empty if none does."""
-    for name in TEXT_FIELDS:
+    for name in (name for name in TEXT_FIELDS if name in header):
         text = header[name].tobytes().rstrip(b"\\0").decode("latin-1")
         if PERSONAL.search(text):
             return f"field {name}"
     if any(extension.get_code() == DICOM for extension in header.extensions):
         return "an extension with a DICOM header"
     return ""
-
-
-def value_fault(low: float, high: float, sample: np.ndarray, hu_min: float) -> tuple[str, str] | None:
-    """Return why an image's values are no HU, as a kind of finding and its text; None if they can be HU."""
-    span = f"values from {low:g} to {high:g}"
-    if low == high:
-        return "constant", f"the value {low:g} everywhere"
-    if high > WRAPPED:
-        return "wrapped around", span
-    if low >= -1 and high <= 1:
-        return "scaled", span
-    if high <= hu_min:
-        return "all air", span
-    if low >= 0 and high <= 255:
-        return "8-bit", span
-    if low > -200 and np.mean((sample > OFFSET_TISSUE[0]) & (sample < OFFSET_TISSUE[1])) > OFFSET_FRACTION:
-        return "offset", f"{span}, with tissue near 1000"
-    return None
 
 
 def pair_faults(image: Any, label: Any) -> Iterator[tuple[str, str]]:

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from hyspark.data.intensity import stored_steps
+from hyspark.data.preprocessing.entry_files import is_complete
 from hyspark.data.preprocessing.store import (
     MAX_OPEN,
     StoredVolume,
     cell_counts,
     entry_folder,
-    is_complete,
     open_array,
     write_entry,
 )
