@@ -24,7 +24,7 @@ from hyspark.data.preprocessing.store import (
 from hyspark.data.settings import PrepareSettings
 
 AFFINE = np.diag([1.5, 1.5, 2.0, 1.0])
-SHAPES = ((70, 33, 65), (5, 7, 3), (64, 64, 1), (1, 17, 40))
+SHAPES = ((70, 33, 65), (5, 7, 3), (64, 64, 1), (1, 17, 40), (32, 64, 32), (64, 64, 64))
 
 
 def make(folder: Path, image: np.ndarray, label: np.ndarray | None = None) -> StoredVolume:
