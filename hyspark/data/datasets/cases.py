@@ -9,7 +9,7 @@ from hyspark.utils.digests import content_digest, text_digest
 from hyspark.utils.paths import load_json
 from hyspark.utils.text import listing
 
-IGNORED = 255
+UNANNOTATED = 255
 """Value in a label map, once read, of voxels that count in neither loss nor scores."""
 IGNORED_NAME = "ignore"
 """Name of such voxels among the "labels" of nnU-Net's dataset.json."""
@@ -96,8 +96,8 @@ def ignored_value(labels: Any, path: Path) -> int | None:
         ValueError: if it is no value from 1 to 255; the message begins with `path`.
     """
     value = dict(name_value_pairs(labels)).get(IGNORED_NAME)
-    if value is not None and not (type(value) is int and 0 < value <= IGNORED):
-        raise ValueError(f'{path}: "labels": "ignore": expected a value from 1 to {IGNORED}, got {value!r}')
+    if value is not None and not (type(value) is int and 0 < value <= UNANNOTATED):
+        raise ValueError(f'{path}: "labels": "ignore": expected a value from 1 to {UNANNOTATED}, got {value!r}')
     return value
 
 

@@ -109,8 +109,15 @@ def entry_paths(value: Any, path: Path, key: str, require_label: bool) -> tuple[
         )
     if require_label and label is None:
         raise ValueError(f'{path}: {key}: expected a "label", got the image {image} alone')
-    absolute = Path(os.path.abspath(path.parent / image))
+    absolute = with_channel(Path(os.path.abspath(path.parent / image)))
     return absolute, None if label is None else Path(os.path.abspath(path.parent / label))
+
+
+def with_channel(image: Path) -> Path:
+    """Return the file of an image that a list of nnU-Net v1 names: case.nii.gz stands for case_0000.nii.gz."""
+    stem = nifti_stem(image)
+    first = image.with_name(f"{stem}_0000{image.name[len(stem) :]}")
+    return first if not image.exists() and first.exists() else image
 
 
 def case_names(images: Sequence[Path]) -> dict[Path, str]:
@@ -149,7 +156,7 @@ def check_replaceable(path: Path) -> None:
     content: Any = None
     if path.is_file():
         with suppress(ValueError):
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = load_json(path)
     entries = content.get("training") if isinstance(content, dict) else None
     ours = isinstance(entries, list) and all(isinstance(entry, dict) and "image" in entry for entry in entries)
     if not ours or set(content) - {"training", "validation", "labels"}:

@@ -23,7 +23,7 @@ import numpy as np
 from monai.transforms import Compose, CropForegroundd
 from tqdm import tqdm
 
-from hyspark.data.datasets.cases import IGNORED, Case
+from hyspark.data.datasets.cases import UNANNOTATED, Case
 from hyspark.data.intensity import stored_steps, window_transform
 from hyspark.data.preprocessing.entry_files import is_sound, remove_abandoned, remove_entry
 from hyspark.data.preprocessing.resample import region_above, whole_grid
@@ -97,7 +97,7 @@ def prepare_files(files: CaseFiles, settings: PrepareSettings) -> dict[str, Any]
             raise ValueError(f"label values must be whole numbers from 0 to 255 ({case.label})")
         label = np.ascontiguousarray(values.astype(np.uint8))
         if case.ignore is not None:
-            label[label == case.ignore] = IGNORED
+            label[label == case.ignore] = UNANNOTATED
     return {"image": array, "label": label, "affine": np.asarray(data["image"].affine, dtype=np.float64)}
 
 
@@ -149,12 +149,8 @@ class NotWritableError(OSError):
 def store_case(folder: Path, prepared: dict[str, Any], case: Case, settings: PrepareSettings) -> None:
     """Write a prepared case to the store; raise NotWritableError if the disk fails."""
     try:
-        about: dict[str, Any] = {
-            "source": str(case.image),
-            "steps": stored_steps(settings),
-            "has_ignored": case.ignore is not None,
-        }
-        write_entry(folder, **about, **prepared)
+        has_ignored, steps = case.ignore is not None, stored_steps(settings)
+        write_entry(folder, source=str(case.image), steps=steps, has_ignored=has_ignored, **prepared)
     except (OSError, RuntimeError) as error:  # blosc2 raises RuntimeError for a full disk, too
         if isinstance(error, RuntimeError) and has_room(folder.parent, prepared["image"].nbytes):
             raise

@@ -34,7 +34,7 @@ from typing import Any
 import blosc2
 import numpy as np
 
-from hyspark.data.datasets.cases import IGNORED
+from hyspark.data.datasets.cases import UNANNOTATED
 from hyspark.data.intensity import MAX_STORED, quantise
 from hyspark.data.preprocessing.entry_files import UNFINISHED_PREFIX, checksums, is_complete
 from hyspark.data.settings import PrepareSettings
@@ -53,7 +53,9 @@ CODE_MARKERS = (b"LazyArray", b"b2o", b"proxy-source")
 
 VOXEL_KINDS: Mapping[str, Callable[[np.ndarray, np.ndarray | None], np.ndarray]] = {
     "foreground": lambda image, label: image > 0,
-    "labelled": lambda image, label: np.zeros(image.shape, bool) if label is None else (label > 0) & (label != IGNORED),
+    "labelled": lambda image, label: (
+        np.zeros(image.shape, bool) if label is None else (label > 0) & (label != UNANNOTATED)
+    ),
     "unlabelled": lambda image, label: image > 0 if label is None else (image > 0) & (label == 0),
 }
 """Kinds of voxel a crop may be centred on."""
@@ -98,7 +100,7 @@ class Entry:
         shape: voxels per axis.
         affine: `(4, 4)` of the prepared grid, RAS mm.
         source: the image file it was made from.
-        max_label: largest value of its label, 0 without one. IGNORED does not count in a label with ignored voxels.
+        max_label: largest value of its label, 0 without one. UNANNOTATED does not count in a label with ignored voxels.
         steps: number that 1 is stored as.
     """
 
@@ -128,7 +130,7 @@ def write_entry(
         affine: `(4, 4)` of the grid, RAS mm.
         source: the image file.
         steps: number that 1 is stored as.
-        has_ignored: whether IGNORED in the label marks voxels to ignore.
+        has_ignored: whether UNANNOTATED in the label marks voxels to ignore.
     """
     temporary = Path(tempfile.mkdtemp(prefix=UNFINISHED_PREFIX, dir=folder.parent))
     try:
@@ -138,7 +140,7 @@ def write_entry(
             write_array(temporary / "label.b2nd", label)
         counts = np.stack([cell_counts(where(quantised, label)).ravel() for where in VOXEL_KINDS.values()])
         np.save(temporary / "counts.npy", counts.astype(np.uint32))
-        values = np.zeros(1, np.uint8) if label is None else label[label != IGNORED] if has_ignored else label
+        values = np.zeros(1, np.uint8) if label is None else label[label != UNANNOTATED] if has_ignored else label
         entry = Entry(image.shape, affine.tolist(), source, int(values.max(initial=0)), steps)
         names = sorted(path.name for path in temporary.iterdir())
         content = json.loads(json.dumps(asdict(entry)))

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from hyspark.data.datasets.cases import Case, class_values, common_labels, folder_ignored_value, ignored_value
 from hyspark.data.datasets.datalist_json import case_names, dataset_of, entry_paths
 from hyspark.data.datasets.nnunet import name_of_image, name_of_label
+from hyspark.data.datasets.subjects import large_subject_faults
 from hyspark.data.quality.examine import Examined, examine
 from hyspark.data.quality.findings import Finding
 from hyspark.data.settings import PrepareSettings
@@ -76,6 +77,7 @@ def check_dataset(
     settings = PrepareSettings(hu_min=hu_min, hu_max=hu_max)
     examined = examine_all(found.cases, settings, declared, num_workers or available_cores(), progress)
     found.findings += [*same_content(examined), *unused_classes(examined, found.classes, path)]
+    found.findings += [Finding("large subject", str(path), fault) for fault in large_subject_faults(found.cases)]
     return examined, found
 
 

@@ -9,7 +9,7 @@ from isal import igzip
 from monai.data import NibabelReader
 from nibabel.spatialimages import SpatialImage
 
-from hyspark.data.datasets.cases import IGNORED
+from hyspark.data.datasets.cases import UNANNOTATED
 
 
 def check_header(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
@@ -57,7 +57,7 @@ def read_label(path: Path, num_classes: int, ignore: int | None = None) -> np.nd
     Args:
         path: the NIfTI file.
         num_classes: number of classes, background included.
-        ignore: value in the file of voxels to ignore, which become IGNORED.
+        ignore: value in the file of voxels to ignore, which become UNANNOTATED.
     """
     image = read_nifti(path)
     values = np.asanyarray(image.dataobj).reshape(image.shape[:3])
@@ -69,5 +69,5 @@ def read_label(path: Path, num_classes: int, ignore: int | None = None) -> np.nd
             f"{values.min():g} to {values.max():g}"
         )
     labels: np.ndarray = values.astype(np.uint8)
-    labels[ignored] = IGNORED
+    labels[ignored] = UNANNOTATED
     return labels

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.config.shared import Precision
-from hyspark.data.datasets.cases import IGNORED, Case
+from hyspark.data.datasets.cases import UNANNOTATED, Case
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.data.readers.nifti import file_grid, read_label
 from hyspark.evaluation.protocol import has_scores
@@ -211,7 +211,7 @@ def case_panel(
     """
     shape = volume.entry.shape
     image, truth = (volume.read(array, (0,) * len(shape), shape) for array in ("image", "label"))
-    truth[truth == IGNORED] = 0
+    truth[truth == UNANNOTATED] = 0
     return segmentation_panel(image, truth, prediction, names, title=title, spacing=spacing)
 
 

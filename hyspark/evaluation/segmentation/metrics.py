@@ -10,7 +10,7 @@ Distances and surfaces are MONAI's, in mm:
 Undefined scores are NaN. An organ that the truth does not hold has none. One that the truth holds and the prediction
 does not is missed: its Dice and surface Dice are 0, its HD95 is undefined.
 
-Voxels that the truth marks as IGNORED count as background in both.
+Voxels that the truth marks as UNANNOTATED count as background in both.
 """
 
 import math
@@ -23,7 +23,7 @@ import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from scipy.ndimage import find_objects
 
-from hyspark.data.datasets.cases import IGNORED
+from hyspark.data.datasets.cases import UNANNOTATED
 
 ORGAN_METRICS = {"dice": ("Dice", "{:.3f}"), "hd95_mm": ("HD95 (mm)", "{:.1f}"), "nsd": ("NSD", "{:.3f}")}
 """Metrics of an organ: by key, the heading and the format in tables."""
@@ -54,7 +54,7 @@ def dice(prediction: np.ndarray, truth: np.ndarray, num_classes: int) -> list[fl
 
     Args:
         prediction: uint8, values below `num_classes`.
-        truth: Likewise, or IGNORED; of the same shape.
+        truth: Likewise, or UNANNOTATED; of the same shape.
         num_classes: Number of classes, background included.
     """
     prediction, truth = without_ignored(prediction, truth)
@@ -63,8 +63,8 @@ def dice(prediction: np.ndarray, truth: np.ndarray, num_classes: int) -> list[fl
 
 
 def without_ignored(prediction: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Replace the voxels that the truth marks as IGNORED by background, in prediction and truth (of one shape)."""
-    ignored = truth == IGNORED
+    """Replace the voxels that the truth marks as UNANNOTATED by background, in prediction and truth (of one shape)."""
+    ignored = truth == UNANNOTATED
     if prediction.shape != truth.shape or not ignored.any():
         return prediction, truth
     return np.where(ignored, 0, prediction).astype(prediction.dtype), np.where(ignored, 0, truth).astype(truth.dtype)
@@ -93,7 +93,7 @@ def score_case(
 
     Args:
         prediction: uint8 (h, w, d), values below `num_classes`.
-        truth: Likewise, or IGNORED; of the same shape.
+        truth: Likewise, or UNANNOTATED; of the same shape.
         num_classes: Number of classes, background included.
         spacing: Edges of a voxel in mm.
         tolerance: Tolerance of the normalised surface Dice in mm.

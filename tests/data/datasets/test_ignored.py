@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hyspark.data.datasets.build import read_folder
-from hyspark.data.datasets.cases import IGNORED, class_values, ignored_value
+from hyspark.data.datasets.cases import UNANNOTATED, class_values, ignored_value
 from hyspark.data.datasets.datalist_json import read_datalist, write_datalist
 from hyspark.data.preprocessing.prepare import prepare_missing, stored_volumes
 from hyspark.data.quality.check import check_dataset
@@ -79,7 +79,7 @@ def test_prepared_labels_mark_ignored_voxels(folder, tmp_path):
     assert not prepare_missing([case], SETTINGS, tmp_path / "store", 1, False)
     (volume,) = stored_volumes([case], SETTINGS, tmp_path / "store")
     label = volume.read("label", (0, 0, 0), volume.entry.shape)
-    assert set(np.unique(label)) == {0, 1, IGNORED}
+    assert set(np.unique(label)) == {0, 1, UNANNOTATED}
     assert volume.entry.max_label == 1
     assert label_fault(volume, ["background", "ball"]) == ""
     rng = np.random.default_rng(0)
@@ -87,7 +87,7 @@ def test_prepared_labels_mark_ignored_voxels(folder, tmp_path):
     assert volume.folder not in {
         v.folder for v in stored_volumes([type(case)(case.name, "", case.image, case.label)], SETTINGS, tmp_path)
     }
-    assert set(np.unique(read_label(case.label, 2, 2))) == {0, 1, IGNORED}
+    assert set(np.unique(read_label(case.label, 2, 2))) == {0, 1, UNANNOTATED}
     with pytest.raises(ValueError, match="label values from 0 to 1"):
         read_label(case.label, 2)
 
@@ -97,7 +97,7 @@ def test_the_loss_does_not_see_ignored_voxels(weight):
     torch.manual_seed(0)
     scores = torch.randn(1, 3, 4, 4, 4, requires_grad=True)
     labels = torch.randint(0, 3, (1, 1, 4, 4, 4))
-    labels[..., 2:] = IGNORED
+    labels[..., 2:] = UNANNOTATED
     loss = DiceAndCrossEntropy(3, weight)
     value = loss(scores, labels, float(loss.weight_sum(labels)))
     value.backward()
@@ -109,7 +109,7 @@ def test_the_loss_does_not_see_ignored_voxels(weight):
 
 def test_a_crop_of_ignored_voxels_alone_has_a_finite_loss():
     scores = torch.randn(1, 3, 4, 4, 4, requires_grad=True)
-    labels = torch.full((1, 1, 4, 4, 4), IGNORED)
+    labels = torch.full((1, 1, 4, 4, 4), UNANNOTATED)
     loss = DiceAndCrossEntropy(3)
     value = loss(scores, labels, float(loss.weight_sum(labels)))
     value.backward()
@@ -121,7 +121,7 @@ def test_scores_do_not_see_ignored_voxels():
     rng = np.random.default_rng(0)
     prediction, truth = (rng.integers(0, 3, (12, 10, 8)).astype(np.uint8) for _ in range(2))
     expected_prediction, expected = prediction.copy(), truth.copy()
-    truth[:, :, 5:] = IGNORED
+    truth[:, :, 5:] = UNANNOTATED
     expected_prediction[:, :, 5:] = expected[:, :, 5:] = 0
     assert dice(prediction, truth, 3) == dice(expected_prediction, expected, 3)
     assert score_case(prediction, truth, 3, (1, 1, 1), 1.0) == score_case(

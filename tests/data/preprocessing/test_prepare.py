@@ -306,7 +306,11 @@ def test_progress_is_shown_only_when_asked_for(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("error", "reason"),
-    [(KeyError("surprise"), "surprise"), (MemoryError("5 GB"), "lower prepare_workers"), (RuntimeError("codec"), "codec")],
+    [
+        (KeyError("surprise"), "surprise"),
+        (MemoryError("5 GB"), "lower prepare_workers"),
+        (RuntimeError("codec"), "codec"),
+    ],
 )
 @pytest.mark.parametrize("where", ["region_above", "write_entry"])
 def test_an_error_that_nobody_foresaw_costs_its_case_alone(tmp_path, monkeypatch, where, error, reason):

@@ -131,7 +131,9 @@ def test_what_cannot_be_decided_is_decided_by_the_declared_modality():
     assert faults(KINDS["MR"][0], PrepareSettings(hu_min=0.0, hu_max=900.0), modality="MRI") == ["another scale"]
 
 
-@pytest.mark.parametrize("name", ["T1", "T2w", "FLAIR", "MRI", "MR", "mr_T1ce", "PET", "zscore", "noNorm", "rgb_to_0_1"])
+@pytest.mark.parametrize(
+    "name", ["T1", "T2w", "FLAIR", "MRI", "MR", "mr_T1ce", "PET", "zscore", "noNorm", "rgb_to_0_1"]
+)
 def test_names_that_are_not_ct(name):
     assert Modality(name).is_other
     assert not Modality(name).is_ct
