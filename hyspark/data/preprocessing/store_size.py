@@ -10,8 +10,9 @@ from typing import TypeVar
 import numpy as np
 
 from hyspark.data.datasets.cases import Case
+from hyspark.data.preprocessing.entry_files import is_complete
 from hyspark.data.preprocessing.prepare import files_exist
-from hyspark.data.preprocessing.store import entry_folder, is_complete
+from hyspark.data.preprocessing.store import entry_folder
 from hyspark.data.readers.nifti import file_grid
 from hyspark.data.settings import PrepareSettings
 

@@ -22,13 +22,6 @@ PLAUSIBLE_SPACING = (0.2, 10.0)
 """Range of a CT's mm between voxels."""
 LOCALISER, THIN_VOXELS, THIN_MM = 4, 16, 32.0
 """Shortest edges, in voxels and mm, below which an image counts as a localiser, or as thin."""
-WRAPPED = 60000
-"""Negative HU that are read as unsigned 16 bits lie above it."""
-OFFSET_TISSUE, OFFSET_FRACTION = (850, 1250), 0.05
-"""Range of tissue in a CT to whose HU 1024 was added, and least fraction of voxels in it.
-
-In HU only bone and metal lie in the range, in a far smaller fraction.
-"""
 SHEAR = 0.01
 """Cosine between two axes above which they count as sheared."""
 
@@ -87,24 +80,6 @@ def personal_text(header: Header) -> str:
 def is_personal(text: bytes) -> bool:
     """Return whether a text may name a patient; NUL bytes, which pad a field, count as spaces."""
     return PERSONAL.search(text.replace(b"\0", b" ").decode("latin-1")) is not None
-
-
-def value_fault(low: float, high: float, sample: np.ndarray, hu_min: float) -> tuple[str, str] | None:
-    """Return why an image's values are no HU, as a kind of finding and its text; None if they can be HU."""
-    span = f"values from {low:g} to {high:g}"
-    if low == high:
-        return "constant", f"the value {low:g} everywhere"
-    if high > WRAPPED:
-        return "wrapped around", span
-    if low >= -1 and high <= 1:
-        return "scaled", span
-    if high <= hu_min:
-        return "all air", span
-    if low >= 0 and high <= 255:
-        return "8-bit", span
-    if low > -200 and np.mean((sample > OFFSET_TISSUE[0]) & (sample < OFFSET_TISSUE[1])) > OFFSET_FRACTION:
-        return "offset", f"{span}, with tissue near 1000"
-    return None
 
 
 def label_faults(voxels: dict[float, int], declared: frozenset[int] | None) -> Iterator[tuple[str, str]]:

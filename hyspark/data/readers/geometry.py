@@ -221,7 +221,19 @@ def pair_fault(image: Grid, label: Grid) -> Fault | None:
     return None
 
 
-def put_in_order(voxels: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Bring voxels into another order and direction, without interpolation."""
-    turned: np.ndarray = apply_orientation(voxels, order)
-    return turned
+class Turned(NamedTuple):
+    """Voxels whose axes are in the order and direction of another grid's.
+
+    Attributes:
+        voxels: `(h, w, d)`.
+        affine: `(4, 4)` by their own file, for this order.
+    """
+
+    voxels: np.ndarray
+    affine: np.ndarray
+
+
+def put_in_order(voxels: np.ndarray, label: Grid, image: Grid) -> Turned:
+    """Bring the voxels of a label into the order and direction of its image's, without interpolation."""
+    order = voxel_order(image, label)
+    return Turned(apply_orientation(voxels, order), in_order(label, order).affine)

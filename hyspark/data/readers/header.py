@@ -15,7 +15,7 @@ from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 from nibabel.spatialimages import HeaderDataError
 
-from hyspark.data.readers.geometry import read_geometry
+from hyspark.data.readers.geometry import Grid, read_geometry
 from hyspark.utils.text import first_line
 
 GZIP = b"\x1f\x8b"
@@ -79,6 +79,11 @@ class Header:
     def end(self) -> int:
         """End of the voxels in the unpacked file, in bytes."""
         return self.offset + math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def grid(self) -> Grid:
+        """Shape and affine."""
+        return Grid(self.shape, self.affine)
 
     @property
     def has_position(self) -> bool:

@@ -3,16 +3,14 @@
 import math
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from isal import igzip
-from nibabel.affines import voxel_sizes
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.spatialimages import SpatialImage
 
 from hyspark.data.datasets.cases import UNANNOTATED
-from hyspark.data.readers.geometry import Grid, in_order, pair_fault, put_in_order, voxel_order
+from hyspark.data.readers.geometry import Grid, Turned, pair_fault, put_in_order
 from hyspark.data.readers.header import FATAL, READ_ERRORS, Header, NiftiError, read_header
 from hyspark.data.readers.label_values import label_value_fault, whole_values
 from hyspark.utils.text import first_line
@@ -29,8 +27,7 @@ def placed_header(path: Path) -> Header:
 
 def file_grid(path: Path) -> Grid:
     """Read shape and affine of a NIfTI file by its header; raise NiftiError unless it is one volume in space."""
-    header = placed_header(path)
-    return Grid(header.shape, header.affine)
+    return placed_header(path).grid
 
 
 def read_voxels(header: Header) -> np.ndarray:
@@ -63,24 +60,7 @@ def read_nifti(path: Path) -> SpatialImage:
     return SpatialImage(read_voxels(header), header.affine)
 
 
-class LabelMap(NamedTuple):
-    """A label map in the order of its image's voxels.
-
-    Attributes:
-        values: uint8 `(h, w, d)`.
-        affine: `(4, 4)` of the label by its own file, for this order.
-    """
-
-    values: np.ndarray
-    affine: np.ndarray
-
-    @property
-    def spacing(self) -> tuple[float, ...]:
-        """Edges of a voxel in mm."""
-        return tuple(float(edge) for edge in voxel_sizes(self.affine))
-
-
-def read_label(path: Path, image: Path, num_classes: int = 256, ignore: int | None = None) -> LabelMap:
+def read_label(path: Path, image: Path, num_classes: int = 256, ignore: int | None = None) -> Turned:
     """Read a label map and bring its axes into the order and direction of its image's, without interpolation.
 
     Args:
@@ -89,12 +69,14 @@ def read_label(path: Path, image: Path, num_classes: int = 256, ignore: int | No
         num_classes: number of classes; values lie below it.
         ignore: value in the file of voxels to ignore, which become UNANNOTATED.
 
+    Returns:
+        The label map, uint8 `(h, w, d)`, with its affine.
+
     Raises:
         ValueError: a value is no class, the label does not lie on its image, or a file is damaged.
     """
     header, grid = placed_header(path), file_grid(image)
-    own = Grid(header.shape, header.affine)
-    if fault := pair_fault(grid, own):
+    if fault := pair_fault(grid, header.grid):
         raise ValueError(f"{path}: expected a label on the voxels of its image, got {fault[1]}")
     values = whole_values(read_voxels(header))
     ignored = values == ignore
@@ -106,8 +88,7 @@ def read_label(path: Path, image: Path, num_classes: int = 256, ignore: int | No
         raise ValueError(f"{path}: expected whole label values from 0 to {num_classes - 1}, the classes, got {found}")
     labels = values.astype(np.uint8)
     labels[ignored] = UNANNOTATED
-    order = voxel_order(grid, own)
-    return LabelMap(put_in_order(labels, order), in_order(own, order).affine)
+    return put_in_order(labels, header.grid, grid)
 
 
 def label_file(labels: np.ndarray, source: Path) -> bytes:

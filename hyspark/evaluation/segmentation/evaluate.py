@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from nibabel.affines import voxel_sizes
 from torch import nn
 from tqdm import tqdm
 
@@ -166,7 +167,7 @@ def score_cases(
         assert label is not None
         truth = read_label(label, cases[i].image, len(names), cases[i].ignore)
         found = segment_case(network, volumes[i], cases[i], windows, processes, precision, scoring.largest_component)
-        organs = score_case(found.on_file, truth.values, len(names), truth.spacing, scoring.tolerance)
+        organs = score_case(found.on_file, truth.voxels, len(names), voxel_sizes(truth.affine), scoring.tolerance)
         done.append(ScoredCase(i, organs, zlib.compress(found.prepared.tobytes(), 1)))
     done = sorted(distributed.gather_lists(done, processes), key=lambda scored: scored.index)
     table = organ_score_table({cases[scored.index].name: scored.organs for scored in done}, names[1:])

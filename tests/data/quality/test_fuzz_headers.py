@@ -81,7 +81,7 @@ def test_random_bytes_in_headers(tmp_path, part):
 def check_file(path: Path) -> None:
     case = Case("a", "D", path)
     tracemalloc.reset_peak()
-    seen = examine(case, -175.0, None)
+    seen = examine(case, SETTINGS, None)
     kinds = {f.kind for f in seen.findings}
     assert tracemalloc.get_traced_memory()[1] < MAX_BYTES, kinds
     assert all("\n" not in str(f) for f in seen.findings)

@@ -174,7 +174,7 @@ def test_there_are_enough_rows():
 def test_every_verb_has_the_geometry_of_an_independent_reader(tmp_path, name):
     row = ROWS[name]
     path = write_bytes(tmp_path / f"a{row.ending}", nifti_bytes(voxels(), **row.fields))
-    seen = examine(Case("a", "D", path), -175, None)
+    seen = examine(Case("a", "D", path), SETTINGS, None)
     assert {f.kind for f in seen.findings} == row.kinds
     assert seen.shape == SHAPE
     if any(kind in FATAL for kind in row.kinds):
@@ -240,7 +240,7 @@ def centre(where: np.ndarray, affine: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
 def test_a_file_that_is_no_volume_is_named_by_every_verb(tmp_path, kind, fields, ending):
     path = write_bytes(tmp_path / f"a{ending}", nifti_bytes(voxels(), **BOTH | fields))
-    assert [f.kind for f in examine(Case("a", "D", path), -175, None).findings] == [kind]
+    assert [f.kind for f in examine(Case("a", "D", path), SETTINGS, None).findings] == [kind]
     for read in (file_grid, lambda path: read_volume(Volume("a", "a", path)), prepare):
         with pytest.raises(ValueError, match=r"expected one 3D volume, got|unreadable as NIfTI .*; copy or convert"):
             read(path)
