@@ -11,6 +11,8 @@ from hyspark.data.settings import PrepareSettings
 
 MIN_COVER = 0.25
 """Least fraction of the range of an image's values that a window chosen for them covers."""
+MIN_FILLED = 0.05
+"""Least fraction of such a window that these values fill."""
 MAX_OUTSIDE = 0.1
 """Fraction of such a window that may lie below the image's least value."""
 MAX_CUT = 0.05
@@ -60,10 +62,11 @@ def value_faults(
 
 def fits_window(kind: ImageKind, hu_min: float, hu_max: float) -> bool:
     """Return whether a window was chosen for values that are no HU: it begins within their range and covers a part."""
-    low, high = kind.most
-    if hu_min < kind.low - MAX_OUTSIDE * (hu_max - hu_min):
-        return False
-    return bool(min(hu_max, high) - max(hu_min, low) >= MIN_COVER * (high - low))
+    (low, high), width = kind.most, hu_max - hu_min
+    common = min(hu_max, high) - max(hu_min, low)
+    return bool(
+        hu_min >= kind.low - MAX_OUTSIDE * width and common >= MIN_COVER * (high - low) and common >= MIN_FILLED * width
+    )
 
 
 def is_cut(clipped: tuple[float, float], hu_min: float, hu_max: float) -> bool:

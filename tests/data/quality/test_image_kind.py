@@ -107,7 +107,9 @@ def test_a_window_that_was_set_to_the_values_takes_them(name):
     kind = image_kind(float(values.min()), float(values.max()), values)
     for low, high in ((kind.low, kind.high), kind.most):
         assert faults(values, PrepareSettings(hu_min=low, hu_max=high)) == ["another scale"]
-    assert faults(values, PrepareSettings(hu_min=-1000.0, hu_max=1000.0)) == [kind.name]
+    wide = 100 * (kind.high - kind.low)
+    for low, high in ((-1000.0, 1000.0), (kind.low, kind.low + wide), (kind.low - wide, kind.high)):
+        assert faults(values, PrepareSettings(hu_min=low, hu_max=high)) == [kind.name]
     middle = (kind.low + kind.high) / 2
     assert faults(values, PrepareSettings(hu_min=middle, hu_max=middle + (kind.high - kind.low) / 100)) == [kind.name]
 
