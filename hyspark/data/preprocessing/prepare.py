@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from monai.data import MetaTensor
 from monai.transforms import Compose, CropForegroundd
-from nibabel.affines import apply_affine, voxel_sizes
+from nibabel.spatialimages import SpatialImage
 from tqdm import tqdm
 
-from hyspark.data.datasets.cases import UNANNOTATED, Case
+from hyspark.data.datasets.cases import Case
 from hyspark.data.intensity import stored_steps, window_transform
+from hyspark.data.preprocessing.earlier_entries import outdated_entries
 from hyspark.data.preprocessing.resample import region_above, whole_grid
 from hyspark.data.preprocessing.store import (
     StoredVolume,
@@ -35,7 +37,7 @@ from hyspark.data.preprocessing.store import (
     write_entry,
 )
 from hyspark.data.quality.examine import examine
-from hyspark.data.readers.nifti import check_header
+from hyspark.data.readers.nifti import file_grid, read_label
 from hyspark.data.settings import PrepareSettings
 from hyspark.utils.log import LOG
 from hyspark.utils.processes import available_cores, map_unordered
@@ -52,20 +54,6 @@ def to_unit_range_and_foreground(settings: PrepareSettings, keys: Sequence[str])
     return Compose([window_transform(settings), CropForegroundd(keys, source_key="image", allow_smaller=True)])
 
 
-def check_pair(case: Case) -> None:
-    """Check the headers of a case; raise ValueError unless its label lies on its image, to within one voxel."""
-    shape, affine = check_header(case.image)
-    if case.label is None:
-        return
-    label_shape, label_affine = check_header(case.label)
-    if label_shape != shape:
-        raise ValueError(f"image and label differ in shape: {shape} and {label_shape} ({case.label})")
-    corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(shape) - 1)
-    shift = np.abs(apply_affine(affine, corners) - apply_affine(label_affine, corners)).max()
-    if not shift <= voxel_sizes(affine).max():
-        raise ValueError(f"image and label lie {shift:.3g} mm apart by their headers ({case.label})")
-
-
 def prepare_case(case: Case, settings: PrepareSettings) -> dict[str, Any]:
     """Prepare one case: orientation, spacing, HU window, crop to foreground.
 
@@ -76,17 +64,12 @@ def prepare_case(case: Case, settings: PrepareSettings) -> dict[str, Any]:
     Raises:
         ValueError: if a file is no 3D volume, the image has no foreground, or the label does not match the image.
     """
-    check_pair(case)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MONAI warns its own callers; results are checked below
         image, shape, start = region_above(case.image, settings.spacing, settings.hu_min)
         data: dict[str, Any] = {"image": image}
         if case.label is not None:
-            whole = whole_grid(case.label, settings.spacing, "nearest")
-            if whole.shape[1:] != shape:
-                raise ValueError(
-                    f"image and label differ in shape once resampled: {shape} and {tuple(whole.shape[1:])}"
-                )
+            whole = resampled_label(case.label, case, settings.spacing, shape)
             box = [slice(a, a + n) for a, n in zip(start, image.shape[1:], strict=True)]
             data["label"] = whole[:, box[0], box[1], box[2]]
         data = to_unit_range_and_foreground(settings, list(data))(data)
@@ -97,13 +80,30 @@ def prepare_case(case: Case, settings: PrepareSettings) -> dict[str, Any]:
         raise ValueError(f"no voxel lies above {settings.hu_min} HU; is it CT in Hounsfield units?")
     label = None
     if case.label is not None:
-        values = data["label"].numpy()[0]
-        if values.min() < 0 or values.max() > 255 or (values != np.round(values)).any():
-            raise ValueError(f"label values must be whole numbers from 0 to 255 ({case.label})")
-        label = np.ascontiguousarray(values.astype(np.uint8))
-        if case.ignore is not None:
-            label[label == case.ignore] = UNANNOTATED
+        label = np.ascontiguousarray(data["label"].numpy()[0].astype(np.uint8))
     return {"image": array, "label": label, "affine": np.asarray(data["image"].affine, dtype=np.float64)}
+
+
+def resampled_label(label: Path, case: Case, spacing: Sequence[float], shape: tuple[int, ...]) -> MetaTensor:
+    """Resample a label to the grid of its resampled image, by nearest neighbour.
+
+    The label's own affine is used, whose rounding the nearest voxel may depend on. If it gives another shape, as edges
+    that differ slightly do, the image's is used.
+
+    Args:
+        label: the label's file.
+        case: its case.
+        spacing: mm per voxel.
+        shape: voxels per axis of the resampled image.
+
+    Returns:
+        float32 `(1, h, w, d)`.
+    """
+    found = read_label(label, case.image, ignore=case.ignore)
+    whole = whole_grid(SpatialImage(found.values, found.affine), spacing, "nearest")
+    if whole.shape[1:] != shape:
+        whole = whole_grid(SpatialImage(found.values, file_grid(case.image).affine), spacing, "nearest")
+    return whole
 
 
 @dataclass(frozen=True)
@@ -200,13 +200,18 @@ def prepare_missing(
     folders = {c: entry_folder(store_dir, settings, c.image, c.label, c.ignore) for c in cases if files_exist(c)}
     missing = [str(c.image) for c in cases if c not in folders]
     failed: dict[str, tuple[str, ...]] = {image: (f"{image}: it or its label is missing",) for image in missing}
-    existing = [folder for folder in folders.values() if folder.exists()]
-    damaged = find_damaged(existing, num_workers or available_cores(), progress)
-    todo = [(c, settings, folder) for c, folder in folders.items() if folder in damaged or not folder.exists()]
+    existing = {folder: None for folder in folders.values() if folder.exists()}
+    damaged = find_damaged([*existing], num_workers or available_cores(), progress)
+    outdated = outdated_entries({c: f for c, f in folders.items() if f in existing and f not in damaged})
+    again = {*damaged, *outdated}
+    todo = [(c, settings, folder) for c, folder in folders.items() if folder in again or not folder.exists()]
     if todo:
         make_writable(store_dir)
         for folder in damaged:
             LOG.warning("%s: does not match its checksum; it is prepared again", folder)
+        if outdated:
+            LOG.warning("%d prepared volumes have another geometry than their headers; prepared again", len(outdated))
+        for folder in again:
             remove_entry(folder)
         outcomes = prepare_in_parallel(todo, num_workers or available_cores(), progress)
         failed |= {str(o.case.image): o.errors for o in outcomes if o.errors}

@@ -18,6 +18,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Orientation, Spacing
 from nibabel import as_closest_canonical
+from nibabel.spatialimages import SpatialImage
 from scipy.ndimage import affine_transform
 
 from hyspark.data.readers.nifti import read_nifti
@@ -28,19 +29,18 @@ MAX_AXIS_DRIFT = 1e-5
 """Voxels by which a straight row of voxels may leave its axis over its whole length."""
 
 
-def whole_grid(path: Path, spacing: Sequence[float], mode: str) -> MetaTensor:
-    """Resample a whole NIfTI file by MONAI's own transforms.
+def whole_grid(image: SpatialImage, spacing: Sequence[float], mode: str) -> MetaTensor:
+    """Resample a whole volume by MONAI's own transforms.
 
     Args:
-        path: the NIfTI file.
+        image: the volume.
         spacing: mm per voxel, in RAS order.
         mode: "bilinear" or "nearest".
 
     Returns:
         float32 `(1, h, w, d)` in RAS orientation.
     """
-    image = read_nifti(path)
-    voxels = np.asanyarray(image.dataobj).reshape(1, *image.shape[:3]).astype(np.float32)
+    voxels = np.asanyarray(image.dataobj)[None].astype(np.float32)
     volume = MetaTensor(torch.from_numpy(voxels), affine=torch.from_numpy(image.affine))
     ras = Orientation("RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")))
     resampled: MetaTensor = Compose([ras, Spacing(spacing, mode=mode)])(volume)
@@ -50,23 +50,26 @@ def whole_grid(path: Path, spacing: Sequence[float], mode: str) -> MetaTensor:
 def region_above(
     path: Path, spacing: Sequence[float], threshold: float
 ) -> tuple[MetaTensor, tuple[int, ...], list[int]]:
-    """Resample the region of `whole_grid(path, spacing, "bilinear")` that holds every voxel above a threshold.
+    """Resample the region of a NIfTI file that holds every voxel above a threshold.
+
+    It is a part of `whole_grid(read_nifti(path), spacing, "bilinear")`.
 
     Returns:
         region: float32 `(1, h, w, d)`; one voxel if none lies above the threshold.
         shape: `(h, w, d)` of the whole grid.
         start: first voxel of the region in the whole grid.
     """
-    image = as_closest_canonical(read_nifti(path))
-    affine, shape = target_grid(image.shape[:3], image.affine, spacing)
+    stored = read_nifti(path)
+    image = as_closest_canonical(stored)
+    affine, shape = target_grid(image.shape, image.affine, spacing)
     to_voxel = np.linalg.solve(image.affine, affine)
-    if shape == image.shape[:3] and np.allclose(to_voxel, np.eye(4), atol=UNCHANGED):
+    if shape == image.shape and np.allclose(to_voxel, np.eye(4), atol=UNCHANGED):
         affine, to_voxel = image.affine, np.eye(4)
     scale, offset = np.diag(to_voxel)[:3], to_voxel[:3, 3]
     if np.abs(to_voxel[:3, :3] - np.diag(scale)).max() * max(shape) > MAX_AXIS_DRIFT:
-        return whole_grid(path, spacing, "bilinear"), shape, [0, 0, 0]
+        return whole_grid(stored, spacing, "bilinear"), shape, [0, 0, 0]
 
-    voxels = np.asanyarray(image.dataobj).reshape(image.shape[:3])
+    voxels = np.asanyarray(image.dataobj)
     if voxels.dtype.kind == "f":
         voxels = voxels.astype(np.float32, copy=False)  # as MONAI does after reading
     start, stop = box_above(voxels, threshold, shape, scale, offset)

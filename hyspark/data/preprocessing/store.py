@@ -9,6 +9,7 @@ Each volume has a folder:
 
 The folder's name is a hash of file path, size, modification time and the settings of preparation. So changed settings
 or files never read old voxels. An entry appears by renaming a finished folder; `is_intact` compares its checksums.
+entry.json also names how headers were read, see `earlier_entries.py`.
 
 0..1 is stored as 0..steps. The number of steps per HU is the largest power of two that fits 16 bits, 128 for the usual
 window. CT comes in whole HU, so voxels that were not interpolated, or halfway, end in zero bits, which compress to
@@ -40,6 +41,8 @@ from hyspark.data.intensity import MAX_STORED, quantise
 from hyspark.data.settings import PrepareSettings
 
 STORE_FORMAT = 4
+READER = 2
+"""How headers of files are read, in entry.json; entries without it are from before (see earlier_entries.py)."""
 CHUNK_EDGE, CELL_EDGE = 64, 32
 BLOCK_SHAPE = (16, 32, 32)
 UNFINISHED_PREFIX, ABANDONED_SECONDS = ".writing-", 86400.0
@@ -165,7 +168,7 @@ def write_entry(
         values = np.zeros(1, np.uint8) if label is None else label[label != UNANNOTATED] if has_ignored else label
         entry = Entry(image.shape, affine.tolist(), source, int(values.max(initial=0)), steps)
         names = sorted(path.name for path in temporary.iterdir())
-        content = json.loads(json.dumps(asdict(entry)))
+        content = json.loads(json.dumps(asdict(entry))) | {"reader": READER}
         content["checksums"] = checksums(temporary, [*names, "entry.json"], content)
         (temporary / "entry.json").write_text(json.dumps(content))
         try:

@@ -5,12 +5,9 @@ memory of a few.
 """
 
 import hashlib
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import nibabel
 import numpy as np
 from nibabel import as_closest_canonical
 from nibabel.affines import voxel_sizes
@@ -18,9 +15,12 @@ from nibabel.spatialimages import SpatialImage
 
 from hyspark.data.datasets.cases import Case
 from hyspark.data.intensity import viewing_greys
-from hyspark.data.quality.faults import file_fault, format_fault, header_faults, label_faults, pair_faults, value_fault
+from hyspark.data.quality.faults import file_fault, header_faults, label_faults, value_fault
 from hyspark.data.quality.findings import Finding
-from hyspark.data.readers.nifti import read_nifti
+from hyspark.data.readers.geometry import Grid, pair_fault
+from hyspark.data.readers.header import Header, NiftiError, read_header
+from hyspark.data.readers.label_values import whole_values
+from hyspark.data.readers.nifti import read_voxels
 from hyspark.utils.text import first_line
 
 HISTOGRAM = np.arange(-1100, 3101, 50)
@@ -77,49 +77,48 @@ def examine(case: Case, hu_min: float, declared: frozenset[int] | None) -> Exami
     image = open_volume(case.image, seen.findings)
     label = open_volume(case.label, seen.findings) if case.label else None
     if image is not None:
-        seen.shape, seen.spacing = image.shape[:3], tuple(float(edge) for edge in voxel_sizes(image.affine))
-        seen.findings += [Finding(kind, str(case.image), found) for kind, found in header_faults(image, case.image)]
-        voxels = load_voxels(image, case.image, seen.findings)
+        seen.shape = image.shape
+        if image.has_position:
+            seen.spacing = tuple(float(edge) for edge in voxel_sizes(image.affine))
+        seen.findings += [Finding(kind, str(case.image), found) for kind, found in header_faults(image)]
+        voxels = load_voxels(image, seen.findings)
         if voxels is not None:
             examine_voxels(voxels, hu_min, seen)
-            is_placed = not any(f.kind == "singular affine" for f in seen.findings)
-            seen.thumbnail = thumbnail_of(voxels, image.affine if is_placed else np.eye(4))
+            seen.thumbnail = thumbnail_of(voxels, image.affine if image.has_position else np.eye(4))
     if label is not None and case.label:
         path = str(case.label)
-        if image is not None:
-            seen.findings += [Finding(kind, path, found) for kind, found in pair_faults(image, label)]
-        voxels = load_voxels(label, case.label, seen.findings)
+        seen.findings += [Finding(kind, path, found) for kind, found in label.faults]
+        if image is not None and image.has_position and label.has_position:
+            fault = pair_fault(Grid(image.shape, image.affine), Grid(label.shape, label.affine))
+            seen.findings += [Finding(fault[0], path, fault[1])] if fault else []
+        voxels = load_voxels(label, seen.findings)
         if voxels is not None:
-            seen.label_voxels = values_of(voxels)
+            seen.label_voxels = values_of(whole_values(voxels))
             seen.findings += [Finding(k, path, found) for k, found in label_faults(seen.label_voxels, declared)]
     return seen
 
 
-def open_volume(path: Path, findings: list[Finding]) -> Any:
-    """Open a NIfTI file without reading its voxels; return None and add a finding if it is no readable volume."""
+def open_volume(path: Path, findings: list[Finding]) -> Header | None:
+    """Read the header of a NIfTI file; return None and add a finding if it is no readable volume."""
     fault = file_fault(path)
     if fault is None:
         try:
-            image: Any = nibabel.load(path)
-        except Exception as error:  # nibabel raises many types for an invalid header
-            kind = "damaged" if isinstance(error, EOFError | OSError | zlib.error) else "not NIfTI"
-            fault = (kind, first_line(error))
-        else:
-            fault = format_fault(image)
-            if fault is None:
-                return image
+            return read_header(path)
+        except NiftiError as error:
+            fault = (error.kind, error.found)
     findings.append(Finding(fault[0], str(path), fault[1]))
     return None
 
 
-def load_voxels(image: Any, path: Path, findings: list[Finding]) -> np.ndarray | None:
+def load_voxels(header: Header, findings: list[Finding]) -> np.ndarray | None:
     """Read all voxels, `(h, w, d)`; return None and add a finding if the file is damaged."""
     try:
-        whole = read_nifti(path)  # compares the checksum
-        return np.asanyarray(whole.dataobj).reshape(image.shape[:3])
-    except Exception as error:  # of zlib, ISA-L, nibabel, the system
-        findings.append(Finding("damaged", str(path), first_line(error)))
-        return None
+        return read_voxels(header)  # compares the checksum
+    except NiftiError as error:
+        findings.append(Finding(error.kind, str(header.path), error.found))
+    except Exception as error:  # of nibabel, the system
+        findings.append(Finding("damaged", str(header.path), first_line(error)))
+    return None
 
 
 def examine_voxels(voxels: np.ndarray, hu_min: float, seen: Examined) -> None:

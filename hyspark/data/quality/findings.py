@@ -36,15 +36,22 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "colours": FindingKind("error", "one number a voxel", "it is a picture or a secondary capture; remove it"),
     "complex numbers": FindingKind("error", "real numbers", "it is no CT; remove it"),
     "impossible spacing": FindingKind(
-        "error", "a spacing above 0 mm on each axis", "convert it again from the scanner's files"
+        "error", "a spacing above 0 mm on each axis, at most 10 m in all", "convert it again from the scanner's files"
     ),
     "odd spacing": FindingKind("warning", "voxels of .2 to 10 mm", "is the spacing in mm? convert it again if not"),
+    "pixdim disagrees": FindingKind(
+        "warning",
+        "one spacing by pixdim and the sform",
+        "the sform is used, as NIfTI says, but programs of ITK use pixdim; check the spacing",
+    ),
+    "not in mm": FindingKind("warning", "lengths in mm", "is its unit right? else set xyzt_units to 2"),
+    "odd field": FindingKind("warning", "header fields as NIfTI defines them", "check the position; convert it again"),
     "singular affine": FindingKind("error", "an affine with three independent axes", "convert it again"),
     "sheared affine": FindingKind(
         "warning", "axes at right angles", "was the gantry tilted? resample it upright if it matters"
     ),
     "sform and qform disagree": FindingKind(
-        "warning", "one position by both", "the sform is used; check left and right"
+        "warning", "one position by both", "the sform is used, as NIfTI says; check left and right"
     ),
     "no orientation": FindingKind(
         "warning", "a header that says where the patient lies", "check left and right, and the spacing"
@@ -55,7 +62,7 @@ FINDING_KINDS: dict[str, FindingKind] = {
         "warning", "no personal data", "clear the header's texts before you publish it"
     ),
     # The voxels
-    "NaN or infinite": FindingKind("error", "numbers", "convert it again, or set these voxels to air"),
+    "NaN or infinite": FindingKind("error", "numbers", "convert it again, or set these voxels to air, in a label to 0"),
     "constant": FindingKind("error", "more than one value", "the conversion failed, or it is blank; remove it"),
     "all air": FindingKind("error", "tissue in the HU window", "is it CT in Hounsfield units?"),
     "offset": FindingKind("warning", "Hounsfield units (air -1000, water 0)", "subtract 1024, or convert it again"),
@@ -66,8 +73,11 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "wrapped around": FindingKind("warning", "Hounsfield units (air -1000, water 0)", "store it as signed 16 bits"),
     # The label
     "label of another shape": FindingKind("error", "the image's shape", "resample the label to its image"),
-    "label elsewhere": FindingKind("error", "the image's position", "fix the headers; voxels are not moved here"),
+    "label elsewhere": FindingKind(
+        "error", "the image's position, to half a voxel of each axis", "fix the headers; voxels are not moved here"
+    ),
     "label not whole": FindingKind("error", "whole numbers from 0 to 255", "resample labels with nearest neighbour"),
+    "label outside 0 to 255": FindingKind("error", "whole numbers from 0 to 255", "number the classes from 0"),
     "undeclared class": FindingKind(
         "error", "values that dataset.json declares", "declare the class, or fix the label"
     ),

@@ -150,7 +150,7 @@ def test_one_error_lists_every_broken_file_with_its_reason(tmp_path):
         "values 0.5.*whole numbers": write_case(tmp_path, "fraction", good, label * 0.5),
         "values -1.*whole numbers": write_case(tmp_path, "negative", good, -label),
         "values 300.*whole numbers": write_case(tmp_path, "large", good, label * 300),
-        "corners up to 33 mm": write_case(tmp_path, "mirrored", good, label),
+        "up to 16.5 mm .0, 0, 11 voxels": write_case(tmp_path, "mirrored", good, label),
         "corners up to 16.5 mm": write_case(tmp_path, "stretched", good, label),
     }
     by_name = {case.name: case for case in cases.values()}

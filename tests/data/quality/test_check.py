@@ -212,6 +212,24 @@ def a_mirrored_qform(data):
     nib.save(image, data.image)
 
 
+@breaks("pixdim disagrees")
+def edges_that_are_not_those_of_the_sform(data):
+    patch_header(data.image, PIXDIM + 4, np.array([2, 2, 5], "<f4").tobytes())
+
+
+@breaks("not in mm")
+def lengths_in_metres(data):
+    for path, voxels in ((data.image, ct()), (data.label, organ())):
+        image = nib.Nifti1Image(voxels, np.diag([0.002, 0.002, 0.003, 1]))
+        image.header.set_xyzt_units("meter")
+        nib.save(image, path)
+
+
+@breaks("odd field")
+def an_unknown_code(data):
+    patch_header(data.image, QFORM_CODE + 2, np.array(7, "<i2").tobytes())
+
+
 @breaks("no orientation")
 def no_codes(data):
     image = nib.Nifti1Image(ct(), AFFINE)
@@ -315,7 +333,7 @@ def an_interpolated_label(data):
     save(data.label, organ() * np.float32(0.5))
 
 
-@breaks("label not whole", "label")
+@breaks("label outside 0 to 255", "label")
 def a_negative_label(data):
     save(data.label, -organ().astype(np.int16))
 
