@@ -16,9 +16,9 @@ from nibabel.affines import voxel_sizes
 from hyspark.data.datasets.cases import Case
 from hyspark.data.preprocessing.store import READER, checksums
 from hyspark.data.readers.geometry import Grid, pair_fault
-from hyspark.data.readers.header import NiftiError, read_header
+from hyspark.data.readers.header import NiftiError, read_nifti_header
 
-UNCHANGED = ("no orientation", "sform and qform disagree")
+HARMLESS_FAULTS = ("no orientation", "sform and qform disagree")
 """Kinds of fault of a header that was read alike."""
 
 
@@ -46,12 +46,12 @@ def outdated_entries(folders: Mapping[Case, Path]) -> list[Path]:
 def was_read_alike(case: Case) -> bool:
     """Return whether the files of a case had the geometry that their headers have by the standard."""
     try:
-        headers = [read_header(path) for path in (case.image, case.label) if path]
+        headers = [read_nifti_header(path) for path in (case.image, case.label) if path]
     except NiftiError:
         return False
     for header in headers:
         edges = np.array(header.raw["pixdim"][1:4], dtype=np.float64)
-        is_odd = any(kind not in UNCHANGED for kind, _ in header.faults)
+        is_odd = any(kind not in HARMLESS_FAULTS for kind, _ in header.faults)
         if is_odd or not np.allclose(edges, voxel_sizes(header.affine)):
             return False
     grids = [Grid(header.shape, header.affine) for header in headers]

@@ -18,7 +18,7 @@ from hyspark.data.intensity import viewing_greys
 from hyspark.data.quality.faults import file_fault, header_faults, label_faults, value_fault
 from hyspark.data.quality.findings import Finding
 from hyspark.data.readers.geometry import Grid, pair_fault
-from hyspark.data.readers.header import Header, NiftiError, read_header
+from hyspark.data.readers.header import NiftiError, NiftiHeader, read_nifti_header
 from hyspark.data.readers.label_values import whole_values
 from hyspark.data.readers.nifti import read_voxels
 from hyspark.utils.text import first_line
@@ -98,19 +98,19 @@ def examine(case: Case, hu_min: float, declared: frozenset[int] | None) -> Exami
     return seen
 
 
-def open_volume(path: Path, findings: list[Finding]) -> Header | None:
+def open_volume(path: Path, findings: list[Finding]) -> NiftiHeader | None:
     """Read the header of a NIfTI file; return None and add a finding if it is no readable volume."""
     fault = file_fault(path)
     if fault is None:
         try:
-            return read_header(path)
+            return read_nifti_header(path)
         except NiftiError as error:
             fault = (error.kind, error.found)
     findings.append(Finding(fault[0], str(path), fault[1]))
     return None
 
 
-def load_voxels(header: Header, findings: list[Finding]) -> np.ndarray | None:
+def load_voxels(header: NiftiHeader, findings: list[Finding]) -> np.ndarray | None:
     """Read all voxels, `(h, w, d)`; return None and add a finding if the file is damaged."""
     try:
         return read_voxels(header)  # compares the checksum

@@ -13,14 +13,14 @@ from nibabel.spatialimages import SpatialImage
 
 from hyspark.data.datasets.cases import UNANNOTATED
 from hyspark.data.readers.geometry import Grid, in_order, pair_fault, put_in_order, voxel_order
-from hyspark.data.readers.header import FATAL, Header, NiftiError, read_header
+from hyspark.data.readers.header import FATAL, NiftiError, NiftiHeader, read_nifti_header
 from hyspark.data.readers.label_values import label_value_fault, whole_values
 from hyspark.utils.text import first_line
 
 
-def placed_header(path: Path) -> Header:
+def placed_header(path: Path) -> NiftiHeader:
     """Read the header of a NIfTI file; raise NiftiError unless it holds one volume with a position in space."""
-    header = read_header(path)
+    header = read_nifti_header(path)
     for kind, found in header.faults:
         if kind in FATAL:
             raise NiftiError(kind, f"{kind}: {found}")
@@ -33,7 +33,7 @@ def file_grid(path: Path) -> Grid:
     return Grid(header.shape, header.affine)
 
 
-def read_voxels(header: Header) -> np.ndarray:
+def read_voxels(header: NiftiHeader) -> np.ndarray:
     """Read the voxels `(h, w, d)` of a NIfTI file, scaled by its slope and intercept.
 
     A compressed file is unpacked by ISA-L, in half the time of zlib, and its checksum is compared.
@@ -116,7 +116,7 @@ def label_file(labels: np.ndarray, source: Path) -> bytes:
     Geometry, units and codes are the source's, field by field, so that every program reads both in one position. Fields
     on intensities are reset. Free text and extensions are removed, since they may name a patient.
     """
-    header = read_header(source)
+    header = read_nifti_header(source)
     raw = header.raw.copy()
     raw.set_data_dtype(np.uint8)
     raw.set_data_shape(labels.shape)
