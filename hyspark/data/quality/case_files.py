@@ -17,7 +17,7 @@ from hyspark.data.quality.findings import Finding
 from hyspark.data.quality.modality import declared_modality
 from hyspark.data.quality.value_faults import value_faults
 from hyspark.data.readers.geometry import pair_fault, put_in_order
-from hyspark.data.readers.header import Header, NiftiError, read_header
+from hyspark.data.readers.header import NiftiError, NiftiHeader, read_nifti_header
 from hyspark.data.readers.label_values import whole_values
 from hyspark.data.readers.nifti import read_voxels
 from hyspark.data.settings import PrepareSettings
@@ -93,19 +93,19 @@ def failure(case: Case, error: Exception) -> Finding:
     return Finding(kind, str(case.image), f"{type(error).__name__}: {first_line(error)}")
 
 
-def open_volume(path: Path, files: CaseFiles) -> Header | None:
+def open_volume(path: Path, files: CaseFiles) -> NiftiHeader | None:
     """Read the header of a NIfTI file; return None and add a finding if it is no readable volume."""
     fault = file_fault(path)
     if fault is None:
         try:
-            return read_header(path)
+            return read_nifti_header(path)
         except NiftiError as error:
             fault = (error.kind, error.found)
     files.add(path, iter([fault]))
     return None
 
 
-def add_image(header: Header, settings: PrepareSettings, files: CaseFiles) -> None:
+def add_image(header: NiftiHeader, settings: PrepareSettings, files: CaseFiles) -> None:
     """Read the image of a case, with the findings about its header and its values."""
     path = files.case.image
     files.shape = header.shape
@@ -125,7 +125,7 @@ def add_image(header: Header, settings: PrepareSettings, files: CaseFiles) -> No
     files.add(path, value_faults(files.low, files.high, files.sample, settings, declared_modality(path)))
 
 
-def add_label_map(path: Path, image: Header | None, declared: frozenset[int] | None, files: CaseFiles) -> None:
+def add_label_map(path: Path, image: NiftiHeader | None, declared: frozenset[int] | None, files: CaseFiles) -> None:
     """Read the label map of a case, with the findings about its grid and its values."""
     label = open_volume(path, files)
     if label is None:
@@ -145,7 +145,7 @@ def add_label_map(path: Path, image: Header | None, declared: frozenset[int] | N
         files.label = SpatialImage(turned.voxels, turned.affine)
 
 
-def load_voxels(header: Header, files: CaseFiles) -> np.ndarray | None:
+def load_voxels(header: NiftiHeader, files: CaseFiles) -> np.ndarray | None:
     """Read all voxels, `(h, w, d)`; return None and add a finding if the file is damaged."""
     try:
         return read_voxels(header)  # compares the checksum

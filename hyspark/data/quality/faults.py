@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from nibabel.affines import voxel_sizes
 
-from hyspark.data.readers.header import Header, header_extensions
+from hyspark.data.readers.header import NiftiHeader, header_extensions
 from hyspark.data.readers.label_values import label_value_fault
 from hyspark.utils.text import list_of
 
@@ -44,7 +44,7 @@ def file_fault(path: Path) -> tuple[str, str] | None:
     return None
 
 
-def header_faults(header: Header) -> Iterator[tuple[str, str]]:
+def header_faults(header: NiftiHeader) -> Iterator[tuple[str, str]]:
     """Yield the faults of a readable header, each as a kind of finding and its text."""
     yield from header.faults
     if text := personal_text(header):
@@ -64,7 +64,7 @@ def header_faults(header: Header) -> Iterator[tuple[str, str]]:
         yield "thin", f"{list_of(shape)} voxels, {list_of(shape * spacing)} mm"
 
 
-def personal_text(header: Header) -> str:
+def personal_text(header: NiftiHeader) -> str:
     """Return the field or extension of a header that may name a patient, without its text; empty if none does."""
     for name in header.text_fields:
         if is_personal(header.raw[name].tobytes()):

@@ -1,4 +1,4 @@
-"""The place of voxels in space by a NIfTI header, and whether a label lies on its image.
+"""The position of voxels in space by a NIfTI header, and whether a label lies on its image.
 
 The standard decides: the sform if its code is above 0, else the qform if its code is, else the edges of a voxel alone
 (pixdim). The others are compared with it, and a disagreement is a fault that `check` reports.

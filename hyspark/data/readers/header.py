@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 from isal import igzip, igzip_lib
@@ -28,7 +28,8 @@ LINE_ENDS = (b"\r\n\x1a\n", bytes(4))
 """Bytes behind the magic of NIfTI-2; a transfer as text changes them."""
 MAX_EXTENSION = 1 << 20
 """Bytes of a header extension that are read."""
-READ_ERRORS = (OSError, EOFError, igzip_lib.IsalError)
+ISAL_ERROR: Any = igzip_lib.IsalError  # its stubs do not say that it is a type
+GZIP_ERRORS: tuple[type[Exception], ...] = (OSError, EOFError, ISAL_ERROR)
 """Exceptions of reading a file that is damaged or not accessible."""
 FATAL = ("impossible spacing", "singular affine")
 """Kinds of fault that leave a file without a position in space."""
@@ -52,7 +53,7 @@ class NiftiError(ValueError):
 
 
 @dataclass(frozen=True)
-class Header:
+class NiftiHeader:
     """The header of a file that holds one volume.
 
     Attributes:
@@ -87,7 +88,7 @@ class Header:
 
     @property
     def has_position(self) -> bool:
-        """Whether the affine can be used."""
+        """Whether the affine is usable."""
         return not any(kind in FATAL for kind, _ in self.faults)
 
     @property
@@ -97,7 +98,7 @@ class Header:
         return [name for name in types.names if types[name].kind == "S" and name not in ("magic", "regular")]
 
 
-def read_header(path: Path) -> Header:
+def read_nifti_header(path: Path) -> NiftiHeader:
     """Read the header of a NIfTI file without its voxels.
 
     Raises:
@@ -111,7 +112,7 @@ def read_header(path: Path) -> Header:
         with open_unpacked(path, is_compressed) as unpacked:
             start = unpacked.read(Nifti2Header.sizeof_hdr)
         stored = path.stat().st_size
-    except READ_ERRORS as error:
+    except GZIP_ERRORS as error:
         raise NiftiError("damaged", first_line(error)) from error
     raw, faults = parse_fields(start)
     dtype = voxel_type(raw)
@@ -119,7 +120,7 @@ def read_header(path: Path) -> Header:
     offset, odd = voxel_offset(raw)
     faults += odd
     affine, geometry_faults = read_geometry(raw, shape)
-    header = Header(path, raw, is_compressed, shape, dtype, offset, affine, (*geometry_faults, *faults))
+    header = NiftiHeader(path, raw, is_compressed, shape, dtype, offset, affine, (*geometry_faults, *faults))
     if header.end > stored * (MAX_COMPRESSION if is_compressed else 1):
         size = " x ".join(str(n) for n in shape)
         raise NiftiError("damaged", f"a file of {stored:,} bytes, too short for {size} voxels of type {dtype}")
@@ -155,7 +156,7 @@ def parse_fields(start: bytes) -> tuple[Any, list[tuple[str, str]]]:
             break
         if kind is Nifti2Header and start[8:12] not in LINE_ENDS:
             raise NiftiError("damaged", "line ends that were changed, as by a transfer as text")
-        sizes = {order: int.from_bytes(start[:4], order) for order in ("little", "big")}  # type: ignore[arg-type]
+        sizes = {"little": int.from_bytes(start[:4], "little"), "big": int.from_bytes(start[:4], "big")}
         order = next((order for order, size in sizes.items() if size == kind.sizeof_hdr), None)
         raw = kind(start[: kind.sizeof_hdr], order, check=False)
         faults = []
@@ -210,9 +211,9 @@ def voxel_offset(raw: Any) -> tuple[int, list[tuple[str, str]]]:
     return int(offset), []
 
 
-def header_extensions(header: Header) -> Iterator[tuple[int, bytes]]:
+def header_extensions(header: NiftiHeader) -> Iterator[tuple[int, bytes]]:
     """Yield the code and the content of each header extension; the first that does not fit ends them."""
-    order = "little" if header.raw.endianness == "<" else "big"
+    order: Literal["little", "big"] = "little" if header.raw.endianness == "<" else "big"
     position = header.raw.single_vox_offset
     with open_unpacked(header.path, header.is_compressed) as file:
         file.seek(position - 4)
@@ -220,10 +221,10 @@ def header_extensions(header: Header) -> Iterator[tuple[int, bytes]]:
             return
         while position + 16 <= header.offset:
             definition = file.read(8)
-            size = int.from_bytes(definition[:4], order, signed=True)  # type: ignore[arg-type]
+            size = int.from_bytes(definition[:4], order, signed=True)
             if len(definition) < 8 or size < 16 or position + size > header.offset:
                 return
             content = file.read(min(size - 8, MAX_EXTENSION))
-            yield int.from_bytes(definition[4:], order, signed=True), content  # type: ignore[arg-type]
+            yield int.from_bytes(definition[4:], order, signed=True), content
             position += size
             file.seek(position)

@@ -11,14 +11,14 @@ from nibabel.spatialimages import SpatialImage
 
 from hyspark.data.datasets.cases import UNANNOTATED
 from hyspark.data.readers.geometry import Grid, Turned, pair_fault, put_in_order
-from hyspark.data.readers.header import FATAL, READ_ERRORS, Header, NiftiError, read_header
+from hyspark.data.readers.header import FATAL, GZIP_ERRORS, NiftiError, NiftiHeader, read_nifti_header
 from hyspark.data.readers.label_values import label_value_fault, whole_values
 from hyspark.utils.text import first_line
 
 
-def placed_header(path: Path) -> Header:
+def placed_header(path: Path) -> NiftiHeader:
     """Read the header of a NIfTI file; raise NiftiError unless it holds one volume with a position in space."""
-    header = read_header(path)
+    header = read_nifti_header(path)
     for kind, found in header.faults:
         if kind in FATAL:
             raise NiftiError(kind, f"{kind}: {found}")
@@ -30,7 +30,7 @@ def file_grid(path: Path) -> Grid:
     return placed_header(path).grid
 
 
-def read_voxels(header: Header) -> np.ndarray:
+def read_voxels(header: NiftiHeader) -> np.ndarray:
     """Read the voxels `(h, w, d)` of a NIfTI file, scaled by its slope and intercept.
 
     A compressed file is unpacked by ISA-L, in half the time of zlib, and its checksum is compared.
@@ -42,7 +42,7 @@ def read_voxels(header: Header) -> np.ndarray:
     if header.is_compressed:
         try:
             content = igzip.decompress(header.path.read_bytes())
-        except READ_ERRORS as error:
+        except GZIP_ERRORS as error:
             raise NiftiError("damaged", first_line(error)) from error
         if len(content) < header.end:
             missing = header.end - len(content)
@@ -97,7 +97,7 @@ def label_file(labels: np.ndarray, source: Path) -> bytes:
     Geometry, units and codes are the source's, field by field, so that every program reads both in one position. Fields
     on intensities are reset. Free text and extensions are removed, since they may name a patient.
     """
-    header = read_header(source)
+    header = read_nifti_header(source)
     raw = header.raw.copy()
     raw.set_data_dtype(np.uint8)
     raw.set_data_shape(labels.shape)

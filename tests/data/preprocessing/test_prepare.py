@@ -25,7 +25,7 @@ from hyspark.data.preprocessing.prepare import (
 )
 from hyspark.data.preprocessing.store import EARLIER_FORMAT, StoredVolume, entry_folder, open_array
 from hyspark.data.quality import case_files
-from hyspark.data.readers.nifti import read_nifti
+from hyspark.data.readers.nifti import read_voxels
 from hyspark.data.settings import PrepareSettings
 from hyspark.data.synthetic.phantom import make_phantom
 from hyspark.utils.processes import KILLED
@@ -350,7 +350,7 @@ def test_a_case_whose_process_was_killed_is_named():
 
 def test_each_file_is_read_once(tmp_path, monkeypatch):
     read: list[Path] = []
-    monkeypatch.setattr(case_files, "read_nifti", lambda path: read.append(path) or read_nifti(path))
+    monkeypatch.setattr(case_files, "read_voxels", lambda header: read.append(header.path) or read_voxels(header))
     case = write_phantom(tmp_path, "a", spacing=(8.0, 8.0, 8.0))
     prepare([case], tmp_path / "store")
     assert read == [case.image, case.label]

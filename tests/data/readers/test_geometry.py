@@ -179,7 +179,9 @@ def test_every_verb_has_the_geometry_of_an_independent_reader(tmp_path, name):
     assert seen.shape == SHAPE
     if any(kind in FATAL for kind in row.kinds):
         for read in (file_grid, lambda path: read_volume(Volume("a", "a", path)), prepare):
-            with pytest.raises(ValueError, match=r"impossible spacing|singular affine"):
+            with pytest.raises(
+                ValueError, match=r"impossible spacing|singular affine|a spacing above|three independent"
+            ):
                 read(path)
         return
 
@@ -242,7 +244,7 @@ def test_a_file_that_is_no_volume_is_named_by_every_verb(tmp_path, kind, fields,
     path = write_bytes(tmp_path / f"a{ending}", nifti_bytes(voxels(), **BOTH | fields))
     assert [f.kind for f in examine(Case("a", "D", path), SETTINGS, None).findings] == [kind]
     for read in (file_grid, lambda path: read_volume(Volume("a", "a", path)), prepare):
-        with pytest.raises(ValueError, match=r"expected one 3D volume, got|unreadable as NIfTI .*; copy or convert"):
+        with pytest.raises(ValueError, match=r"expected .*|unreadable as NIfTI .*; copy or convert"):
             read(path)
 
 
