@@ -16,8 +16,9 @@ import torch
 import hyspark
 from hyspark.data.datasets import data_folder, datalist_json
 from hyspark.data.datasets.cases import Case, Datalist
+from hyspark.data.preprocessing.entry_files import is_intact
 from hyspark.data.preprocessing.prepare import prepare_missing, stored_volumes
-from hyspark.data.preprocessing.store import cumulative_counts, is_intact, open_array
+from hyspark.data.preprocessing.store import cumulative_counts, open_array
 from hyspark.data.settings import PrepareSettings
 from hyspark.evaluation.segmentation.inference import load_network
 from hyspark.models.masked_autoencoder import build_hyspark

@@ -47,7 +47,8 @@ class CheckArguments(Arguments):
     data: str  # Folder of data: an nnU-Net data set, a folder that holds some, loose files; or a decathlon JSON
     out: str = "check"  # Folder for check.html and check.json
     spacing: tuple[float, float, float] = PretrainConfig.spacing  # Voxel spacing in mm of preparation, for estimates
-    hu_min: float = PretrainConfig.hu_min  # HU up to which training sees air
+    hu_min: float = PretrainConfig.hu_min  # HU that become 0 in training
+    hu_max: float = PretrainConfig.hu_max  # HU that become 1 in training
     prepare_workers: int = 0  # Processes; 0 uses one per available core
 
     def configure(self) -> None:

@@ -71,8 +71,11 @@ def check(argv: Sequence[str]) -> None:
     from hyspark.data.settings import PrepareSettings
     from hyspark.reports import data_check_page
 
-    examined, found = check_dataset(Path(args.data), hu_min=args.hu_min, num_workers=args.prepare_workers)
-    cost = estimate_preparation(examined, PrepareSettings(spacing=args.spacing, hu_min=args.hu_min))
+    settings = PrepareSettings(spacing=args.spacing, hu_min=args.hu_min, hu_max=args.hu_max)
+    examined, found = check_dataset(
+        Path(args.data), hu_min=args.hu_min, hu_max=args.hu_max, num_workers=args.prepare_workers
+    )
+    cost = estimate_preparation(examined, settings)
     lines = data_check_page.data_set_facts(examined, cost, args.spacing)
     print(data_check_page.data_check_text(examined, found.findings, lines))
     page = data_check_page.write_data_check(Path(args.out), args.data, examined, found.findings, lines, cost)

@@ -1,5 +1,7 @@
 """Seeds: every random choice is a function of the run's seed and of its position in the run."""
 
+from functools import lru_cache
+
 import numpy as np
 
 STREAMS = ("order", "crop", "mask", "validation-crop", "validation-mask", "weights", "labelled", "step")
@@ -23,4 +25,10 @@ def volume_at(position: int, num_volumes: int, seed: int) -> int:
     Every pass over the data is a permutation of its own.
     """
     number, within = divmod(position, num_volumes)
-    return int(rng_at(seed, "order", number).permutation(num_volumes)[within])
+    return int(order_of_pass(number, num_volumes, seed)[within])
+
+
+@lru_cache(2)
+def order_of_pass(number: int, num_volumes: int, seed: int) -> np.ndarray:
+    """Draw the permutation of one pass over the data; the last two are kept, since a batch may span both."""
+    return rng_at(seed, "order", number).permutation(num_volumes)

@@ -20,8 +20,6 @@ from hyspark.utils.text import format_bytes, format_duration
 
 MAX_FILES = 5
 """Files of one kind of fault that the terminal lists; the JSON and the page list all."""
-MAX_THUMBNAILS = 120
-"""Cases that the page shows, those with findings first."""
 
 
 def by_kind(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
@@ -34,8 +32,8 @@ def by_kind(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
 
 
 def all_findings(examined: Sequence[Examined], others: Sequence[Finding]) -> list[Finding]:
-    """List the findings of the cases and the others, which are of the data set."""
-    return [*(finding for seen in examined for finding in seen.findings), *others]
+    """List the findings of the cases and the others, which are of the data set, each once."""
+    return list(dict.fromkeys([*(finding for seen in examined for finding in seen.findings), *others]))
 
 
 def counts_text(findings: Sequence[Finding]) -> str:
@@ -65,9 +63,8 @@ def data_set_facts(
         lines["store"] = (
             f"about {format_bytes(estimate.store_bytes)} at {' x '.join(f'{edge:g}' for edge in spacing)} mm"
         )
-        lines["preparation"] = (
-            f"about {format_duration(estimate.seconds)} on one core, {format_bytes(estimate.memory)} a process"
-        )
+        memory = f", {format_bytes(estimate.memory)} a process" if estimate.memory else ""
+        lines["preparation"] = f"about {format_duration(estimate.seconds)} on one core{memory}"
     return lines
 
 
@@ -145,8 +142,8 @@ def write_data_check(
         cards={**lines, "findings": counts_text(findings)},
         findings=[finding_table(kind, found) for kind, found in by_kind(findings).items()],
         histograms=drawn_histograms(examined),
-        thumbnails=[shown_thumbnail(seen) for seen in with_picture[:MAX_THUMBNAILS]],
-        num_thumbnails=len(with_picture),
+        thumbnails=[shown_thumbnail(seen) for seen in with_picture],
+        num_cases=len(examined),
     )
     write_whole(out / "check.html", page)
     return out / "check.html"

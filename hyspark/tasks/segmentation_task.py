@@ -164,7 +164,7 @@ class SegmentationTask(Task):
             assert label is not None
             segmented = self.segment(run, i)
             first = segmented.prepared if i == 0 else first
-            truth = read_label(label, len(self.names), cases[i].ignore)
+            truth = read_label(label, cases[i].image, len(self.names), cases[i].ignore).voxels
             rows.append((i, dice(segmented.on_file, truth, len(self.names))))
         return {cases[i].name: values for i, values in sorted(distributed.gather_lists(rows, processes))}, first
 

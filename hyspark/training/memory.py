@@ -1,13 +1,12 @@
 """Memory of a process: free, and used at most."""
 
 import os
-import re
-from pathlib import Path
 
 import psutil
 import torch
 
 from hyspark.training.distributed import Processes
+from hyspark.utils.processes import peak_resident
 
 
 def free_memory(processes: Processes) -> int:
@@ -21,14 +20,11 @@ def peak_memory(processes: Processes) -> int | None:
     """Measure the most bytes that this process has used: of tensors on its GPU, or resident.
 
     Returns:
-        Bytes; None on the CPU of other systems than Linux.
+        Bytes; None on the CPU of systems that do not report them.
     """
     if processes.device.type == "cuda":
         return torch.cuda.max_memory_allocated(processes.device)
-    # psutil has no peak on Linux. That of getrusage begins with the memory of the process that started this one.
-    status = Path("/proc/self/status")
-    found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.is_file() else None
-    return max(1024 * int(found[1]), psutil.Process().memory_info().rss) if found else None  # VmHWM lags behind
+    return peak_resident()
 
 
 def data_memory() -> int | None:

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from hyspark.config.shared import VolumeSettings
 from hyspark.data.datasets.cases import Case
-from hyspark.data.preprocessing.prepare import failure_message, files_exist, prepare_missing, stored_volumes
-from hyspark.data.preprocessing.store import StoredVolume, is_complete
+from hyspark.data.preprocessing.prepare import failure_message, prepare_missing, stored_volumes
+from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.data.preprocessing.store_size import estimate_store_size
 from hyspark.training import distributed
 from hyspark.training.distributed import Processes
@@ -74,10 +75,8 @@ def prepare_on_each_machine(
     store = store_folder(config, data)
 
     def prepare() -> dict[str, tuple[str, ...]]:
-        whole = [case for case in cases if files_exist(case)]
-        if not all(is_complete(volume.folder) for volume in stored_volumes(whole, config, store)):
-            warn_of_full_disk(config, store, cases)
-        return prepare_missing(cases, config, store, config.prepare_workers, processes.is_main)
+        warn = partial(warn_of_full_disk, config, store, cases)
+        return prepare_missing(cases, config, store, config.prepare_workers, processes.is_main, warn)
 
     failures = distributed.run_once_per_machine(prepare, processes)
     return {image: why for failed in failures for image, why in failed.items()}

@@ -2,19 +2,28 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
+
+from hyspark.utils.log import LOG
 
 T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 """Signals that ask a run to stop. Schedulers send them to all processes of a job; only the run itself heeds them."""
+
+KILLED = "the process that read it was killed, perhaps for its memory; lower prepare_workers, or remove it"
+"""Reason of a case whose worker process was killed."""
 
 
 def available_cores() -> int:
@@ -34,25 +43,91 @@ def worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
         executor.shutdown(cancel_futures=True)
 
 
-def map_unordered(function: Callable[..., T], jobs: Sequence[tuple[Any, ...]], num_workers: int) -> Iterator[T]:
+def map_unordered(
+    function: Callable[..., T], jobs: Sequence[tuple[Any, ...]], num_workers: int, killed: Callable[..., T]
+) -> Iterator[T]:
     """Call a function on each job's arguments and yield the results as they are completed.
 
-    One worker, or one job, runs in this process itself.
+    A process may be killed, mostly for its memory. The jobs in hand are then done again one at a time, which shows
+    whose process is killed again, and the others go on with half of the processes unless one job alone is to blame.
+
+    Args:
+        function: the work, importable by other processes.
+        jobs: arguments of each call.
+        num_workers: processes. With one, or with one job, this process itself does the work.
+        killed: makes the result of a job whose process is killed, from the job's arguments.
 
     Raises:
-        OSError: if a process was killed.
+        OSError: if no process can be started.
     """
     if min(num_workers, len(jobs)) <= 1:
         yield from (function(*job) for job in jobs)
         return
-    with worker_pool(min(num_workers, len(jobs))) as processes:
-        for future in as_completed([processes.submit(function, *job) for job in jobs]):
+    waiting = deque(jobs)
+    while waiting:
+        in_hand: list[tuple[Any, ...]] = []
+        yield from work_off(function, waiting, min(num_workers, len(waiting)), in_hand)
+        num_killed = 0
+        for result, was_killed in work_singly(function, in_hand, killed):
+            num_killed += was_killed
+            yield result
+        if in_hand and not num_killed:
+            num_workers = max(1, num_workers // 2)
+            LOG.warning("a worker process was killed, perhaps for its memory; going on with %d of them", num_workers)
+
+
+def work_off(
+    function: Callable[..., T], waiting: deque[tuple[Any, ...]], num_workers: int, in_hand: list[tuple[Any, ...]]
+) -> Iterator[T]:
+    """Yield the results of waiting jobs until none is left, or a process is killed; `in_hand` is what it leaves."""
+    running: dict[Future[T], tuple[Any, ...]] = {}
+    with worker_pool(num_workers) as processes:
+        try:
+            while waiting or running:
+                while waiting and len(running) < 2 * num_workers:
+                    future = processes.submit(function, *waiting[0])
+                    running[future] = waiting.popleft()
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    result = future.result()
+                    del running[future]
+                    yield result
+        except BrokenProcessPool:
+            for future, job in running.items():
+                if future.done() and not future.cancelled() and future.exception() is None:
+                    yield future.result()
+                else:
+                    in_hand.append(job)
+
+
+def work_singly(
+    function: Callable[..., T], jobs: Sequence[tuple[Any, ...]], killed: Callable[..., T]
+) -> Iterator[tuple[T, bool]]:
+    """Do jobs one at a time in a process of their own; yield each result, and whether the process was killed."""
+    waiting = deque(jobs)
+    while waiting:
+        with worker_pool(1) as process:
             try:
-                yield future.result()
+                process.submit(os.getpid).result()
             except BrokenProcessPool as error:
-                raise OSError(
-                    "a process that prepared volumes was killed, perhaps for its memory; lower --prepare_workers"
-                ) from error
+                raise OSError("no worker process can be started; set prepare_workers to 1") from error
+            try:
+                while waiting:
+                    result = process.submit(function, *waiting[0]).result()
+                    waiting.popleft()
+                    yield result, False
+            except BrokenProcessPool:
+                yield killed(*waiting.popleft()), True
+
+
+def peak_resident() -> int | None:
+    """Measure the most bytes of memory that this process has held; None on systems that do not report them."""
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return int(memory.peak_wset)
+    # psutil has no peak on Linux. That of getrusage begins with the memory of the process that started this one.
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.is_file() else None
+    return max(1024 * int(found[1]), memory.rss) if found else None  # VmHWM lags behind
 
 
 def set_up_worker() -> None:

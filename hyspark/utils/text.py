@@ -24,6 +24,13 @@ def listing(items: Iterable[str], limit: int = 10) -> str:
     return ", ".join(items[:limit]) + (f", ... ({len(items)} in all)" if len(items) > limit else "")
 
 
+def list_of(numbers: Iterable[float], digits: int = 6) -> str:
+    """Join up to eight numbers, each with up to a number of digits."""
+    numbers = list(numbers)
+    shown = ", ".join(f"{number:.{digits}g}" for number in numbers[:8])
+    return shown + (", ..." if len(numbers) > 8 else "")
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

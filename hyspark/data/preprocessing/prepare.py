@@ -11,8 +11,9 @@ A crop is padded when it is read (see `store.py`), so that one prepared volume s
 """
 
 import os
+import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,25 +21,25 @@ from typing import Any
 
 import numpy as np
 from monai.transforms import Compose, CropForegroundd
-from nibabel.affines import apply_affine, voxel_sizes
+from nibabel.spatialimages import SpatialImage
 from tqdm import tqdm
 
 from hyspark.data.datasets.cases import UNANNOTATED, Case
 from hyspark.data.intensity import stored_steps, window_transform
+from hyspark.data.preprocessing.entry_files import is_sound, remove_abandoned, remove_entry
 from hyspark.data.preprocessing.resample import region_above, whole_grid
 from hyspark.data.preprocessing.store import (
+    EARLIER_FORMAT,
+    LEAST_BLOSC2,
     StoredVolume,
+    check_blosc2,
     entry_folder,
-    is_intact,
-    remove_abandoned,
-    remove_entry,
     write_entry,
 )
-from hyspark.data.quality.examine import examine
-from hyspark.data.readers.nifti import check_header
+from hyspark.data.quality.case_files import CaseFiles, read_case
 from hyspark.data.settings import PrepareSettings
 from hyspark.utils.log import LOG
-from hyspark.utils.processes import available_cores, map_unordered
+from hyspark.utils.processes import KILLED, available_cores, map_unordered
 from hyspark.utils.text import first_line
 
 PREPARE_ERRORS = (ValueError, RuntimeError, OSError, EOFError)
@@ -52,20 +53,6 @@ def to_unit_range_and_foreground(settings: PrepareSettings, keys: Sequence[str])
     return Compose([window_transform(settings), CropForegroundd(keys, source_key="image", allow_smaller=True)])
 
 
-def check_pair(case: Case) -> None:
-    """Check the headers of a case; raise ValueError unless its label lies on its image, to within one voxel."""
-    shape, affine = check_header(case.image)
-    if case.label is None:
-        return
-    label_shape, label_affine = check_header(case.label)
-    if label_shape != shape:
-        raise ValueError(f"image and label differ in shape: {shape} and {label_shape} ({case.label})")
-    corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(shape) - 1)
-    shift = np.abs(apply_affine(affine, corners) - apply_affine(label_affine, corners)).max()
-    if not shift <= voxel_sizes(affine).max():
-        raise ValueError(f"image and label lie {shift:.3g} mm apart by their headers ({case.label})")
-
-
 def prepare_case(case: Case, settings: PrepareSettings) -> dict[str, Any]:
     """Prepare one case: orientation, spacing, HU window, crop to foreground.
 
@@ -74,19 +61,26 @@ def prepare_case(case: Case, settings: PrepareSettings) -> dict[str, Any]:
         in RAS mm.
 
     Raises:
-        ValueError: if a file is no 3D volume, the image has no foreground, or the label does not match the image.
+        ValueError: if `read_case` finds an error, or the image has no foreground.
     """
-    check_pair(case)
+    files = read_case(case, settings)
+    if files.errors:
+        raise ValueError("; ".join(f.reason if f.file == str(case.image) else str(f) for f in files.errors))
+    return prepare_files(files, settings)
+
+
+def prepare_files(files: CaseFiles, settings: PrepareSettings) -> dict[str, Any]:
+    """Prepare a case from its files, which hold no error; see `prepare_case`."""
+    case = files.case
+    assert files.image is not None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MONAI warns its own callers; results are checked below
-        image, shape, start = region_above(case.image, settings.spacing, settings.hu_min)
+        image, shape, start = region_above(files.image, settings.spacing, settings.hu_min)
         data: dict[str, Any] = {"image": image}
-        if case.label is not None:
-            whole = whole_grid(case.label, settings.spacing, "nearest")
-            if whole.shape[1:] != shape:
-                raise ValueError(
-                    f"image and label differ in shape once resampled: {shape} and {tuple(whole.shape[1:])}"
-                )
+        if files.label is not None:
+            whole = whole_grid(files.label, settings.spacing, "nearest")
+            if whole.shape[1:] != shape:  # as of edges that differ slightly
+                whole = whole_grid(SpatialImage(files.label.dataobj, files.image.affine), settings.spacing, "nearest")
             box = [slice(a, a + n) for a, n in zip(start, image.shape[1:], strict=True)]
             data["label"] = whole[:, box[0], box[1], box[2]]
         data = to_unit_range_and_foreground(settings, list(data))(data)
@@ -96,11 +90,8 @@ def prepare_case(case: Case, settings: PrepareSettings) -> dict[str, Any]:
     if array.size == 0 or np.rint(array.max() * stored_steps(settings)) == 0:  # as the store counts foreground
         raise ValueError(f"no voxel lies above {settings.hu_min} HU; is it CT in Hounsfield units?")
     label = None
-    if case.label is not None:
-        values = data["label"].numpy()[0]
-        if values.min() < 0 or values.max() > 255 or (values != np.round(values)).any():
-            raise ValueError(f"label values must be whole numbers from 0 to 255 ({case.label})")
-        label = np.ascontiguousarray(values.astype(np.uint8))
+    if files.label is not None:
+        label = np.ascontiguousarray(data["label"].numpy()[0].astype(np.uint8))
         if case.ignore is not None:
             label[label == case.ignore] = UNANNOTATED
     return {"image": array, "label": label, "affine": np.asarray(data["image"].affine, dtype=np.float64)}
@@ -122,36 +113,65 @@ class Outcome:
 
 
 def prepare_into(case: Case, settings: PrepareSettings, folder: Path) -> Outcome:
-    """Examine one case and write its entry of the store."""
-    findings = examine(case, settings.hu_min, declared=None).findings
-    errors = [str(f) for f in findings if f.severity == "error"]
-    warned = tuple(str(f) for f in findings if f.severity == "warning")
+    """Read one case and write its entry of the store; whatever its files cause is an error of the case.
+
+    Raises:
+        OSError: if the store is not writable.
+    """
+    files = read_case(case, settings)
+    errors = [str(finding) for finding in files.errors]
+    warned = tuple(str(finding) for finding in files.findings if finding.severity == "warning")
     if not errors:
         try:
-            prepared = prepare_case(case, settings)
-        except PREPARE_ERRORS as error:
-            errors.append(f"{case.image}: {failure_reason(error)}")
-        else:
+            prepared = prepare_files(files, settings)
+            del files  # as large as what is written next
             store_case(folder, prepared, case, settings)
+        except NotWritableError:
+            raise
+        except Exception as error:  # of any library, on files that nobody foresaw
+            errors.append(f"{case.image}: {failure_reason(error)}")
     return Outcome(case, tuple(errors), warned)
 
 
+def killed_preparation(case: Case, settings: PrepareSettings, folder: Path) -> Outcome:
+    """Return the outcome of a case whose process was killed."""
+    return Outcome(case, (f"{case.image}: {KILLED}",))
+
+
+class NotWritableError(OSError):
+    """The store is not writable, which is no fault of a case."""
+
+
 def store_case(folder: Path, prepared: dict[str, Any], case: Case, settings: PrepareSettings) -> None:
-    """Write a prepared case to the store; raise OSError if the disk fails, which is no fault of the case."""
+    """Write a prepared case to the store; raise NotWritableError if the disk fails."""
     try:
         has_ignored, steps = case.ignore is not None, stored_steps(settings)
         write_entry(folder, source=str(case.image), steps=steps, has_ignored=has_ignored, **prepared)
-    except (OSError, RuntimeError) as error:  # RuntimeError: blosc2's
-        raise OSError(
+    except (OSError, RuntimeError) as error:  # blosc2 raises RuntimeError for a full disk, too
+        if isinstance(error, RuntimeError) and has_room(folder.parent, prepared["image"].nbytes):
+            raise
+        raise NotWritableError(
             f"{folder.parent}: prepared volumes are not writable ({failure_reason(error)}); make room, or choose "
             "another folder with --store_dir"
         ) from error
+
+
+def has_room(folder: Path, num_bytes: int) -> bool:
+    """Return whether a file of this size can be written to a folder."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(num_bytes))
+    except OSError:
+        return False
+    return True
 
 
 def failure_reason(error: BaseException) -> str:
     """Return the reason of a failed preparation in one line."""
     while isinstance(error, RuntimeError) and error.__cause__:  # MONAI's own message does not hold the reason
         error = error.__cause__
+    if isinstance(error, MemoryError):
+        return f"{first_line(error)}; it needs more memory than there is: lower prepare_workers, or crop it"
     return first_line(error)
 
 
@@ -179,10 +199,11 @@ def prepare_missing(
     store_dir: Path,
     num_workers: int = 0,
     progress: bool = True,
+    before: Callable[[], None] = lambda: None,
 ) -> dict[str, tuple[str, ...]]:
     """Prepare the cases that the store lacks.
 
-    Existing entries are compared with their checksums first, and damaged ones are made again.
+    Existing entries are checked first (`is_sound`), and damaged ones are made again.
 
     Args:
         cases: cases of the data set.
@@ -190,13 +211,16 @@ def prepare_missing(
         store_dir: folder of the store.
         num_workers: processes; 0 takes one per core.
         progress: whether to show progress bars.
+        before: is called once if the store lacks any.
 
     Returns:
         By image, the reasons why cases cannot be prepared.
 
     Raises:
+        ImportError: if blosc2 is too old.
         PermissionError: if the store is not writable.
     """
+    check_blosc2()
     folders = {c: entry_folder(store_dir, settings, c.image, c.label, c.ignore) for c in cases if files_exist(c)}
     missing = [str(c.image) for c in cases if c not in folders]
     failed: dict[str, tuple[str, ...]] = {image: (f"{image}: it or its label is missing",) for image in missing}
@@ -204,13 +228,15 @@ def prepare_missing(
     damaged = find_damaged(existing, num_workers or available_cores(), progress)
     todo = [(c, settings, folder) for c, folder in folders.items() if folder in damaged or not folder.exists()]
     if todo:
+        before()
         make_writable(store_dir)
         for folder in damaged:
             LOG.warning("%s: does not match its checksum; it is prepared again", folder)
             remove_entry(folder)
+        log_earlier([c for c, _, _ in todo], settings, store_dir)
         outcomes = prepare_in_parallel(todo, num_workers or available_cores(), progress)
         failed |= {str(o.case.image): o.errors for o in outcomes if o.errors}
-        log_warnings([line for o in outcomes for line in o.warnings])
+        log_warnings(list(dict.fromkeys(line for o in outcomes for line in o.warnings)))
     return dict(sorted(failed.items()))
 
 
@@ -219,10 +245,21 @@ def files_exist(case: Case) -> bool:
     return all(path.exists() for path in (case.image, case.label) if path is not None)
 
 
+def log_earlier(cases: Sequence[Case], settings: PrepareSettings, store_dir: Path) -> None:
+    """Log the number of cases whose volumes an earlier version prepared, in a format that is not read any more."""
+    earlier = [entry_folder(store_dir, settings, c.image, c.label, c.ignore, EARLIER_FORMAT) for c in cases]
+    if found := [folder for folder in earlier if folder.exists()]:
+        LOG.warning(
+            "%s: %d volumes are of store format %d, in which a blosc2 before %s could lose voxels; they are prepared "
+            "again, and the earlier folders, such as %s, can be deleted",
+            *(store_dir, len(found), EARLIER_FORMAT, LEAST_BLOSC2, found[0].name),
+        )
+
+
 def find_damaged(folders: Sequence[Path], num_workers: int, progress: bool) -> list[Path]:
-    """List the entries whose files differ from their checksums."""
+    """List the entries whose files differ from their sizes or checksums."""
     with ThreadPoolExecutor(num_workers) as threads:
-        checked = zip(folders, threads.map(is_intact, folders), strict=True)
+        checked = zip(folders, threads.map(is_sound, folders), strict=True)
         hide = not (progress and folders)
         bar = tqdm(checked, total=len(folders), desc="check store", unit="volume", disable=hide)
         return [folder for folder, intact in bar if not intact]
@@ -255,7 +292,7 @@ def prepare_in_parallel(
     """Prepare cases in several processes; return the outcomes sorted by image."""
     with tqdm(total=len(todo), desc="prepare", unit="volume", disable=not progress) as bar:
         found = []
-        for outcome in map_unordered(prepare_into, todo, num_workers):
+        for outcome in map_unordered(prepare_into, todo, num_workers, killed_preparation):
             found.append(outcome)
             bar.update()
     return sorted(found, key=lambda outcome: str(outcome.case.image))

@@ -1,4 +1,4 @@
-"""Resampling of a file to the prepared grid: the result of MONAI's LoadImage, Orientation and Spacing, in less time.
+"""Resampling of an image to the prepared grid: the result of MONAI's LoadImage, Orientation and Spacing, in less time.
 
 MONAI computes the grid. An image whose axes stay perpendicular is then interpolated by SciPy, in double precision like
 MONAI. SciPy works axis by axis, on the file's own integers, and only where the result can lie above a threshold.
@@ -9,8 +9,8 @@ MONAI itself resamples:
 - labels, since the last bit would decide the label of a voxel halfway between two.
 """
 
+import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,8 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Orientation, Spacing
 from nibabel import as_closest_canonical
+from nibabel.spatialimages import SpatialImage
 from scipy.ndimage import affine_transform
-
-from hyspark.data.readers.nifti import read_nifti
 
 UNCHANGED = 1e-3
 """MONAI takes affines that differ by less for equal (its AFFINE_TOL), and does not interpolate."""
@@ -28,18 +27,17 @@ MAX_AXIS_DRIFT = 1e-5
 """Voxels by which a straight row of voxels may leave its axis over its whole length."""
 
 
-def whole_grid(path: Path, spacing: Sequence[float], mode: str) -> MetaTensor:
-    """Resample a whole NIfTI file by MONAI's own transforms.
+def whole_grid(image: SpatialImage, spacing: Sequence[float], mode: str) -> MetaTensor:
+    """Resample a whole image by MONAI's own transforms.
 
     Args:
-        path: the NIfTI file.
+        image: the image, as `read_nifti` returns it.
         spacing: mm per voxel, in RAS order.
         mode: "bilinear" or "nearest".
 
     Returns:
         float32 `(1, h, w, d)` in RAS orientation.
     """
-    image = read_nifti(path)
     voxels = np.asanyarray(image.dataobj).reshape(1, *image.shape[:3]).astype(np.float32)
     volume = MetaTensor(torch.from_numpy(voxels), affine=torch.from_numpy(image.affine))
     ras = Orientation("RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")))
@@ -48,25 +46,25 @@ def whole_grid(path: Path, spacing: Sequence[float], mode: str) -> MetaTensor:
 
 
 def region_above(
-    path: Path, spacing: Sequence[float], threshold: float
+    image: SpatialImage, spacing: Sequence[float], threshold: float
 ) -> tuple[MetaTensor, tuple[int, ...], list[int]]:
-    """Resample the region of `whole_grid(path, spacing, "bilinear")` that holds every voxel above a threshold.
+    """Resample the region of `whole_grid(image, spacing, "bilinear")` that holds every voxel above a threshold.
 
     Returns:
         region: float32 `(1, h, w, d)`; one voxel if none lies above the threshold.
         shape: `(h, w, d)` of the whole grid.
         start: first voxel of the region in the whole grid.
     """
-    image = as_closest_canonical(read_nifti(path))
-    affine, shape = target_grid(image.shape[:3], image.affine, spacing)
-    to_voxel = np.linalg.solve(image.affine, affine)
-    if shape == image.shape[:3] and np.allclose(to_voxel, np.eye(4), atol=UNCHANGED):
-        affine, to_voxel = image.affine, np.eye(4)
+    turned = as_closest_canonical(image)
+    affine, shape = target_grid(turned.shape[:3], turned.affine, spacing)
+    to_voxel = np.linalg.solve(turned.affine, affine)
+    if shape == turned.shape[:3] and np.allclose(to_voxel, np.eye(4), atol=UNCHANGED):
+        affine, to_voxel = turned.affine, np.eye(4)
     scale, offset = np.diag(to_voxel)[:3], to_voxel[:3, 3]
     if np.abs(to_voxel[:3, :3] - np.diag(scale)).max() * max(shape) > MAX_AXIS_DRIFT:
-        return whole_grid(path, spacing, "bilinear"), shape, [0, 0, 0]
+        return whole_grid(image, spacing, "bilinear"), shape, [0, 0, 0]
 
-    voxels = np.asanyarray(image.dataobj).reshape(image.shape[:3])
+    voxels = np.asanyarray(turned.dataobj).reshape(turned.shape[:3])
     if voxels.dtype.kind == "f":
         voxels = voxels.astype(np.float32, copy=False)  # as MONAI does after reading
     start, stop = box_above(voxels, threshold, shape, scale, offset)
@@ -119,15 +117,19 @@ def box_above(
 def interpolate(voxels: np.ndarray, scale: np.ndarray, offset: np.ndarray, shape: np.ndarray) -> np.ndarray:
     """Interpolate `voxels` `(h, w, d)` at `scale * i + offset` for voxel i of a shape, clipped to the border."""
     order = np.argsort(np.abs(voxels.strides))[::-1]  # SciPy is fastest with the axes in the order of the memory
-    return affine_transform(
-        voxels.transpose(order),
-        scale[order],
-        offset[order],
-        output_shape=tuple(shape[order]),
-        output=np.float32,
-        order=1,
-        mode="nearest",
-    ).transpose(np.argsort(order))
+    with warnings.catch_warnings():
+        # Older SciPy warns that the meaning of the offset changed in 0.18, which is older than any it may be here.
+        warnings.filterwarnings("ignore", "The behavior of affine_transform with a 1-D array", UserWarning)
+        found: np.ndarray = affine_transform(
+            voxels.transpose(order),
+            scale[order],
+            offset[order],
+            output_shape=tuple(shape[order]),
+            output=np.float32,
+            order=1,
+            mode="nearest",
+        )
+    return found.transpose(np.argsort(order))
 
 
 def translation(shift: np.ndarray) -> np.ndarray:

@@ -8,7 +8,8 @@ Each volume has a folder:
 - `entry.json`: shape, affine, source, steps, checksums.
 
 The folder's name is a hash of file path, size, modification time and the settings of preparation. So changed settings
-or files never read old voxels. An entry appears by renaming a finished folder; `is_intact` compares its checksums.
+or files never read old voxels. An entry appears by renaming a finished folder. `is_sound` compares sizes, and checksums
+where a file was touched since the last comparison.
 
 0..1 is stored as 0..steps. The number of steps per HU is the largest power of two that fits 16 bits, 128 for the usual
 window. CT comes in whole HU, so voxels that were not interpolated, or halfway, end in zero bits, which compress to
@@ -21,14 +22,12 @@ exactly, a cell is drawn by its count and only that cell is read.
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-import time
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,15 @@ import numpy as np
 
 from hyspark.data.datasets.cases import UNANNOTATED
 from hyspark.data.intensity import MAX_STORED, quantise
+from hyspark.data.preprocessing.entry_files import UNFINISHED_PREFIX, checksums, is_complete
 from hyspark.data.settings import PrepareSettings
+from hyspark.utils.text import first_line
 
-STORE_FORMAT = 4
+STORE_FORMAT, EARLIER_FORMAT = 5, 4
+LEAST_BLOSC2 = "3.8"
+"""Earlier ones write arrays wrong that are one chunk of several blocks, such as (64, 64, 1) and (32, 64, 32)."""
 CHUNK_EDGE, CELL_EDGE = 64, 32
 BLOCK_SHAPE = (16, 32, 32)
-UNFINISHED_PREFIX, ABANDONED_SECONDS = ".writing-", 86400.0
-"""Prefix of folders that are being written; age from which they count as abandoned."""
 MAX_OPEN = 8
 """Arrays that a process keeps open; the crops of one volume are read one after the other."""
 
@@ -61,10 +62,15 @@ VOXEL_KINDS: Mapping[str, Callable[[np.ndarray, np.ndarray | None], np.ndarray]]
 
 
 def entry_folder(
-    store_dir: Path, settings: PrepareSettings, image: Path, label: Path | None, ignore: int | None = None
+    store_dir: Path,
+    settings: PrepareSettings,
+    image: Path,
+    label: Path | None,
+    ignore: int | None = None,
+    store_format: int = STORE_FORMAT,
 ) -> Path:
     """Return the folder of a prepared volume, whose name is a hash of files, settings and the label's ignored value."""
-    key: dict[str, Any] = {"format": STORE_FORMAT}
+    key: dict[str, Any] = {"format": store_format}
     key |= {f.name: getattr(settings, f.name) for f in fields(PrepareSettings)}
     for name, path in (("image", image), ("label", label)):
         if path is not None:
@@ -76,42 +82,14 @@ def entry_folder(
     return store_dir / digest[:32]
 
 
-def is_complete(folder: Path) -> bool:
-    """Return whether an entry exists."""
-    return (folder / "entry.json").is_file()
-
-
-def is_intact(folder: Path) -> bool:
-    """Return whether the files of an entry match their checksums (CRC-32)."""
-    try:
-        loaded = json.loads((folder / "entry.json").read_bytes())
-        known = loaded.pop("checksums")
-        return bool(known == checksums(folder, known, loaded))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return False
-
-
-def remove_entry(folder: Path) -> None:
-    """Delete an entry; it is moved first, since another run may be making it again."""
-    doomed = Path(tempfile.mkdtemp(prefix=UNFINISHED_PREFIX, dir=folder.parent))
-    with suppress(FileNotFoundError):
-        os.replace(folder, doomed / folder.name)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def remove_abandoned(store_dir: Path) -> None:
-    """Delete the unfinished entries of killed processes, which are too old to be still written."""
-    for folder in store_dir.glob(f"{UNFINISHED_PREFIX}*"):
-        if time.time() - folder.stat().st_mtime > ABANDONED_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def checksums(folder: Path, names: Iterable[str], entry: Mapping[str, Any]) -> dict[str, int]:
-    """Compute the CRC-32 of files of an entry; that of entry.json is of `entry`, its content without checksums."""
-    return {
-        name: zlib.crc32(json.dumps(entry).encode() if name == "entry.json" else (folder / name).read_bytes())
-        for name in names
-    }
+def check_blosc2() -> None:
+    """Raise ImportError if blosc2 is too old to be trusted."""
+    found = tuple(int(part) for part in re.findall(r"\d+", blosc2.__version__)[:2])
+    if found < tuple(int(part) for part in LEAST_BLOSC2.split(".")):
+        raise ImportError(
+            f"blosc2: expected version {LEAST_BLOSC2} or later, found {blosc2.__version__}, which writes wrong voxels; "
+            f'install it with: pip install "blosc2>={LEAST_BLOSC2}"'
+        )
 
 
 @dataclass(frozen=True)
@@ -166,6 +144,7 @@ def write_entry(
         entry = Entry(image.shape, affine.tolist(), source, int(values.max(initial=0)), steps)
         names = sorted(path.name for path in temporary.iterdir())
         content = json.loads(json.dumps(asdict(entry)))
+        content["sizes"] = {name: (temporary / name).stat().st_size for name in names}
         content["checksums"] = checksums(temporary, [*names, "entry.json"], content)
         (temporary / "entry.json").write_text(json.dumps(content))
         try:
@@ -206,11 +185,10 @@ class StoredVolume:
     folder: Path
     name: str
 
-    @cached_property
+    @property
     def entry(self) -> Entry:
         """Content of entry.json."""
-        loaded = json.loads((self.folder / "entry.json").read_text())
-        return Entry(tuple(loaded["shape"]), loaded["affine"], loaded["source"], loaded["max_label"], loaded["steps"])
+        return read_entry(self.folder)
 
     def read(self, array: str, start: Sequence[int], size: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
         """Read a box of voxels; voxels outside the volume are 0.
@@ -232,7 +210,10 @@ class StoredVolume:
         low = [max(0, s) for s in start]
         high = [max(a, min(n, s + e)) for n, a, s, e in zip(shape, low, start, size, strict=True)]
         stored = open_array(self.folder / f"{array}.b2nd")
-        box = np.asarray(stored[tuple(slice(a, b) for a, b in zip(low, high, strict=True))])
+        try:
+            box = np.asarray(stored[tuple(slice(a, b) for a, b in zip(low, high, strict=True))])
+        except Exception as error:  # of blosc2: of several types
+            raise damaged_entry(self.folder, error) from error
         if box.shape == tuple(size):
             return box
         out = np.zeros(size, box.dtype)
@@ -263,6 +244,21 @@ class StoredVolume:
         return tuple(a + int(o) for a, o in zip(start, offset, strict=True))
 
 
+def damaged_entry(folder: Path, error: Exception) -> ValueError:
+    """Make the error of an entry that was damaged after it was checked."""
+    return ValueError(
+        f"{folder}: a prepared volume is damaged ({type(error).__name__}: {first_line(error)}); delete this folder, "
+        "and the same command prepares it again"
+    )
+
+
+@lru_cache(MAX_OPEN)
+def read_entry(folder: Path) -> Entry:
+    """Read the content of entry.json; entries never change once they exist."""
+    loaded = json.loads((folder / "entry.json").read_text())
+    return Entry(tuple(loaded["shape"]), loaded["affine"], loaded["source"], loaded["max_label"], loaded["steps"])
+
+
 @lru_cache(MAX_OPEN)
 def open_array(path: Path) -> Any:
     """Open a stored array, mapped into memory; entries never change once they exist.
@@ -270,11 +266,15 @@ def open_array(path: Path) -> Any:
     Raises:
         ValueError: if the file holds code.
     """
+    check_blosc2()
     with path.open("rb") as file:
         header = file.read(int.from_bytes(file.read(15)[11:], "big"))
     if any(name in header for name in CODE_MARKERS):
         raise ValueError(f"{path}: expected an array, got a program; delete its folder")
-    return blosc2.open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+    try:
+        return blosc2.open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+    except Exception as error:  # of blosc2: of several types
+        raise damaged_entry(path.parent, error) from error
 
 
 @lru_cache(MAX_OPEN)

@@ -10,9 +10,10 @@ from typing import TypeVar
 import numpy as np
 
 from hyspark.data.datasets.cases import Case
+from hyspark.data.preprocessing.entry_files import is_complete
 from hyspark.data.preprocessing.prepare import files_exist
-from hyspark.data.preprocessing.store import entry_folder, is_complete
-from hyspark.data.readers.nifti import check_header
+from hyspark.data.preprocessing.store import entry_folder
+from hyspark.data.readers.nifti import file_grid
 from hyspark.data.settings import PrepareSettings
 
 MAX_HEADERS = 200
@@ -93,7 +94,7 @@ def count_voxels(cases: Sequence[Case], spacing: Sequence[float]) -> tuple[float
     voxels, unreadable = 0.0, 0
     for case in cases:
         try:
-            shape, affine = check_header(case.image)
+            shape, affine = file_grid(case.image)
         except ValueError:
             unreadable += 1
         else:

@@ -5,7 +5,6 @@ Everything is examined and nothing raises, so that one call reports all that has
 
 import os
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,22 +18,31 @@ from hyspark.data.datasets.splits import num_folds, split_by_file, splits_file
 from hyspark.data.datasets.subjects import large_subject_faults, subjects_on_both_sides
 from hyspark.data.quality.examine import Examined, examine
 from hyspark.data.quality.findings import Finding
-from hyspark.utils.processes import available_cores, worker_pool
+from hyspark.data.settings import PrepareSettings
+from hyspark.utils.processes import KILLED, available_cores, map_unordered
 from hyspark.utils.text import listing
 
+MAX_THUMBNAILS = 120
+"""Cases of which a thumbnail is kept for the page."""
 NOT_LISTED = "not in the list dataset.json, which runs use"
 FAULTS_OF_NAMES = ("label without image", "two files for a case", "image without label")
 """Kinds of findings that a list makes void, since runs take pairs from it and not from names."""
 
 
 def check_dataset(
-    path: Path, *, hu_min: float, num_workers: int = 0, progress: bool = True
+    path: Path,
+    *,
+    hu_min: float = PrepareSettings.hu_min,
+    hu_max: float = PrepareSettings.hu_max,
+    num_workers: int = 0,
+    progress: bool = True,
 ) -> tuple[list[Examined], FoundData]:
     """Examine all cases of a folder of data (see `read_data_folder`), or of a decathlon JSON.
 
     Args:
         path: the folder or the JSON.
-        hu_min: HU at and below which all is air to training.
+        hu_min: HU that become 0 in training.
+        hu_max: HU that become 1 in training.
         num_workers: processes; 0 takes one per core.
         progress: whether to show a progress bar.
 
@@ -43,7 +51,10 @@ def check_dataset(
 
     Raises:
         FileNotFoundError: if there is nothing to examine.
+        ValueError: if hu_min does not lie below hu_max.
     """
+    if not hu_min < hu_max:
+        raise ValueError(f"hu_min: expected a number below hu_max, got {hu_min:g} and {hu_max:g}")
     found = find_dataset(path)
     if not found.cases and not found.findings:
         raise FileNotFoundError(
@@ -51,7 +62,8 @@ def check_dataset(
         )
     ignored = {case.ignore for case in found.cases if case.ignore is not None}
     declared = frozenset(found.classes.values()) | ignored if found.classes else None
-    examined = list(examine_all(found.cases, hu_min, declared, num_workers or available_cores(), progress))
+    settings = PrepareSettings(hu_min=hu_min, hu_max=hu_max)
+    examined = examine_all(found.cases, settings, declared, num_workers or available_cores(), progress)
     found.findings += [*same_content(examined), *unused_classes(examined, found.classes, path)]
     found.findings += [Finding("large subject", str(path), fault) for fault in large_subject_faults(found.cases)]
     return examined, found
@@ -158,19 +170,33 @@ def both_sides_faults(path: Path, training: Sequence[Case], validation: Sequence
 
 
 def examine_all(
-    cases: Sequence[Case], hu_min: float, declared: frozenset[int] | None, num_workers: int, progress: bool
-) -> Iterator[Examined]:
-    """Yield the result of `examine` for each case, in their order."""
+    cases: Sequence[Case],
+    settings: PrepareSettings,
+    declared: frozenset[int] | None,
+    num_workers: int,
+    progress: bool,
+) -> list[Examined]:
+    """Return the result of `examine` for each case, in their order; thumbnails of MAX_THUMBNAILS cases are kept.
+
+    Of those, cases with findings come first.
+    """
+    order = {case: number for number, case in enumerate(cases)}
+    kept: dict[bool, list[Examined]] = {True: [], False: []}
+    examined: list[Examined] = []
+    jobs = [(case, settings, declared) for case in cases]
     with tqdm(total=len(cases), desc="check", unit="case", disable=not progress) as bar:
-        if num_workers == 1 or len(cases) < 2:
-            for case in cases:
-                yield examine(case, hu_min, declared)
-                bar.update()
-            return
-        with worker_pool(min(num_workers, len(cases))) as processes:
-            for seen in processes.map(partial(examine, hu_min=hu_min, declared=declared), cases):
-                yield seen
-                bar.update()
+        for seen in map_unordered(examine, jobs, num_workers, killed_examination):
+            examined.append(seen)
+            kept[bool(seen.findings)].append(seen)
+            if len(kept[True]) + len(kept[False]) > MAX_THUMBNAILS:
+                (kept[False] or kept[True]).pop().thumbnail = None
+            bar.update()
+    return sorted(examined, key=lambda seen: order[seen.case])
+
+
+def killed_examination(case: Case, settings: PrepareSettings, declared: frozenset[int] | None) -> Examined:
+    """Return the result for a case whose process was killed."""
+    return Examined(case, [Finding("not examined", str(case.image), KILLED)])
 
 
 def same_content(examined: Sequence[Examined]) -> Iterator[Finding]:

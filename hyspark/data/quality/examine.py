@@ -5,12 +5,8 @@ memory of a few.
 """
 
 import hashlib
-import zlib
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-import nibabel
 import numpy as np
 from nibabel import as_closest_canonical
 from nibabel.affines import voxel_sizes
@@ -18,15 +14,12 @@ from nibabel.spatialimages import SpatialImage
 
 from hyspark.data.datasets.cases import Case
 from hyspark.data.intensity import viewing_greys
-from hyspark.data.quality.faults import file_fault, format_fault, header_faults, label_faults, pair_faults, value_fault
+from hyspark.data.quality.case_files import CaseFiles, failure, read_case
 from hyspark.data.quality.findings import Finding
-from hyspark.data.readers.nifti import read_nifti
-from hyspark.utils.text import first_line
+from hyspark.data.settings import PrepareSettings
 
 HISTOGRAM = np.arange(-1100, 3101, 50)
 """Edges in HU of the histogram's bins; values beyond count in the outermost bins."""
-SAMPLED = 1_000_000
-"""Number of evenly spaced voxels for the histogram and for guessing the unit."""
 THUMBNAIL = 128
 """Longest edge of a thumbnail in pixels."""
 
@@ -44,7 +37,7 @@ class Examined:
         low: least value of the image.
         high: largest value of the image.
         digest: digest of the image's values.
-        thumbnail: uint8 `(height, width)`, head up.
+        thumbnail: uint8 `(height, width)`, head up; None if unreadable, or not kept.
         label_voxels: number of voxels by label value.
     """
 
@@ -65,97 +58,50 @@ class Examined:
         return any(f.severity == "error" for f in self.findings)
 
 
-def examine(case: Case, hu_min: float, declared: frozenset[int] | None) -> Examined:
+def examine(case: Case, settings: PrepareSettings, declared: frozenset[int] | None) -> Examined:
     """Examine the files of a case; unreadable files are findings, and nothing raises.
 
     Args:
         case: the case.
-        hu_min: HU at and below which all is air to training.
+        settings: settings of preparation, whose HU window the values are held against.
         declared: label values that are classes; None if no file declares them.
     """
-    seen = Examined(case)
-    image = open_volume(case.image, seen.findings)
-    label = open_volume(case.label, seen.findings) if case.label else None
-    if image is not None:
-        seen.shape, seen.spacing = image.shape[:3], tuple(float(edge) for edge in voxel_sizes(image.affine))
-        seen.findings += [Finding(kind, str(case.image), found) for kind, found in header_faults(image, case.image)]
-        voxels = load_voxels(image, case.image, seen.findings)
-        if voxels is not None:
-            examine_voxels(voxels, hu_min, seen)
-            is_placed = not any(f.kind == "singular affine" for f in seen.findings)
-            seen.thumbnail = thumbnail_of(voxels, image.affine if is_placed else np.eye(4))
-    if label is not None and case.label:
-        path = str(case.label)
-        if image is not None:
-            seen.findings += [Finding(kind, path, found) for kind, found in pair_faults(image, label)]
-        voxels = load_voxels(label, case.label, seen.findings)
-        if voxels is not None:
-            seen.label_voxels = values_of(voxels)
-            seen.findings += [Finding(k, path, found) for k, found in label_faults(seen.label_voxels, declared)]
+    files = read_case(case, settings, declared)
+    seen = Examined(
+        case,
+        files.findings,
+        files.shape,
+        files.spacing,
+        low=files.low,
+        high=files.high,
+        label_voxels=files.label_voxels,
+    )
+    try:
+        add_statistics(files, seen)
+    except Exception as error:  # the voxels are read, but a copy of them may not fit the memory
+        seen.findings.append(failure(case, error))
     return seen
 
 
-def open_volume(path: Path, findings: list[Finding]) -> Any:
-    """Open a NIfTI file without reading its voxels; return None and add a finding if it is no readable volume."""
-    fault = file_fault(path)
-    if fault is None:
-        try:
-            image: Any = nibabel.load(path)
-        except Exception as error:  # nibabel raises many types for an invalid header
-            kind = "damaged" if isinstance(error, EOFError | OSError | zlib.error) else "not NIfTI"
-            fault = (kind, first_line(error))
-        else:
-            fault = format_fault(image)
-            if fault is None:
-                return image
-    findings.append(Finding(fault[0], str(path), fault[1]))
-    return None
-
-
-def load_voxels(image: Any, path: Path, findings: list[Finding]) -> np.ndarray | None:
-    """Read all voxels, `(h, w, d)`; return None and add a finding if the file is damaged."""
-    try:
-        whole = read_nifti(path)  # compares the checksum
-        return np.asanyarray(whole.dataobj).reshape(image.shape[:3])
-    except Exception as error:  # of zlib, ISA-L, nibabel, the system
-        findings.append(Finding("damaged", str(path), first_line(error)))
-        return None
-
-
-def examine_voxels(voxels: np.ndarray, hu_min: float, seen: Examined) -> None:
-    """Add statistics of an image's voxels `(h, w, d)`, and findings about them."""
-    path = str(seen.case.image)
-    seen.digest = digest_of(voxels)
-    seen.low, seen.high = float(voxels.min()), float(voxels.max())  # NaN if any voxel is NaN
-    if not np.isfinite([seen.low, seen.high]).all():
-        num = int(voxels.size - np.isfinite(voxels).sum())
-        seen.findings.append(Finding("NaN or infinite", path, f"{num} voxels that are no number"))
+def add_statistics(files: CaseFiles, seen: Examined) -> None:
+    """Add digest, histogram and thumbnail of the image, if it was read."""
+    if files.image is None:
         return
-    sample = sample_voxels(voxels)
-    seen.counts = np.histogram(sample.clip(HISTOGRAM[0], HISTOGRAM[-1]), HISTOGRAM)[0]
-    fault = value_fault(seen.low, seen.high, sample, hu_min)
-    if fault is not None:
-        seen.findings.append(Finding(fault[0], path, fault[1]))
-
-
-def values_of(voxels: np.ndarray) -> dict[float, int]:
-    """Count the voxels of each value, at most 300 values."""
-    values, counts = np.unique(voxels, return_counts=True)
-    return dict(zip(values[:300].tolist(), counts[:300].tolist(), strict=True))
+    voxels = np.asanyarray(files.image.dataobj)
+    seen.digest = digest_of(voxels)
+    seen.thumbnail = thumbnail_of(voxels, files.image.affine)
+    if files.sample is not None:
+        values = files.sample.astype(np.float32).clip(HISTOGRAM[0], HISTOGRAM[-1])
+        seen.counts = np.histogram(values, HISTOGRAM)[0]
 
 
 def digest_of(voxels: np.ndarray) -> str:
     """Digest shape and values slice by slice, independent of the type they are stored in."""
     digest = hashlib.blake2b(repr(voxels.shape).encode(), digest_size=16)
-    for row in voxels:
-        digest.update(np.ascontiguousarray(row, dtype="<f4").tobytes())
+    with np.errstate(over="ignore"):  # of values beyond float32, which are findings
+        for row in voxels:
+            digest.update(np.ascontiguousarray(row, dtype="<f4").tobytes())
     return digest.hexdigest()
-
-
-def sample_voxels(voxels: np.ndarray) -> np.ndarray:
-    """Take about SAMPLED of the voxels at most, evenly spaced, float32 `(n,)`."""
-    step = max(1, round((voxels.size / SAMPLED) ** (1 / 3)))
-    return voxels[::step, ::step, ::step].astype(np.float32).ravel()
 
 
 def thumbnail_of(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:

@@ -4,32 +4,24 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from nibabel.affines import apply_affine, voxel_sizes
-from nibabel.openers import ImageOpener
-from nibabel.spatialimages import HeaderDataError
+from nibabel.affines import voxel_sizes
 
-GZIP = b"\x1f\x8b"
+from hyspark.data.readers.header import NiftiHeader, header_extensions
+from hyspark.data.readers.label_values import label_value_fault
+from hyspark.utils.text import list_of
+
 DICOM = 2
 """NIfTI's code of a header extension that holds a DICOM header."""
-TEXT_FIELDS = ("descrip", "aux_file", "intent_name", "db_name")
+TEXT_EXTENSIONS = (0, 6, 44)
+"""Codes of header extensions that hold free text: unknown, comment, JSON."""
 PERSONAL = re.compile(r"\^|\b[A-Z][a-z]+, ?[A-Z][a-z]+|\b(19|20)\d\d(0\d|1[0-2])([0-2]\d|3[01])\b")
 """A DICOM name (Doe^Jane), "Doe, Jane", a date of birth as 19510203."""
 PLAUSIBLE_SPACING = (0.2, 10.0)
 """Range of a CT's mm between voxels."""
-SINGULAR = 1e-3
-"""Determinant of the axes' directions below which an affine counts as singular."""
 LOCALISER, THIN_VOXELS, THIN_MM = 4, 16, 32.0
 """Shortest edges, in voxels and mm, below which an image counts as a localiser, or as thin."""
-WRAPPED = 60000
-"""Negative HU that are read as unsigned 16 bits lie above it."""
-OFFSET_TISSUE, OFFSET_FRACTION = (850, 1250), 0.05
-"""Range of tissue in a CT to whose HU 1024 was added, and least fraction of voxels in it.
-
-In HU only bone and metal lie in the range, in a far smaller fraction.
-"""
 SHEAR = 0.01
 """Cosine between two axes above which they count as sheared."""
 
@@ -49,124 +41,53 @@ def file_fault(path: Path) -> tuple[str, str] | None:
         return "damaged", f"a read error ({error.strerror})"
     if not first:
         return "empty file", "no bytes"
-    if path.suffix == ".gz" and first != GZIP:
-        return "not NIfTI", "a file that is not compressed, though its name ends in .gz"
     return None
 
 
-def format_fault(image: Any) -> tuple[str, str] | None:
-    """Return why a NIfTI file is no volume of numbers, as a kind of finding and its text; None if it is one."""
-    kind = image.get_data_dtype()
-    if kind.fields:
-        return "colours", f"{len(kind.fields)} colours a voxel"
-    if kind.kind == "c":
-        return "complex numbers", f"voxels of type {kind}"
-    if len(image.shape) < 3 or image.shape[3:] not in ((), (1,)) or 0 in image.shape:
-        return "not 3D", f"shape {image.shape}"
-    return None
-
-
-def header_faults(image: Any, path: Path) -> Iterator[tuple[str, str]]:
+def header_faults(header: NiftiHeader) -> Iterator[tuple[str, str]]:
     """Yield the faults of a readable header, each as a kind of finding and its text."""
-    shape, affine = image.shape[:3], image.affine
-    with ImageOpener(str(path)) as file:
-        header = type(image.header).from_fileobj(file, check=False)  # unchanged; nibabel.load fixes it
-    edges = [float(edge) for edge in header["pixdim"][1:4]]
-    if not all(np.isfinite(edge) and edge > 0 for edge in edges):
-        yield "impossible spacing", f"{list_of(edges)} mm"
-    elif min(edges) < PLAUSIBLE_SPACING[0] or max(edges) > PLAUSIBLE_SPACING[1]:
-        yield "odd spacing", f"{list_of(edges)} mm"
-    spacing = voxel_sizes(affine)
-    if not np.isfinite(affine).all() or not spacing.all() or abs(np.linalg.det(affine[:3, :3] / spacing)) < SINGULAR:
-        yield "singular affine", f"{np.round(affine[:3, :3], 3).tolist()}"
-        return
-    axes = affine[:3, :3] / spacing
-    cosine = np.abs(axes.T @ axes - np.eye(3)).max()
-    if cosine > SHEAR:
-        yield "sheared affine", f"axes {np.degrees(np.arccos(cosine)):.1f} degrees apart"
-    yield from position_faults(header, shape)
-    if min(shape) < LOCALISER:
-        yield "localiser", f"shape {shape}"
-    elif min(shape) < THIN_VOXELS or (np.array(shape) * spacing).min() < THIN_MM:
-        yield "thin", f"{list_of(shape)} voxels, {list_of(np.array(shape) * spacing)} mm"
+    yield from header.faults
     if text := personal_text(header):
         yield "text that may name a patient", text
+    if not header.has_position:
+        return
+    spacing, shape = voxel_sizes(header.affine), np.array(header.shape)
+    if min(spacing) < PLAUSIBLE_SPACING[0] or max(spacing) > PLAUSIBLE_SPACING[1]:
+        yield "odd spacing", f"{list_of(spacing)} mm"
+    axes = header.affine[:3, :3] / spacing
+    cosine = np.abs(axes.T @ axes - np.eye(3)).max()
+    if cosine > SHEAR:
+        yield "sheared affine", f"axes {np.degrees(np.arccos(min(cosine, 1.0))):.1f} degrees apart"
+    if min(shape) < LOCALISER:
+        yield "localiser", f"shape {header.shape}"
+    elif min(shape) < THIN_VOXELS or (shape * spacing).min() < THIN_MM:
+        yield "thin", f"{list_of(shape)} voxels, {list_of(shape * spacing)} mm"
 
 
-def position_faults(header: Any, shape: tuple[int, ...]) -> Iterator[tuple[str, str]]:
-    """Yield the faults of sform and qform: both missing, one invalid, or positions that differ."""
-    sform, qform = header.get_sform(coded=True)[0], None
-    try:
-        qform = header.get_qform(coded=True)[0]
-    except (ValueError, HeaderDataError):
-        yield "sform and qform disagree", "an invalid qform"
-    if sform is None and qform is None:
-        yield "no orientation", "neither sform nor qform"
-    elif sform is not None and qform is not None:
-        apart = distance(sform, qform, shape)
-        if apart > voxel_sizes(sform).max():
-            yield "sform and qform disagree", f"corners up to {apart:.1f} mm apart"
-
-
-def personal_text(header: Any) -> str:
+def personal_text(header: NiftiHeader) -> str:
     """Return the field or extension of a header that may name a patient, without its text; empty if none does."""
-    for name in TEXT_FIELDS:
-        text = header[name].tobytes().rstrip(b"\\0").decode("latin-1")
-        if PERSONAL.search(text):
+    for name in header.text_fields:
+        if is_personal(header.raw[name].tobytes()):
             return f"field {name}"
-    if any(extension.get_code() == DICOM for extension in header.extensions):
-        return "an extension with a DICOM header"
+    for code, content in header_extensions(header):
+        if code == DICOM:
+            return "an extension with a DICOM header"
+        if code in TEXT_EXTENSIONS and is_personal(content):
+            return f"an extension of code {code}"
     return ""
 
 
-def value_fault(low: float, high: float, sample: np.ndarray, hu_min: float) -> tuple[str, str] | None:
-    """Return why an image's values are no HU, as a kind of finding and its text; None if they can be HU."""
-    span = f"values from {low:g} to {high:g}"
-    if low == high:
-        return "constant", f"the value {low:g} everywhere"
-    if high > WRAPPED:
-        return "wrapped around", span
-    if low >= -1 and high <= 1:
-        return "scaled", span
-    if high <= hu_min:
-        return "all air", span
-    if low >= 0 and high <= 255:
-        return "8-bit", span
-    if low > -200 and np.mean((sample > OFFSET_TISSUE[0]) & (sample < OFFSET_TISSUE[1])) > OFFSET_FRACTION:
-        return "offset", f"{span}, with tissue near 1000"
-    return None
-
-
-def pair_faults(image: Any, label: Any) -> Iterator[tuple[str, str]]:
-    """Yield the faults of a label's grid, which should be its image's."""
-    shape, other = image.shape[:3], label.shape[:3]
-    if shape != other:
-        yield "label of another shape", f"{list_of(other)} voxels, the image {list_of(shape)}"
-        return
-    apart = distance(image.affine, label.affine, shape)
-    if not apart <= voxel_sizes(image.affine).max():
-        yield "label elsewhere", f"corners up to {apart:.3g} mm from the image's"
+def is_personal(text: bytes) -> bool:
+    """Return whether a text may name a patient; NUL bytes, which pad a field, count as spaces."""
+    return PERSONAL.search(text.replace(b"\0", b" ").decode("latin-1")) is not None
 
 
 def label_faults(voxels: dict[float, int], declared: frozenset[int] | None) -> Iterator[tuple[str, str]]:
     """Yield the faults of a label's values, given with their numbers of voxels."""
-    odd = [value for value in voxels if not (value == np.round(value) and 0 <= value <= 255)]
-    if odd:
-        yield "label not whole", f"values {list_of(odd)}"
+    if fault := label_value_fault(voxels):
+        yield fault
         return
     if declared is not None and (strange := [v for v in voxels if int(v) not in declared]):
         yield "undeclared class", f"values {list_of(strange)}, declared {list_of(sorted(declared))}"
     if set(voxels) <= {0}:
         yield "empty label", "background alone"
-
-
-def distance(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
-    """Compute the largest distance in mm between the corners of a volume under two affines."""
-    corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(shape) - 1)
-    return float(np.linalg.norm(apply_affine(one, corners) - apply_affine(other, corners), axis=1).max())
-
-
-def list_of(values: Any) -> str:
-    """Join up to eight numbers."""
-    shown = ", ".join(f"{value:g}" for value in list(values)[:8])
-    return shown + (", ..." if len(list(values)) > 8 else "")

@@ -21,6 +21,9 @@ class FindingKind:
     advice: str
 
 
+HU = "Hounsfield units (air -1000, water 0), or values that hu_min and hu_max were set to"
+SET_WINDOW = "or set hu_min and hu_max to the range of such values for the run"
+
 FINDING_KINDS: dict[str, FindingKind] = {
     # The file
     "missing": FindingKind("error", "the file that the list names", "restore it, or take the case off the list"),
@@ -31,20 +34,30 @@ FINDING_KINDS: dict[str, FindingKind] = {
         "error", "a NIfTI file (.nii or .nii.gz)", "convert it, for example by dcm2niix, or remove it"
     ),
     "damaged": FindingKind("error", "a whole file with the right checksum", "copy or convert it again"),
+    "too large": FindingKind("error", "a case that fits the memory", "lower --prepare_workers, or crop it"),
+    "not examined": FindingKind("error", "a case that can be examined", "convert it again, or remove it"),
+    "not prepared": FindingKind("error", "a case that can be prepared", "fix it, or remove it"),
     # The header
     "not 3D": FindingKind("error", "one volume of three axes", "take one volume out of it, or remove it"),
     "colours": FindingKind("error", "one number a voxel", "it is a picture or a secondary capture; remove it"),
     "complex numbers": FindingKind("error", "real numbers", "it is no CT; remove it"),
     "impossible spacing": FindingKind(
-        "error", "a spacing above 0 mm on each axis", "convert it again from the scanner's files"
+        "error", "a spacing above 0 mm on each axis, at most 10 m in all", "convert it again from the scanner's files"
     ),
     "odd spacing": FindingKind("warning", "voxels of .2 to 10 mm", "is the spacing in mm? convert it again if not"),
+    "pixdim disagrees": FindingKind(
+        "warning",
+        "one spacing by pixdim and the sform",
+        "the sform is used, as NIfTI says, but programs of ITK use pixdim; check the spacing",
+    ),
+    "not in mm": FindingKind("warning", "lengths in mm", "is its unit right? else set xyzt_units to 2"),
+    "odd field": FindingKind("warning", "header fields as NIfTI defines them", "check the position; convert it again"),
     "singular affine": FindingKind("error", "an affine with three independent axes", "convert it again"),
     "sheared affine": FindingKind(
         "warning", "axes at right angles", "was the gantry tilted? resample it upright if it matters"
     ),
     "sform and qform disagree": FindingKind(
-        "warning", "one position by both", "the sform is used; check left and right"
+        "warning", "one position by both", "the sform is used, as NIfTI says; check left and right"
     ),
     "no orientation": FindingKind(
         "warning", "a header that says where the patient lies", "check left and right, and the spacing"
@@ -55,19 +68,41 @@ FINDING_KINDS: dict[str, FindingKind] = {
         "warning", "no personal data", "clear the header's texts before you publish it"
     ),
     # The voxels
-    "NaN or infinite": FindingKind("error", "numbers", "convert it again, or set these voxels to air"),
+    "NaN or infinite": FindingKind("error", "numbers", "convert it again, or set these voxels to air, in a label to 0"),
     "constant": FindingKind("error", "more than one value", "the conversion failed, or it is blank; remove it"),
     "all air": FindingKind("error", "tissue in the HU window", "is it CT in Hounsfield units?"),
-    "offset": FindingKind("warning", "Hounsfield units (air -1000, water 0)", "subtract 1024, or convert it again"),
-    "8-bit": FindingKind(
-        "warning", "Hounsfield units (air -1000, water 0)", "it was windowed for viewing; convert it again"
+    "offset": FindingKind("error", HU, "subtract what was added (1024 or 1000), or convert it again"),
+    "8-bit": FindingKind("error", HU, f"it was windowed for viewing; convert it again, {SET_WINDOW}"),
+    "scaled": FindingKind("error", HU, f"it was normalised; convert it again, {SET_WINDOW}"),
+    "wrapped around": FindingKind("error", HU, "negative values are read as unsigned; store it as signed 16 bits"),
+    "narrow window": FindingKind(
+        "error",
+        "HU that were not clipped between hu_min and hu_max",
+        "convert it again, or set hu_min and hu_max inside its range for the run",
     ),
-    "scaled": FindingKind("warning", "Hounsfield units (air -1000, water 0)", "it was normalised; convert it again"),
-    "wrapped around": FindingKind("warning", "Hounsfield units (air -1000, water 0)", "store it as signed 16 bits"),
+    "label map": FindingKind("error", "an image", "it looks like a label map; name the image instead"),
+    "like PET": FindingKind("error", HU, f"it looks like PET; remove it, {SET_WINDOW}"),
+    "no CT": FindingKind("error", HU, f"it looks like MR or another modality; remove it, {SET_WINDOW}"),
+    "another window": FindingKind(
+        "error", "hu_min and hu_max around tissue, since the values are HU", "set them for HU, for example -175 and 250"
+    ),
+    "another modality": FindingKind(
+        "warning", "an image of the declared modality", "the values are HU; name the channel CT if they are"
+    ),
+    "perhaps no CT": FindingKind(
+        "warning",
+        "air, fat or bone, by which CT in HU is recognised",
+        "make sure that it is CT in HU, and name the channel CT in dataset.json",
+    ),
+    "background of 0": FindingKind("warning", "air of -1000 HU around the body", "set the background to -1024"),
+    "another scale": FindingKind("note", "Hounsfield units", "it is taken, since hu_min and hu_max fit its values"),
     # The label
     "label of another shape": FindingKind("error", "the image's shape", "resample the label to its image"),
-    "label elsewhere": FindingKind("error", "the image's position", "fix the headers; voxels are not moved here"),
+    "label elsewhere": FindingKind(
+        "error", "the image's position, to half a voxel of each axis", "fix the headers; voxels are not moved here"
+    ),
     "label not whole": FindingKind("error", "whole numbers from 0 to 255", "resample labels with nearest neighbour"),
+    "label outside 0 to 255": FindingKind("error", "whole numbers from 0 to 255", "number the classes from 0"),
     "undeclared class": FindingKind(
         "error", "values that dataset.json declares", "declare the class, or fix the label"
     ),
@@ -130,6 +165,11 @@ class Finding:
         """Severity of the finding's kind."""
         return FINDING_KINDS[self.kind].severity
 
-    def __str__(self) -> str:
+    @property
+    def reason(self) -> str:
+        """The finding in one line, without its file."""
         kind = FINDING_KINDS[self.kind]
-        return f"{self.file}: {self.found}; expected {kind.expected}: {kind.advice}"
+        return f"{self.found}; expected {kind.expected}: {kind.advice}"
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.reason}"

@@ -1,73 +1,108 @@
-"""NIfTI files: headers, voxels, label maps."""
+"""NIfTI files: grids, voxels, label maps, and label maps to write. Headers are read by `header.py`."""
 
+import math
+from io import BytesIO
 from pathlib import Path
-from typing import Any
 
-import nibabel
 import numpy as np
 from isal import igzip
-from monai.data import NibabelReader
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.spatialimages import SpatialImage
 
 from hyspark.data.datasets.cases import UNANNOTATED
+from hyspark.data.readers.geometry import Grid, Turned, pair_fault, put_in_order
+from hyspark.data.readers.header import FATAL, GZIP_ERRORS, NiftiError, NiftiHeader, read_nifti_header
+from hyspark.data.readers.label_values import label_value_fault, whole_values
+from hyspark.utils.text import first_line
 
 
-def check_header(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
-    """Read shape `(h, w, d)` and affine `(4, 4)` of a NIfTI file; raise ValueError unless it is one 3D volume."""
-    try:
-        image: Any = nibabel.load(path)
-        shape, affine = tuple(image.shape), image.affine
-    except Exception as error:
-        raise ValueError(f"unreadable as NIfTI ({error})") from error
-    if len(shape) not in (3, 4) or shape[3:] not in ((), (1,)):
-        raise ValueError(f"expected one 3D volume, got shape {shape}")
-    return shape[:3], affine
+def placed_header(path: Path) -> NiftiHeader:
+    """Read the header of a NIfTI file; raise NiftiError unless it holds one volume with a position in space."""
+    header = read_nifti_header(path)
+    for kind, found in header.faults:
+        if kind in FATAL:
+            raise NiftiError(kind, f"{kind}: {found}")
+    return header
 
 
-def read_nifti(path: Path) -> SpatialImage:
-    """Read a NIfTI file by MONAI's reader, which fixes headers.
+def file_grid(path: Path) -> Grid:
+    """Read shape and affine of a NIfTI file by its header; raise NiftiError unless it is one volume in space."""
+    return placed_header(path).grid
+
+
+def read_voxels(header: NiftiHeader) -> np.ndarray:
+    """Read the voxels `(h, w, d)` of a NIfTI file, scaled by its slope and intercept.
 
     A compressed file is unpacked by ISA-L, in half the time of zlib, and its checksum is compared.
 
     Raises:
-        ValueError: if a compressed file is damaged.
+        NiftiError: the file is damaged.
     """
-    image: SpatialImage = NibabelReader().read(path)
-    if path.suffix.lower() != ".gz":
-        return image
-    try:
-        content = igzip.decompress(path.read_bytes())
-    except Exception as error:  # ISA-L's own has no base but this
-        raise ValueError(f"damaged: {error} ({path})") from error
-    kind: Any = type(image)
-    unpacked: SpatialImage = kind(kind.from_bytes(content).dataobj, image.affine, image.header)
-    return unpacked
+    source: BytesIO | str = str(header.path)
+    if header.is_compressed:
+        try:
+            content = igzip.decompress(header.path.read_bytes())
+        except GZIP_ERRORS as error:
+            raise NiftiError("damaged", first_line(error)) from error
+        if len(content) < header.end:
+            missing = header.end - len(content)
+            raise NiftiError("damaged", f"{missing:,} bytes are missing at its end")
+        source = BytesIO(content)
+    slope, inter = header.raw.get_slope_inter()
+    scaling = (1.0, 0.0) if slope is None else (slope, inter)
+    voxels = np.asanyarray(ArrayProxy(source, (header.shape, header.dtype, header.offset, *scaling)))
+    return voxels
 
 
-def file_grid(path: Path) -> tuple[tuple[int, int, int], np.ndarray]:
-    """Read shape `(h, w, d)` and affine `(4, 4)`, RAS mm, of a NIfTI file, by the header that preparation uses."""
-    image = NibabelReader().read(path)
-    h, w, d = image.shape[:3]
-    return (h, w, d), np.asarray(image.affine, dtype=np.float64)
+def read_nifti(path: Path) -> SpatialImage:
+    """Read the voxels of a NIfTI file and their affine; raise NiftiError if it is damaged or no volume in space."""
+    header = placed_header(path)
+    return SpatialImage(read_voxels(header), header.affine)
 
 
-def read_label(path: Path, num_classes: int, ignore: int | None = None) -> np.ndarray:
-    """Read a label map as stored, uint8 `(h, w, d)`; raise ValueError if a value is no class.
+def read_label(path: Path, image: Path, num_classes: int = 256, ignore: int | None = None) -> Turned:
+    """Read a label map and bring its axes into the order and direction of its image's, without interpolation.
 
     Args:
-        path: the NIfTI file.
-        num_classes: number of classes, background included.
+        path: the label's file.
+        image: the image's file.
+        num_classes: number of classes; values lie below it.
         ignore: value in the file of voxels to ignore, which become UNANNOTATED.
+
+    Returns:
+        The label map, uint8 `(h, w, d)`, with its affine.
+
+    Raises:
+        ValueError: a value is no class, the label does not lie on its image, or a file is damaged.
     """
-    image = read_nifti(path)
-    values = np.asanyarray(image.dataobj).reshape(image.shape[:3])
+    header, grid = placed_header(path), file_grid(image)
+    if fault := pair_fault(grid, header.grid):
+        raise ValueError(f"{path}: expected a label on the voxels of its image, got {fault[1]}")
+    values = whole_values(read_voxels(header))
     ignored = values == ignore
     values = np.where(ignored, 0, values) if ignore is not None else values
-    if not (values.min() >= 0 and values.max() < num_classes and (values == np.rint(values)).all()):
-        raise ValueError(
-            f"{path}: expected whole label values from 0 to {num_classes - 1}, the classes of the network, got "
-            f"{values.min():g} to {values.max():g}"
-        )
-    labels: np.ndarray = values.astype(np.uint8)
+    low, high = float(values.min()), float(values.max())
+    fault = label_value_fault(np.unique(values) if math.isfinite(low + high) else [low, high])
+    if fault or high >= num_classes:
+        found = fault[1] if fault else f"values up to {high:g}"
+        raise ValueError(f"{path}: expected whole label values from 0 to {num_classes - 1}, the classes, got {found}")
+    labels = values.astype(np.uint8)
     labels[ignored] = UNANNOTATED
-    return labels
+    return put_in_order(labels, header.grid, grid)
+
+
+def label_file(labels: np.ndarray, source: Path) -> bytes:
+    """Make the content of a NIfTI file of a label map, uint8 `(h, w, d)`, on the grid of a NIfTI file.
+
+    Geometry, units and codes are the source's, field by field, so that every program reads both in one position. Fields
+    on intensities are reset. Free text and extensions are removed, since they may name a patient.
+    """
+    header = read_nifti_header(source)
+    raw = header.raw.copy()
+    raw.set_data_dtype(np.uint8)
+    raw.set_data_shape(labels.shape)
+    raw["sizeof_hdr"], raw["vox_offset"], raw["magic"] = raw.sizeof_hdr, raw.single_vox_offset, raw.single_magic
+    raw.set_slope_inter(1, 0)
+    for name in ("cal_min", "cal_max", *header.text_fields):
+        raw[name] = np.zeros_like(raw[name])
+    return raw.binaryblock + bytes(4) + np.asarray(labels, dtype=np.uint8).tobytes(order="F")

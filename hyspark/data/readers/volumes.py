@@ -15,7 +15,7 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from hyspark.data.datasets.data_folder import read_data_folder
 from hyspark.data.datasets.subjects import subjects_of
 from hyspark.data.readers.dicom import Header, Series, assemble_series, read_headers, read_series
-from hyspark.data.readers.nifti import check_header, read_nifti
+from hyspark.data.readers.nifti import read_nifti
 from hyspark.utils.paths import NIFTI, nifti_stem, walk_folders
 from hyspark.utils.processes import available_cores
 from hyspark.utils.text import listing
@@ -187,9 +187,8 @@ def read_volume(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
     if volume.series:
         voxels, affine = read_series(volume.series), volume.series.affine
     else:
-        shape, _ = check_header(volume.source)
         image = read_nifti(volume.source)
-        voxels, affine = np.asanyarray(image.dataobj).reshape(shape), np.asarray(image.affine, dtype=np.float64)
+        voxels, affine = np.asanyarray(image.dataobj), image.affine
         if voxels.dtype.kind == "f":
             voxels = voxels.astype(np.float32, copy=False)
     if voxels.dtype.kind not in "iuf":

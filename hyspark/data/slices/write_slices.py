@@ -28,7 +28,7 @@ from hyspark.data.settings import Axis, PictureSettings
 from hyspark.data.slices.pictures import slice_axes, slice_pictures, why_skewed
 from hyspark.utils.atomic import write_json, write_whole
 from hyspark.utils.paths import load_json
-from hyspark.utils.processes import available_cores, map_unordered
+from hyspark.utils.processes import KILLED, available_cores, map_unordered
 from hyspark.utils.text import listing
 
 RECORD = "slices.json"
@@ -216,7 +216,7 @@ def slice_all(
     """Slice volumes and add each to the record, which is written every few seconds."""
     written = time.monotonic()
     with tqdm(total=len(jobs), desc="slices", unit="volume", disable=not progress) as bar:
-        for sliced in map_unordered(slice_volume, jobs, num_workers):
+        for sliced in map_unordered(slice_volume, jobs, num_workers, killed_slicing):
             if sliced.entry:
                 record["volumes"][sliced.volume.name] = sliced.entry
             else:
@@ -228,6 +228,11 @@ def slice_all(
                 with writing(out):
                     write_json(out / RECORD, record)
                 written = time.monotonic()
+
+
+def killed_slicing(volume: Volume, out: Path, split: str, settings: PictureSettings) -> Sliced:
+    """Return the result for a volume whose process was killed."""
+    return Sliced(volume, error=KILLED)
 
 
 def slice_volume(volume: Volume, out: Path, split: str, settings: PictureSettings) -> Sliced:

@@ -165,9 +165,9 @@ def score_cases(
     for i in tqdm(mine, desc="score", unit="case", disable=not processes.is_main):
         label = cases[i].label
         assert label is not None
-        truth = read_label(label, len(names), cases[i].ignore)
+        truth = read_label(label, cases[i].image, len(names), cases[i].ignore)
         found = segment_case(network, volumes[i], cases[i], windows, processes, precision, scoring.largest_component)
-        organs = score_case(found.on_file, truth, len(names), voxel_sizes(file_grid(label)[1]), scoring.tolerance)
+        organs = score_case(found.on_file, truth.voxels, len(names), voxel_sizes(truth.affine), scoring.tolerance)
         done.append(ScoredCase(i, organs, zlib.compress(found.prepared.tobytes(), 1)))
     done = sorted(distributed.gather_lists(done, processes), key=lambda scored: scored.index)
     table = organ_score_table({cases[scored.index].name: scored.organs for scored in done}, names[1:])

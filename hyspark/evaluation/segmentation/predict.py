@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 import torch
 from isal import igzip
@@ -22,7 +21,7 @@ from hyspark.data.datasets.cases import Case
 from hyspark.data.datasets.found import log_unused
 from hyspark.data.datasets.inputs import read_inputs
 from hyspark.data.preprocessing.prepare import PREPARE_ERRORS, failure_reason, prepare_case
-from hyspark.data.readers.nifti import file_grid
+from hyspark.data.readers.nifti import file_grid, label_file
 from hyspark.data.settings import PrepareSettings
 from hyspark.evaluation.segmentation.inference import class_scores, largest_components, load_network, to_grid
 from hyspark.evaluation.segmentation.scoring_protocol import Scoring
@@ -164,20 +163,4 @@ def write_label_map(scores: Tensor, affine: np.ndarray, source: Path, target: Pa
     labels = to_grid(scores, affine, *file_grid(source))
     if largest_component:
         labels = largest_components(labels, len(scores))
-    write_whole(target, igzip.compress(label_image(labels, source).to_bytes(), mtime=0))
-
-
-def label_image(labels: np.ndarray, source: Path) -> Any:
-    """Make an image of a label map, uint8 (h, w, d), with the geometry, units and codes of a NIfTI file.
-
-    Fields on intensities are reset. Free text and extensions are removed, since they may name a patient.
-    """
-    image: Any = nibabel.load(source)
-    header = image.header.copy()
-    header.set_data_dtype(np.uint8)
-    header.set_slope_inter(1, 0)
-    for field in ("cal_min", "cal_max", "descrip", "aux_file", "db_name", "data_type", "intent_name"):
-        if field in header:
-            header[field] = np.zeros_like(header[field])
-    header.extensions.clear()
-    return type(image)(labels, image.affine, header)
+    write_whole(target, igzip.compress(label_file(labels, source), mtime=0))

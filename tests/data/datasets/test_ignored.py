@@ -87,9 +87,9 @@ def test_prepared_labels_mark_ignored_voxels(folder, tmp_path):
     assert volume.folder not in {
         v.folder for v in stored_volumes([type(case)(case.name, "", case.image, case.label)], SETTINGS, tmp_path)
     }
-    assert set(np.unique(read_label(case.label, 2, 2))) == {0, 1, UNANNOTATED}
+    assert set(np.unique(read_label(case.label, case.image, 2, 2).voxels)) == {0, 1, UNANNOTATED}
     with pytest.raises(ValueError, match="label values from 0 to 1"):
-        read_label(case.label, 2)
+        read_label(case.label, case.image, 2)
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.2])

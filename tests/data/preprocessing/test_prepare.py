@@ -12,10 +12,23 @@ from monai.transforms import CropForeground, LoadImage, Orientation, ScaleIntens
 
 from hyspark.data.batches.crops import crop_start
 from hyspark.data.datasets.cases import Case
-from hyspark.data.preprocessing.prepare import failure_message, prepare_missing, stored_volumes
-from hyspark.data.preprocessing.store import StoredVolume, is_intact, open_array
+from hyspark.data.preprocessing import entry_files
+from hyspark.data.preprocessing import prepare as prepare_module
+from hyspark.data.preprocessing import store as store_module
+from hyspark.data.preprocessing.entry_files import is_intact, is_sound
+from hyspark.data.preprocessing.prepare import (
+    failure_message,
+    killed_preparation,
+    prepare_case,
+    prepare_missing,
+    stored_volumes,
+)
+from hyspark.data.preprocessing.store import EARLIER_FORMAT, StoredVolume, entry_folder, open_array
+from hyspark.data.quality import case_files
+from hyspark.data.readers.nifti import read_voxels
 from hyspark.data.settings import PrepareSettings
 from hyspark.data.synthetic.phantom import make_phantom
+from hyspark.utils.processes import KILLED
 
 COARSE = PrepareSettings(spacing=(6.0, 6.0, 6.0))
 RNG = np.random.default_rng(0)
@@ -126,7 +139,7 @@ def test_small_and_thin_volumes(tmp_path, shape):
 
 
 def test_a_fourth_axis_of_length_one_is_dropped(tmp_path):
-    case = write_case(tmp_path, "a", noise(8, 9, 10, 1) + 500, np.ones((8, 9, 10), np.uint8))
+    case = write_case(tmp_path, "a", noise(8, 9, 10, 1), np.ones((8, 9, 10), np.uint8))
     assert prepare([case], tmp_path / "store", PrepareSettings())[0].entry.shape == (8, 9, 10)
 
 
@@ -150,7 +163,7 @@ def test_one_error_lists_every_broken_file_with_its_reason(tmp_path):
         "values 0.5.*whole numbers": write_case(tmp_path, "fraction", good, label * 0.5),
         "values -1.*whole numbers": write_case(tmp_path, "negative", good, -label),
         "values 300.*whole numbers": write_case(tmp_path, "large", good, label * 300),
-        "corners up to 33 mm": write_case(tmp_path, "mirrored", good, label),
+        "up to 16.5 mm .0, 0, 11 voxels": write_case(tmp_path, "mirrored", good, label),
         "corners up to 16.5 mm": write_case(tmp_path, "stretched", good, label),
     }
     by_name = {case.name: case for case in cases.values()}
@@ -289,3 +302,118 @@ def test_progress_is_shown_only_when_asked_for(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     prepare([case], tmp_path / "loud", progress=True)
     assert "1/1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (KeyError("surprise"), "surprise"),
+        (MemoryError("5 GB"), "lower prepare_workers"),
+        (RuntimeError("codec"), "codec"),
+    ],
+)
+@pytest.mark.parametrize("where", ["region_above", "write_entry"])
+def test_an_error_that_nobody_foresaw_costs_its_case_alone(tmp_path, monkeypatch, where, error, reason):
+    cases = [write_case(tmp_path, name, noise(12, 12, 12)) for name in ("a", "b")]
+    before, calls = getattr(prepare_module, where), []
+
+    def fail(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise error
+        return before(*args, **kwargs)
+
+    monkeypatch.setattr(prepare_module, where, fail)
+    failed = prepare_missing(cases, PrepareSettings(), tmp_path / "store", 1, progress=False)
+    assert list(failed) == [str(cases[0].image)]
+    (line,) = failed[str(cases[0].image)]
+    assert line.startswith(f"{cases[0].image}: ")
+    assert reason in line
+    assert stored_volumes(cases[1:], PrepareSettings(), tmp_path / "store")[0].entry.shape == (12, 12, 12)
+
+
+def test_a_codec_that_fails_for_want_of_room_ends_the_preparation(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("Could not write")
+
+    monkeypatch.setattr(prepare_module, "write_entry", fail)
+    monkeypatch.setattr(prepare_module, "has_room", lambda folder, num_bytes: False)
+    with pytest.raises(OSError, match=r"store: prepared volumes are not writable \(Could not write\).*--store_dir"):
+        prepare([write_case(tmp_path, "a", noise(12, 12, 12))], tmp_path / "store", PrepareSettings())
+
+
+def test_a_case_whose_process_was_killed_is_named():
+    case = Case("a", "D", Path("a_0000.nii.gz"))
+    outcome = killed_preparation(case, COARSE, Path("entry"))
+    assert outcome.errors == (f"a_0000.nii.gz: {KILLED}",)
+
+
+def test_each_file_is_read_once(tmp_path, monkeypatch):
+    read: list[Path] = []
+    monkeypatch.setattr(case_files, "read_voxels", lambda header: read.append(header.path) or read_voxels(header))
+    case = write_phantom(tmp_path, "a", spacing=(8.0, 8.0, 8.0))
+    prepare([case], tmp_path / "store")
+    assert read == [case.image, case.label]
+
+
+def test_what_is_no_ct_is_refused_unless_the_window_fits(tmp_path):
+    case = write_case(tmp_path, "mr", RNG.integers(0, 1401, (20, 20, 20), np.int16))
+    with pytest.raises(ValueError, match=r"mr_0000.nii.gz: values from 0 to 1400.*or set hu_min and hu_max"):
+        prepare([case], tmp_path / "store", PrepareSettings())
+    with pytest.raises(ValueError, match=r"^values from 0 to 1400"):
+        prepare_case(case, PrepareSettings())
+    assert prepare([case], tmp_path / "store", PrepareSettings(hu_min=0.0, hu_max=1400.0))
+
+
+def test_entries_of_the_earlier_format_are_made_anew_and_named(tmp_path, caplog):
+    case = write_case(tmp_path, "a", noise(12, 12, 12))
+    earlier = entry_folder(tmp_path / "store", COARSE, case.image, None, store_format=EARLIER_FORMAT)
+    earlier.mkdir(parents=True)
+    (volume,) = prepare([case], tmp_path / "store")
+    assert volume.folder != earlier
+    assert f"1 volumes are of store format {EARLIER_FORMAT}" in caplog.text
+    assert earlier.name in caplog.text
+    caplog.clear()
+    prepare([case], tmp_path / "store")
+    assert caplog.text == ""
+
+
+def test_a_blosc2_that_loses_voxels_is_refused(tmp_path, monkeypatch):
+    case = write_case(tmp_path, "a", noise(12, 12, 12))
+    (volume,) = prepare([case], tmp_path / "store")
+    open_array.cache_clear()
+    monkeypatch.setattr(store_module.blosc2, "__version__", "3.7.2")
+    for use in (lambda: prepare([case], tmp_path / "store"), lambda: whole(volume, "image")):
+        with pytest.raises(ImportError, match=r'^blosc2: expected version 3.8 or later, found 3.7.2.*"blosc2>=3.8"$'):
+            use()
+
+
+def test_checksums_are_computed_only_of_files_that_were_touched(tmp_path, monkeypatch):
+    cases = [write_case(tmp_path, name, noise(12, 12, 12)) for name in ("a", "b")]
+    volumes = prepare(cases, tmp_path / "store")
+    checked: list[Path] = []
+    before = entry_files.is_intact
+    monkeypatch.setattr(entry_files, "is_intact", lambda folder: checked.append(folder) or before(folder))
+    prepare(cases, tmp_path / "store")
+    assert checked == []
+    os.utime(volumes[0].folder / "image.b2nd", ns=(0, 2**62))
+    os.utime(volumes[0].folder / "image.b2nd", ns=(0, 0))  # by the time of change alone
+    prepare(cases, tmp_path / "store")
+    assert checked == [volumes[0].folder]
+    prepare(cases, tmp_path / "store")
+    assert checked == [volumes[0].folder]  # once
+    with (volumes[1].folder / "image.b2nd").open("ab") as file:
+        file.write(b"x")
+    assert not is_sound(volumes[1].folder)
+
+
+def test_an_entry_that_is_damaged_under_a_run_is_named(tmp_path, monkeypatch):
+    (volume,) = prepare([write_case(tmp_path, "a", noise(12, 12, 12))], tmp_path / "store")
+
+    class Broken:
+        def __getitem__(self, box):
+            raise RuntimeError("Error while getting the slice")
+
+    monkeypatch.setattr(store_module, "open_array", lambda path: Broken())
+    with pytest.raises(ValueError, match=rf"^{volume.folder}: .*Error while getting the slice.*delete this folder"):
+        whole(volume, "image")

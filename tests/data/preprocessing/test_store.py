@@ -12,19 +12,19 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from hyspark.data.intensity import stored_steps
+from hyspark.data.preprocessing.entry_files import is_complete
 from hyspark.data.preprocessing.store import (
     MAX_OPEN,
     StoredVolume,
     cell_counts,
     entry_folder,
-    is_complete,
     open_array,
     write_entry,
 )
 from hyspark.data.settings import PrepareSettings
 
 AFFINE = np.diag([1.5, 1.5, 2.0, 1.0])
-SHAPES = ((70, 33, 65), (5, 7, 3), (64, 64, 1), (1, 17, 40))
+SHAPES = ((70, 33, 65), (5, 7, 3), (64, 64, 1), (1, 17, 40), (32, 64, 32), (64, 64, 64))
 
 
 def make(folder: Path, image: np.ndarray, label: np.ndarray | None = None) -> StoredVolume:

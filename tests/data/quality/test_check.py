@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from hyspark.data.preprocessing.prepare import prepare_into
+from hyspark.data.quality import case_files, check
 from hyspark.data.quality.check import check_dataset
 from hyspark.data.quality.findings import FINDING_KINDS, Finding
+from hyspark.data.settings import PrepareSettings
 
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
 SHAPE = (24, 24, 20)
@@ -55,8 +59,8 @@ def data(tmp_path: Path) -> SimpleNamespace:
     )
 
 
-def faults(folder: Path, num_workers: int = 1) -> list[Finding]:
-    examined, found = check_dataset(folder, hu_min=-175.0, num_workers=num_workers, progress=False)
+def faults(folder: Path, num_workers: int = 1, **window: float) -> list[Finding]:
+    examined, found = check_dataset(folder, **window, num_workers=num_workers, progress=False)
     return [*(finding for seen in examined for finding in seen.findings), *found.findings]
 
 
@@ -212,6 +216,24 @@ def a_mirrored_qform(data):
     nib.save(image, data.image)
 
 
+@breaks("pixdim disagrees")
+def edges_that_are_not_those_of_the_sform(data):
+    patch_header(data.image, PIXDIM + 4, np.array([2, 2, 5], "<f4").tobytes())
+
+
+@breaks("not in mm")
+def lengths_in_metres(data):
+    for path, voxels in ((data.image, ct()), (data.label, organ())):
+        image = nib.Nifti1Image(voxels, np.diag([0.002, 0.002, 0.003, 1]))
+        image.header.set_xyzt_units("meter")
+        nib.save(image, path)
+
+
+@breaks("odd field")
+def an_unknown_code(data):
+    patch_header(data.image, QFORM_CODE + 2, np.array(7, "<i2").tobytes())
+
+
 @breaks("no orientation")
 def no_codes(data):
     image = nib.Nifti1Image(ct(), AFFINE)
@@ -286,6 +308,56 @@ def negative_values_as_unsigned(data):
     save(data.image, ct().astype(np.uint16))
 
 
+@breaks("narrow window")
+def clipped_between_fat_and_vessels(data):
+    save(data.image, ct().clip(-50, 100))
+
+
+@breaks("label map")
+def a_label_map_as_image(data):
+    save(data.image, organ())
+
+
+@breaks("like PET")
+def uptake(data):
+    voxels = np.random.default_rng(0).gamma(0.5, 0.3, SHAPE)
+    voxels[9:12, 9:12, 9:12] += 12
+    save(data.image, voxels.astype(np.float32))
+
+
+@breaks("no CT")
+def magnetic_resonance(data):
+    save(data.image, np.random.default_rng(0).integers(0, 1401, SHAPE, np.int16))
+
+
+@breaks("perhaps no CT")
+def values_as_of_vessels_alone(data):
+    save(data.image, np.random.default_rng(0).normal(250, 40, SHAPE).astype(np.int16))
+
+
+@breaks("background of 0")
+def a_body_that_was_cut_out(data):
+    voxels = ct()
+    voxels[..., :4] = -90
+    save(data.image, np.where(voxels < -300, 0, voxels))
+
+
+@breaks("another modality")
+def a_ct_that_is_declared_as_mr(data):
+    folder = data.folder.parent / "Dataset002_Declared"
+    shutil.copytree(data.folder, folder)
+    (data.image, data.label), others = (
+        (folder / part / f"case0{end}.nii.gz" for part, end in (("imagesTr", "_0000"), ("labelsTr", ""))),
+        folder / "imagesTr" / "case1_0000.nii.gz",
+    )
+    others.unlink()
+    (folder / "labelsTr" / "case1.nii.gz").unlink()
+    shutil.rmtree(data.folder)
+    data.folder = folder
+    data.names = folder / "dataset.json"
+    data.names.write_text(json.dumps({"labels": {"background": 0, "liver": 1}, "channel_names": {"0": "T1"}}))
+
+
 @breaks("same content", "other")
 def one_scan_twice(data):
     data.other = data.image.with_name("case7_0000.nii.gz")
@@ -315,7 +387,7 @@ def an_interpolated_label(data):
     save(data.label, organ() * np.float32(0.5))
 
 
-@breaks("label not whole", "label")
+@breaks("label outside 0 to 255", "label")
 def a_negative_label(data):
     save(data.label, -organ().astype(np.int16))
 
@@ -424,10 +496,73 @@ def test_a_fault_is_found_at_its_file_and_nowhere_else(data, kind, part, functio
 
 
 def test_at_least_thirty_kinds_are_tried():
-    tried = {kind for kind, _, _ in BROKEN} | {"missing", "no permission", "unused label map"}  # these below
-    tried |= {"two data sets of one name"}
+    below = {"missing", "no permission", "another scale", "another window", "too large", "not examined", "not prepared"}
+    below |= {"unused label map", "two data sets of one name"}
+    tried = {kind for kind, _, _ in BROKEN} | below  # these in tests of their own
     assert tried == set(FINDING_KINDS)
     assert len(BROKEN) >= 30
+
+
+CLASSES_ALONE = {"undeclared class"}
+"""Errors that concern the classes of a run, which preparation does not know."""
+
+
+@pytest.mark.parametrize(("kind", "part", "function"), BROKEN, ids=[f.__name__ for _, _, f in BROKEN])
+def test_preparation_refuses_what_check_calls_an_error(data, kind, part, function):
+    function(data)
+    examined, _ = check_dataset(data.folder, num_workers=1, progress=False)
+    for seen in examined:
+        is_small = kind == "odd spacing" and seen.case.image == data.image
+        edge = 0.004 if is_small else 4.0  # of a grid that such an image fills
+        outcome = prepare_into(seen.case, PrepareSettings(spacing=(edge,) * 3), data.folder / seen.case.name)
+        errors = [f for f in seen.findings if f.severity == "error" and f.kind not in CLASSES_ALONE]
+        assert outcome.errors == tuple(map(str, errors))
+        assert outcome.warnings == tuple(str(f) for f in seen.findings if f.severity == "warning")
+        assert (data.folder / seen.case.name).exists() == (not errors)
+
+
+def test_a_window_that_fits_the_values_as_the_message_advises(data):
+    save(data.image, np.random.default_rng(0).integers(0, 1401, SHAPE, np.int16))
+    save(data.image.with_name("case1_0000.nii.gz"), np.random.default_rng(1).integers(0, 1401, SHAPE, np.int16))
+    (finding, _) = faults(data.folder)
+    assert "or set hu_min and hu_max to the range of such values" in str(finding)
+    low, high = (float(x) for x in re.search(r"values from (\S+) to (\S+),", finding.found).groups())
+    assert [f.kind for f in faults(data.folder, hu_min=low, hu_max=high)] == ["another scale"] * 2
+    with pytest.raises(ValueError, match="hu_min: expected a number below hu_max"):
+        faults(data.folder, hu_min=high, hu_max=low)
+
+
+def test_a_window_for_other_values(data):
+    assert [f.kind for f in faults(data.folder, hu_min=0.0, hu_max=1.0)] == ["another window"] * 2
+
+
+@pytest.mark.parametrize("where", ["header_faults", "value_faults", "load_voxels", "label_faults", "pair_fault"])
+@pytest.mark.parametrize(
+    ("error", "kind"), [(KeyError("surprise"), "not examined"), (MemoryError("5 GB"), "too large")]
+)
+def test_an_error_that_nobody_foresaw_is_one_of_its_case(data, monkeypatch, where, error, kind):
+    calls = []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise error
+        return before(*args)
+
+    before = getattr(case_files, where)
+    monkeypatch.setattr(case_files, where, fail)
+    (finding,) = [f for f in faults(data.folder) if f.severity == "error"]
+    assert (finding.kind, finding.file) == (kind, str(data.image))
+    assert type(error).__name__ in finding.found
+
+
+def test_thumbnails_are_kept_of_cases_with_findings_first(data, monkeypatch):
+    monkeypatch.setattr(check, "MAX_THUMBNAILS", 1)
+    examined, _ = check_dataset(data.folder, num_workers=1, progress=False)
+    assert [seen.thumbnail is None for seen in examined] == [False, True]
+    save(data.image.with_name("case1_0000.nii.gz"), ct()[:, :, 6:14])  # thin
+    examined, _ = check_dataset(data.folder, num_workers=1, progress=False)
+    assert [seen.thumbnail is None for seen in examined] == [True, False]
 
 
 def test_a_file_that_may_not_be_read(data, monkeypatch):
@@ -466,7 +601,7 @@ def test_a_list_is_checked_by_its_entries(data):
 
 def test_where_there_is_nothing_to_check(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected a JSON, or a folder with DatasetXXX_Name"):
-        check_dataset(tmp_path, hu_min=-175.0, progress=False)
+        check_dataset(tmp_path, progress=False)
 
 
 def test_btcv_names_are_no_fault_and_other_channels_a_note(data):

@@ -1,0 +1,170 @@
+"""The files of a case, each read once, with the findings about them: the one decision of what is usable.
+
+`check` and preparation both begin here, so they agree on every file.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from nibabel.affines import voxel_sizes
+from nibabel.spatialimages import SpatialImage
+
+from hyspark.data.datasets.cases import Case
+from hyspark.data.quality.faults import file_fault, header_faults, label_faults
+from hyspark.data.quality.findings import Finding
+from hyspark.data.quality.modality import declared_modality
+from hyspark.data.quality.value_faults import value_faults
+from hyspark.data.readers.geometry import pair_fault, put_in_order
+from hyspark.data.readers.header import NiftiError, NiftiHeader, read_nifti_header
+from hyspark.data.readers.label_values import whole_values
+from hyspark.data.readers.nifti import read_voxels
+from hyspark.data.settings import PrepareSettings
+from hyspark.utils.text import first_line
+
+LARGEST = float(np.finfo(np.float32).max)
+"""Largest value of float32, in which values are prepared."""
+SAMPLED = 1_000_000
+"""Number of evenly spaced voxels by which an image's values are judged."""
+
+
+@dataclass
+class CaseFiles:
+    """The files of a case in memory.
+
+    Attributes:
+        case: the case.
+        findings: findings about its files.
+        shape: voxels per axis of the image; None if unreadable.
+        spacing: mm per voxel of the image; None if unreadable.
+        image: the image with its voxels `(h, w, d)`; None if unreadable.
+        label: the label map in the order of its image's voxels; None if unreadable or elsewhere, or there is none.
+        low: least value of the image.
+        high: largest value of the image.
+        sample: evenly spaced voxels of the image; None if a value is no number.
+        label_voxels: number of voxels by label value.
+    """
+
+    case: Case
+    findings: list[Finding] = field(default_factory=list)
+    shape: tuple[int, ...] | None = None
+    spacing: tuple[float, ...] | None = None
+    image: SpatialImage | None = None
+    label: SpatialImage | None = None
+    low: float | None = None
+    high: float | None = None
+    sample: np.ndarray | None = None
+    label_voxels: dict[float, int] = field(default_factory=dict)
+
+    def add(self, path: Path, faults: Iterator[tuple[str, str]]) -> None:
+        """Add the faults of a file to the findings."""
+        self.findings += [Finding(kind, str(path), found) for kind, found in faults]
+
+    @property
+    def errors(self) -> list[Finding]:
+        """The findings that are errors."""
+        return [finding for finding in self.findings if finding.severity == "error"]
+
+
+def read_case(case: Case, settings: PrepareSettings, declared: frozenset[int] | None = None) -> CaseFiles:
+    """Read the files of a case; whatever is wrong with them is a finding, and nothing raises.
+
+    Args:
+        case: the case.
+        settings: settings of preparation, whose HU window the values are held against.
+        declared: label values that are classes; None if no file declares them.
+    """
+    files = CaseFiles(case)
+    try:
+        image = open_volume(case.image, files)
+        if image is not None:
+            add_image(image, settings, files)
+        if case.label is not None:
+            add_label_map(case.label, image, declared, files)
+    except Exception as error:  # of any library, on files that nobody foresaw
+        files.findings.append(failure(case, error))
+    return files
+
+
+def failure(case: Case, error: Exception) -> Finding:
+    """Make the finding for an exception that the files of a case cause."""
+    kind = "too large" if isinstance(error, MemoryError) else "not examined"
+    return Finding(kind, str(case.image), f"{type(error).__name__}: {first_line(error)}")
+
+
+def open_volume(path: Path, files: CaseFiles) -> NiftiHeader | None:
+    """Read the header of a NIfTI file; return None and add a finding if it is no readable volume."""
+    fault = file_fault(path)
+    if fault is None:
+        try:
+            return read_nifti_header(path)
+        except NiftiError as error:
+            fault = (error.kind, error.found)
+    files.add(path, iter([fault]))
+    return None
+
+
+def add_image(header: NiftiHeader, settings: PrepareSettings, files: CaseFiles) -> None:
+    """Read the image of a case, with the findings about its header and its values."""
+    path = files.case.image
+    files.shape = header.shape
+    if header.has_position:
+        files.spacing = tuple(float(edge) for edge in voxel_sizes(header.affine))
+    files.add(path, header_faults(header))
+    voxels = load_voxels(header, files)
+    if voxels is None:
+        return
+    files.image = SpatialImage(voxels, header.affine if header.has_position else np.eye(4))
+    files.low, files.high = float(voxels.min()), float(voxels.max())  # NaN if any voxel is NaN
+    if not max(abs(files.low), abs(files.high)) <= LARGEST:
+        num = int(voxels.size - (np.abs(voxels) <= LARGEST).sum())
+        files.add(path, iter([("NaN or infinite", f"{num} voxels that are no number")]))
+        return
+    files.sample = sample_voxels(voxels)
+    files.add(path, value_faults(files.low, files.high, files.sample, settings, declared_modality(path)))
+
+
+def add_label_map(path: Path, image: NiftiHeader | None, declared: frozenset[int] | None, files: CaseFiles) -> None:
+    """Read the label map of a case, with the findings about its grid and its values."""
+    label = open_volume(path, files)
+    if label is None:
+        return
+    files.add(path, iter(label.faults))
+    voxels = load_voxels(label, files)
+    if voxels is not None:
+        voxels = whole_values(voxels)
+        files.label_voxels = values_of(voxels)
+        files.add(path, label_faults(files.label_voxels, declared))
+    if image is None or not (image.has_position and label.has_position):
+        return
+    if fault := pair_fault(image.grid, label.grid):
+        files.add(path, iter([fault]))
+    elif voxels is not None:
+        turned = put_in_order(voxels, label.grid, image.grid)
+        files.label = SpatialImage(turned.voxels, turned.affine)
+
+
+def load_voxels(header: NiftiHeader, files: CaseFiles) -> np.ndarray | None:
+    """Read all voxels, `(h, w, d)`; return None and add a finding if the file is damaged."""
+    try:
+        return read_voxels(header)  # compares the checksum
+    except MemoryError:
+        raise
+    except NiftiError as error:
+        files.add(header.path, iter([(error.kind, error.found)]))
+    except Exception as error:  # of nibabel, the system
+        files.add(header.path, iter([("damaged", first_line(error))]))
+    return None
+
+
+def values_of(voxels: np.ndarray) -> dict[float, int]:
+    """Count the voxels of each value, at most 300 values."""
+    values, counts = np.unique(voxels, return_counts=True)
+    return dict(zip(values[:300].tolist(), counts[:300].tolist(), strict=True))
+
+
+def sample_voxels(voxels: np.ndarray) -> np.ndarray:
+    """Take about SAMPLED of the voxels at most, evenly spaced, as they are stored."""
+    step = max(1, round((voxels.size / SAMPLED) ** (1 / 3)))
+    return voxels[::step, ::step, ::step]

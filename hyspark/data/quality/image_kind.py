@@ -1,0 +1,200 @@
+"""What an image holds, decided by its values: CT in Hounsfield units, or what else.
+
+CT in HU is recognised by air and lung (-1100 to -150), or by fat and soft tissue around 0. What is no CT in HU is named
+as nearly as the values allow. Whether an image fits a run is judged in value_faults.py.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+ImageKindName = Literal[
+    "CT",
+    "CT without air",
+    "narrow window",
+    "offset",
+    "8-bit",
+    "scaled",
+    "wrapped around",
+    "label map",
+    "like PET",
+    "no CT",
+]
+IN_HU = ("CT", "CT without air", "narrow window")
+"""Kinds whose values are Hounsfield units."""
+AIR, TISSUE = (-1100, -150), (-200, 300)
+"""HU of air, lung and most fat; HU of fat, soft tissue and enhanced blood."""
+PADDING = -1100
+"""HU below which values are padding outside the scanner's field, such as -2000 or -3024."""
+OFFSETS = (1024, 1000)
+"""Numbers that are commonly added to HU to avoid negative values."""
+MAX_UNSIGNED, LEAST_WRAPPED = 65535, 64000
+"""Range of negative HU that are read as unsigned 16 bits."""
+NARROW = 20
+"""Range of 99 % of the values, in HU, that noise alone exceeds in any CT."""
+
+
+@dataclass(frozen=True)
+class ImageKind:
+    """What an image holds.
+
+    Attributes:
+        name: the kind.
+        low: least value.
+        high: largest value.
+        most: range of all values but the lowest and the highest 1 %.
+        is_sure: whether nothing else is likely; otherwise a declared modality decides.
+        clipped: HU that the image was clipped to, if it is a narrow window; inf where it was not.
+    """
+
+    name: ImageKindName
+    low: float
+    high: float
+    most: tuple[float, float]
+    is_sure: bool = True
+    clipped: tuple[float, float] | None = None
+
+    @property
+    def range_text(self) -> str:
+        """Both ranges in words."""
+        low, high = self.most
+        return f"values from {self.low:.6g} to {self.high:.6g}, 98 % of them from {low:.4g} to {high:.4g}"
+
+
+def image_kind(low: float, high: float, sample: np.ndarray) -> ImageKind:
+    """Decide what an image holds.
+
+    Args:
+        low: least value, below `high`.
+        high: largest value.
+        sample: finite values of evenly spaced voxels `(h, w, d)`, in the type they are stored in.
+    """
+    values = sample.astype(np.float32).ravel()
+    bottom, top = (float(value) for value in np.percentile(values, (1, 99)))
+    name, is_sure = decide_kind(low, high, sample, values)
+    clipped = clipped_to(low, high, values) if name == "narrow window" else None
+    return ImageKind(name, low, high, (bottom, top), is_sure, clipped)
+
+
+def decide_kind(low: float, high: float, sample: np.ndarray, values: np.ndarray) -> tuple[ImageKindName, bool]:
+    """Return the kind, and whether it is sure."""
+    if low >= 0 and LEAST_WRAPPED < high <= MAX_UNSIGNED and fraction(values, LEAST_WRAPPED, MAX_UNSIGNED) > 1e-3:
+        return "wrapped around", True
+    if low >= 0 and high <= 255 and is_label_map(sample):
+        return "label map", True
+    if (cut := clipped_to(low, high, values)) and is_tissue_within(values, cut):
+        return "narrow window", True
+    if low == 0 and high == 255:
+        return "8-bit", True
+    spread = np.subtract(*np.percentile(values, (99.5, 0.5)))
+    if spread < NARROW and not (low < PADDING or high - low > 500):
+        return ("like PET" if low >= 0 and high > 1.5 and is_skewed(values) else "scaled"), True
+    if is_ct_with_air(values):
+        return "CT", True
+    body = without_background(values)
+    if is_ct_without_air(body):
+        return "CT without air", True
+    if sample.dtype != np.uint8 and (is_soft_tissue(values, low) or is_bone(body)):
+        return "CT without air", False
+    if low >= 0 and high <= 255:
+        return "8-bit", True
+    if low > -200 and any(is_ct_with_air(values - shift) and has_tissue_peak(values - shift) for shift in OFFSETS):
+        return "offset", False
+    return ("like PET" if low >= 0 and is_skewed(values) else "no CT"), True
+
+
+def fraction(values: np.ndarray, low: float, high: float) -> float:
+    """Return the fraction of values from `low` to `high`."""
+    return float(np.mean((values >= low) & (values <= high))) if values.size else 0.0
+
+
+def without_background(values: np.ndarray) -> np.ndarray:
+    """Return the values without padding, and without the commonest value if it fills a twentieth of the image."""
+    values = values[values >= PADDING]
+    found, counts = np.unique(values, return_counts=True)
+    if counts.size > 1 and counts.max() > values.size / 20:
+        return values[values != found[counts.argmax()]]
+    return values
+
+
+def is_ct_with_air(values: np.ndarray) -> bool:
+    """Return whether values hold air, lung or fat at their HU, and little above bone."""
+    inside = values[values >= PADDING]
+    if inside.size < values.size / 50:
+        return False
+    return fraction(inside, *AIR) > 0.01 and fraction(inside, PADDING, 1500) > 0.6 and bool(inside.min() < -300)
+
+
+def is_ct_without_air(body: np.ndarray) -> bool:
+    """Return whether most values are soft tissue, and fat or noise reaches below water."""
+    if fraction(body, *TISSUE) < 0.5 or fraction(body, -np.inf, -20) < 0.005 or is_noise_around_0(body):
+        return False
+    least, most = np.percentile(body, (0.5, 99))
+    return bool(least < -0.03 * most)
+
+
+def is_noise_around_0(body: np.ndarray) -> bool:
+    """Return whether much of an image is noise around 0 beside far higher values: a background, and no water."""
+    near = body[(body > -30) & (body < 30)]
+    is_background = near.size > 0.4 * body.size and abs(np.median(near)) < 4 and fraction(body, -150, -30) < 0.02
+    return bool(is_background and np.percentile(body, 99) > 150)
+
+
+def is_soft_tissue(values: np.ndarray, low: float) -> bool:
+    """Return whether values are those of soft tissue and vessels alone, which other modalities can have, too."""
+    if low < -150 or np.mean(values == low) > 0.01:
+        return False
+    least, middle, most = np.percentile(values, (0.5, 50, 99.5))
+    return bool(least > -100 and -20 < middle < 350 and most < 600 and most - middle < 10 * (middle - least))
+
+
+def is_bone(body: np.ndarray) -> bool:
+    """Return whether values reach from fat or marrow to bone, without a background around 0."""
+    if body.size == 0:
+        return False
+    least, low, high = np.percentile(body, (0.05, 1, 99))
+    return bool(least < -10 and low < 100 and 300 < high < 2500 and fraction(body, -10, 10) < 0.15)
+
+
+def has_tissue_peak(values: np.ndarray) -> bool:
+    """Return whether soft tissue stands out between lung and bone."""
+    tissue, lung, bone = (fraction(values, a, b) / (b - a) for a, b in ((-150, 150), (-600, -200), (250, 700)))
+    return tissue > 2 * lung and tissue > 2 * bone and fraction(values, -150, 150) > 0.05
+
+
+def is_skewed(values: np.ndarray) -> bool:
+    """Return whether a few high values stand far above all others, as radioactive uptake does."""
+    middle, most, top = np.percentile(values, (50, 95, 99.99))
+    return bool(most < 0.25 * top and middle < 0.05 * top)
+
+
+def is_label_map(sample: np.ndarray) -> bool:
+    """Return whether values from 0 to 255 are few whole numbers, each alike over regions."""
+    found = np.unique(sample)
+    if found.size > 256 or (found != np.rint(found)).any():
+        return False
+    if found.size <= 2:
+        return True
+    if found.size > 32 and found[-1] == 255:  # a smooth picture in grey
+        return False
+    alike, pairs = 0, 0
+    for axis in range(sample.ndim):
+        one, other = np.moveaxis(sample, axis, 0)[:-1], np.moveaxis(sample, axis, 0)[1:]
+        compared = ((one > found[0]) & (one < found[-1])) | ((other > found[0]) & (other < found[-1]))
+        pairs += int(compared.sum())
+        alike += int((compared & (one == other)).sum())
+    return pairs > 0 and alike > 0.4 * pairs
+
+
+def clipped_to(low: float, high: float, values: np.ndarray) -> tuple[float, float] | None:
+    """Return the HU window that an image was clipped to, inf where not; None if it was not clipped from below."""
+    if low <= -900 or low > 300 or np.mean(values == low) < 0.02:
+        return None
+    return low, high if high < 2000 and np.mean(values == high) > 1e-3 else np.inf
+
+
+def is_tissue_within(values: np.ndarray, cut: tuple[float, float]) -> bool:
+    """Return whether fat or soft tissue at their HU lie inside a window that reaches below 0."""
+    inside = values[(values > cut[0]) & (values < cut[1])]
+    return cut[0] < -20 and inside.size > 0 and fraction(inside, *TISSUE) > 0.5 and fraction(inside, -150, -5) > 0.01

@@ -1,0 +1,54 @@
+"""Work in several processes: a killed one costs its own job alone, and is named."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from hyspark.utils import processes
+from hyspark.utils.processes import map_unordered, peak_resident
+
+
+def work(number: int, folder: Path) -> str:
+    """Kill this process for some numbers: 3 always, 5 the first time, as where memory is short for a while."""
+    seen = folder / str(number)
+    is_first = not seen.exists()
+    seen.touch()
+    if number == 3 or (number == 5 and is_first):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == 7:
+        raise ValueError("7")
+    return f"{number} done"
+
+
+def named(number: int, folder: Path) -> str:
+    return f"{number} killed"
+
+
+def test_a_killed_process_costs_its_job_alone(tmp_path, caplog):
+    results = list(map_unordered(work, [(n, tmp_path) for n in (0, 1, 2, 3, 4, 5, 6)], 2, named))
+    assert sorted(results) == [f"{n} {'killed' if n == 3 else 'done'}" for n in (0, 1, 2, 3, 4, 5, 6)]
+
+
+def test_one_process_is_this_one(tmp_path):
+    assert list(map_unordered(os.getpid, [(), ()], 1, os.getpid)) == [os.getpid()] * 2
+    with pytest.raises(ValueError, match="7"):
+        list(map_unordered(work, [(7, tmp_path), (0, tmp_path)], 1, named))
+
+
+def test_processes_that_cannot_be_started_are_one_message(monkeypatch, tmp_path):
+    """As in a script without the line `if __name__ == "__main__":`."""
+    monkeypatch.setattr(processes, "set_up_worker", exit_at_once)
+    with pytest.raises(OSError, match="no worker process can be started; set prepare_workers to 1"):
+        list(map_unordered(work, [(0, tmp_path), (1, tmp_path)], 2, named))
+
+
+def exit_at_once() -> None:
+    os._exit(1)
+
+
+def test_peak_memory_counts_what_was_held():
+    ballast = bytearray(os.urandom(1000) * 30000)
+    held = peak_resident()
+    assert held is None or held > len(ballast)
