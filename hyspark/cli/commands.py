@@ -73,7 +73,11 @@ def check(argv: Sequence[str]) -> None:
 
     settings = PrepareSettings(spacing=args.spacing, hu_min=args.hu_min, hu_max=args.hu_max)
     examined, found = check_dataset(
-        Path(args.data), hu_min=args.hu_min, hu_max=args.hu_max, num_workers=args.prepare_workers
+        Path(args.data),
+        hu_min=args.hu_min,
+        hu_max=args.hu_max,
+        spacing=args.spacing,
+        num_workers=args.prepare_workers,
     )
     cost = estimate_preparation(examined, settings)
     lines = data_check_page.data_set_facts(examined, cost, args.spacing)

@@ -6,13 +6,11 @@ from typing import NamedTuple
 
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets.build import read_data
-from hyspark.data.datasets.cases import Case, Datalist
+from hyspark.data.datasets.cases import DEFAULT_CLASSES, Case, Datalist
 from hyspark.data.datasets.subjects import split_faults
 from hyspark.data.datasets.subsets import draw_subset, subset_size
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.utils.text import nearest
-
-BTCV_CLASSES = 14
 
 
 class RunCases(NamedTuple):
@@ -82,7 +80,7 @@ def class_names(config: SegmentationConfig, labels: dict[str, int] | None) -> li
         ValueError: out_channels and the data's labels disagree.
     """
     if not labels:
-        num = config.out_channels or BTCV_CLASSES
+        num = config.out_channels or DEFAULT_CLASSES
         return ["background", *(f"class_{v}" for v in range(1, num))]
     num = max(labels.values()) + 1
     if config.out_channels and config.out_channels != num:

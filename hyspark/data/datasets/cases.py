@@ -9,6 +9,8 @@ from hyspark.utils.digests import content_digest, text_digest
 from hyspark.utils.paths import load_json
 from hyspark.utils.text import listing
 
+DEFAULT_CLASSES = 14
+"""Classes of a run on data that names none: those of BTCV."""
 UNANNOTATED = 255
 """Value in a label map, once read, of voxels that count in neither loss nor scores."""
 IGNORED_NAME = "ignore"

@@ -123,9 +123,9 @@ def prepare_into(case: Case, settings: PrepareSettings, folder: Path) -> Outcome
     warned = tuple(str(finding) for finding in files.findings if finding.severity == "warning")
     if not errors:
         try:
-            prepared = prepare_files(files, settings)
+            prepared, max_label = prepare_files(files, settings), files.max_label
             del files  # as large as what is written next
-            store_case(folder, prepared, case, settings)
+            store_case(folder, prepared, case, settings, max_label)
         except NotWritableError:
             raise
         except Exception as error:  # of any library, on files that nobody foresaw
@@ -142,11 +142,11 @@ class NotWritableError(OSError):
     """The store is not writable, which is no fault of a case."""
 
 
-def store_case(folder: Path, prepared: dict[str, Any], case: Case, settings: PrepareSettings) -> None:
+def store_case(folder: Path, prepared: dict[str, Any], case: Case, settings: PrepareSettings, max_label: int) -> None:
     """Write a prepared case to the store; raise NotWritableError if the disk fails."""
     try:
-        has_ignored, steps = case.ignore is not None, stored_steps(settings)
-        write_entry(folder, source=str(case.image), steps=steps, has_ignored=has_ignored, **prepared)
+        steps = stored_steps(settings)
+        write_entry(folder, source=str(case.image), steps=steps, max_label=max_label, **prepared)
     except (OSError, RuntimeError) as error:  # blosc2 raises RuntimeError for a full disk, too
         if isinstance(error, RuntimeError) and has_room(folder.parent, prepared["image"].nbytes):
             raise

@@ -100,7 +100,7 @@ class Entry:
         shape: voxels per axis.
         affine: `(4, 4)` of the prepared grid, RAS mm.
         source: the image file it was made from.
-        max_label: largest value of its label, 0 without one. UNANNOTATED does not count in a label with ignored voxels.
+        max_label: largest value of its label's file, 0 without one; the ignored value does not count.
         steps: number that 1 is stored as.
     """
 
@@ -119,7 +119,7 @@ def write_entry(
     affine: np.ndarray,
     source: str,
     steps: int = MAX_STORED,
-    has_ignored: bool = False,
+    max_label: int | None = None,
 ) -> None:
     """Write one entry of the store, atomically.
 
@@ -130,7 +130,7 @@ def write_entry(
         affine: `(4, 4)` of the grid, RAS mm.
         source: the image file.
         steps: number that 1 is stored as.
-        has_ignored: whether UNANNOTATED in the label marks voxels to ignore.
+        max_label: largest value of the label's file; by default that of `label`.
     """
     temporary = Path(tempfile.mkdtemp(prefix=UNFINISHED_PREFIX, dir=folder.parent))
     try:
@@ -140,8 +140,9 @@ def write_entry(
             write_array(temporary / "label.b2nd", label)
         counts = np.stack([cell_counts(where(quantised, label)).ravel() for where in VOXEL_KINDS.values()])
         np.save(temporary / "counts.npy", counts.astype(np.uint32))
-        values = np.zeros(1, np.uint8) if label is None else label[label != UNANNOTATED] if has_ignored else label
-        entry = Entry(image.shape, affine.tolist(), source, int(values.max(initial=0)), steps)
+        if max_label is None:
+            max_label = 0 if label is None else int(label.max(initial=0))
+        entry = Entry(image.shape, affine.tolist(), source, max_label, steps)
         names = sorted(path.name for path in temporary.iterdir())
         content = json.loads(json.dumps(asdict(entry)))
         content["sizes"] = {name: (temporary / name).stat().st_size for name in names}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import psutil
 from nibabel.affines import voxel_sizes
 from nibabel.spatialimages import SpatialImage
 
@@ -25,6 +26,7 @@ from hyspark.utils.text import first_line
 
 LARGEST = float(np.finfo(np.float32).max)
 """Largest value of float32, in which values are prepared."""
+GB = 10**9
 SAMPLED = 1_000_000
 """Number of evenly spaced voxels by which an image's values are judged."""
 
@@ -62,6 +64,11 @@ class CaseFiles:
         self.findings += [Finding(kind, str(path), found) for kind, found in faults]
 
     @property
+    def max_label(self) -> int:
+        """Largest value of the label map in its file, 0 without one; the ignored value does not count."""
+        return int(max((value for value in self.label_voxels if value != self.case.ignore), default=0))
+
+    @property
     def errors(self) -> list[Finding]:
         """The findings that are errors."""
         return [finding for finding in self.findings if finding.severity == "error"]
@@ -73,12 +80,12 @@ def read_case(case: Case, settings: PrepareSettings, declared: frozenset[int] | 
     Args:
         case: the case.
         settings: settings of preparation, whose HU window the values are held against.
-        declared: label values that are classes; None if no file declares them.
+        declared: values of the classes that a file names; None if no file names any.
     """
     files = CaseFiles(case)
     try:
         image = open_volume(case.image, files)
-        if image is not None:
+        if image is not None and fits_memory(image, settings, files):
             add_image(image, settings, files)
         if case.label is not None:
             add_label_map(case.label, image, declared, files)
@@ -103,6 +110,19 @@ def open_volume(path: Path, files: CaseFiles) -> NiftiHeader | None:
             fault = (error.kind, error.found)
     files.add(path, iter([fault]))
     return None
+
+
+def fits_memory(header: NiftiHeader, settings: PrepareSettings, files: CaseFiles) -> bool:
+    """Return whether an image fits the memory of this machine once resampled; add a finding if it does not."""
+    if not header.has_position:
+        return True
+    voxels = np.prod(np.array(header.shape) * voxel_sizes(header.affine) / settings.spacing)
+    needed, memory = voxels * np.dtype(np.float32).itemsize / GB, psutil.virtual_memory().total / GB
+    if needed <= memory:
+        return True
+    spacing = " x ".join(f"{edge:g}" for edge in settings.spacing)
+    files.add(header.path, iter([("too large", f"{needed:.3g} GB at {spacing} mm, of {memory:.3g} GB of memory")]))
+    return False
 
 
 def add_image(header: NiftiHeader, settings: PrepareSettings, files: CaseFiles) -> None:
@@ -135,7 +155,7 @@ def add_label_map(path: Path, image: NiftiHeader | None, declared: frozenset[int
     if voxels is not None:
         voxels = whole_values(voxels)
         files.label_voxels = values_of(voxels)
-        files.add(path, label_faults(files.label_voxels, declared))
+        files.add(path, label_faults(files.label_voxels, declared, files.case.ignore))
     if image is None or not (image.has_position and label.has_position):
         return
     if fault := pair_fault(image.grid, label.grid):

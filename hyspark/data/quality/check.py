@@ -34,6 +34,7 @@ def check_dataset(
     *,
     hu_min: float = PrepareSettings.hu_min,
     hu_max: float = PrepareSettings.hu_max,
+    spacing: tuple[float, float, float] = PrepareSettings.spacing,
     num_workers: int = 0,
     progress: bool = True,
 ) -> tuple[list[Examined], FoundData]:
@@ -43,6 +44,7 @@ def check_dataset(
         path: the folder or the JSON.
         hu_min: HU that become 0 in training.
         hu_max: HU that become 1 in training.
+        spacing: mm per voxel in training.
         num_workers: processes; 0 takes one per core.
         progress: whether to show a progress bar.
 
@@ -60,9 +62,8 @@ def check_dataset(
         raise FileNotFoundError(
             f"{path}: expected a JSON, or a folder with DatasetXXX_Name/imagesTr/CASE_0000.nii.gz, found neither"
         )
-    ignored = {case.ignore for case in found.cases if case.ignore is not None}
-    declared = frozenset(found.classes.values()) | ignored if found.classes else None
-    settings = PrepareSettings(hu_min=hu_min, hu_max=hu_max)
+    declared = frozenset(found.classes.values()) if found.classes else None
+    settings = PrepareSettings(hu_min=hu_min, hu_max=hu_max, spacing=spacing)
     examined = examine_all(found.cases, settings, declared, num_workers or available_cores(), progress)
     found.findings += [*same_content(examined), *unused_classes(examined, found.classes, path)]
     found.findings += [Finding("large subject", str(path), fault) for fault in large_subject_faults(found.cases)]

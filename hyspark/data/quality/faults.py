@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from nibabel.affines import voxel_sizes
 
+from hyspark.data.datasets.cases import DEFAULT_CLASSES
 from hyspark.data.readers.header import NiftiHeader, header_extensions
 from hyspark.data.readers.label_values import label_value_fault
 from hyspark.utils.text import list_of
@@ -82,12 +83,25 @@ def is_personal(text: bytes) -> bool:
     return PERSONAL.search(text.replace(b"\0", b" ").decode("latin-1")) is not None
 
 
-def label_faults(voxels: dict[float, int], declared: frozenset[int] | None) -> Iterator[tuple[str, str]]:
-    """Yield the faults of a label's values, given with their numbers of voxels."""
+def label_faults(
+    voxels: dict[float, int], declared: frozenset[int] | None, ignore: int | None
+) -> Iterator[tuple[str, str]]:
+    """Yield the faults of a label's values.
+
+    Args:
+        voxels: number of voxels by value.
+        declared: values of the classes that a file names; None if no file names any.
+        ignore: value of voxels that are not annotated.
+    """
     if fault := label_value_fault(voxels):
         yield fault
         return
-    if declared is not None and (strange := [v for v in voxels if int(v) not in declared]):
-        yield "undeclared class", f"values {list_of(strange)}, declared {list_of(sorted(declared))}"
+    num_classes = max(declared) + 1 if declared else DEFAULT_CLASSES
+    strange = [value for value in voxels if int(value) not in {0, ignore, *(declared or range(num_classes))}]
+    beyond = [value for value in strange if value >= num_classes]
+    if declared and beyond:
+        yield "undeclared class", f"values {list_of(beyond)}, declared {list_of(sorted(declared))}"
+    elif strange:
+        yield "unnamed class", f"values {list_of(strange)}, of {num_classes} classes"
     if set(voxels) <= {0}:
         yield "empty label", "background alone"

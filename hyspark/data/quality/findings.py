@@ -42,7 +42,7 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "colours": FindingKind("error", "one number a voxel", "it is a picture or a secondary capture; remove it"),
     "complex numbers": FindingKind("error", "real numbers", "it is no CT; remove it"),
     "impossible spacing": FindingKind(
-        "error", "a spacing above 0 mm on each axis, at most 10 m in all", "convert it again from the scanner's files"
+        "error", "a spacing above 0 mm, and 1 mm to 10 m on each axis", "convert it again from the scanner's files"
     ),
     "odd spacing": FindingKind("warning", "voxels of .2 to 10 mm", "is the spacing in mm? convert it again if not"),
     "pixdim disagrees": FindingKind(
@@ -105,6 +105,9 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "label outside 0 to 255": FindingKind("error", "whole numbers from 0 to 255", "number the classes from 0"),
     "undeclared class": FindingKind(
         "error", "values that dataset.json declares", "declare the class, or fix the label"
+    ),
+    "unnamed class": FindingKind(
+        "warning", "values that dataset.json names", "name them there, or set --out_channels, if they are classes"
     ),
     "empty label": FindingKind(
         "warning", "at least one organ", "is it the right file? such a case teaches background alone"

@@ -22,8 +22,8 @@ KNOWN_CODES = range(6)
 """Codes of sform and qform that NIfTI defines."""
 SINGULAR = 1e-3
 """Determinant of the axes' directions below which an affine counts as singular."""
-SPAN = 10_000.0
-"""mm that no volume of a patient spans."""
+SPAN = (1.0, 10_000.0)
+"""Range of mm that a volume of a patient spans on each axis."""
 HALF_VOXEL = 0.5 + 1e-3
 """Voxels by which two grids may differ on each axis, with room for rounding."""
 EDGE_TOLERANCE = 0.01
@@ -88,7 +88,8 @@ def affine_and_faults(raw: Any, shape: tuple[int, int, int]) -> tuple[np.ndarray
     if reason := why_singular(affine):
         return affine, [*faults, ("singular affine", reason)]
     faults += unit_faults
-    if max(np.array(shape) * voxel_sizes(affine)) > SPAN:
+    span = np.array(shape) * voxel_sizes(affine)
+    if min(span) < SPAN[0] or max(span) > SPAN[1]:
         faults.append(("impossible spacing", f"{list_of(voxel_sizes(affine))} mm between {list_of(shape)} voxels"))
     if sform is not None and qform is not None:
         faults += compare_forms(sform, qform, shape)

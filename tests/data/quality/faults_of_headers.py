@@ -153,6 +153,14 @@ HEADERS = [
             p, **SFORM | {"srow": tuple((AFFINE[:3] * 1000).ravel())}, pixdim=(1, 3000, 3000, 3000), xyzt_units=3
         ),
     ),
+    *(
+        image_and_label(
+            f"of {mm} mm a voxel",
+            "refused",
+            fields(**SFORM | {"srow": tuple((AFFINE[:3] * mm / 3).ravel())}, pixdim=(1, mm, mm, mm), xyzt_units=2),
+        )
+        for mm in (0.003, 3000.0)
+    ),
     image_and_label("in unknown units", "fine", fields(xyzt_units=0)),
     image_and_label("sform alone", "fine", fields(**SFORM)),
     image_and_label("qform alone", "fine", fields(**BOTH | {"sform_code": 0})),

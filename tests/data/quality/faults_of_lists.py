@@ -4,9 +4,11 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from tests.data.quality.faults_of_files import Expected, Fault
 from tests.data.quality.faults_of_names import labelled, without_channels
-from tests.data.quality.small_data import NAMES, SmallData
+from tests.data.quality.small_data import NAMES, SmallData, save
 
 
 def json_text(change: Callable[[str], bytes]) -> Callable[[SmallData], object]:
@@ -23,6 +25,11 @@ def with_labels(**labels: Any) -> Callable[[SmallData], object]:
 
 
 ZERO_BACKGROUND = {"0": "background", "1": "organ", "2": "node"}
+
+
+def write_twenty(data: SmallData) -> None:
+    save(data.label("p01"), data.organs("p01") * np.uint8(10))
+
 
 CLASSES = [
     labelled("dataset.json missing", "otherwise", lambda d: d.names.unlink()),
@@ -45,6 +52,7 @@ CLASSES = [
         "agree",
         json_text(lambda t: t.replace('"node": 2', '"node": 2, "organ": 3').encode()),
     ),
+    labelled("labels missing, and a label of 20", "agree", lambda d: (d.write_names(labels=None), write_twenty(d))),
     labelled("labels missing", "otherwise", with_names(labels=None)),
     labelled("labels empty", "otherwise", with_names(labels={})),
     labelled("labels a list", "refused", with_names(labels=["background", "organ", "node"])),

@@ -132,6 +132,15 @@ def near_whole(data: SmallData, case: str) -> None:
     set_fields(path, scl_slope=1 / 16000, scl_inter=0.0)
 
 
+def lose_a_voxel(data: SmallData, case: str) -> None:
+    """A fine grid, of whose voxels preparation keeps every third."""
+    fine = AFFINE @ np.diag([1 / 3, 1 / 3, 1 / 3, 1])
+    save(data.image(case), np.kron(data.voxels(case), np.ones((3, 3, 3), np.int16)), fine)
+    label = np.kron(data.organs(case), np.ones((3, 3, 3), np.uint8))
+    label[25, 25, 25] = 3
+    save(data.label(case), label, fine)
+
+
 def unplaced(path: Path) -> None:
     set_fields(path, sform_code=0, qform_code=0)
 
@@ -176,6 +185,7 @@ LABELS = [
     label_of("infinite", "refused", lambda v: (put(v, np.inf),)),
     label_of("of an undeclared class", "refused", lambda v: (v * np.uint8(9),)),
     label_of("of one undeclared voxel", "refused", lambda v: (put(v, 3, (8, 8, 8)).astype(np.uint8),)),
+    Fault("label of one undeclared voxel, which resampling loses", "label", "refused", lose_a_voxel),
     label_of("0 and 255", "refused", lambda v: ((v > 0) * np.uint8(255),)),
     label_of("empty", "otherwise", lambda v: (v * np.uint8(0),)),
     label_of("organ everywhere", "agree", lambda v: (np.ones_like(v),)),

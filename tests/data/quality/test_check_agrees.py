@@ -18,6 +18,8 @@ from tests.data.quality.small_data import CASES, SmallData
 LABELLED = ("finetune", "evaluate")
 FAULTS = [*FILES, *HEADERS, *VALUES, *LABELS, *ODD, *CLASSES, *LISTS, *SPLITS]
 NUM_RANDOM = int(os.environ.get("HYSPARK_FUZZ", 25))
+SAID = ("image without label", "empty side", "unnamed class")
+"""Kinds of findings below errors for which labelled runs may refuse a data set."""
 QUICK = {"image": ("finetune", "predict", "slices"), "label": LABELLED}
 """Verbs that are tried with each fault of a file; random combinations are tried with all."""
 
@@ -81,11 +83,13 @@ def disagreements(verb: str, seen: Checked, outcome: Outcome) -> list[str]:
     broken = {c.image for c in outcome.cases if seen.errors_of(c)}
     if outcome.stopped:
         errors = [f for f in seen.findings if f.severity == "error"]
-        is_said = verb in LABELLED and any(f.kind in ("image without label", "empty side") for f in seen.findings)
+        is_said = verb in LABELLED and any(f.kind in SAID for f in seen.findings)
         return [] if errors or seen.stopped or is_said else [f"stops, but check has no error: {outcome.stopped[:90]}"]
     wrong = []
     if seen.stopped:
         wrong.append("goes on, but check stops")
+    unnamed = {f.file for f in seen.findings if f.kind == "unnamed class"}  # right with more --out_channels
+    broken |= {c.image for c in outcome.cases if str(c.label) in unnamed and c.image in outcome.refused}
     if names := [path.name for path in outcome.refused - broken]:
         wrong.append(f"refuses {names}, but check has no error")
     if verb == "slices":
