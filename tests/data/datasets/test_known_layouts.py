@@ -15,6 +15,7 @@ from hyspark.data.datasets.data_folder import find_cases
 from hyspark.data.datasets.datalist_json import read_datalist
 from hyspark.data.quality.check import find_dataset
 from hyspark.data.quality.examine import examine
+from hyspark.data.settings import PrepareSettings
 from hyspark.evaluation.segmentation.labelled_data import find_labelled
 from hyspark.training.labelled_cases import find_run_cases
 from hyspark.utils.paths import load_json
@@ -124,5 +125,5 @@ def test_missing_files_are_found_by_a_dry_run(tmp_path, verb, capsys):
     printed = capsys.readouterr().err
     assert f"{tmp_path}/imagesTr/a_0000.nii.gz: missing" in printed
     assert f"{tmp_path}/labelsTr/b.nii.gz: missing" in printed
-    missing = [f.file for case in find_dataset(tmp_path).cases for f in examine(case, -175.0, None).findings]
+    missing = [f.file for case in find_dataset(tmp_path).cases for f in examine(case, PrepareSettings(), None).findings]
     assert {f"{tmp_path}/imagesTr/a_0000.nii.gz", f"{tmp_path}/labelsTr/b.nii.gz"} <= set(missing)

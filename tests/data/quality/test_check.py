@@ -184,6 +184,12 @@ def spacing_that_is_no_number(data):
 
 
 @breaks("odd spacing")
+def spacing_in_centimetres(data):
+    save(data.image, ct(), np.diag([0.1, 0.1, 0.2, 1]))
+    save(data.label, organ(), np.diag([0.1, 0.1, 0.2, 1]))
+
+
+@breaks("impossible spacing")
 def spacing_in_metres(data):
     save(data.image, ct(), np.diag([0.002, 0.002, 0.003, 1]))
     save(data.label, organ(), np.diag([0.002, 0.002, 0.003, 1]))
@@ -459,6 +465,18 @@ def visits_of_one_patient_on_both_sides(data):
     data.other.write_text(json.dumps({"train": ["p1_visit1"], "val": ["p1_visit2"]}))
 
 
+@breaks("unnamed class", "label")
+def a_value_between_the_classes(data):
+    data.names.write_text(json.dumps({"labels": {"background": 0, "liver": 1, "spleen": 3}}))
+    save(data.label, organ() * 2)
+
+
+@breaks("empty side", "folder")
+def one_case_alone(data):
+    for file in data.folder.rglob("case1*"):
+        file.unlink()
+
+
 @breaks("unused class", "folder")
 def a_class_that_no_label_holds(data):
     data.names.write_text(json.dumps({"labels": {"background": 0, "liver": 1, "spleen": 2}}))
@@ -488,6 +506,8 @@ def test_a_fault_is_found_at_its_file_and_nowhere_else(data, kind, part, functio
     consequences = {"image without label", "no class names", "unused class", "label of another shape", "thin"}
     if kind in ("singular affine", "no orientation", "impossible spacing"):
         consequences.add("label elsewhere")  # the label's header is still sound
+    if kind in ("image without label", "another modality", "subject on both sides", "label without image"):
+        consequences |= {"empty side", "unused file"}  # one case of two is not used
     assert {f.kind for f in found} <= {kind, *consequences}
     assert not any("case1" in f.file for f in found)
     for finding in found:
@@ -497,7 +517,7 @@ def test_a_fault_is_found_at_its_file_and_nowhere_else(data, kind, part, functio
 
 def test_at_least_thirty_kinds_are_tried():
     below = {"missing", "no permission", "another scale", "another window", "too large", "not examined", "not prepared"}
-    below |= {"unused label map", "two data sets of one name"}
+    below |= {"unused label map", "two data sets of one name", "listed twice"}
     tried = {kind for kind, _, _ in BROKEN} | below  # these in tests of their own
     assert tried == set(FINDING_KINDS)
     assert len(BROKEN) >= 30
@@ -588,13 +608,17 @@ def write_list(data, entries) -> Path:
 
 def test_a_list_is_checked_by_its_entries(data):
     entry = {"image": "Dataset001_Test/imagesTr/case0_0000.nii.gz", "label": "Dataset001_Test/labelsTr/case0.nii.gz"}
-    sound = {"training": [entry], "labels": {"background": 0, "liver": 1}}
+    other = {key: path.replace("case0", "case1") for key, path in entry.items()}
+    sound = {"training": [entry, other], "labels": {"background": 0, "liver": 1}}
     assert faults(write_list(data, sound)) == []
     twice = {**sound, "validation": [entry]}
-    assert [f.kind for f in faults(write_list(data, twice))] == ["same content"]
+    assert [f.kind for f in faults(write_list(data, twice))] == ["listed twice"]
     missing = {"training": [entry, {"image": "gone.nii.gz"}], "labels": sound["labels"]}
-    (fault,) = faults(write_list(data, missing))
-    assert (fault.kind, Path(fault.file).name) == ("missing", "gone.nii.gz")
+    found = faults(write_list(data, missing))
+    assert [(f.kind, Path(f.file).name) for f in found] == [
+        ("missing", "gone.nii.gz"),
+        ("image without label", "list.json"),
+    ]
     for wrong in ([], {"training": "x"}, {"training": [{"label": "x"}]}, {**sound, "labels": {"a": "b"}}):
         assert "unreadable list" in {f.kind for f in faults(write_list(data, wrong))}
 
@@ -620,4 +644,5 @@ def test_two_data_sets_of_one_name_and_masks_of_single_organs(data):
     save(patient / "ct.nii.gz", ct())
     for name in ("liver", "spleen"):
         save(patient / "segmentations" / f"{name}.nii.gz", organ())
-    assert [f.kind for f in faults(patient.parent)] == ["unused label map"]
+    found = [f.kind for f in faults(patient.parent)]
+    assert found == ["image without label", "unused label map", "empty side"]
