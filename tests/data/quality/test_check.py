@@ -13,10 +13,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from hyspark.data.datasets.cases import Case
 from hyspark.data.preprocessing.prepare import prepare_into
 from hyspark.data.quality import case_files, check
 from hyspark.data.quality.check import check_dataset
+from hyspark.data.quality.examine import examine
+from hyspark.data.quality.faults import personal_text
 from hyspark.data.quality.findings import FINDING_KINDS, Finding
+from hyspark.data.readers.header import read_nifti_header
 from hyspark.data.settings import PrepareSettings
 
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
@@ -646,3 +650,41 @@ def test_two_data_sets_of_one_name_and_masks_of_single_organs(data):
         save(patient / "segmentations" / f"{name}.nii.gz", organ())
     found = [f.kind for f in faults(patient.parent)]
     assert found == ["image without label", "unused label map", "empty side"]
+
+
+TEXTS = [
+    (b"DOE^JANE", "DOE^JANE"),
+    (b"b19510203", ""),
+    (b"19510203", "a date of birth"),
+    (b"Doe, Jane", "a name"),
+    (b"FSL6.0\\0", ""),
+]
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("name", ["descrip", "aux_file", "intent_name"])
+@pytest.mark.parametrize(("text", "found"), TEXTS)
+def test_texts_of_headers_of_both_formats(tmp_path, kind, name, text, found):
+    image = kind(ct(), AFFINE)
+    size = image.header[name].dtype.itemsize
+    for padded in (text.ljust(size, b"\0"), text.rjust(size), b"x\0" + text):  # the field is full; NUL within it
+        image.header[name] = padded
+        path = tmp_path / "a_0000.nii.gz"
+        nib.save(image, path)
+        kinds = [f.kind for f in examine(Case("a", "D", path), PrepareSettings(), None).findings]
+        assert kinds == (["text that may name a patient"] if found else [])
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_extensions_of_headers(tmp_path, version, order):
+    def found(*extensions: tuple[int, bytes]) -> str:
+        kind = {1: nib.Nifti1Image, 2: nib.Nifti2Image}[version]
+        image = kind(ct(), AFFINE, kind.header_class(endianness=order))
+        image.header.extensions.extend(nib.nifti1.Nifti1Extension(code, content) for code, content in extensions)
+        nib.save(image, tmp_path / "a.nii.gz")
+        return personal_text(read_nifti_header(tmp_path / "a.nii.gz"))
+
+    assert found((4, b"<AFNI/>"), (6, b"resampled")) == ""
+    assert found((4, b"<AFNI/>" * 50), (6, b"of DOE^JANE")) == "an extension of code 6"
+    assert found((4, b"<AFNI/>"), (2, b"\0" * 40)) == "an extension with a DICOM header"

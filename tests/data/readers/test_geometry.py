@@ -179,9 +179,7 @@ def test_every_verb_has_the_geometry_of_an_independent_reader(tmp_path, name):
     assert seen.shape == SHAPE
     if any(kind in FATAL for kind in row.kinds):
         for read in (file_grid, lambda path: read_volume(Volume("a", "a", path)), prepare):
-            with pytest.raises(
-                ValueError, match=r"impossible spacing|singular affine|a spacing above|three independent"
-            ):
+            with pytest.raises(ValueError, match=r"impossible spacing|singular affine|expected a"):
                 read(path)
         return
 
