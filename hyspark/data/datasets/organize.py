@@ -50,7 +50,8 @@ def organize_by_names(source: Path, target: Path, *, copy: bool = False) -> int:
         raise FileNotFoundError(f"{source}: expected .nii.gz or .nii files in it or any folder below, found none")
     if broken := [str(file) for (file, *_) in files.values() if not file.exists()]:
         raise FileNotFoundError(f"links to files that do not exist: {listing(broken)}")
-    if twice := [f"{case} ({listing(map(str, found))})" for case, found in files.items() if len(found) > 1]:
+    twice = [f"{case} ({listing(map(str, same))})" for case, same in files.items() if len(same) > 1]
+    if twice := [*twice, *(f"{f.file}, {f.found}" for f in found.findings if f.kind == "two files for a case")]:
         raise ValueError(f"files that would get the same name; rename them: {listing(twice)}")
 
     images = target / "imagesTr"

@@ -19,6 +19,7 @@ from hyspark.data.datasets.splits import num_folds, split_by_file, splits_file
 from hyspark.data.datasets.subjects import large_subject_faults, subjects_on_both_sides
 from hyspark.data.quality.examine import Examined, examine
 from hyspark.data.quality.findings import Finding
+from hyspark.utils.paths import NIFTI
 from hyspark.utils.processes import available_cores, worker_pool
 from hyspark.utils.text import listing
 
@@ -56,6 +57,8 @@ def check_dataset(
 def find_dataset(path: Path) -> FoundData:
     """List the cases of a list, or of a folder of data and the list dataset.json in it; see `read_data_folder`."""
     path = Path(os.path.abspath(path))
+    if path.is_file() and NIFTI.fullmatch(path.name):
+        raise ValueError(f"{path}: expected a folder of data or a decathlon JSON, got one volume; name its folder")
     if path.suffix == ".json" or path.is_file():
         found: FoundData = read_checked_list(path)
     else:
