@@ -57,7 +57,7 @@ def organize_by_names(source: Path, target: Path, *, copy: bool = False) -> int:
     images = target / "imagesTr"
     plan: dict[Path, Path] = {}
     for case, (file,) in sorted(files.items()):
-        plan[images / f"{case}_0000{'.nii.gz' if file.suffix == '.gz' else '.nii'}"] = file
+        plan[images / f"{case}_0000{'.nii.gz' if file.suffix.lower() == '.gz' else '.nii'}"] = file
     for new, old in plan.items():
         # The same case with the other ending would make two files for one case.
         other = new.with_suffix("") if new.suffix == ".gz" else new.with_suffix(".nii.gz")
