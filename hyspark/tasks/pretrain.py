@@ -1,6 +1,7 @@
 """Pre-training outside of its steps: the data list, the network, the cost, and the end of a run."""
 
 import math
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,10 @@ def find_pretraining_cases(config: PretrainConfig) -> tuple[list[Case], list[Cas
     """
     path = Path(config.data)
     if not path.exists():
-        raise FileNotFoundError(f"no data list at {path}; make it by: python generate_js.py --data {path.parent}")
+        if path.suffix != ".json" or not path.parent.is_dir():
+            raise FileNotFoundError(f"--data {config.data}: no such file or folder")
+        words = ["hyspark", "datalist", "--data", str(path.parent), "--out", str(path)]
+        raise FileNotFoundError(f"no data list at {path}; make it by: {shlex.join(words)}")
     listed = read_data(
         path,
         labels=False,

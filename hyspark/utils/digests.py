@@ -23,7 +23,7 @@ def content_digest(path: Path) -> str:
     A .gz file stores both in its last eight bytes; other files are read.
     """
     with path.open("rb") as file:
-        if path.suffix == ".gz" and file.seek(0, os.SEEK_END) >= 8:
+        if path.suffix.lower() == ".gz" and file.seek(0, os.SEEK_END) >= 8:
             file.seek(-8, os.SEEK_END)
             crc, size = (int.from_bytes(file.read(4), "little") for _ in range(2))
             if size:  # block-wise compression ends in an empty block

@@ -26,6 +26,7 @@ def read_inputs(inputs: Sequence[Path]) -> FoundData:
     add_files([path for path in inputs if not path.is_dir()], found)
     for folder in [path for path in inputs if path.is_dir()]:
         add_folder(folder, found)
+    found.check(("label without image",))
     if not found.cases:
         why = found.unused_lines()
         raise FileNotFoundError("\n  ".join([f"{', '.join(map(str, inputs))}: expected a volume, found none", *why]))
@@ -82,7 +83,7 @@ def add_folder(folder: Path, found: FoundData) -> None:
                 found.pass_over("unused file", "in a folder below; name that folder to use it", file)
     else:
         below_it = read_data_folder(folder)
-        below_it.check(("label without image",))
+        found.findings += below_it.findings
         found.sets += below_it.sets
         for key, files in below_it.unused.items():
             found.unused.setdefault(key, []).extend(files)

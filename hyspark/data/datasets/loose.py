@@ -4,10 +4,12 @@ A file is a label map by its name or its folder's name, and belongs to the image
 and label maps alone: volume-3 and segmentation-3, images/a and labels/a, case_0/imaging and case_0/segmentation.
 """
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from hyspark.data.datasets.cases import Case, ignored_value
 from hyspark.data.datasets.file_names import (
@@ -20,7 +22,7 @@ from hyspark.data.datasets.file_names import (
     unique_names,
 )
 from hyspark.data.datasets.found import DataSet, FoundData
-from hyspark.data.datasets.nnunet import ANOTHER_CHANNEL, NO_NIFTI, num_channels, read_declaration
+from hyspark.data.datasets.nnunet import ANOTHER_CHANNEL, NO_NIFTI, add_once, num_channels, read_declaration
 from hyspark.utils.paths import NIFTI, nifti_stem, walk_folders
 
 STORE_ENTRY = re.compile(r"[0-9a-f]{32}")
@@ -43,19 +45,18 @@ def read_loose(
         deep: whether folders below are searched.
         skip: folders that are not entered.
     """
-    of_set = root.name.startswith("images")  # a folder of images in a data set
-    content = read_declaration(root.parent if of_set else root, found)
+    content, near_stems = surroundings(root, found)
     images, labels = sort_files(root, found, deep, skip)
-    near = root.with_name(root.name.replace("images", "labels", 1))
-    near_stems = {nifti_stem(file) for file in near.iterdir()} if of_set and near.is_dir() else set()
-    stems = {}
+    stems: dict[Path, str] = {}
     for files in images.values():
         cases = cases_of_stems([nifti_stem(file) for file in files], near_stems, channel, num_channels(content))
+        taken: dict[str, Path] = {}
         for file in files:
             if (case := cases[nifti_stem(file)]) is None:
                 found.pass_over(*ANOTHER_CHANNEL, file)
             else:
-                stems[file] = case
+                add_once(taken, case, file, found)
+        stems |= {file: case for case, file in taken.items()}
     paired = pair_labels(root, list(stems), labels, found)
     try:
         ignore = ignored_value(content.get("labels"), root / "dataset.json")
@@ -67,15 +68,26 @@ def read_loose(
     found.sets.append(DataSet(root, sorted(found_cases, key=lambda case: case.name)))
 
 
+def surroundings(root: Path, found: FoundData) -> tuple[dict[str, Any], set[str]]:
+    """Return what dataset.json declares, and the names of the label maps beside a folder imagesTr or imagesTs."""
+    if not root.name.startswith("images"):
+        return read_declaration(root, found), set()
+    labels = root.with_name(root.name.replace("images", "labels", 1))
+    stems = {nifti_stem(file) for file in labels.iterdir()} if labels.is_dir() else set()
+    return read_declaration(root.parent, found), stems
+
+
 def sort_files(
     root: Path, found: FoundData, deep: bool = True, skip: Collection[Path] = ()
 ) -> tuple[dict[Path, list[Path]], list[Path]]:
     """Sort the NIfTI files of a folder into images, by folder, and label maps; pass over other formats."""
     images: dict[Path, list[Path]] = {}
     labels: list[Path] = []
+    skipped = {os.path.realpath(folder) for folder in skip}
     for folder, below in walk_folders(root):
-        below[:] = [n for n in below if deep and folder / n not in skip and not STORE_ENTRY.fullmatch(n)]
-        if folder in skip:
+        below[:] = [name for name in below if deep and not STORE_ENTRY.fullmatch(name)]
+        if os.path.realpath(folder) in skipped:
+            below.clear()
             continue
         parts = folder.relative_to(root).parts
         of_labels = any(is_label_folder(part) for part in parts)

@@ -146,9 +146,12 @@ def label_cases(file: Path) -> tuple[str, ...]:
 def volumes_in(folder: Path, found: FoundData) -> Iterator[Path]:
     """Yield the NIfTI files of a folder by name, broken links included; other files but hidden ones are passed over."""
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if file.name.startswith(".") or file.is_dir():
+        is_nifti = NIFTI.fullmatch(file.name)
+        if file.name.startswith(".") or (file.is_dir() and not is_nifti):
             continue
-        if NIFTI.fullmatch(file.name):
+        if file.is_dir():
+            found.pass_over("odd name", "a folder of the name of a file; move the file in it up", file)
+        elif is_nifti:
             yield file
         else:
             converted = "; convert it to NIfTI" if file.suffix.lower() in OTHER_FORMATS else ""

@@ -50,13 +50,14 @@ def organize_by_names(source: Path, target: Path, *, copy: bool = False) -> int:
         raise FileNotFoundError(f"{source}: expected .nii.gz or .nii files in it or any folder below, found none")
     if broken := [str(file) for (file, *_) in files.values() if not file.exists()]:
         raise FileNotFoundError(f"links to files that do not exist: {listing(broken)}")
-    if twice := [f"{case} ({listing(map(str, found))})" for case, found in files.items() if len(found) > 1]:
+    twice = [f"{case} ({listing(map(str, same))})" for case, same in files.items() if len(same) > 1]
+    if twice := [*twice, *(f"{f.file}, {f.found}" for f in found.findings if f.kind == "two files for a case")]:
         raise ValueError(f"files that would get the same name; rename them: {listing(twice)}")
 
     images = target / "imagesTr"
     plan: dict[Path, Path] = {}
     for case, (file,) in sorted(files.items()):
-        plan[images / f"{case}_0000{'.nii.gz' if file.suffix == '.gz' else '.nii'}"] = file
+        plan[images / f"{case}_0000{'.nii.gz' if file.suffix.lower() == '.gz' else '.nii'}"] = file
     for new, old in plan.items():
         # The same case with the other ending would make two files for one case.
         other = new.with_suffix("") if new.suffix == ".gz" else new.with_suffix(".nii.gz")

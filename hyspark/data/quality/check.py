@@ -20,6 +20,7 @@ from hyspark.data.quality.examine import Examined, examine
 from hyspark.data.quality.findings import Finding
 from hyspark.data.settings import PrepareSettings
 from hyspark.utils.processes import KILLED, available_cores, map_unordered
+from hyspark.utils.paths import NIFTI
 from hyspark.utils.text import listing
 
 MAX_THUMBNAILS = 120
@@ -74,6 +75,8 @@ def find_dataset(path: Path) -> FoundData:
     """List the cases of a list, or of a folder of data and the list dataset.json in it; see `read_data_folder`."""
     path = Path(os.path.abspath(path))
     listed: ListedData | None = None
+    if path.is_file() and NIFTI.fullmatch(path.name):
+        raise ValueError(f"{path}: expected a folder of data or a decathlon JSON, got one volume; name its folder")
     if path.suffix == ".json" or path.is_file():
         found: FoundData = (listed := read_checked_list(path))
     else:

@@ -196,3 +196,33 @@ def test_files_that_are_not_used_are_counted_and_named(layout, words):
     assert "c0_0001" not in text or "numTraining" not in text
     assert ".x_0000" not in text
     assert "._liver" not in text
+
+
+def test_doubtful_files_are_named(tmp_path):
+    """Two files for a case, a link into a data set, a folder of the name of a file, a file in the place of a folder."""
+    for name in ("loose/x.nii.gz", "loose/x.nii", "data/Dataset001_A/imagesTr/c_0000.nii.gz"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for find in (lambda: find_inputs([tmp_path / "loose"]), lambda: build_datalist(tmp_path / "loose")):
+        with pytest.raises(ValueError, match=r"x\.nii\.gz: another file for the case of .*x\.nii; expected one file"):
+            find()
+    data = tmp_path / "data"
+    (data / "again").symlink_to(data / "Dataset001_A")
+    (data / "Dataset001_A/imagesTr/d_0000.nii.gz").mkdir()
+    listed = build_datalist(data)
+    assert [case.name for case in listed.training] == ["c"]
+    assert [line for line in listed.unused if "d_0000" not in line] == []
+    assert "1 file not used, a folder of the name of a file" in listed.unused[0]
+    with pytest.raises(ValueError, match=r"x\.nii\.gz: expected a folder of data or a decathlon JSON, got one volume"):
+        find_dataset(tmp_path / "loose/x.nii.gz")
+
+
+def test_explicit_files_of_other_channels_and_label_maps_are_not_predicted(tmp_path):
+    names = ["p_0000.nii.gz", "p_0001.nii.gz", "q.nii.gz", "q_seg.nii.gz", "r_0001.nii.gz"]
+    for name in names:
+        (tmp_path / name).touch()
+    given = [tmp_path / name for name in names]
+    assert [case.image.name for case in find_inputs(given[::-1])] == ["q.nii.gz", "p_0000.nii.gz"]
+    assert [case.name for case in find_inputs([tmp_path / "r_0001.nii.gz"])] == ["r_0001"]
+    assert [case.name for case in find_inputs([tmp_path / "q_seg.nii.gz"])] == ["q_seg"]
+    assert [case.image.name for case in find_inputs([tmp_path])] == ["p_0000.nii.gz", "q.nii.gz"]

@@ -164,8 +164,10 @@ def test_inputs_that_cannot_be(tmp_path):
         predict.find_inputs([tmp_path / "a", tmp_path / "b"])
     with pytest.raises(FileNotFoundError, match="c: no such file or folder"):
         predict.find_inputs([tmp_path / "c"])
+    assert [case.name for case in predict.find_inputs([tmp_path])] == ["a-x", "b-x"]
+    (tmp_path / "c").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no NIfTI file"):
-        predict.find_inputs([tmp_path])
+        predict.find_inputs([tmp_path / "c"])
     (tmp_path / "x.txt").write_text("")
     with pytest.raises(ValueError, match="is no NIfTI file"):
         predict.find_inputs([tmp_path / "x.txt"])
