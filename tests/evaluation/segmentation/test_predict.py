@@ -117,7 +117,7 @@ def test_several_volumes_and_a_broken_one(knowing, tmp_path, capsys):
     assert exit_.value.code == 1
     told = capsys.readouterr().err
     assert "broken.nii.gz: a file that is not compressed" in told
-    assert "many.nii.gz: expected one 3D volume" in told
+    assert "many.nii.gz: shape (4, 4, 4, 2)" in told
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ial.nii.gz", "lps.nii.gz", "ras.nii.gz"]
     for name, labels in truth.items():
         assert np.array_equal(nibabel.load(tmp_path / "out" / f"{name}.nii.gz").get_fdata(), labels)
