@@ -177,6 +177,7 @@ def slices(argv: Sequence[str]) -> None:
             val_fraction=args.val_fraction,
             seed=args.seed,
             min_slices=args.min_slices,
+            keep_patient_id=args.keep_patient_id,
             num_workers=args.prepare_workers,
         )
     except KeyboardInterrupt:

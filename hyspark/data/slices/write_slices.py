@@ -22,7 +22,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from hyspark.data.datasets.splits import held_out_subjects
-from hyspark.data.preprocessing.prepare import MAX_LISTED, PREPARE_ERRORS, failure_reason
+from hyspark.data.preprocessing.prepare import MAX_LISTED, failure_reason
+from hyspark.data.quality.examine import sample_voxels
+from hyspark.data.quality.faults import value_fault
 from hyspark.data.readers.volumes import Volume, find_ct_volumes, read_volume
 from hyspark.data.settings import Axis, PictureSettings
 from hyspark.data.slices.pictures import slice_axes, slice_pictures, why_skewed
@@ -37,8 +39,13 @@ CLASS = "1"
 """ImageFolder expects a folder per class; there is one class."""
 PNG_LEVEL = 3
 """Takes a third of the time of Pillow's own level, 6, for an eighth more bytes."""
-WRITE_EVERY = 5.0
-"""Seconds between two writes of the record while volumes are sliced."""
+WRITE_EVERY, WRITE_FRACTION = 5.0, 0.02
+"""Least seconds between two writes of the record during slicing, and largest fraction of the time that they take."""
+AIR_HU = -1000.0
+"""HU at and below which a volume holds nothing but air."""
+SHOWN_PADDING = -1100.0
+"""HU below which values are padding, which widens the range of slices that are scaled by it."""
+KEEP_PATIENT_ID = "keep_patient_id"
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ def write_slices(
     val_fraction: float = 0.2,
     seed: int = 0,
     min_slices: int = 8,
+    keep_patient_id: bool = False,
     num_workers: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -80,7 +88,8 @@ def write_slices(
         settings: orientation, grey values and size of the slices.
         val_fraction: fraction of patients for validation, see `held_out_subjects`.
         seed: seed of the split.
-        min_slices: DICOM series with fewer slices are skipped.
+        min_slices: DICOM scans with fewer slices are skipped.
+        keep_patient_id: whether names and record show the PatientID of DICOM files, in place of a pseudonym.
         num_workers: volumes sliced at a time; 0 takes one per core.
         progress: whether to show progress bars.
 
@@ -103,10 +112,18 @@ def write_slices(
         "min_slices": min_slices,
         "val_fraction": val_fraction,
         "seed": seed,
+        KEEP_PATIENT_ID: keep_patient_id,
     }
     known = read_record(out, chosen)
     num_workers = num_workers or available_cores()
-    found = find_ct_volumes(sources, min_slices=min_slices, skip=out, num_workers=num_workers, progress=progress)
+    found = find_ct_volumes(
+        sources,
+        min_slices=min_slices,
+        skip=out,
+        keep_patient_id=keep_patient_id,
+        num_workers=num_workers,
+        progress=progress,
+    )
     splits = split_volumes(found.volumes, seed=seed, val_fraction=val_fraction)
     check_unmoved(out, known, splits)
 
@@ -120,6 +137,9 @@ def write_slices(
         "failed": [{"source": source, "why": why} for source, why in found.damaged],
         "skipped": [{"source": source, "why": why} for source, why in found.skipped],
         "files_of_other_kinds": dict(sorted(found.others.items())),
+        "other_files": [
+            {"kind": kind, "file": str(file)} for kind, files in sorted(found.other_files.items()) for file in files
+        ],
     }
     with writing(out):
         write_json(out / RECORD, record)
@@ -153,6 +173,7 @@ def read_record(out: Path, chosen: dict[str, Any]) -> dict[str, dict[str, Any]]:
     different = [
         f"{name} {before.get(name)}, now {chosen.get(name)}"
         for name in [*chosen, *(before.keys() - chosen.keys())]
+        if name != KEEP_PATIENT_ID or name in before  # records of earlier versions have none
         if before.get(name) != chosen.get(name)
     ]
     if different:
@@ -173,7 +194,10 @@ def check_unmoved(out: Path, known: dict[str, dict[str, Any]], splits: dict[str,
     """Raise ValueError if written volumes are no longer found, or belong to the other split."""
     advice = "delete it, or choose another folder with --out"
     if gone := [entry["source"] for name, entry in known.items() if name not in splits]:
-        raise ValueError(f"{out} holds slices of volumes that are not found any more: {listing(gone)}; {advice}")
+        raise ValueError(
+            f"{out} holds slices of volumes that are not found any more: {listing(gone)}; {advice}; if it was written "
+            f"from DICOM by a version that showed patients in names, add --{KEEP_PATIENT_ID} to continue it"
+        )
     if moved := {entry["patient"] for name, entry in known.items() if entry["part"] != splits[name]}:
         raise ValueError(
             f"{out} was written from other volumes; with the present ones, patients change between train and val: "
@@ -213,8 +237,8 @@ def slice_all(
     num_workers: int,
     progress: bool,
 ) -> None:
-    """Slice volumes and add each to the record, which is written every few seconds."""
-    written = time.monotonic()
+    """Slice volumes and add each to the record, which is written now and then: the longer it is, the less often."""
+    next_write = time.monotonic() + WRITE_EVERY
     with tqdm(total=len(jobs), desc="slices", unit="volume", disable=not progress) as bar:
         for sliced in map_unordered(slice_volume, jobs, num_workers):
             if sliced.entry:
@@ -224,10 +248,11 @@ def slice_all(
                     {"source": str(sliced.volume.source), "why": sliced.error or sliced.unfit}
                 )
             bar.update()
-            if time.monotonic() > written + WRITE_EVERY:
+            if (started := time.monotonic()) > next_write:
                 with writing(out):
                     write_json(out / RECORD, record)
-                written = time.monotonic()
+                finished = time.monotonic()
+                next_write = finished + max(WRITE_EVERY, (finished - started) / WRITE_FRACTION)
 
 
 def slice_volume(volume: Volume, out: Path, split: str, settings: PictureSettings) -> Sliced:
@@ -235,7 +260,8 @@ def slice_volume(volume: Volume, out: Path, split: str, settings: PictureSetting
     state = file_state(volume)
     try:
         voxels, affine = read_volume(volume)
-    except PREPARE_ERRORS as error:
+        value_notes = notes_on_values(voxels, settings)
+    except Exception as error:  # a damaged file may raise anything, and must not end the others
         return Sliced(volume, error=failure_reason(error))
     if why := why_skewed(affine, settings.axis) or why_distorted(volume, settings.axis):
         return Sliced(volume, unfit=f"{why}; try --axis axial")
@@ -249,14 +275,25 @@ def slice_volume(volume: Volume, out: Path, split: str, settings: PictureSetting
         num_slices += 1
     entry = {
         "source": str(volume.source),
-        "patient": volume.patient,
+        "patient": volume.pseudonym or volume.patient,
         "part": split,
         "slices": num_slices,
         "blank": num_blank,
-        "notes": list(volume.series.notes) if volume.series else [],
+        "notes": [*(volume.series.notes if volume.series else ()), *value_notes],
         "state": state,
     }
     return Sliced(volume, entry)
+
+
+def notes_on_values(voxels: np.ndarray, settings: PictureSettings) -> list[str]:
+    """List what is odd about the values of a volume `(h, w, d)`, as `check` does, and padding that darkens slices."""
+    low, high = float(voxels.min()), float(voxels.max())
+    fault = value_fault(low, high, sample_voxels(voxels), AIR_HU)
+    if fault is not None:
+        return [f"no Hounsfield units? {fault[0]}: {fault[1]}"]
+    if low < SHOWN_PADDING and settings.scaling == "minmax" and settings.hu_min is None:
+        return [f"values down to {low:g} (padding?) widen the range of slices; --hu_min -1024 clips them"]
+    return []
 
 
 def why_distorted(volume: Volume, axis: Axis) -> str:
@@ -299,7 +336,9 @@ def summarise_slices(record: dict[str, Any]) -> str:
     if num_blank := sum(entry["blank"] for entry in volumes):
         lines.append(f"excluded: {num_blank} blank slices")
     if others := record["files_of_other_kinds"]:
-        lines.append("files of other kinds: " + ", ".join(f"{number} {kind}" for kind, number in others.items()))
+        examples = {other["kind"]: other["file"] for other in reversed(record["other_files"])}
+        kinds = [f"{number} {kind} (e.g. {examples[kind]})" for kind, number in others.items()]
+        lines.append("files of other kinds: " + ", ".join(kinds))
     notes = [f"{entry['source']}: {note}" for entry in volumes for note in entry["notes"]]
     skipped = [f"{entry['source']}: {entry['why']}" for entry in record["skipped"]]
     for title, items in (("skipped", skipped), ("warnings", notes)):

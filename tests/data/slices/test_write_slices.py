@@ -223,8 +223,9 @@ def test_dicom_from_the_command_line(tmp_path, capsys):
             write_series(tmp_path / "in" / patient / visit, HU, PatientID=patient, SeriesInstanceUID=f"1.{visit}")
     write_series(tmp_path / "in" / "scout", HU[:, :, :1], SeriesInstanceUID="1.7")
     write_dicom(tmp_path / "in" / "A" / "segmentation", Modality="SEG", PatientID="A")
-    record = sliced(tmp_path / "in", "--min_slices=2", "--axis=coronal")
+    record = sliced(tmp_path / "in", "--min_slices=2", "--axis=coronal", "--keep_patient_id")
     assert sorted(entry["patient"] for entry in record["volumes"].values()) == ["A", "A", "B", "B", "C", "C"]
+    assert [Path(other["file"]).name for other in record["other_files"]] == ["segmentation"]
     assert record["files_of_other_kinds"] == {"SEG": 1}
     told = capsys.readouterr().out
     assert "val: 12 slices of 2 volumes, 1 patients" in told
