@@ -161,6 +161,7 @@ def slices(argv: Sequence[str]) -> None:
     """Write CTs, NIfTI or DICOM, as folders of PNG slices."""
     args = parse(SlicesArguments(prog="hyspark slices", allow_abbrev=False), argv)
     from hyspark.data.settings import PictureSettings
+    from hyspark.data.slices import record as slices_record
     from hyspark.data.slices import write_slices
 
     low, high = args.hu_min, args.hu_max
@@ -183,8 +184,8 @@ def slices(argv: Sequence[str]) -> None:
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    print(write_slices.summarise_slices(record))
-    print(f"written to {args.out}; every volume: {Path(args.out) / write_slices.RECORD}")
+    print(slices_record.summarise_slices(record))
+    print(f"written to {args.out}; every volume: {Path(args.out) / slices_record.RECORD}")
     for failed in record["failed"]:
         print(f"not read: {failed['source']}: {failed['why']}", file=sys.stderr)
     if record["failed"]:

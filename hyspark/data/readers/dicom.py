@@ -35,7 +35,7 @@ MARKS = (
     *("ProtocolName", "ScanOptions", "PatientPosition", "ReconstructionDiameter", "ReconstructionMethod", "EchoTime"),
     *("StudyInstanceUID", "ImageComments"),
 )
-"""Elements that may differ between the scans of a series, the most telling first."""
+"""Elements that may differ between the scans of a series, the most specific first."""
 TIMES = ("AcquisitionDateTime", "AcquisitionDate", "AcquisitionTime", "ContentDate", "ContentTime")
 FRAME_NAMES = {
     "FrameType": "ImageType",
@@ -43,15 +43,15 @@ FRAME_NAMES = {
     "FrameAcquisitionDateTime": "AcquisitionDateTime",
 }
 """Names of elements of a frame, with their names in a file of one slice."""
-GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+FRAME_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 TAGS = (
     *("SOPClassUID", "SOPInstanceUID", "Modality", "PatientID", "SeriesInstanceUID", "NumberOfFrames"),
     *("SamplesPerPixel", "PhotometricInterpretation", "Rows", "Columns", "PixelSpacing", "ImagePositionPatient"),
     *("ImageOrientationPatient", "InstanceNumber", "RescaleSlope", "RescaleIntercept", "RescaleType"),
-    *("ModalityLUTSequence", *MARKS, *TIMES, *GROUPS),
+    *("ModalityLUTSequence", *MARKS, *TIMES, *FRAME_GROUPS),
 )
 CT_CLASSES = (CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage)
-ENDINGS = (".dcm", ".dicom", ".ima")
+DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
 """Endings of names that promise DICOM."""
 FIRST_GROUPS, MAX_FIRST_LENGTH = (2, 8), 128
 """Groups and largest length in bytes of the first element of a file without preamble."""
@@ -78,7 +78,7 @@ class Header:
         number: InstanceNumber; None if missing.
         thickness: SliceThickness in mm.
         rescale: RescaleSlope and RescaleIntercept, 1 and 0 where only the other is given; None if both are missing.
-        has_table: whether a look-up table gives the values in place of slope and intercept.
+        has_table: whether a look-up table gives the values instead of slope and intercept.
         unit: RescaleType, empty if missing.
         inverted: whether the image is displayed inverted (MONOCHROME1).
         marks: values of MARKS, in their order; empty where missing.
@@ -132,7 +132,7 @@ def read_header(path: Path) -> tuple[Header, ...] | str | None:
     Returns:
         The headers; the reason in one line if the file is unreadable; None if it is no DICOM.
     """
-    promised = path.suffix.lower() in ENDINGS
+    promised = path.suffix.lower() in DICOM_ENDINGS
     try:
         if not is_dicom(path):
             found = "neither its prefix DICM nor a first element" if path.stat().st_size else "an empty file"
@@ -200,15 +200,15 @@ def headers_of(path: Path, data: pydicom.FileDataset) -> Iterator[Header]:
             raise ValueError("no Rows; is the file cut short?")
         modality = f"CT without image ({kind.name})"
     num_frames = int(data.get("NumberOfFrames") or 1)
-    groups = data.get(GROUPS[1]) or ()
+    groups = data.get(FRAME_GROUPS[1]) or ()
     if modality != "CT" or not groups:
         several = "images of several frames without functional groups; convert them to NIfTI, e.g. by dcm2niix"
         yield as_header(path, None, modality, data, several if num_frames != 1 else "")
         return
     if len(groups) != num_frames:
         raise ValueError(f"NumberOfFrames is {num_frames}, but {len(groups)} frames are described")
-    shared = data.get(GROUPS[0]) or ()
-    plain = pydicom.Dataset({element.tag: element for element in data if element.keyword not in GROUPS})
+    shared = data.get(FRAME_GROUPS[0]) or ()
+    plain = pydicom.Dataset({element.tag: element for element in data if element.keyword not in FRAME_GROUPS})
     for frame, group in enumerate(groups):
         merged = pydicom.Dataset(plain)
         for item in (*shared, group):

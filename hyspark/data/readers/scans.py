@@ -22,7 +22,7 @@ LONGEST_VALUE = 16
 
 
 @dataclass(frozen=True)
-class Scan:
+class SeriesPart:
     """Slices of one scan.
 
     Attributes:
@@ -38,7 +38,7 @@ class Scan:
     num_copies: int = 0
 
 
-def separate(slices: Sequence[Header], label: str = "") -> list[Scan]:
+def separate(slices: Sequence[Header], label: str = "") -> list[SeriesPart]:
     """Separate slices of one plane into scans.
 
     Args:
@@ -48,7 +48,7 @@ def separate(slices: Sequence[Header], label: str = "") -> list[Scan]:
     repeats = num_repeats(slices)
     parts = repeated_parts(slices, repeats) if repeats > 1 else interleaved_parts(slices)
     if not parts:
-        return [Scan(label, ordered(slices), repeats)]
+        return [SeriesPart(label, ordered(slices), repeats)]
     return [scan for name, part in parts.items() for scan in separate(part, f"{label}, {name}" if label else name)]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from hyspark.data.readers.dicom import Header
 from hyspark.data.readers.hounsfield import Slice, pixels_digest
-from hyspark.data.readers.scans import Scan, separate
+from hyspark.data.readers.scans import SeriesPart, separate
 from hyspark.data.readers.stacks import (
     affine_of,
     by_plane,
@@ -156,13 +156,13 @@ def add_scans(slices: Sequence[Header], min_slices: int, notes: Sequence[str], f
             found.volumes.append(as_series(scan, named, [*notes, *apart, *several]))
 
 
-def separate_with_copies(plane: Sequence[Header]) -> list[Scan]:
+def separate_with_copies(plane: Sequence[Header]) -> list[SeriesPart]:
     """Separate slices into scans; of slices that nothing but their file separates, exclude those with equal pixels."""
     scans = []
     for scan in separate(plane):
         if scan.repeats > 1:
             kept = without_equal_pixels(scan.slices)
-            scan = Scan(scan.label, kept, num_repeats(kept), len(scan.slices) - len(kept))
+            scan = SeriesPart(scan.label, kept, num_repeats(kept), len(scan.slices) - len(kept))
         scans.append(scan)
     return scans
 
@@ -191,7 +191,7 @@ def why_uncalibrated(slices: Sequence[Header]) -> str:
     )
 
 
-def as_series(scan: Scan, label: str, notes: Sequence[str]) -> Series:
+def as_series(scan: SeriesPart, label: str, notes: Sequence[str]) -> Series:
     """Make a volume of a scan."""
     slices = scan.slices
     uneven, affine = why_uneven(slices), affine_of(slices)

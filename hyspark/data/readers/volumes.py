@@ -40,7 +40,7 @@ class Volume:
         name: unique file name, the same on every machine.
         source: the NIfTI file, or the folder of the DICOM series.
         series: the DICOM series.
-        pseudonym: what names and records show in place of a DICOM file's PatientID; empty if the patient is shown.
+        pseudonym: what names and records show instead of a DICOM file's PatientID; empty if the patient is shown.
     """
 
     patient: str
@@ -99,7 +99,7 @@ def find_ct_volumes(
         sources: files and folders.
         min_slices: DICOM scans with fewer slices are skipped.
         skip: folder that is not searched.
-        keep_patient_id: whether names show the PatientID of DICOM files, in place of a pseudonym.
+        keep_patient_id: whether names show the PatientID of DICOM files, instead of a pseudonym.
         num_workers: processes that read DICOM headers; 0 takes one per core.
         progress: whether to show a progress bar.
 

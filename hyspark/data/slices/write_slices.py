@@ -22,19 +22,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from hyspark.data.datasets.splits import held_out_subjects
-from hyspark.data.preprocessing.prepare import MAX_LISTED, failure_reason
+from hyspark.data.preprocessing.prepare import failure_reason
 from hyspark.data.quality.examine import sample_voxels
 from hyspark.data.quality.faults import value_fault
 from hyspark.data.readers.volumes import Volume, find_ct_volumes, read_volume
 from hyspark.data.settings import Axis, PictureSettings
 from hyspark.data.slices.pictures import slice_axes, slice_pictures, why_skewed
+from hyspark.data.slices.record import KEEP_PATIENT_ID, RECORD, SLICE_SPLITS, check_unmoved, read_record
 from hyspark.utils.atomic import write_json, write_whole
-from hyspark.utils.paths import load_json
 from hyspark.utils.processes import available_cores, map_unordered
-from hyspark.utils.text import listing
 
-RECORD = "slices.json"
-SLICE_SPLITS = ("train", "val")
 CLASS = "1"
 """ImageFolder expects a folder per class; there is one class."""
 PNG_LEVEL = 3
@@ -43,9 +40,8 @@ WRITE_EVERY, WRITE_FRACTION = 5.0, 0.02
 """Least seconds between two writes of the record during slicing, and largest fraction of the time that they take."""
 AIR_HU = -1000.0
 """HU at and below which a volume holds nothing but air."""
-SHOWN_PADDING = -1100.0
+PADDING_HU = -1100.0
 """HU below which values are padding, which widens the range of slices that are scaled by it."""
-KEEP_PATIENT_ID = "keep_patient_id"
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,7 @@ def write_slices(
         val_fraction: fraction of patients for validation, see `held_out_subjects`.
         seed: seed of the split.
         min_slices: DICOM scans with fewer slices are skipped.
-        keep_patient_id: whether names and record show the PatientID of DICOM files, in place of a pseudonym.
+        keep_patient_id: whether names and record show the PatientID of DICOM files, instead of a pseudonym.
         num_workers: volumes sliced at a time; 0 takes one per core.
         progress: whether to show progress bars.
 
@@ -157,52 +153,10 @@ def write_slices(
     return record
 
 
-def read_record(out: Path, chosen: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Read the volumes that slices.json lists; raise ValueError if it was written with other settings."""
-    path = out / RECORD
-    if not path.exists():
-        if any((out / split).exists() for split in SLICE_SPLITS):
-            raise ValueError(
-                f"{out} holds {' or '.join(SLICE_SPLITS)} and no {RECORD}; choose another folder with --out"
-            )
-        return {}
-    record = load_json(path)
-    if not isinstance(record, dict) or not {"settings", "volumes"} <= record.keys():
-        raise ValueError(f"{path}: expected a record of slices, got another JSON; choose another folder with --out")
-    before = record["settings"]
-    different = [
-        f"{name} {before.get(name)}, now {chosen.get(name)}"
-        for name in [*chosen, *(before.keys() - chosen.keys())]
-        if name != KEEP_PATIENT_ID or name in before  # records of earlier versions have none
-        if before.get(name) != chosen.get(name)
-    ]
-    if different:
-        raise ValueError(
-            f"{out} was written with other settings: {'; '.join(different)}; choose another folder with --out"
-        )
-    volumes: dict[str, dict[str, Any]] = record["volumes"]
-    return volumes
-
-
 def split_volumes(volumes: Sequence[Volume], *, seed: int, val_fraction: float) -> dict[str, str]:
     """Assign each volume's name to "train" or "val" by its patient."""
     held_out = held_out_subjects((volume.patient for volume in volumes), seed=seed, val_fraction=val_fraction)
     return {volume.name: "val" if volume.patient in held_out else "train" for volume in volumes}
-
-
-def check_unmoved(out: Path, known: dict[str, dict[str, Any]], splits: dict[str, str]) -> None:
-    """Raise ValueError if written volumes are no longer found, or belong to the other split."""
-    advice = "delete it, or choose another folder with --out"
-    if gone := [entry["source"] for name, entry in known.items() if name not in splits]:
-        raise ValueError(
-            f"{out} holds slices of volumes that are not found any more: {listing(gone)}; {advice}; if it was written "
-            f"from DICOM by a version that showed patients in names, add --{KEEP_PATIENT_ID} to continue it"
-        )
-    if moved := {entry["patient"] for name, entry in known.items() if entry["part"] != splits[name]}:
-        raise ValueError(
-            f"{out} was written from other volumes; with the present ones, patients change between train and val: "
-            f"{listing(moved)}; {advice}"
-        )
 
 
 def existing_files(out: Path) -> dict[str, list[Path]]:
@@ -260,7 +214,7 @@ def slice_volume(volume: Volume, out: Path, split: str, settings: PictureSetting
     state = file_state(volume)
     try:
         voxels, affine = read_volume(volume)
-        value_notes = notes_on_values(voxels, settings)
+        value_notes = notes_on_values(voxels)
     except Exception as error:  # a damaged file may raise anything, and must not end the others
         return Sliced(volume, error=failure_reason(error))
     if why := why_skewed(affine, settings.axis) or why_distorted(volume, settings.axis):
@@ -279,21 +233,17 @@ def slice_volume(volume: Volume, out: Path, split: str, settings: PictureSetting
         "part": split,
         "slices": num_slices,
         "blank": num_blank,
+        "padded": bool(voxels.min() < PADDING_HU),
         "notes": [*(volume.series.notes if volume.series else ()), *value_notes],
         "state": state,
     }
     return Sliced(volume, entry)
 
 
-def notes_on_values(voxels: np.ndarray, settings: PictureSettings) -> list[str]:
-    """List what is odd about the values of a volume `(h, w, d)`, as `check` does, and padding that darkens slices."""
-    low, high = float(voxels.min()), float(voxels.max())
-    fault = value_fault(low, high, sample_voxels(voxels), AIR_HU)
-    if fault is not None:
-        return [f"no Hounsfield units? {fault[0]}: {fault[1]}"]
-    if low < SHOWN_PADDING and settings.scaling == "minmax" and settings.hu_min is None:
-        return [f"values down to {low:g} (padding?) widen the range of slices; --hu_min -1024 clips them"]
-    return []
+def notes_on_values(voxels: np.ndarray) -> list[str]:
+    """List what is odd about the values of a volume `(h, w, d)`, as `check` does."""
+    fault = value_fault(float(voxels.min()), float(voxels.max()), sample_voxels(voxels), AIR_HU)
+    return [] if fault is None else [f"no Hounsfield units? {fault[0]}: {fault[1]}"]
 
 
 def why_distorted(volume: Volume, axis: Axis) -> str:
@@ -320,29 +270,3 @@ def writing(out: Path) -> Iterator[None]:
             f"{out}: slices are not writable ({error.strerror or error}); make room, or choose another "
             "folder with --out"
         ) from error
-
-
-def summarise_slices(record: dict[str, Any]) -> str:
-    """Summarise a record for the terminal in a few lines."""
-    volumes = record["volumes"].values()
-    lines = []
-    for split in SLICE_SPLITS:
-        entries = [entry for entry in volumes if entry["part"] == split]
-        patients = {entry["patient"] for entry in entries}
-        num_slices = sum(entry["slices"] for entry in entries)
-        lines.append(f"{split}: {num_slices} slices of {len(entries)} volumes, {len(patients)} patients")
-    if record["settings"]["val_fraction"] and volumes and all(entry["part"] == "train" for entry in volumes):
-        lines[-1] += "; no patient is held out"
-    if num_blank := sum(entry["blank"] for entry in volumes):
-        lines.append(f"excluded: {num_blank} blank slices")
-    if others := record["files_of_other_kinds"]:
-        examples = {other["kind"]: other["file"] for other in reversed(record["other_files"])}
-        kinds = [f"{number} {kind} (e.g. {examples[kind]})" for kind, number in others.items()]
-        lines.append("files of other kinds: " + ", ".join(kinds))
-    notes = [f"{entry['source']}: {note}" for entry in volumes for note in entry["notes"]]
-    skipped = [f"{entry['source']}: {entry['why']}" for entry in record["skipped"]]
-    for title, items in (("skipped", skipped), ("warnings", notes)):
-        if items:
-            more = [f"and {len(items) - MAX_LISTED} more, in {RECORD}"] if len(items) > MAX_LISTED else []
-            lines.append("\n  ".join([f"{title}:", *items[:MAX_LISTED], *more]))
-    return "\n".join(lines)
