@@ -75,6 +75,7 @@ class Header:
         plane: rows, columns, mm between rows and between columns, direction cosines of a row and of a column; None if
             missing or no numbers.
         position: ImagePositionPatient in mm (LPS); None if missing or no numbers.
+        is_placed: whether position and directions are given, and the pixel spacing alone may be missing.
         number: InstanceNumber; None if missing.
         thickness: SliceThickness in mm.
         rescale: RescaleSlope and RescaleIntercept, 1 and 0 where only the other is given; None if both are missing.
@@ -96,6 +97,7 @@ class Header:
     fault: str
     plane: tuple[float, ...] | None
     position: tuple[float, ...] | None
+    is_placed: bool
     number: int | None
     thickness: float
     rescale: tuple[float, float] | None
@@ -193,7 +195,7 @@ def headers_of(path: Path, data: pydicom.FileDataset) -> Iterator[Header]:
         modality = "DICOMDIR"
     elif not modality and kind in CT_CLASSES:
         modality = "CT"
-    elif not modality and not kind:
+    elif not modality and not data.get("SOPClassUID"):
         raise ValueError("neither Modality nor SOPClassUID; is the file cut short?")
     if modality == "CT" and "Rows" not in data:
         if kind in CT_CLASSES or not kind:
@@ -232,6 +234,7 @@ def as_header(path: Path, frame: int | None, modality: str, data: pydicom.Datase
         fault = "colour images"
     sizes = numbers([data.get("Rows"), data.get("Columns")], 2)
     spacing, directions = numbers(data.get("PixelSpacing"), 2), numbers(data.get("ImageOrientationPatient"), 6)
+    position = numbers(data.get("ImagePositionPatient"), 3)
     slope, intercept = data.get("RescaleSlope"), data.get("RescaleIntercept")
     number = data.get("InstanceNumber")
     texts = {name: as_text(data.get(name)) for name in (*MARKS, *TIMES)}
@@ -245,7 +248,8 @@ def as_header(path: Path, frame: int | None, modality: str, data: pydicom.Datase
         localizer="LOCALIZER" in (data.get("ImageType") or ()),
         fault=fault,
         plane=(*sizes, *spacing, *directions) if sizes and spacing and directions else None,
-        position=numbers(data.get("ImagePositionPatient"), 3),
+        position=position,
+        is_placed=bool(position and directions),
         number=None if number is None else int(number),
         thickness=(numbers([data.get("SliceThickness")], 1) or (1.0,))[0] or 1.0,
         rescale=None if slope is None and intercept is None else (as_number(slope, 1.0), as_number(intercept, 0.0)),

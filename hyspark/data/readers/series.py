@@ -86,14 +86,15 @@ def assemble_series(headers: Sequence[Header], min_slices: int, damaged: Sequenc
     for fault, odd in grouped_faults(slices).items():
         found.skipped.append(f"{fault} ({len(odd)} of {len(slices)}, e.g. {odd[0].name})")
     slices = [header for header in slices if not header.fault]
-    if lost := [header for header in slices if header.plane is None or header.position is None]:
+    if lost := [header for header in slices if not header.is_placed]:
         reason = f"{len(lost)} of {len(slices)} images have no position in the patient, e.g. {lost[0].name}"
         found.skipped.append(reason)
         notes.append(reason)
-    slices = [header for header in slices if header.plane is not None and header.position is not None]
+    slices = [header for header in slices if header.is_placed]
     if bent := [header for header in slices if not has_plane(header)]:
         found.faults.append(
-            f"no valid pixel spacing or orientation in {len(bent)} of {len(slices)} images, e.g. {bent[0].name}"
+            f"no valid PixelSpacing or ImageOrientationPatient in {len(bent)} of {len(slices)} images, "
+            f"e.g. {bent[0].name}; export them again"
         )
     slices = [header for header in slices if has_plane(header)]
     once = {
