@@ -3,7 +3,9 @@
 Files are recognised by their content, not by their name. A multi-frame file has one header for each frame.
 """
 
+import io
 import math
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -166,6 +168,16 @@ def is_dicom(path: Path) -> bool:
     return False
 
 
+class BoundedFile(io.BufferedReader):
+    """A file of which no read takes more memory than it has bytes, whatever length a damaged element states."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read at most `size` bytes."""
+        if size is not None and size > io.DEFAULT_BUFFER_SIZE:
+            size = min(size, os.fstat(self.fileno()).st_size)
+        return super().read(size)
+
+
 def open_dicom(path: Path, **options: Any) -> pydicom.FileDataset:
     """Read a DICOM file, with or without preamble and file meta group; fill in a missing transfer syntax.
 
@@ -173,7 +185,8 @@ def open_dicom(path: Path, **options: Any) -> pydicom.FileDataset:
         path: the file.
         options: options of `pydicom.dcmread`.
     """
-    data = pydicom.dcmread(path, force=True, **options)
+    with BoundedFile(io.FileIO(path)) as file:
+        data = pydicom.dcmread(file, force=True, **options)
     if getattr(data, "file_meta", None) is None:
         data.file_meta = FileMetaDataset()
     if not data.file_meta.get("TransferSyntaxUID"):
@@ -189,7 +202,8 @@ def headers_of(path: Path, data: pydicom.FileDataset) -> Iterator[Header]:
     Raises:
         ValueError: if the elements of an image are missing.
     """
-    kind = UID(str(data.get("SOPClassUID") or data.file_meta.get("MediaStorageSOPClassUID") or ""))
+    in_meta = data.file_meta.get("MediaStorageSOPClassUID")  # whole in a file that is cut short
+    kind = UID(str(in_meta or data.get("SOPClassUID") or ""))
     modality = str(data.get("Modality") or "")
     if kind == MediaStorageDirectoryStorage:
         modality = "DICOMDIR"
