@@ -13,7 +13,7 @@ from nibabel.affines import voxel_sizes
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
 from hyspark.data.datasets.nnunet import name_of_image
-from hyspark.data.datasets.splits import subject_of
+from hyspark.data.datasets.subjects import subject_of
 from hyspark.data.readers.dicom import Header, read_headers
 from hyspark.data.readers.hounsfield import check_units, read_series
 from hyspark.data.readers.nifti import check_header, read_nifti
@@ -184,9 +184,11 @@ def add_series(
         elif read[0].modality != "CT":
             found.add_other(read[0].modality, path)
         else:
-            series.setdefault((read[0].patient or folders[path], read[0].series), []).extend(read)
+            # Files without SeriesInstanceUID are a series of their folder.
+            uid = read[0].series or f"folder {path.parent.name}"
+            series.setdefault((read[0].patient or folders[path], uid), []).extend(read)
     for (patient, uid), slices in series.items():
-        source = f"{slices[0].path.parent}, series {uid or 'without UID'}"
+        source = f"{slices[0].path.parent}, series {uid}"
         pseudonym = "" if keep_patient_id or not slices[0].patient else pseudonym_of(patient)
         near = [
             file for folder in sorted({header.path.parent for header in slices}) for file in damaged.get(folder, ())
