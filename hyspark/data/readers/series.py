@@ -199,6 +199,8 @@ def as_series(scan: SeriesPart, label: str, notes: Sequence[str]) -> Series:
     found = [*notes]
     if scan.num_copies:
         found.append(f"{scan.num_copies} slices repeat the pixels of another at their position and are excluded")
+    if not any(header.rescale or header.has_table for header in slices):
+        found.append("RescaleSlope and RescaleIntercept are missing; stored values are taken as Hounsfield units")
     if any(header.inverted for header in slices):
         found.append("MONOCHROME1: values are taken as they are stored, though displays invert them")
     if odd := {header.unit for header in slices} - {"", "HU", "US"}:
