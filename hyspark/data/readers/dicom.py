@@ -52,6 +52,7 @@ TAGS = (
     *("ImageOrientationPatient", "InstanceNumber", "RescaleSlope", "RescaleIntercept", "RescaleType"),
     *("ModalityLUTSequence", *MARKS, *TIMES, *FRAME_GROUPS),
 )
+SEVERAL_FRAMES = "images of several frames without functional groups; convert them to NIfTI, e.g. by dcm2niix"
 CT_CLASSES = (CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage)
 DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
 """Endings of names that promise DICOM."""
@@ -218,8 +219,7 @@ def headers_of(path: Path, data: pydicom.FileDataset) -> Iterator[Header]:
     num_frames = int(data.get("NumberOfFrames") or 1)
     groups = data.get(FRAME_GROUPS[1]) or ()
     if modality != "CT" or not groups:
-        several = "images of several frames without functional groups; convert them to NIfTI, e.g. by dcm2niix"
-        yield as_header(path, None, modality, data, several if num_frames != 1 else "")
+        yield as_header(path, None, modality, data, SEVERAL_FRAMES if num_frames != 1 else "")
         return
     if len(groups) != num_frames:
         raise ValueError(f"NumberOfFrames is {num_frames}, but {len(groups)} frames are described")
@@ -246,12 +246,12 @@ def as_header(path: Path, frame: int | None, modality: str, data: pydicom.Datase
     colours = str(data.get("PhotometricInterpretation") or "")
     if not fault and (int(data.get("SamplesPerPixel") or 1) != 1 or colours.startswith("PALETTE")):
         fault = "colour images"
-    sizes = numbers([data.get("Rows"), data.get("Columns")], 2)
+    sizes, position = numbers([data.get("Rows"), data.get("Columns")], 2), numbers(data.get("ImagePositionPatient"), 3)
     spacing, directions = numbers(data.get("PixelSpacing"), 2), numbers(data.get("ImageOrientationPatient"), 6)
-    position = numbers(data.get("ImagePositionPatient"), 3)
     slope, intercept = data.get("RescaleSlope"), data.get("RescaleIntercept")
     number = data.get("InstanceNumber")
     texts = {name: as_text(data.get(name)) for name in (*MARKS, *TIMES)}
+    acquired = texts["AcquisitionTime"] and texts["AcquisitionDate"] + texts["AcquisitionTime"]
     return Header(
         path,
         frame,
@@ -271,8 +271,7 @@ def as_header(path: Path, frame: int | None, modality: str, data: pydicom.Datase
         unit=str(data.get("RescaleType") or "").strip().upper(),
         inverted=colours == "MONOCHROME1",
         marks=tuple(texts[name] for name in MARKS),
-        acquired=texts["AcquisitionDateTime"]
-        or (texts["AcquisitionTime"] and texts["AcquisitionDate"] + texts["AcquisitionTime"]),
+        acquired=texts["AcquisitionDateTime"] or acquired,
         created=texts["ContentTime"] and texts["ContentDate"] + texts["ContentTime"],
     )
 
