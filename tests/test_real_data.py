@@ -56,7 +56,9 @@ def test_pretraining_and_finetuning_on_real_ct(pretraining, finetuning, tmp_path
 
 def test_slices_of_a_raw_dicom_series(tmp_path):
     settings = PictureSettings(hu_min=-1024.0, size=64)
-    record = write_slices([Path(REAL) / "dicom"], tmp_path, settings, num_workers=1, progress=False)
+    record = write_slices(
+        [Path(REAL) / "dicom"], tmp_path, settings, keep_patient_id=True, num_workers=1, progress=False
+    )
     ((name, entry),) = record["volumes"].items()
     assert (entry["patient"], entry["slices"], entry["notes"]) == ("C3L-00189", 35, [])
     assert (record["failed"], record["skipped"], record["files_of_other_kinds"]) == ([], [], {})

@@ -204,7 +204,8 @@ class SlicesArguments(Arguments):
     size: int = 0  # Pixels of the short side; 0 keeps the resolution
     val_fraction: float = 0.2  # Fraction of patients in val
     seed: int = 0  # Seed of the split
-    min_slices: int = 8  # DICOM series of fewer slices, such as localizers, are skipped
+    min_slices: int = 8  # DICOM scans of fewer slices, such as localizers, are skipped
+    keep_patient_id: bool = False  # Show the PatientID of DICOM files in names and slices.json, not a pseudonym
     prepare_workers: int = 0  # Volumes at a time, a process each; 0 uses one per available core
 
 

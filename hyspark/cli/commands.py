@@ -175,6 +175,7 @@ def slices(argv: Sequence[str]) -> None:
     """Write CTs, NIfTI or DICOM, as folders of PNG slices."""
     args = parse(SlicesArguments(prog="hyspark slices", allow_abbrev=False), argv)
     from hyspark.data.settings import PictureSettings
+    from hyspark.data.slices import record as slices_record
     from hyspark.data.slices import write_slices
 
     low, high = args.hu_min, args.hu_max
@@ -191,13 +192,14 @@ def slices(argv: Sequence[str]) -> None:
             val_fraction=args.val_fraction,
             seed=args.seed,
             min_slices=args.min_slices,
+            keep_patient_id=args.keep_patient_id,
             num_workers=args.prepare_workers,
         )
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    print(write_slices.summarise_slices(record))
-    print(f"written to {args.out}; every volume: {Path(args.out) / write_slices.RECORD}")
+    print(slices_record.summarise_slices(record))
+    print(f"written to {args.out}; every volume: {Path(args.out) / slices_record.RECORD}")
     for failed in record["failed"]:
         print(f"not read: {failed['source']}: {failed['why']}", file=sys.stderr)
     if record["failed"]:

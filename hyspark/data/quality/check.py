@@ -19,8 +19,8 @@ from hyspark.data.datasets.subjects import large_subject_faults, subjects_on_bot
 from hyspark.data.quality.examine import Examined, examine
 from hyspark.data.quality.findings import Finding
 from hyspark.data.settings import PrepareSettings
-from hyspark.utils.processes import KILLED, available_cores, map_unordered
 from hyspark.utils.paths import NIFTI
+from hyspark.utils.processes import KILLED, available_cores, map_unordered
 from hyspark.utils.text import listing
 
 MAX_THUMBNAILS = 120

@@ -1,93 +1,123 @@
-"""DICOM files -> CT series, each one volume.
+"""DICOM files -> their headers, one for each slice.
 
-Files are recognised by their content, not by their name. Slices are ordered by their position along their normal
-(DICOM PS3.3, C.7.6.2.1.1), not by name or number.
+Files are recognised by their content, not by their name. A multi-frame file has one header for each frame.
 """
 
+import io
+import math
+import os
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pydicom
-from pydicom.pixels import apply_modality_lut, get_decoder
-from pydicom.uid import UID
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import (
+    UID,
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    LegacyConvertedEnhancedCTImageStorage,
+    MediaStorageDirectoryStorage,
+)
+from pydicom.valuerep import VR
 from tqdm import tqdm
 
 from hyspark.utils.processes import worker_pool
 from hyspark.utils.text import first_line
 
-TAGS = (
-    *("SOPInstanceUID", "Modality", "PatientID", "SeriesInstanceUID", "ImageType", "NumberOfFrames", "SamplesPerPixel"),
-    *("Rows", "Columns", "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient"),
-    *("AcquisitionNumber", "InstanceNumber", "SliceThickness"),
+MARKS = (
+    *("AcquisitionNumber", "TemporalPositionIdentifier", "TemporalPositionIndex", "NominalPercentageOfCardiacPhase"),
+    *("TriggerTime", "EchoNumbers", "ImageType", "ConvolutionKernel", "FilterType", "KVP", "StackID", "SliceThickness"),
+    *("ContrastBolusAgent", "FrameOfReferenceUID", "IrradiationEventUID", "SeriesNumber", "SeriesDescription"),
+    *("ProtocolName", "ScanOptions", "PatientPosition", "ReconstructionDiameter", "ReconstructionMethod", "EchoTime"),
+    *("StudyInstanceUID", "ImageComments"),
 )
-SAME_POSITION = 0.01
-"""mm along the normal within which two slices have one position."""
-MAX_GAP_DEVIATION = 0.1
-"""Largest deviation of a gap between slices, as a fraction of the median gap, in an even stack."""
-MAX_SHIFT = 1.0
-"""mm by which a slice of a straight stack may leave the line of the others."""
+"""Elements that may differ between the scans of a series, the most specific first."""
+TIMES = ("AcquisitionDateTime", "AcquisitionDate", "AcquisitionTime", "ContentDate", "ContentTime")
+FRAME_NAMES = {
+    "FrameType": "ImageType",
+    "FrameAcquisitionNumber": "AcquisitionNumber",
+    "FrameAcquisitionDateTime": "AcquisitionDateTime",
+}
+"""Names of elements of a frame, with their names in a file of one slice."""
+FRAME_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+TAGS = (
+    *("SOPClassUID", "SOPInstanceUID", "Modality", "PatientID", "SeriesInstanceUID", "NumberOfFrames"),
+    *("SamplesPerPixel", "PhotometricInterpretation", "Rows", "Columns", "PixelSpacing", "ImagePositionPatient"),
+    *("ImageOrientationPatient", "InstanceNumber", "RescaleSlope", "RescaleIntercept", "RescaleType"),
+    *("ModalityLUTSequence", *MARKS, *TIMES, *FRAME_GROUPS),
+)
+SEVERAL_FRAMES = "images of several frames without functional groups; convert them to NIfTI, e.g. by dcm2niix"
+CT_CLASSES = (CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage)
+DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
+"""Endings of names that promise DICOM."""
+FIRST_GROUPS, MAX_FIRST_LENGTH = (2, 8), 128
+"""Groups and largest length in bytes of the first element of a file without preamble."""
 PARALLEL_FROM = 2000
 """Number of files from which on several processes read headers; fewer are read before these have started."""
-INSTALL_DECODERS = 'pip install "pylibjpeg[all]" (or python-gdcm)'
 
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a DICOM file, as far as it is used.
+    """The header of a slice, as far as it is used.
 
     Attributes:
         path: the file.
-        modality: Modality, or "no modality".
+        frame: index of the frame in a multi-frame file; None in a file of one slice.
+        modality: Modality, "DICOMDIR", or "no modality".
         uid: SOPInstanceUID.
         series: SeriesInstanceUID.
         patient: PatientID.
         localizer: whether the image is a localizer.
-        grey_slice: whether the file holds one frame of one channel.
+        fault: why the image is no grey slice; empty if it is one.
         plane: rows, columns, mm between rows and between columns, direction cosines of a row and of a column; None if
-            missing.
-        position: ImagePositionPatient in mm (LPS); None if missing.
-        number: AcquisitionNumber and InstanceNumber.
+            missing or no numbers.
+        position: ImagePositionPatient in mm (LPS); None if missing or no numbers.
+        is_placed: whether position and directions are given, and the pixel spacing alone may be missing.
+        number: InstanceNumber; None if missing.
         thickness: SliceThickness in mm.
+        rescale: RescaleSlope and RescaleIntercept, 1 and 0 where only the other is given; None if both are missing.
+        has_table: whether a look-up table gives the values instead of slope and intercept.
+        unit: RescaleType, empty if missing.
+        inverted: whether the image is displayed inverted (MONOCHROME1).
+        marks: values of MARKS, in their order; empty where missing.
+        acquired: date and time of the acquisition; empty if missing.
+        created: date and time of the image; empty if missing.
     """
 
     path: Path
+    frame: int | None
     modality: str
     uid: str
     series: str
     patient: str
     localizer: bool
-    grey_slice: bool
+    fault: str
     plane: tuple[float, ...] | None
     position: tuple[float, ...] | None
-    number: tuple[int, int]
+    is_placed: bool
+    number: int | None
     thickness: float
+    rescale: tuple[float, float] | None
+    has_table: bool
+    unit: str
+    inverted: bool
+    marks: tuple[str, ...]
+    acquired: str
+    created: str
+
+    @property
+    def name(self) -> str:
+        """Name of the file, with the frame in a multi-frame file."""
+        return self.path.name if self.frame is None else f"{self.path.name}, frame {self.frame + 1}"
 
 
-@dataclass(frozen=True)
-class Series:
-    """CT slices that make one volume.
-
-    Attributes:
-        uid: SeriesInstanceUID.
-        files: the slices, in order.
-        affine: `(4, 4)`, from (column, row, slice) to mm in RAS.
-        uneven: why the slices are no even stack; empty if they are one.
-        notes: irregularities, for the summary.
-    """
-
-    uid: str
-    files: tuple[Path, ...]
-    affine: np.ndarray
-    uneven: str
-    notes: tuple[str, ...]
-
-
-def read_headers(files: Sequence[Path], num_workers: int, progress: bool) -> Iterable[Header | str | None]:
+def read_headers(files: Sequence[Path], num_workers: int, progress: bool) -> Iterable[tuple[Header, ...] | str | None]:
     """Yield the result of `read_header` for each file, in their order."""
     with tqdm(total=len(files), desc="look for series", unit="file", disable=not progress) as bar:
         if num_workers == 1 or len(files) < PARALLEL_FROM:
@@ -101,168 +131,170 @@ def read_headers(files: Sequence[Path], num_workers: int, progress: bool) -> Ite
                 bar.update()
 
 
-def read_header(path: Path) -> Header | str | None:
-    """Read the header of a DICOM file; return the reason in one line if it is unreadable, None if it is no DICOM."""
+def read_header(path: Path) -> tuple[Header, ...] | str | None:
+    """Read the header of each slice of a DICOM file.
+
+    Returns:
+        The headers; the reason in one line if the file is unreadable; None if it is no DICOM.
+    """
+    promised = path.suffix.lower() in DICOM_ENDINGS
     try:
-        with path.open("rb") as file:
-            if file.read(132)[128:] != b"DICM":
-                return "unreadable as DICOM (its prefix DICM is missing)" if path.suffix.lower() == ".dcm" else None
+        if not is_dicom(path):
+            found = "neither its prefix DICM nor a first element" if path.stat().st_size else "an empty file"
+            return f"unreadable as DICOM (expected a header, found {found})" if promised else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pydicom warns of values that violate the standard
-            return as_header(path, pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS)))
+            data = open_dicom(path, stop_before_pixels=True, specific_tags=list(TAGS))
+            return tuple(headers_of(path, data))
     except Exception as error:  # a damaged file may raise anything
         return f"unreadable as DICOM ({first_line(error)})"
 
 
-def as_header(path: Path, data: pydicom.Dataset) -> Header:
+def is_dicom(path: Path) -> bool:
+    """Return whether a file begins as DICOM: with the prefix after its preamble, or with a plausible first element."""
+    with path.open("rb") as file:
+        first = file.read(132)
+    if first[128:] == b"DICM":
+        return True
+    if len(first) < 16:
+        return False
+    for order in ("little", "big"):
+        group = int.from_bytes(first[:2], order)
+        is_explicit = first[4:6].decode("latin-1") in VR.__members__
+        length = int.from_bytes(first[6:8] if is_explicit else first[4:8], order)
+        # Without preamble and VR, files are little-endian and hold no file meta group.
+        can_begin = group in FIRST_GROUPS if is_explicit else order == "little" and group == FIRST_GROUPS[1]
+        if can_begin and length <= MAX_FIRST_LENGTH:
+            return True
+    return False
+
+
+class BoundedFile(io.BufferedReader):
+    """A file of which no read takes more memory than it has bytes, whatever length a damaged element states."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read at most `size` bytes."""
+        if size is not None and size > io.DEFAULT_BUFFER_SIZE:
+            size = min(size, os.fstat(self.fileno()).st_size)
+        return super().read(size)
+
+
+def open_dicom(path: Path, **options: Any) -> pydicom.FileDataset:
+    """Read a DICOM file, with or without preamble and file meta group; fill in a missing transfer syntax.
+
+    Args:
+        path: the file.
+        options: options of `pydicom.dcmread`.
+    """
+    with BoundedFile(io.FileIO(path)) as file:
+        data = pydicom.dcmread(file, force=True, **options)
+    if getattr(data, "file_meta", None) is None:
+        data.file_meta = FileMetaDataset()
+    if not data.file_meta.get("TransferSyntaxUID"):
+        is_implicit, is_little = data.original_encoding
+        explicit = ExplicitVRLittleEndian if is_little else ExplicitVRBigEndian
+        data.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if is_implicit else explicit
+    return data
+
+
+def headers_of(path: Path, data: pydicom.FileDataset) -> Iterator[Header]:
+    """Yield the header of each slice of a file that is read.
+
+    Raises:
+        ValueError: if the elements of an image are missing.
+    """
+    in_meta = data.file_meta.get("MediaStorageSOPClassUID")  # whole in a file that is cut short
+    kind = UID(str(in_meta or data.get("SOPClassUID") or ""))
+    modality = str(data.get("Modality") or "")
+    if kind == MediaStorageDirectoryStorage:
+        modality = "DICOMDIR"
+    elif not modality and kind in CT_CLASSES:
+        modality = "CT"
+    elif not modality and not data.get("SOPClassUID"):
+        raise ValueError("neither Modality nor SOPClassUID; is the file cut short?")
+    if modality == "CT" and "Rows" not in data:
+        if kind in CT_CLASSES or not kind:
+            raise ValueError("no Rows; is the file cut short?")
+        modality = f"CT without image ({kind.name})"
+    num_frames = int(data.get("NumberOfFrames") or 1)
+    groups = data.get(FRAME_GROUPS[1]) or ()
+    if modality != "CT" or not groups:
+        yield as_header(path, None, modality, data, SEVERAL_FRAMES if num_frames != 1 else "")
+        return
+    if len(groups) != num_frames:
+        raise ValueError(f"NumberOfFrames is {num_frames}, but {len(groups)} frames are described")
+    shared = data.get(FRAME_GROUPS[0]) or ()
+    plain = pydicom.Dataset({element.tag: element for element in data if element.keyword not in FRAME_GROUPS})
+    for frame, group in enumerate(groups):
+        merged = pydicom.Dataset(plain)
+        for item in (*shared, group):
+            take_elements(item, merged)
+        yield as_header(path, frame, modality, merged, "")
+
+
+def take_elements(group: pydicom.Dataset, merged: pydicom.Dataset) -> None:
+    """Copy the elements of a frame's functional groups to the level of a file of one slice."""
+    for sequence in group:
+        for element in sequence.value[0] if sequence.VR == "SQ" and sequence.value else ():
+            name = FRAME_NAMES.get(element.keyword, element.keyword)
+            if name in TAGS:
+                setattr(merged, name, element.value)
+
+
+def as_header(path: Path, frame: int | None, modality: str, data: pydicom.Dataset, fault: str) -> Header:
     """Convert the elements of a header to plain values."""
-    spacing, directions = data.get("PixelSpacing"), data.get("ImageOrientationPatient")
-    position = data.get("ImagePositionPatient")
-    plane = (data.Rows, data.Columns, *spacing, *directions) if spacing and directions else None
+    colours = str(data.get("PhotometricInterpretation") or "")
+    if not fault and (int(data.get("SamplesPerPixel") or 1) != 1 or colours.startswith("PALETTE")):
+        fault = "colour images"
+    sizes, position = numbers([data.get("Rows"), data.get("Columns")], 2), numbers(data.get("ImagePositionPatient"), 3)
+    spacing, directions = numbers(data.get("PixelSpacing"), 2), numbers(data.get("ImageOrientationPatient"), 6)
+    slope, intercept = data.get("RescaleSlope"), data.get("RescaleIntercept")
+    number = data.get("InstanceNumber")
+    texts = {name: as_text(data.get(name)) for name in (*MARKS, *TIMES)}
+    acquired = texts["AcquisitionTime"] and texts["AcquisitionDate"] + texts["AcquisitionTime"]
     return Header(
         path,
-        modality=str(data.get("Modality") or "no modality"),
+        frame,
+        modality=modality or "no modality",
         uid=str(data.get("SOPInstanceUID", "")),
         series=str(data.get("SeriesInstanceUID", "")),
         patient=str(data.get("PatientID") or "").strip(" \0"),
         localizer="LOCALIZER" in (data.get("ImageType") or ()),
-        grey_slice=int(data.get("NumberOfFrames") or 1) == int(data.get("SamplesPerPixel") or 1) == 1,
-        plane=tuple(float(value) for value in plane) if plane else None,
-        position=tuple(float(value) for value in position) if position else None,
-        number=(int(data.get("AcquisitionNumber") or 0), int(data.get("InstanceNumber") or 0)),
-        thickness=float(data.get("SliceThickness") or 1),
+        fault=fault,
+        plane=(*sizes, *spacing, *directions) if sizes and spacing and directions else None,
+        position=position,
+        is_placed=bool(position and directions),
+        number=None if number is None else int(number),
+        thickness=(numbers([data.get("SliceThickness")], 1) or (1.0,))[0] or 1.0,
+        rescale=None if slope is None and intercept is None else (as_number(slope, 1.0), as_number(intercept, 0.0)),
+        has_table=bool(data.get("ModalityLUTSequence")),
+        unit=str(data.get("RescaleType") or "").strip().upper(),
+        inverted=colours == "MONOCHROME1",
+        marks=tuple(texts[name] for name in MARKS),
+        acquired=texts["AcquisitionDateTime"] or acquired,
+        created=texts["ContentTime"] and texts["ContentDate"] + texts["ContentTime"],
     )
 
 
-def assemble_series(headers: Sequence[Header], min_slices: int) -> Series:
-    """Put the slices of one series in order.
-
-    Copies of a file, localizers, and further slices at one position are excluded, with a note.
-
-    Args:
-        headers: headers of the series' files.
-        min_slices: least number of slices of a volume.
-
-    Raises:
-        ValueError: if the files are no volume, with the reason.
-    """
-    notes = []
-    slices = [header for header in headers if not header.localizer]
-    if not slices:
-        raise ValueError(f"localizer ({len(headers)} images)")
-    if len(slices) < len(headers):
-        notes.append(f"{len(headers) - len(slices)} localizers are excluded")
-    if any(not header.grey_slice for header in slices):
-        raise ValueError("images of several frames or colours; convert multi-frame CT to NIfTI first, e.g. by dcm2niix")
-    once = {header.uid or str(header.path): header for header in reversed(slices)}
-    if len(once) < len(slices):
-        notes.append(f"{len(slices) - len(once)} files are copies of other files and are excluded")
-    slices = sorted(once.values(), key=lambda header: (header.number, header.path))
-
-    check_same_plane(slices)
-    by_position: dict[int, Header] = {}
-    for header in slices:
-        by_position.setdefault(round(along_normal(header) / SAME_POSITION), header)
-    if len(by_position) < len(slices):
-        notes.append(f"{len(slices) - len(by_position)} slices repeat a position and are excluded")
-    if len(by_position) < min_slices:
-        raise ValueError(f"{len(by_position)} slices, fewer than --min_slices {min_slices}")
-    slices = [by_position[position] for position in sorted(by_position)]
-    uneven = why_uneven(slices)
-    files = tuple(header.path for header in slices)
-    return Series(slices[0].series, files, affine_of(slices), uneven, tuple(filter(None, [*notes, uneven])))
+def as_number(value: Any, default: float) -> float:
+    """Convert an element's value to a finite number, an empty one to the default."""
+    number = default if value is None or value == "" else float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"RescaleSlope and RescaleIntercept: expected numbers, got {value}")
+    return number
 
 
-def check_same_plane(headers: Sequence[Header]) -> None:
-    """Raise ValueError unless all slices have a position in the patient, one size, one spacing and one orientation."""
-    lost = [header.path.name for header in headers if header.plane is None or header.position is None]
-    if lost:
-        raise ValueError(f"{len(lost)} of {len(headers)} images have no position in the patient, e.g. {lost[0]}")
-    grids = np.array([header.plane for header in headers])
-    if not (grids[:, 2:4] > 0).all() or np.abs(np.linalg.norm(normals(grids), axis=1) - 1).max() > 0.01:
-        raise ValueError("no valid pixel spacing or orientation")
-    sizes = Counter(f"{rows:g} x {columns:g}" for rows, columns in grids[:, :2])
-    if len(sizes) > 1:
-        raise ValueError("slices of different sizes: " + ", ".join(f"{n} of {size}" for size, n in sizes.most_common()))
-    if np.abs(grids[:, 2:4] / grids[0, 2:4] - 1).max() > 0.01:
-        raise ValueError("slices of different pixel spacing")
-    if np.abs(grids[:, 4:] - grids[0, 4:]).max() > 0.01:
-        raise ValueError("slices of different orientation")
-
-
-def normals(grids: np.ndarray) -> np.ndarray:
-    """Compute the normals `(n, 3)`, LPS, of slices, each given as a row of `(n, 10)`, see `Header.plane`."""
-    return np.cross(grids[:, 4:7], grids[:, 7:10])
-
-
-def along_normal(header: Header) -> float:
-    """Compute the position of a slice along the normal of its image plane, in mm."""
-    return float(normals(np.array([header.plane]))[0] @ header.position)
-
-
-def why_uneven(headers: Sequence[Header]) -> str:
-    """Explain why ordered slices are no even stack: missing slices, changing gaps, shifts; empty if they are one."""
-    if len(headers) < 3:
-        return ""
-    where = np.array([along_normal(header) for header in headers])
-    positions = np.array([header.position for header in headers])
-    steps = np.diff(where)
-    usual = float(np.median(steps))
-    missing = int((np.rint(steps / usual) - 1).clip(0).sum())
-    if missing and (np.abs(steps / usual - np.rint(steps / usual)) <= MAX_GAP_DEVIATION).all():
-        return f"{missing} slices are missing: gaps are {usual:.4g} mm, but up to {steps.max():.4g} mm"
-    if np.abs(steps - usual).max() > MAX_GAP_DEVIATION * usual:
-        return f"slices lie from {steps.min():.4g} to {steps.max():.4g} mm apart"
-    line = positions[0] + np.outer((where - where[0]) / (where[-1] - where[0]), positions[-1] - positions[0])
-    shift = np.linalg.norm(positions - line, axis=1).max()
-    return f"slices are shifted against each other by up to {shift:.4g} mm" if shift > MAX_SHIFT else ""
-
-
-def affine_of(headers: Sequence[Header]) -> np.ndarray:
-    """Compute the affine `(4, 4)` of ordered slices, from (column, row, slice) to mm in RAS."""
-    plane = np.array(headers[0].plane)
-    first, last = np.array(headers[0].position), np.array(headers[-1].position)
-    step = (last - first) / (len(headers) - 1) if len(headers) > 1 else normals(plane[None])[0] * headers[0].thickness
-    affine = np.eye(4)
-    affine[:3] = np.column_stack([plane[4:7] * plane[3], plane[7:10] * plane[2], step, first])
-    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # LPS to RAS
-
-
-def read_series(series: Series) -> np.ndarray:
-    """Read Hounsfield units `(columns, rows, slices)`: int16, or float32 if they are not whole numbers.
-
-    Raises:
-        ValueError: if a file is damaged, or no decoder of its compression is installed; the message names the file.
-    """
-    return np.stack([read_slice(path) for path in series.files]).transpose(2, 1, 0)
-
-
-def read_slice(path: Path) -> np.ndarray:
-    """Read the Hounsfield units `(rows, columns)` of a slice, int16 or float32."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            data = pydicom.dcmread(path)
-            syntax = data.file_meta.TransferSyntaxUID
-        except Exception as error:
-            raise ValueError(f"{path.name}: unreadable as DICOM ({first_line(error)})") from error
-        if not decodable(syntax):
-            raise ValueError(
-                f"{path.name}: compressed as {syntax.name}, for which no decoder is installed: {INSTALL_DECODERS}"
-            )
-        try:
-            values: Any = np.asarray(apply_modality_lut(data.pixel_array, data))
-        except Exception as error:
-            raise ValueError(f"{path.name}: unreadable pixels ({first_line(error)})") from error
-        whole = values.astype(np.int16)
-    return whole if np.array_equal(whole, values) else values.astype(np.float32)
-
-
-def decodable(syntax: UID) -> bool:
-    """Return whether an installed decoder reads pixels of a transfer syntax."""
-    if not syntax.is_compressed:
-        return True
+def numbers(values: Any, count: int) -> tuple[float, ...] | None:
+    """Convert an element's values to `count` finite numbers; None if they are not."""
     try:
-        return bool(get_decoder(syntax).is_available)
-    except NotImplementedError:
-        return False
+        found = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        return None
+    return found if len(found) == count and all(map(math.isfinite, found)) else None
+
+
+def as_text(value: Any) -> str:
+    """Convert an element's value to text, an empty one to an empty text."""
+    if value is None:
+        return ""
+    return "\\".join(map(str, value)) if isinstance(value, list | pydicom.multival.MultiValue) else str(value).strip()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
@@ -22,6 +22,8 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 """Pillow's modes with at most 8 bits per channel."""
 GREY = ("1", "L", "LA")
+SAMPLE_FORMAT, SIGNED = 339, 2
+"""TIFF's tag of how numbers are stored, and its value for signed ones."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ def decode(found: FoundImages, short_side: int) -> tuple[ImageSet, dict[str, str
         try:
             image = read_image(source) if isinstance(source, Path) else as_tensor(source)
             return image if min(image.shape[1:]) <= short_side else with_short_side(image, short_side)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # a damaged file may raise anything
             reason = "no image, or of an unknown format" if isinstance(error, UnidentifiedImageError) else error
             return f"{source}: {reason}" if isinstance(source, Path) else str(reason)
 
@@ -210,21 +212,47 @@ def decode(found: FoundImages, short_side: int) -> tuple[ImageSet, dict[str, str
 
 
 def read_image(path: Path) -> Tensor:
-    """Read an image file as uint8 `(1, h, w)`, or `(3, h, w)` if it has colours; transparency is ignored.
+    """Read an image file as uint8 `(1, h, w)`, or `(3, h, w)` if it has colours.
+
+    It is turned as its EXIF orientation says. Transparency, gamma and colour profiles are ignored.
 
     Raises:
         OSError: if the file is unreadable.
-        ValueError: for more than 8 bits per channel.
+        ValueError: for more than 8 bits per channel, or several pages.
     """
-    with Image.open(path) as image:
-        # Of more bits, Pillow keeps grey values as they are, but cuts off colours.
-        layouts = {str(tile.args) for tile in getattr(image, "tile", ())}
-        if image.mode not in EIGHT_BIT or any(";16" in layout for layout in layouts):
-            kind = image.mode if image.mode not in EIGHT_BIT else f"{image.mode} with 16 bits"
-            raise ValueError(
-                f"expected 8 bits per channel, got pixels of mode {kind}; choose a window and save it with 8 bits"
-            )
-        return as_tensor(np.array(image.convert("L" if image.mode in GREY else "RGB")))
+    # Of a path, Pillow 13 maps an uncompressed TIFF with the sides of the turned image.
+    with path.open("rb") as file, Image.open(file) as image:
+        if why := why_unfit(image):
+            raise ValueError(why)
+        image.load()  # before its orientation: Pillow turns TIFF itself
+        shown = upright(image)
+        if shown.mode in ("P", "PA"):
+            shown = shown.convert("RGBA")  # Pillow warns of a palette with transparency otherwise
+        return as_tensor(np.array(shown.convert("L" if shown.mode in GREY else "RGB")))
+
+
+def why_unfit(image: Image.Image) -> str:
+    """Explain why an opened image is not one picture of 8 bits per channel; empty if it is."""
+    # Of more bits, Pillow keeps grey values as they are, but cuts off colours. BGR;16 is 5 or 6 bits per channel.
+    layouts = {str(tile[3]) for tile in getattr(image, "tile", ())}
+    is_deep = any(";16" in layout and "BGR;16" not in layout for layout in layouts)
+    if image.mode not in EIGHT_BIT or is_deep:
+        kind = f"{image.mode} with 16 bits" if image.mode in EIGHT_BIT else image.mode
+        return f"expected 8 bits per channel, got pixels of mode {kind}; choose a window and save it with 8 bits"
+    if SIGNED in getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT, ()):
+        return "expected 8 bits per channel without sign, got signed ones; choose a window and save it with 8 bits"
+    # The further pictures of a JPEG in MPO are previews or another eye's view.
+    if image.format != "MPO" and (num := getattr(image, "n_frames", 1)) > 1:
+        return f"expected one picture, got {num} pages or frames; save each as a file of its own"
+    return ""
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turn and mirror an image as its EXIF orientation says; without a readable one, leave it."""
+    try:
+        return ImageOps.exif_transpose(image) or image
+    except Exception:  # a damaged EXIF block may raise anything, and says nothing of the orientation
+        return image
 
 
 def as_tensor(pixels: np.ndarray) -> Tensor:

@@ -14,14 +14,21 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
 from hyspark.data.datasets.data_folder import read_data_folder
 from hyspark.data.datasets.subjects import subjects_of
-from hyspark.data.readers.dicom import Header, Series, assemble_series, read_headers, read_series
+from hyspark.data.readers.dicom import Header, read_headers
+from hyspark.data.readers.hounsfield import check_units, read_series
 from hyspark.data.readers.nifti import read_nifti
+from hyspark.data.readers.series import Series, assemble_series
 from hyspark.utils.paths import NIFTI, nifti_stem, walk_folders
 from hyspark.utils.processes import available_cores
-from hyspark.utils.text import listing
+from hyspark.utils.text import first_line, listing
 
 MAX_TITLE_LENGTH = 80
 """Characters of a patient or case in a file name."""
+OTHER_FORMATS = {
+    ending: f"{ending} (convert to NIfTI)"
+    for ending in (".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".img", ".gipl")
+}
+"""Kinds of files of volumes that are not read, by the ending of their names."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +36,18 @@ class Volume:
     """One CT volume.
 
     Attributes:
-        patient: the patient's ID or name.
+        patient: the patient's ID or name, which volumes are split by.
         name: unique file name, the same on every machine.
         source: the NIfTI file, or the folder of the DICOM series.
         series: the DICOM series.
+        pseudonym: what names and records show instead of a DICOM file's PatientID; empty if the patient is shown.
     """
 
     patient: str
     name: str
     source: Path
     series: Series | None = None
+    pseudonym: str = ""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -52,29 +61,45 @@ class Found:
 
     Attributes:
         volumes: the volumes.
-        skipped: series that are no volume, each with the reason.
-        damaged: unreadable files, each with the reason.
-        others: number of other files, by modality.
+        skipped: images that are no volume, each with the reason.
+        damaged: unreadable files, and series with a fault, each with the reason.
+        other_files: files of other kinds, by modality.
     """
 
     volumes: list[Volume] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     damaged: list[tuple[str, str]] = field(default_factory=list)
-    others: Counter[str] = field(default_factory=Counter)
+    other_files: dict[str, list[Path]] = field(default_factory=dict)
+
+    @property
+    def others(self) -> Counter[str]:
+        """Number of files of other kinds, by modality."""
+        return Counter({kind: len(files) for kind, files in self.other_files.items()})
+
+    def add_other(self, kind: str, file: Path) -> None:
+        """Add a file of another kind."""
+        self.other_files.setdefault(kind, []).append(file)
 
 
 def find_ct_volumes(
-    sources: Sequence[Path], *, min_slices: int, skip: Path, num_workers: int = 0, progress: bool = True
+    sources: Sequence[Path],
+    *,
+    min_slices: int,
+    skip: Path,
+    keep_patient_id: bool = False,
+    num_workers: int = 0,
+    progress: bool = True,
 ) -> Found:
     """Find the volumes in NIfTI files and in folders, sorted by name.
 
     NIfTI images of folders are those that `read_data_folder` finds, so label maps are none of them. In folders without
-    imagesTr, every DICOM series is used too.
+    imagesTr, every scan of a DICOM series is used too.
 
     Args:
         sources: files and folders.
-        min_slices: DICOM series with fewer slices are skipped.
+        min_slices: DICOM scans with fewer slices are skipped.
         skip: folder that is not searched.
+        keep_patient_id: whether names show the PatientID of DICOM files, instead of a pseudonym.
         num_workers: processes that read DICOM headers; 0 takes one per core.
         progress: whether to show a progress bar.
 
@@ -103,10 +128,11 @@ def find_ct_volumes(
     for (file, below), title, subject in zip(nifti.items(), titles, subjects_of(titles, list(nifti)), strict=True):
         found.volumes.append(Volume(subject, volume_name(title, below.as_posix()), file))
     headers = read_headers(list(dicom), num_workers or available_cores(), progress and bool(dicom))
-    add_series(zip(dicom, headers, strict=True), dicom, min_slices, found)
+    add_series(zip(dicom, headers, strict=True), dicom, min_slices, keep_patient_id, found)
     found.volumes.sort(key=lambda volume: volume.name)
     if not found.volumes and not found.damaged:
-        why = "".join(f"\n  {source}: {reason}" for source, reason in found.skipped)
+        kinds = [f"{len(files)} {kind}, e.g. {files[0]}" for kind, files in found.other_files.items()]
+        why = "".join(f"\n  {line}" for line in [*(f"{source}: {reason}" for source, reason in found.skipped), *kinds])
         raise FileNotFoundError(f"no CT volume, NIfTI or DICOM, in {listing(map(str, sources))}{why}")
     names = Counter(volume.name for volume in found.volumes)
     if twice := [str(volume.source) for volume in found.volumes if names[volume.name] > 1]:
@@ -125,7 +151,8 @@ def find_images_of(source: Path, skip: Path, found: Found) -> list[Path]:
     for (kind, reason), files in data.unused.items():
         nifti = [file for file in files if NIFTI.fullmatch(file.name)]
         if kind == "another channel":
-            found.others[kind] += len(nifti)
+            for file in nifti:
+                found.add_other(kind, file)
         else:
             found.skipped += [(str(file), reason) for file in nifti]
     return [case.image for case in data.cases]
@@ -153,27 +180,48 @@ def volume_name(title: str, unique: str) -> str:
 
 
 def add_series(
-    headers: Iterator[tuple[Path, Header | str | None]], folders: dict[Path, str], min_slices: int, found: Found
+    headers: Iterator[tuple[Path, tuple[Header, ...] | str | None]],
+    folders: dict[Path, str],
+    min_slices: int,
+    keep_patient_id: bool,
+    found: Found,
 ) -> None:
-    """Add the CT series of DICOM files to the result, and count or list the other files."""
+    """Add the CT scans of DICOM files to the result, and list the other files."""
     series: dict[tuple[str, str], list[Header]] = {}
-    for path, header in headers:
-        if isinstance(header, str):
-            found.damaged.append((str(path), header))
-        elif header is None:
-            found.others["no image"] += 1
-        elif header.modality != "CT":
-            found.others[header.modality] += 1
+    damaged: dict[Path, list[Path]] = {}
+    for path, read in headers:
+        if isinstance(read, str):
+            found.damaged.append((str(path), read))
+            damaged.setdefault(path.parent, []).append(path)
+        elif read is None:
+            found.add_other(OTHER_FORMATS.get(path.suffix.lower(), "no image"), path)
+        elif read[0].modality != "CT":
+            found.add_other(read[0].modality, path)
         else:
-            series.setdefault((header.patient or folders[path], header.series), []).append(header)
+            # Files without SeriesInstanceUID are a series of their folder.
+            uid = read[0].series or f"folder {path.parent.name}"
+            series.setdefault((read[0].patient or folders[path], uid), []).extend(read)
     for (patient, uid), slices in series.items():
-        folder = slices[0].path.parent
+        source = f"{slices[0].path.parent}, series {uid}"
+        pseudonym = "" if keep_patient_id or not slices[0].patient else pseudonym_of(patient)
+        near = [
+            file for folder in sorted({header.path.parent for header in slices}) for file in damaged.get(folder, ())
+        ]
         try:
-            found.volumes.append(
-                Volume(patient, volume_name(patient, uid), folder, assemble_series(slices, min_slices))
-            )
-        except ValueError as error:
-            found.skipped.append((f"{folder}, series {uid}", str(error)))
+            assembled = assemble_series(slices, min_slices, near)
+        except Exception as error:  # values of a damaged header may raise anything
+            found.damaged.append((source, f"unreadable as a series ({first_line(error)})"))
+            continue
+        found.skipped += [(source, reason) for reason in assembled.skipped]
+        found.damaged += [(source, reason) for reason in assembled.faults]
+        for scan in assembled.volumes:
+            name = volume_name(pseudonym or patient, f"{uid}, {scan.label}" if scan.label else uid)
+            found.volumes.append(Volume(patient, name, slices[0].path.parent, scan, pseudonym))
+
+
+def pseudonym_of(patient: str) -> str:
+    """Return a name for a patient that does not show the ID, and is the same on every machine."""
+    return f"patient-{hashlib.sha256(patient.encode('utf-8', 'surrogatepass')).hexdigest()[:10]}"
 
 
 def read_volume(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
@@ -185,7 +233,9 @@ def read_volume(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
         ValueError: if the file is damaged or no volume.
     """
     if volume.series:
-        voxels, affine = read_series(volume.series), volume.series.affine
+        voxels, affine = read_series(volume.series.slices), volume.series.affine
+        if all(part.rescale is None for part in volume.series.slices):
+            check_units(voxels)
     else:
         image = read_nifti(volume.source)
         voxels, affine = np.asanyarray(image.dataobj), image.affine

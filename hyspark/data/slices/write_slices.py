@@ -22,23 +22,24 @@ from PIL import Image
 from tqdm import tqdm
 
 from hyspark.data.datasets.splits import held_out_subjects
-from hyspark.data.preprocessing.prepare import MAX_LISTED, PREPARE_ERRORS, failure_reason
+from hyspark.data.preprocessing.prepare import failure_reason
+from hyspark.data.quality.case_files import sample_voxels
+from hyspark.data.quality.image_kind import IN_HU, image_kind
 from hyspark.data.readers.volumes import Volume, find_ct_volumes, read_volume
 from hyspark.data.settings import Axis, PictureSettings
 from hyspark.data.slices.pictures import slice_axes, slice_pictures, why_skewed
+from hyspark.data.slices.record import KEEP_PATIENT_ID, RECORD, SLICE_SPLITS, check_unmoved, read_record
 from hyspark.utils.atomic import write_json, write_whole
-from hyspark.utils.paths import load_json
 from hyspark.utils.processes import KILLED, available_cores, map_unordered
-from hyspark.utils.text import listing
 
-RECORD = "slices.json"
-SLICE_SPLITS = ("train", "val")
 CLASS = "1"
 """ImageFolder expects a folder per class; there is one class."""
 PNG_LEVEL = 3
 """Takes a third of the time of Pillow's own level, 6, for an eighth more bytes."""
-WRITE_EVERY = 5.0
-"""Seconds between two writes of the record while volumes are sliced."""
+WRITE_EVERY, WRITE_FRACTION = 5.0, 0.02
+"""Least seconds between two writes of the record during slicing, and largest fraction of the time that they take."""
+PADDING_HU = -1100.0
+"""HU below which values are padding, which widens the range of slices that are scaled by it."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def write_slices(
     val_fraction: float = 0.2,
     seed: int = 0,
     min_slices: int = 8,
+    keep_patient_id: bool = False,
     num_workers: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -80,7 +82,8 @@ def write_slices(
         settings: orientation, grey values and size of the slices.
         val_fraction: fraction of patients for validation, see `held_out_subjects`.
         seed: seed of the split.
-        min_slices: DICOM series with fewer slices are skipped.
+        min_slices: DICOM scans with fewer slices are skipped.
+        keep_patient_id: whether names and record show the PatientID of DICOM files, instead of a pseudonym.
         num_workers: volumes sliced at a time; 0 takes one per core.
         progress: whether to show progress bars.
 
@@ -103,10 +106,18 @@ def write_slices(
         "min_slices": min_slices,
         "val_fraction": val_fraction,
         "seed": seed,
+        KEEP_PATIENT_ID: keep_patient_id,
     }
     known = read_record(out, chosen)
     num_workers = num_workers or available_cores()
-    found = find_ct_volumes(sources, min_slices=min_slices, skip=out, num_workers=num_workers, progress=progress)
+    found = find_ct_volumes(
+        sources,
+        min_slices=min_slices,
+        skip=out,
+        keep_patient_id=keep_patient_id,
+        num_workers=num_workers,
+        progress=progress,
+    )
     splits = split_volumes(found.volumes, seed=seed, val_fraction=val_fraction)
     check_unmoved(out, known, splits)
 
@@ -120,6 +131,9 @@ def write_slices(
         "failed": [{"source": source, "why": why} for source, why in found.damaged],
         "skipped": [{"source": source, "why": why} for source, why in found.skipped],
         "files_of_other_kinds": dict(sorted(found.others.items())),
+        "other_files": [
+            {"kind": kind, "file": str(file)} for kind, files in sorted(found.other_files.items()) for file in files
+        ],
     }
     with writing(out):
         write_json(out / RECORD, record)
@@ -137,48 +151,10 @@ def write_slices(
     return record
 
 
-def read_record(out: Path, chosen: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Read the volumes that slices.json lists; raise ValueError if it was written with other settings."""
-    path = out / RECORD
-    if not path.exists():
-        if any((out / split).exists() for split in SLICE_SPLITS):
-            raise ValueError(
-                f"{out} holds {' or '.join(SLICE_SPLITS)} and no {RECORD}; choose another folder with --out"
-            )
-        return {}
-    record = load_json(path)
-    if not isinstance(record, dict) or not {"settings", "volumes"} <= record.keys():
-        raise ValueError(f"{path}: expected a record of slices, got another JSON; choose another folder with --out")
-    before = record["settings"]
-    different = [
-        f"{name} {before.get(name)}, now {chosen.get(name)}"
-        for name in [*chosen, *(before.keys() - chosen.keys())]
-        if before.get(name) != chosen.get(name)
-    ]
-    if different:
-        raise ValueError(
-            f"{out} was written with other settings: {'; '.join(different)}; choose another folder with --out"
-        )
-    volumes: dict[str, dict[str, Any]] = record["volumes"]
-    return volumes
-
-
 def split_volumes(volumes: Sequence[Volume], *, seed: int, val_fraction: float) -> dict[str, str]:
     """Assign each volume's name to "train" or "val" by its patient."""
     held_out = held_out_subjects((volume.patient for volume in volumes), seed=seed, val_fraction=val_fraction)
     return {volume.name: "val" if volume.patient in held_out else "train" for volume in volumes}
-
-
-def check_unmoved(out: Path, known: dict[str, dict[str, Any]], splits: dict[str, str]) -> None:
-    """Raise ValueError if written volumes are no longer found, or belong to the other split."""
-    advice = "delete it, or choose another folder with --out"
-    if gone := [entry["source"] for name, entry in known.items() if name not in splits]:
-        raise ValueError(f"{out} holds slices of volumes that are not found any more: {listing(gone)}; {advice}")
-    if moved := {entry["patient"] for name, entry in known.items() if entry["part"] != splits[name]}:
-        raise ValueError(
-            f"{out} was written from other volumes; with the present ones, patients change between train and val: "
-            f"{listing(moved)}; {advice}"
-        )
 
 
 def existing_files(out: Path) -> dict[str, list[Path]]:
@@ -213,8 +189,8 @@ def slice_all(
     num_workers: int,
     progress: bool,
 ) -> None:
-    """Slice volumes and add each to the record, which is written every few seconds."""
-    written = time.monotonic()
+    """Slice volumes and add each to the record, which is written now and then: the longer it is, the less often."""
+    next_write = time.monotonic() + WRITE_EVERY
     with tqdm(total=len(jobs), desc="slices", unit="volume", disable=not progress) as bar:
         for sliced in map_unordered(slice_volume, jobs, num_workers, killed_slicing):
             if sliced.entry:
@@ -224,10 +200,11 @@ def slice_all(
                     {"source": str(sliced.volume.source), "why": sliced.error or sliced.unfit}
                 )
             bar.update()
-            if time.monotonic() > written + WRITE_EVERY:
+            if (started := time.monotonic()) > next_write:
                 with writing(out):
                     write_json(out / RECORD, record)
-                written = time.monotonic()
+                finished = time.monotonic()
+                next_write = finished + max(WRITE_EVERY, (finished - started) / WRITE_FRACTION)
 
 
 def killed_slicing(volume: Volume, out: Path, split: str, settings: PictureSettings) -> Sliced:
@@ -240,7 +217,8 @@ def slice_volume(volume: Volume, out: Path, split: str, settings: PictureSetting
     state = file_state(volume)
     try:
         voxels, affine = read_volume(volume)
-    except PREPARE_ERRORS as error:
+        value_notes = notes_on_values(voxels)
+    except Exception as error:  # a damaged file may raise anything, and must not end the others
         return Sliced(volume, error=failure_reason(error))
     if why := why_skewed(affine, settings.axis) or why_distorted(volume, settings.axis):
         return Sliced(volume, unfit=f"{why}; try --axis axial")
@@ -254,14 +232,24 @@ def slice_volume(volume: Volume, out: Path, split: str, settings: PictureSetting
         num_slices += 1
     entry = {
         "source": str(volume.source),
-        "patient": volume.patient,
+        "patient": volume.pseudonym or volume.patient,
         "part": split,
         "slices": num_slices,
         "blank": num_blank,
-        "notes": list(volume.series.notes) if volume.series else [],
+        "padded": bool(voxels.min() < PADDING_HU),
+        "notes": [*(volume.series.notes if volume.series else ()), *value_notes],
         "state": state,
     }
     return Sliced(volume, entry)
+
+
+def notes_on_values(voxels: np.ndarray) -> list[str]:
+    """List what is odd about the values of a volume `(h, w, d)`, as `check` does."""
+    low, high = float(voxels.min()), float(voxels.max())
+    if low == high:
+        return [f"constant: the value {low:g} everywhere"]
+    kind = image_kind(low, high, sample_voxels(voxels))
+    return [] if kind.name in IN_HU else [f"no Hounsfield units? {kind.name}: {kind.range_text}"]
 
 
 def why_distorted(volume: Volume, axis: Axis) -> str:
@@ -288,27 +276,3 @@ def writing(out: Path) -> Iterator[None]:
             f"{out}: slices are not writable ({error.strerror or error}); make room, or choose another "
             "folder with --out"
         ) from error
-
-
-def summarise_slices(record: dict[str, Any]) -> str:
-    """Summarise a record for the terminal in a few lines."""
-    volumes = record["volumes"].values()
-    lines = []
-    for split in SLICE_SPLITS:
-        entries = [entry for entry in volumes if entry["part"] == split]
-        patients = {entry["patient"] for entry in entries}
-        num_slices = sum(entry["slices"] for entry in entries)
-        lines.append(f"{split}: {num_slices} slices of {len(entries)} volumes, {len(patients)} patients")
-    if record["settings"]["val_fraction"] and volumes and all(entry["part"] == "train" for entry in volumes):
-        lines[-1] += "; no patient is held out"
-    if num_blank := sum(entry["blank"] for entry in volumes):
-        lines.append(f"excluded: {num_blank} blank slices")
-    if others := record["files_of_other_kinds"]:
-        lines.append("files of other kinds: " + ", ".join(f"{number} {kind}" for kind, number in others.items()))
-    notes = [f"{entry['source']}: {note}" for entry in volumes for note in entry["notes"]]
-    skipped = [f"{entry['source']}: {entry['why']}" for entry in record["skipped"]]
-    for title, items in (("skipped", skipped), ("warnings", notes)):
-        if items:
-            more = [f"and {len(items) - MAX_LISTED} more, in {RECORD}"] if len(items) > MAX_LISTED else []
-            lines.append("\n  ".join([f"{title}:", *items[:MAX_LISTED], *more]))
-    return "\n".join(lines)

@@ -9,7 +9,7 @@ import pytest
 from pydicom.encaps import encapsulate
 from pydicom.uid import MPEG2MPML, JPEGLosslessSV1, RLELossless
 
-from hyspark.data.readers import dicom
+from hyspark.data.readers import dicom, hounsfield
 from hyspark.data.readers.volumes import find_ct_volumes, read_volume
 from tests.data.readers.dicom_files import write_dicom, write_series, write_slice
 
@@ -18,8 +18,9 @@ HU = np.random.default_rng(1).integers(-1024, 3000, (4, 5, 6)).astype(np.int16)
 RAS = HU[::-1, ::-1]
 
 
-def find(folder, min_slices=2):
-    return find_ct_volumes([folder], min_slices=min_slices, skip=folder / "out", num_workers=1, progress=False)
+def find(folder, min_slices=2, **options):
+    skip = folder / "out"
+    return find_ct_volumes([folder], min_slices=min_slices, skip=skip, num_workers=1, progress=False, **options)
 
 
 def only(folder):
@@ -98,25 +99,33 @@ def test_patients_have_their_id_or_else_their_top_folder(tmp_path):
     write_series(tmp_path / "named" / "ct", HU, PatientID="A/1", SeriesInstanceUID="1.5")
     volumes = {volume.patient: volume.name for volume in find(tmp_path).volumes}
     assert set(volumes) == {"top", "A/1"}
-    assert volumes["A/1"].startswith("A-1_")
+    assert volumes["A/1"].startswith("patient-")
+    assert volumes["top"].startswith("top_")
+    shown = find(tmp_path, keep_patient_id=True).volumes
+    assert sorted(volume.name[:4] for volume in shown) == ["A-1_", "top_"]
+    assert all(volume.patient != volume.pseudonym for volume in shown)
 
 
-def test_repeated_slices_and_copies_are_excluded_and_noted(tmp_path):
-    write_series(tmp_path / "1", HU, AcquisitionNumber=1)
-    write_series(tmp_path / "2", HU + 500, AcquisitionNumber=2)
-    (tmp_path / "copy").write_bytes((tmp_path / "1" / "IM0003").read_bytes())
+def test_copies_are_excluded_and_noted(tmp_path):
+    """Of a file, and of its pixels under another UID."""
+    write_series(tmp_path, HU)
+    (tmp_path / "copy").write_bytes((tmp_path / "IM0003").read_bytes())
+    again = pydicom.dcmread(tmp_path / "IM0002")
+    again.SOPInstanceUID = "1.99"
+    again.save_as(tmp_path / "again")
     volume = only(tmp_path)
     assert np.array_equal(read_volume(volume)[0], RAS)
     assert volume.series.notes == (
         "1 files are copies of other files and are excluded",
-        "6 slices repeat a position and are excluded",
+        "1 slices repeat the pixels of another at their position and are excluded",
     )
 
 
 def test_missing_slices_are_noted(tmp_path):
     write_series(tmp_path, np.concatenate([HU, HU], axis=2))
     for path in sorted(tmp_path.iterdir())[:2]:
-        position = dicom.read_header(path).position
+        (header,) = dicom.read_header(path)
+        position = header.position
         assert 0 < position[2] < 22
         path.unlink()
     volume = only(tmp_path)
@@ -175,9 +184,9 @@ def test_compression_that_needs_nothing_installed(tmp_path):
 def test_compression_without_decoder_names_what_to_install(tmp_path, monkeypatch, syntax):
     """One that pydicom knows a decoder for, here not installed, and one that it does not."""
     if syntax == JPEGLosslessSV1:
-        monkeypatch.setattr(dicom, "get_decoder", lambda uid: SimpleNamespace(is_available=False))
+        monkeypatch.setattr(hounsfield, "get_decoder", lambda uid: SimpleNamespace(is_available=False))
     write_series(tmp_path, HU, syntax=syntax, PixelData=encapsulate([b"\0\0"]))
-    with pytest.raises(ValueError, match=r'IM\d+: compressed as .*no decoder.*pip install "pylibjpeg'):
+    with pytest.raises(ValueError, match=r"IM\d+: compressed as .*no decoder.*pip install pyjpegls"):
         read_volume(only(tmp_path))
 
 

@@ -20,7 +20,7 @@ from hyspark.data.batches.images import (
     training_crop,
 )
 from hyspark.data.batches.loader import Shard
-from hyspark.data.readers.images import FoundImages, decode, find_classes, find_images, image_files
+from hyspark.data.readers.images import FoundImages, decode, find_classes, find_images, image_files, read_image
 
 NO_CHANGE = Augmentation((1.0, 1.0), 0.0, 0.0, 0.0)
 AS_IT_IS = Normalisation(1, (0.0,), (1.0,))
@@ -166,6 +166,77 @@ def test_modes_of_image_files(tmp_path):
     assert "expected 8 bits" in wrong["deep.png"]
     assert "expected 8 bits per channel, got pixels of mode RGB with 16 bits" in wrong["deep_colour.png"]
     assert wrong["text.png"] == f"{tmp_path / 'text.png'}: no image, or of an unknown format"
+
+
+PICTURE = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+"""Two rows of three pixels."""
+UPRIGHT = {
+    1: PICTURE,
+    2: PICTURE[:, ::-1],
+    3: PICTURE[::-1, ::-1],
+    4: PICTURE[::-1],
+    5: PICTURE.T,
+    6: np.rot90(PICTURE, -1),
+    7: PICTURE[::-1, ::-1].T,
+    8: np.rot90(PICTURE),
+}
+"""The picture as each EXIF orientation says to show it (EXIF 2.3, tag 274), computed without Pillow."""
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tiff", "packed.tiff", "a.webp"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_images_are_turned_as_their_metadata_say(tmp_path, name, orientation):
+    large = np.kron(PICTURE, np.ones((16, 16), np.uint8))
+    exif = Image.Exif()
+    if name != "packed.tiff" or orientation in UPRIGHT:  # libtiff writes no others
+        exif[274] = orientation  # 0 and 9 mean nothing
+    lossless = {"a.webp": {"lossless": True}, "packed.tiff": {"compression": "tiff_lzw"}}.get(name, {})
+    Image.fromarray(large).save(tmp_path / name, exif=exif.tobytes(), **lossless)
+    image = read_image(tmp_path / name)
+    expected = np.kron(UPRIGHT.get(orientation, PICTURE), np.ones((16, 16), np.uint8)).astype(int)
+    assert image.shape[1:] == expected.shape
+    assert np.abs(image[0].numpy() - expected).max() < 30
+
+
+def test_a_damaged_orientation_says_nothing(tmp_path):
+    Image.fromarray(PICTURE).save(tmp_path / "a.png", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert np.array_equal(read_image(tmp_path / "a.png")[0], PICTURE)
+
+
+def test_palettes_inks_and_pages(tmp_path):
+    """What Pillow converts keeps its values; what is no single picture of 8 bits is refused."""
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([9, 8, 7, 200, 100, 50])
+    palette.putpixel((1, 0), 1)
+    palette.save(tmp_path / "clear.png", transparency=b"\x00\x80")
+    assert read_image(tmp_path / "clear.png")[:, 0].T.tolist() == [[9, 8, 7], [200, 100, 50]]
+    Image.new("CMYK", (16, 16), (255, 0, 0, 0)).save(tmp_path / "inks.jpg", quality=100)
+    assert read_image(tmp_path / "inks.jpg")[:, 8, 8].tolist() == pytest.approx([0, 255, 255], abs=3)
+    grey = Image.fromarray(PICTURE)
+    refused = {"pages.tif": "2 pages", "float.tif": "mode F", "deep.tif": "mode I;16", "wide.tif": "mode I"}
+    grey.save(tmp_path / "pages.tif", save_all=True, append_images=[grey])
+    grey.convert("F").save(tmp_path / "float.tif")
+    Image.fromarray(PICTURE.astype(np.uint16) * 200).save(tmp_path / "deep.tif")
+    grey.convert("I").save(tmp_path / "wide.tif")
+    for name in ("moving.webp", "moving.png"):
+        colour = grey.convert("RGB")
+        colour.save(tmp_path / name, save_all=True, append_images=[Image.new("RGB", grey.size, 9)])
+        refused[name] = "2 pages or frames"
+    for name, why in refused.items():
+        with pytest.raises(ValueError, match=why):
+            read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.webp", "a.bmp"])
+def test_images_that_are_cut_short_are_named(tmp_path, name):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (40, 40), dtype=np.uint8)).save(tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    for size in (0, 1, 5, 20, len(whole) // 2, len(whole) - 30):
+        (tmp_path / name).write_bytes(whole[:size])
+        images, wrong = decode(FoundImages(("a",), (0,), [tmp_path / name]), 8)
+        assert len(images) == 0
+        assert wrong["a"].startswith(f"{tmp_path / name}: ")
 
 
 def test_the_shorter_side_is_as_asked(tmp_path):

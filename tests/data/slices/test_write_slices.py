@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -16,7 +17,7 @@ from hyspark.cli.main import main
 from hyspark.data.readers.volumes import find_ct_volumes
 from hyspark.data.settings import PictureSettings
 from hyspark.data.slices import write_slices
-from tests.data.readers.dicom_files import write_dicom, write_series
+from tests.data.readers.dicom_files import write_dicom, write_series, write_slice
 
 HU = np.random.default_rng(2).integers(-1000, 1000, (5, 6, 4)).astype(np.int16)
 
@@ -223,8 +224,9 @@ def test_dicom_from_the_command_line(tmp_path, capsys):
             write_series(tmp_path / "in" / patient / visit, HU, PatientID=patient, SeriesInstanceUID=f"1.{visit}")
     write_series(tmp_path / "in" / "scout", HU[:, :, :1], SeriesInstanceUID="1.7")
     write_dicom(tmp_path / "in" / "A" / "segmentation", Modality="SEG", PatientID="A")
-    record = sliced(tmp_path / "in", "--min_slices=2", "--axis=coronal")
+    record = sliced(tmp_path / "in", "--min_slices=2", "--axis=coronal", "--keep_patient_id")
     assert sorted(entry["patient"] for entry in record["volumes"].values()) == ["A", "A", "B", "B", "C", "C"]
+    assert [Path(other["file"]).name for other in record["other_files"]] == ["segmentation"]
     assert record["files_of_other_kinds"] == {"SEG": 1}
     told = capsys.readouterr().out
     assert "val: 12 slices of 2 volumes, 1 patients" in told
@@ -268,3 +270,111 @@ def test_wrong_commands(visits, capsys):
     (visits.parent / "out").write_text("a file")
     assert "slices are not writable" in refused(visits, capsys)
     assert "choose another folder with --out" in refused(visits, capsys)
+
+
+def test_records_show_pseudonyms_unless_asked(tmp_path, capsys):
+    write_series(tmp_path / "in", HU, PatientID="Doe^Jane")
+    sliced(tmp_path / "in", "--min_slices=2", "--val_fraction=0")
+    text = (tmp_path / "out" / "slices.json").read_text()
+    assert "Doe" not in text
+    assert '"patient": "patient-' in text
+    assert all(path.name.startswith("patient-") for path in (tmp_path / "out").rglob("*.png"))
+    main([*command(tmp_path / "in", "--min_slices=2", "--keep_patient_id"), f"--out={tmp_path / 'shown'}"])
+    assert all(path.name.startswith("Doe-Jane_") for path in (tmp_path / "shown").rglob("*.png"))
+    assert "keep_patient_id False, now True" in refused(
+        tmp_path / "in", capsys, "--min_slices=2", "--val_fraction=0", "--keep_patient_id"
+    )
+
+
+@pytest.mark.parametrize("is_dicom", [False, True])
+def test_a_folder_of_an_earlier_version_continues(tmp_path, capsys, is_dicom):
+    """Its record has neither the setting nor pseudonyms; for DICOM, the message says what to add."""
+    if is_dicom:
+        write_series(tmp_path / "in", HU, PatientID="Doe")
+    else:
+        write_nifti(tmp_path / "in" / "a.nii.gz")
+    flags = ["--min_slices=2", *["--keep_patient_id"] * is_dicom]
+    record = sliced(tmp_path / "in", *flags)
+    before = written(tmp_path / "in")
+    del record["settings"]["keep_patient_id"], record["other_files"]
+    for entry in record["volumes"].values():
+        del entry["padded"]
+    (tmp_path / "out" / "slices.json").write_text(json.dumps(record))
+    if is_dicom:
+        assert "add --keep_patient_id to continue it" in refused(tmp_path / "in", capsys, "--min_slices=2")
+    sliced(tmp_path / "in", *flags)
+    assert written(tmp_path / "in") == before
+
+
+def test_values_that_are_no_hu_are_noted(tmp_path, capsys):
+    hu = HU.astype(np.float32)
+    values = {"hu": hu, "scaled": (hu + 1000) / 2000, "stored": hu + 1000, "wrapped": (HU - 1000).astype(np.uint16)}
+    for name, voxels in values.items():
+        write_nifti(tmp_path / "in" / f"{name}.nii", voxels)
+    write_series(tmp_path / "in" / "dicom", HU, PixelRepresentation=0, RescaleIntercept=-1024)
+    stored = HU[:, :, 0].T.copy()
+    stored[:] = -2000  # read as 63536
+    write_slice(tmp_path / "in" / "dicom" / "padded", stored, (0, 0, 8), PixelRepresentation=0)
+    volumes = sliced(tmp_path / "in", "--min_slices=2")["volumes"].values()
+    notes = {entry["patient"]: [note.split("? ")[1].split(":")[0] for note in entry["notes"]] for entry in volumes}
+    patients = [name for name in notes if name.startswith("patient-")]
+    assert notes == {
+        "hu": [],
+        "scaled": ["scaled"],
+        "stored": notes["stored"],
+        "wrapped": ["wrapped around"],
+        patients[0]: ["wrapped around"],
+    }
+    assert "no Hounsfield units? scaled: values from 0" in capsys.readouterr().out
+
+
+def test_padding_is_summed_up(tmp_path, capsys):
+    hu = HU.copy()
+    hu[0] = -3024
+    write_nifti(tmp_path / "in" / "a.nii", hu)
+    sliced(tmp_path / "in")
+    assert "1 volumes reach far below air (padding)" in capsys.readouterr().out
+    main([*command(tmp_path / "in", "--hu_min=-1024"), f"--out={tmp_path / 'clipped'}"])
+    assert "far below air" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), IndexError("strange"), KeyError("Rows"), OSError("disk")])
+def test_no_fault_of_one_volume_ends_the_others(visits, capsys, monkeypatch, error):
+    def failing(volume):
+        if volume.name.startswith("p3"):
+            raise error
+        return real(volume)
+
+    real = write_slices.read_volume
+    monkeypatch.setattr(write_slices, "read_volume", failing)
+    assert "not read: " in (message := refused(visits, capsys, code=1))
+    assert "p3.nii.gz" in message
+    assert len(json.loads((visits.parent / "out" / "slices.json").read_text())["volumes"]) == 7
+
+
+def test_scans_that_cannot_be_separated_are_a_fault(tmp_path, capsys):
+    write_series(tmp_path / "in" / "a", HU)
+    write_series(tmp_path / "in" / "b", HU + 9)
+    message = refused(tmp_path / "in", capsys, "--min_slices=2", code=1)
+    assert "series 1.2.3: up to 2 slices at one position" in message
+
+
+def test_the_record_is_written_less_often_as_it_grows(visits, monkeypatch):
+    """The time between two writes is a multiple of the time that the last one took."""
+    now, times = [0.0], []
+
+    def writing(path, record):
+        times.append(now[0])
+        now[0] += 1.0
+        real(path, record)
+
+    def slicing(*arguments):
+        now[0] += 10.0
+        return cut(*arguments)
+
+    real, cut = write_slices.write_json, write_slices.slice_volume
+    monkeypatch.setattr(write_slices, "write_json", writing)
+    monkeypatch.setattr(write_slices, "slice_volume", slicing)
+    monkeypatch.setattr(write_slices, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    sliced(visits)
+    assert len(times) == 4  # at the start, after 10 s and 50 s more, at the end

@@ -1,0 +1,152 @@
+"""Pixels of DICOM slices -> Hounsfield units."""
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pydicom
+from pydicom.pixels import apply_modality_lut, get_decoder
+from pydicom.uid import UID
+
+from hyspark.data.readers.dicom import Header, open_dicom
+from hyspark.utils.text import first_line
+
+INSTALL_DECODERS = "pip install pyjpegls pylibjpeg pylibjpeg-openjpeg python-gdcm"
+MAX_EDGE = 16384
+"""Largest number of rows and of columns of a slice; more are taken for damage."""
+AIR, LEAST_AIR = (-1024, 0), 0.01
+"""Range of HU that stored values without scaling rarely reach, and least fraction of voxels in it of an image in HU."""
+
+
+class Slice(NamedTuple):
+    """Where the pixels of a slice are.
+
+    Attributes:
+        path: the file.
+        frame: index of the frame in a multi-frame file; None in a file of one slice.
+        rescale: slope and intercept; None if the file states none.
+    """
+
+    path: Path
+    frame: int | None
+    rescale: tuple[float, float] | None
+
+
+def read_series(slices: Sequence[Slice]) -> np.ndarray:
+    """Read Hounsfield units `(columns, rows, slices)`: int16, or float32 if they are not whole numbers.
+
+    Raises:
+        ValueError: if a file is damaged, no decoder of its compression is installed, or values are no Hounsfield units.
+    """
+    stacks: dict[Path, np.ndarray] = {}
+    read = []
+    for part in slices:
+        if part.frame is None:
+            read.append(read_slice(part))
+            continue
+        if part.path not in stacks:
+            stacks = {part.path: stored_pixels(part.path)[0]}  # one file at a time is in memory
+        pixels = stacks[part.path]
+        read.append(smallest_type(rescaled(pixels[part.frame], part.rescale)))
+    try:
+        voxels = np.stack(read).transpose(2, 1, 0)
+    except ValueError as error:
+        raise ValueError(f"{slices[0].path.name}: slices of different sizes ({first_line(error)})") from None
+    return voxels
+
+
+def read_slice(part: Slice) -> np.ndarray:
+    """Read the Hounsfield units `(rows, columns)` of a slice, int16 or float32."""
+    pixels, data = stored_pixels(part.path)
+    if pixels.ndim != 2:
+        raise ValueError(f"{part.path.name}: expected one grey slice, got pixels of shape {pixels.shape}")
+    if not data.get("ModalityLUTSequence"):
+        return smallest_type(rescaled(pixels, part.rescale))
+    try:
+        return smallest_type(np.asarray(apply_modality_lut(pixels, data)))
+    except Exception as error:
+        raise ValueError(f"{part.path.name}: unreadable ModalityLUTSequence ({first_line(error)})") from error
+
+
+def stored_pixels(path: Path) -> tuple[np.ndarray, pydicom.FileDataset]:
+    """Read the stored pixels of a file, and its elements.
+
+    Raises:
+        ValueError: if they are unreadable; the message begins with the file's name.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            data = open_dicom(path)
+            syntax = data.file_meta.TransferSyntaxUID
+            check_pixels(data)
+        except Exception as error:
+            raise ValueError(f"{path.name}: unreadable as DICOM ({first_line(error)})") from error
+        if not decodable(syntax):
+            raise ValueError(
+                f"{path.name}: compressed as {syntax.name}, for which no decoder is installed: {INSTALL_DECODERS}"
+            )
+        try:
+            return np.asarray(data.pixel_array), data
+        except Exception as error:
+            raise ValueError(f"{path.name}: unreadable pixels ({first_line(error)})") from error
+
+
+def check_pixels(data: pydicom.FileDataset) -> None:
+    """Raise ValueError for elements with which pixels would be read wrong or take all memory."""
+    if max(data.Rows, data.Columns) > MAX_EDGE:
+        raise ValueError(f"{data.Rows} x {data.Columns} pixels, expected at most {MAX_EDGE} x {MAX_EDGE}")
+    if "HighBit" in data and "BitsStored" in data and data.HighBit != data.BitsStored - 1:
+        raise ValueError(f"HighBit is {data.HighBit}, expected {data.BitsStored - 1} for BitsStored {data.BitsStored}")
+    if (
+        "PixelData" in data
+        and data["PixelData"].is_undefined_length
+        and not data.file_meta.TransferSyntaxUID.is_compressed
+    ):
+        raise ValueError("compressed pixels, but TransferSyntaxUID names no compression; export it again")
+
+
+def rescaled(pixels: np.ndarray, rescale: tuple[float, float] | None) -> np.ndarray:
+    """Scale stored pixels to float64; without slope and intercept, return them."""
+    return pixels if rescale is None else pixels.astype(np.float64) * rescale[0] + rescale[1]
+
+
+def smallest_type(values: np.ndarray) -> np.ndarray:
+    """Convert values to int16, or to float32 if they are no whole numbers in its range."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # values beyond int16 have no defined result, and are compared
+        whole = values.astype(np.int16)
+    return whole if np.array_equal(whole, values) else values.astype(np.float32)
+
+
+def check_units(voxels: np.ndarray) -> None:
+    """Raise ValueError unless values that no header scales can be Hounsfield units: a part of them is negative."""
+    if ((voxels >= AIR[0]) & (voxels < AIR[1])).mean() < LEAST_AIR:
+        raise ValueError(
+            f"RescaleSlope and RescaleIntercept are missing, and stored values from {voxels.min():g} to "
+            f"{voxels.max():g} are no Hounsfield units; export it again, or write both into the files "
+            "(often 1 and -1024)"
+        )
+
+
+def decodable(syntax: UID) -> bool:
+    """Return whether an installed decoder reads pixels of a transfer syntax."""
+    if not syntax.is_compressed or syntax.is_deflated:
+        return True
+    try:
+        return bool(get_decoder(syntax).is_available)
+    except NotImplementedError:
+        return False
+
+
+def pixels_digest(header: Header) -> str:
+    """Digest the stored pixels of a slice; the digest of an unreadable one is its name."""
+    try:
+        pixels, _ = stored_pixels(header.path)
+        shown: Any = pixels if header.frame is None else pixels[header.frame]
+    except (ValueError, IndexError):
+        return header.name
+    return hashlib.sha256(np.ascontiguousarray(shown).tobytes()).hexdigest()
