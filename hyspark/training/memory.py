@@ -1,6 +1,5 @@
 """Memory of a process: free, and used at most."""
 
-import os
 import re
 from pathlib import Path
 
@@ -8,13 +7,14 @@ import psutil
 import torch
 
 from hyspark.training.distributed import Processes
+from hyspark.utils.free_memory import free_main_memory
 
 
 def free_memory(processes: Processes) -> int:
     """Measure the bytes that this process may still take: on its GPU, or its fraction of the machine's memory."""
     if processes.device.type == "cuda":
         return torch.cuda.mem_get_info(processes.device)[0]
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return free_main_memory()
 
 
 def peak_memory(processes: Processes) -> int | None:
