@@ -101,6 +101,45 @@ class RunVolumes:
     excluded: list[str]
 
 
+@dataclass(frozen=True)
+class ReadableCases:
+    """The readable ones among some cases.
+
+    Attributes:
+        cases: The readable cases, in their order.
+        volumes: Their volumes.
+        unreadable: The other cases.
+        failed: Why those are unreadable, by image.
+    """
+
+    cases: list[Case]
+    volumes: list[StoredVolume]
+    unreadable: list[Case]
+    failed: dict[str, tuple[str, ...]]
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why the other cases are unreadable, a line each, by name."""
+        return {case.name: "; ".join(self.failed[str(case.image)]) for case in self.unreadable}
+
+
+def prepare_readable(
+    config: VolumeSettings,
+    processes: Processes,
+    data: Path,
+    cases: Sequence[Case],
+    find_fault: Callable[[StoredVolume], str] = lambda volume: "",
+) -> ReadableCases:
+    """Prepare volumes; unreadable ones are set apart. The arguments are those of `prepare_run_volumes`."""
+    failed = prepare_on_each_machine(config, processes, data, cases)
+    whole = [case for case in cases if str(case.image) not in failed]
+    volumes = dict(zip(whole, stored_volumes(whole, config, store_folder(config, data)), strict=True))
+    failed |= {str(c.image): (f"{c.image}: {fault}",) for c in whole if (fault := find_fault(volumes[c]))}
+    readable = [case for case in cases if str(case.image) not in failed]
+    unreadable = [case for case in cases if str(case.image) in failed]
+    return ReadableCases(readable, [volumes[case] for case in readable], unreadable, failed)
+
+
 def format_excluded(names: Sequence[str]) -> str:
     """Format the number and the names of excluded cases for reports."""
     return f"{len(names)}: {', '.join(names)}" if names else "none"
@@ -128,10 +167,8 @@ def prepare_run_volumes(
         ValueError: Cases are unreadable; or none is readable to train on, or of some to validate on.
     """
     cases = [*training, *validation]
-    failed = prepare_on_each_machine(config, processes, data, cases)
-    whole = [case for case in cases if str(case.image) not in failed]
-    volumes = dict(zip(whole, stored_volumes(whole, config, store_folder(config, data)), strict=True))
-    failed |= {str(c.image): (f"{c.image}: {fault}",) for c in whole if (fault := find_fault(volumes[c]))}
+    readable = prepare_readable(config, processes, data, cases, find_fault)
+    failed, volumes = readable.failed, dict(zip(readable.cases, readable.volumes, strict=True))
     if failed and config.on_bad_case == "stop":
         raise ValueError(failure_message(failed, len(cases), SKIP_ADVICE))
     train_on, validate_on = ([c for c in part if str(c.image) not in failed] for part in (training, validation))

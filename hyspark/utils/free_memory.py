@@ -76,7 +76,9 @@ def free_below_limits() -> list[int]:
     used = psutil.Process().memory_info()
     free = []
     for name, field in (("RLIMIT_AS", "vms"), ("RLIMIT_DATA", "data")):
-        most, _ = resource.getrlimit(getattr(resource, name)) if hasattr(resource, name) else (resource.RLIM_INFINITY, 0)
+        most, _ = (
+            resource.getrlimit(getattr(resource, name)) if hasattr(resource, name) else (resource.RLIM_INFINITY, 0)
+        )
         if most != resource.RLIM_INFINITY and hasattr(used, field):
             free.append(most - getattr(used, field))
     return free

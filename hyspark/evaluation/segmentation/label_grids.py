@@ -213,7 +213,9 @@ class SlantedGrid:
             resampled = map_coordinates(score, points, output=np.float32, order=1, mode="nearest")
             likelier = resampled > best
             labels[likelier], best[likelier] = value, resampled[likelier]
-        for (where, _), values in zip(found, np.split(labels, np.cumsum([at.shape[1] for _, at in found])[:-1]), strict=True):
+        for (where, _), values in zip(
+            found, np.split(labels, np.cumsum([at.shape[1] for _, at in found])[:-1]), strict=True
+        ):
             self.labels[where] = values
 
     def slices_between(self, low: int, high: int) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray]]:

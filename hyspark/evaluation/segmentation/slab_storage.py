@@ -89,7 +89,7 @@ class SlabStorage:
         return Slab(self, shape, self.free_slots.pop() if self.free_slots else self.add_slot(size))
 
     def add_slot(self, size: int) -> int:
-        """Lengthen the file by a slot, with its disk space allocated: writing to a mapped file that has none crashes."""
+        """Lengthen the file by a slot with disk space: a mapped file without it crashes when it is written to."""
         if self.file is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115
@@ -104,7 +104,6 @@ class SlabStorage:
                 self.file.flush()
         except OSError as error:
             raise OSError(
-                error.errno,
                 f"{self.folder}: no room for a temporary file of class scores ({error.strerror}); make room, choose "
                 "another folder with --out, or allow more memory with --memory",
             ) from error

@@ -58,6 +58,10 @@ def class_score_slabs(
     Yields:
         First index of a slab on axis 0, and its scores, float32 (n, rows, w, d), on the CPU. Slabs come in order, and
         cover the volume once.
+
+    Raises:
+        ValueError: Scores are not finite.
+        OSError: The storage's disk is full.
     """
     subsets = [axes for num in range(len(windows.flips) + 1) for axes in combinations(windows.flips, num)]
     if len(subsets) == 1:
@@ -141,7 +145,7 @@ def blended_slabs(
     weight_here = weight.to("cpu")
     pending: list[OpenSlab] = []
     for first in range(0, len(boxes), windows.per_pass):
-        crops = torch.cat([padded[(..., *box)] for box in boxes[first : first + windows.per_pass]])
+        crops = torch.cat([padded[:, :, box[0], box[1], box[2]] for box in boxes[first : first + windows.per_pass]])
         todo = iter(boxes[first : first + windows.per_pass])
         for scores in passes(model, crops, device):
             weighted = scores.mul_(weight).to("cpu")
@@ -153,9 +157,20 @@ def blended_slabs(
             slab = pending.pop(0)
             assert slab.scores is not None
             scores = finished(slab.scores, slab.weights)[:, :, inner[1], inner[2]]
+            check_finite(scores)
             low, high = max(slab.start, inner[0].start), min(slab.stop, inner[0].stop)
             if low < high:
                 yield low - inner[0].start, scores[:, low - slab.start : high - slab.start]
+
+
+def check_finite(scores: Tensor) -> None:
+    """Check that the network computes numbers.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if not torch.stack(scores.aminmax()).isfinite().all():
+        raise ValueError("the network's class scores hold NaN or infinity; check its weights and precision")
 
 
 def passes(model: Model, crops: Tensor, device: torch.device) -> Iterator[Tensor]:
@@ -168,9 +183,6 @@ def passes(model: Model, crops: Tensor, device: torch.device) -> Iterator[Tensor
 
     Yields:
         Scores of the next crops, float32 (k, n, *size), on the device.
-
-    Raises:
-        ValueError: Scores are not finite.
     """
     scores = None
     try:
@@ -185,8 +197,6 @@ def passes(model: Model, crops: Tensor, device: torch.device) -> Iterator[Tensor
         for half in crops.split(-(-len(crops) // 2)):
             yield from passes(model, half, device)
         return
-    if not torch.stack(scores.aminmax()).isfinite().all():
-        raise ValueError("the network's class scores hold NaN or infinite values; check its weights and precision")
     yield scores
 
 
@@ -216,5 +226,5 @@ def add_window(
             rows = slice(slab.start - along.start, slab.stop - along.start)
             if slab.scores is None:
                 slab.scores = storage.zeros((len(scores), *slab.weights.shape))
-            slab.scores.open()[(..., *across)].add_(scores[:, rows])
-            slab.weights[(..., *across)].add_(weight[rows])
+            slab.scores.open()[:, :, across[0], across[1]].add_(scores[:, rows])
+            slab.weights[:, across[0], across[1]].add_(weight[rows])

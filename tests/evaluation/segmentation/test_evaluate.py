@@ -223,11 +223,15 @@ def test_data_that_do_not_fit_the_network(labelled, weights, tmp_path):
     write_case(labelled, "more")
     path = labelled / "labelsTr" / "more.nii.gz"
     nibabel.save(nibabel.Nifti1Image(np.full((24, 22, 20), 3, np.uint8), np.diag([2, 2, 3, 1])), path)
-    with pytest.raises(ValueError, match="more: its label holds the value 3"):
-        evaluate_segmentation(
-            weights, labelled, tmp_path / "out", device="cpu", store_dir=str(tmp_path / "s"), prepare_workers=1
-        )
-    assert not (tmp_path / "out").exists()
+    options = {"device": "cpu", "store_dir": str(tmp_path / "s"), "prepare_workers": 1}
+    (reason,) = evaluate_segmentation(weights, labelled, tmp_path / "out", **options)["failed"].values()
+    assert "more_0000.nii.gz: its label holds the value 3, but the classes go from 0 to 2" in reason
+    for case in ("good", "shifted", "missed"):
+        (labelled / "imagesTr" / f"{case}_0000.nii.gz").unlink()
+        (labelled / "labelsTr" / f"{case}.nii.gz").unlink()
+    with pytest.raises(ValueError, match="1 of 1 volumes are unusable"):
+        evaluate_segmentation(weights, labelled, tmp_path / "none", **options)
+    assert not (tmp_path / "none").exists()
 
 
 def test_class_names_are_compared_by_what_they_say():

@@ -15,6 +15,7 @@ from hyspark.config.recipes import as_plain
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.evaluation.segmentation import predict
 from hyspark.evaluation.segmentation.inference import TrainedNetwork, hybird_from_config
+from hyspark.evaluation.segmentation.prepare_ahead import prepare_ahead
 from hyspark.evaluation.segmentation.scoring_protocol import Scoring
 from hyspark.tasks import api
 from hyspark.training import checkpoint
@@ -127,9 +128,9 @@ def test_workers_keep_the_order(tmp_path):
     for name in "cab":
         write_volume(tmp_path / f"{name}.nii.gz")
     cases = predict.find_inputs([tmp_path / "c.nii.gz", tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"])
-    ahead = list(predict.prepare_ahead(cases, CONFIG, 2))
+    ahead = list(prepare_ahead(cases, CONFIG, 2, 10**12))
     assert [case.name for case, _ in ahead] == ["c", "a", "b"]
-    alone = list(predict.prepare_ahead(cases, CONFIG, 1))
+    alone = list(prepare_ahead(cases, CONFIG, 1, 10**12))
     assert all(np.array_equal(a["image"], b["image"]) for (_, a), (_, b) in zip(ahead, alone, strict=True))
 
 
