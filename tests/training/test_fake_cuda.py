@@ -122,7 +122,7 @@ def test_windows(finetuning, monkeypatch):
     def real(*args, device, **kwargs):
         return weights(*args, device="cpu", **kwargs).to(device)
 
-    monkeypatch.setattr(sliding, "check_finite", lambda scores: None)
+    monkeypatch.setattr(sliding, "check_scores", lambda scores: None)
     monkeypatch.setattr(sliding, "compute_importance_map", real)
     network = build_finetuning(finetuning, 3).to(DEVICE).eval()
     windows = Windows((32, 32, 32), per_pass=2, flips=(0, 1), swaps=((1, 2),))

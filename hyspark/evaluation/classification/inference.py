@@ -102,7 +102,7 @@ def class_probabilities(
     batches = [mine[start : start + config.batch_size] for start in range(0, len(mine), config.batch_size)]
 
     def classify_mine() -> list[tuple[int, list[float] | Failed]]:
-        return [pair for indices in batches for pair in classify(network, images, indices, config, processes)]
+        return [pair for indices in batches for pair in classify_batch(network, images, indices, config, processes)]
 
     found = dict(sorted(distributed.run_and_gather(classify_mine, processes), key=lambda pair: pair[0]))
     rows = {i: row for i, row in found.items() if not isinstance(row, Failed)}
@@ -112,7 +112,7 @@ def class_probabilities(
 
 
 @torch.no_grad()
-def classify(
+def classify_batch(
     network: nn.Module, images: ImageSet, indices: Sequence[int], config: ClassificationConfig, processes: Processes
 ) -> list[tuple[int, list[float] | Failed]]:
     """Classify images in one batch; if that fails, one by one, so that the others are done.
@@ -135,4 +135,4 @@ def classify(
     except Exception as error:
         if len(indices) == 1:
             return [(indices[0], Failed(case_failure(error)))]
-    return [pair for i in indices for pair in classify(network, images, [i], config, processes)]
+    return [pair for i in indices for pair in classify_batch(network, images, [i], config, processes)]

@@ -22,10 +22,11 @@ from hyspark.evaluation.failures import NO_OUTPUT, OutputError, case_failure
 from hyspark.evaluation.segmentation.inference import load_network
 from hyspark.evaluation.segmentation.prepare_ahead import MAX_PREPARE_WORKERS, prepare_ahead
 from hyspark.evaluation.segmentation.scoring_protocol import Scoring
-from hyspark.evaluation.segmentation.segmenter import GB, Segmenter
+from hyspark.evaluation.segmentation.segmenter import Segmenter
 from hyspark.evaluation.segmentation.slab_stream import NumberedSlab, SlabStream
 from hyspark.training import distributed
 from hyspark.training.precision import inference_precision
+from hyspark.training.run_volumes import GB
 from hyspark.utils.atomic import write_whole
 from hyspark.utils.free_memory import free_main_memory
 from hyspark.utils.log import LOG

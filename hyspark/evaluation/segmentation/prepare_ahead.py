@@ -21,7 +21,9 @@ MAX_PREPARE_WORKERS = 4
 """Waiting volumes take memory; this number of workers keeps ahead of any network."""
 BYTES_PER_STORED_VOXEL, BYTES_PER_PREPARED_VOXEL = 12, 24
 """Memory of a preparation at its peak, per voxel of the file and of the prepared grid."""
-KILLED = "the process that prepared it was killed, alone too, perhaps for its memory; free memory, or crop the volume"
+KILLED = (
+    "preparing it ended its process, alone too: it was killed, perhaps for its memory; free memory, or crop the volume"
+)
 
 Prepared = dict[str, Any] | str
 """The result of `prepare_case`, or the reason why there is none."""

@@ -17,9 +17,8 @@ from hyspark.evaluation.segmentation.slab_storage import ITEM, SlabStorage
 from hyspark.evaluation.segmentation.windows import Windows, class_score_slabs
 from hyspark.training.distributed import Processes
 from hyspark.training.precision import autocast
+from hyspark.training.run_volumes import GB
 from hyspark.utils.free_memory import free_main_memory
-
-GB = 10**9
 
 
 @dataclass(frozen=True)

@@ -157,13 +157,13 @@ def blended_slabs(
             slab = pending.pop(0)
             assert slab.scores is not None
             scores = finished(slab.scores, slab.weights)[:, :, inner[1], inner[2]]
-            check_finite(scores)
+            check_scores(scores)
             low, high = max(slab.start, inner[0].start), min(slab.stop, inner[0].stop)
             if low < high:
                 yield low - inner[0].start, scores[:, low - slab.start : high - slab.start]
 
 
-def check_finite(scores: Tensor) -> None:
+def check_scores(scores: Tensor) -> None:
     """Check that the network computes numbers.
 
     Raises:
