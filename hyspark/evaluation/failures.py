@@ -2,12 +2,9 @@
 
 import errno
 
-import torch
-
+from hyspark.training.memory import is_out_of_memory
 from hyspark.utils.text import first_line
 
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "unable to allocate", "bad_alloc")
-"""Phrases of RuntimeErrors of torch and its libraries."""
 NO_OUTPUT = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM") if hasattr(errno, name)}
 """Errors of a file system to which no case can be written."""
 EXPLAINED = (ValueError, OSError, EOFError, RuntimeError, ImportError)
@@ -16,13 +13,6 @@ EXPLAINED = (ValueError, OSError, EOFError, RuntimeError, ImportError)
 
 class OutputError(OSError):
     """The folder to write to takes no file, of whatever case; ends the run."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Check whether an error says that memory, of the machine or of the device, did not suffice."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in NO_MEMORY)
 
 
 def case_failure(error: Exception) -> str:

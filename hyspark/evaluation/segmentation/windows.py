@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from monai.data.utils import compute_importance_map, dense_patch_slices
 from torch import Tensor
 
-from hyspark.evaluation.failures import is_out_of_memory
 from hyspark.evaluation.segmentation.slab_storage import ITEM, Slab, SlabStorage
+from hyspark.training.memory import is_out_of_memory
 
 Model = Callable[[Tensor], Tensor]
 
