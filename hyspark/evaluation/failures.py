@@ -26,5 +26,5 @@ def case_failure(error: Exception) -> str:
     while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # as MONAI hides the reason
         error = error.__cause__
     if is_out_of_memory(error):
-        return f"out of memory ({first_line(error)}); lower --memory and --prepare_workers, or free memory"
+        return f"out of memory ({first_line(error)}); free memory, then do this case again"
     return first_line(error) if isinstance(error, EXPLAINED) else f"{type(error).__name__}: {first_line(error)}"

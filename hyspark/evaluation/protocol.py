@@ -51,6 +51,11 @@ def has_score_files(folder: Path) -> bool:
     return all((folder / name).is_file() for name in SCORE_FILES)
 
 
+def has_all_scores(folder: Path) -> bool:
+    """Check that a folder holds all files of scores, and that no case is missing in them."""
+    return has_score_files(folder) and not read_summary(folder).get(FAILED)
+
+
 def has_scores(folder: Path, protocol: Mapping[str, Any]) -> bool:
     """Check that a folder holds scores that were measured by a protocol; `INFORMATIVE` keys may differ."""
     if not has_score_files(folder):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +54,7 @@ class SegmentationTask(Task):
         criterion: Loss.
         best: Best mean Dice so far.
         trained_on: Digests of the training images, see `Source`.
+        has_scored: Whether all scores of the validation cases were written; a case that failed is not tried again.
     """
 
     config: SegmentationConfig
@@ -63,6 +64,7 @@ class SegmentationTask(Task):
     criterion: DiceAndCrossEntropy
     best: float
     trained_on: Sequence[str]
+    has_scored: bool = field(default=False, init=False)
 
     @property
     def batches(self) -> FinetuneBatches:
@@ -113,10 +115,12 @@ class SegmentationTask(Task):
             log.write(step, epoch, dice_mean=mean, dice=held)
             suffix = " (best)" if is_best else ""
             LOG.info("epoch %d: mean Dice %.4f on %d cases%s", epoch, mean, len(dice_by_case), suffix)
-        else:
+        elif dice_by_case:
             LOG.warning(
                 "epoch %d: no Dice, since no label of the %d validation cases has an organ", epoch, len(dice_by_case)
             )
+        else:
+            LOG.warning("epoch %d: no Dice, since no validation case was scored", epoch)
         if is_best:
             weights = {
                 "model": run.network.state_dict(),
@@ -137,6 +141,7 @@ class SegmentationTask(Task):
         _, table, failures = score_cases(run.network, self.config, *cases, out, run.processes, self.source(run))
         if run.processes.is_main:
             warn_of_failures(failures, len(volumes.validation_cases), "scored")
+        self.has_scored = True
         return dict(zip(table.cases, table.values["dice"].tolist(), strict=True))
 
     def source(self, run: Run) -> Source:

@@ -29,29 +29,6 @@ def store_folder(config: VolumeSettings, data: Path) -> Path:
     return Path(config.store_dir) if config.store_dir else (data if data.is_dir() else data.parent) / "prepared"
 
 
-def prepare_volumes(
-    config: VolumeSettings, processes: Processes, data: Path, cases: Sequence[Case]
-) -> list[StoredVolume]:
-    """Prepare the volumes that the store lacks, by one process of each machine.
-
-    Args:
-        config: Settings.
-        processes: This process among the others.
-        data: Folder of the data, or its JSON.
-        cases: Cases of the data.
-
-    Returns:
-        Prepared volumes in the order of the cases.
-
-    Raises:
-        ValueError: Some cases are unreadable; the message lists all of them.
-    """
-    failed = prepare_on_each_machine(config, processes, data, cases)
-    if failed:
-        raise ValueError(failure_message(failed, len(cases)))
-    return stored_volumes(cases, config, store_folder(config, data))
-
-
 def prepare_on_each_machine(
     config: VolumeSettings, processes: Processes, data: Path, cases: Sequence[Case]
 ) -> dict[str, tuple[str, ...]]:

@@ -210,7 +210,7 @@ class Failing(Levels):
 
 
 FAULTS = {
-    "memory": (MemoryError(), "out of memory (MemoryError); lower --memory"),
+    "memory": (MemoryError(), "out of memory (MemoryError); free memory"),
     "cpu": (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nto"), "out of memory (DefaultCPU"),
     "cuda": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory (CUDA out of memory"),
     "any": (ZeroDivisionError("a bug"), "ZeroDivisionError: a bug"),
