@@ -26,7 +26,8 @@ from hyspark.data.batches.volumes import PretrainBatches
 from hyspark.data.datasets import datalist_json
 from hyspark.data.preprocessing.prepare import prepare_missing, stored_volumes
 from hyspark.data.settings import PrepareSettings
-from hyspark.evaluation.segmentation.inference import Windows, class_scores
+from hyspark.evaluation.segmentation.slab_storage import ITEM, SlabStorage
+from hyspark.evaluation.segmentation.windows import Windows, class_score_slabs
 from hyspark.training.precision import AUTOCAST_DTYPES
 from hyspark.utils.processes import available_cores
 
@@ -162,11 +163,16 @@ def sliding_window(size: Size, shape: Sequence[int], classes: int, precision: st
     if size.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    with torch.autocast(size.device, AUTOCAST_DTYPES[precision], enabled=precision != "fp32"):
-        scores = class_scores(model, image, windows, torch.device(size.device))
+    with (
+        torch.autocast(size.device, AUTOCAST_DTYPES[precision], enabled=precision != "fp32"),
+        SlabStorage(10**12, Path.cwd()) as storage,
+    ):
+        num = sum(
+            slab.numel() for _, slab in class_score_slabs(model, image, windows, torch.device(size.device), storage)
+        )
     return {
         "s": time.perf_counter() - start,
         "GPU peak GB": torch.cuda.max_memory_allocated() / 1e9 if size.device == "cuda" else None,
         "resident peak GB": peak_memory() / 1e9,
-        "class scores GB": scores.numel() * scores.element_size() / 1e9,
+        "class scores GB": num * ITEM / 1e9,
     }

@@ -107,6 +107,7 @@ class NetworkArguments(Arguments):
     ] = ()  # Segmentation: average over flips of these axes (0 left-right, 1 back-front, 2 foot-head)
     largest_component: bool = False  # Segmentation: keep the largest component of each class only
     prepare_workers: int = 0  # Segmentation: processes that prepare volumes; 0 uses one per available core
+    memory: float = 0  # Segmentation: GB of class scores in memory, more go to a file in OUT; 0 takes half of the free
     device: str = "auto"  # auto uses CUDA if it is available
 
     def configure(self) -> None:
@@ -118,7 +119,7 @@ class EvaluateArguments(NetworkArguments):
     """Score a fine-tuned network on labelled cases.
 
     Segmentation: Dice, HD95 and surface Dice per organ, on the labels' own grid. Classification: AUC, accuracy and
-    macro F1.
+    macro F1. Exit code 1: some cases were not scored; they are named, and the others are scored.
 
     Example:
         hyspark evaluate ckpt/btcv data/Dataset015_BTCV --out ckpt/btcv_scores
@@ -140,7 +141,8 @@ class PredictArguments(NetworkArguments):
     """Predict with a fine-tuned network.
 
     Segmentation: a label map for each volume, CASE.nii.gz, in the volume's own geometry. Classification:
-    predictions.csv with the probability of each class.
+    predictions.csv with the probability of each class. Exit code 1: some cases were not predicted; they are named, and
+    the others are written.
 
     Example:
         hyspark predict ckpt/btcv scans/*.nii.gz --out ckpt/btcv_labels

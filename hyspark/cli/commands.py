@@ -1,7 +1,8 @@
 """Command lines: flags -> settings -> one call; of the `hyspark` command and the scripts at the top level."""
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def finetune(argv: Sequence[str]) -> None:
     config = read_config(SegmentationConfig, "hyspark finetune", argv)
     from hyspark.tasks.segmentation import run_segmentation
 
-    run_segmentation(config)
+    name_unscored(config, run_segmentation(config))
 
 
 def finetune_classifier(argv: Sequence[str]) -> None:
@@ -109,7 +110,7 @@ def finetune_classifier(argv: Sequence[str]) -> None:
     config = read_config(ClassificationConfig, "hyspark finetune-classifier", argv)
     from hyspark.tasks.classification import run_classification
 
-    run_classification(config)
+    name_unscored(config, run_classification(config))
 
 
 def weights(argv: Sequence[str]) -> None:
@@ -221,12 +222,16 @@ def evaluate(argv: Sequence[str]) -> None:
     from hyspark.evaluation.segmentation.scores import summary_text
     from hyspark.tasks import api
 
-    summary = api.evaluate(args.weights, args.data, args.out, device=args.device, **given_options(args)).summary
+    evaluation = api.evaluate(args.weights, args.data, args.out, device=args.device, **given_options(args))
+    if not is_main_process():
+        return
+    summary = evaluation.summary
     if "metrics" in summary:
         print(f"{metrics_text(summary['metrics'])} on {summary['protocol']['num_images']} images")
     else:
         print(summary_text(summary))
     print(f"scores of each case, protocol and pictures: {args.out}")
+    name_failures("not scored", evaluation.failures)
 
 
 def predict(argv: Sequence[str]) -> None:
@@ -235,15 +240,36 @@ def predict(argv: Sequence[str]) -> None:
     from hyspark.tasks import api
 
     made = api.predict(args.weights, args.inputs, args.out, device=args.device, **given_options(args))
+    if not is_main_process():
+        return
     print(
         f"{len(made.files)} written: {made.files[0]}{', ...' if made.files[1:] else ''}"
         if made.files
         else "none written"
     )
-    for why in made.failures.values():
-        print(f"not predicted: {why}", file=sys.stderr)
-    if made.failures:
-        sys.exit(FOUND)
+    name_failures("not predicted", made.failures)
+
+
+def name_unscored(config: SegmentationConfig | ClassificationConfig, folder: Path) -> None:
+    """Print a line on each case that a training did not score at its end; exits with FOUND if there are any."""
+    from hyspark.evaluation.protocol import unscored_cases
+
+    if not (config.dry_run or config.replay):
+        name_failures("not scored", unscored_cases(folder))
+
+
+def name_failures(title: str, failures: Mapping[str, str]) -> None:
+    """Print a line on each case that failed, on the main process; exits with FOUND if there are any."""
+    if not failures or not is_main_process():
+        return
+    for name, why in failures.items():
+        print(f"{title}: {why if name in why else f'{name}: {why}'}", file=sys.stderr)
+    sys.exit(FOUND)
+
+
+def is_main_process() -> bool:
+    """Check that this process is the one that reports, of those that torchrun started."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def given_options(args: NetworkArguments) -> dict[str, Any]:
@@ -258,10 +284,11 @@ def classify(argv: Sequence[str]) -> None:
     from hyspark.evaluation.classification.predict import predict_and_score
     from hyspark.evaluation.classification.scores import metrics_text
 
-    summary = predict_and_score(Path(args.weights), Path(args.images), Path(args.out), args.device)
+    summary, failures = predict_and_score(Path(args.weights), Path(args.images), Path(args.out), args.device)
     if summary:
         print(f"{metrics_text(summary['metrics'])} on {summary['protocol']['num_images']} images")
     print(f"probabilities of each image: {Path(args.out) / 'predictions.csv'}")
+    name_failures("not predicted", failures)
 
 
 def benefit(argv: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from hyspark.comparison.table import RunKey, compare_runs, read_run
 from hyspark.config.classification import ClassificationConfig
 from hyspark.config.recipes import as_plain, differences, read_yaml, write_yaml
 from hyspark.config.segmentation import SegmentationConfig
-from hyspark.evaluation.protocol import has_score_files
+from hyspark.evaluation.protocol import has_all_scores
 from hyspark.training.run_folder import checkpoint_file
 from hyspark.utils.atomic import write_json
 from hyspark.utils.processes import available_cores
@@ -60,8 +60,8 @@ class PlannedRun:
 
     @property
     def is_finished(self) -> bool:
-        """Whether its scores exist and were made with these settings."""
-        return has_score_files(self.scores) and self.has_settings and not self.changes()
+        """Whether its scores exist, of all cases, and were made with these settings."""
+        return has_all_scores(self.scores) and self.has_settings and not self.changes()
 
     @property
     def has_settings(self) -> bool:

@@ -42,7 +42,11 @@ same training images, batches and random initialisation) and the same scored ima
 ones; bold where it excludes 0. With few seeds it is too narrow where seeds differ more than images do, and with one
 seed it holds for that seed alone. Images are taken to be independent: where several are of one patient, it is too
 narrow."""
-    validation_note = "These images chose the weights of each run, too, so that all values are optimistic."
+    scored_weights = {  # noqa: RUF012
+        "test": "Scored are the best weights of each run, chosen by the accuracy on its validation images.",
+        "validation": "Scored are the best weights of each run. These images chose the weights of each run, too, so "
+        "that all values are optimistic.",
+    }
 
     def scores_folder(self, config: ClassificationConfig) -> Path:
         has_test = bool(config.test_dir) or has_test_split(Path(config.data))

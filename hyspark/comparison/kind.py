@@ -17,7 +17,7 @@ class RunKind(ABC):
         metrics: Metrics that are compared.
         shown: Metrics with a table of their own in the report, and their titles; the first is drawn.
         reading: How to read the report's tables, in Markdown.
-        validation_note: Note on scores of validation samples, in Markdown.
+        scored_weights: Which weights of a run are scored and what chose them, by what is scored (test, validation).
     """
 
     verb: str
@@ -25,7 +25,7 @@ class RunKind(ABC):
     metrics: Sequence[str]
     shown: Mapping[str, str]
     reading: str
-    validation_note: str = ""
+    scored_weights: Mapping[str, str]
 
     @abstractmethod
     def scores_folder(self, config: Any) -> Path:

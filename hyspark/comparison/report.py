@@ -40,10 +40,9 @@ def benefit_page(kind: RunKind, numbers: Mapping[str, Any]) -> str:
         "# Does pre-training pay?",
         f"{numbers['finished']} of {numbers['planned']} runs are finished, scored on {len(numbers[kind.samples])} "
         f"{numbers['scored_on']} {kind.samples}.{missing}",
+        kind.scored_weights[numbers["scored_on"]],
+        f"![{drawn}, and differences to the baseline](benefit.png)",
     ]
-    if kind.validation_note and numbers["scored_on"] == "validation":
-        parts.append(kind.validation_note)
-    parts.append(f"![{drawn}, and differences to the baseline](benefit.png)")
     for metric, title in kind.shown.items():
         parts += [
             f"## {title[0].upper()}{title[1:]}, %",

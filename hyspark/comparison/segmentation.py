@@ -39,6 +39,9 @@ class SegmentationRuns(RunKind):
     samples = "cases"
     metrics = (*ORGAN_METRICS, MISSED)
     shown = {"dice": "Dice"}  # noqa: RUF012
+    scored_weights = dict.fromkeys(
+        ("test", "validation"), "Scored are the last weights of each run, which no scored case has chosen."
+    )
     reading = """\
 Dice is the mean over organs (background excluded) of the mean over the cases that hold the organ, then the mean over
 seeds; in parentheses its range over seeds. A difference is over pairs: the same seed (so the same labelled cases,

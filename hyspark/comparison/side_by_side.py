@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hyspark.evaluation.protocol import DATA_DIGEST, has_score_files, read_summary
+from hyspark.evaluation.protocol import DATA_DIGEST, RUN_SCORES, has_score_files, read_summary
 from hyspark.evaluation.score_table import read_score_table
 from hyspark.evaluation.validations import Validations, read_validations
 from hyspark.reports.run_page import dice_table
@@ -34,16 +34,30 @@ def runs_text(folders: Sequence[Path]) -> str:
         raise ValueError(f"expected runs of one kind, got {', '.join(f'{n}: {kind}' for n, kind in kinds.items())}")
     columns = {name: validations.best for name, validations in found.items()}
     if set(kinds.values()) == {"segmentation"}:
-        lines = ["Dice, best weights of each run", dice_table(columns, difference=True)]
+        lines = [
+            "Dice, best weights of each run, chosen by the mean Dice on these same cases, which is optimistic",
+            dice_table(columns, difference=True),
+        ]
     else:
-        lines = ["Validation images, best weights of each run", aligned_table(metric_columns(columns))]
+        lines = [
+            "Validation images, best weights of each run, chosen by the accuracy on these same images, which is "
+            "optimistic",
+            aligned_table(metric_columns(columns)),
+        ]
     if not have_same_cases(folders):
         lines.append("WARNING: the runs were validated on different cases, so that these numbers cannot be compared")
     pairs = zip(found, folders, strict=True)
     for name, folder in pairs:
         pictures = f", pictures {folder / 'pictures'}" if (folder / "pictures").is_dir() else ""
-        lines.append(f"{name}: report {folder / 'report.html'}{pictures}")
+        lines.append(f"{name}: report {folder / 'report.html'}{pictures}{other_scores(folder)}")
     return "\n".join(lines)
+
+
+def other_scores(folder: Path) -> str:
+    """Name the scores of a finished run with their weights, as its protocols describe them; empty without scores."""
+    found = [name for name in RUN_SCORES if has_score_files(folder / name)]
+    described = [(name, read_summary(folder / name)["protocol"].get("weights", "unknown")) for name in found]
+    return "".join(f"; scores of {weights}: {folder / name}" for name, weights in described)
 
 
 def metric_columns(columns: Mapping[str, Mapping[str, float]]) -> list[list[str]]:

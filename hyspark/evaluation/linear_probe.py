@@ -33,22 +33,20 @@ from hyspark.data.batches.crops import crop_start
 from hyspark.data.datasets import build, datalist_json
 from hyspark.data.datasets.cases import Case
 from hyspark.data.datasets.splits import SPLIT_SEED, split_by_subject
+from hyspark.data.preprocessing.prepare import failure_message
 from hyspark.data.preprocessing.store import StoredVolume
+from hyspark.evaluation.each_case import warn_of_failures
+from hyspark.evaluation.failures import case_failure
+from hyspark.evaluation.probe_head import IGNORED, count_voxels_by_class, fit_head, probe_scores
 from hyspark.models.encoder import HybridEncoder
 from hyspark.training.distributed import Processes
 from hyspark.training.metrics_log import RunLog
-from hyspark.training.run_volumes import prepare_volumes
+from hyspark.training.run_volumes import SKIP_ADVICE, prepare_readable
 from hyspark.utils.log import LOG
 
 CROPS_PER_VOLUME = 2
 VOXELS_PER_CLASS = 200
 """Voxels of one class that one crop gives to the fit, at most."""
-PENALTY = 3e-3
-"""Weight of the squared coefficients (of features with deviation 1) beside the mean cross entropy."""
-MAX_ITERATIONS = 30
-"""Of L-BFGS; twice as many changed the Dice by .01."""
-IGNORED = -1
-"""Label of voxels whose class is not in both halves."""
 
 
 @dataclass(frozen=True)
@@ -117,14 +115,26 @@ def find_probe_cases(path: Path, num_cases: int) -> ProbeCases:
 def make_probe(config: PretrainConfig, processes: Processes, cases: ProbeCases) -> Probe | None:
     """Prepare the probe of a run by the run's settings; None on other processes than the main one.
 
+    Unreadable cases stop the run or are excluded, as on_bad_case says.
+
     Raises:
         ValueError, OSError: What preparation and `cut_probe` raise.
     """
-    volumes = prepare_volumes(config, processes, Path(config.probe_data), [*cases.fit, *cases.score])
+    both = [*cases.fit, *cases.score]
+    readable = prepare_readable(config, processes, Path(config.probe_data), both, empty_label_fault)
+    volumes = dict(zip(readable.cases, readable.volumes, strict=True))
+    fit, score = ([volumes[case] for case in half if case in volumes] for half in (cases.fit, cases.score))
+    if readable.failed and (config.on_bad_case == "stop" or not (fit and score)):
+        raise ValueError(failure_message(readable.failed, len(both), SKIP_ADVICE if fit and score else ""))
     if not processes.is_main:
         return None
-    num = len(cases.fit)
-    return cut_probe(volumes[:num], volumes[num:], cases.names, config.crop_shape)
+    warn_of_failures(readable.reasons, len(both), "used by the linear probe")
+    return cut_probe(fit, score, cases.names, config.crop_shape)
+
+
+def empty_label_fault(volume: StoredVolume) -> str:
+    """Return what is wrong with a label without any organ; empty if nothing."""
+    return "" if volume.entry.max_label else "its label is empty, so that the probe has no use for it"
 
 
 def cut_probe(
@@ -191,9 +201,13 @@ def probe_crop(image: np.ndarray, label: np.ndarray) -> ProbeCrop:
 
 
 def take_probe(encoder: HybridEncoder, probe: Probe, log: RunLog, step: int, epoch: int) -> None:
-    """Probe the encoder after a step, and log the Dice."""
+    """Probe the encoder after a step, and log the Dice; a failure, as of memory, is a warning, and training goes on."""
     clock = time.perf_counter()
-    dice = probe_encoder(encoder, probe)
+    try:
+        dice = probe_encoder(encoder, probe)
+    except Exception as error:
+        LOG.warning("epoch %d: no probe Dice after %d steps: %s", epoch, step + 1, case_failure(error))
+        return
     log.write(step, epoch, probe_dice=mean(dice), probe=dice)
     seconds = time.perf_counter() - clock
     LOG.info("epoch %d: probe Dice %.4f after %d steps (%.1f s)", epoch, mean(dice), step + 1, seconds)
@@ -207,6 +221,14 @@ def probe_encoder(encoder: HybridEncoder, probe: Probe) -> dict[str, float]:
     """
     was_training = encoder.training
     encoder.eval()
+    try:
+        return probe_in_evaluation_mode(encoder, probe)
+    finally:
+        encoder.train(was_training)
+
+
+def probe_in_evaluation_mode(encoder: HybridEncoder, probe: Probe) -> dict[str, float]:
+    """Compute what `probe_encoder` returns."""
     features = torch.cat([features_at(maps, crop) for crop, maps in encoded(encoder, probe.fit)])
     labels = torch.cat([crop.label.flatten()[crop.voxels] for crop in probe.fit]).to(features.device)
     fractions = count_voxels_by_class(torch.cat([crop.label.flatten() for crop in probe.fit]), len(probe.names)).to(
@@ -220,7 +242,6 @@ def probe_encoder(encoder: HybridEncoder, probe: Probe) -> dict[str, float]:
         totals += torch.stack(
             [count_voxels_by_class(x, len(probe.names)) for x in (truth[found == truth], found, truth)]
         )
-    encoder.train(was_training)
     correct, num_found, num_true = totals
     dice = (2 * correct / (num_found + num_true)).tolist()
     return dict(zip(probe.names[1:], dice[1:], strict=True))
@@ -229,11 +250,6 @@ def probe_encoder(encoder: HybridEncoder, probe: Probe) -> dict[str, float]:
 def mean(dice: dict[str, float]) -> float:
     """Average over the classes."""
     return math.fsum(dice.values()) / len(dice)
-
-
-def count_voxels_by_class(labels: Tensor, num_classes: int) -> Tensor:
-    """Count the voxels of each class, int64 (num_classes,), without the ignored ones."""
-    return torch.bincount(labels[labels != IGNORED].flatten(), minlength=num_classes)
 
 
 def encoded(encoder: HybridEncoder, crops: Sequence[ProbeCrop]) -> Iterator[tuple[ProbeCrop, list[Tensor]]]:
@@ -258,47 +274,3 @@ def features_at(maps: Sequence[Tensor], crop: ProbeCrop) -> Tensor:
     grid = grid.flip(-1)[None, None, None].to(maps[0])  # grid_sample takes the last axis first
     sampled = [F.grid_sample(x, grid, padding_mode="border", align_corners=False) for x in maps]
     return torch.cat(sampled, dim=1)[0, :, 0, 0].T
-
-
-def fit_head(features: Tensor, labels: Tensor, fractions: Tensor) -> tuple[Tensor, Tensor]:
-    """Fit a multinomial logistic regression.
-
-    Args:
-        features: (n, c).
-        labels: int64 (n,).
-        fractions: Of the classes among all voxels, (classes,). The intercepts go half the way to them.
-
-    Returns:
-        Weight (classes, c) and bias (classes,) for features without normalisation.
-    """
-    num_classes = len(fractions)
-    centre, scale = features.mean(0), features.std(0).clamp_min(1e-6)
-    x = (features - centre) / scale
-    weight, bias = x.new_zeros(num_classes, x.shape[1]), x.new_zeros(num_classes)
-    parameters = [weight.requires_grad_(), bias.requires_grad_()]
-    optimizer = torch.optim.LBFGS(parameters, max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = F.cross_entropy(F.linear(x, weight, bias), labels) + PENALTY * weight.square().sum()
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        optimizer.step(loss)
-    weight, bias = weight.detach() / scale, bias.detach()
-    drawn = count_voxels_by_class(labels, num_classes) / len(labels)
-    return weight, bias - weight @ centre + (fractions / drawn).log() / 2
-
-
-def probe_scores(maps: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
-    """Apply the head at every voxel: (1, classes, *size).
-
-    It is applied to each map before its interpolation, which gives the same with less work, since both are linear.
-    """
-    size = maps[0].shape[2:]
-    scores = bias[:, None, None, None]
-    for x, w in zip(maps, weight.split([x.shape[1] for x in maps], dim=1), strict=True):
-        part = F.conv3d(x, w[:, :, None, None, None])
-        scores = scores + F.interpolate(part, size, mode="trilinear", align_corners=False)
-    return scores

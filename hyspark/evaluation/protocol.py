@@ -13,6 +13,10 @@ DATA_DIGEST = "data_digest"
 """Key of the digest of the scored cases' names and files (`cases_digest`)."""
 TRAINED_ON = "training_cases"
 """Key of the number of training cases, without the excluded ones."""
+FAILED = "failed"
+"""Key of the cases that were not scored, with their reasons; absent if all were."""
+RUN_SCORES = ("scores", "scores_test")
+"""Folders of scores in a run, of its validation and its test cases."""
 INFORMATIVE = ("data", "precision")
 """Keys without an effect on scores beyond rounding: the path of the data, and the precision that the machine offers."""
 
@@ -35,9 +39,21 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return summary
 
 
+def unscored_cases(run_folder: Path) -> dict[str, str]:
+    """Read why validation and test cases of a finished run were not scored, as FOLDER/CASE; empty if all were."""
+    folders = [run_folder / name for name in RUN_SCORES]
+    failed = {f.name: read_summary(f).get(FAILED, {}) for f in folders if (f / "summary.json").is_file()}
+    return {f"{folder}/{case}": reason for folder, reasons in failed.items() for case, reason in reasons.items()}
+
+
 def has_score_files(folder: Path) -> bool:
     """Check that a folder holds all files of scores."""
     return all((folder / name).is_file() for name in SCORE_FILES)
+
+
+def has_all_scores(folder: Path) -> bool:
+    """Check that a folder holds all files of scores, and that no case is missing in them."""
+    return has_score_files(folder) and not read_summary(folder).get(FAILED)
 
 
 def has_scores(folder: Path, protocol: Mapping[str, Any]) -> bool:

@@ -22,6 +22,7 @@ from hyspark.config.shared import RunSettings
 from hyspark.evaluation.classification.evaluate import evaluate_classification
 from hyspark.evaluation.classification.predict import predict_classification
 from hyspark.evaluation.network_kind import NetworkKind, kind_of_network
+from hyspark.evaluation.protocol import FAILED, unscored_cases
 from hyspark.evaluation.score_table import read_score_table
 from hyspark.evaluation.segmentation.evaluate import evaluate_segmentation
 from hyspark.evaluation.segmentation.predict import find_inputs, predict_segmentation
@@ -34,7 +35,7 @@ from hyspark.training.run_folder import encoder_file
 from hyspark.utils.text import nearest
 
 StrPath = str | os.PathLike[str]
-WINDOWING = ("overlap", "flips", "largest_component")
+WINDOWING = ("overlap", "flips", "largest_component", "memory")
 """Options of segmenting a volume, fields of `Scoring`."""
 SCORING = (*WINDOWING, "tolerance")
 """Options of scoring, fields of `Scoring`."""
@@ -66,6 +67,11 @@ class TrainingRun:
         path = self.folder / "scores" / "cases.csv"
         return read_score_table(path).rows() if path.is_file() else []
 
+    @property
+    def failures(self) -> dict[str, str]:
+        """Reasons of validation and test cases that were not scored, as FOLDER/CASE; empty if all were."""
+        return unscored_cases(self.folder)
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -78,6 +84,11 @@ class Evaluation:
 
     folder: Path
     summary: dict[str, Any]
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Reasons of the cases that were not scored, by case."""
+        return dict(self.summary.get(FAILED, {}))
 
     @property
     def table(self) -> list[dict[str, str | float]]:
@@ -152,7 +163,8 @@ def evaluate(weights: StrPath, data: StrPath, out: StrPath, *, device: str = "au
         data: Labelled volumes: an nnU-Net data set, or a decathlon JSON. For a classifier, a folder CLASS/IMAGE.
         out: Folder to write to.
         device: "auto", "cpu" or "cuda".
-        **options: For segmentation: part, overlap, flips, largest_component, tolerance, store_dir, prepare_workers.
+        **options: For segmentation: part, overlap, flips, largest_component, memory, tolerance, store_dir,
+            prepare_workers.
 
     Raises:
         ValueError: An option is unknown, or is not read for a classifier; the data does not fit the network.
@@ -178,7 +190,7 @@ def predict(
         inputs: NIfTI files, and folders that hold some. For a classifier, one folder of images.
         out: Folder to write to.
         device: "auto", "cpu" or "cuda".
-        **options: For segmentation: overlap, flips, largest_component, prepare_workers, overwrite.
+        **options: For segmentation: overlap, flips, largest_component, memory, prepare_workers, overwrite.
 
     Raises:
         ValueError: An option is unknown, or is not read for a classifier; the inputs do not fit the network.
@@ -193,7 +205,8 @@ def predict(
     if kind == "classification":
         if len(paths) != 1:
             raise ValueError(f"inputs: a classifier takes one folder of images, got {len(paths)} paths")
-        return Predictions([predict_classification(Path(weights), paths[0], Path(out), device)], {})
+        written, failures = predict_classification(Path(weights), paths[0], Path(out), device)
+        return Predictions([written], failures)
     scoring = Scoring(**{name: options.pop(name) for name in WINDOWING if name in options})
     options["num_workers"] = options.pop("prepare_workers", 0)
     names = [case.name for case in find_inputs(paths)]

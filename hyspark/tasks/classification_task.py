@@ -25,6 +25,7 @@ from hyspark.evaluation.classification.inference import (
 )
 from hyspark.evaluation.classification.metrics import classification_scores
 from hyspark.evaluation.classification.scores import metrics_text
+from hyspark.evaluation.each_case import warn_of_failures
 from hyspark.models.classifier import set_backbone_trainable
 from hyspark.reports import run_page
 from hyspark.training import checkpoint, optim
@@ -104,8 +105,12 @@ class ClassificationTask(Task):
     def validate(self, run: Run, log: RunLog | None, step: int, epoch: int) -> None:
         """Score the validation images; save the weights if their accuracy is the best so far, of equals the earlier."""
         network = self.average.module if self.average else run.network
-        images = self.images.parts["val"]
-        probabilities = class_probabilities(network, images, self.config, run.processes)
+        every = self.images.parts["val"]
+        images, probabilities, failures = class_probabilities(network, every, self.config, run.processes)
+        if run.processes.is_main:
+            warn_of_failures(failures, len(every), "scored")
+        if not len(images):
+            return
         scores = classification_scores(np.array(images.labels), probabilities)
         is_best = scores["accuracy"] > self.best
         if is_best:

@@ -109,7 +109,8 @@ class SegmentationExperiment(Experiment[SegmentationTask]):
             write_yaml(config, folder / "config.yaml")
         run.model.eval()
         cases = task.volumes.validation_cases
-        if not are_cases_scored(folder / "scores", config, self.names, cases, processes, task.source(run)):
+        given = (folder / "scores", config, self.names, cases, processes, task.source(run))
+        if not task.has_scored and not are_cases_scored(*given):
             task.write_validation_scores(run)
         weights = describe_last_weights(config, run)
         score_held_out(run.network, config, self.names, self.held_out, processes, weights, task.trained_on)

@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from hyspark.config.recipes import as_plain
 from hyspark.config.segmentation import SegmentationConfig
@@ -15,16 +14,18 @@ from hyspark.data.batches.augmentation import AffineRange
 from hyspark.data.batches.loader import Batch, Shard
 from hyspark.data.batches.volumes import FinetuneBatches
 from hyspark.data.readers.nifti import read_label
+from hyspark.evaluation.each_case import warn_of_failures, work_on_each
+from hyspark.evaluation.protocol import unscored_cases
 from hyspark.evaluation.segmentation.evaluate import (
-    Segmented,
     Source,
     case_panel,
     score_cases,
-    segment_case,
+    segment_stored,
 )
 from hyspark.evaluation.segmentation.inference import windows_from_config
 from hyspark.evaluation.segmentation.metrics import dice
 from hyspark.evaluation.segmentation.scores import mean_dice, mean_of
+from hyspark.evaluation.segmentation.segmenter import Segmenter
 from hyspark.evaluation.validations import read_validations
 from hyspark.figures.panels import save_figure
 from hyspark.reports import run_page
@@ -53,6 +54,7 @@ class SegmentationTask(Task):
         criterion: Loss.
         best: Best mean Dice so far.
         trained_on: Digests of the training images, see `Source`.
+        has_scored: Whether all scores of the validation cases were written; a case that failed is not tried again.
     """
 
     config: SegmentationConfig
@@ -62,6 +64,7 @@ class SegmentationTask(Task):
     criterion: DiceAndCrossEntropy
     best: float
     trained_on: Sequence[str]
+    has_scored: bool = field(default=False, init=False)
 
     @property
     def batches(self) -> FinetuneBatches:
@@ -112,10 +115,12 @@ class SegmentationTask(Task):
             log.write(step, epoch, dice_mean=mean, dice=held)
             suffix = " (best)" if is_best else ""
             LOG.info("epoch %d: mean Dice %.4f on %d cases%s", epoch, mean, len(dice_by_case), suffix)
-        else:
+        elif dice_by_case:
             LOG.warning(
                 "epoch %d: no Dice, since no label of the %d validation cases has an organ", epoch, len(dice_by_case)
             )
+        else:
+            LOG.warning("epoch %d: no Dice, since no validation case was scored", epoch)
         if is_best:
             weights = {
                 "model": run.network.state_dict(),
@@ -133,20 +138,16 @@ class SegmentationTask(Task):
         volumes = self.volumes
         cases = (self.names, volumes.validation, volumes.validation_cases)
         out = self.config.run_folder / "scores"
-        _, table = score_cases(run.network, self.config, *cases, out, run.processes, self.source(run))
+        _, table, failures = score_cases(run.network, self.config, *cases, out, run.processes, self.source(run))
+        if run.processes.is_main:
+            warn_of_failures(failures, len(volumes.validation_cases), "scored")
+        self.has_scored = True
         return dict(zip(table.cases, table.values["dice"].tolist(), strict=True))
 
     def source(self, run: Run) -> Source:
         """Return weights and data of the scores of the validation cases."""
         weights = describe_last_weights(self.config, run)
         return Source(weights, f"validation cases of {self.config.data}", self.trained_on)
-
-    def segment(self, run: Run, index: int) -> Segmented:
-        """Segment a validation case."""
-        c = self.config
-        windows = windows_from_config(c, self.names, c.infer_overlap)
-        volume, case = self.volumes.validation[index], self.volumes.validation_cases[index]
-        return segment_case(run.network, volume, case, windows, run.processes, c.precision)
 
     def validation_dice(self, run: Run) -> tuple[dict[str, list[float]], np.ndarray | None]:
         """Segment the validation cases.
@@ -155,18 +156,25 @@ class SegmentationTask(Task):
             Dice per class by case, on the label's own grid; and on the main process the label map of the first case on
             the prepared grid, uint8 (h, w, d).
         """
-        processes, cases = run.processes, self.volumes.validation_cases
-        own = range(processes.rank, len(cases), processes.world_size)
-        rows: list[tuple[int, list[float]]] = []
-        first = None
-        for i in tqdm(own, desc="validate", unit="case", leave=False, disable=not processes.is_main):
-            label = cases[i].label
+        c, processes, cases = self.config, run.processes, self.volumes.validation_cases
+        windows = windows_from_config(c, self.names, c.infer_overlap)
+        segmenter = Segmenter(run.network, len(self.names), windows, processes, c.precision, c.run_folder)
+        pictures: list[np.ndarray] = []
+
+        def score(index: int) -> list[float]:
+            label = cases[index].label
             assert label is not None
-            segmented = self.segment(run, i)
-            first = segmented.prepared if i == 0 else first
-            truth = read_label(label, cases[i].image, len(self.names), cases[i].ignore).voxels
-            rows.append((i, dice(segmented.on_file, truth, len(self.names))))
-        return {cases[i].name: values for i, values in sorted(distributed.gather_lists(rows, processes))}, first
+            segmented = segment_stored(segmenter, self.volumes.validation[index], cases[index])
+            if index == 0:
+                pictures.append(segmented.prepared)
+            truth = read_label(label, cases[index].image, len(self.names), cases[index].ignore)
+            return dice(segmented.on_file, truth.voxels, len(self.names))
+
+        names = [case.name for case in cases]
+        done, failures = work_on_each(names, score, processes, "validate", keep_bar=False)
+        if processes.is_main:
+            warn_of_failures(failures, len(cases), "scored")
+        return {names[i]: values for i, values in done.items()}, next(iter(pictures), None)
 
     def draw_picture(self, log: RunLog, step: int, epoch: int, prediction: np.ndarray) -> None:
         """Draw image, truth and prediction, uint8 (h, w, d) on the prepared grid, of the first validation case."""
@@ -194,6 +202,7 @@ class SegmentationTask(Task):
                 "excluded": format_excluded(run.excluded),
                 "scored on": "the label's own grid, mean over cases that hold the organ, background excluded",
                 "device": run.processes.describe(c.precision),
+                **{f"not scored ({name})": reason for name, reason in unscored_cases(c.run_folder).items()},
             },
             dice=best_and_last(c.run_folder),
             scores={

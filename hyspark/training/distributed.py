@@ -196,14 +196,23 @@ def run_once_per_machine(work: Callable[[], ResultT], processes: Processes) -> l
     Returns:
         The results of all machines, on every process.
     """
+    return run_and_gather(lambda: [work()] if processes.local_rank == 0 else [], processes)
+
+
+def run_and_gather(work: Callable[[], list[ResultT]], processes: Processes) -> list[ResultT]:
+    """Call `work` on every process, and wait for the slowest as long as it takes.
+
+    Returns:
+        The concatenated lists of all processes, on every process.
+    """
     if processes.world_size == 1:
-        return [work()]
+        return work()
     # A group of its own, made before the work, since the default group times out after half an hour.
     group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     # Dropped here, its destructor would wait with the interpreter's lock for a thread that wants it (torch 2.6, 2.7).
     atexit.register(release_process_groups, [group])
     gathered: list[Any] = [None] * processes.world_size
-    dist.all_gather_object(gathered, [work()] if processes.local_rank == 0 else [], group=group)
+    dist.all_gather_object(gathered, work(), group=group)
     dist.destroy_process_group(group)
     return [result for own in gathered for result in own]
 

@@ -1,11 +1,10 @@
 """Memory of a process: free, and used at most."""
 
-import os
-
 import psutil
 import torch
 
 from hyspark.training.distributed import Processes
+from hyspark.utils.free_memory import free_main_memory
 from hyspark.utils.processes import peak_resident
 
 
@@ -13,7 +12,7 @@ def free_memory(processes: Processes) -> int:
     """Measure the bytes that this process may still take: on its GPU, or its fraction of the machine's memory."""
     if processes.device.type == "cuda":
         return torch.cuda.mem_get_info(processes.device)[0]
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return free_main_memory()
 
 
 def peak_memory(processes: Processes) -> int | None:
@@ -25,6 +24,17 @@ def peak_memory(processes: Processes) -> int | None:
     if processes.device.type == "cuda":
         return torch.cuda.max_memory_allocated(processes.device)
     return peak_resident()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Check whether an error means that memory ran out; on the CPU torch has no class for it.
+
+    The last text is oneDNN's, when it gets no memory for the code or the tables of a kernel.
+    """
+    message = str(error).lower()
+    texts = ("alloc", "not enough memory", "out of memory")
+    is_text = any(text in message for text in texts) or message == "could not create a primitive"
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and is_text)
 
 
 def data_memory() -> int | None:

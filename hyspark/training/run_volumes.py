@@ -45,29 +45,6 @@ def store_folder(config: VolumeSettings, data: Path) -> Path:
     return Path(config.store_dir) if config.store_dir else (data if data.is_dir() else data.parent) / "prepared"
 
 
-def prepare_volumes(
-    config: VolumeSettings, processes: Processes, data: Path, cases: Sequence[Case]
-) -> list[StoredVolume]:
-    """Prepare the volumes that the store lacks, by one process of each machine.
-
-    Args:
-        config: Settings.
-        processes: This process among the others.
-        data: Folder of the data, or its JSON.
-        cases: Cases of the data.
-
-    Returns:
-        Prepared volumes in the order of the cases.
-
-    Raises:
-        ValueError: Some cases are unreadable; the message lists all of them.
-    """
-    failed = prepare_on_each_machine(config, processes, data, cases)
-    if failed:
-        raise ValueError(failure_message(failed, len(cases)))
-    return stored_volumes(cases, config, store_folder(config, data))
-
-
 def prepare_on_each_machine(
     config: VolumeSettings, processes: Processes, data: Path, cases: Sequence[Case]
 ) -> dict[str, tuple[str, ...]]:
@@ -115,6 +92,45 @@ class RunVolumes:
     excluded: list[str]
 
 
+@dataclass(frozen=True)
+class ReadableCases:
+    """The readable ones among some cases.
+
+    Attributes:
+        cases: The readable cases, in their order.
+        volumes: Their volumes.
+        unreadable: The other cases.
+        failed: Why those are unreadable, by image.
+    """
+
+    cases: list[Case]
+    volumes: list[StoredVolume]
+    unreadable: list[Case]
+    failed: dict[str, tuple[str, ...]]
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why the other cases are unreadable, a line each, by name."""
+        return {case.name: "; ".join(self.failed[str(case.image)]) for case in self.unreadable}
+
+
+def prepare_readable(
+    config: VolumeSettings,
+    processes: Processes,
+    data: Path,
+    cases: Sequence[Case],
+    find_fault: Callable[[StoredVolume], str] = lambda volume: "",
+) -> ReadableCases:
+    """Prepare volumes; unreadable ones are set apart. The arguments are those of `prepare_run_volumes`."""
+    failed = prepare_on_each_machine(config, processes, data, cases)
+    whole = [case for case in cases if str(case.image) not in failed]
+    volumes = dict(zip(whole, stored_volumes(whole, config, store_folder(config, data)), strict=True))
+    failed |= {str(c.image): (f"{c.image}: {fault}",) for c in whole if (fault := find_fault(volumes[c]))}
+    readable = [case for case in cases if str(case.image) not in failed]
+    unreadable = [case for case in cases if str(case.image) in failed]
+    return ReadableCases(readable, [volumes[case] for case in readable], unreadable, failed)
+
+
 def format_excluded(names: Sequence[str]) -> str:
     """Format the number and the names of excluded cases for reports."""
     return f"{len(names)}: {', '.join(names)}" if names else "none"
@@ -142,10 +158,8 @@ def prepare_run_volumes(
         ValueError: Cases are unreadable; or none is readable to train on, or of some to validate on.
     """
     cases = [*training, *validation]
-    failed = prepare_on_each_machine(config, processes, data, cases)
-    whole = [case for case in cases if str(case.image) not in failed]
-    volumes = dict(zip(whole, stored_volumes(whole, config, store_folder(config, data)), strict=True))
-    failed |= {str(c.image): (f"{c.image}: {fault}",) for c in whole if (fault := find_fault(volumes[c]))}
+    readable = prepare_readable(config, processes, data, cases, find_fault)
+    failed, volumes = readable.failed, dict(zip(readable.cases, readable.volumes, strict=True))
     if failed and config.on_bad_case == "stop":
         raise ValueError(failure_message(failed, len(cases), SKIP_ADVICE))
     train_on, validate_on = ([c for c in part if str(c.image) not in failed] for part in (training, validation))

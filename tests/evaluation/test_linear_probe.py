@@ -8,19 +8,18 @@ from torch import nn
 from hyspark.data.preprocessing.store import StoredVolume, write_entry
 from hyspark.evaluation.linear_probe import (
     CROPS_PER_VOLUME,
-    IGNORED,
     VOXELS_PER_CLASS,
     Probe,
     cut_probe,
     features_at,
     find_probe_cases,
-    fit_head,
     labelled_box,
     mean,
     probe_crop,
     probe_encoder,
-    probe_scores,
+    take_probe,
 )
+from hyspark.evaluation.probe_head import IGNORED, fit_head, probe_scores
 from hyspark.models.encoder import HybridEncoder
 
 SIZE = (32, 32, 32)
@@ -207,3 +206,17 @@ def test_the_encoder_and_the_random_state_are_left_as_they_were(halves, training
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert probe_encoder(model, probe) == first
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_probe_that_fails_is_a_warning(halves, training, caplog):
+    model = encoder().train(training)
+    probe = cut_probe(halves[:2], halves[2:], {}, SIZE)
+
+    def no_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.register_forward_pre_hook(no_memory)
+    take_probe(model, probe, log=None, step=4, epoch=1)
+    assert "epoch 1: no probe Dice after 5 steps: out of memory" in caplog.text
+    assert model.training == training

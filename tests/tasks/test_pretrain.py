@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from monai.networks.nets import SegResNet
 
 import hyspark
 from hyspark.config.shared import EncoderSettings
-from hyspark.data.datasets import datalist_json
-from hyspark.evaluation.linear_probe import find_probe_cases, make_probe, probe_encoder
+from hyspark.data.datasets import datalist_json, nnunet
+from hyspark.evaluation.linear_probe import ProbeCases, find_probe_cases, make_probe, probe_encoder
 from hyspark.tasks.launch import load_state
 from hyspark.tasks.masked_task import MaskedTask
 from hyspark.tasks.pretrain import (
@@ -292,6 +293,22 @@ def test_a_probe_is_taken_before_the_first_step_and_with_the_epochs(probing):
 def probe_of(config):
     cases = find_probe_cases(Path(config.probe_data), config.probe_cases)
     return make_probe(config, Processes(torch.device("cpu")), cases)
+
+
+def test_an_unreadable_case_of_the_probe_stops_the_run_or_is_excluded(probing, tmp_path, caplog):
+    data = shutil.copytree(probing.probe_data, tmp_path / "Dataset901_Probe")
+    one, two, three = nnunet.dataset_cases(data, labels=True, channel="0000")
+    two.image.write_bytes(b"no volume")
+    config = replace(probing, probe_data=str(data), store_dir=str(tmp_path / "store"))
+    cases = ProbeCases([one, two], [three], {})
+    processes = Processes(torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"1 of 3 volumes are unusable; .* --on_bad_case skip"):
+        make_probe(config, processes, cases)
+    probe = make_probe(replace(config, on_bad_case="skip"), processes, cases)
+    assert len(probe.fit) == len(probe.score) == 2
+    assert f"1 of 3 cases were not used by the linear probe:\n  {two.name}: {two.image}" in caplog.text
+    with pytest.raises(ValueError, match="1 of 2 volumes are unusable"):
+        make_probe(replace(config, on_bad_case="skip"), processes, ProbeCases([two], [three], {}))
 
 
 def test_a_run_with_a_probe_and_one_without_are_the_same(pretraining, probing, tmp_path):

@@ -2,6 +2,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -10,14 +11,18 @@ import torch
 from monai.losses import DiceCELoss
 
 from hyspark.cli.main import main
+from hyspark.config.recipes import write_yaml
 from hyspark.data.datasets import build as datasets_build
 from hyspark.data.datasets import datalist_json
 from hyspark.evaluation.protocol import read_summary
+from hyspark.evaluation.segmentation import segmenter
 from hyspark.evaluation.segmentation.inference import load_network
+from hyspark.evaluation.segmentation.test_cases import prepare_held_out
 from hyspark.evaluation.validations import read_validations
 from hyspark.tasks.pretrain import run_pretraining
 from hyspark.tasks.segmentation import initialise_segmentation, run_segmentation
 from hyspark.tasks.segmentation_task import split_crops
+from hyspark.training.distributed import Processes
 from hyspark.training.initial_weights import load_volume_weights
 from hyspark.training.labelled_cases import find_labelled_cases
 from hyspark.training.losses import DiceAndCrossEntropy
@@ -296,6 +301,59 @@ def test_further_cases_are_scored_once_by_the_last_weights(finetuning, tmp_path,
     assert str(others) in (config.run_folder / "config.yaml").read_text()
     with pytest.raises(FileNotFoundError):
         run_segmentation(replace(config, test_dir=str(tmp_path / "none"), out=str(tmp_path / "other")))
+
+
+def fail_at(monkeypatch, *numbers):
+    """Let the n-th segmentations of a run fail, counted from 1."""
+    calls = []
+    right = segmenter.Segmenter.segment
+
+    def segment(self, *args):
+        calls.append(args)
+        if len(calls) in numbers:
+            raise MemoryError("Unable to allocate 9 GiB")
+        return right(self, *args)
+
+    monkeypatch.setattr(segmenter.Segmenter, "segment", segment)
+
+
+def test_a_case_that_is_not_scored_ends_no_training(finetuning, monkeypatch, caplog, capsys, tmp_path):
+    """In a validation between, in the last one and among the further cases; the same command then scores it."""
+    data = Path(finetuning.data)
+    words = [f"--{name}={value}" for name, value in (("data", data), ("out", tmp_path / "run"), ("test_dir", data))]
+    recipe = tmp_path / "recipe.yaml"
+    write_yaml(replace(finetuning, epochs=2, val_every=1), recipe)
+    fail_at(monkeypatch, 1, 2, 4)
+    with pytest.raises(SystemExit) as exit_:
+        main(["finetune", "--config", str(recipe), *words])
+    assert exit_.value.code == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("not scored")]
+    reason = "out of memory (Unable to allocate 9 GiB); free memory, then do this case again"
+    assert [line.partition(": ")[2].partition(": ")[2] for line in lines] == [reason, reason]
+    assert lines[0].startswith("not scored: scores/")
+    assert lines[1].startswith("not scored: scores_test/")
+    assert caplog.text.count("1 of 1 cases were not scored") == 2
+    assert "1 of 3 cases were not scored" in caplog.text
+    run = tmp_path / "run"
+    assert len(read_summary(run / "scores_test")["failed"]) == 1
+    assert read_summary(run / "scores_test")["protocol"]["num_cases"] == 2
+    assert "Unable to allocate" in (run / "report.html").read_text()
+    main(["finetune", "--config", str(recipe), *words])
+    assert "failed" not in read_summary(run / "scores")
+    assert read_summary(run / "scores_test")["protocol"]["num_cases"] == 3
+
+
+def test_an_unreadable_further_case_stops_the_run_or_is_excluded(finetuning, tmp_path):
+    folder = shutil.copytree(finetuning.data, tmp_path / "Dataset903_Test")
+    image = sorted((folder / "imagesTr").iterdir())[0]
+    image.write_bytes(b"no volume")
+    config = replace(finetuning, test_dir=str(folder), store_dir=str(tmp_path / "store"))
+    processes = Processes(torch.device("cpu"))
+    names = ["background", *ORGANS]
+    with pytest.raises(ValueError, match=r"1 of 3 volumes are unusable; .* --on_bad_case skip"):
+        prepare_held_out(config, processes, names)
+    held_out = prepare_held_out(replace(config, on_bad_case="skip"), processes, names)
+    assert (len(held_out.cases), len(held_out.volumes), len(held_out.failures)) == (2, 2, 1)
 
 
 def test_a_left_right_pair_that_is_no_class_is_found_at_once(finetuning):

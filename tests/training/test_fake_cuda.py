@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from monai.inferers import utils as inferers
 from torch._subclasses.fake_tensor import FakeTensor
 
 from hyspark.data.batches.loader import Shard
-from hyspark.evaluation.segmentation.inference import Windows, class_scores
+from hyspark.evaluation.segmentation import windows as sliding
+from hyspark.evaluation.segmentation.windows import Windows
 from hyspark.models import encoder
 from hyspark.tasks.classification import ClassificationTask
 from hyspark.tasks.classification import initialise_classifier as build_classification
@@ -28,6 +28,7 @@ from hyspark.training.losses import DiceAndCrossEntropy
 from hyspark.training.precision import autocast
 from hyspark.training.run import make_run
 from hyspark.training.run_volumes import RunVolumes
+from tests.evaluation.segmentation.whole import whole_scores
 from tests.tasks.kinds import PRETRAININGS
 from tests.training.fake_cuda import DEVICE, check_fake, fake_cuda
 
@@ -116,14 +117,15 @@ def test_windows(finetuning, monkeypatch):
     """Windows go to the device and their scores come back. MONAI reads a number of the weights in a window, so that
     these are worked out on the CPU first.
     """
-    weights = inferers.compute_importance_map
+    weights = sliding.compute_importance_map
 
     def real(*args, device, **kwargs):
         return weights(*args, device="cpu", **kwargs).to(device)
 
-    monkeypatch.setattr(inferers, "compute_importance_map", real)
+    monkeypatch.setattr(sliding, "check_scores", lambda scores: None)
+    monkeypatch.setattr(sliding, "compute_importance_map", real)
     network = build_finetuning(finetuning, 3).to(DEVICE).eval()
     windows = Windows((32, 32, 32), per_pass=2, flips=(0, 1), swaps=((1, 2),))
     with autocast(PROCESSES, "bf16"):
-        scores = class_scores(network, torch.rand(40, 33, 30), windows, DEVICE)
+        scores = whole_scores(network, torch.rand(40, 33, 30), windows, DEVICE)
     assert (scores.device.type, scores.dtype, tuple(scores.shape)) == ("cpu", torch.float32, (3, 40, 33, 30))

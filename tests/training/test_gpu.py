@@ -8,9 +8,11 @@ import torch
 import hyspark
 from hyspark.config.recipes import as_plain
 from hyspark.data.synthetic.phantom import write_phantoms
-from hyspark.evaluation.segmentation.inference import Windows, class_scores, hybird_from_config
+from hyspark.evaluation.segmentation.inference import hybird_from_config
 from hyspark.evaluation.segmentation.predict import predict_segmentation
+from hyspark.evaluation.segmentation.windows import Windows
 from hyspark.training import checkpoint
+from tests.evaluation.segmentation.whole import whole_scores
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -36,8 +38,8 @@ def test_windows_go_through_the_gpu_and_scores_lie_in_main_memory(full_precision
     model = varied(hyspark.build_hybird(1, 3, 32, widths=WIDTHS)).eval()
     image = torch.rand(40, 33, 32, generator=torch.Generator().manual_seed(0))
     windows = Windows((32, 32, 32), per_pass=2, flips=(0, 1), swaps=((1, 2),))
-    wanted = class_scores(model, image, windows, torch.device("cpu"))
-    scores = class_scores(model.to(DEVICE), image, windows, torch.device(DEVICE))
+    wanted = whole_scores(model, image, windows, torch.device("cpu"))
+    scores = whole_scores(model.to(DEVICE), image, windows, torch.device(DEVICE))
     assert scores.device.type == "cpu"
     assert (scores - wanted).abs().max() <= 1e-3 * wanted.abs().max()
     assert (scores.argmax(0) == wanted.argmax(0)).float().mean() > 0.999
@@ -68,7 +70,7 @@ def test_memory_for_class_scores_does_not_grow_with_the_volume():
     def peak(*size):
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        class_scores(model, torch.rand(size), windows, torch.device(DEVICE))
+        whole_scores(model, torch.rand(size), windows, torch.device(DEVICE))
         return torch.cuda.max_memory_allocated() - before
 
     peak(64, 64, 64)  # the first passes choose kernels, which want working memory

@@ -57,6 +57,11 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.names)
 
+    def take(self, indices: Sequence[int]) -> "ImageSet":
+        """Select images by their indices."""
+        names, labels = tuple(self.names[i] for i in indices), tuple(self.labels[i] for i in indices)
+        return ImageSet([self.images[i] for i in indices], labels, names)
+
 
 def find_images(data: Path) -> tuple[dict[str, FoundImages], tuple[str, ...]]:
     """List the images of a data set by split (train, val and, if present, test), and its sorted class names.

@@ -92,17 +92,17 @@ def read_label(path: Path, image: Path, num_classes: int = 256, ignore: int | No
 
 
 def label_file(labels: np.ndarray, source: Path) -> bytes:
-    """Make the content of a NIfTI file of a label map, uint8 `(h, w, d)`, on the grid of a NIfTI file.
+    """Make the content of a NIfTI file of a label map, uint8 or uint16 `(h, w, d)`, on the grid of a NIfTI file.
 
     Geometry, units and codes are the source's, field by field, so that every program reads both in one position. Fields
     on intensities are reset. Free text and extensions are removed, since they may name a patient.
     """
     header = read_nifti_header(source)
     raw = header.raw.copy()
-    raw.set_data_dtype(np.uint8)
+    raw.set_data_dtype(labels.dtype)
     raw.set_data_shape(labels.shape)
     raw["sizeof_hdr"], raw["vox_offset"], raw["magic"] = raw.sizeof_hdr, raw.single_vox_offset, raw.single_magic
     raw.set_slope_inter(1, 0)
     for name in ("cal_min", "cal_max", *header.text_fields):
         raw[name] = np.zeros_like(raw[name])
-    return raw.binaryblock + bytes(4) + np.asarray(labels, dtype=np.uint8).tobytes(order="F")
+    return raw.binaryblock + bytes(4) + labels.astype(raw.get_data_dtype()).tobytes(order="F")

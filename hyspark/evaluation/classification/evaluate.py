@@ -9,15 +9,21 @@ import numpy as np
 from hyspark.config.classification import ClassificationConfig
 from hyspark.data.batches.images import short_side
 from hyspark.data.readers.images import ImageSet, find_classes
-from hyspark.evaluation.classification.inference import class_probabilities, decode_all, load_classifier
-from hyspark.evaluation.classification.scores import Classified, metrics_text, write_classification_scores
+from hyspark.evaluation.classification.inference import class_probabilities, decode_readable, load_classifier
+from hyspark.evaluation.classification.scores import (
+    Classified,
+    classification_summary,
+    metrics_text,
+    write_classification_scores,
+)
+from hyspark.evaluation.each_case import warn_of_failures
 from hyspark.evaluation.protocol import TRAINED_ON, has_scores
 from hyspark.evaluation.score_table import read_score_table
 from hyspark.figures.mistakes import mistakes_figure
 from hyspark.figures.panels import save_figure
 from hyspark.training import distributed
 from hyspark.training.distributed import LOG, Processes
-from hyspark.training.labelled_images import LabelledImages
+from hyspark.training.labelled_images import LabelledImages, unreadable_images_message
 
 SCORE_FOLDERS = {"val": "scores", "test": "scores_test"}
 """Folders of scores in a run, by the subset of images that is scored."""
@@ -38,18 +44,25 @@ def evaluate_classification(weights: Path, data: Path, out: Path, device: str = 
         device: "auto", or a device of torch.
 
     Returns:
-        The summary of the scores.
+        The summary of the scores, with the images that were not scored.
 
     Raises:
         FileNotFoundError: There is no such folder, and what `load_classifier` raises.
-        ValueError: A folder is no class, images are missing or unreadable, and what `load_classifier` raises.
+        ValueError: A folder is no class, images are missing or all unreadable, and what `load_classifier` raises.
     """
     network, config, classes, what = load_classifier(weights)
     processes = distributed.find_processes(device)
-    images = decode_all(find_classes(data, classes), config)
-    values = class_probabilities(network.to(processes.device), images, config, processes)
+    images, unreadable = decode_readable(find_classes(data, classes), config)
+    with distributed.join_process_group(processes):
+        images, values, failed = class_probabilities(network.to(processes.device), images, config, processes)
+    failures = unreadable | failed
+    if not len(images):
+        raise ValueError(unreadable_images_message(failures, len(failures)))
     scored = Classified(images.names, np.array(images.labels), values, classes)
-    return write_scored_images(out, images, scored, image_protocol(config, what, str(data), "not on these images"))
+    protocol = image_protocol(config, what, str(data), "not on these images")
+    if not processes.is_main:
+        return classification_summary(scored, protocol, failures)
+    return write_scored_images(out, images, scored, protocol, failures)
 
 
 def image_protocol(config: ClassificationConfig, weights: str, images: str, selection: str) -> dict[str, Any]:
@@ -72,14 +85,18 @@ def image_protocol(config: ClassificationConfig, weights: str, images: str, sele
 
 
 def write_scored_images(
-    folder: Path, images: ImageSet, scored: Classified, protocol: Mapping[str, Any]
+    folder: Path,
+    images: ImageSet,
+    scored: Classified,
+    protocol: Mapping[str, Any],
+    failures: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write a folder of scores, its picture first; returns the summary."""
     figure = mistakes_figure(scored, images.images)
     (folder / "mistakes.png").unlink(missing_ok=True)
     if figure:
         save_figure(figure, folder / "mistakes.png")
-    return write_classification_scores(folder, scored, protocol)
+    return write_classification_scores(folder, scored, protocol, failures)
 
 
 def scored_subsets(subsets: Mapping[str, Any]) -> list[str]:
@@ -100,10 +117,11 @@ def score_best(config: ClassificationConfig, images: LabelledImages, processes: 
         protocol = image_protocol(config, weights, where, SELECTION[subset]) | {TRAINED_ON: len(images.parts["train"])}
         if are_images_scored(out, found, classes, protocol):
             continue
-        values = class_probabilities(network, found, config, processes)
+        kept, values, failures = class_probabilities(network, found, config, processes)
         if processes.is_main:
-            scored = Classified(found.names, np.array(found.labels), values, classes)
-            summary = write_scored_images(out, found, scored, protocol)
+            warn_of_failures(failures, len(found), "scored")
+            scored = Classified(kept.names, np.array(kept.labels), values, classes)
+            summary = write_scored_images(out, kept, scored, protocol, failures)
             LOG.info("%s: %s", HEADINGS[subset], metrics_text(summary["metrics"]))
 
 

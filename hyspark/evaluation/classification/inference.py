@@ -1,5 +1,6 @@
 """From weights to class probabilities: the trained classifier, its images, its probabilities."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ from hyspark.config.classification import ClassificationConfig
 from hyspark.config.recipes import typed_values
 from hyspark.data.batches.images import Normalisation, centre_crop, short_side
 from hyspark.data.readers.images import FoundImages, ImageSet, decode
+from hyspark.evaluation.each_case import Failed
+from hyspark.evaluation.failures import case_failure
 from hyspark.evaluation.network_kind import read_fine_tuned
 from hyspark.models.classifier import build_classifier
 from hyspark.training import distributed
@@ -63,22 +66,27 @@ def scaling_from_config(config: ClassificationConfig) -> Normalisation:
     return Normalisation(config.in_channels, config.mean, config.std)
 
 
-def decode_all(found: FoundImages, config: ClassificationConfig) -> ImageSet:
+def decode_readable(found: FoundImages, config: ClassificationConfig) -> tuple[ImageSet, dict[str, str]]:
     """Decode images into memory.
 
+    Returns:
+        The readable images, and the reasons of the others, by name.
+
     Raises:
-        ValueError: Images are unreadable; the message lists them all.
+        ValueError: None is readable; the message lists them all.
     """
     images, wrong = decode(found, short_side(config.crop_size))
-    if wrong:
+    if not len(images):
         raise ValueError(unreadable_images_message(wrong, len(found.names)))
-    return images
+    return images, wrong
 
 
 def class_probabilities(
     network: nn.Module, images: ImageSet, config: ClassificationConfig, processes: Processes
-) -> np.ndarray:
+) -> tuple[ImageSet, np.ndarray, dict[str, str]]:
     """Compute the class probabilities of images, which the processes divide among themselves.
+
+    An image that fails, for whatever reason, stops no other.
 
     Args:
         network: In evaluation mode, on the device of `processes`.
@@ -87,15 +95,44 @@ def class_probabilities(
         processes: The processes of the run.
 
     Returns:
-        float64 (n, classes), on all processes.
+        On all processes: the images that did not fail, their probabilities, float64 (n, classes), and the reasons of
+        the others, by name.
     """
     mine = range(processes.rank, len(images), processes.world_size)
-    rows: list[tuple[int, list[float]]] = []
-    with torch.no_grad():
-        for start in range(0, len(mine), config.batch_size):
-            indices = mine[start : start + config.batch_size]
-            crops = [centre_crop(images.images[i], config.crop_size, scaling_from_config(config)) for i in indices]
-            with autocast(processes, config.precision):
-                scores = network(torch.stack(crops).to(processes.device))
-            rows += zip(indices, scores.double().softmax(1).tolist(), strict=True)
-    return np.array([row for _, row in sorted(distributed.gather_lists(rows, processes))])
+    batches = [mine[start : start + config.batch_size] for start in range(0, len(mine), config.batch_size)]
+
+    def classify_mine() -> list[tuple[int, list[float] | Failed]]:
+        return [pair for indices in batches for pair in classify_batch(network, images, indices, config, processes)]
+
+    found = dict(sorted(distributed.run_and_gather(classify_mine, processes), key=lambda pair: pair[0]))
+    rows = {i: row for i, row in found.items() if not isinstance(row, Failed)}
+    failures = {images.names[i]: row.reason for i, row in found.items() if isinstance(row, Failed)}
+    values = np.array(list(rows.values())).reshape(len(rows), -1)
+    return (images.take(list(rows)) if failures else images), values, failures
+
+
+@torch.no_grad()
+def classify_batch(
+    network: nn.Module, images: ImageSet, indices: Sequence[int], config: ClassificationConfig, processes: Processes
+) -> list[tuple[int, list[float] | Failed]]:
+    """Classify images in one batch; if that fails, one by one, so that the others are done.
+
+    Args:
+        network: In evaluation mode, on the device of `processes`.
+        images: All images.
+        indices: Which of them to classify.
+        config: Settings of the network.
+        processes: The processes of the run.
+
+    Returns:
+        For each index, the class probabilities, or why there are none.
+    """
+    try:
+        crops = [centre_crop(images.images[i], config.crop_size, scaling_from_config(config)) for i in indices]
+        with autocast(processes, config.precision):
+            scores = network(torch.stack(crops).to(processes.device))
+        return list(zip(indices, scores.double().softmax(1).tolist(), strict=True))
+    except Exception as error:
+        if len(indices) == 1:
+            return [(indices[0], Failed(case_failure(error)))]
+    return [pair for i in indices for pair in classify_batch(network, images, [i], config, processes)]

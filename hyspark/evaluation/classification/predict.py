@@ -7,13 +7,17 @@ import numpy as np
 
 from hyspark.data.readers.images import FoundImages, class_folders, image_files
 from hyspark.evaluation.classification.evaluate import evaluate_classification
-from hyspark.evaluation.classification.inference import class_probabilities, decode_all, load_classifier
+from hyspark.evaluation.classification.inference import class_probabilities, decode_readable, load_classifier
 from hyspark.evaluation.classification.scores import Classified, write_probabilities
+from hyspark.evaluation.protocol import FAILED
 from hyspark.evaluation.score_table import read_score_table
 from hyspark.training import distributed
+from hyspark.training.labelled_images import unreadable_images_message
+
+PREDICTIONS = "predictions.csv"
 
 
-def predict_classification(weights: Path, folder: Path, out: Path, device: str = "auto") -> Path:
+def predict_classification(weights: Path, folder: Path, out: Path, device: str = "auto") -> tuple[Path, dict[str, str]]:
     """Write predictions.csv: each image's predicted class and the probability of each class.
 
     Args:
@@ -23,11 +27,11 @@ def predict_classification(weights: Path, folder: Path, out: Path, device: str =
         device: "auto", or a device of torch.
 
     Returns:
-        The path of predictions.csv.
+        The path of predictions.csv, and the reasons of the images without a prediction, by name.
 
     Raises:
         FileNotFoundError: There is no such folder, and what `load_classifier` raises.
-        ValueError: There are no images, some are unreadable, and what `load_classifier` raises.
+        ValueError: There are no images, all are unreadable, and what `load_classifier` raises.
     """
     network, config, classes, _ = load_classifier(weights)
     processes = distributed.find_processes(device)
@@ -37,30 +41,35 @@ def predict_classification(weights: Path, folder: Path, out: Path, device: str =
     if not files:
         raise ValueError(f"{folder} holds no images (.png, .jpg, .tif, ...)")
     names = tuple(file.relative_to(folder).as_posix() for file in files)
-    images = decode_all(FoundImages(names, (0,) * len(files), files), config)
-    values = class_probabilities(network.to(processes.device), images, config, processes)
-    return write_predictions(out, Classified(images.names, np.array(images.labels), values, classes))
+    images, unreadable = decode_readable(FoundImages(names, (0,) * len(files), files), config)
+    with distributed.join_process_group(processes):
+        images, values, failed = class_probabilities(network.to(processes.device), images, config, processes)
+    if not len(images):
+        raise ValueError(unreadable_images_message(failed | unreadable, len(files)))
+    if processes.is_main:
+        write_predictions(out, Classified(images.names, np.array(images.labels), values, classes))
+    return out / PREDICTIONS, unreadable | failed
 
 
-def write_predictions(out: Path, images: Classified) -> Path:
-    """Write predictions.csv into a folder; returns its path."""
-    write_probabilities(out / "predictions.csv", images, "predicted", images.probabilities.argmax(1))
-    return out / "predictions.csv"
+def write_predictions(out: Path, images: Classified) -> None:
+    """Write predictions.csv into a folder."""
+    write_probabilities(out / PREDICTIONS, images, "predicted", images.probabilities.argmax(1))
 
 
-def predict_and_score(weights: Path, folder: Path, out: Path, device: str = "auto") -> dict[str, Any] | None:
+def predict_and_score(
+    weights: Path, folder: Path, out: Path, device: str = "auto"
+) -> tuple[dict[str, Any] | None, dict[str, str]]:
     """Write predictions.csv, and the scores if the folder's own folders are named as the classes.
 
     The arguments and errors are those of `predict_classification`.
 
     Returns:
-        The summary of the scores; None without scores.
+        The summary of the scores, None without scores; and the reasons of the images without a prediction, by name.
     """
     classes = load_classifier(weights).classes
     folders = class_folders(folder) if folder.is_dir() else []
     if not folders or not set(folders) <= set(classes):
-        predict_classification(weights, folder, out, device)
-        return None
+        return None, predict_classification(weights, folder, out, device)[1]
     summary = evaluate_classification(weights, folder, out, device)
     write_predictions(out, Classified.from_table(read_score_table(out / "cases.csv")))
-    return summary
+    return summary, summary.get(FAILED, {})

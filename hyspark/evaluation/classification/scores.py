@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from hyspark.evaluation.classification.metrics import CLASSIFICATION_METRICS, classification_scores, confusion_matrix
+from hyspark.evaluation.protocol import FAILED
 from hyspark.evaluation.score_table import IMAGE_COLUMNS, PROBABILITY_OF, ScoreTable
 from hyspark.utils.atomic import to_json, write_json, write_whole
 
@@ -46,12 +47,34 @@ class Classified:
         return [int(i) for i in wrong[np.argsort(-self.probabilities[wrong].max(1), kind="stable")]]
 
 
-def write_classification_scores(folder: Path, scored: Classified, protocol: Mapping[str, Any]) -> dict[str, Any]:
+def write_classification_scores(
+    folder: Path, scored: Classified, protocol: Mapping[str, Any], failures: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Write cases.csv and summary.json.
+
+    Args:
+        folder: The folder.
+        scored: The classified images.
+        protocol: How they were scored.
+        failures: Reasons of the images that were not scored, by name.
+
+    Returns:
+        The summary, see `classification_summary`.
+    """
+    write_probabilities(folder / "cases.csv", scored, IMAGE_COLUMNS[1], scored.truth)
+    summary = classification_summary(scored, protocol, failures)
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+def classification_summary(
+    scored: Classified, protocol: Mapping[str, Any], failures: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Sum up classified images; the arguments are those of `write_classification_scores`.
 
     Returns:
         The content of summary.json: "protocol" with the number of images, "metrics" (None if undefined), "classes",
-        "confusion".
+        "confusion"; and, if there are any, the failures (`FAILED`).
     """
     summary: dict[str, Any] = to_json(
         {
@@ -59,10 +82,9 @@ def write_classification_scores(folder: Path, scored: Classified, protocol: Mapp
             "metrics": classification_scores(scored.truth, scored.probabilities),
             "classes": list(scored.classes),
             "confusion": confusion_matrix(scored.truth, scored.probabilities),
+            **({FAILED: dict(failures)} if failures else {}),
         }
     )
-    write_probabilities(folder / "cases.csv", scored, IMAGE_COLUMNS[1], scored.truth)
-    write_json(folder / "summary.json", summary)
     return summary
 
 

@@ -4,27 +4,28 @@ Cases are segmented, and their label maps are brought to the labels' own grid.
 """
 
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from nibabel.affines import voxel_sizes
 from torch import nn
-from tqdm import tqdm
 
 from hyspark.config.segmentation import SegmentationConfig
-from hyspark.config.shared import Precision
 from hyspark.data.datasets.cases import UNANNOTATED, Case
+from hyspark.data.preprocessing.prepare import failure_message
 from hyspark.data.preprocessing.store import StoredVolume
-from hyspark.data.readers.nifti import file_grid, read_label
+from hyspark.data.readers.nifti import read_label
+from hyspark.evaluation.each_case import work_on_each
+from hyspark.evaluation.failures import case_failure
 from hyspark.evaluation.protocol import has_scores
 from hyspark.evaluation.score_table import ScoreTable
 from hyspark.evaluation.segmentation import inference
-from hyspark.evaluation.segmentation.inference import Windows, class_scores, largest_components
+from hyspark.evaluation.segmentation.label_grids import LabelMaps, label_dtype
 from hyspark.evaluation.segmentation.labelled_data import check_classes, find_labelled
 from hyspark.evaluation.segmentation.metrics import OrganScores, score_case
 from hyspark.evaluation.segmentation.scores import (
@@ -36,73 +37,67 @@ from hyspark.evaluation.segmentation.scores import (
     write_segmentation_scores,
 )
 from hyspark.evaluation.segmentation.scoring_protocol import Scoring, Source
+from hyspark.evaluation.segmentation.segmenter import Segmenter
 from hyspark.figures.panels import save_figure, segmentation_panel
 from hyspark.training import distributed
 from hyspark.training import precision as training_precision
-from hyspark.training.distributed import Processes
-from hyspark.training.labelled_cases import check_labels
-from hyspark.training.precision import autocast
-from hyspark.training.run_volumes import prepare_volumes
+from hyspark.training.distributed import Processes, gather_lists
+from hyspark.training.labelled_cases import label_fault
+from hyspark.training.run_volumes import prepare_readable
 from hyspark.utils.log import LOG
 from hyspark.utils.text import listing
 
 
-class Segmented(NamedTuple):
-    """Label maps of a case, uint8.
+class ScoredCases(NamedTuple):
+    """Scores of labelled cases.
 
     Attributes:
-        prepared: On the prepared grid.
-        on_file: On the grid of the case's file.
+        summary: The content of summary.json, see `summarise_organs`.
+        table: The scores of the cases that were scored.
+        failures: Reasons of the others, by name.
     """
 
-    prepared: np.ndarray
-    on_file: np.ndarray
+    summary: dict[str, Any]
+    table: ScoreTable
+    failures: dict[str, str]
 
 
-def segment_case(
-    network: nn.Module,
-    volume: StoredVolume,
-    case: Case,
-    windows: Windows,
-    processes: Processes,
-    precision: Precision,
-    largest_component: bool = False,
-) -> Segmented:
-    """Segment a prepared volume.
-
-    Args:
-        network: In evaluation mode, on the device of `processes`.
-        volume: The case, prepared.
-        case: The case.
-        windows: The windows of the network.
-        processes: The processes of the run.
-        precision: Precision of the forward pass.
-        largest_component: Whether only the largest component of each class is kept.
-    """
-    shape = volume.entry.shape
-    image = torch.from_numpy(volume.read("image", (0,) * len(shape), shape))
-    with autocast(processes, precision):
-        scores = class_scores(network, image, windows, processes.device)
-    labels = scores.max(0).indices.to(torch.uint8).numpy()
-    on_file = inference.to_grid(scores, np.asarray(volume.entry.affine), *file_grid(case.image))
-    if largest_component:
-        return Segmented(*(largest_components(found, len(scores)) for found in (labels, on_file)))
-    return Segmented(labels, on_file)
-
-
-@dataclass(frozen=True)
-class ScoredCase:
+class CaseScore(NamedTuple):
     """The scores of a case, with its prediction for a picture.
 
     Attributes:
-        index: Index of the case in the list.
         organs: Scores of its organs.
-        packed: Its label map on the prepared grid, uint8, compressed.
+        prepared: Its label map on the prepared grid.
     """
 
-    index: int
     organs: list[OrganScores]
-    packed: bytes
+    prepared: np.ndarray
+
+
+def score_volume(
+    segmenter: Segmenter, volume: StoredVolume, case: Case, num_classes: int, tolerance: float
+) -> CaseScore:
+    """Segment a prepared volume, and score it on the grid of its label.
+
+    Args:
+        segmenter: The network, and how to segment.
+        volume: The case, prepared.
+        case: The case, labelled.
+        num_classes: Number of classes, background included.
+        tolerance: Tolerance of the normalised surface Dice, in mm.
+    """
+    assert case.label is not None
+    truth = read_label(case.label, case.image, num_classes, case.ignore)
+    found = segment_stored(segmenter, volume, case)
+    organs = score_case(found.on_file, truth.voxels, num_classes, voxel_sizes(truth.affine), tolerance)
+    return CaseScore(organs, found.prepared)
+
+
+def segment_stored(segmenter: Segmenter, volume: StoredVolume, case: Case) -> LabelMaps:
+    """Segment a case whose volume is prepared."""
+    shape = volume.entry.shape
+    image = volume.read("image", (0,) * len(shape), shape)
+    return segmenter.segment(image, np.asarray(volume.entry.affine), case.image)
 
 
 def are_cases_scored(
@@ -133,8 +128,11 @@ def score_cases(
     processes: Processes,
     source: Source,
     scoring: Scoring | None = None,
-) -> tuple[dict[str, Any], ScoreTable]:
+    failures: Mapping[str, str] | None = None,
+) -> ScoredCases:
     """Score labelled cases, which the processes divide among themselves; the main one writes the folder of scores.
+
+    A case that fails, for whatever reason, stops no other; it is named in the summary.
 
     Args:
         network: In evaluation mode, on the device of `processes`.
@@ -146,12 +144,10 @@ def score_cases(
         processes: The processes of the run.
         source: The weights and the data.
         scoring: How to score; by default as training does.
+        failures: Reasons of further cases, which were not prepared.
 
     Returns:
-        The summary (see `summarise_organs`) and the scores, on all processes.
-
-    Raises:
-        ValueError: A label holds a value that is no class.
+        The scores, on all processes.
     """
     scoring = scoring or Scoring()
     if processes.is_main and (seen := source.seen(cases)):
@@ -160,41 +156,50 @@ def score_cases(
             *(source.data, len(seen), len(cases), listing(seen)),
         )
     windows, precision = scoring.windows(config, names), training_precision.inference_precision(processes, config)
-    mine = range(processes.rank, len(cases), processes.world_size)
-    done: list[ScoredCase] = []
-    for i in tqdm(mine, desc="score", unit="case", disable=not processes.is_main):
-        label = cases[i].label
-        assert label is not None
-        truth = read_label(label, cases[i].image, len(names), cases[i].ignore)
-        found = segment_case(network, volumes[i], cases[i], windows, processes, precision, scoring.largest_component)
-        organs = score_case(found.on_file, truth.voxels, len(names), voxel_sizes(truth.affine), scoring.tolerance)
-        done.append(ScoredCase(i, organs, zlib.compress(found.prepared.tobytes(), 1)))
-    done = sorted(distributed.gather_lists(done, processes), key=lambda scored: scored.index)
-    table = organ_score_table({cases[scored.index].name: scored.organs for scored in done}, names[1:])
-    protocol = source.protocol(cases) | scoring.protocol(config, names, precision)
+    options = (scoring.largest_component, scoring.memory)
+    segmenter = Segmenter(network, len(names), windows, processes, precision, out, *options)
+    packed: dict[int, bytes] = {}
+
+    def score(index: int) -> list[OrganScores]:
+        scored = score_volume(segmenter, volumes[index], cases[index], len(names), scoring.tolerance)
+        packed[index] = zlib.compress(scored.prepared.tobytes(), 1)
+        return scored.organs
+
+    done, failed = work_on_each([case.name for case in cases], score, processes, "score")
+    failed = {**(failures or {}), **failed}
+    table = organ_score_table({cases[i].name: organs for i, organs in done.items()}, names[1:])
+    protocol = source.protocol([cases[i] for i in done]) | scoring.protocol(config, names, precision)
+    indices = {cases[i].name: i for i in done}
+    pictured = {title: indices[name] for title, name in best_median_worst(table).items()}
+    # Label maps stay with the process that made them, except the few to be drawn.
+    maps = dict(gather_lists([(i, packed[i]) for i in set(pictured.values()) if i in packed], processes))
     if not processes.is_main:
-        return summarise_organs(table, protocol), table
+        return ScoredCases(summarise_organs(table, protocol, failed), table, failed)
     for earlier in (path for title in PICTURED for path in out.glob(f"{title}_*.png")):
         earlier.unlink()
-    for title, name in best_median_worst(table).items():
-        scored = next(scored for scored in done if cases[scored.index].name == name)
-        draw_scored(volumes[scored.index], scored, names, config.spacing, out / f"{title}_{name}.png", title)
-    return write_segmentation_scores(out, table, protocol), table
+    for title, i in pictured.items():
+        path = out / f"{title}_{cases[i].name}.png"
+        prediction = np.frombuffer(zlib.decompress(maps[i]), label_dtype(len(names)))
+        draw_scored(volumes[i], done[i], prediction, names, config.spacing, path, title)
+    return ScoredCases(write_segmentation_scores(out, table, protocol, failed), table, failed)
 
 
 def draw_scored(
     volume: StoredVolume,
-    scored: ScoredCase,
+    organs: Sequence[OrganScores],
+    prediction: np.ndarray,
     names: Sequence[str],
     spacing: tuple[float, float, float],
     path: Path,
     title: str,
 ) -> None:
-    """Save the picture of a scored case."""
-    prediction = np.frombuffer(zlib.decompress(scored.packed), np.uint8).reshape(volume.entry.shape)
-    mean = mean_of([row.dice for row in scored.organs])
-    heading = f"{volume.name}, {title} case: mean Dice {mean:.3f}"
-    save_figure(case_panel(volume, prediction, names, spacing, heading), path)
+    """Save the picture of a scored case; a failure is a warning, since the scores do not depend on it."""
+    heading = f"{volume.name}, {title} case: mean Dice {mean_of([row.dice for row in organs]):.3f}"
+    try:
+        panel = case_panel(volume, prediction.reshape(volume.entry.shape), names, spacing, heading)
+        save_figure(panel, path)
+    except Exception as error:
+        LOG.warning("%s: no picture (%s)", path, case_failure(error))
 
 
 def case_panel(
@@ -239,12 +244,12 @@ def evaluate_segmentation(
         prepare_workers: Processes that prepare volumes; 0 takes one per core.
 
     Returns:
-        The summary of the scores.
+        The summary of the scores, with the cases that were not scored.
 
     Raises:
         FileNotFoundError: Weights or data are missing.
         PermissionError: The store cannot be written to.
-        ValueError: Weights, data and settings do not fit each other.
+        ValueError: Weights, data and settings do not fit each other, or no case was scored.
     """
     network, config, names, trained_on = inference.load_network(weights)
     scoring = scoring or Scoring()
@@ -255,9 +260,12 @@ def evaluate_segmentation(
     LOG.info("%d cases, %s, %d organs, on %s", len(cases), where, len(names) - 1, processes.device)
     settings = replace(config, store_dir=store_dir, prepare_workers=prepare_workers)
     with distributed.join_process_group(processes):
-        volumes = prepare_volumes(settings, processes, data, cases)
-        check_labels(volumes, names)
+        readable = prepare_readable(settings, processes, data, cases, partial(label_fault, names=names))
+        if not readable.volumes:
+            raise ValueError(failure_message(readable.failed, len(cases)))
         network = network.to(processes.device)
-        given = (network, config, names, volumes, cases, out, processes)
-        summary, _ = score_cases(*given, Source(str(weights), where, trained_on), scoring)
-    return summary
+        given = (network, config, names, readable.volumes, readable.cases, out, processes)
+        found = score_cases(*given, Source(str(weights), where, trained_on), scoring, readable.reasons)
+    if not found.table.cases:
+        raise ValueError("no case was scored:" + "".join(f"\n  {name}: {why}" for name, why in found.failures.items()))
+    return found.summary

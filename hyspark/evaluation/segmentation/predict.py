@@ -1,39 +1,39 @@
 """Label maps of volumes without labels: NIfTI in, NIfTI out, with the geometry and the header of the input.
 
-Three things run at once: worker processes prepare the next volumes, the network segments one, and a thread writes the
-label map of the previous one on its own grid.
+Three things run at once: worker processes prepare the next volumes, the network segments one, and a thread makes label
+maps of its scores as they come, and writes them.
 """
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from isal import igzip
-from torch import Tensor
 from tqdm import tqdm
 
 from hyspark.data.datasets.cases import Case
 from hyspark.data.datasets.found import log_unused
 from hyspark.data.datasets.inputs import read_inputs
-from hyspark.data.preprocessing.prepare import PREPARE_ERRORS, failure_reason, prepare_case
-from hyspark.data.readers.nifti import file_grid, label_file
+from hyspark.data.readers.nifti import label_file
 from hyspark.data.settings import PrepareSettings
-from hyspark.evaluation.segmentation.inference import class_scores, largest_components, load_network, to_grid
+from hyspark.evaluation.each_case import warn_of_failures
+from hyspark.evaluation.failures import NO_OUTPUT, OutputError, case_failure
+from hyspark.evaluation.segmentation.inference import load_network
+from hyspark.evaluation.segmentation.prepare_ahead import MAX_PREPARE_WORKERS, prepare_ahead
 from hyspark.evaluation.segmentation.scoring_protocol import Scoring
+from hyspark.evaluation.segmentation.segmenter import Segmenter
+from hyspark.evaluation.segmentation.slab_stream import NumberedSlab, SlabStream
 from hyspark.training import distributed
-from hyspark.training.precision import autocast, inference_precision
+from hyspark.training.precision import inference_precision
+from hyspark.training.run_volumes import GB
 from hyspark.utils.atomic import write_whole
+from hyspark.utils.free_memory import free_main_memory
 from hyspark.utils.log import LOG
-from hyspark.utils.processes import available_cores, worker_pool
+from hyspark.utils.processes import available_cores
 from hyspark.utils.text import listing
-
-MAX_PREPARE_WORKERS = 4
-"""Waiting volumes take memory; this number of workers keeps ahead of any network."""
 
 
 def predict_segmentation(
@@ -46,7 +46,9 @@ def predict_segmentation(
     num_workers: int = 0,
     overwrite: bool = False,
 ) -> dict[str, str]:
-    """Write the label map of each volume, CASE.nii.gz. An unreadable volume does not stop the others.
+    """Write the label map of each volume, CASE.nii.gz. A volume that fails, for whatever reason, stops no other.
+
+    The processes that torchrun started divide the volumes among themselves.
 
     Args:
         weights: best.pth of a fine-tuning run, or the run folder.
@@ -58,11 +60,12 @@ def predict_segmentation(
         overwrite: Whether existing label maps are replaced.
 
     Returns:
-        The reason for each unreadable case, by its name.
+        The reason for each volume without a label map, by its case, on all processes.
 
     Raises:
         FileNotFoundError: Weights or inputs are missing.
         ValueError: Weights, inputs and settings do not fit each other, or a label map exists.
+        OutputError: The folder takes no file, since the disk is full or for lack of permission.
     """
     if num_workers < 0:
         raise ValueError(f"--prepare_workers: expected 0 or more, got {num_workers}")
@@ -77,25 +80,99 @@ def predict_segmentation(
     processes = distributed.find_processes(device)
     precision = inference_precision(processes, config)
     LOG.info("%d volumes, %d classes, on %s", len(cases), len(names) - 1, processes.describe(precision))
-    network = network.to(processes.device)
+    segmenter = Segmenter(
+        network.to(processes.device),
+        len(names),
+        windows,
+        processes,
+        precision,
+        out,
+        scoring.largest_component,
+        scoring.memory,
+    )
+    num_workers = num_workers or min(available_cores(), MAX_PREPARE_WORKERS)
+    with distributed.join_process_group(processes):
+        distributed.barrier(processes)  # no process writes before all have checked the targets
+        mine = cases[processes.rank :: processes.world_size]
+        found = distributed.run_and_gather(
+            lambda: [*predict_cases(mine, config, segmenter, targets, num_workers).items()], processes
+        )
+    failures = dict(found)
+    return {case.name: failures[case.name] for case in cases if case.name in failures}
+
+
+def predict_cases(
+    cases: Sequence[Case],
+    settings: PrepareSettings,
+    segmenter: Segmenter,
+    targets: Mapping[str, Path],
+    num_workers: int,
+) -> dict[str, str]:
+    """Write the label maps of this process's cases.
+
+    Args:
+        cases: The cases.
+        settings: Settings of preparation.
+        segmenter: The network, and how to segment.
+        targets: Files to write, by case.
+        num_workers: Processes that prepare volumes.
+
+    Returns:
+        The reason for each case without a label map.
+    """
     failures: dict[str, str] = {}
-    writing: Future[None] | None = None
-    bar = tqdm(total=len(cases), desc="predict", unit="volume")
-    with bar, ThreadPoolExecutor(1) as writer:
-        for case, prepared in prepare_ahead(cases, config, num_workers or min(available_cores(), MAX_PREPARE_WORKERS)):
-            if isinstance(prepared, str):
-                failures[case.name] = f"{case.image}: {prepared}"
-            else:
-                with autocast(processes, precision):
-                    scores = class_scores(network, torch.from_numpy(prepared["image"]), windows, processes.device)
+    writing: tuple[Case, Future[None]] | None = None
+    memory = int(segmenter.memory * GB) or free_main_memory() // 4
+    bar = tqdm(total=len(cases), desc="predict", unit="volume", disable=not segmenter.processes.is_main)
+    try:
+        with bar, ThreadPoolExecutor(1) as writer:
+            for case, prepared in prepare_ahead(cases, settings, num_workers, memory):
+                bar.update()
+                if isinstance(prepared, str):
+                    failures[case.name] = f"{case.image}: {prepared}"
+                    continue
+                written = start_writing(writer, segmenter, case, prepared, targets[case.name], failures)
                 if writing:
-                    writing.result()  # one at a time: scores are large
-                arguments = (scores, prepared["affine"], case.image, targets[case.name], scoring.largest_component)
-                writing = writer.submit(write_label_map, *arguments)
-            bar.update()
-        if writing:
-            writing.result()
+                    settle(*writing, failures)
+                writing = case, written
+            if writing:
+                settle(*writing, failures)
+    except OutputError:
+        warn_of_failures(failures, len(cases), "predicted")
+        raise
     return failures
+
+
+def start_writing(
+    writer: Executor,
+    segmenter: Segmenter,
+    case: Case,
+    prepared: dict[str, Any],
+    target: Path,
+    failures: dict[str, str],
+) -> Future[None]:
+    """Compute the class scores of a case, of which the writer's thread makes the label map; notes a failure.
+
+    Returns:
+        The end of the writing, which may be a failure too.
+    """
+    stream, image = SlabStream(), prepared["image"]
+    written = writer.submit(write_label_map, segmenter, stream, image.shape, prepared["affine"], case.image, target)
+    written.add_done_callback(lambda _: stream.close())
+    try:
+        with closing(segmenter.slabs(image)) as slabs:
+            stream.send(slabs)
+    except Exception as error:
+        failures[case.name] = f"{case.image}: {case_failure(error)}"
+    return written
+
+
+def settle(case: Case, written: Future[None], failures: dict[str, str]) -> None:
+    """Wait until a label map is written, and note why it was not, unless a reason is known."""
+    try:
+        written.result()
+    except Exception as error:
+        failures.setdefault(case.name, f"{case.image}: {case_failure(error)}")
 
 
 def find_inputs(inputs: Sequence[Path]) -> list[Case]:
@@ -118,49 +195,34 @@ def check_targets(cases: Sequence[Case], targets: dict[str, Path], overwrite: bo
         )
 
 
-def prepare_ahead(
-    cases: Sequence[Case], settings: PrepareSettings, num_workers: int
-) -> Iterator[tuple[Case, dict[str, Any] | str]]:
-    """Prepare cases in worker processes, ahead of their use; one worker, or one case, is this process itself.
-
-    Yields:
-        Each case in order, with the result of `prepare_case`, or the reason why it is unreadable.
-    """
-    num_workers = min(num_workers, len(cases))
-    if num_workers == 1:
-        yield from ((case, prepared_or_reason(case, settings)) for case in cases)
-        return
-    with worker_pool(num_workers) as processes:
-        todo = iter(cases)
-        waiting = deque(
-            (case, processes.submit(prepared_or_reason, case, settings)) for case in islice(todo, num_workers)
-        )
-        while waiting:
-            case, future = waiting.popleft()
-            prepared = future.result()
-            waiting.extend((case, processes.submit(prepared_or_reason, case, settings)) for case in islice(todo, 1))
-            yield case, prepared
-
-
-def prepared_or_reason(case: Case, settings: PrepareSettings) -> dict[str, Any] | str:
-    """Prepare a case; returns the reason in one line if that fails."""
-    try:
-        return prepare_case(case, settings)
-    except PREPARE_ERRORS as error:
-        return failure_reason(error)
-
-
-def write_label_map(scores: Tensor, affine: np.ndarray, source: Path, target: Path, largest_component: bool) -> None:
+def write_label_map(
+    segmenter: Segmenter,
+    slabs: Iterable[NumberedSlab],
+    shape: tuple[int, ...],
+    affine: np.ndarray,
+    source: Path,
+    target: Path,
+) -> None:
     """Write the label map of class scores on the grid of a NIfTI file, the whole file at once.
 
     Args:
-        scores: (n, h, w, d).
-        affine: Affine of their grid.
+        segmenter: How to segment.
+        slabs: The scores.
+        shape: (h, w, d) of the prepared volume.
+        affine: Affine of its grid.
         source: The NIfTI file.
         target: The file to write.
-        largest_component: Whether only the largest component of each class is kept.
+
+    Raises:
+        OutputError: The folder takes no file.
     """
-    labels = to_grid(scores, affine, *file_grid(source))
-    if largest_component:
-        labels = largest_components(labels, len(scores))
-    write_whole(target, igzip.compress(label_file(labels, source), mtime=0))
+    labels = segmenter.label(slabs, shape, affine, source).on_file
+    content = igzip.compress(label_file(labels, source), mtime=0)
+    try:
+        write_whole(target, content)
+    except OSError as error:
+        if error.errno not in NO_OUTPUT:
+            raise
+        raise OutputError(
+            f"{target}: label maps are not writable ({error.strerror}); make room, or choose another folder with --out",
+        ) from error

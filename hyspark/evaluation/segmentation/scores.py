@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hyspark.evaluation.protocol import protocol_text
+from hyspark.evaluation.protocol import FAILED, protocol_text
 from hyspark.evaluation.score_table import ORGAN_COLUMNS, ScoreTable
 from hyspark.evaluation.segmentation.metrics import ORGAN_METRICS, OrganScores
 from hyspark.utils.atomic import to_json, write_json, write_whole
@@ -46,30 +46,36 @@ def organ_score_table(cases: Mapping[str, Sequence[OrganScores]], organs: Sequen
     return ScoreTable(tuple(cases), tuple(organs), {metric: array.reshape(shape) for metric, array in values.items()})
 
 
-def write_segmentation_scores(folder: Path, table: ScoreTable, protocol: Mapping[str, Any]) -> dict[str, Any]:
+def write_segmentation_scores(
+    folder: Path, table: ScoreTable, protocol: Mapping[str, Any], failures: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Write cases.csv, summary.json and table.md; returns the summary (see `summarise_organs`)."""
-    summary = summarise_organs(table, protocol)
+    summary = summarise_organs(table, protocol, failures)
     write_whole(folder / "cases.csv", organ_csv(table).encode())
     write_json(folder / "summary.json", summary)
     write_whole(folder / "table.md", summary_markdown(summary).encode())
     return summary
 
 
-def summarise_organs(table: ScoreTable, protocol: Mapping[str, Any]) -> dict[str, Any]:
+def summarise_organs(
+    table: ScoreTable, protocol: Mapping[str, Any], failures: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Sum up a table of scores as the content of summary.json; None in it is an undefined value.
 
     Args:
         table: The scores.
         protocol: How they were measured, in plain values.
+        failures: Reasons of the cases that were not scored.
 
     Returns:
         "protocol", with the number of cases and the meaning of the mean; "organs", by name (see `summarise_organ`);
-        "mean", by metric.
+        "mean", by metric; and, if there are any, the failures (`FAILED`).
     """
     protocol = {**protocol, "mean": MEAN, "background": "excluded", "num_cases": len(table.cases)}
     organs = {organ: summarise_organ(table, i) for i, organ in enumerate(table.targets)}
     mean = {metric: mean_of([row[metric] for row in organs.values()]) for metric in ORGAN_METRICS}
-    summary: dict[str, Any] = to_json({"protocol": protocol, "organs": organs, "mean": mean})
+    failed = {FAILED: dict(failures)} if failures else {}
+    summary: dict[str, Any] = to_json({"protocol": protocol, "organs": organs, "mean": mean, **failed})
     return summary
 
 
@@ -116,7 +122,8 @@ def summary_markdown(summary: Mapping[str, Any]) -> str:
     """Write the table of a summary in Markdown, with the protocol below it."""
     *rows, mean = summary_rows(summary)
     table = markdown_table([*rows, [f"**{cell}**" if cell else "" for cell in mean]])
-    return f"{table}\n\nProtocol: {protocol_text(summary['protocol'])}.\n"
+    failed = "".join(f"- not scored: {name}: {reason}\n" for name, reason in summary.get(FAILED, {}).items())
+    return f"{table}\n\nProtocol: {protocol_text(summary['protocol'])}.\n{failed and chr(10) + failed}"
 
 
 def summary_rows(summary: Mapping[str, Any]) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ import numpy as np
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets.cases import Case, cases_digest
 from hyspark.evaluation.protocol import DATA_DIGEST, TRAINED_ON
-from hyspark.evaluation.segmentation.inference import Windows, windows_from_config
+from hyspark.evaluation.segmentation.inference import windows_from_config
+from hyspark.evaluation.segmentation.windows import Windows
 from hyspark.utils.digests import content_digest
 
 NSD_TOLERANCE = 2.0
@@ -25,16 +27,20 @@ class Scoring:
         flips: Axes of the flips to average over (see `Windows`).
         largest_component: Whether only the largest component of each class is kept.
         tolerance: Tolerance of the normalised surface Dice, in mm.
+        memory: GB of class scores in memory, beyond which a temporary file holds them; 0 is half of the free memory.
     """
 
     overlap: float | None = None
     flips: tuple[int, ...] = ()
     largest_component: bool = False
     tolerance: float = NSD_TOLERANCE
+    memory: float = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.tolerance < np.inf:
             raise ValueError(f"tolerance must be above 0 mm, but it is {self.tolerance}")
+        if not 0 <= self.memory < np.inf:
+            raise ValueError(f"memory: expected 0 GB or more, got {self.memory}")
 
     def windows(self, config: SegmentationConfig, names: Sequence[str]) -> Windows:
         """Return the windows of a network with these settings and classes; raises as `windows_from_config`."""
@@ -59,6 +65,14 @@ class Scoring:
         }
 
 
+def digest_or_none(file: Path) -> str | None:
+    """Return the `content_digest` of a file; None of an unreadable one, which fails when it is scored."""
+    try:
+        return content_digest(file)
+    except OSError:
+        return None
+
+
 @dataclass(frozen=True)
 class Source:
     """Weights and data that scores are of.
@@ -76,7 +90,7 @@ class Source:
     def seen(self, cases: Sequence[Case]) -> list[str]:
         """Return the names of the cases that are known to have been trained on."""
         known = set(self.trained_on)
-        return [case.name for case in cases if content_digest(case.image) in known] if known else []
+        return [case.name for case in cases if digest_or_none(case.image) in known] if known else []
 
     def protocol(self, cases: Sequence[Case]) -> dict[str, Any]:
         """Describe the source in plain values, with a digest of the cases' names and files."""

@@ -1,20 +1,23 @@
 """The test cases (`test_dir`), which a fine-tuning run is scored on once, with its last weights."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets.cases import Case
+from hyspark.data.preprocessing.prepare import failure_message
 from hyspark.data.preprocessing.store import StoredVolume
+from hyspark.evaluation.each_case import warn_of_failures
 from hyspark.evaluation.segmentation.evaluate import are_cases_scored, score_cases
 from hyspark.evaluation.segmentation.labelled_data import LabelledCases, check_classes, find_labelled
 from hyspark.evaluation.segmentation.scoring_protocol import Source
 from hyspark.training.distributed import Processes
-from hyspark.training.labelled_cases import check_labels
-from hyspark.training.run_volumes import prepare_volumes
+from hyspark.training.labelled_cases import label_fault
+from hyspark.training.run_volumes import SKIP_ADVICE, prepare_readable
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,13 @@ class HeldOut:
         volumes: The cases, prepared.
         cases: The cases.
         text: The cases, in words.
+        failures: Reasons of the unreadable cases, by name.
     """
 
     volumes: Sequence[StoredVolume]
     cases: Sequence[Case]
     text: str
+    failures: Mapping[str, str]
 
 
 def find_held_out(config: SegmentationConfig, names: Sequence[str]) -> LabelledCases:
@@ -48,17 +53,20 @@ def find_held_out(config: SegmentationConfig, names: Sequence[str]) -> LabelledC
 
 
 def prepare_held_out(config: SegmentationConfig, processes: Processes, names: Sequence[str]) -> HeldOut:
-    """Find and prepare the cases of test_dir.
+    """Find and prepare the cases of test_dir; unreadable ones stop the run or are excluded, as on_bad_case says.
 
     Raises:
         FileNotFoundError, ValueError: As `find_held_out`; or cases are unreadable.
     """
     found = find_held_out(config, names)
     if not found.cases:
-        return HeldOut([], [], "")
-    volumes = prepare_volumes(config, processes, Path(config.test_dir), found.cases)
-    check_labels(volumes, names)
-    return HeldOut(volumes, found.cases, found.text)
+        return HeldOut([], [], "", {})
+    folder = Path(config.test_dir)
+    readable = prepare_readable(config, processes, folder, found.cases, partial(label_fault, names=names))
+    if readable.failed and (config.on_bad_case == "stop" or not readable.cases):
+        advice = SKIP_ADVICE if readable.cases else ""
+        raise ValueError(failure_message(readable.failed, len(found.cases), advice))
+    return HeldOut(readable.volumes, readable.cases, found.text, readable.reasons)
 
 
 def score_held_out(
@@ -84,4 +92,7 @@ def score_held_out(
     source = Source(weights, held_out.text, trained_on)
     out = config.run_folder / "scores_test"
     if held_out.cases and not are_cases_scored(out, config, names, held_out.cases, processes, source):
-        score_cases(network, config, names, held_out.volumes, held_out.cases, out, processes, source)
+        given = (network, config, names, held_out.volumes, held_out.cases, out, processes, source)
+        scored = score_cases(*given, failures=held_out.failures)
+        if processes.is_main:
+            warn_of_failures(scored.failures, len(held_out.cases) + len(held_out.failures), "scored")

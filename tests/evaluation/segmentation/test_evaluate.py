@@ -11,18 +11,21 @@ import pytest
 import torch
 from nibabel.orientations import axcodes2ornt, ornt_transform
 
+from hyspark.cli.main import main
 from hyspark.config.recipes import as_plain
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets import build, cases, datalist_json
 from hyspark.data.preprocessing.prepare import prepare_missing, stored_volumes
+from hyspark.evaluation.segmentation import evaluate
 from hyspark.evaluation.segmentation.evaluate import (
     are_cases_scored,
     evaluate_segmentation,
     score_cases,
 )
-from hyspark.evaluation.segmentation.inference import hybird_from_config
+from hyspark.evaluation.segmentation.inference import TrainedNetwork, hybird_from_config
 from hyspark.evaluation.segmentation.labelled_data import check_classes, find_labelled
 from hyspark.evaluation.segmentation.scoring_protocol import Scoring, Source
+from hyspark.tasks import api
 from hyspark.training import checkpoint, precision
 from hyspark.training.distributed import find_processes
 from hyspark.utils.digests import content_digest
@@ -223,11 +226,138 @@ def test_data_that_do_not_fit_the_network(labelled, weights, tmp_path):
     write_case(labelled, "more")
     path = labelled / "labelsTr" / "more.nii.gz"
     nibabel.save(nibabel.Nifti1Image(np.full((24, 22, 20), 3, np.uint8), np.diag([2, 2, 3, 1])), path)
-    with pytest.raises(ValueError, match="more: its label holds the value 3"):
-        evaluate_segmentation(
-            weights, labelled, tmp_path / "out", device="cpu", store_dir=str(tmp_path / "s"), prepare_workers=1
-        )
-    assert not (tmp_path / "out").exists()
+    options = {"device": "cpu", "store_dir": str(tmp_path / "s"), "prepare_workers": 1}
+    (reason,) = evaluate_segmentation(weights, labelled, tmp_path / "out", **options)["failed"].values()
+    assert "more_0000.nii.gz: its label holds the value 3, but the classes go from 0 to 2" in reason
+    for case in ("good", "shifted", "missed"):
+        (labelled / "imagesTr" / f"{case}_0000.nii.gz").unlink()
+        (labelled / "labelsTr" / f"{case}.nii.gz").unlink()
+    with pytest.raises(ValueError, match="1 of 1 volumes are unusable"):
+        evaluate_segmentation(weights, labelled, tmp_path / "none", **options)
+    assert not (tmp_path / "none").exists()
+
+
+# One case never ends the scoring of many
+
+
+class Failing(Levels):
+    """Raises an error in the second case."""
+
+    calls = 0
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, x):
+        Failing.calls += 1
+        if Failing.calls == 2:
+            raise self.error
+        return super().forward(x)
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Scores with a network that fails in the second of three cases; each case is one pass."""
+    config = replace(BOXES, crop_size=(32,))
+    monkeypatch.setattr(Failing, "calls", 0)
+
+    def network(error):
+        loaded = TrainedNetwork(Failing(error), config, NAMES, [])
+        monkeypatch.setattr(evaluate.inference, "load_network", lambda path: loaded)
+        monkeypatch.setattr(api, "kind_of_network", lambda path: "segmentation")
+
+    return network
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError("Unable to allocate 9 GiB"), "out of memory (Unable to allocate 9 GiB)"),
+        (ValueError("a fault\nin two lines"), "a fault"),
+        (KeyError("x"), "KeyError: 'x'"),
+    ],
+)
+def test_a_case_that_fails_is_named_and_the_others_are_scored(failing, labelled, tmp_path, capsys, error, reason):
+    failing(error)
+    words = [str(labelled), "--out", str(tmp_path / "scores"), "--store_dir", str(tmp_path / "s"), "--device=cpu"]
+    with pytest.raises(SystemExit) as exit_:
+        main(["evaluate", "any", *words, "--prepare_workers=1"])
+    assert exit_.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "not scored" in line]
+    assert line.startswith(f"not scored: missed: {reason}")
+    summary = json.loads((tmp_path / "scores" / "summary.json").read_text())
+    assert list(summary["failed"]) == ["missed"]
+    assert summary["protocol"]["num_cases"] == 2
+    assert summary["organs"]["liver"]["num_cases"] == 2
+    assert "- not scored: missed: " in (tmp_path / "scores" / "table.md").read_text()
+    whole = scored(labelled, tmp_path / "whole", replace(BOXES, crop_size=(32,)))
+    assert "failed" not in whole
+    lines = (tmp_path / "whole" / "cases.csv").read_text().splitlines()
+    kept = [line for line in lines if not line.startswith("missed")]
+    assert (tmp_path / "scores" / "cases.csv").read_text().splitlines() == kept
+
+
+def test_an_unreadable_case_is_named_and_the_others_are_scored(weights, labelled, tmp_path):
+    (labelled / "imagesTr" / "good_0000.nii.gz").write_bytes(b"no volume")
+    options = {"device": "cpu", "store_dir": str(tmp_path / "s"), "prepare_workers": 1}
+    found = api.evaluate(weights, labelled, tmp_path / "out", **options)
+    assert list(found.failures) == ["good"]
+    assert "good_0000.nii.gz: " in found.failures["good"]
+    assert {row["case"] for row in found.table} == {"missed", "shifted"}
+
+
+def test_without_any_scored_case_nothing_passes_for_scores(failing, labelled, tmp_path):
+    failing(MemoryError())
+    for name in ("good", "shifted"):
+        (labelled / "imagesTr" / f"{name}_0000.nii.gz").unlink()
+        (labelled / "labelsTr" / f"{name}.nii.gz").unlink()
+    Failing.calls = 1
+    with pytest.raises(ValueError, match=r"no case was scored:\n  missed: out of memory"):
+        evaluate_segmentation(tmp_path, labelled, tmp_path / "out", device="cpu", store_dir=str(tmp_path / "s"))
+
+
+def test_scores_without_a_case_are_measured_again(failing, labelled, tmp_path):
+    cases, _, text = find_labelled(labelled)
+    config = replace(BOXES, crop_size=(32,))
+    source = Source("levels", text, [])
+    store = tmp_path / "store"
+    prepare_missing(cases, config, store, 1, progress=False)
+    given = (
+        config,
+        NAMES,
+        stored_volumes(cases, config, store),
+        cases,
+        tmp_path / "out",
+        find_processes("cpu"),
+        source,
+    )
+    score_cases(Failing(MemoryError()), *given)
+    assert not are_cases_scored(tmp_path / "out", config, NAMES, cases, find_processes("cpu"), source)
+    score_cases(Levels(), *given)
+    assert are_cases_scored(tmp_path / "out", config, NAMES, cases, find_processes("cpu"), source)
+
+
+def test_a_picture_that_fails_costs_no_scores(labelled, tmp_path, monkeypatch, caplog):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(evaluate, "segmentation_panel", fails)
+    assert scored(labelled, tmp_path / "scores")["protocol"]["num_cases"] == 3
+    assert "best_good.png: no picture (no font)" in caplog.text
+
+
+def test_only_pictured_label_maps_leave_their_process(labelled, tmp_path, monkeypatch):
+    write_case(labelled, "fourth")
+    sent = []
+
+    def gathered(values, processes):
+        sent.append(values)
+        return values
+
+    monkeypatch.setattr(evaluate, "gather_lists", gathered)
+    scored(labelled, tmp_path / "scores")
+    assert [len(values) for values in sent] == [3]
 
 
 def test_class_names_are_compared_by_what_they_say():

@@ -14,15 +14,11 @@ from hyspark.data.datasets.cases import Case
 from hyspark.data.preprocessing.prepare import prepare_case
 from hyspark.data.settings import PrepareSettings
 from hyspark.data.synthetic.phantom import make_phantom
-from hyspark.evaluation.segmentation.inference import (
-    Windows,
-    class_scores,
-    hybird_from_config,
-    largest_components,
-    load_network,
-    to_grid,
-)
+from hyspark.evaluation.segmentation.inference import hybird_from_config, load_network
+from hyspark.evaluation.segmentation.label_grids import largest_components
+from hyspark.evaluation.segmentation.windows import Windows
 from hyspark.training import checkpoint
+from tests.evaluation.segmentation.whole import to_grid, whole_scores
 
 CPU = torch.device("cpu")
 
@@ -148,7 +144,7 @@ class Sides(torch.nn.Module):
 @pytest.mark.parametrize("flips", [(), (0, 1, 2)])
 def test_windows_cover_the_whole_volume(flips):
     image = torch.rand(40, 33, 20)
-    scores = class_scores(Brightness(), image, Windows((32, 32, 16), 0.5, 3, flips), CPU)
+    scores = whole_scores(Brightness(), image, Windows((32, 32, 16), 0.5, 3, flips), CPU)
     assert scores.shape == (2, 40, 33, 20)
     assert torch.allclose(scores[1], image - 0.5, atol=1e-5)
 
@@ -156,7 +152,7 @@ def test_windows_cover_the_whole_volume(flips):
 def test_scores_are_averaged_over_flips_and_sides_change_places():
     image, size = torch.rand(16, 16, 16), (16, 16, 16)
     (plain, flipped, swapped) = (
-        class_scores(Sides(), image, Windows(size, **extra), CPU)
+        whole_scores(Sides(), image, Windows(size, **extra), CPU)
         for extra in ({}, {"flips": (0,)}, {"flips": (0,), "swaps": ((1, 2),)})
     )
     assert torch.allclose(flipped, (plain + plain.flip(1)) / 2, atol=1e-6)
@@ -166,8 +162,8 @@ def test_scores_are_averaged_over_flips_and_sides_change_places():
 
 def test_sides_change_places_in_flips_of_the_first_axis_alone():
     image, size = torch.rand(16, 16, 16), (16, 16, 16)
-    plain = class_scores(Sides(), image, Windows(size), CPU)
-    other = class_scores(Sides(), image, Windows(size, flips=(1, 2), swaps=((1, 2),)), CPU)
+    plain = whole_scores(Sides(), image, Windows(size), CPU)
+    other = whole_scores(Sides(), image, Windows(size, flips=(1, 2), swaps=((1, 2),)), CPU)
     assert torch.allclose(other, plain, atol=1e-6)
 
 

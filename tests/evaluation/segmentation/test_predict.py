@@ -1,6 +1,12 @@
 """Label maps: in the geometry and with the header of their inputs, several at a time, broken files apart."""
 
+import errno
 import gzip
+import multiprocessing
+import os
+import signal
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 
 import nibabel
@@ -13,8 +19,10 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 from hyspark.cli.main import main
 from hyspark.config.recipes import as_plain
 from hyspark.config.segmentation import SegmentationConfig
-from hyspark.evaluation.segmentation import predict
+from hyspark.evaluation.segmentation import predict, segmenter
+from hyspark.evaluation.segmentation import prepare_ahead as prepare_ahead_module
 from hyspark.evaluation.segmentation.inference import TrainedNetwork, hybird_from_config
+from hyspark.evaluation.segmentation.prepare_ahead import prepare_ahead
 from hyspark.evaluation.segmentation.scoring_protocol import Scoring
 from hyspark.tasks import api
 from hyspark.training import checkpoint
@@ -127,9 +135,9 @@ def test_workers_keep_the_order(tmp_path):
     for name in "cab":
         write_volume(tmp_path / f"{name}.nii.gz")
     cases = predict.find_inputs([tmp_path / "c.nii.gz", tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"])
-    ahead = list(predict.prepare_ahead(cases, CONFIG, 2))
+    ahead = list(prepare_ahead(cases, CONFIG, 2, 10**12))
     assert [case.name for case, _ in ahead] == ["c", "a", "b"]
-    alone = list(predict.prepare_ahead(cases, CONFIG, 1))
+    alone = list(prepare_ahead(cases, CONFIG, 1, 10**12))
     assert all(np.array_equal(a["image"], b["image"]) for (_, a), (_, b) in zip(ahead, alone, strict=True))
 
 
@@ -185,3 +193,176 @@ def test_flips_of_left_and_right_need_pairs(monkeypatch, tmp_path):
     monkeypatch.setattr(predict, "load_network", lambda path: TrainedNetwork(Levels(), paired, sided, []))
     options = {"scoring": Scoring(flips=(0,)), "device": "cpu", "num_workers": 1}
     assert predict.predict_segmentation(tmp_path, [tmp_path / "x.nii.gz"], tmp_path / "out", **options) == {}
+
+
+# One case never ends a run of many
+
+
+class Failing(Levels):
+    """Raises an error on volumes of a marker's brightness."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, x):
+        if x.max() > 0.99:
+            raise self.error
+        return super().forward(x)
+
+
+FAULTS = {
+    "memory": (MemoryError(), "out of memory (MemoryError); free memory"),
+    "cpu": (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nto"), "out of memory (DefaultCPU"),
+    "cuda": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory (CUDA out of memory"),
+    "any": (ZeroDivisionError("a bug"), "ZeroDivisionError: a bug"),
+}
+
+
+def write_marked(folder):
+    """Three volumes; b has a bright voxel. Returns the true label maps of the others."""
+    truth = {name: write_volume(folder / f"{name}.nii.gz") for name in "abc"}
+    image = nibabel.load(folder / "b.nii.gz")
+    voxels = np.asarray(image.dataobj).copy()
+    voxels[10, 10, 10] = 1000
+    nibabel.save(nibabel.Nifti1Image(voxels, image.affine), folder / "b.nii.gz")
+    return {name: truth[name] for name in "ac"}
+
+
+def assert_others_are_whole(out, truth):
+    assert sorted(path.name for path in out.iterdir()) == [f"{name}.nii.gz" for name in truth]
+    for name, labels in truth.items():
+        assert np.array_equal(nibabel.load(out / f"{name}.nii.gz").get_fdata(), labels)
+
+
+def predict_with(network, monkeypatch, tmp_path, *words):
+    monkeypatch.setattr(predict, "load_network", lambda path: TrainedNetwork(network, CONFIG, NAMES, []))
+    monkeypatch.setattr(api, "kind_of_network", lambda path: "segmentation")
+    with pytest.raises(SystemExit) as exit_:
+        main(["predict", "any", f"{tmp_path}/in", "--out", f"{tmp_path}/out", "--device=cpu", *words])
+    return exit_.value.code
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_case_that_the_network_fails_on(kind, monkeypatch, tmp_path, capsys):
+    error, reason = FAULTS[kind]
+    truth = write_marked(tmp_path / "in")
+    assert predict_with(Failing(error), monkeypatch, tmp_path, "--prepare_workers=1") == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "not predicted" in line]
+    assert line.startswith(f"not predicted: {tmp_path}/in/b.nii.gz: {reason}")
+    assert_others_are_whole(tmp_path / "out", truth)
+
+
+@pytest.mark.parametrize("name", ["file_grid", "label_maps"])
+def test_a_case_whose_label_map_cannot_be_made(name, monkeypatch, tmp_path, capsys):
+    """The thread that makes and writes label maps fails; the network does not wait for it."""
+    truth = write_marked(tmp_path / "in")
+    right = getattr(segmenter, name)
+    calls = []
+
+    def fails_second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise MemoryError("Unable to allocate 9 GiB")
+        return right(*args)
+
+    monkeypatch.setattr(segmenter, name, fails_second)
+    assert predict_with(Levels(), monkeypatch, tmp_path, "--prepare_workers=1") == 1
+    assert "b.nii.gz: out of memory (Unable to allocate 9 GiB)" in capsys.readouterr().err
+    assert_others_are_whole(tmp_path / "out", truth)
+
+
+def test_a_full_disk_ends_the_run_in_one_line(monkeypatch, tmp_path, capsys):
+    write_marked(tmp_path / "in")
+    written = []
+
+    def full(path, content, write=predict.write_whole):
+        if written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(path)
+        write(path, content)
+
+    monkeypatch.setattr(predict, "write_whole", full)
+    assert predict_with(Levels(), monkeypatch, tmp_path, "--prepare_workers=1") == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert lines == [
+        f"error: {tmp_path}/out/b.nii.gz: label maps are not writable (No space left on device); make room, or choose "
+        "another folder with --out"
+    ]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.nii.gz"]
+
+
+def test_an_output_that_only_one_case_cannot_have(monkeypatch, tmp_path, capsys):
+    truth = write_marked(tmp_path / "in")
+    (tmp_path / "out" / "b.nii.gz").mkdir(parents=True)
+    assert predict_with(Levels(), monkeypatch, tmp_path, "--prepare_workers=1", "--overwrite") == 1
+    assert "not predicted: " in capsys.readouterr().err
+    (tmp_path / "out" / "b.nii.gz").rmdir()
+    assert_others_are_whole(tmp_path / "out", truth)
+
+
+def test_control_c_still_stops(monkeypatch, tmp_path):
+    write_marked(tmp_path / "in")
+    monkeypatch.setattr(
+        predict, "load_network", lambda path: TrainedNetwork(Failing(KeyboardInterrupt()), CONFIG, NAMES, [])
+    )
+    with pytest.raises(KeyboardInterrupt):
+        predict.predict_segmentation(tmp_path, [tmp_path / "in"], tmp_path / "out", device="cpu", num_workers=1)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.nii.gz"]
+
+
+def killed_or_prepared(case, settings):
+    """Stands for `prepared_or_reason` in a worker: case b kills its process."""
+    if case.name == "b":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"image": case.name}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_worker_that_is_killed_costs_its_case_alone(monkeypatch, tmp_path):
+    for name in "abcd":
+        write_volume(tmp_path / f"{name}.nii.gz")
+    monkeypatch.setattr(prepare_ahead_module, "prepared_or_reason", killed_or_prepared)
+    forked = multiprocessing.get_context("fork")  # in place of processes that import torch anew
+    monkeypatch.setattr(prepare_ahead_module, "worker_pool", lambda num: ProcessPoolExecutor(num, forked))
+    found = {case.name: made for case, made in prepare_ahead(predict.find_inputs([tmp_path]), CONFIG, 2, 10**12)}
+    assert list(found) == ["a", "b", "c", "d"]
+    assert "ended its process, alone too" in found.pop("b")
+    assert found == {name: {"image": name} for name in "acd"}
+
+
+def test_large_volumes_are_prepared_by_fewer_workers(monkeypatch, tmp_path):
+    """As many as their memory allows, one at least."""
+    for name in "abcd":
+        write_volume(tmp_path / f"{name}.nii.gz")
+    cases = predict.find_inputs([tmp_path])
+    size = prepare_ahead_module.estimate_bytes(cases[0], CONFIG)
+    assert 24 * 22 * 20 * 12 < size < 24 * 22 * 20 * 100
+    at_once = []
+
+    class Now:
+        """A pool that works at once, and notes how many results wait."""
+
+        waiting = 0
+
+        def submit(self, function, *args):
+            Now.waiting += 1
+            at_once.append(Now.waiting)
+            future = Future()
+            future.set_result(args[0].name)
+            return future
+
+    monkeypatch.setattr(prepare_ahead_module, "worker_pool", lambda num: nullcontext(Now()))
+    for memory, most in ((1, 1), (2 * size, 2), (3.5 * size, 3), (10**12, 4)):
+        Now.waiting, at_once[:] = 0, []
+        for _ in prepare_ahead(cases, CONFIG, 4, memory):
+            Now.waiting -= 1
+        assert max(at_once) == most
+
+
+def test_the_file_of_class_scores_leaves_nothing_behind(knowing, tmp_path):
+    truth = write_volume(tmp_path / "in" / "x.nii.gz")
+    options = {"device": "cpu", "num_workers": 1, "scoring": Scoring(memory=1e-9, flips=(1,))}
+    assert predict.predict_segmentation(tmp_path, [tmp_path / "in"], tmp_path / "out", **options) == {}
+    assert_others_are_whole(tmp_path / "out", {"x": truth})
