@@ -62,7 +62,8 @@ class ClassificationExperiment(Experiment[ClassificationTask]):
 
     def load_weights(self) -> LoadReport | None:
         """Load pre-trained weights."""
-        return None if self.config.weights == "none" else load_pretrained(self.model, self.config.weights)
+        c = self.config
+        return None if c.weights == "none" else load_pretrained(self.model, c.weights, c.weights_key)
 
     def set_up(self, state: dict[str, Any] | None) -> tuple[Run, ClassificationTask]:
         """Make run and task, with the moving average of the weights if the settings ask for one."""
