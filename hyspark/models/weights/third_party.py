@@ -138,6 +138,8 @@ def find_prefixes(
     source, own = fit.pairs[0]
     num = sum(key.startswith(source) and own + key.removeprefix(source) in wanted for key in plain)
     if 2 * num < len(body) and 4 * num < len(known):
+        if not wanted.keys() & set(plain):  # a few match by chance, under some prefix
+            raise no_match_error(given, wanted, name)
         raise few_match_error(num, given, wanted, name)
     if len(fit.pairs) > 1:
         ways = ", ".join(f"{source}* as {own}*" for source, own in fit.pairs)

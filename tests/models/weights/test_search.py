@@ -134,7 +134,8 @@ def test_the_flag_on_the_command_line(tmp_path, capsys, monkeypatch):
     assert stopped.value.code == 2
     assert "2 state dicts match equally well: a, b" in capsys.readouterr().err
     main(["weights", str(tmp_path / "two.pth"), "--model", "tiny", "--weights_key", "b"])
-    assert "matched      23 keys, covering 100.0% of the model's parameters (100% of its 23 tensors)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "matched      23 keys, covering 100.0% of the model's parameters (100% of its 23 tensors)" in said
 
 
 @pytest.mark.parametrize(
