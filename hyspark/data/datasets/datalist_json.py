@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hyspark.data.datasets.cases import Case, Datalist, class_values
+from hyspark.data.datasets.cases import IGNORED_NAME, Case, Datalist, class_values, ignored_value
 from hyspark.utils.paths import load_json, nifti_stem
 from hyspark.utils.text import listing
 
@@ -33,8 +33,11 @@ def write_datalist(datalist: Datalist, path: Path) -> None:
     content: dict[str, Any] = {"training": [entry(case) for case in datalist.training]}
     if datalist.validation:
         content["validation"] = [entry(case) for case in datalist.validation]
+    ignored = {case.ignore for case in (*datalist.training, *datalist.validation) if case.ignore is not None}
+    if len(ignored) > 1:
+        raise ValueError(f"{path}: the data sets ignore different label values: {sorted(ignored)}; make one list each")
     if datalist.labels is not None:
-        content["labels"] = datalist.labels
+        content["labels"] = {**datalist.labels, **({IGNORED_NAME: ignored.pop()} if ignored else {})}
     if os.path.lexists(path):
         check_replaceable(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -88,9 +91,10 @@ def read_datalist(path: Path, *, require_labels: bool = False, require_files: bo
         raise FileNotFoundError(f"{path}: {len(missing)} of {len(files)} files are missing: {listing(missing)}")
 
     names = case_names(images)
-    cases = tuple(Case(names[image], dataset_of(image), image, label) for image, label in pairs)
-    num_training = len(content["training"])
     labels = class_values(content["labels"], path) if content.get("labels") else None
+    ignore = ignored_value(content.get("labels"), path)
+    cases = tuple(Case(names[image], dataset_of(image), image, label, ignore) for image, label in pairs)
+    num_training = len(content["training"])
     return Datalist(cases[:num_training], cases[num_training:], labels)
 
 
