@@ -168,10 +168,10 @@ def match_saved_groups(
             if not spare_tokens:
                 LOG.info("weight decay of position embeddings and tokens continues, as this run began")
             return optimizer
+    found, expected = ([size for size, _ in sizes] for sizes in (wanted, group_sizes(optimizer.param_groups)))
     raise ValueError(
-        f"the optimizer's state has groups of {[size for size, _ in wanted]} weights, the network "
-        f"{[size for size, _ in group_sizes(optimizer.param_groups)]}; continue with the version that began the run, or "
-        "name another run folder"
+        f"the optimizer's state has groups of {found} weights, expected {expected} as in the network; continue with "
+        "the version that began the run, or name another run folder"
     )
 
 
