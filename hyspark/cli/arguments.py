@@ -62,7 +62,8 @@ class WeightsArguments(Arguments):
         hyspark weights ckpt/encoder.pth
     """
 
-    path: str  # A .pth, .pt or .safetensors file
+    path: str  # A file of weights: .pth, .pt, .ckpt, .safetensors or its index, .npz, .pkl
+    weights_key: str = ""  # Key of the state dict in the file, if it holds several: model_ema, student
     model: str = ""  # Third-party network, as in pre-training: timm/resnet50, torchvision/resnet50, monai/segresnet
     in_channels: int = 0  # Input channels; 0 uses 1, or 3 for a network of timm or torchvision
     out_channels: int = 14  # Classes, background included
@@ -88,6 +89,7 @@ class ExportArguments(Arguments):
 
     source: str  # A pre-training checkpoint or encoder file, or a fine-tuned network
     out: str  # The .safetensors file to write; for detectron2, a .pkl
+    weights_key: str = ""  # Key of the state dict in the source, if it holds several: model_ema, student
     precision: Literal["fp16", "fp32"] = "fp16"  # Precision of the numbers in the file
     decoder: bool = False  # Also the light decoder of pre-training, for fine-tuning with --decoder light
     detectron2: bool = False  # A ResNet in detectron2's names, for its MODEL.WEIGHTS

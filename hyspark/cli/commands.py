@@ -118,7 +118,8 @@ def weights(argv: Sequence[str]) -> None:
     args = parse(WeightsArguments(prog="hyspark weights", allow_abbrev=False), argv)
     from hyspark.models.weights.load import load_pretrained
 
-    print(load_pretrained(third_party_network(args) if args.model else segmentation_network(args), args.path))
+    network = third_party_network(args) if args.model else segmentation_network(args)
+    print(load_pretrained(network, args.path, args.weights_key))
 
 
 def segmentation_network(args: WeightsArguments) -> Any:
@@ -157,9 +158,9 @@ def export(argv: Sequence[str]) -> None:
         raise ValueError("--decoder: not read with --detectron2, which takes no decoder; drop it")
     dtype = {"fp16": torch.float16, "fp32": torch.float32}[args.precision]
     if args.detectron2:
-        weights = write_detectron2(args.source, Path(args.out), dtype)
+        weights = write_detectron2(args.source, Path(args.out), dtype, key=args.weights_key)
     else:
-        weights = export_weights(args.source, Path(args.out), dtype, decoder=args.decoder)
+        weights = export_weights(args.source, Path(args.out), dtype, decoder=args.decoder, key=args.weights_key)
     millions = sum(value.numel() for value in weights.values()) / 1e6
     print(f"{args.out}: {len(weights)} tensors, {millions:.2f} M numbers, {Path(args.out).stat().st_size / 1e6:.2f} MB")
 

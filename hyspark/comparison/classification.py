@@ -74,7 +74,7 @@ narrow."""
         for name, weights in initial_weights.items():
             if weights != "none":
                 network = initialise_classifier(config, len(images.classes))
-                print(f"initial weights {name}: {weights}\n{load_pretrained(network, weights)}")
+                print(f"initial weights {name}: {weights}\n{load_pretrained(network, weights, config.weights_key)}")
 
     def comparable(self, table: ScoreTable) -> ScoreTable:
         return table

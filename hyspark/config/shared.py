@@ -51,6 +51,8 @@ class RunSettings:
 
     seed: int = setting(0, "run")
     """Seed of batches, crops, masks and initial weights."""
+    weights_key: str = setting("", "network")
+    """Key of the state dict in the weights file, if it holds several that match equally well: model_ema, student."""
     max_steps: int = setting(0, "run", may_change=True)
     """Stop after this many steps, with an unchanged schedule; 0 runs to the end."""
     save_every: int = setting(0, "run", may_change=True, affects_results=False)

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import traceback
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -10,6 +11,9 @@ import timm
 import torchvision
 from monai.networks import nets
 from torch import Tensor, nn
+
+from hyspark.models.network_faults import UnsupportedNetworkError, first_line
+from hyspark.utils.log import LOG
 
 MONAI_BACKBONES = (*(f"resnet{depth}" for depth in (10, 18, 34, 50, 101, 152, 200)), "segresnet", "dynunet")
 TIMM_FAMILIES = (
@@ -91,9 +95,30 @@ def build_backbone(name: str, in_channels: int, axes: int) -> Backbone:
 
 def build_timm(name: str, in_channels: int, axes: int) -> Backbone:
     """Build a network of timm without its classifier."""
-    check_name(name, timm.list_models(), "timm")
     check_2d(name, axes)
-    return Backbone(timm.create_model(name, in_chans=in_channels, num_classes=0))
+    return Backbone(create_timm(name, in_chans=in_channels, num_classes=0))
+
+
+def create_timm(name: str, **options: Any) -> nn.Module:
+    """Build a randomly initialised network of timm; a tag of pre-trained weights in its name is cut.
+
+    Raises:
+        ValueError: the name is unknown.
+        UnsupportedNetworkError: the network cannot be built.
+    """
+    architecture, dot, tag = name.partition(".")
+    check_name(architecture, timm.list_models(), "timm")
+    if dot:
+        LOG.warning("timm/%s: the tag .%s names weights, which are not loaded; built timm/%s", name, tag, architecture)
+    try:
+        created: nn.Module = timm.create_model(architecture, **options)
+    except Exception as error:  # third-party networks raise any type
+        given = ", ".join(f"{key}={value}" for key, value in options.items())
+        raise UnsupportedNetworkError(
+            f"timm/{architecture}: cannot be built with {given} ({type(error).__name__}: {first_line(error)}); use "
+            "another network"
+        ) from error
+    return created
 
 
 def build_torchvision(name: str, in_channels: int, axes: int) -> Backbone:
@@ -126,7 +151,14 @@ def build_from_factory(name: str, in_channels: int, axes: int) -> nn.Module:
         make = getattr(importlib.import_module(module), factory)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"backbone {name!r}: {error}; is {module} installed, or in PYTHONPATH?") from error
-    network = make(in_channels=in_channels, axes=axes)
+    try:
+        network = make(in_channels=in_channels, axes=axes)
+    except Exception as error:  # the user's own code raises any type
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise UnsupportedNetworkError(
+            f"backbone {name!r}: {type(error).__name__} in {frame.filename}, line {frame.lineno}: {first_line(error)}; "
+            f"expected a module from {factory}(in_channels={in_channels}, axes={axes})"
+        ) from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"backbone {name!r}: expected a torch module from it, got {type(network).__name__}")
     return network
@@ -139,6 +171,15 @@ def run_dynunet(net: nets.DynUNet, x: Tensor) -> Tensor:
         x = layer(x)
     out: Tensor = net.bottleneck(x)
     return out
+
+
+def suggest_backbones(name: str) -> str:
+    """Suggest networks that run under a mask, with names similar to one that does not."""
+    library, _, rest = name.partition("/")
+    known = [known.partition("/")[2] for known in list_backbones(f"{library}/*")]
+    near = [f"{library}/{found}" for found in difflib.get_close_matches(rest, known, n=2, cutoff=0.6)]
+    shown = ", ".join([*near, "timm/resnet50"] if library == "timm" else [*near, f"{library}/resnet50"])
+    return f"use a network that runs under a mask, such as {shown} (hyspark.list_backbones() lists all)"
 
 
 def torchvision_names() -> list[str]:

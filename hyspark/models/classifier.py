@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from typing import Any
 
-import timm
 import torchvision
 from timm.models import group_parameters
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hyspark.models.backbones import check_name, torchvision_names
+from hyspark.models.backbones import check_name, create_timm, torchvision_names
+from hyspark.models.network_faults import UnsupportedNetworkError
 
 AUXILIARY_OUTPUTS = ("googlenet", "inception_v3")
 """Networks of torchvision with auxiliary classifiers, which would need a loss of their own."""
@@ -29,13 +29,15 @@ def build_classifier(name: str, channels: int, num_classes: int, drop_path: floa
     """
     library, _, rest = name.partition("/")
     if library == "timm":
-        check_name(rest, timm.list_models(), library)
         options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
         try:
-            created: nn.Module = timm.create_model(rest, in_chans=channels, num_classes=num_classes, **options)
-        except TypeError as error:
-            raise ValueError(f"{name} cannot be built with drop_path={drop_path}: {error}; set it to 0") from error
-        return created
+            return create_timm(rest, in_chans=channels, num_classes=num_classes, **options)
+        except UnsupportedNetworkError as error:
+            if isinstance(error.__cause__, TypeError) and drop_path:
+                raise ValueError(
+                    f"{name} cannot be built with drop_path={drop_path}: {error.__cause__}; set it to 0"
+                ) from error
+            raise
     check_name(rest, torchvision_names(), library)
     if channels != 3 or drop_path:
         raise ValueError(

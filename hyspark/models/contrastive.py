@@ -127,6 +127,11 @@ class Siamese(nn.Module):
         super().__init__()
         self.encoder = encoder
 
+    def encoder_layers(self) -> dict[str, int | None]:
+        """Return None for each parameter of the encoder and its copies: layers of a third-party network are unknown."""
+        encoders = [f"{name}." for name, module in self.named_modules() if isinstance(module, PooledEncoder)]
+        return {name: None for name, _ in self.named_parameters() if name.startswith(tuple(encoders))}
+
     def forward(self, views: Sequence[Tensor]) -> SiameseOutput:
         """Compute the loss of views, (b, in_channels, *size) each; the i-th sample of each is of the same image."""
         raise NotImplementedError

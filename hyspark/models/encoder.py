@@ -7,6 +7,7 @@ Shapes: b batch, c channels, *size voxels per axis, *grid = size / 16 patches pe
 Source: Tang et al., "HySparK", MICCAI 2024 (arXiv 2408.05815), section 2, and its public release.
 """
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,26 @@ DEPTHS = (1, 1, 3, 3, 1)
 EXPANSIONS = (2, 4, 4, 4, 2)
 NUM_STAGES = 5
 MAX_POOL = {2: F.max_pool2d, 3: F.max_pool3d}
+
+
+def layer_indices_of(network: nn.Module) -> dict[str, int | None]:
+    """Compute the layer of each parameter of `embeddings` and `mae` in a network, counted from the input.
+
+    Layers are the five stages, each with its widening convolution, then the transformer's blocks.
+
+    Returns:
+        Index by name of the parameter; None for the encoder's last norm. Parameters outside of the encoder are absent.
+    """
+    found: dict[str, int | None] = {}
+    for name, _ in network.named_parameters():
+        part, _, rest = name.partition(".")
+        if part == "embeddings":
+            stage = re.match(r"(?:layer|expend)(\d)\.", rest)
+            found[name] = int(stage[1]) - 1 if stage else 0
+        elif part == "mae":
+            block = re.match(r"blocks\.(\d+)\.", rest)
+            found[name] = NUM_STAGES + int(block[1]) if block else None
+    return found
 
 
 def max_pool_2x(x: Tensor) -> Tensor:
@@ -149,6 +170,10 @@ class HybridEncoder(nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """Return the weights to export, by their released key names."""
         return self.state_dict()
+
+    def encoder_layers(self) -> dict[str, int | None]:
+        """Return the index of the layer of each parameter, see `layer_indices_of`."""
+        return layer_indices_of(self)
 
     def forward(self, volumes: Tensor, visible: Tensor | None = None) -> list[Tensor]:
         """Compute the features of a crop.

@@ -5,6 +5,7 @@ Both serve pre-training, and segmentation networks that reuse their weights.
 Shapes: b batch, c channels, *size voxels per axis.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -151,7 +152,8 @@ def up_convolution(x: Tensor, up: Tensor, conv: Tensor) -> Tensor:
 
     Nothing lies between the two, so they equal one transposed convolution of kernel 4, borders included. That takes 8
     instead of 29 multiplications per output voxel and pair of channels (3D, c_out = c / 2). Composing the kernel costs
-    as much as COMPOSE_FROM positions per channel, so small maps take the two steps.
+    as much as COMPOSE_FROM positions per channel, so small maps take the two steps. A program that is exported for any
+    batch cannot choose by the batch, and chooses by one sample.
 
     Args:
         x: (b, c, *size).
@@ -163,7 +165,8 @@ def up_convolution(x: Tensor, up: Tensor, conv: Tensor) -> Tensor:
     """
     axes = x.ndim - 2
     transposed = CONV_TRANSPOSE_FUNCTION[axes]
-    if x.numel() < COMPOSE_FROM * x.shape[1] ** 2:
+    num_samples = x.shape[0] if isinstance(x.shape[0], int) else 1  # a symbol in an export for any batch
+    if num_samples * math.prod(x.shape[1:]) < COMPOSE_FROM * x.shape[1] ** 2:
         return CONV_FUNCTION[axes](transposed(x, up, stride=2), conv, padding=1)
     with torch.autocast(x.device.type, enabled=False):  # rounds the kernel once, not the terms of its sums
         kernel = transposed(up, conv.transpose(0, 1).flip(list(range(2, conv.ndim))))  # (c, c_out, 4, ...)

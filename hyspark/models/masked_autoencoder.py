@@ -56,6 +56,9 @@ class MaskedEncoder(Protocol):
     def weights(self) -> dict[str, Tensor]:
         """Return the weights to export."""
 
+    def encoder_layers(self) -> dict[str, int | None]:
+        """Return the index of the layer of each parameter, None for one of no layer."""
+
     def patches(self, volumes: Tensor, visible: Tensor) -> Patches:
         """Compute the geometry of a mask (b, 1, *grid) for volumes (b, c, *size)."""
 
@@ -90,6 +93,10 @@ class MaskedAutoencoder(nn.Module):
         self.encoder = encoder
         self.densify = build_projections(Densify, encoder.maps, decoder_width, axes)
         self.decoder = LightDecoder(encoder.maps, decoder_width, axes, encoder.in_channels)
+
+    def encoder_layers(self) -> dict[str, int | None]:
+        """Return the index of the layer of each parameter of the encoder, None for one of no layer."""
+        return {f"encoder.{name}": layer for name, layer in self.encoder.encoder_layers().items()}
 
     def forward(self, volumes: Tensor, visible: Tensor | None = None) -> PretrainingOutput:
         """Reconstruct masked volumes.

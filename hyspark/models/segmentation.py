@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from hyspark.models.blocks import CONV, FusionBlock, MedNeXtBlock, MedNeXtUpBlock
-from hyspark.models.encoder import DEPTHS, EXPANSIONS, NUM_STAGES, WIDTHS, HybridEncoder
+from hyspark.models.encoder import DEPTHS, EXPANSIONS, NUM_STAGES, WIDTHS, HybridEncoder, layer_indices_of
 from hyspark.models.light_decoder import LightDecoder, Projection, build_projections
 from hyspark.models.masking.mask import grid_of
 
@@ -85,6 +85,10 @@ class Hybird(nn.Module):
         """Set whether the encoder's weights get gradients."""
         for part in (self.embeddings, self.mae):
             part.requires_grad_(is_trainable)
+
+    def encoder_layers(self) -> dict[str, int | None]:
+        """Return the index of the layer of each parameter of the encoder, see `layer_indices_of`."""
+        return layer_indices_of(self)
 
     def forward(self, volumes: Tensor) -> Tensor:
         """Compute class scores: (b, in_channel, *size) -> (b, n_classes, *size).

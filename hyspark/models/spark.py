@@ -7,17 +7,20 @@ ICLR 2023.
 Shapes: b batch, c channels, *size voxels per axis, *grid = size / patch patches per axis.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyspark.models.masked_autoencoder import MaskedAutoencoder
 from hyspark.models.masking.context import hidden, identity
-from hyspark.models.masking.mask import grid_of
+from hyspark.models.masking.mask import grid_of, visible_at
 from hyspark.models.masking.patches import Patches, build_patches
+from hyspark.models.network_faults import UnsupportedNetworkError, explain_faults, find_attention
 
 
 class PyramidEncoder(nn.Module):
@@ -50,7 +53,7 @@ class PyramidEncoder(nn.Module):
         self.img_size = tuple(img_size)
         self.in_channels = in_channels
         self.run = run or run_features
-        self.safe = safe
+        self.safe = (*safe, F.interpolate) if upsamples_inside_patches(backbone) else tuple(safe)
         self.all_reduce: Callable[[Tensor], Tensor] = identity
         found = self.find_taps(taps if taps is not None else timm_taps(backbone))
         self.taps = list(found)
@@ -70,7 +73,12 @@ class PyramidEncoder(nn.Module):
         names = {name for name, _ in self.backbone.named_modules() if name} if taps is None else set(taps)
         was_training = self.backbone.training
         self.backbone.eval()
-        with torch.enable_grad(), record_outputs(self.backbone, names) as seen:
+        size = " x ".join(map(str, self.img_size))
+        with (
+            explain_faults(self.backbone, f"run on crops of {size} with {self.in_channels} channels"),
+            torch.enable_grad(),
+            record_outputs(self.backbone, names) as seen,
+        ):
             like = next(self.backbone.parameters())
             self.run(self.backbone, like.new_zeros(1, self.in_channels, *self.img_size))
         self.backbone.train(was_training)
@@ -79,16 +87,59 @@ class PyramidEncoder(nn.Module):
             if stride := stride_of(x, self.img_size):
                 by_stride[stride] = (name, x.shape[1])
         if not by_stride:
-            raise ValueError(
+            attention = find_attention(self.backbone)
+            raise UnsupportedNetworkError(
                 f"{type(self.backbone).__name__}: expected feature maps at strides 2, 4, 8, ... of a crop of "
-                f"{self.img_size}, got none; name the modules that have them (taps), or enlarge the crop"
+                f"{self.img_size}, got none; "
+                + (f"it computes tokens ({attention}); " if attention else "")
+                + "name the modules that have them (taps), or enlarge the crop"
             )
         freeze_unused(self.backbone, [seen[name] for name, _ in by_stride.values()])
         return {name: (channels, stride) for stride, (name, channels) in sorted(by_stride.items())}
 
+    def check_masked(self) -> None:
+        """Compute the maps of a crop under a mask twice, with other values at hidden voxels, and once as in training.
+
+        Weights, statistics and random numbers are unchanged.
+
+        Raises:
+            UnsupportedNetworkError: the network mixes positions in a way that has no rule under a mask, or its maps
+                depend on hidden voxels.
+        """
+        grid = grid_of(self.img_size, self.patch)
+        like = next(self.backbone.parameters())
+        cells = torch.arange(math.prod(grid), device=like.device).view(1, 1, *grid)
+        visible = cells % 2 == 0
+        crop = torch.arange(math.prod(self.img_size) * self.in_channels, device=like.device).to(like)
+        crop = crop.mul(0.7).sin().view(1, self.in_channels, *self.img_size)
+        other = crop.where(visible_at(visible, self.img_size), crop + 3)
+        was_training = self.training
+        before = [buffer.clone() for buffer in self.backbone.buffers()]
+        with explain_faults(self.backbone, "run under a mask"), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            self.eval()
+            maps, others = self(crop, visible), self(other, visible)
+            self.train()  # auxiliary heads
+            self(torch.cat([crop, other]), torch.cat([visible, visible]))
+            for buffer, value in zip(self.backbone.buffers(), before, strict=True):
+                buffer.copy_(value)
+        self.train(was_training)
+        if leaking := [
+            name
+            for name, a, b in zip(self.taps, maps, others, strict=True)
+            if not torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
+        ]:
+            raise UnsupportedNetworkError(
+                f"{type(self.backbone).__name__} does not run under a mask: the output of its module {leaking[0]} "
+                "depends on hidden voxels, by a function whose form for visible positions only is not known here"
+            )
+
     def weights(self) -> dict[str, Tensor]:
         """Return the weights to export: the network's own, by its own key names."""
         return self.backbone.state_dict()
+
+    def encoder_layers(self) -> dict[str, int | None]:
+        """Return None for each parameter: layers of a third-party network are unknown."""
+        return {name: None for name, _ in self.named_parameters()}
 
     def forward(self, volumes: Tensor, visible: Tensor | None = None) -> list[Tensor]:
         """Compute the feature maps of a crop.
@@ -124,6 +175,21 @@ class PyramidEncoder(nn.Module):
         return [seen[name] for name in self.taps]
 
 
+def upsamples_inside_patches(network: nn.Module) -> bool:
+    """Whether a network has upsampling, and all of it copies each position to a block, which never mixes patches."""
+    found = [module for module in network.modules() if isinstance(module, nn.Upsample)]
+    return bool(found) and all(
+        module.mode == "nearest" and module.size is None and all(float(s).is_integer() for s in scales(module))
+        for module in found
+    )
+
+
+def scales(upsample: nn.Upsample) -> Sequence[float]:
+    """Return the scale factors of an upsampling layer."""
+    factor = upsample.scale_factor
+    return factor if isinstance(factor, tuple) else (float(factor or 0.5),)
+
+
 def freeze_unused(network: nn.Module, maps: Sequence[Tensor]) -> None:
     """Freeze the weights of a network that do not contribute to its maps, such as those of a classifier.
 
@@ -153,7 +219,8 @@ def timm_taps(backbone: nn.Module) -> list[str] | None:
     """Return the modules whose outputs are the feature maps of a timm network; None for other networks."""
     info = getattr(backbone, "feature_info", None)
     names = [entry.get("module", "") for entry in info] if isinstance(info, list) else []
-    return names if names and all(names) else None
+    modules = {name for name, _ in backbone.named_modules()}
+    return names if names and all(names) and modules.issuperset(names) else None  # HRNet names stages it does not have
 
 
 @contextmanager
@@ -230,7 +297,9 @@ def build_spark(
         safe: torch functions that the network does not apply along positions, see `hidden`.
 
     Raises:
-        ValueError: sizes, strides, widths and mask ratio do not fit together.
+        ValueError: sizes, strides, widths and mask ratio do not fit together; the network does not run under a mask.
     """
     size = (img_size,) * axes if isinstance(img_size, int) else tuple(img_size)
-    return MaskedAutoencoder(PyramidEncoder(backbone, size, in_channels, taps, run, safe), mask_ratio, decoder_width)
+    encoder = PyramidEncoder(backbone, size, in_channels, taps, run, safe)
+    encoder.check_masked()
+    return MaskedAutoencoder(encoder, mask_ratio, decoder_width)

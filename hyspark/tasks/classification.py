@@ -18,6 +18,7 @@ from hyspark.evaluation.classification.inference import (
     classifier_from_config,
 )
 from hyspark.models.classifier import layer_indices
+from hyspark.models.network_faults import UnsupportedNetworkError, check_runs
 from hyspark.models.weights.load import LoadReport, load_pretrained
 from hyspark.tasks.classification_task import ClassificationTask
 from hyspark.tasks.launch import Experiment, launch
@@ -62,7 +63,8 @@ class ClassificationExperiment(Experiment[ClassificationTask]):
 
     def load_weights(self) -> LoadReport | None:
         """Load pre-trained weights."""
-        return None if self.config.weights == "none" else load_pretrained(self.model, self.config.weights)
+        c = self.config
+        return None if c.weights == "none" else load_pretrained(self.model, c.weights, c.weights_key)
 
     def set_up(self, state: dict[str, Any] | None) -> tuple[Run, ClassificationTask]:
         """Make run and task, with the moving average of the weights if the settings ask for one."""
@@ -77,7 +79,6 @@ class ClassificationExperiment(Experiment[ClassificationTask]):
             excluded=self.images.excluded,
             val_every=config.val_every,
             make_optimizer=partial(make_optimizer, config),
-            freezes=config.freeze_epochs > 0,
         )
         average = None
         if config.ema_decay:
@@ -103,15 +104,29 @@ class ClassificationExperiment(Experiment[ClassificationTask]):
 
 
 def initialise_classifier(config: ClassificationConfig, num_classes: int) -> nn.Module:
-    """Build the network with random weights from the seed."""
-    return initialise(partial(classifier_from_config, config, num_classes), config.seed)
+    """Build the network with random weights from the seed.
+
+    Raises:
+        UnsupportedNetworkError: The network does not run on images of this size.
+    """
+    network = initialise(partial(classifier_from_config, config, num_classes), config.seed)
+    try:
+        check_runs(network, torch.zeros(1, config.in_channels, config.crop_size, config.crop_size))
+    except UnsupportedNetworkError as error:
+        raise UnsupportedNetworkError(f"{config.model}: {error}; set --crop_size to the size of its images") from error
+    return network
 
 
-def make_optimizer(config: ClassificationConfig, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: ClassificationConfig, model: nn.Module, *, spare_tokens: bool = True
+) -> torch.optim.Optimizer:
     """Make AdamW, or Adam with weight decay in the gradient of all weights; groups are by layer."""
+    spare_tokens = spare_tokens and config.optimizer == "adamw"  # the groups of Adam are as they always were
     network = distributed.unwrap(model)
     ratio = optim.finetuning_encoder_lr_ratio(config)
-    groups = optim.parameter_groups(network, config.layer_decay, ratio, layer_indices(network))
+    groups = optim.parameter_groups(
+        network, config.layer_decay, ratio, layer_indices(network), spare_tokens=spare_tokens
+    )
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     return torch.optim.Adam([group | {"decays": True} for group in groups], fused=True)

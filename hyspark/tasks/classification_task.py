@@ -84,6 +84,7 @@ class ClassificationTask(Task):
         self.step = step
         if self.config.freeze_epochs:
             set_backbone_trainable(run.network, step >= self.config.freeze_epochs * run.steps_per_epoch)
+            run.follow_trainable()
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
         """Return the cross entropy, in fp32; dropout and mixing depend on seed, step and process alone."""

@@ -14,10 +14,11 @@ from hyspark.data.datasets.cases import Case
 from hyspark.data.datasets.subjects import warn_of_split
 from hyspark.data.preprocessing.store_size import estimate_store_size
 from hyspark.evaluation.linear_probe import find_probe_cases, make_probe
-from hyspark.models.backbones import build_backbone
+from hyspark.models.backbones import build_backbone, suggest_backbones
 from hyspark.models.compile import compile_blocks
 from hyspark.models.contrastive import CONTRASTIVE_METHODS, Siamese, build_siamese
 from hyspark.models.masked_autoencoder import MaskedAutoencoder, build_hyspark
+from hyspark.models.network_faults import UnsupportedNetworkError
 from hyspark.models.spark import build_spark
 from hyspark.models.weights.load import LoadReport
 from hyspark.planning.plan import count_flops, crops_per_process, format_plan
@@ -186,7 +187,17 @@ def build_pretraining_network(config: PretrainConfig, num_processes: int) -> Mas
             decoder_width=config.decoder_width,
             axes=axes,
         )
-    backbone = build_backbone(config.model.partition("/")[2], config.in_channels, axes)
+    name = config.model.partition("/")[2]
+    try:
+        return build_around_backbone(config, name, num_processes)
+    except UnsupportedNetworkError as error:
+        raise UnsupportedNetworkError(f"{config.model}: {error}; {suggest_backbones(name)}") from error
+
+
+def build_around_backbone(config: PretrainConfig, name: str, num_processes: int) -> MaskedAutoencoder | Siamese:
+    """Build the pre-training network around a third-party one."""
+    axes = len(config.crop_shape)
+    backbone = build_backbone(name, config.in_channels, axes)
     shared: dict[str, Any] = {"in_channels": config.in_channels, "axes": axes, "run": backbone.run}
     if config.method == "spark":
         shared |= {"decoder_width": config.decoder_width}

@@ -98,7 +98,6 @@ class SegmentationExperiment(Experiment[SegmentationTask]):
             excluded=volumes.excluded,
             val_every=config.val_every,
             make_optimizer=partial(optim.make_adamw, layer_decay=config.layer_decay, encoder_lr_ratio=ratio),
-            freezes=config.freeze_epochs > 0,
         )
         return run, task
 

@@ -80,6 +80,7 @@ class SegmentationTask(Task):
         """Freeze the encoder in the first epochs, if the settings say so."""
         learns = step >= self.config.freeze_epochs * run.steps_per_epoch
         run.network.set_encoder_trainable(learns)
+        run.follow_trainable()
 
     def micro_batches(self, run: Run, batch: Batch) -> list[Batch]:
         """Split a batch; each micro-batch gets the mean weight of a micro-batch's voxels over all processes."""

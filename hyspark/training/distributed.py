@@ -138,7 +138,7 @@ def release_process_groups(groups: list[Any]) -> None:
     groups.clear()
 
 
-def wrap_model(model: nn.Module, processes: Processes, some_unused: bool = False) -> nn.Module:
+def wrap_model(model: nn.Module, processes: Processes) -> nn.Module:
     """Move a model to its device, and average gradients and batch statistics over all processes.
 
     Weights lie channels last, so that pointwise layers and LayerNorm read contiguous rows.
@@ -146,20 +146,32 @@ def wrap_model(model: nn.Module, processes: Processes, some_unused: bool = False
     Args:
         model: Network.
         processes: This process among the others.
-        some_unused: Whether some weights get no gradient in some steps.
     """
     is_volumetric = any(p.ndim == 5 for p in model.parameters())
     channels_last = torch.channels_last_3d if is_volumetric else torch.channels_last
     model = model.to(processes.device).to(memory_format=channels_last)
     if not processes.are_joined:
         return model
-    is_new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch 2.13 renamed it
-    sync_buffers = "forward_sync_buffers" if is_new else "broadcast_buffers"
-    options: dict[str, Any] = {sync_buffers: False, "find_unused_parameters": some_unused}
     on_cuda = processes.device.type == "cuda"
     if on_cuda or processes.world_size > 1:  # of one process, torch's SyncBatchNorm is a plain one
         synchronise_batch_norms(model, convert_sync_batchnorm if on_cuda else global_batch_norm)
-    return DistributedDataParallel(model, device_ids=[processes.local_rank] if on_cuda else None, **options)
+    return parallel(model, processes)
+
+
+def parallel(model: nn.Module, processes: Processes) -> DistributedDataParallel:
+    """Average gradients of the weights that are trained now, in each backward pass."""
+    is_new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch 2.13 renamed it
+    options: dict[str, Any] = {"forward_sync_buffers" if is_new else "broadcast_buffers": False}
+    device_ids = [processes.local_rank] if processes.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, **options)
+
+
+def wrap_again(model: nn.Module, processes: Processes) -> nn.Module:
+    """Wrap a model anew after weights were frozen or released; a model that is not wrapped is unchanged."""
+    if not isinstance(model, DistributedDataParallel):
+        return model
+    model.reducer._remove_autograd_hooks()  # the earlier wrapper may live on in a reference cycle
+    return parallel(model.module, processes).train(model.training)
 
 
 def synchronise_gradients(model: nn.Module, is_last: bool) -> AbstractContextManager[Any]:

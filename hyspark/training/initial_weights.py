@@ -32,7 +32,7 @@ def load_volume_weights(model: nn.Module, path: str | Path, config: VolumeSettin
     Raises:
         FileNotFoundError, ValueError: As `load_pretrained`.
     """
-    report = load_pretrained(model, path)
+    report = load_pretrained(model, path, config.weights_key)
     for name in INPUT_SETTINGS:
         own, other = (as_numbers(value) for value in (getattr(config, name), report.made_with.get(name)))
         if other and own != other and other * 3 != own:

@@ -28,6 +28,7 @@ class Run:
         is_validated: Whether the validation due after the step before the first, if any, has been done.
         saved_step: Number of steps done in the newest checkpoint.
         excluded: Names of unreadable cases that the run does without.
+        trained: Whether each weight is trained, as the wrapper of several processes knows it.
     """
 
     config: Config
@@ -43,6 +44,7 @@ class Run:
     is_validated: bool
     saved_step: int
     excluded: list[str]
+    trained: list[bool]
 
     @property
     def last_step(self) -> int:
@@ -53,6 +55,12 @@ class Run:
     def network(self) -> Any:
         """The network without its wrapper."""
         return distributed.unwrap(self.model)
+
+    def follow_trainable(self) -> None:
+        """Exchange gradients of the weights that are trained now; called after weights were frozen or released."""
+        trained = [parameter.requires_grad for parameter in self.network.parameters()]
+        if trained != self.trained:
+            self.model, self.trained = distributed.wrap_again(self.model, self.processes), trained
 
     def is_due(self, done: int) -> bool:
         """Return whether validation and a checkpoint are due after `done` steps."""
@@ -83,7 +91,6 @@ def make_run(
     excluded: Sequence[str] = (),
     val_every: int = 1,
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
-    freezes: bool = False,
 ) -> Run:
     """Move the model to its device, make its optimizer, and restore a state.
 
@@ -96,9 +103,8 @@ def make_run(
         state: Checkpoint to continue from, if any.
         excluded: Names of unreadable cases that the run does without.
         val_every: Epochs between validations.
-        make_optimizer: Makes the optimizer of the wrapped model, with groups of `optim.parameter_groups`; by default
-            AdamW.
-        freezes: Whether some weights get no gradient in some steps.
+        make_optimizer: Makes the optimizer of the wrapped model, with groups of `optim.parameter_groups`, and takes
+            its `spare_tokens`; by default AdamW.
 
     Raises:
         ValueError: The processes found different checkpoints, or other cases are excluded than in the state.
@@ -111,9 +117,9 @@ def make_run(
     configure_kernels(config)
     if state:
         model.load_state_dict(state["model"])
-    model = distributed.wrap_model(model, processes, some_unused=freezes)
-    make_optimizer = make_optimizer or partial(optim.make_adamw, encoder_lr_ratio=config.encoder_lr_ratio)
-    optimizer = make_optimizer(model)
+    model = distributed.wrap_model(model, processes)
+    make = make_optimizer or partial(optim.make_adamw, encoder_lr_ratio=config.encoder_lr_ratio)
+    optimizer = optim.match_saved_groups(make, model, state["optimizer"]) if state else make(model)
     scaler = make_loss_scaler(processes, config.precision)
     if state:
         optimizer.load_state_dict(state["optimizer"])
@@ -140,4 +146,5 @@ def make_run(
         is_validated=state["is_reviewed"] if state else True,
         saved_step=first_step,
         excluded=list(excluded),
+        trained=[parameter.requires_grad for parameter in model.parameters()],
     )

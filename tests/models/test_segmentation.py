@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from hyspark import build_hybird, load_pretrained
+from hyspark.models.light_decoder import up_convolution
 
 LIGHT = {"decoder": "light", "decoder_width": 32}
 LAST = ("decoder.levels.3.", "decoder.fuse.", "decoder.out.")
@@ -161,3 +162,20 @@ def test_decoders_that_there_are_not_are_refused(make_hybird):
         make_hybird(decoder="heavy")
     with pytest.raises(ValueError, match="decoder_width: expected a multiple of 16"):
         make_hybird(decoder="light", decoder_width=24)
+
+
+def test_an_export_does_not_fix_the_batch():
+    """By torch.export, on which torch.onnx.export builds: both ways to compute an up-convolution serve any batch."""
+
+    class Up(torch.nn.Module):
+        def forward(self, x, up, conv):
+            return up_convolution(x, up, conv)
+
+    weights = torch.randn(4, 4, 2, 2), torch.randn(2, 4, 3, 3)
+    for size in (4, 16):  # 16 and 256 positions of a sample, with 4 channels
+        example = (torch.randn(3, 4, size, size), *weights)
+        shapes = ({0: torch.export.Dim("batch", min=1, max=64)}, None, None)
+        program = torch.export.export(Up(), example, dynamic_shapes=shapes).module()
+        for batch in (1, 5, 64):
+            x = torch.randn(batch, 4, size, size)
+            torch.testing.assert_close(program(x, *weights), up_convolution(x, *weights), rtol=1e-4, atol=1e-4)

@@ -3,13 +3,17 @@ from itertools import pairwise
 import pytest
 import timm
 import torch
+import torchvision
+from torch import nn
 
 import hyspark
+from hyspark.models.contrastive import build_siamese
 from hyspark.models.spark import build_spark
 from hyspark.training.optim import (
     LR_RATIO,
-    encoder_layer,
     learning_rate,
+    make_adamw,
+    match_saved_groups,
     parameter_groups,
     set_lr_and_decay,
     weight_decay,
@@ -86,7 +90,77 @@ def test_a_third_party_network_has_the_encoders_rate():
     assert {ratio[id(p)] for part in (model.densify, model.decoder) for p in part.parameters()} == {1.0}
 
 
-def test_place_in_the_encoder():
-    assert encoder_layer("module.embeddings.expend3.weight") == 2
-    assert encoder_layer("encoder.mae.blocks.2.norm1.weight") == 7
-    assert encoder_layer("decoder.decoder1.layer.conv1.weight") is None
+def test_the_network_says_which_weights_are_the_encoders():
+    small = {"img_size": 32, "widths": (6, 6, 12, 12, 24)}
+    layers = hyspark.build_hyspark(**small).encoder_layers()
+    assert layers["encoder.embeddings.expend3.weight"] == 2
+    assert layers["encoder.mae.blocks.2.norm1.weight"] == 7
+    assert layers["encoder.mae.norm.weight"] is None
+    assert not any(name.startswith(("decoder.", "densify.")) for name in layers)
+    assert hyspark.build_hybird(**small).encoder_layers()["embeddings.stem.weight"] == 0
+    siamese = build_siamese("moco", timm.create_model("resnet10t", num_classes=0), 64, head_width=8, queue_size=8)
+    encoders = {name.split(".conv1")[0] for name in siamese.encoder_layers() if ".conv1.0.weight" in name}
+    assert {name.split(".backbone")[0] for name in encoders} == {"encoder", "teacher.module.0"}
+
+
+def test_a_renamed_encoder_is_no_silent_change():
+    model = nn.ModuleDict({"features": nn.Linear(2, 2)})
+    assert len(parameter_groups(model)) == 2
+    for rates in ({"layer_decay": 0.5}, {"encoder_lr_ratio": 0.5}):
+        with pytest.raises(ValueError, match="ModuleDict does not say which of its weights are the encoder's"):
+            parameter_groups(model, **rates)
+
+
+def decaying(model, **options):
+    decays = {id(p) for g in parameter_groups(model, **options) if g["decays"] for p in g["params"]}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in decays}
+
+
+@pytest.mark.parametrize(
+    ("name", "spared"),
+    [
+        ("test_vit", {"cls_token", "pos_embed"}),
+        ("swin_s3_tiny_224", {f"layers.0.blocks.{i}.attn.relative_position_bias_table" for i in range(2)}),
+        ("beit_base_patch16_224", {"cls_token", "blocks.3.attn.relative_position_bias_table"}),
+    ],
+)
+def test_position_embeddings_and_tokens_do_not_decay(name, spared):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+        inner = nn.ModuleDict({"backbone": model})
+    assert spared <= dict(model.named_parameters()).keys()
+    assert not spared & decaying(model)
+    assert spared <= decaying(model, spare_tokens=False)
+    assert not {f"backbone.{key}" for key in spared} & decaying(inner)
+    assert any(key.endswith("mlp.fc1.weight") for key in decaying(model))
+
+
+def test_those_of_torchvision_do_not_decay_either():
+    with torch.device("meta"):
+        model = torchvision.models.vit_b_16()
+    assert not {"class_token", "encoder.pos_embedding"} & decaying(model)
+
+
+def test_what_a_network_declares_does_not_decay():
+    class Declares(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.weight = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+
+        def no_weight_decay(self):
+            return {"scale"}
+
+    assert decaying(nn.ModuleDict({"part": Declares()})) == {"part.weight"}
+
+
+def test_a_run_that_decayed_them_continues(caplog):
+    model = timm.create_model("test_vit", num_classes=0)
+    old, new = (make_adamw(model, spare_tokens=spares) for spares in (False, True))
+    for saved, says in ((old, "weight decay of position embeddings and tokens continues"), (new, "")):
+        caplog.clear()
+        with caplog.at_level("INFO", logger="hyspark"):
+            optimizer = match_saved_groups(make_adamw, model, saved.state_dict())
+        assert says in caplog.text
+        optimizer.load_state_dict(saved.state_dict())
+    with pytest.raises(ValueError, match="the optimizer's state has groups of"):
+        match_saved_groups(make_adamw, nn.Linear(2, 2), old.state_dict())

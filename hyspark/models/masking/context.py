@@ -17,16 +17,28 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hyspark.models.masking.mask import visible_at
-from hyspark.models.masking.rules import MIXES_POSITIONS, RULES, mixing_error
+from hyspark.models.masking.masked_functions import mixing_error, set_flag
+from hyspark.models.masking.rules import MIXES_POSITIONS, RULES
+
+BATCH_NORMS = (F.batch_norm, torch.batch_norm)
+"""Functions whose statistics are of all processes, for pooled values too."""
 
 
 def identity(x: Tensor) -> Tensor:
     """Return a tensor unchanged: its sum over one process."""
     return x
+
+
+def are_pooled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether all tensors among a function's arguments, weights aside, are without positions."""
+    values = [x for arg in (*args, *kwargs.values()) for x in (arg if isinstance(arg, list | tuple) else (arg,))]
+    tensors = [x for x in values if isinstance(x, Tensor) and not isinstance(x, nn.Parameter)]
+    return bool(tensors) and all(hasattr(x, "is_pooled") for x in tensors)
 
 
 class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hidden(visible):`
@@ -69,6 +81,9 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
         kwargs = kwargs or {}
         if func in self.safe:
             return func(*args, **kwargs)
+        if func not in BATCH_NORMS and are_pooled(args, kwargs):  # ECA's convolution over channels
+            out = func(*args, **kwargs)
+            return out if isinstance(out, Tensor) and self.is_map(out) else set_flag(out, "is_pooled")
         if func in MIXES_POSITIONS:
             raise mixing_error(func)
         rule = RULES.get(func)

@@ -33,6 +33,13 @@ def mixing_error(func: Function) -> NotImplementedError:
     )
 
 
+def set_flag(out: Any, flag: str) -> Any:
+    """Set a flag of a tensor: `is_pooled`, without positions, or `has_border`, padded."""
+    if isinstance(out, Tensor):
+        setattr(out, flag, True)
+    return out
+
+
 # --- convolutions and pools
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyspark.models.masking.context import hidden
-from hyspark.models.masking.masked_functions import Function, mixing_error
+from hyspark.models.masking.masked_functions import Function, mixing_error, set_flag
 from hyspark.models.masking.patches import PATCH_EDGES, Patches, build_patches
 from hyspark.models.masking.rules import RULES, SUMS, find_positions, masked_extreme, masked_mean, masked_sum_or_norm
 from hyspark.models.recompute import recomputed
@@ -114,13 +114,6 @@ class packed(hidden):  # noqa: N801 - reads as a statement: `with packed(visible
         for axis, (b, a) in enumerate(zip(before, after, strict=True), start=2):
             dense = dense.unfold(axis, edge + b + a, edge)
         return dense.movedim(1, -1)[tuple(self.patches.position)].movedim(-1, 1)
-
-
-def set_flag(out: Any, flag: str) -> Any:
-    """Set a flag of a tensor: `is_pooled`, equal for all patches of a sample, or `has_border`, padded."""
-    if isinstance(out, Tensor):
-        setattr(out, flag, True)
-    return out
 
 
 def shape_of(x: Any) -> tuple[int, ...] | None:

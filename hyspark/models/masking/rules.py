@@ -27,6 +27,7 @@ from hyspark.models.masking.masked_functions import (
     masked_max_pool,
     masked_pad,
     mixing_error,
+    set_flag,
 )
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ def masked_mean(
         return call_plain(func, input, dim, keepdim, kwargs)
     mask = context.broadcast_mask(input, where)
     total = call_plain(func, torch.where(mask, input, 0.0), dim, keepdim, kwargs)
-    return total / call_plain(torch.mean, mask.to(total.dtype), dim, keepdim, {})
+    out: Tensor = set_flag(total / call_plain(torch.mean, mask.to(total.dtype), dim, keepdim, {}), "is_pooled")
+    return out
 
 
 def masked_sum_or_norm(context: hidden, func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -79,6 +81,8 @@ def masked_sum_or_norm(context: hidden, func: Function, input: Tensor, *args: An
     if where is not None:
         input = torch.where(context.broadcast_mask(input, where), input, 0.0)
     out: Tensor = func(input, *args, **kwargs)
+    if where is not None:
+        set_flag(out, "is_pooled")
     return out
 
 
@@ -90,7 +94,8 @@ def masked_extreme(
     if where is not None:
         worst = math.inf if "min" in (resolve_name(func) or "") else -math.inf
         input = torch.where(context.broadcast_mask(input, where), input, worst)
-    return call_plain(func, input, dim, keepdim, kwargs)
+    out = call_plain(func, input, dim, keepdim, kwargs)
+    return out if where is None else set_flag(out, "is_pooled")
 
 
 def call_plain(func: Function, x: Tensor, dim: Dims, keepdim: bool, kwargs: dict[str, Any]) -> Any:

@@ -26,8 +26,10 @@ import torch
 from torch import Tensor
 
 from hyspark.models.weights.export import cast_tensor
-from hyspark.models.weights.files import read_weights, strip_wrappers
-from hyspark.models.weights.third_party import COUNTER, FILE_PREFIXES, SPARK_SETTINGS, reason_to_ignore
+from hyspark.models.weights.files import read_contents, strip_wrappers
+from hyspark.models.weights.prefixes import COUNTER, FILE_PREFIXES
+from hyspark.models.weights.search import choose_state_dict
+from hyspark.models.weights.third_party import SPARK_SETTINGS, reason_to_ignore
 from hyspark.utils.atomic import write_whole
 
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
@@ -39,13 +41,16 @@ RESNET_BLOCK = re.compile(
 """Keys of a ResNet of basic or bottleneck blocks, in torchvision and timm."""
 
 
-def write_detectron2(source: str | Path, out: Path, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+def write_detectron2(
+    source: str | Path, out: Path, dtype: torch.dtype = torch.float16, *, key: str = ""
+) -> dict[str, Tensor]:
     """Write the ResNet in a file as a .pkl for detectron2's MODEL.WEIGHTS.
 
     Args:
         source: a file with a complete 2D ResNet of basic or bottleneck blocks.
         out: path of the .pkl file.
         dtype: precision of the file.
+        key: key of the state dict in the source, see `load_pretrained`.
 
     Returns:
         The tensors written.
@@ -57,7 +62,9 @@ def write_detectron2(source: str | Path, out: Path, dtype: torch.dtype = torch.f
     """
     if out.suffix != ".pkl":
         raise ValueError(f"{out}: expected a path that ends in .pkl, by which detectron2 recognises its own format")
-    weights = detectron2_weights(read_weights(source, SPARK_SETTINGS), str(source))
+    contents = read_contents(source)
+    chosen, _ = choose_state_dict(contents, str(source), count_resnet, settings=SPARK_SETTINGS, key=key)
+    weights = detectron2_weights(chosen.tensors, str(source))
     weights = {key: cast_tensor(value, dtype, f"{source}: {key}") for key, value in weights.items()}
     # detectron2 has the network below a prefix (backbone.bottom_up.), which its heuristics find.
     contents = {
@@ -93,6 +100,15 @@ def detectron2_weights(given: Mapping[str, Tensor], name: str) -> dict[str, Tens
             )
     check_resnet_complete(weights, name)
     return weights
+
+
+def count_resnet(given: Mapping[str, Tensor]) -> int:
+    """Count the tensors of a ResNet in a state dict."""
+    plain = [strip_wrappers(key) for key in given]
+    return max(
+        sum(key.startswith(source) and detectron2_name(key.removeprefix(source)) is not None for key in plain)
+        for source in FILE_PREFIXES
+    )
 
 
 def detectron2_name(key: str) -> str | None:

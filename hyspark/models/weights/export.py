@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from hyspark.models.weights.files import made_with, read_contents, strip_wrappers, unwrap_state_dict
+from hyspark.models.weights.files import made_with, read_contents, strip_wrappers
 from hyspark.models.weights.load import ENCODER, LIGHT_DECODER, MASK_TOKEN, RELEASED_DECODER
+from hyspark.models.weights.search import choose_state_dict
 from hyspark.utils.atomic import write_whole
 
 MADE_WITH = (
@@ -24,7 +25,7 @@ settings of pre-training.
 
 
 def export_weights(
-    source: str | Path, out: Path, dtype: torch.dtype = torch.float16, *, decoder: bool = False
+    source: str | Path, out: Path, dtype: torch.dtype = torch.float16, *, decoder: bool = False, key: str = ""
 ) -> dict[str, Tensor]:
     """Write the encoder of a checkpoint by its released key names.
 
@@ -33,6 +34,7 @@ def export_weights(
         out: path of the .safetensors file.
         dtype: precision of the file.
         decoder: whether to write the light decoder too.
+        key: key of the state dict in the source, see `load_pretrained`.
 
     Returns:
         The tensors written.
@@ -45,10 +47,16 @@ def export_weights(
     if out.suffix != ".safetensors":
         raise ValueError(f"{out}: expected a path that ends in .safetensors, the format of the file")
     contents = read_contents(source)
-    weights = select_weights(unwrap_state_dict(contents, str(source)), str(source), dtype, decoder)
+    chosen, _ = choose_state_dict(contents, str(source), count_encoder, key=key)
+    weights = select_weights(chosen.tensors, str(source), dtype, decoder)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, save(weights, metadata=export_metadata(made_with(contents))))
     return weights
+
+
+def count_encoder(given: Mapping[str, Tensor]) -> int:
+    """Count the tensors of the encoder in a state dict."""
+    return sum(strip_wrappers(key).removeprefix("encoder.").startswith(ENCODER) for key in given)
 
 
 def select_weights(given: Mapping[str, Tensor], name: str, dtype: torch.dtype, decoder: bool) -> dict[str, Tensor]:

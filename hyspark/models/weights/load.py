@@ -8,6 +8,7 @@ in third_party.py.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,24 @@ from torch import Tensor, nn
 from hyspark.models.encoder import NUM_STAGES, HybridEncoder
 from hyspark.models.segmentation import Hybird
 from hyspark.models.vit import TokenTransformer
-from hyspark.models.weights.files import made_with, read_contents, strip_wrappers, unwrap_state_dict
+from hyspark.models.weights.files import made_with, read_contents, strip_wrappers
+from hyspark.models.weights.prefixes import find_fit, no_match_error
+from hyspark.models.weights.search import choose_state_dict
 from hyspark.models.weights.third_party import (
     SPARK_SETTINGS,
     WeightMatch,
     adapt_channels,
+    best_names,
     find_decoder_width,
     match_third_party,
-    no_match_error,
 )
+from hyspark.models.weights.values import check_values
 
 MASK_TOKEN = "mae.mask_token"
 ENCODER = ("embeddings.", "mae.")
 RELEASED_DECODER = ("decoder.decoder", "decoder.out.conv.")
+HOLDERS = ("model.", "net.", "network.")
+"""Prefixes of a network that is an attribute of a training program's module."""
 LIGHT_DECODER = ("densify.", "decoder.levels.", "decoder.fuse.", "decoder.out.")
 
 
@@ -44,6 +50,8 @@ class LoadReport:
         unexpected: why a key of the file was ignored, by key.
         coverage: fraction of the model's parameters that were loaded or adapted, 0..1.
         made_with: settings of the run that made the weights, as far as the file has them.
+        source: key of the state dict in the file; empty if the file is one.
+        alternatives: keys of further state dicts in the file that match equally well.
     """
 
     matched: tuple[str, ...]
@@ -52,15 +60,21 @@ class LoadReport:
     unexpected: dict[str, str]
     coverage: float
     made_with: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+    alternatives: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        total = len(self.matched) + len(self.adapted) + len(self.missing)
         lines = [
-            f"matched    {len(self.matched):4d} keys, covering {self.coverage:.1%} of the model's parameters",
+            f"matched    {len(self.matched):4d} keys, covering {self.coverage:.1%} of the model's parameters"
+            + f" ({(total - len(self.missing)) / max(1, total):.0%} of its {total} tensors)",
             f"adapted    {len(self.adapted):4d}" + join_reasons(self.adapted),
             f"missing    {len(self.missing):4d}"
             + (f" (randomly initialised: {count_by_module(self.missing)})" if self.missing else ""),
             f"unexpected {len(self.unexpected):4d}" + join_reasons(self.unexpected),
         ]
+        if self.alternatives:
+            lines.append(f"source     {self.source}; --weights_key chooses another ({', '.join(self.alternatives)})")
         return "\n".join(lines)
 
 
@@ -86,15 +100,16 @@ def count_by_module(keys: tuple[str, ...]) -> str:
 
 
 def model_key(key: str, wanted: Mapping[str, Tensor]) -> str:
-    """Convert a source key to the model's: without wrappers' prefixes, and with `encoder.` if the model has it."""
+    """Convert a source key to the model's: without wrappers and holders, and with `encoder.` if the model has it."""
     key = strip_wrappers(key)
+    key = strip_wrappers(key.removeprefix(next((p for p in HOLDERS if key.startswith(p)), "")))
     for candidate in (key, key.removeprefix("encoder."), f"encoder.{key}"):
         if candidate in wanted:
             return candidate
     return key
 
 
-def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> LoadReport:
+def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Any] | list[Any], key: str = "") -> LoadReport:
     """Load weights into a network and report the fate of each key.
 
     In a network of this package (pre-training, encoder or segmentation):
@@ -109,26 +124,51 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor])
 
     Args:
         model: the network; it is unchanged if an error is raised.
-        source: path of a file, or a state dict.
+        source: path of a file, or a state dict, or what torch.load returns.
+        key: key of the state dict in the file, joined by dots, prefixes of names included; by default the one that
+            matches best.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: nothing matches; a key is unexplained; shapes differ; part of the encoder is missing; the file was
-            made with another number of attention heads, which no shape shows.
+        ValueError: nothing matches; a key is unexplained; shapes differ; part of the encoder is missing; a value is not
+            finite; the file was made with another number of attention heads, which no shape shows.
     """
-    name = "the state dict" if isinstance(source, Mapping) else str(source)
+    name = str(source) if isinstance(source, str | Path) else "the state dict"
     own = is_own_network(model)
     settings = () if own else SPARK_SETTINGS
-    contents = source if isinstance(source, Mapping) else read_contents(source)
-    given = unwrap_state_dict(contents, name, settings)
+    contents = read_contents(source) if isinstance(source, str | Path) else source
+    score = partial(count_own if own else count_third_party, model)
+    chosen, alternatives = choose_state_dict(contents, name, score, settings=settings, key=key)
+    given = chosen.tensors
     check_num_heads(model, made_with(contents), name)
     found = match_own(model, given, name) if own else match_third_party(model, given, name)
+    check_values(found.loaded, model.state_dict(), name)
     state = model.state_dict()  # its own, for the versions that some networks keep beside the values
     state.update(found.loaded)
     model.load_state_dict(state)
     numbers = {key: p.numel() for key, p in model.named_parameters()}
     coverage = 1 - sum(n for key, n in numbers.items() if key in found.missing) / sum(numbers.values())
-    return LoadReport(found.matched, found.adapted, found.missing, found.unexpected, coverage, made_with(contents))
+    return LoadReport(
+        found.matched,
+        found.adapted,
+        found.missing,
+        found.unexpected,
+        coverage,
+        made_with(contents),
+        chosen.key,
+        alternatives,
+    )
+
+
+def count_own(model: nn.Module, given: Mapping[str, Tensor]) -> int:
+    """Count the tensors of a state dict that a network of this package has."""
+    wanted = model.state_dict()
+    return sum(model_key(key, wanted) in wanted for key in given)
+
+
+def count_third_party(model: nn.Module, given: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Count the names and shapes of a state dict that a third-party network has."""
+    return find_fit(best_names(given, model), model.state_dict())[:2]
 
 
 def is_own_network(model: nn.Module) -> bool:
@@ -227,6 +267,8 @@ def reason_unexpected(key: str, name: str, advice: str) -> str:
     """Find the reason to ignore a key that the model does not have; raise ValueError if there is none."""
     if key.removeprefix("encoder.") == MASK_TOKEN:
         return "stored by the release, never trained, not used"
+    if key == "n_averaged":
+        return "number of averaged steps"
     if key.startswith(RELEASED_DECODER):
         return "decoder of segmentation, not part of this model"
     if re.match(r"densify\.\d\.mask_token$", key):

@@ -13,18 +13,15 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from hyspark.models.weights.files import strip_wrappers
-
-FILE_PREFIXES = (
-    "",
-    "model.",  # SwAV of Lightning Bolts
-    "encoder_q.",  # MoCo
-    "online_network.encoder.",  # BYOL
-    "encoder.",  # segmentation networks, SimCLR
-    "backbone.",
-    "encoder.backbone.",  # the pre-training of this project
-    "sparse_encoder.sp_cnn.",  # SparK's own
+from hyspark.models.weights.prefixes import (
+    COUNTER,
+    FILE_PREFIXES,
+    few_match_error,
+    find_fit,
+    name_indices,
+    no_match_error,
 )
-"""Prefixes under which files have a backbone."""
+
 SPARK_SETTINGS = ("config",)
 """Keys of plain data among the tensors in SparK's own files."""
 HEAD_MODULES = (
@@ -46,12 +43,12 @@ IGNORED_KEYS = {
     r"criterion\.memory_bank\.": "queue of MoCo",
     r"prototypes": "prototypes of SwAV",
     r"(dense_decoder|densify_norms|densify_projs|mask_tokens|densify)\.": "decoder of pre-training",
+    r"n_averaged$": "number of averaged steps",
     r"(imn_m|imn_s|norm_black)$": "stored by SparK, not used",
     rf"({'|'.join(HEAD_MODULES)})\.": "head of the file's network, not part of this model",
     rf"({'|'.join(DECODER_MODULES)})\.": "decoder, not part of this model",
 }
 """Patterns of keys that a file may have beside those of the network, with the reasons."""
-COUNTER = ".num_batches_tracked"
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,8 @@ def match_third_party(model: nn.Module, given: Mapping[str, Tensor], name: str) 
             backbone is missing.
     """
     wanted = model.state_dict()
-    source, own = find_prefixes(given, wanted, name)
+    given = best_names(given, model)
+    source, own = find_prefixes(model, given, wanted, name)
     pairs, unexpected = pair_keys(given, wanted, source, own, name)
     heads = module_prefixes(model, own, HEAD_MODULES)
     channels = stem_channels((given[pairs[key]], want) for key, want in wanted.items() if key in pairs)
@@ -109,6 +107,49 @@ def match_third_party(model: nn.Module, given: Mapping[str, Tensor], name: str) 
     tops = (*heads, *module_prefixes(model, own, DECODER_MODULES))
     check_backbone_complete([key for key in missing if key.startswith(own)], pairs, tops, wanted, name)
     return WeightMatch(loaded, tuple(matched), adapted, missing, unexpected)
+
+
+def best_names(given: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
+    """Rename index keys by the network's modules, if more names agree then."""
+    renamed = name_indices(given, model)
+    by_module = {renamed.get(key, key): value for key, value in given.items()}
+    wanted = model.state_dict()
+    return by_module if renamed and find_fit(by_module, wanted)[:2] > find_fit(given, wanted)[:2] else given
+
+
+def find_prefixes(
+    model: nn.Module, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str
+) -> tuple[str, str]:
+    """Find the prefixes of the backbone, in the file and in the network.
+
+    A match counts from half of the network's tensors, its heads and decoders aside, or a quarter of the file's, which
+    may hold a backbone twice.
+
+    Raises:
+        ValueError: few keys or none match, or the weights match two parts of the network equally well.
+    """
+    fit = find_fit(given, wanted)
+    if not fit.names:
+        raise no_match_error(given, wanted, name)
+    tops = module_prefixes(model, "", (*HEAD_MODULES, *DECODER_MODULES))
+    body = [key for key in wanted if not key.startswith(tops) and not key.endswith(COUNTER)]
+    plain = [strip_wrappers(key) for key in given if not key.endswith(COUNTER)]
+    known = [key for key in plain if not reason_to_ignore(key, "", {})]
+    source, own = fit.pairs[0]
+    num = sum(key.startswith(source) and own + key.removeprefix(source) in wanted for key in plain)
+    if 2 * num < len(body) and 4 * num < len(known):
+        if not wanted.keys() & set(plain):  # a few match by chance, under some prefix
+            raise no_match_error(given, wanted, name)
+        raise few_match_error(num, given, wanted, name)
+    if len(fit.pairs) > 1:
+        ways = ", ".join(f"{source}* as {own}*" for source, own in fit.pairs)
+        sources = [source for source, _ in fit.pairs]
+        advice = "load it into one module: load_pretrained(model.part, ...)"
+        if len(set(sources)) > 1:
+            key = sources[0].removesuffix(".")
+            advice = f"choose one of the file's: --weights_key {key} (in Python key={key!r})"
+        raise ValueError(f"{name}: matches the model in {len(fit.pairs)} ways ({ways}); {advice}")
+    return source, own
 
 
 def pair_keys(
@@ -139,6 +180,8 @@ def pair_keys(
             pairs[target] = key
         elif why := reason_to_ignore(rest.removeprefix(source), target, wanted):
             unexpected[key] = why
+        elif not rest.startswith(source):
+            unexpected[key] = f"outside of {source}*, which is used"
         else:
             unexplained.append(key)
     if unexplained:
@@ -147,63 +190,6 @@ def pair_keys(
             f"match the model's {own}*; is it from another network?"
         )
     return pairs, unexpected
-
-
-def find_prefixes(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> tuple[str, str]:
-    """Find the prefixes of the backbone, in the file and in the network.
-
-    They are the pair under which most names agree, and then most shapes.
-
-    Raises:
-        ValueError: no key matches, or the weights match two parts of the network equally well.
-    """
-    shapes = {strip_wrappers(key): value.shape for key, value in given.items()}
-    first = {f"{key.split('.')[0]}." for key in shapes}
-    sources = (*FILE_PREFIXES, *(first.difference(FILE_PREFIXES) if len(first) == 1 else ()))
-    below = keys_by_prefix(wanted)
-    best = (0, 0)
-    found: dict[frozenset[tuple[str, int]], tuple[str, str]] = {}
-    for source in sources:
-        rests = {key.removeprefix(source) for key in shapes if key.startswith(source)}
-        for own, own_rests in below.items():
-            shared = rests & own_rests
-            if len(shared) < best[0] or not shared or (source not in FILE_PREFIXES and own.endswith(source)):
-                continue
-            fits = (len(shared), sum(shapes[source + rest] == wanted[own + rest].shape for rest in shared))
-            if fits > best:
-                best, found = fits, {}
-            if fits == best:
-                # One assignment may be written in several ways (encoder.backbone.* is backbone.* of encoder.*), and a
-                # module may have two names: what counts is which value is loaded into which tensor.
-                meaning = frozenset((source + rest, wanted[own + rest].data_ptr()) for rest in shared)
-                found[meaning] = max(found.get(meaning, (source, own)), (source, own), key=lambda pair: len(pair[1]))
-    if not found:
-        raise no_match_error(given, wanted, name)
-    if len(found) > 1:
-        ways = ", ".join(f"{source}* as {own}*" for source, own in found.values())
-        raise ValueError(
-            f"{name}: matches the model in {len(found)} ways ({ways}); load it into one module: "
-            "load_pretrained(model.part, ...)"
-        )
-    return next(iter(found.values()))
-
-
-def keys_by_prefix(wanted: Iterable[str]) -> dict[str, set[str]]:
-    """Collect the rests of a network's keys below each of their prefixes."""
-    below: dict[str, set[str]] = {}
-    for key in wanted:
-        parts = key.split(".")
-        for depth in range(len(parts)):
-            below.setdefault("".join(f"{part}." for part in parts[:depth]), set()).add(".".join(parts[depth:]))
-    return below
-
-
-def no_match_error(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> ValueError:
-    """Create the error for a state dict without a key of the model."""
-    return ValueError(
-        f"{name}: none of its {len(given)} keys is one of the model's (its first is {next(iter(given))!r}, "
-        f"the model's {next(iter(wanted))!r})"
-    )
 
 
 def module_prefixes(model: nn.Module, own: str, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -379,19 +379,11 @@ def test_weights_that_fit_two_parts_are_refused(weights):
     assert load_pretrained(same, noise(model["two"])).missing == ()
 
 
-def test_python_objects_are_not_opened_but_the_way_out_is_named(weights, model, tmp_path):
+def test_settings_of_training_programs_are_no_obstacle(weights, model, tmp_path):
     path = tmp_path / "model.ckpt"
     torch.save(lightning(body(weights)) | {"hyper_parameters": argparse.Namespace(lr=0.1)}, path)
-    message = refused(model, path)
-    assert "contains Python objects other than tensors" in message
-    assert "with torch.serialization.safe_globals([argparse.Namespace]):" in message
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        load_pretrained(model, path)
+    load_pretrained(model, path)
     assert_loaded(model, body(weights))
-    line = message.split("`")[3]
-    assert line.startswith("torch.save(")
-    exec(line.replace("plain.pth", str(tmp_path / "plain.pth")), {"torch": torch})
-    assert set(load_pretrained(small_resnet(), tmp_path / "plain.pth").missing) == HEAD
 
 
 @pytest.mark.parametrize("method", ["moco", "byol", "swav"])
