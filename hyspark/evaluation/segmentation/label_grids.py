@@ -13,24 +13,14 @@ import torch
 from scipy.ndimage import find_objects, label, map_coordinates
 from torch import Tensor
 
+from hyspark.data.readers.geometry import Grid
+
 MAX_DRIFT = 0.05
 """Voxels by which two grids may drift apart over a whole axis and still count as parallel."""
 ON_VOXEL = 1e-3
 """Voxels within which a position counts as that of a voxel, which avoids interpolation."""
 UINT8_CLASSES = 256
 """Number of classes that uint8 holds."""
-
-
-class Grid(NamedTuple):
-    """A grid of voxels.
-
-    Attributes:
-        shape: Voxels per axis.
-        affine: (4, 4), to RAS mm.
-    """
-
-    shape: Sequence[int]
-    affine: np.ndarray
 
 
 class LabelMaps(NamedTuple):

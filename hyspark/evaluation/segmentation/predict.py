@@ -94,10 +94,10 @@ def predict_segmentation(
     with distributed.join_process_group(processes):
         distributed.barrier(processes)  # no process writes before all have checked the targets
         mine = cases[processes.rank :: processes.world_size]
-        found = distributed.run_and_gather(
+        failed = distributed.run_and_gather(
             lambda: [*predict_cases(mine, config, segmenter, targets, num_workers).items()], processes
         )
-    failures = dict(found)
+    failures = dict(failed)
     return {case.name: failures[case.name] for case in cases if case.name in failures}
 
 

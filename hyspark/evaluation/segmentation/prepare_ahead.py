@@ -12,7 +12,7 @@ import numpy as np
 
 from hyspark.data.datasets.cases import Case
 from hyspark.data.preprocessing.prepare import prepare_case
-from hyspark.data.readers.nifti import check_header
+from hyspark.data.readers.nifti import file_grid
 from hyspark.data.settings import PrepareSettings
 from hyspark.evaluation.failures import case_failure
 from hyspark.utils.processes import worker_pool
@@ -117,7 +117,7 @@ def prepared_or_reason(case: Case, settings: PrepareSettings) -> Prepared:
 def estimate_bytes(case: Case, settings: PrepareSettings) -> int:
     """Estimate the memory that preparing a case takes from its header; 0 for an unreadable one."""
     try:
-        shape, affine = check_header(case.image)
+        shape, affine = file_grid(case.image)
         prepared = math.prod(shape) * abs(float(np.linalg.det(affine[:3, :3]))) / math.prod(settings.spacing)
         return int(BYTES_PER_STORED_VOXEL * math.prod(shape) + BYTES_PER_PREPARED_VOXEL * prepared)
     except Exception:  # preparation finds the reason
