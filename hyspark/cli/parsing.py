@@ -128,7 +128,7 @@ def config_parser(config_class: type, prog: str) -> Arguments:
 
     class Flags(Arguments, base):
         def configure(self) -> None:
-            text = "YAML recipe (see configs/); flags override it."
+            text = "YAML recipe, a file or a name such as pretrain (see configs/); flags override it."
             self.add_argument("--config", type=str, default="", help=text, metavar="YAML")
             add_settings(self, config_class)
 

@@ -1,6 +1,7 @@
 """Pre-training outside of its steps: the data list, the network, the cost, and the end of a run."""
 
 import math
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,11 @@ def find_pretraining_cases(config: PretrainConfig) -> tuple[list[Case], list[Cas
     path = Path(config.data)
     path = path if path.suffix == ".json" else path / "dataset.json"
     if not path.is_file():
-        raise FileNotFoundError(f"no data list at {path}; make it by: python generate_js.py --data {path.parent}")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"--data {config.data}: no such folder")
+        words = ["hyspark", "datalist", "--data", str(path.parent)]
+        words += ["--out", str(path)] if path.name != "dataset.json" else []
+        raise FileNotFoundError(f"no data list at {path}; make it by: {shlex.join(words)}")
     listed = datalist_json.read_datalist(path, require_files=False)
     training, validation = list(listed.training), list(listed.validation)
     if not validation:
