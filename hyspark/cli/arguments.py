@@ -23,6 +23,7 @@ class DatalistArguments(Arguments):
     labels: bool = False  # List labelled cases only, each with its label, for fine-tuning
     splits: str = ""  # A splits.json, or auto: each data set's own splits.json, else a seeded split by subject
     val_fraction: float = 0.2  # Fraction of subjects in the validation part of a seeded split
+    subject_regex: str = ""  # Pattern of the subject in case names; by default what precedes _visit, __, ...
     seed: int = 0  # Seed of the split
     channel: str = "0000"  # Channel whose files are listed
     organize_from: str = ""  # Before listing, link the NIfTI files below this folder into --organize_to

@@ -32,6 +32,7 @@ def datalist(argv: Sequence[str]) -> None:
     """Write dataset.json from nnU-Net folders (generate_js.py)."""
     from hyspark.data.datasets import build, datalist_json
     from hyspark.data.datasets.organize import organize_by_names
+    from hyspark.data.datasets.subjects import warn_of_split
 
     args = parse(DatalistArguments(prog="hyspark datalist", allow_abbrev=False), argv)
     if bool(args.organize_from) != bool(args.organize_to):
@@ -48,7 +49,10 @@ def datalist(argv: Sequence[str]) -> None:
         splits=args.splits,
         val_fraction=args.val_fraction,
         seed=args.seed,
+        subject_regex=args.subject_regex,
     )
+    if args.splits and args.val_fraction:
+        warn_of_split(found.training, found.validation, args.subject_regex)
     path = Path(args.out) if args.out else Path(args.data) / "dataset.json"
     datalist_json.write_datalist(found, path)
     for dataset, numbers in build.count_cases(found).items():

@@ -65,6 +65,10 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
     """Largest norm of the gradient; 0 does not clip."""
     val_fraction: float = setting(0.02, "data")
     """Fraction of volumes for validation if the data list has no validation part; at least one volume."""
+    subject_regex: str = setting("", "data")
+    """Regular expression of the subject in a case name, for splits: its first group, or all of its match. By default
+    the part before markers such as _visit, _ses-, _scan2, __.
+    """
     flip_prob: tuple[float, float, float] = setting((0.2, 0.2, 0.1), "data")
     """Probability of a flip on each axis."""
     slices: Literal["none", "sagittal", "coronal", "axial"] = setting("none", "data")

@@ -59,6 +59,10 @@ class SegmentationConfig(VolumeSettings, EncoderSettings):
     """Test cases (an nnU-Net data set, or a decathlon JSON), scored once, after training."""
     val_fraction: float = setting(0.2, "data")
     """Fraction of cases for validation if neither the data list nor a splits.json names any."""
+    subject_regex: str = setting("", "data")
+    """Regular expression of the subject in a case name, for splits: its first group, or all of its match. By default
+    the part before markers such as _visit, _ses-, _scan2, __.
+    """
     labelled_prob: float = setting(0.5, "data")
     """Probability that a crop is centred on a labelled voxel. Otherwise it is centred on any foreground voxel."""
     flip_prob: tuple[float, float, float] = setting((0.2, 0.2, 0.2), "data")

@@ -12,6 +12,7 @@ from hyspark.data.batches.loader import Shard
 from hyspark.data.datasets import datalist_json
 from hyspark.data.datasets.cases import Case
 from hyspark.data.datasets.splits import SPLIT_SEED, split_by_subject
+from hyspark.data.datasets.subjects import warn_of_split
 from hyspark.data.preprocessing.store_size import estimate_store_size
 from hyspark.evaluation.linear_probe import find_probe_cases, make_probe
 from hyspark.models.backbones import build_backbone
@@ -138,7 +139,11 @@ def find_pretraining_cases(config: PretrainConfig) -> tuple[list[Case], list[Cas
     listed = datalist_json.read_datalist(path, require_files=False)
     training, validation = list(listed.training), list(listed.validation)
     if not validation:
-        training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=SPLIT_SEED)
+        training, validation = split_by_subject(
+            training, val_fraction=config.val_fraction, seed=SPLIT_SEED, subject_regex=config.subject_regex
+        )
+    if config.val_fraction:
+        warn_of_split(training, validation, config.subject_regex)
     return training, validation
 
 

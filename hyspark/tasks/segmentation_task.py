@@ -164,7 +164,8 @@ class SegmentationTask(Task):
             assert label is not None
             segmented = self.segment(run, i)
             first = segmented.prepared if i == 0 else first
-            rows.append((i, dice(segmented.on_file, read_label(label, len(self.names)), len(self.names))))
+            truth = read_label(label, len(self.names), cases[i].ignore)
+            rows.append((i, dice(segmented.on_file, truth, len(self.names))))
         return {cases[i].name: values for i, values in sorted(distributed.gather_lists(rows, processes))}, first
 
     def draw_picture(self, log: RunLog, step: int, epoch: int, prediction: np.ndarray) -> None:

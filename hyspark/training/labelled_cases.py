@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets import build, datalist_json
 from hyspark.data.datasets.cases import Case, Datalist
 from hyspark.data.datasets.splits import SPLIT_SEED, split_by_subject
+from hyspark.data.datasets.subjects import warn_of_split
 from hyspark.data.datasets.subsets import draw_subset, subset_size
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.utils.text import nearest
@@ -24,12 +26,15 @@ def find_labelled_cases(config: SegmentationConfig) -> tuple[list[Case], list[Ca
     listed = read_labelled_datalist(config)
     training, validation = list(listed.training), list(listed.validation)
     if not validation:
-        training, validation = split_by_subject(training, val_fraction=config.val_fraction, seed=SPLIT_SEED)
+        training, validation = split_by_subject(
+            training, val_fraction=config.val_fraction, seed=SPLIT_SEED, subject_regex=config.subject_regex
+        )
     if not training or not validation:
         raise ValueError(
             f"{config.data}: {len(training)} labelled cases to train on and {len(validation)} to validate on; "
             "at least one of each is needed; name more cases in the data list, or change val_fraction"
         )
+    warn_of_split(training, validation, config.subject_regex)
     return draw_labelled_subset(training, config), validation, class_names(config, listed.labels)
 
 
@@ -43,7 +48,8 @@ def read_labelled_datalist(config: SegmentationConfig) -> Datalist:
     default = folder / "dataset.json"
     if default.is_file() and datalist_json.is_datalist(default):
         return read(default)
-    return build.read_folder(folder, seed=SPLIT_SEED, val_fraction=config.val_fraction)
+    drawing: dict[str, Any] = {"val_fraction": config.val_fraction, "subject_regex": config.subject_regex}
+    return build.read_folder(folder, seed=SPLIT_SEED, **drawing)
 
 
 def draw_labelled_subset(training: Sequence[Case], config: SegmentationConfig) -> list[Case]:

@@ -1,5 +1,6 @@
 """Paths: folders walked in order, NIfTI file names, JSON files."""
 
+import codecs
 import json
 import os
 import re
@@ -9,7 +10,7 @@ from typing import Any
 
 from hyspark.utils.text import listing
 
-NIFTI = re.compile(r"(?P<stem>.+?)\.nii(\.gz)?", re.DOTALL)
+NIFTI = re.compile(r"(?P<stem>.+?)\.nii(\.gz)?", re.DOTALL | re.IGNORECASE)
 
 
 def walk_folders(top: Path, *, skip: Path | None = None) -> Iterator[tuple[Path, list[str]]]:
@@ -54,6 +55,17 @@ def nifti_stem(file: Path) -> str:
     return found["stem"] if found else file.name
 
 
+def read_text(path: Path) -> str:
+    """Read a text file: UTF-8, or with a byte order mark, as PowerShell writes it, UTF-8 or UTF-16.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    content = path.read_bytes()
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_utf16 else "utf-8-sig")
+
+
 def load_json(path: Path) -> Any:
     """Read the content of a JSON file.
 
@@ -64,6 +76,6 @@ def load_json(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error

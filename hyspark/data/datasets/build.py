@@ -9,10 +9,11 @@ brings loose files into this layout.
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hyspark.data.datasets.cases import Case, Datalist, common_labels
 from hyspark.data.datasets.nnunet import dataset_cases, only_labelled, scan_images
-from hyspark.data.datasets.splits import split_by_file, split_by_subject
+from hyspark.data.datasets.splits import split_by_file, split_by_subject, splits_file
 
 
 def build_datalist(
@@ -23,6 +24,7 @@ def build_datalist(
     splits: str = "",
     val_fraction: float = 0.2,
     seed: int = 0,
+    subject_regex: str = "",
 ) -> Datalist:
     """Build the data list of all cases below a folder, with class names if the data sets' dataset.json give them.
 
@@ -33,25 +35,28 @@ def build_datalist(
         splits: one of
             - "": all cases are for training;
             - path of a splits file, see `split_by_file`;
-            - "auto": each data set's own splits.json, or `split_by_subject` if it has none.
+            - "auto": each data set's own splits.json or splits_final.json, or `split_by_subject` if it has none.
         val_fraction: fraction of subjects for validation, of `split_by_subject`.
         seed: seed of `split_by_subject`.
+        subject_regex: pattern of subjects in case names, see `subject_of`.
 
     Raises:
         FileNotFoundError: if there is no case, no label or no splits file.
         ValueError: if files or splits contradict each other, or no case remains for training.
     """
     cases = scan_images(data_path, labels=labels, channel=channel)
-    return split_cases(cases, data_path, labels=labels, splits=splits, val_fraction=val_fraction, seed=seed)
+    drawing: dict[str, Any] = {"val_fraction": val_fraction, "seed": seed, "subject_regex": subject_regex}
+    return split_cases(cases, data_path, labels=labels, splits=splits, **drawing)
 
 
-def read_folder(folder: Path, *, seed: int, val_fraction: float) -> Datalist:
+def read_folder(folder: Path, *, seed: int, val_fraction: float, subject_regex: str = "") -> Datalist:
     """List the labelled cases of one data set folder, of any name, split by its splits.json or else by subject."""
     folder = Path(os.path.abspath(folder))
     if not (folder / "imagesTr").is_dir():
         raise FileNotFoundError(f"{folder}: expected a folder with imagesTr and labelsTr, found no imagesTr")
     cases = dataset_cases(folder, labels=True, channel="0000")
-    return split_cases(cases, folder, labels=True, splits="auto", val_fraction=val_fraction, seed=seed)
+    drawing: dict[str, Any] = {"val_fraction": val_fraction, "seed": seed, "subject_regex": subject_regex}
+    return split_cases(cases, folder, labels=True, splits="auto", **drawing)
 
 
 def count_cases(datalist: Datalist) -> dict[str, dict[str, int]]:
@@ -65,10 +70,11 @@ def count_cases(datalist: Datalist) -> dict[str, dict[str, int]]:
     return dict(sorted(table.items()))
 
 
-def split_cases(
-    cases: Sequence[Case], root: Path, *, labels: bool, splits: str, val_fraction: float, seed: int
-) -> Datalist:
-    """Split cases, record the excluded ones, and look up the class names; see `build_datalist`."""
+def split_cases(cases: Sequence[Case], root: Path, *, labels: bool, splits: str, **drawing: Any) -> Datalist:
+    """Split cases, record the excluded ones, and look up the class names.
+
+    `drawing` are the options of `split_by_subject`. See `build_datalist`.
+    """
     usable = only_labelled(cases, root) if labels else list(cases)
     folders = sorted({case.image.parent.parent for case in usable}, key=lambda folder: folder.name)
     training: list[Case] = usable
@@ -77,11 +83,11 @@ def split_cases(
         training = []
         for folder in folders:
             members = [case for case in cases if case.image.parent.parent == folder]
-            if (folder / "splits.json").is_file():
-                sides = split_by_file(members, folder / "splits.json", labels=labels)
+            if file := splits_file(folder):
+                sides = split_by_file(members, file, labels=labels)
             else:
                 members = [case for case in members if not labels or case.label is not None]
-                sides = split_by_subject(members, seed=seed, val_fraction=val_fraction)
+                sides = split_by_subject(members, **drawing)
             training, validation = training + sides[0], validation + sides[1]
     elif splits:
         training, validation = split_by_file(cases, Path(splits), labels=labels)

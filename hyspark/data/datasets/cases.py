@@ -7,6 +7,12 @@ from typing import Any
 
 from hyspark.utils.digests import content_digest, text_digest
 from hyspark.utils.paths import load_json
+from hyspark.utils.text import listing
+
+UNANNOTATED = 255
+"""Value in a label map, once read, of voxels that count in neither loss nor scores."""
+IGNORED_NAME = "ignore"
+"""Name of such voxels among the "labels" of nnU-Net's dataset.json."""
 
 
 @dataclass(frozen=True)
@@ -18,12 +24,14 @@ class Case:
         dataset: name of the data set's folder.
         image: path of the image.
         label: path of the label map.
+        ignore: value in the label map's file of voxels to ignore; None if it has no such value.
     """
 
     name: str
     dataset: str
     image: Path
     label: Path | None = None
+    ignore: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,17 +81,48 @@ def common_labels(folders: Iterable[Path]) -> dict[str, int] | None:
     return known
 
 
+def name_value_pairs(labels: Any) -> list[tuple[str, Any]]:
+    """List names and values of "labels" of either form; nothing for anything else."""
+    pairs = list(labels.items()) if isinstance(labels, dict) else []
+    if all(key.isdecimal() and isinstance(value, str) for key, value in pairs):
+        return [(value, int(key)) for key, value in pairs]
+    return pairs
+
+
+def ignored_value(labels: Any, path: Path) -> int | None:
+    """Return the value of nnU-Net's "ignore" among "labels", of voxels that are not annotated; None without one.
+
+    Raises:
+        ValueError: if it is no value from 1 to 255; the message begins with `path`.
+    """
+    value = dict(name_value_pairs(labels)).get(IGNORED_NAME)
+    if value is not None and not (type(value) is int and 0 < value <= UNANNOTATED):
+        raise ValueError(f'{path}: "labels": "ignore": expected a value from 1 to {UNANNOTATED}, got {value!r}')
+    return value
+
+
+def folder_ignored_value(folder: Path) -> int | None:
+    """Return the ignored value that the dataset.json of a data set folder declares; None without one."""
+    file = folder / "dataset.json"
+    content = load_json(file) if file.is_file() else {}
+    return ignored_value(content.get("labels"), file) if isinstance(content, dict) else None
+
+
 def class_values(labels: Any, path: Path) -> dict[str, int]:
     """Convert {"spleen": 1} (nnU-Net) or {"1": "spleen"} (decathlon) to class values by name, sorted by value.
+
+    The name "ignore" is nnU-Net's for voxels that are not annotated, and no class (see `ignored_value`).
 
     Raises:
         ValueError: for anything else; the message begins with `path`.
     """
-    pairs = list(labels.items()) if isinstance(labels, dict) else []
-    if any(isinstance(value, list) for _, value in pairs):
-        raise ValueError(f'{path}: "labels": regions (lists of values) are not supported')
-    if all(key.isdecimal() and isinstance(value, str) for key, value in pairs):
-        pairs = [(value, int(key)) for key, value in pairs]
+    pairs = name_value_pairs(labels)
+    if regions := [name for name, value in pairs if isinstance(value, list)]:
+        raise ValueError(
+            f'{path}: "labels": expected one value per class, got regions (lists of values) for {listing(regions)}; '
+            'give each value a name of its own, as in {"background": 0, "edema": 1, "tumour core": 2}'
+        )
+    pairs = [(name, value) for name, value in pairs if name != IGNORED_NAME]
     if not pairs or any(type(value) is not int or value < 0 for _, value in pairs):
         raise ValueError(
             f'{path}: "labels": expected class values as in {{"background": 0, "spleen": 1}}, got {labels!r}'

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hyspark.data.datasets.cases import Case, Datalist, class_values
+from hyspark.data.datasets.cases import IGNORED_NAME, Case, Datalist, class_values, ignored_value
 from hyspark.utils.paths import load_json, nifti_stem
 from hyspark.utils.text import listing
 
@@ -33,8 +33,11 @@ def write_datalist(datalist: Datalist, path: Path) -> None:
     content: dict[str, Any] = {"training": [entry(case) for case in datalist.training]}
     if datalist.validation:
         content["validation"] = [entry(case) for case in datalist.validation]
+    ignored = {case.ignore for case in (*datalist.training, *datalist.validation) if case.ignore is not None}
+    if len(ignored) > 1:
+        raise ValueError(f"{path}: the data sets ignore different label values: {sorted(ignored)}; make one list each")
     if datalist.labels is not None:
-        content["labels"] = datalist.labels
+        content["labels"] = {**datalist.labels, **({IGNORED_NAME: ignored.pop()} if ignored else {})}
     if os.path.lexists(path):
         check_replaceable(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -88,9 +91,10 @@ def read_datalist(path: Path, *, require_labels: bool = False, require_files: bo
         raise FileNotFoundError(f"{path}: {len(missing)} of {len(files)} files are missing: {listing(missing)}")
 
     names = case_names(images)
-    cases = tuple(Case(names[image], dataset_of(image), image, label) for image, label in pairs)
-    num_training = len(content["training"])
     labels = class_values(content["labels"], path) if content.get("labels") else None
+    ignore = ignored_value(content.get("labels"), path)
+    cases = tuple(Case(names[image], dataset_of(image), image, label, ignore) for image, label in pairs)
+    num_training = len(content["training"])
     return Datalist(cases[:num_training], cases[num_training:], labels)
 
 
@@ -105,8 +109,15 @@ def entry_paths(value: Any, path: Path, key: str, require_label: bool) -> tuple[
         )
     if require_label and label is None:
         raise ValueError(f'{path}: {key}: expected a "label", got the image {image} alone')
-    absolute = Path(os.path.abspath(path.parent / image))
+    absolute = with_channel(Path(os.path.abspath(path.parent / image)))
     return absolute, None if label is None else Path(os.path.abspath(path.parent / label))
+
+
+def with_channel(image: Path) -> Path:
+    """Return the file of an image that a list of nnU-Net v1 names: case.nii.gz stands for case_0000.nii.gz."""
+    stem = nifti_stem(image)
+    first = image.with_name(f"{stem}_0000{image.name[len(stem) :]}")
+    return first if not image.exists() and first.exists() else image
 
 
 def case_names(images: Sequence[Path]) -> dict[Path, str]:
@@ -145,7 +156,7 @@ def check_replaceable(path: Path) -> None:
     content: Any = None
     if path.is_file():
         with suppress(ValueError):
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = load_json(path)
     entries = content.get("training") if isinstance(content, dict) else None
     ours = isinstance(entries, list) and all(isinstance(entry, dict) and "image" in entry for entry in entries)
     if not ours or set(content) - {"training", "validation", "labels"}:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Container, Sequence
 from pathlib import Path
 
-from hyspark.data.datasets.cases import Case
+from hyspark.data.datasets.cases import Case, folder_ignored_value
 from hyspark.utils.paths import nifti_files, nifti_stem, walk_folders
 from hyspark.utils.text import listing
 
@@ -73,7 +73,8 @@ def dataset_cases(folder: Path, *, labels: bool, channel: str) -> list[Case]:
             f"{folder}: labels without an image of channel {channel} in imagesTr: {listing(orphans)}; "
             "add the images or move these labels away"
         )
-    return [Case(name, folder.name, images[name], paired.get(name)) for name in sorted(images)]
+    ignore = folder_ignored_value(folder) if paired else None
+    return [Case(name, folder.name, images[name], paired.get(name), ignore) for name in sorted(images)]
 
 
 def name_of_image(file: Path, channel: str) -> str | None:

@@ -1,41 +1,43 @@
 """Splits into training and validation: by subject, so that no patient is on both sides, or by a splits file."""
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hyspark.data.datasets.cases import Case
+from hyspark.data.datasets.subjects import check_pattern, subject_of
 from hyspark.utils.paths import load_json
 from hyspark.utils.text import listing
 
+SPLITS_FILES = ("splits.json", "splits_final.json")
+"""Names of splits files in a data set folder; the first that exists is used."""
 SPLIT_SEED = 0
 """Seed of splits that no setting gives another seed: every task splits one data set alike."""
-VISIT = re.compile(r"__|_(visit|session|ses-|scan|series|t\d)", re.IGNORECASE)
 
 
-def subject_of(name: str) -> str:
-    """Return the subject in a case name: all before "__", "_visit", "_session", "_ses-", "_scan", "_series", "_t1".
-
-    Case is ignored; any digit may follow "_t". A name without such a marker is its own subject.
-    """
-    found = VISIT.search(name)
-    return (name[: found.start()] if found else name) or name
-
-
-def split_by_subject(cases: Sequence[Case], *, seed: int, val_fraction: float) -> tuple[list[Case], list[Case]]:
+def split_by_subject(
+    cases: Sequence[Case], *, seed: int, val_fraction: float, subject_regex: str = ""
+) -> tuple[list[Case], list[Case]]:
     """Split cases into training and validation, with a fraction of the subjects, rounded, in validation.
 
     The cases keep their order. Two or more subjects give at least one to each side, unless `val_fraction` is 0.
     Subjects are ranked by a hash of seed and name, so the split depends on neither order, folder nor library version.
 
+    Args:
+        cases: the cases.
+        seed: seed of the draw.
+        val_fraction: fraction of the subjects.
+        subject_regex: see `subject_of`.
+
     Raises:
-        ValueError: if `val_fraction` is not in [0, 1).
+        ValueError: if `val_fraction` is not in [0, 1), or the pattern does not match every name.
     """
-    held_out = held_out_subjects((subject_of(case.name) for case in cases), seed=seed, val_fraction=val_fraction)
-    training = [case for case in cases if subject_of(case.name) not in held_out]
-    return training, [case for case in cases if subject_of(case.name) in held_out]
+    check_pattern(subject_regex, (case.name for case in cases))
+    subjects = [subject_of(case.name, subject_regex) for case in cases]
+    held_out = held_out_subjects(subjects, seed=seed, val_fraction=val_fraction)
+    pairs = list(zip(cases, subjects, strict=True))
+    return [c for c, subject in pairs if subject not in held_out], [c for c, subject in pairs if subject in held_out]
 
 
 def held_out_subjects(subjects: Iterable[str], *, seed: int, val_fraction: float) -> set[str]:
@@ -49,6 +51,11 @@ def held_out_subjects(subjects: Iterable[str], *, seed: int, val_fraction: float
     ranked = sorted(set(subjects), key=rank)
     num_validation = max(1, round(val_fraction * len(ranked))) if val_fraction else 0
     return set(ranked[: max(0, min(num_validation, len(ranked) - 1))])
+
+
+def splits_file(folder: Path) -> Path | None:
+    """Return the splits.json of a data set folder, or else nnU-Net's splits_final.json; None without either."""
+    return next((file for name in SPLITS_FILES if (file := folder / name).is_file()), None)
 
 
 def split_by_file(cases: Sequence[Case], path: Path, *, labels: bool) -> tuple[list[Case], list[Case]]:

@@ -23,7 +23,7 @@ from monai.transforms import Compose, CropForegroundd
 from nibabel.affines import apply_affine, voxel_sizes
 from tqdm import tqdm
 
-from hyspark.data.datasets.cases import Case
+from hyspark.data.datasets.cases import UNANNOTATED, Case
 from hyspark.data.intensity import stored_steps, window_transform
 from hyspark.data.preprocessing.resample import region_above, whole_grid
 from hyspark.data.preprocessing.store import (
@@ -101,6 +101,8 @@ def prepare_case(case: Case, settings: PrepareSettings) -> dict[str, Any]:
         if values.min() < 0 or values.max() > 255 or (values != np.round(values)).any():
             raise ValueError(f"label values must be whole numbers from 0 to 255 ({case.label})")
         label = np.ascontiguousarray(values.astype(np.uint8))
+        if case.ignore is not None:
+            label[label == case.ignore] = UNANNOTATED
     return {"image": array, "label": label, "affine": np.asarray(data["image"].affine, dtype=np.float64)}
 
 
@@ -137,7 +139,8 @@ def prepare_into(case: Case, settings: PrepareSettings, folder: Path) -> Outcome
 def store_case(folder: Path, prepared: dict[str, Any], case: Case, settings: PrepareSettings) -> None:
     """Write a prepared case to the store; raise OSError if the disk fails, which is no fault of the case."""
     try:
-        write_entry(folder, source=str(case.image), steps=stored_steps(settings), **prepared)
+        has_ignored, steps = case.ignore is not None, stored_steps(settings)
+        write_entry(folder, source=str(case.image), steps=steps, has_ignored=has_ignored, **prepared)
     except (OSError, RuntimeError) as error:  # RuntimeError: blosc2's
         raise OSError(
             f"{folder.parent}: prepared volumes are not writable ({failure_reason(error)}); make room, or choose "
@@ -167,7 +170,7 @@ def failure_message(failed: Mapping[str, Sequence[str]], num: int, alternative: 
 
 def stored_volumes(cases: Sequence[Case], settings: PrepareSettings, store_dir: Path) -> list[StoredVolume]:
     """Return the cases' prepared volumes, which may not exist yet."""
-    return [StoredVolume(entry_folder(store_dir, settings, c.image, c.label), c.name) for c in cases]
+    return [StoredVolume(entry_folder(store_dir, settings, c.image, c.label, c.ignore), c.name) for c in cases]
 
 
 def prepare_missing(
@@ -194,7 +197,7 @@ def prepare_missing(
     Raises:
         PermissionError: if the store is not writable.
     """
-    folders = {c: entry_folder(store_dir, settings, c.image, c.label) for c in cases if files_exist(c)}
+    folders = {c: entry_folder(store_dir, settings, c.image, c.label, c.ignore) for c in cases if files_exist(c)}
     missing = [str(c.image) for c in cases if c not in folders]
     failed: dict[str, tuple[str, ...]] = {image: (f"{image}: it or its label is missing",) for image in missing}
     existing = [folder for folder in folders.values() if folder.exists()]

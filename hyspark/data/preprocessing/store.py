@@ -35,6 +35,7 @@ from typing import Any
 import blosc2
 import numpy as np
 
+from hyspark.data.datasets.cases import UNANNOTATED
 from hyspark.data.intensity import MAX_STORED, quantise
 from hyspark.data.settings import PrepareSettings
 
@@ -51,20 +52,26 @@ CODE_MARKERS = (b"LazyArray", b"b2o", b"proxy-source")
 
 VOXEL_KINDS: Mapping[str, Callable[[np.ndarray, np.ndarray | None], np.ndarray]] = {
     "foreground": lambda image, label: image > 0,
-    "labelled": lambda image, label: np.zeros(image.shape, bool) if label is None else label > 0,
+    "labelled": lambda image, label: (
+        np.zeros(image.shape, bool) if label is None else (label > 0) & (label != UNANNOTATED)
+    ),
     "unlabelled": lambda image, label: image > 0 if label is None else (image > 0) & (label == 0),
 }
 """Kinds of voxel a crop may be centred on."""
 
 
-def entry_folder(store_dir: Path, settings: PrepareSettings, image: Path, label: Path | None) -> Path:
-    """Return the folder of a prepared volume, whose name is a hash of files and settings."""
+def entry_folder(
+    store_dir: Path, settings: PrepareSettings, image: Path, label: Path | None, ignore: int | None = None
+) -> Path:
+    """Return the folder of a prepared volume, whose name is a hash of files, settings and the label's ignored value."""
     key: dict[str, Any] = {"format": STORE_FORMAT}
     key |= {f.name: getattr(settings, f.name) for f in fields(PrepareSettings)}
     for name, path in (("image", image), ("label", label)):
         if path is not None:
             stat = path.stat()
             key[name] = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+    if ignore is not None:
+        key["ignore"] = ignore
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return store_dir / digest[:32]
 
@@ -115,7 +122,7 @@ class Entry:
         shape: voxels per axis.
         affine: `(4, 4)` of the prepared grid, RAS mm.
         source: the image file it was made from.
-        max_label: largest value of its label, 0 without one.
+        max_label: largest value of its label, 0 without one. UNANNOTATED does not count in a label with ignored voxels.
         steps: number that 1 is stored as.
     """
 
@@ -134,6 +141,7 @@ def write_entry(
     affine: np.ndarray,
     source: str,
     steps: int = MAX_STORED,
+    has_ignored: bool = False,
 ) -> None:
     """Write one entry of the store, atomically.
 
@@ -144,6 +152,7 @@ def write_entry(
         affine: `(4, 4)` of the grid, RAS mm.
         source: the image file.
         steps: number that 1 is stored as.
+        has_ignored: whether UNANNOTATED in the label marks voxels to ignore.
     """
     temporary = Path(tempfile.mkdtemp(prefix=UNFINISHED_PREFIX, dir=folder.parent))
     try:
@@ -153,7 +162,8 @@ def write_entry(
             write_array(temporary / "label.b2nd", label)
         counts = np.stack([cell_counts(where(quantised, label)).ravel() for where in VOXEL_KINDS.values()])
         np.save(temporary / "counts.npy", counts.astype(np.uint32))
-        entry = Entry(image.shape, affine.tolist(), source, 0 if label is None else int(label.max()), steps)
+        values = np.zeros(1, np.uint8) if label is None else label[label != UNANNOTATED] if has_ignored else label
+        entry = Entry(image.shape, affine.tolist(), source, int(values.max(initial=0)), steps)
         names = sorted(path.name for path in temporary.iterdir())
         content = json.loads(json.dumps(asdict(entry)))
         content["checksums"] = checksums(temporary, [*names, "entry.json"], content)

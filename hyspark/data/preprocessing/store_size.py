@@ -56,7 +56,7 @@ class StoreSize:
 
 def estimate_store_size(settings: PrepareSettings, cases: Sequence[Case], folder: Path) -> StoreSize:
     """Measure the prepared volumes of the cases in a store, and estimate the missing ones."""
-    entries = [(c, entry_folder(folder, settings, c.image, c.label)) for c in cases if files_exist(c)]
+    entries = [(c, entry_folder(folder, settings, c.image, c.label, c.ignore)) for c in cases if files_exist(c)]
     prepared = [(c, entry) for c, entry in entries if is_complete(entry)]
     missing = [c for c, entry in entries if not is_complete(entry)]
     sampled = sample_evenly(prepared)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from hyspark.data.datasets.cases import Case, class_values, common_labels
+from hyspark.data.datasets.cases import Case, class_values, common_labels, folder_ignored_value, ignored_value
 from hyspark.data.datasets.datalist_json import case_names, dataset_of, entry_paths
 from hyspark.data.datasets.nnunet import name_of_image, name_of_label
+from hyspark.data.datasets.subjects import large_subject_faults
 from hyspark.data.quality.examine import Examined, examine
 from hyspark.data.quality.findings import Finding
 from hyspark.utils.paths import NIFTI, load_json, nifti_stem, walk_folders
@@ -59,9 +60,11 @@ def check_dataset(
         raise FileNotFoundError(
             f"{path}: expected a JSON, or a folder with DatasetXXX_Name/imagesTr/CASE_0000.nii.gz, found neither"
         )
-    declared = frozenset(found.classes.values()) if found.classes else None
+    ignored = {case.ignore for case in found.cases if case.ignore is not None}
+    declared = frozenset(found.classes.values()) | ignored if found.classes else None
     examined = list(examine_all(found.cases, hu_min, declared, num_workers or available_cores(), progress))
     found.findings += [*same_content(examined), *unused_classes(examined, found.classes, path)]
+    found.findings += [Finding("large subject", str(path), fault) for fault in large_subject_faults(found.cases)]
     return examined, found
 
 
@@ -97,18 +100,20 @@ def read_list(path: Path) -> DataSet:
     """List the cases of a decathlon JSON; its faults are findings."""
     found = DataSet()
     pairs = []
+    ignore = None
     try:
         content = load_json(path)
         if not isinstance(content, dict) or not isinstance(content.get("training"), list):
             raise ValueError('no list "training"')
         found.classes = class_values(content["labels"], path) if content.get("labels") else None
+        ignore = ignored_value(content.get("labels"), path)
         for side in ("training", "validation"):
             for index, entry in enumerate(content.get(side, [])):
                 pairs.append(entry_paths(entry, path, f"{side}[{index}]", require_label=False))
     except (ValueError, FileNotFoundError) as error:
         found.findings.append(Finding("unreadable list", str(path), str(error)))
     names = case_names([image for image, _ in pairs])
-    found.cases = [Case(names[image], dataset_of(image), image, label) for image, label in dict(pairs).items()]
+    found.cases = [Case(names[image], dataset_of(image), image, label, ignore) for image, label in dict(pairs).items()]
     for image, times in Counter(image for image, _ in pairs).items():
         if times > 1:
             found.findings.append(Finding("same content", str(image), f"an image that is listed {times} times"))
@@ -133,8 +138,13 @@ def scan_folder(folder: Path, found: DataSet) -> None:
             found.findings.append(Finding("label without image", str(file), "a label alone"))
         else:
             add_file(labels, name, file, found)
+    try:
+        ignore = folder_ignored_value(folder)
+    except ValueError as error:
+        found.findings.append(Finding("unreadable list", str(folder / "dataset.json"), str(error)))
+        ignore = None
     for name, image in sorted(images.items()):
-        found.cases.append(Case(name, folder.name, image, labels.get(name)))
+        found.cases.append(Case(name, folder.name, image, labels.get(name), ignore))
     without = [image for name, image in sorted(images.items()) if has_labels and name not in labels]
     if without:
         others = f", and {len(without) - 1} more" if len(without) > 1 else ""

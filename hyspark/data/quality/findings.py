@@ -84,6 +84,9 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "same content": FindingKind(
         "warning", "each scan once", "keep one, or training and validation may share a patient"
     ),
+    "large subject": FindingKind(
+        "warning", "subjects with at most a fifth of the cases", "splits keep the cases of a subject on one side"
+    ),
     "unused class": FindingKind("note", "an organ that some label holds", "nothing can be learned of it"),
     "no class names": FindingKind("note", "dataset.json with labels", "classes will be called by their values"),
     "unreadable list": FindingKind("error", "a JSON as of nnU-Net or the decathlon", "fix it"),

@@ -9,6 +9,8 @@ from isal import igzip
 from monai.data import NibabelReader
 from nibabel.spatialimages import SpatialImage
 
+from hyspark.data.datasets.cases import UNANNOTATED
+
 
 def check_header(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
     """Read shape `(h, w, d)` and affine `(4, 4)` of a NIfTI file; raise ValueError unless it is one 3D volume."""
@@ -49,13 +51,23 @@ def file_grid(path: Path) -> tuple[tuple[int, int, int], np.ndarray]:
     return (h, w, d), np.asarray(image.affine, dtype=np.float64)
 
 
-def read_label(path: Path, num_classes: int) -> np.ndarray:
-    """Read a label map as stored, uint8 `(h, w, d)`; raise ValueError if a value is no class."""
+def read_label(path: Path, num_classes: int, ignore: int | None = None) -> np.ndarray:
+    """Read a label map as stored, uint8 `(h, w, d)`; raise ValueError if a value is no class.
+
+    Args:
+        path: the NIfTI file.
+        num_classes: number of classes, background included.
+        ignore: value in the file of voxels to ignore, which become UNANNOTATED.
+    """
     image = read_nifti(path)
     values = np.asanyarray(image.dataobj).reshape(image.shape[:3])
+    ignored = values == ignore
+    values = np.where(ignored, 0, values) if ignore is not None else values
     if not (values.min() >= 0 and values.max() < num_classes and (values == np.rint(values)).all()):
         raise ValueError(
             f"{path}: expected whole label values from 0 to {num_classes - 1}, the classes of the network, got "
             f"{values.min():g} to {values.max():g}"
         )
-    return values.astype(np.uint8)
+    labels: np.ndarray = values.astype(np.uint8)
+    labels[ignored] = UNANNOTATED
+    return labels

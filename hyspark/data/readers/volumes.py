@@ -13,7 +13,7 @@ from nibabel.affines import voxel_sizes
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
 from hyspark.data.datasets.nnunet import name_of_image
-from hyspark.data.datasets.splits import subject_of
+from hyspark.data.datasets.subjects import subject_of
 from hyspark.data.readers.dicom import Header, Series, assemble_series, read_headers, read_series
 from hyspark.data.readers.nifti import check_header, read_nifti
 from hyspark.utils.paths import NIFTI, nifti_stem, walk_folders

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.config.shared import Precision
-from hyspark.data.datasets.cases import Case
+from hyspark.data.datasets.cases import UNANNOTATED, Case
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.data.readers.nifti import file_grid, read_label
 from hyspark.evaluation.protocol import has_scores
@@ -165,7 +165,7 @@ def score_cases(
     for i in tqdm(mine, desc="score", unit="case", disable=not processes.is_main):
         label = cases[i].label
         assert label is not None
-        truth = read_label(label, len(names))
+        truth = read_label(label, len(names), cases[i].ignore)
         found = segment_case(network, volumes[i], cases[i], windows, processes, precision, scoring.largest_component)
         organs = score_case(found.on_file, truth, len(names), voxel_sizes(file_grid(label)[1]), scoring.tolerance)
         done.append(ScoredCase(i, organs, zlib.compress(found.prepared.tobytes(), 1)))
@@ -211,6 +211,7 @@ def case_panel(
     """
     shape = volume.entry.shape
     image, truth = (volume.read(array, (0,) * len(shape), shape) for array in ("image", "label"))
+    truth[truth == UNANNOTATED] = 0
     return segmentation_panel(image, truth, prediction, names, title=title, spacing=spacing)
 
 

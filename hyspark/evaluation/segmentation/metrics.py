@@ -9,6 +9,8 @@ Distances and surfaces are MONAI's, in mm:
 
 Undefined scores are NaN. An organ that the truth does not hold has none. One that the truth holds and the prediction
 does not is missed: its Dice and surface Dice are 0, its HD95 is undefined.
+
+Voxels that the truth marks as UNANNOTATED count as background in both.
 """
 
 import math
@@ -20,6 +22,8 @@ import numpy as np
 import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from scipy.ndimage import find_objects
+
+from hyspark.data.datasets.cases import UNANNOTATED
 
 ORGAN_METRICS = {"dice": ("Dice", "{:.3f}"), "hd95_mm": ("HD95 (mm)", "{:.1f}"), "nsd": ("NSD", "{:.3f}")}
 """Metrics of an organ: by key, the heading and the format in tables."""
@@ -50,11 +54,20 @@ def dice(prediction: np.ndarray, truth: np.ndarray, num_classes: int) -> list[fl
 
     Args:
         prediction: uint8, values below `num_classes`.
-        truth: Likewise, of the same shape.
+        truth: Likewise, or UNANNOTATED; of the same shape.
         num_classes: Number of classes, background included.
     """
+    prediction, truth = without_ignored(prediction, truth)
     predicted, held, both = count_overlaps(prediction, truth, num_classes)
     return [2 * b / (p + t) if t else math.nan for p, t, b in zip(predicted[1:], held[1:], both[1:], strict=True)]
+
+
+def without_ignored(prediction: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Replace the voxels that the truth marks as UNANNOTATED by background, in prediction and truth (of one shape)."""
+    ignored = truth == UNANNOTATED
+    if prediction.shape != truth.shape or not ignored.any():
+        return prediction, truth
+    return np.where(ignored, 0, prediction).astype(prediction.dtype), np.where(ignored, 0, truth).astype(truth.dtype)
 
 
 def count_overlaps(
@@ -80,7 +93,7 @@ def score_case(
 
     Args:
         prediction: uint8 (h, w, d), values below `num_classes`.
-        truth: Likewise, of the same shape.
+        truth: Likewise, or UNANNOTATED; of the same shape.
         num_classes: Number of classes, background included.
         spacing: Edges of a voxel in mm.
         tolerance: Tolerance of the normalised surface Dice in mm.
@@ -88,6 +101,7 @@ def score_case(
     Raises:
         ValueError: The shapes differ.
     """
+    prediction, truth = without_ignored(prediction, truth)
     predicted, held, _ = count_overlaps(prediction, truth, num_classes)
     values = dice(prediction, truth, num_classes)
     boxes = [find_objects(labels, max_label=num_classes - 1) for labels in (prediction, truth)]

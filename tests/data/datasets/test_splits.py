@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyspark.data.datasets.cases import Case
-from hyspark.data.datasets.splits import split_by_file, split_by_subject, subject_of
+from hyspark.data.datasets.splits import split_by_file, split_by_subject
+from hyspark.data.datasets.subjects import subject_of
 
 NAMES = st.text(string.ascii_letters + string.digits + "_-. éß", min_size=1, max_size=12).filter(
     lambda name: not name.startswith(".") and ".nii" not in name
@@ -57,6 +58,17 @@ def write_json(path: Path, content) -> Path:
         ("p7_t12", "p7"),
         ("p7_thorax", "p7_thorax"),
         ("__only", "__only"),
+        ("ct_scan_0017", "ct_scan_0017"),
+        ("prostate_t2_001", "prostate_t2_001"),
+        ("BraTS_t1_0001", "BraTS_t1_0001"),
+        ("BraTS2021_t1_0001", "BraTS2021_t1_0001"),
+        ("case__0017", "case__0017"),
+        ("anna_visit2", "anna"),
+        ("anna__2", "anna"),
+        ("p01_ses-20200131", "p01"),
+        ("p01-visit1-ct", "p01"),
+        ("p01_t1", "p01"),
+        ("study1_sub-03_ses-1_T1w", "study1_sub-03"),
         ("", ""),
     ],
 )

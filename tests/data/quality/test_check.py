@@ -364,6 +364,12 @@ def a_class_that_no_label_holds(data):
     data.names.write_text(json.dumps({"labels": {"background": 0, "liver": 1, "spleen": 2}}))
 
 
+@breaks("large subject", "folder")
+def several_visits(data):
+    for i in range(3):
+        save(data.image.with_name(f"p1_visit{i}_0000.nii.gz"), ct(10 + i))
+
+
 @breaks("no class names", "folder")
 def no_names(data):
     data.names.unlink()
