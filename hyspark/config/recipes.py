@@ -164,7 +164,7 @@ def coerce(value: Any, hint: Any) -> Any:
         return int(value)
     if hint is float and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)) or "\0" in str(value):
         raise TypeError
     return value
 
