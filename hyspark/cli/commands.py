@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from inspect import unwrap
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,8 @@ def evaluate(argv: Sequence[str]) -> None:
     from hyspark.evaluation.segmentation.scores import summary_text
     from hyspark.tasks import api
 
-    summary = api.evaluate(args.weights, args.data, args.out, device=args.device, **given_options(args, argv)).summary
+    evaluate_data = unwrap(api.evaluate)  # with flags, not arguments, in its messages
+    summary = evaluate_data(args.weights, args.data, args.out, device=args.device, **given_options(args, argv)).summary
     if "metrics" in summary:
         print(f"{metrics_text(summary['metrics'])} on {summary['protocol']['num_images']} images")
     else:
@@ -228,7 +230,7 @@ def predict(argv: Sequence[str]) -> None:
     args = parse(PredictArguments(prog="hyspark predict", allow_abbrev=False), argv)
     from hyspark.tasks import api
 
-    made = api.predict(args.weights, args.inputs, args.out, device=args.device, **given_options(args, argv))
+    made = unwrap(api.predict)(args.weights, args.inputs, args.out, device=args.device, **given_options(args, argv))
     print(
         f"{len(made.files)} written: {made.files[0]}{', ...' if made.files[1:] else ''}"
         if made.files
