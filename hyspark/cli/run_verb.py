@@ -10,9 +10,6 @@ from hyspark.utils.tracebacks import damaged_file, raised_here
 
 EXPECTED = (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError)
 """Errors that this package raises for the user. A missing extra is an ImportError."""
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "unable to allocate")
-NO_GPU = ("no kernel image", "no nvidia driver", "driver version is insufficient", "driver on your system is too old")
-
 REPORT = "the lines above show a fault of hyspark: please report them, with the command and `hyspark --version`"
 
 
@@ -53,12 +50,16 @@ def user_message(error: BaseException) -> str:
     text = str(error).strip()
     if isinstance(error, OSError):
         return text or type(error).__name__
-    if isinstance(error, MemoryError) or any(part in text.lower() for part in NO_MEMORY):
-        return f"not enough memory ({first_line(error)}); use smaller batches or crops, or fewer worker processes"
-    if isinstance(error, RuntimeError) and any(part in text.lower() for part in NO_GPU):
-        return f"--device cuda: torch cannot compute on this GPU ({first_line(error)}); use --device cpu"
     if isinstance(error, EXPECTED) and raised_here(error):
         return text or type(error).__name__
+    if isinstance(error, MemoryError | RuntimeError):
+        from hyspark.training.distributed import describe_unusable_gpu
+        from hyspark.training.memory import is_out_of_memory
+
+        if is_out_of_memory(error):
+            return f"not enough memory ({first_line(error)}); use smaller batches or crops, or fewer worker processes"
+        if advice := describe_unusable_gpu(error):
+            return advice
     if file := damaged_file(error):
         return f"{file}: unreadable ({type(error).__name__}: {first_line(error)}); replace the file"
     return ""

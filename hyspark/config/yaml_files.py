@@ -40,7 +40,7 @@ def load_mapping(path: Path) -> Mapping[Any, Any]:
     if not content.strip():
         raise ValueError(f"{path} is empty; expected lines of `name: value`")
     try:
-        loaded = yaml.load(content, UniqueKeyLoader)
+        loaded = UniqueKeyLoader(content).get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f" in line {mark.line + 1}" if mark else ""

@@ -116,7 +116,7 @@ def iterate_trials(
             found.append(Trial(crops, min(taken), memory.peak_memory(alone)))
             yield found[-1]
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if not memory.is_out_of_memory(error):
             raise
 
 
@@ -137,16 +137,6 @@ def extrapolate(points: Sequence[tuple[float, float]], x: float) -> float:
     """Compute the value at x of the line through the last two points, or the value of a single point."""
     (x1, y1), (x2, y2) = points[-2:] if len(points) > 1 else [points[0]] * 2
     return y2 if x == x2 or x1 == x2 else y2 + (x - x2) * (y2 - y1) / (x2 - x1)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch means that memory ran out; on the CPU it has no class of its own.
-
-    The second text is oneDNN's, when it gets no memory for the code or the tables of a kernel.
-    """
-    message = str(error)
-    without_class = "alloc" in message or message == "could not create a primitive"
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or without_class
 
 
 def run_in_subprocess(*args: Any) -> list[Trial]:

@@ -9,18 +9,18 @@ from typing import ParamSpec, TypeVar
 from hyspark.utils.log import LOG
 
 ParamsT = ParamSpec("ParamsT")
-ResultT = TypeVar("ResultT")
-VALUE = r"[ =](?:[\d.]*\d|axial|bf16|cpu|cuda|fp32|skip)\b"
+ReturnT = TypeVar("ReturnT")
+VALUE = r"[ =](?:[\d.]*\d|axial|bf16|cpu|fp32|skip)\b"
 FLAG = re.compile(rf"(?<![\w-])--(?P<name>[a-z][a-z0-9_]*)(?P<value>{VALUE})?")
-COMMAND = re.compile(r"\b(hyspark [a-z][a-z-]*|torchrun|python|pip) [^;,`\n]*$")
+TYPED_COMMAND = re.compile(r"\b(hyspark [a-z][a-z-]*|torchrun|python|pip) [^;,`\n]*$")
 """A command line, in which flags stay."""
 
 
-def in_python_words(function: Callable[ParamsT, ResultT]) -> Callable[ParamsT, ResultT]:
+def in_python_words(function: Callable[ParamsT, ReturnT]) -> Callable[ParamsT, ReturnT]:
     """Wrap a function so that its errors and logs name arguments, not flags."""
 
     @functools.wraps(function)
-    def wrapped(*args: ParamsT.args, **kwargs: ParamsT.kwargs) -> ResultT:
+    def wrapped(*args: ParamsT.args, **kwargs: ParamsT.kwargs) -> ReturnT:
         LOG.addFilter(rewrite_record)
         try:
             return function(*args, **kwargs)
@@ -37,7 +37,7 @@ def argument_names(text: str) -> str:
     """Replace flags by arguments: --overlap by overlap, --on_bad_case skip by on_bad_case='skip'."""
 
     def as_argument(found: re.Match[str]) -> str:
-        if COMMAND.search(text[: found.start()]):
+        if TYPED_COMMAND.search(text[: found.start()]):
             return found[0]
         value = (found["value"] or "")[1:]
         return found["name"] + (f"={value if value[0].isdigit() else repr(value)}" if value else "")

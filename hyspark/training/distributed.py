@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hyspark.training import rank_errors
 from hyspark.training.batch_norm import global_batch_norm, synchronise_batch_norms
 from hyspark.utils.log import LOG
+from hyspark.utils.text import first_line
 
 ResultT = TypeVar("ResultT")
 
@@ -110,6 +111,19 @@ def check_devices(num_devices: int, local_rank: int) -> None:
             f"--device cuda: expected a GPU for each of the {num_processes} process(es) of this machine, but torch "
             f"finds {num_devices}; use {advice}--device cpu"
         )
+
+
+def describe_unusable_gpu(error: BaseException) -> str:
+    """Return what to do about a GPU or a driver that torch cannot compute with; empty for other errors."""
+    causes = (
+        "no kernel image",
+        "no nvidia driver",
+        "driver version is insufficient",
+        "driver on your system is too old",
+    )
+    if not isinstance(error, RuntimeError) or not any(cause in str(error).lower() for cause in causes):
+        return ""
+    return f"--device cuda: torch cannot compute on this GPU ({first_line(error)}); use --device cpu"
 
 
 @contextmanager

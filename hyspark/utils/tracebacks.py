@@ -3,7 +3,6 @@
 from pathlib import Path
 from types import FrameType
 
-PACKAGE = Path(__file__).parents[1]
 READERS = {
     *("PIL", "_pickle", "blosc2", "codecs", "csv", "_csv", "encodings", "gzip", "isal", "json", "nibabel", "pickle"),
     *("pydicom", "safetensors", "safetensors_rust", "yaml", "zipfile", "zlib"),
@@ -44,4 +43,4 @@ def frames(error: BaseException) -> list[FrameType]:
 
 def is_own(frame: FrameType) -> bool:
     """Return whether a frame is of a function of this package."""
-    return PACKAGE in Path(frame.f_code.co_filename).parents
+    return Path(__file__).parents[1] in Path(frame.f_code.co_filename).parents
