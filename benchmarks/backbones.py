@@ -98,7 +98,7 @@ def row(name: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    heading = ["network", "parameters", "keys loaded", "left fresh", "strides of its maps"]
+    heading = ["network", "parameters", "keys loaded", "randomly initialised", "strides of its maps"]
     heading += ["hidden pixels changed", "at hidden positions", "all visible against plain", "batch against samples"]
     print(f"| {' | '.join(heading)} |\n|{'---|' * len(heading)}")
     for name in Arguments().parse_args().names:

@@ -234,7 +234,7 @@ class BenefitArguments(Arguments):
     `hyspark finetune-classifier`.
 
     Example:
-        hyspark benefit --config configs/finetune_btcv.yaml --data data/Dataset015_BTCV --out ckpt/benefit \
+        hyspark benefit --config finetune_btcv --data data/Dataset015_BTCV --out ckpt/benefit \
             --initial_weights scratch=none own=ckpt/encoder.pth --num_labelled 5 10
     """
 

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from inspect import unwrap
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from hyspark.cli.arguments import (
     SlicesArguments,
     WeightsArguments,
 )
-from hyspark.cli.parsing import options, parse, present_words, read_config
+from hyspark.cli.parsing import check_values, given_flags, options, parse, present_words, read_config
+from hyspark.config.checks import not_negative, positive
 from hyspark.config.classification import ClassificationConfig
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.segmentation import SegmentationConfig, network_options
@@ -67,6 +69,9 @@ def datalist(argv: Sequence[str]) -> None:
 def check(argv: Sequence[str]) -> None:
     """Find everything that is wrong with a data set."""
     args = parse(CheckArguments(prog="hyspark check", allow_abbrev=False), argv)
+    not_negative(args, "prepare_workers")
+    if min(args.spacing) <= 0:
+        raise ValueError(f"--spacing: expected mm above 0 on each axis, got {args.spacing}")
     from hyspark.data.preprocessing.estimate import estimate_preparation
     from hyspark.data.quality.check import check_dataset
     from hyspark.data.settings import PrepareSettings
@@ -116,9 +121,11 @@ def finetune_classifier(argv: Sequence[str]) -> None:
 def weights(argv: Sequence[str]) -> None:
     """Print which keys of a weights file fit a network."""
     args = parse(WeightsArguments(prog="hyspark weights", allow_abbrev=False), argv)
+    not_negative(args, "in_channels")
+    positive(args, "out_channels")
     from hyspark.models.weights.load import load_pretrained
 
-    network = third_party_network(args) if args.model else segmentation_network(args)
+    network = third_party_network(args, argv) if args.model else segmentation_network(args)
     print(load_pretrained(network, args.path, args.weights_key))
 
 
@@ -134,12 +141,12 @@ def segmentation_network(args: WeightsArguments) -> Any:
     )
 
 
-def third_party_network(args: WeightsArguments) -> Any:
+def third_party_network(args: WeightsArguments, argv: Sequence[str]) -> Any:
     """Build the third-party network that the flags name; raise ValueError for flags of the segmentation network."""
     from hyspark.models.backbones import build_backbone
 
     own = ("out_channels", *field_info(EncoderSettings), "decoder", "decoder_width", "decoder_min_width")
-    if given := [name for name in own if getattr(args, name) != args.get_default(name)]:
+    if given := [name for name in own if name in given_flags(args, argv)]:
         raise ValueError(f"{', '.join(given)}: not read for {args.model}, but for the segmentation network; drop them")
     of_images = args.model.startswith(("timm/", "torchvision/"))
     axes = len(args.crop_size) if len(args.crop_size) > 1 else 2 if of_images else 3
@@ -223,7 +230,9 @@ def evaluate(argv: Sequence[str]) -> None:
     from hyspark.evaluation.segmentation.scores import summary_text
     from hyspark.tasks import api
 
-    evaluation = api.evaluate(args.weights, args.data, args.out, device=args.device, **given_options(args))
+    evaluate_data = unwrap(api.evaluate)  # with flags, not arguments, in its messages
+    options = given_options(args, argv)
+    evaluation = evaluate_data(args.weights, args.data, args.out, device=args.device, **options)
     if not is_main_process():
         return
     summary = evaluation.summary
@@ -240,7 +249,7 @@ def predict(argv: Sequence[str]) -> None:
     args = parse(PredictArguments(prog="hyspark predict", allow_abbrev=False), argv)
     from hyspark.tasks import api
 
-    made = api.predict(args.weights, args.inputs, args.out, device=args.device, **given_options(args))
+    made = unwrap(api.predict)(args.weights, args.inputs, args.out, device=args.device, **given_options(args, argv))
     if not is_main_process():
         return
     print(
@@ -273,10 +282,9 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def given_options(args: NetworkArguments) -> dict[str, Any]:
-    """Return the flags of evaluate and predict whose values are not the defaults, except --out and --device."""
-    names = {action.dest for action in args._actions if action.option_strings} - {"help", "out", "device"}
-    return {name: getattr(args, name) for name in names if getattr(args, name) != getattr(type(args), name)}
+def given_options(args: NetworkArguments, argv: Sequence[str]) -> dict[str, Any]:
+    """Return the flags of evaluate and predict that are given, except --out and --device."""
+    return {name: getattr(args, name) for name in sorted(given_flags(args, argv) - {"help", "out", "device"})}
 
 
 def classify(argv: Sequence[str]) -> None:
@@ -296,6 +304,7 @@ def benefit(argv: Sequence[str]) -> None:
     """Fine-tune from several initial weights on several numbers of labels, and report the differences."""
     parser = BenefitArguments(prog="hyspark benefit", allow_abbrev=False)
     args = parser.parse_args(present_words(argv, parser.old_spellings()), known_only=True)
+    check_values(parser, args)
     config_class: Any = {"segment": SegmentationConfig, "classify": ClassificationConfig}[args.task]
     base = read_config(config_class, "hyspark benefit", args.extra_args, also=options(parser))
     from hyspark.comparison import benefit as comparison_benefit

@@ -6,11 +6,7 @@ from collections.abc import Sequence
 from hyspark.cli import arguments
 from hyspark.cli.main import SHELLS, VERBS
 from hyspark.cli.parsing import Arguments, config_parser
-from hyspark.config.classification import ClassificationConfig
-from hyspark.config.pretrain import PretrainConfig
-from hyspark.config.segmentation import SegmentationConfig
-
-CONFIGS = {"pretrain": PretrainConfig, "finetune": SegmentationConfig, "finetune-classifier": ClassificationConfig}
+from hyspark.config.recipes import SETTINGS_OF
 
 
 def print_completion(argv: Sequence[str]) -> None:
@@ -43,7 +39,7 @@ def all_verbs() -> ArgumentParser:
 def verb_parser(verb: str) -> Arguments:
     """Make the parser of a verb."""
     prog = f"hyspark {verb}"
-    if verb in CONFIGS:
-        return config_parser(CONFIGS[verb], prog)
+    if verb in SETTINGS_OF:
+        return config_parser(SETTINGS_OF[verb], prog)
     made: Arguments = getattr(arguments, f"{verb.capitalize()}Arguments")(prog=prog, allow_abbrev=False)
     return made

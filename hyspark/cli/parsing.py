@@ -1,5 +1,6 @@
 """From words to settings: flags made of the fields of a dataclass, over a YAML recipe."""
 
+import math
 import re
 from argparse import SUPPRESS, Action, BooleanOptionalAction
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ METAVARS = {int: "N", float: "X", str: "TEXT"}
 """Placeholders of values in the help, by their type."""
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)
 """Words that are values, not flags; argparse itself does not know exponents."""
+MAY_BE_EMPTY = ("weights",)
+"""Settings whose earlier spelling of none is an empty text."""
 EARLIER_SETTINGS = {old: new for config_class in get_args(Config) for old, new in old_spellings(config_class).items()}
 """Earlier spellings of the settings of all kinds of training, each with the present one."""
 
@@ -95,6 +98,7 @@ def parse(parser: Any, argv: Sequence[str], also: Sequence[str] = ()) -> Any:
     old = parser.old_spellings()
     parser._negative_number_matcher = NEGATIVE_NUMBER
     args = parser.parse_args(present_words(argv, old), known_only=True)
+    check_values(parser, args)
     if args.extra_args:
         flag = args.extra_args[0].split("=")[0]
         known = {*also, *options(parser)}
@@ -102,6 +106,24 @@ def parse(parser: Any, argv: Sequence[str], also: Sequence[str] = ()) -> Any:
         suggestion = nearest(flag, known, {b: p for b, p in renamed.items() if p in known})
         raise ValueError(f"unknown argument {flag!r}{suggestion}; --help lists all")
     return args
+
+
+def check_values(parser: Any, args: Any) -> None:
+    """Check what holds for the values of all flags.
+
+    Raises:
+        ValueError: A number is not finite, or a text is empty although it is not so by default.
+    """
+    for action in parser._actions:
+        given = getattr(args, action.dest, None)
+        name = action.option_strings[0] if action.option_strings else action.dest
+        for value in given if isinstance(given, list | tuple) else [given]:
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name}: expected a finite number, got {value}")
+            if value == "" and action.default != "" and action.dest not in MAY_BE_EMPTY:
+                raise ValueError(
+                    f"{name}: expected {action.metavar or 'TEXT'}, got an empty text; is a variable unset?"
+                )
 
 
 def present_words(argv: Sequence[str], old: Mapping[str, str]) -> list[str]:
@@ -113,12 +135,20 @@ def present_words(argv: Sequence[str], old: Mapping[str, str]) -> list[str]:
     words = []
     spelled: dict[str, str] = {}
     for word in argv:
+        if "\0" in word:
+            raise ValueError(f"{word!r}: expected a word without NUL characters")
         flag, equals, value = word.partition("=")
         present = f"--{old.get(flag[2:], flag[2:])}" if flag.startswith("--") else flag
         if present.startswith("--") and spelled.setdefault(present, flag) != flag:
             raise ValueError(f"{spelled[present]} and {flag} are one setting; use {present} alone")
         words.append(f"{present}{equals}{value}" if present != flag else word)
     return words
+
+
+def given_flags(parser: Any, argv: Sequence[str]) -> set[str]:
+    """Return the names of the flags that are given, at their defaults too."""
+    typed = {word.partition("=")[0] for word in present_words(argv, parser.old_spellings()) if word.startswith("--")}
+    return {action.dest for action in parser._actions if typed & set(action.option_strings)}
 
 
 def config_parser(config_class: type, prog: str) -> Arguments:
@@ -128,7 +158,7 @@ def config_parser(config_class: type, prog: str) -> Arguments:
 
     class Flags(Arguments, base):
         def configure(self) -> None:
-            text = "YAML recipe (see configs/); flags override it."
+            text = "YAML recipe, a file or a name such as pretrain (see configs/); flags override it."
             self.add_argument("--config", type=str, default="", help=text, metavar="YAML")
             add_settings(self, config_class)
 
@@ -161,7 +191,7 @@ def read_config(config_class: type[ConfigT], prog: str, argv: Sequence[str], als
     """
     parser = config_parser(config_class, prog)
     recipe: dict[str, Any] = {}
-    if path := recipe_path(argv):
+    if (path := recipe_path(argv)) is not None:
         recipe = read_yaml(path, config_class)
         parser.set_defaults(**recipe)
     args = parse(parser, gathered_axes(argv, config_class, recipe), also)
@@ -223,9 +253,9 @@ def gathered_axes(argv: Sequence[str], config_class: type, recipe: Mapping[str, 
     return words
 
 
-def recipe_path(argv: Sequence[str]) -> str:
-    """Find the value of --config, the last one as for every flag; empty if it is not given."""
-    path = ""
+def recipe_path(argv: Sequence[str]) -> str | None:
+    """Find the value of --config, the last one as for every flag; None if it is not given."""
+    path = None
     for word, following in pairwise([*argv, ""]):
         if word.startswith("--config="):
             path = word.removeprefix("--config=")

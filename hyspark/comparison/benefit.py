@@ -165,6 +165,8 @@ def labelled_numbers(base: FineTuningConfig, num_labelled: Sequence[int], fracti
     """
     if bool(num_labelled) == bool(fractions):
         raise ValueError("name the numbers of labelled cases by one of --num_labelled and --label_fractions")
+    if min(num_labelled, default=1) < 1:
+        raise ValueError(f"--num_labelled: expected numbers above 0, got {list(num_labelled)}")
     if not fractions:
         return list(num_labelled)
     if not 0 < min(fractions) <= max(fractions) <= 1:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from hyspark.comparison.kind import RunKind
 from hyspark.evaluation.protocol import TRAINED_ON, read_summary
 from hyspark.evaluation.score_table import ScoreTable, read_score_table
-from hyspark.training.metrics_log import read_metrics
+from hyspark.training.metrics_log import iterate_metrics
 from hyspark.utils.text import listing
 
 
@@ -58,7 +58,7 @@ def read_run(scores: Path, metrics: Path, samples_per_step: int) -> ScoredRun:
         FileNotFoundError: A file is missing.
         ValueError: A file is damaged; the message names it.
     """
-    speeds = [line["samples_per_second"] for line in read_metrics(metrics) if line.get("samples_per_second")]
+    speeds = [line["samples_per_second"] for line in iterate_metrics(metrics) if line.get("samples_per_second")]
     seconds = sum(samples_per_step / speed for speed in speeds)
     return ScoredRun(read_score_table(scores / "cases.csv"), read_summary(scores)["protocol"], len(speeds), seconds)
 

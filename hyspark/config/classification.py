@@ -21,7 +21,7 @@ class ClassificationConfig(RunSettings):
     r"""Fine-tune a classifier on labelled images.
 
     Example:
-        hyspark finetune-classifier --config configs/finetune_covidct.yaml --data data/COVID-CT --out ckpt/covidct \
+        hyspark finetune-classifier --config finetune_covidct --data data/COVID-CT --out ckpt/covidct \
             --weights ckpt/resnet50.pth
     """
 

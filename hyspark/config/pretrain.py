@@ -27,7 +27,7 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
     """Pre-train a network on unlabelled CT.
 
     Example:
-        hyspark pretrain --config configs/pretrain.yaml --data data --out ckpt/pretrain --batch_size 4
+        hyspark pretrain --config pretrain --data data --out ckpt/pretrain --batch_size 4
     """
 
     data: str = setting("data", "data", first=True, old=("data_path",), may_change=True)

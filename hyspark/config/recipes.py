@@ -13,12 +13,15 @@ from docstring_parser import parse_from_object
 from hyspark.config.classification import ClassificationConfig
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.segmentation import SegmentationConfig
+from hyspark.config.yaml_files import find_recipe, load_mapping
 from hyspark.utils.atomic import write_whole
 from hyspark.utils.settings import field_info
 from hyspark.utils.text import nearest
 
 Config = PretrainConfig | SegmentationConfig | ClassificationConfig
 ConfigT = TypeVar("ConfigT", PretrainConfig, SegmentationConfig, ClassificationConfig)
+SETTINGS_OF = {"pretrain": PretrainConfig, "finetune": SegmentationConfig, "finetune-classifier": ClassificationConfig}
+"""Verbs that train, with the class of their settings."""
 
 
 def field_help(config_class: type) -> dict[str, str]:
@@ -72,26 +75,22 @@ def axis_values(value: Sequence[Any], axes: Sequence[str]) -> list[Any]:
     return list(value) * len(axes) if len(value) == 1 else list(value)
 
 
-def read_yaml(path: str | Path, config_class: type) -> dict[str, Any]:
+def read_yaml(name: str | Path, config_class: type) -> dict[str, Any]:
     """Read a YAML recipe.
+
+    Args:
+        name: File, or the name of a recipe of the package, such as pretrain.
+        config_class: Class of the settings.
 
     Returns:
         Values by the present names of the settings, each in the type of its field.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: There is no such file and no such recipe.
         ValueError: It is no YAML mapping, or has an unknown key or a value of another type.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no recipe at {path}; the project's recipes are in configs/")
-    try:
-        loaded = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(loaded, Mapping):
-        raise ValueError(f"{path}: expected lines of `name: value`, got {type(loaded).__name__}")
-    return typed_values(loaded, config_class, str(path))
+    path = find_recipe(name)
+    return typed_values(load_mapping(path), config_class, str(path))
 
 
 def typed_values(
@@ -114,7 +113,10 @@ def typed_values(
     values = {}
     for key, value in present_spelling(loaded, config_class, source, base).items():
         if key not in hints:
-            raise ValueError(f"{source}: unknown key {key!r}{nearest(str(key), hints, renamed)}")
+            earlier = {old: new for one in SETTINGS_OF.values() for old, new in old_spellings(one).items()} | renamed
+            here = nearest(str(key), hints, {old: new for old, new in earlier.items() if new in hints})
+            owner = "" if earlier.get(key) in hints else owner_of_settings(loaded, key)
+            raise ValueError(f"{source}: unknown key {key!r}{owner or here}")
         if get_origin(hints[key]) is Literal and value not in get_args(hints[key]):
             quoted = "; in YAML, quote yes, no, on and off" if isinstance(value, bool) else ""
             choices = get_args(hints[key])
@@ -124,7 +126,7 @@ def typed_values(
             )
         try:
             values[key] = coerce(value, hints[key])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             wanted = (
                 hints[key]
                 if isinstance(hints[key], types.GenericAlias)
@@ -134,11 +136,20 @@ def typed_values(
     return values
 
 
+def owner_of_settings(values: Mapping[str, Any], key: str) -> str:
+    """Return '; ...' with the verb that has a setting, or all of the settings; empty if none has it."""
+    known = {verb: {*field_info(one), *old_spellings(one)} for verb, one in SETTINGS_OF.items()}
+    if whole := [verb for verb, names in known.items() if names >= set(values)]:
+        return f"; these are settings of `hyspark {whole[0]}`"
+    owners = [f"`hyspark {verb}`" for verb, names in known.items() if key in names]
+    return f"; it is a setting of {' and '.join(owners)}" if owners else ""
+
+
 def coerce(value: Any, hint: Any) -> Any:
     """Convert a YAML value to a field's type: lists become tuples, integers become floats, 1e-4 is a number.
 
     Raises:
-        TypeError, ValueError: The value is of another type.
+        TypeError, ValueError, OverflowError: The value is of another type.
     """
     if get_origin(hint) is tuple:
         inner = get_args(hint)
@@ -153,7 +164,7 @@ def coerce(value: Any, hint: Any) -> Any:
         return int(value)
     if hint is float and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)) or "\0" in str(value):
         raise TypeError
     return value
 

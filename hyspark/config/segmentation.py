@@ -24,7 +24,7 @@ class SegmentationConfig(VolumeSettings, EncoderSettings):
     r"""Fine-tune the segmentation network on labelled CT.
 
     Example:
-        hyspark finetune --config configs/finetune_btcv.yaml --data data/Dataset015_BTCV --weights ckpt/encoder.pth \
+        hyspark finetune --config finetune_btcv --data data/Dataset015_BTCV --weights ckpt/encoder.pth \
             --out ckpt/btcv
     """
 

@@ -1,11 +1,14 @@
 """The HTML page of a run, from its metrics, pictures and scores; nothing here trains."""
 
 import importlib.metadata
+import json
 import math
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+import subprocess
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,12 @@ from hyspark.evaluation.segmentation.scores import summary_rows
 from hyspark.figures.curves import CURVES, Curve, curves_figure
 from hyspark.figures.panels import figure_png
 from hyspark.reports.html import render_page
-from hyspark.training.metrics_log import read_metrics
+from hyspark.training.metrics_log import iterate_metrics
 from hyspark.utils.atomic import write_whole
 from hyspark.utils.tables import aligned_table
+
+MAX_MEASURED = 50_000
+"""Points of a curve of which each is drawn or smoothed; neighbours of longer ones are averaged."""
 
 
 def write_report(
@@ -80,6 +86,7 @@ def environment() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
+    found["commit"] = code_version(Path(__file__).parents[2])
     found["platform"] = platform.platform()
     cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty on most Linux systems
     match = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
@@ -89,6 +96,32 @@ def environment() -> dict[str, str]:
     if torch.cuda.is_available():
         found["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
     return found
+
+
+def code_version(folder: Path) -> str:
+    """Name the git commit of this package: of a checkout, or of what pip installed from a repository.
+
+    Args:
+        folder: Folder that holds the package.
+
+    Returns:
+        The commit, with a note on changed files; "unknown" for other installations.
+    """
+    if (folder / ".git").exists():
+        git = ["git", "-C", str(folder), "-c", f"safe.directory={folder}"]
+        try:
+            commit, changed = (
+                subprocess.run([*git, *words], capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+                for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            )
+        except (OSError, subprocess.SubprocessError):
+            return "unknown"
+        return f"{commit}, with {len(changed.splitlines())} changed files" if changed else commit
+    try:
+        origin = json.loads(importlib.metadata.distribution("hyspark").read_text("direct_url.json") or "{}")
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return "unknown"
+    return str(origin.get("vcs_info", {}).get("commit_id", "unknown"))
 
 
 def dice_table(columns: Mapping[str, Mapping[str, float]], difference: bool = False) -> str:
@@ -152,31 +185,48 @@ def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return one
 
 
-def measured_curves(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
-    """Collect the steps and values of each metric that is drawn and was measured.
+def measured_curves(metrics: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
+    """Collect the steps and values of each metric that is drawn and was measured, at most MAX_MEASURED of each.
 
     The Dice of an organ is named "dice.ORGAN", that of the probe "probe.ORGAN".
     """
-    entries = [flat(line) for line in metrics]
     drawn = {key for keys in CURVES.values() for key in keys}
-    keys = dict.fromkeys(
-        key for entry in entries for key in entry if key in drawn or key.startswith(("dice.", "probe."))
-    )
-    curves = {key: series(entries, key) for key in keys}
-    return {key: curve for key, curve in curves.items() if curve[0].size}
+    found: dict[str, tuple[array[float], array[float]]] = {}
+    for line in metrics:
+        entry = flat(line)
+        for key, value in entry.items():
+            if key in drawn or key.startswith(("dice.", "probe.")):
+                steps, values = found.setdefault(key, (array("d"), array("d")))
+                if value is not None:
+                    steps.append(entry["step"])
+                    values.append(value)
+    return {key: thinned(*last_of_each_step(*both)) for key, both in found.items() if both[0]}
 
 
-def series(entries: Sequence[Mapping[str, Any]], key: str) -> Curve:
-    """Collect the steps and values of one key; of a step that a resumed run repeated, the last value."""
-    found = {entry["step"]: entry[key] for entry in entries if entry.get(key) is not None}
-    steps = np.array(sorted(found), dtype=float)
-    values = np.array([found[step] for step in sorted(found)], dtype=float)
-    return steps, np.where(np.isfinite(values), values, np.nan)
+def last_of_each_step(steps: Sequence[float], values: Sequence[float]) -> Curve:
+    """Sort by step; of a step that a resumed run repeated, keep the last value. Infinite values become NaN."""
+    order = np.argsort(steps, kind="stable")
+    by_step, of_step = np.array(steps)[order], np.array(values)[order]
+    last = np.append(by_step[1:] != by_step[:-1], True)
+    return by_step[last], np.where(np.isfinite(of_step[last]), of_step[last], np.nan)
+
+
+def thinned(steps: np.ndarray, values: np.ndarray) -> Curve:
+    """Replace neighbours of a long curve by their means, so that a page costs the same after any number of steps."""
+    size = math.ceil(len(steps) / MAX_MEASURED)
+    if size == 1:
+        return steps, values
+    bounds = np.arange(0, len(steps), size)
+    known = np.isfinite(values)
+    counts = np.add.reduceat(known.astype(float), bounds)
+    sums = np.add.reduceat(np.where(known, values, 0.0), bounds)
+    means = np.divide(sums, counts, out=np.full(len(bounds), np.nan), where=counts > 0)
+    return np.maximum.reduceat(steps, bounds), means
 
 
 def drawn_curves(path: Path) -> dict[str, bytes] | None:
     """Draw the curves of metrics.jsonl as PNG for light and for dark pages; None if nothing was measured."""
-    curves = measured_curves(read_metrics(path) if path.exists() else [])
+    curves = measured_curves(iterate_metrics(path) if path.exists() else [])
     light, dark = (curves_figure(curves, dark=dark) for dark in (False, True))
     return None if light is None or dark is None else {"light": figure_png(light), "dark": figure_png(dark)}
 

@@ -29,6 +29,7 @@ from hyspark.evaluation.segmentation.predict import find_inputs, predict_segment
 from hyspark.evaluation.segmentation.scoring_protocol import Scoring
 from hyspark.tasks.classification import run_classification
 from hyspark.tasks.pretrain import run_pretraining
+from hyspark.tasks.python_words import in_python_words
 from hyspark.tasks.segmentation import run_segmentation
 from hyspark.training.metrics_log import read_metrics
 from hyspark.training.run_folder import encoder_file
@@ -109,6 +110,7 @@ class Predictions:
     failures: dict[str, str]
 
 
+@in_python_words
 def pretrain(config: StrPath | None = None, **settings: Any) -> TrainingRun:
     """Pre-train a network on unlabelled CT, as `hyspark pretrain` does; the same call continues a run.
 
@@ -127,6 +129,7 @@ def pretrain(config: StrPath | None = None, **settings: Any) -> TrainingRun:
     return TrainingRun(folder, encoder_file(values), folder / "report.html")
 
 
+@in_python_words
 def finetune(
     config: StrPath | None = None,
     *,
@@ -155,6 +158,7 @@ def finetune(
     return TrainingRun(folder, folder / "best.pth", folder / "report.html")
 
 
+@in_python_words
 def evaluate(weights: StrPath, data: StrPath, out: StrPath, *, device: str = "auto", **options: Any) -> Evaluation:
     """Score a fine-tuned network on labelled cases, as `hyspark evaluate` does.
 
@@ -180,6 +184,7 @@ def evaluate(weights: StrPath, data: StrPath, out: StrPath, *, device: str = "au
     return Evaluation(Path(out), summary)
 
 
+@in_python_words
 def predict(
     weights: StrPath, inputs: StrPath | Sequence[StrPath], out: StrPath, *, device: str = "auto", **options: Any
 ) -> Predictions:

@@ -27,8 +27,10 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hyspark.training import rank_errors
 from hyspark.training.batch_norm import global_batch_norm, synchronise_batch_norms
 from hyspark.utils.log import LOG
+from hyspark.utils.text import first_line
 
 ResultT = TypeVar("ResultT")
 
@@ -85,11 +87,7 @@ def find_processes(device: str) -> Processes:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        if torch.cuda.device_count() <= local_rank:
-            raise ValueError(
-                f"--device cuda: process {local_rank} of this machine needs a device of its own, but torch finds "
-                f"{torch.cuda.device_count()}; start fewer processes, or use --device cpu"
-            )
+        check_devices(torch.cuda.device_count(), local_rank)
         torch.cuda.set_device(local_rank)
         device = f"cuda:{local_rank}"
     logging.basicConfig(format="%(message)s")
@@ -99,12 +97,42 @@ def find_processes(device: str) -> Processes:
     return Processes(torch.device(device), rank, local_rank, world_size, dist.is_torchelastic_launched())
 
 
+def check_devices(num_devices: int, local_rank: int) -> None:
+    """Check that each process of this machine has a CUDA device of its own.
+
+    Raises:
+        ValueError: It has not; of several devices, all processes raise it, not only those without one.
+    """
+    num_processes = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    # torchrun may show each of its processes one device only (--virtual-local-rank).
+    if local_rank >= num_devices or num_processes > num_devices > 1:
+        advice = f"torchrun --nproc_per_node={num_devices}, or " if num_devices else ""
+        raise ValueError(
+            f"--device cuda: expected a GPU for each of the {num_processes} process(es) of this machine, but torch "
+            f"finds {num_devices}; use {advice}--device cpu"
+        )
+
+
+def describe_unusable_gpu(error: BaseException) -> str:
+    """Return what to do about a GPU or a driver that torch cannot compute with; empty for other errors."""
+    causes = (
+        "no kernel image",
+        "no nvidia driver",
+        "driver version is insufficient",
+        "driver on your system is too old",
+    )
+    if not isinstance(error, RuntimeError) or not any(cause in str(error).lower() for cause in causes):
+        return ""
+    return f"--device cuda: torch cannot compute on this GPU ({first_line(error)}); use --device cpu"
+
+
 @contextmanager
 def join_process_group(processes: Processes) -> Iterator[None]:
     """Join the process group inside the block: of several processes, or of one that torchrun started."""
     if processes.world_size == 1 and not processes.by_torchrun:
         yield
         return
+    rank_errors.check_in()
     store, rank, world_size = next(dist.rendezvous("env://"))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
         # Without a prefix, keys that processes wrote before torchrun restarted them would be read as new ones, see
@@ -221,7 +249,7 @@ def run_and_gather(work: Callable[[], list[ResultT]], processes: Processes) -> l
         return work()
     # A group of its own, made before the work, since the default group times out after half an hour.
     group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=30))
-    # Dropped here, its destructor would wait with the interpreter's lock for a thread that wants it (torch 2.6, 2.7).
+    # Dropped here, before torch 2.8, its destructor would wait with the interpreter's lock for a thread that wants it.
     atexit.register(release_process_groups, [group])
     gathered: list[Any] = [None] * processes.world_size
     dist.all_gather_object(gathered, work(), group=group)

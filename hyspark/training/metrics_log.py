@@ -2,13 +2,13 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
 from hyspark.config.recipes import Config, write_yaml
-from hyspark.utils.atomic import write_whole
 
 
 class RunLog:
@@ -24,9 +24,7 @@ class RunLog:
         write_yaml(config, self.folder / "config.yaml")
         path = self.folder / "metrics.jsonl"
         if path.is_file():
-            lines = path.read_text().splitlines()
-            kept = [line for line in lines if is_valid_line(line, first_step, is_validated)]
-            write_whole(path, "".join(f"{line}\n" for line in kept).encode())
+            drop_lines(path, first_step, is_validated)
         self.metrics = path.open("a")
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step)
 
@@ -47,6 +45,14 @@ class RunLog:
         """Flush and close both."""
         self.metrics.close()
         self.board.close()
+
+
+def drop_lines(path: Path, first_step: int, is_validated: bool) -> None:
+    """Drop the lines that `is_valid_line` rejects, line by line: a long run has millions."""
+    kept = path.with_name(f".{path.name}.kept")
+    with path.open(errors="replace") as lines, kept.open("w") as file:
+        file.writelines(f"{line.rstrip()}\n" for line in lines if is_valid_line(line, first_step, is_validated))
+    os.replace(kept, path)
 
 
 def is_valid_line(line: str, first_step: int, is_validated: bool) -> bool:
@@ -73,19 +79,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         FileNotFoundError: There is no such file.
         ValueError: Another line is not a JSON object.
     """
-    lines = [line for line in Path(path).read_bytes().splitlines() if line.strip()]
-    metrics = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            if not isinstance(entry, dict):
-                raise ValueError(f"a {type(entry).__name__}")
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise ValueError(
-                f"{path}: expected one JSON object a line, got {line[:80]!r} as entry {number} ({error}); "
-                "remove that line"
-            ) from error
-        metrics.append(entry)
-    return metrics
+    return list(iterate_metrics(path))
+
+
+def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of `read_metrics` one by one."""
+    failed = None
+    with Path(path).open("rb") as lines:
+        for number, line in enumerate((line for line in lines if line.strip()), start=1):
+            if failed:
+                raise failed
+            try:
+                entry = json.loads(line)
+                if not isinstance(entry, dict):
+                    raise ValueError(f"a {type(entry).__name__}")
+            except ValueError as error:
+                failed = ValueError(
+                    f"{path}: expected one JSON object a line, got {line[:80]!r} as entry {number} ({error}); "
+                    "remove that line"
+                )
+                continue
+            yield entry

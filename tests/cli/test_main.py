@@ -570,3 +570,61 @@ def test_the_scripts_show_their_help(tmp_path):
     for text in ("usage: hyspark datalist", "usage: hyspark pretrain", "usage: hyspark finetune"):
         assert text in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+# Errors of machines and files
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError("Unable to allocate 4 GiB"), "not enough memory (Unable to allocate 4 GiB); use smaller batches"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\n#0"), "not enough memory ([enforce"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "not enough memory (CUDA out of memory"),
+        (RuntimeError("CUDA error: no kernel image is available for execution"), "--device cuda: torch cannot compute"),
+    ],
+)
+def test_faults_of_the_machine_are_one_line(error, expected, capsys):
+    def failing(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as exit_:
+        run_verb.run_verb(failing, [])
+    message = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert message.startswith(f"error: {expected}")
+    assert message.count("\n") == 1
+
+
+def test_a_damaged_file_is_named_though_a_library_notices_it(tmp_path, capsys):
+    """From the function of this package that was reading it."""
+    path = tmp_path / "a.pth"
+    path.write_bytes(b"")
+    code = compile("import json\ndef read(path): return json.loads(path.read_text())", run_verb.__file__, "exec")
+    names: dict = {}
+    exec(code, names)
+    with pytest.raises(SystemExit) as exit_:
+        run_verb.run_verb(lambda argv: names["read"](path), [])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {path}: unreadable (JSONDecodeError: ")
+
+
+def test_control_c_is_one_line(capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exit_:
+        run_verb.run_verb(interrupted, [])
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err == "stopped by Control-C\n"
+
+
+def test_output_that_nobody_reads_is_no_error():
+    """As in `hyspark ... | head -1`."""
+    code = "from hyspark.cli.run_verb import run_verb; run_verb(lambda argv: print('a\\n' * 10**6))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(timeout=60) == 1

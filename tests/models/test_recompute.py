@@ -51,7 +51,7 @@ def test_only_the_arguments_are_kept():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         recomputed(lambda x: conv(norm(x).relu_()), x, batch_norm=norm)
-    assert all(t.data_ptr() == x.data_ptr() for t in kept)
+    assert all(t.data_ptr() == x.data_ptr() for t in kept if t.numel())  # torch 2.6 keeps empty ones
 
 
 def test_no_convolution_of_a_training_step_is_computed_twice(make_hyspark, make_visible):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
@@ -62,7 +63,7 @@ def test_a_repeated_step_counts_once_with_its_last_value():
         {"step": 1, "loss": 1.0},
         {"step": 1, "val_loss": 9},
     ]
-    steps, values = run_page.series(entries, "loss")
+    steps, values = run_page.measured_curves(entries)["loss"]
     assert steps.tolist() == [0, 1]
     assert values.tolist() == [3.0, 1.0]
 
@@ -247,3 +248,40 @@ def test_environment_names_the_versions():
     assert found["numpy"] == np.__version__
     assert {"python", "torch", "monai", "timm", "hyspark", "platform", "cpu", "gpu"} <= set(found)
     assert all(isinstance(value, str) and value for value in found.values())
+
+
+def test_the_commit_of_the_code_is_recorded(tmp_path):
+    """Of a checkout, with changes named; of a folder that is none, no guess."""
+    assert run_page.code_version(tmp_path) == "unknown"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "a.py").write_text("1")
+    for words in (["init", "-q"], ["add", "a.py"], ["commit", "-q", "-m", "a"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
+    commit = run_page.code_version(tmp_path)
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    (tmp_path / "a.py").write_text("2")
+    assert run_page.code_version(tmp_path) == f"{commit}, with 1 changed files"
+    (tmp_path / ".git" / "HEAD").write_text("torn")
+    assert run_page.code_version(tmp_path) == "unknown"
+    assert "commit" in run_page.environment()
+
+
+def test_a_long_run_costs_a_page_no_more(monkeypatch):
+    """Neighbours are averaged; a repeated step counts once, with its last value."""
+    monkeypatch.setattr(run_page, "MAX_MEASURED", 4)
+    lines = [{"step": i, "loss": float(i)} for i in range(10)]
+    steps, values = run_page.measured_curves([{"step": 9, "loss": 100.0}, *lines])["loss"]
+    assert (steps.tolist(), values.tolist()) == ([2, 5, 8, 9], [1, 4, 7, 9])
+    steps, values = run_page.measured_curves([*lines[:3], {"step": 1, "loss": float("nan")}])["loss"]
+    assert steps.tolist() == [0, 1, 2]
+    assert np.isnan(values).tolist() == [False, True, False]
+
+
+def test_metrics_are_read_and_cut_line_by_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "loss": 1}\n\n{"step": 1, "loss": 2}\n{"step": 2, "lo')
+    lines = metrics_log.iterate_metrics(path)
+    assert next(lines)["step"] == 0
+    metrics_log.drop_lines(path, first_step=1, is_validated=True)
+    assert path.read_text() == '{"step": 0, "loss": 1}\n'
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -243,7 +243,7 @@ def test_volumes_may_train_a_network_of_monai(pretraining):
 
 
 def test_no_data_list_says_how_to_make_one(pretraining, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"dataset\.json; make it by: python generate_js\.py --data"):
+    with pytest.raises(FileNotFoundError, match=r"dataset\.json; make it by: hyspark datalist --data"):
         run_pretraining(replace(pretraining, data=str(tmp_path)))
 
 

@@ -3,11 +3,13 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch.utils.data import DataLoader, Dataset
 
 from hyspark.utils.processes import available_cores, ignore_signals
+from hyspark.utils.text import first_line
+from hyspark.utils.tracebacks import raised_here
 
 Batch = dict[str, Any]
 
@@ -41,6 +43,21 @@ class Shard:
         return range(self.rank * num, (self.rank + 1) * num)
 
 
+class ErrorsAsItems(Dataset[Any]):
+    """A data set in a worker process that returns errors of files; torch would add a traceback to their messages."""
+
+    def __init__(self, dataset: Dataset[Batch]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Batch | OSError | ValueError:
+        try:
+            return self.dataset[index]
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) or raised_here(error):
+                return error
+            raise
+
+
 def make_loader(dataset: Dataset[Batch], items: Sequence[int], num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
     """Make a loader that yields the given items of a data set in order.
 
@@ -54,7 +71,7 @@ def make_loader(dataset: Dataset[Batch], items: Sequence[int], num_workers: int,
         num_workers = min(8, available_cores())
     num_workers = min(num_workers, len(items))
     return DataLoader(
-        dataset,
+        ErrorsAsItems(dataset) if num_workers else dataset,
         batch_size=None,
         sampler=items,
         num_workers=num_workers,
@@ -71,7 +88,22 @@ def loading(loader: DataLoader[Batch]) -> Iterator[Iterator[Batch]]:
     """
     batches = iter(loader)
     try:
-        yield batches
+        yield batches_or_error(batches)
+    except RuntimeError as error:  # torch may raise it at any line, when a process of the loader ends
+        if "DataLoader worker" in str(error) and ("killed" in str(error) or "exited" in str(error)):
+            raise OSError(
+                f"--dataloader_workers: a loader process ended ({first_line(error)}), perhaps killed for its memory; "
+                "use fewer, or 0; the same command continues"
+            ) from error
+        raise
     finally:
         if shut_down := getattr(batches, "_shutdown_workers", None):  # absent if the main process loads
             shut_down()
+
+
+def batches_or_error(items: Iterator[Any]) -> Iterator[Batch]:
+    """Yield batches; raise an item that is an error of a worker process."""
+    for item in items:
+        if isinstance(item, Exception):
+            raise item
+        yield cast(Batch, item)

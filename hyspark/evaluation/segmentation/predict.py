@@ -198,7 +198,7 @@ def check_targets(cases: Sequence[Case], targets: dict[str, Path], overwrite: bo
 def write_label_map(
     segmenter: Segmenter,
     slabs: Iterable[NumberedSlab],
-    shape: tuple[int, ...],
+    shape: tuple[int, int, int],
     affine: np.ndarray,
     source: Path,
     target: Path,

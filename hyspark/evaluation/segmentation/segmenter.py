@@ -54,7 +54,8 @@ class Segmenter:
             source: The NIfTI file that it was prepared from.
         """
         with closing(self.slabs(image)) as slabs:
-            return self.label(slabs, image.shape, affine, source)
+            h, w, d = image.shape
+            return self.label(slabs, (h, w, d), affine, source)
 
     def slabs(self, image: np.ndarray) -> Generator[tuple[int, Tensor], None, None]:
         """Yield the class scores of a prepared volume, float32 (h, w, d), as `class_score_slabs` does."""
@@ -72,7 +73,7 @@ class Segmenter:
             yield from class_score_slabs(forward, torch.from_numpy(image), windows, self.processes.device, storage)
 
     def label(
-        self, slabs: Iterable[tuple[int, Tensor]], shape: tuple[int, ...], affine: np.ndarray, source: Path
+        self, slabs: Iterable[tuple[int, Tensor]], shape: tuple[int, int, int], affine: np.ndarray, source: Path
     ) -> LabelMaps:
         """Compute the label maps of class scores.
 
