@@ -83,7 +83,9 @@ class SegmentationExperiment(Experiment[SegmentationTask]):
         fault = partial(label_fault, names=self.names)
         volumes = prepare_run_volumes(config, processes, Path(config.data), self.training, self.validation, fault)
         self.held_out = prepare_held_out(config, processes, self.names)
-        criterion = DiceAndCrossEntropy(len(self.names), config.background_weight).to(processes.device)
+        has_ignored = any(case.ignore is not None for case in self.training)
+        criterion = DiceAndCrossEntropy(len(self.names), config.background_weight, has_ignored=has_ignored)
+        criterion.to(processes.device)
         best = state["best"] if state else -1.0
         trained_on = [content_digest(case.image) for case in volumes.training_cases]
         task = SegmentationTask(config, self.shard, volumes, self.names, criterion, best, trained_on)

@@ -16,11 +16,17 @@ class DiceAndCrossEntropy(nn.Module):
     A weighted cross entropy is divided by the sum of its voxels' weights, which differs between micro-batches. So the
     caller passes the mean of these sums over micro-batches and processes. Then the mean of the losses is that of the
     whole batch. Voxels of the label value UNANNOTATED count in neither part; their gradient is exactly 0.
+
+    Args:
+        num_classes: Number of classes, background included.
+        background_weight: Weight of the background.
+        has_ignored: Whether labels may hold UNANNOTATED. Told, not looked up: a look at a GPU's labels makes every step
+            wait for it.
     """
 
-    def __init__(self, num_classes: int, background_weight: float = 1.0) -> None:
+    def __init__(self, num_classes: int, background_weight: float = 1.0, *, has_ignored: bool = False) -> None:
         super().__init__()
-        self.background_weight = background_weight
+        self.background_weight, self.has_ignored = background_weight, has_ignored
         weight = torch.tensor([background_weight] + [1.0] * (num_classes - 1))
         options: dict[str, Any] = {"squared_pred": True, "smooth_nr": 0.0, "smooth_dr": 1e-6, "weight": weight}
         self.dice = DiceLoss(to_onehot_y=True, softmax=True, **options)
@@ -47,11 +53,11 @@ class DiceAndCrossEntropy(nn.Module):
         cross_entropy = nn.functional.cross_entropy(
             scores, labels[:, 0].long(), weight, ignore_index=UNANNOTATED, reduction="none"
         )
-        keep = labels != UNANNOTATED
         dice: Tensor
-        if keep.all():
-            dice = self.dice(scores, labels)
-        else:
+        if self.has_ignored:
+            keep = labels != UNANNOTATED
             held = one_hot(labels * keep, scores.shape[1])
             dice = self.masked_dice(scores.softmax(1) * keep, held * keep)
+        else:
+            dice = self.dice(scores, labels)
         return dice + cross_entropy.sum() / weight_sum

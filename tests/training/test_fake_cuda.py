@@ -91,11 +91,11 @@ def test_pooling_where_kernels_have_to_be_deterministic(pretraining, monkeypatch
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("decoder", ["released", "light"])
-def test_segmentation(finetuning, decoder):
+@pytest.mark.parametrize(("decoder", "has_ignored"), [("released", False), ("light", False), ("light", True)])
+def test_segmentation(finetuning, decoder, has_ignored):
     config = replace(finetuning, decoder=decoder, decoder_width=16 if decoder == "light" else 768)
     names = ["background", "liver", "spleen"]
-    criterion = DiceAndCrossEntropy(len(names), 0.2).to(DEVICE)
+    criterion = DiceAndCrossEntropy(len(names), 0.2, has_ignored=has_ignored).to(DEVICE)
     task = SegmentationTask(config, Shard(2), RunVolumes([], [], [], [], []), names, criterion, -1.0, [])
     run = begin(config, build_finetuning(config, len(names)))
     labels = torch.randint(3, (2, 1, 32, 32, 32))

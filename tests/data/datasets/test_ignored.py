@@ -98,19 +98,21 @@ def test_the_loss_does_not_see_ignored_voxels(weight):
     scores = torch.randn(1, 3, 4, 4, 4, requires_grad=True)
     labels = torch.randint(0, 3, (1, 1, 4, 4, 4))
     labels[..., 2:] = UNANNOTATED
-    loss = DiceAndCrossEntropy(3, weight)
+    loss = DiceAndCrossEntropy(3, weight, has_ignored=True)
     value = loss(scores, labels, float(loss.weight_sum(labels)))
     value.backward()
     assert (scores.grad[..., 2:] == 0).all()
     assert (scores.grad[..., :2] != 0).all()
     alone = loss(scores[..., :2], labels[..., :2], float(loss.weight_sum(labels[..., :2])))
     torch.testing.assert_close(value, alone)
+    usual = DiceAndCrossEntropy(3, weight)
+    torch.testing.assert_close(value, usual(scores[..., :2], labels[..., :2], float(usual.weight_sum(labels[..., :2]))))
 
 
 def test_a_crop_of_ignored_voxels_alone_has_a_finite_loss():
     scores = torch.randn(1, 3, 4, 4, 4, requires_grad=True)
     labels = torch.full((1, 1, 4, 4, 4), UNANNOTATED)
-    loss = DiceAndCrossEntropy(3)
+    loss = DiceAndCrossEntropy(3, has_ignored=True)
     value = loss(scores, labels, float(loss.weight_sum(labels)))
     value.backward()
     assert math.isfinite(value.item())
