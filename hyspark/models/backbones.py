@@ -12,8 +12,9 @@ import torchvision
 from monai.networks import nets
 from torch import Tensor, nn
 
-from hyspark.models.network_faults import UnsupportedNetworkError, first_line
+from hyspark.models.network_faults import UnsupportedNetworkError
 from hyspark.utils.log import LOG
+from hyspark.utils.text import first_line
 
 MONAI_BACKBONES = (*(f"resnet{depth}" for depth in (10, 18, 34, 50, 101, 152, 200)), "segresnet", "dynunet")
 TIMM_FAMILIES = (

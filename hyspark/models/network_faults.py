@@ -8,6 +8,8 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from hyspark.utils.text import first_line
+
 ATTENTION = re.compile(r"Attention|Attn|MultiQuery|Transformer|Mixer")
 """Names of the classes of modules that mix all positions."""
 CHANNEL_ATTENTION = re.compile(r"Channel|Spatial|Split|Kernel|Radix|Cbam|Squeeze|Eca|Gather|Pool")
@@ -43,17 +45,12 @@ def explain_faults(network: nn.Module, task: str) -> Iterator[None]:
 def describe_fault(network: nn.Module, error: Exception, task: str) -> str:
     """Describe where in a network an error arose, and why."""
     where = failing_module(network, error.__traceback__)
-    text = first_line(error).rstrip(".")
+    text = first_line(error)[:300].rstrip(".") if str(error).strip() else ""
     is_plain = isinstance(error, NotImplementedError | ValueError | AssertionError) and text
     reason = text if is_plain else f"{type(error).__name__}: {text}" if text else type(error).__name__
     attention = find_attention(network)
     hint = f"; it has attention ({attention}), which mixes all positions" if attention else ""
     return f"{type(network).__name__} does not {task}: {where}{reason}{hint}"
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text."""
-    return (str(error).strip().splitlines() or [""])[0][:300]
 
 
 def failing_module(network: nn.Module, traceback: TracebackType | None) -> str:

@@ -20,8 +20,7 @@ class DiceAndCrossEntropy(nn.Module):
     Args:
         num_classes: Number of classes, background included.
         background_weight: Weight of the background.
-        has_ignored: Whether labels may hold UNANNOTATED. Told, not looked up: a look at a GPU's labels makes every step
-            wait for it.
+        has_ignored: Whether labels may hold UNANNOTATED. To look it up in a GPU's labels would make every step wait.
     """
 
     def __init__(self, num_classes: int, background_weight: float = 1.0, *, has_ignored: bool = False) -> None:

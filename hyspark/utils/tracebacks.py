@@ -3,7 +3,7 @@
 from pathlib import Path
 from types import FrameType
 
-READERS = {
+READING_MODULES = {
     *("PIL", "_pickle", "blosc2", "codecs", "csv", "_csv", "encodings", "gzip", "isal", "json", "nibabel", "pickle"),
     *("pydicom", "safetensors", "safetensors_rust", "yaml", "zipfile", "zlib"),
 }
@@ -25,7 +25,7 @@ def damaged_file(error: BaseException) -> str:
     """
     found = frames(error)
     modules = {type(error).__module__, found[-1].f_globals.get("__name__", "")}
-    if not {module.partition(".")[0] for module in modules} & READERS:
+    if not {module.partition(".")[0] for module in modules} & READING_MODULES:
         return ""
     own = [frame.f_locals for frame in reversed(found) if is_own(frame)]
     values = [variables.get(name) for variables in own for name in FILE_NAMES]

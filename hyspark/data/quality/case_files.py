@@ -22,11 +22,10 @@ from hyspark.data.readers.header import NiftiError, NiftiHeader, read_nifti_head
 from hyspark.data.readers.label_values import whole_values
 from hyspark.data.readers.nifti import read_voxels
 from hyspark.data.settings import PrepareSettings
-from hyspark.utils.text import first_line
+from hyspark.utils.text import first_line, format_bytes
 
 LARGEST = float(np.finfo(np.float32).max)
 """Largest value of float32, in which values are prepared."""
-GB = 10**9
 SAMPLED = 1_000_000
 """Number of evenly spaced voxels by which an image's values are judged."""
 
@@ -117,11 +116,14 @@ def fits_memory(header: NiftiHeader, settings: PrepareSettings, files: CaseFiles
     if not header.has_position:
         return True
     voxels = np.prod(np.array(header.shape) * voxel_sizes(header.affine) / settings.spacing)
-    needed, memory = voxels * np.dtype(np.float32).itemsize / GB, psutil.virtual_memory().total / GB
+    needed, memory = voxels * np.dtype(np.float32).itemsize, psutil.virtual_memory().total
     if needed <= memory:
         return True
     spacing = " x ".join(f"{edge:g}" for edge in settings.spacing)
-    files.add(header.path, iter([("too large", f"{needed:.3g} GB at {spacing} mm, of {memory:.3g} GB of memory")]))
+    files.add(
+        header.path,
+        iter([("too large", f"{format_bytes(needed)} at {spacing} mm, of {format_bytes(memory)} of memory")]),
+    )
     return False
 
 

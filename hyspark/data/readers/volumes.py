@@ -13,6 +13,7 @@ from nibabel.affines import voxel_sizes
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
 from hyspark.data.datasets.data_folder import read_data_folder
+from hyspark.data.datasets.file_names import OTHER_FORMATS
 from hyspark.data.datasets.subjects import subjects_of
 from hyspark.data.readers.dicom import Header, read_headers
 from hyspark.data.readers.hounsfield import check_units, read_series
@@ -24,11 +25,6 @@ from hyspark.utils.text import first_line, listing
 
 MAX_TITLE_LENGTH = 80
 """Characters of a patient or case in a file name."""
-OTHER_FORMATS = {
-    ending: f"{ending} (convert to NIfTI)"
-    for ending in (".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".img", ".gipl")
-}
-"""Kinds of files of volumes that are not read, by the ending of their names."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +190,8 @@ def add_series(
             found.damaged.append((str(path), read))
             damaged.setdefault(path.parent, []).append(path)
         elif read is None:
-            found.add_other(OTHER_FORMATS.get(path.suffix.lower(), "no image"), path)
+            ending = path.suffix.lower()
+            found.add_other(f"{ending} (convert to NIfTI)" if ending in OTHER_FORMATS else "no image", path)
         elif read[0].modality != "CT":
             found.add_other(read[0].modality, path)
         else:

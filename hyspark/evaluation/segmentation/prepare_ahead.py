@@ -15,15 +15,12 @@ from hyspark.data.preprocessing.prepare import prepare_case
 from hyspark.data.readers.nifti import file_grid
 from hyspark.data.settings import PrepareSettings
 from hyspark.evaluation.failures import case_failure
-from hyspark.utils.processes import worker_pool
+from hyspark.utils.processes import KILLED, worker_pool
 
 MAX_PREPARE_WORKERS = 4
 """Waiting volumes take memory; this number of workers keeps ahead of any network."""
 BYTES_PER_STORED_VOXEL, BYTES_PER_PREPARED_VOXEL = 12, 24
 """Memory of a preparation at its peak, per voxel of the file and of the prepared grid."""
-KILLED = (
-    "preparing it ended its process, alone too: it was killed, perhaps for its memory; free memory, or crop the volume"
-)
 
 Prepared = dict[str, Any] | str
 """The result of `prepare_case`, or the reason why there is none."""

@@ -29,7 +29,7 @@ from hyspark.models.weights.third_party import (
     find_decoder_width,
     match_third_party,
 )
-from hyspark.models.weights.values import check_values
+from hyspark.models.weights.values import check_loaded
 
 MASK_TOKEN = "mae.mask_token"
 ENCODER = ("embeddings.", "mae.")
@@ -142,7 +142,7 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Any] | l
     given = chosen.tensors
     check_num_heads(model, made_with(contents), name)
     found = match_own(model, given, name) if own else match_third_party(model, given, name)
-    check_values(found.loaded, model.state_dict(), name)
+    check_loaded(found.loaded, model.state_dict(), name)
     state = model.state_dict()  # its own, for the versions that some networks keep beside the values
     state.update(found.loaded)
     model.load_state_dict(state)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def check_values(loaded: dict[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> None:
+def check_loaded(loaded: dict[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> None:
     """Check values that are to be loaded; sparse ones become dense.
 
     Args:
