@@ -24,7 +24,7 @@ from hyspark.tasks import pretrain as tasks_pretrain
 from hyspark.tasks.masked_task import MaskedTask
 from hyspark.training.distributed import find_processes
 from hyspark.training.run_folder import checkpoint_file, steps_per_epoch
-from hyspark.training.run_volumes import prepare_volumes
+from hyspark.training.run_volumes import prepare_run_volumes
 from hyspark.training.signals import STOPPED
 from hyspark.utils.atomic import write_json
 
@@ -130,7 +130,7 @@ def plan(config: PretrainConfig, budget: Budget) -> dict[str, Any]:
     processes = find_processes(config.device)
     training, validation = tasks_pretrain.find_pretraining_cases(config)
     clock = time.monotonic()
-    prepare_volumes(config, processes, Path(config.data), [*training, *validation])
+    prepare_run_volumes(config, processes, Path(config.data), training, validation)
     preparing = time.monotonic() - clock
     crops = crops_per_process(config, processes)
     task = MaskedTask(config, Shard(config.batch_size, 0, 1), [], [])

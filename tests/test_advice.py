@@ -11,8 +11,8 @@ from hyspark.config.yaml_files import recipe_files
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "hyspark").rglob("*.py"))
-OF_OTHERS = {"--nproc_per_node", "--porcelain", "--untracked"}
-"""Flags of torchrun and git."""
+OF_OTHERS = {"--nproc_per_node", "--porcelain", "--untracked", "--ml", "python zero_to_fp32.py"}
+"""Flags of torchrun, git and TotalSegmentator, and DeepSpeed's script beside its weights."""
 FLAGS = {
     flag for verb in main.VERBS for action in completion.verb_parser(verb)._actions for flag in action.option_strings
 } | {"--version", "--completion"}
@@ -36,7 +36,7 @@ def messages(path: Path) -> list[tuple[int, str]]:
 def wrong_advice(text: str) -> list[str]:
     """What a user cannot type of a message."""
     wrong = [flag for flag in re.findall(r"(?<![\w-])--[a-z][a-z_0-9]+", text) if flag not in FLAGS | OF_OTHERS]
-    wrong += [word for word in re.findall(r"\bpython3? [\w/]+\.py\b", text)]
+    wrong += [word for word in re.findall(r"\bpython3? [\w/]+\.py\b", text) if word not in OF_OTHERS]
     for verb in re.findall(r"(?:`|by: |type |run )hyspark ([a-z][a-z-]*)", text):
         wrong += [] if verb in main.VERBS else [f"hyspark {verb}"]
     for name in re.findall(r"--config (?:configs/)?([a-z]\w*)", text):

@@ -74,7 +74,7 @@ def report_bug(error: BaseException, ranks: str) -> None:
 def reader_has_ended() -> bool:
     """Return whether whatever reads the output has ended, as `| head` does; if so, write no more."""
     try:
-        sys.stdout.flush()
+        print(flush=True)  # what was not written before may be lost, so that a flush alone may succeed
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True

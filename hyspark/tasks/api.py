@@ -19,13 +19,14 @@ from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import read_yaml, typed_values
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.config.shared import RunSettings
+from hyspark.data.datasets.inputs import read_inputs
 from hyspark.evaluation.classification.evaluate import evaluate_classification
 from hyspark.evaluation.classification.predict import predict_classification
 from hyspark.evaluation.network_kind import NetworkKind, kind_of_network
 from hyspark.evaluation.protocol import FAILED, unscored_cases
 from hyspark.evaluation.score_table import read_score_table
 from hyspark.evaluation.segmentation.evaluate import evaluate_segmentation
-from hyspark.evaluation.segmentation.predict import find_inputs, predict_segmentation
+from hyspark.evaluation.segmentation.predict import predict_segmentation
 from hyspark.evaluation.segmentation.scoring_protocol import Scoring
 from hyspark.tasks.classification import run_classification
 from hyspark.tasks.pretrain import run_pretraining
@@ -214,7 +215,7 @@ def predict(
         return Predictions([written], failures)
     scoring = Scoring(**{name: options.pop(name) for name in WINDOWING if name in options})
     options["num_workers"] = options.pop("prepare_workers", 0)
-    names = [case.name for case in find_inputs(paths)]
+    names = [case.name for case in read_inputs(paths).cases]
     failures = predict_segmentation(Path(weights), paths, Path(out), scoring=scoring, device=device, **options)
     return Predictions([Path(out) / f"{name}.nii.gz" for name in names if name not in failures], failures)
 

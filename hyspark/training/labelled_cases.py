@@ -125,13 +125,3 @@ def label_fault(volume: StoredVolume, names: Sequence[str]) -> str:
         f"({', '.join(names)}); classes come from the training data's dataset.json, or from --out_channels if that "
         "names none"
     )
-
-
-def check_labels(volumes: Sequence[StoredVolume], names: Sequence[str]) -> None:
-    """Check that labels hold no other values than classes.
-
-    Raises:
-        ValueError: Some do; the message lists all.
-    """
-    if wrong := [f"{v.name}: {why}" for v in volumes if (why := label_fault(v, names))]:
-        raise ValueError("\n".join(wrong))

@@ -42,6 +42,12 @@ def data_memory() -> int | None:
     return getattr(psutil.Process().memory_info(), "data", None)
 
 
+def release_cached_memory(device: torch.device) -> None:
+    """Return to the system what torch holds on a GPU without using it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def synchronise_device(processes: Processes) -> None:
     """Wait until the device has finished its queue."""
     if processes.device.type == "cuda":

@@ -329,7 +329,7 @@ def test_datalist_that_finds_nothing(tmp_path, capsys):
     assert "imagesTr" in message
     assert not (tmp_path / "dataset.json").exists()
     missing = fails(["datalist", "--data", str(tmp_path / "none")], capsys)
-    assert "expected a folder that holds DatasetXXX_Name/imagesTr" in missing
+    assert "none: no such file or folder" in missing
 
 
 def test_datalist_with_duplicates(tmp_path, capsys):
@@ -337,7 +337,7 @@ def test_datalist_with_duplicates(tmp_path, capsys):
     make_dataset(tmp_path / "Dataset001_A", "a", ending=".nii")
     message = fails(["datalist", "--data", str(tmp_path)], capsys)
     assert "a_0000.nii.gz" in message
-    assert "a_0000.nii " in message
+    assert "a_0000.nii;" in message
     assert not (tmp_path / "dataset.json").exists()
 
 

@@ -83,12 +83,12 @@ def test_a_data_list_is_read_and_its_halves_share_no_subject(tmp_path):
     names = [f"{subject}_t{visit}" for subject in "abcdef" for visit in (1, 2)]
     for name in names:
         for kind in ("image", "label"):
-            (tmp_path / f"{name}_{kind}.nii.gz").touch()
-    entries = [{"image": f"{n}_image.nii.gz", "label": f"{n}_label.nii.gz"} for n in names]
+            (tmp_path / f"{kind}_{name}.nii.gz").touch()
+    entries = [{"image": f"image_{n}.nii.gz", "label": f"label_{n}.nii.gz"} for n in names]
     (tmp_path / "dataset.json").write_text(json.dumps({"training": entries[:10], "validation": entries[10:]}))
     for path in (tmp_path, tmp_path / "dataset.json"):
         cases = find_probe_cases(path, 10)
-        fit, score = ({c.name[0] for c in half} for half in (cases.fit, cases.score))
+        fit, score = ({c.name.removeprefix("image_")[0] for c in half} for half in (cases.fit, cases.score))
         assert fit
         assert score
         assert not fit & score

@@ -50,8 +50,9 @@ def test_faults_give_1_and_are_named_with_their_files(phantoms, tmp_path, capsys
     page = (tmp_path / "out" / "check.html").read_text()
     assert "<b>&x" not in page
     assert "&lt;b&gt;&amp;x" in page
-    (finding,) = json.loads((tmp_path / "out" / "check.json").read_text())["findings"]
+    finding, note = json.loads((tmp_path / "out" / "check.json").read_text())["findings"]
     assert (finding["kind"], finding["file"], finding["severity"]) == ("empty file", str(first), "error")
+    assert (note["kind"], note["severity"]) == ("image without label", "note")
 
 
 def test_notes_alone_give_0(phantoms, tmp_path):
@@ -64,7 +65,7 @@ def test_notes_alone_give_0(phantoms, tmp_path):
 
 def test_what_cannot_be_checked_gives_2(tmp_path, capsys):
     assert run(tmp_path / "nothing") == 2
-    assert "expected a JSON, or a folder with DatasetXXX_Name" in capsys.readouterr().err
+    assert "nothing: no such file or folder" in capsys.readouterr().err
 
 
 def test_a_data_set_of_broken_files_alone_still_gives_a_report(tmp_path):

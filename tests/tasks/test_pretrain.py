@@ -11,7 +11,8 @@ from monai.networks.nets import SegResNet
 
 import hyspark
 from hyspark.config.shared import EncoderSettings
-from hyspark.data.datasets import datalist_json, nnunet
+from hyspark.data.datasets import datalist_json
+from hyspark.data.datasets.data_folder import read_data_folder
 from hyspark.evaluation.linear_probe import ProbeCases, find_probe_cases, make_probe, probe_encoder
 from hyspark.tasks.launch import load_state
 from hyspark.tasks.masked_task import MaskedTask
@@ -243,7 +244,9 @@ def test_volumes_may_train_a_network_of_monai(pretraining):
 
 
 def test_no_data_list_says_how_to_make_one(pretraining, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"dataset\.json; make it by: hyspark datalist --data"):
+    with pytest.raises(FileNotFoundError, match=r"list\.json; make it by: hyspark datalist --data"):
+        run_pretraining(replace(pretraining, data=str(tmp_path / "list.json")))
+    with pytest.raises(FileNotFoundError, match=r"expected DatasetXXX_Name/imagesTr.* found no image"):
         run_pretraining(replace(pretraining, data=str(tmp_path)))
 
 
@@ -297,7 +300,7 @@ def probe_of(config):
 
 def test_an_unreadable_case_of_the_probe_stops_the_run_or_is_excluded(probing, tmp_path, caplog):
     data = shutil.copytree(probing.probe_data, tmp_path / "Dataset901_Probe")
-    one, two, three = nnunet.dataset_cases(data, labels=True, channel="0000")
+    one, two, three = read_data_folder(data).cases
     two.image.write_bytes(b"no volume")
     config = replace(probing, probe_data=str(data), store_dir=str(tmp_path / "store"))
     cases = ProbeCases([one, two], [three], {})
@@ -340,6 +343,6 @@ def test_probe_data_that_does_not_fit_is_noticed_before_preparation(probing, tmp
     config = replace(probing, store_dir=str(tmp_path / "store"), probe_cases=9)
     with pytest.raises(ValueError, match=r"probe_cases is 9, but .* has \d labelled training cases"):
         run_pretraining(config)
-    with pytest.raises(FileNotFoundError, match="nowhere: expected a folder with imagesTr and labelsTr"):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file or folder"):
         run_pretraining(replace(config, probe_data=str(tmp_path / "nowhere")))
     assert not (tmp_path / "store").exists()

@@ -40,5 +40,5 @@ def test_errors_and_logs_of_a_call(caplog):
 
 
 def test_the_public_functions_speak_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"^data .*: no such folder"):
+    with pytest.raises(FileNotFoundError, match=r"^data .*: no such file or folder"):
         hyspark.pretrain(data=str(tmp_path / "none"), out=str(tmp_path / "run"))

@@ -44,7 +44,8 @@ def read_data_folder(
         raise ValueError(f'channel: expected four digits as in nnU-Net\'s file names ("0000"), got {channel!r}')
     path = Path(os.path.abspath(path))
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: expected a folder that holds DatasetXXX_Name/imagesTr, found none")
+        there = "expected a folder, got a file" if path.exists() else "no such file or folder"
+        raise FileNotFoundError(f"{path}: {there}")
     found = FoundData(path)
     folders = [path] if is_data_set(path) else data_sets_below(path, found)
     for folder in folders:

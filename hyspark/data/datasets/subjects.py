@@ -32,8 +32,8 @@ LARGE_SUBJECT = 0.2
 def subject_of(name: str, pattern: str = "") -> str:
     """Return the subject in a case name; a name without a marker is its own subject.
 
-    Markers are "__", "_visit", "_session", "_ses-"; behind a name with a digit also "_scan2", "_series2", "_t2". The
-    subject is the part before the first of them. "sub-XX" is BIDS's subject. Case is ignored.
+    Markers are "__", "_visit", "_session", "_ses-", "_t2" at the end; behind a name with a digit also "_scan2",
+    "_series2", "_t2". The subject is the part before the first of them. "sub-XX" is BIDS's subject. Case is ignored.
 
     Args:
         name: name of the case.
@@ -116,8 +116,13 @@ def is_inner_folder(name: str) -> bool:
 
 
 def is_scan_marker(name: str, found: re.Match[str]) -> bool:
-    """Return whether a match of SCAN marks one scan of a subject: a digit before it, and none behind a time."""
+    """Return whether a match of SCAN marks one scan of a subject.
+
+    A digit comes before it, and none behind a time; a time at the very end needs no digit before it.
+    """
     is_time = found[1].lower() == "t"
+    if is_time and found.end() == len(name):
+        return True
     return bool(re.search(r"\d", name[: found.start()])) and not (is_time and re.search(r"\d", name[found.end() :]))
 
 

@@ -29,8 +29,8 @@ PADDING = -1100
 """HU below which values are padding outside the scanner's field, such as -2000 or -3024."""
 OFFSETS = (1024, 1000)
 """Numbers that are commonly added to HU to avoid negative values."""
-MAX_UNSIGNED, LEAST_WRAPPED = 65535, 64000
-"""Range of negative HU that are read as unsigned 16 bits."""
+MAX_UNSIGNED, LEAST_WRAPPED, LARGEST_HU = 65535, 62000, 20000
+"""Range of negative HU that are read as unsigned 16 bits, with or without an offset; no HU lie far above metal."""
 NARROW = 20
 """Range of 99 % of the values, in HU, that noise alone exceeds in any CT."""
 
@@ -79,7 +79,7 @@ def image_kind(low: float, high: float, sample: np.ndarray) -> ImageKind:
 
 def decide_kind(low: float, high: float, sample: np.ndarray, values: np.ndarray) -> tuple[ImageKindName, bool]:
     """Return the kind, and whether it is sure."""
-    if low >= 0 and LEAST_WRAPPED < high <= MAX_UNSIGNED and fraction(values, LEAST_WRAPPED, MAX_UNSIGNED) > 1e-3:
+    if low >= PADDING and LEAST_WRAPPED < high <= MAX_UNSIGNED and is_wrapped(values):
         return "wrapped around", True
     if low >= 0 and high <= 255 and is_label_map(sample):
         return "label map", True
@@ -107,6 +107,12 @@ def decide_kind(low: float, high: float, sample: np.ndarray, values: np.ndarray)
 def fraction(values: np.ndarray, low: float, high: float) -> float:
     """Return the fraction of values from `low` to `high`."""
     return float(np.mean((values >= low) & (values <= high))) if values.size else 0.0
+
+
+def is_wrapped(values: np.ndarray) -> bool:
+    """Return whether some values are negative HU read as unsigned 16 bits, and hardly any lie between them and HU."""
+    wrapped = fraction(values, LEAST_WRAPPED, MAX_UNSIGNED)
+    return wrapped > 1e-3 and fraction(values, LARGEST_HU, LEAST_WRAPPED) < wrapped / 10
 
 
 def without_background(values: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ KNOWN_CODES = range(6)
 SINGULAR = 1e-3
 """Determinant of the axes' directions below which an affine counts as singular."""
 SPAN = (1.0, 10_000.0)
-"""Range of mm that a volume of a patient spans on each axis."""
+"""Range of mm that a volume of a patient spans on its longest axis."""
 HALF_VOXEL = 0.5 + 1e-3
 """Voxels by which two grids may differ on each axis, with room for rounding."""
 EDGE_TOLERANCE = 0.01
@@ -89,7 +89,7 @@ def affine_and_faults(raw: Any, shape: tuple[int, int, int]) -> tuple[np.ndarray
         return affine, [*faults, ("singular affine", reason)]
     faults += unit_faults
     span = np.array(shape) * voxel_sizes(affine)
-    if min(span) < SPAN[0] or max(span) > SPAN[1]:
+    if not SPAN[0] <= max(span) <= SPAN[1]:
         faults.append(("impossible spacing", f"{list_of(voxel_sizes(affine))} mm between {list_of(shape)} voxels"))
     if sform is not None and qform is not None:
         faults += compare_forms(sform, qform, shape)

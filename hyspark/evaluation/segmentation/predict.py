@@ -175,11 +175,6 @@ def settle(case: Case, written: Future[None], failures: dict[str, str]) -> None:
         failures.setdefault(case.name, f"{case.image}: {case_failure(error)}")
 
 
-def find_inputs(inputs: Sequence[Path]) -> list[Case]:
-    """Find the volumes of NIfTI files and folders; see `read_inputs`."""
-    return read_inputs(inputs).cases
-
-
 def check_targets(cases: Sequence[Case], targets: dict[str, Path], overwrite: bool) -> None:
     """Check that no output replaces an input, or, without `overwrite`, a file.
 

@@ -17,7 +17,7 @@ from monai.data.utils import compute_importance_map, dense_patch_slices
 from torch import Tensor
 
 from hyspark.evaluation.segmentation.slab_storage import ITEM, Slab, SlabStorage
-from hyspark.training.memory import is_out_of_memory
+from hyspark.training.memory import is_out_of_memory, release_cached_memory
 
 Model = Callable[[Tensor], Tensor]
 
@@ -192,8 +192,7 @@ def passes(model: Model, crops: Tensor, device: torch.device) -> Iterator[Tensor
         if len(crops) == 1 or not is_out_of_memory(error):
             raise
     if scores is None:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_cached_memory(device)
         for half in crops.split(-(-len(crops) // 2)):
             yield from passes(model, half, device)
         return

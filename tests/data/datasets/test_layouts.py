@@ -8,10 +8,10 @@ import pytest
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets.build import build_datalist
+from hyspark.data.datasets.inputs import read_inputs
 from hyspark.data.quality.check import find_dataset
 from hyspark.data.readers.volumes import find_ct_volumes
 from hyspark.evaluation.segmentation.labelled_data import find_labelled
-from hyspark.evaluation.segmentation.predict import find_inputs
 from hyspark.tasks.pretrain import find_pretraining_cases
 from hyspark.training.labelled_cases import find_run_cases
 
@@ -149,10 +149,10 @@ def test_all_verbs_find_the_same_images(layout):
     if not (folder / "Dataset001_A/dataset.json").exists() or (folder / "Dataset001_A/imagesTr").is_dir():
         found = find_ct_volumes([folder], min_slices=1, skip=Path(), num_workers=1, progress=False)
         assert {volume.source for volume in found.volumes} == images
-    assert images_of(find_inputs([folder])) == images
+    assert images_of(read_inputs([folder]).cases) == images
     if (folder / "imagesTr").is_dir():
         odd = {file for file in (folder / "imagesTr").glob("odd.nii.gz")}  # a name that only check knows for odd
-        assert images_of(find_inputs([folder / "imagesTr"])) == images | odd
+        assert images_of(read_inputs([folder / "imagesTr"]).cases) == images | odd
 
 
 def test_labelled_verbs_find_the_same_pairs(layout):
@@ -203,7 +203,7 @@ def test_doubtful_files_are_named(tmp_path):
     for name in ("loose/x.nii.gz", "loose/x.nii", "data/Dataset001_A/imagesTr/c_0000.nii.gz"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    for find in (lambda: find_inputs([tmp_path / "loose"]), lambda: build_datalist(tmp_path / "loose")):
+    for find in (lambda: read_inputs([tmp_path / "loose"]).cases, lambda: build_datalist(tmp_path / "loose")):
         with pytest.raises(ValueError, match=r"x\.nii\.gz: another file for the case of .*x\.nii; expected one file"):
             find()
     data = tmp_path / "data"
@@ -222,7 +222,7 @@ def test_explicit_files_of_other_channels_and_label_maps_are_not_predicted(tmp_p
     for name in names:
         (tmp_path / name).touch()
     given = [tmp_path / name for name in names]
-    assert [case.image.name for case in find_inputs(given[::-1])] == ["q.nii.gz", "p_0000.nii.gz"]
-    assert [case.name for case in find_inputs([tmp_path / "r_0001.nii.gz"])] == ["r_0001"]
-    assert [case.name for case in find_inputs([tmp_path / "q_seg.nii.gz"])] == ["q_seg"]
-    assert [case.image.name for case in find_inputs([tmp_path])] == ["p_0000.nii.gz", "q.nii.gz"]
+    assert [case.image.name for case in read_inputs(given[::-1]).cases] == ["q.nii.gz", "p_0000.nii.gz"]
+    assert [case.name for case in read_inputs([tmp_path / "r_0001.nii.gz"]).cases] == ["r_0001"]
+    assert [case.name for case in read_inputs([tmp_path / "q_seg.nii.gz"]).cases] == ["q_seg"]
+    assert [case.image.name for case in read_inputs([tmp_path]).cases] == ["p_0000.nii.gz", "q.nii.gz"]

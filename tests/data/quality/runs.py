@@ -1,6 +1,5 @@
 """What `check` finds in a data set, and what each run does with it: the real ways up to the first step."""
 
-import inspect
 import re
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,18 +12,19 @@ from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets import build, datalist_json
 from hyspark.data.datasets.cases import Case
+from hyspark.data.datasets.inputs import read_inputs
 from hyspark.data.preprocessing.prepare import PREPARE_ERRORS
 from hyspark.data.quality.check import check_dataset
 from hyspark.data.quality.findings import Finding
 from hyspark.data.readers.nifti import read_label
 from hyspark.data.readers.volumes import find_ct_volumes, read_volume
 from hyspark.evaluation.segmentation.labelled_data import find_labelled
-from hyspark.evaluation.segmentation.predict import find_inputs, prepared_or_reason
+from hyspark.evaluation.segmentation.prepare_ahead import prepared_or_reason
 from hyspark.reports.data_check_page import data_check_text, data_set_facts
 from hyspark.tasks.pretrain import find_pretraining_cases
 from hyspark.training.distributed import Processes, find_processes
-from hyspark.training.labelled_cases import check_labels, find_labelled_cases, label_fault
-from hyspark.training.run_volumes import prepare_run_volumes, prepare_volumes
+from hyspark.training.labelled_cases import find_labelled_cases, label_fault
+from hyspark.training.run_volumes import prepare_run_volumes
 from hyspark.utils.text import first_line
 from tests.data.quality.small_data import SPACING, SmallData
 
@@ -184,14 +184,11 @@ class Runs:
             outcome.cases = cases
             values = labels or {f"class_{value}": value for value in range(3)}
             names = [f"class_{value}" for value in range(max(values.values()) + 1)]
-            volumes = prepare_volumes(replace(config, data=str(path)), self.processes, path, cases)
-            check_labels(volumes, names)
+            fault = partial(label_fault, names=names)
+            prepare_run_volumes(replace(config, data=str(path)), self.processes, path, cases, [], fault)
             for case in cases:
                 assert case.label
-                if "image" in inspect.signature(read_label).parameters:
-                    read_label(case.label, case.image, len(names), case.ignore)
-                else:
-                    read_label(case.label, len(names), case.ignore)
+                read_label(case.label, case.image, len(names), case.ignore)
 
         guarded(outcome, run)
         attribute(outcome)
@@ -202,7 +199,7 @@ class Runs:
         config = SegmentationConfig(**self.settings)
 
         def run() -> None:
-            outcome.cases = find_inputs([data.folder / "imagesTr"])
+            outcome.cases = read_inputs([data.folder / "imagesTr"]).cases
             for case in outcome.cases:
                 content = case.image.suffix.encode() + (case.image.read_bytes() if case.image.is_file() else b"")
                 if content in self.predicted:

@@ -19,6 +19,7 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 from hyspark.cli.main import main
 from hyspark.config.recipes import as_plain
 from hyspark.config.segmentation import SegmentationConfig
+from hyspark.data.datasets.inputs import read_inputs
 from hyspark.evaluation.segmentation import predict, segmenter
 from hyspark.evaluation.segmentation import prepare_ahead as prepare_ahead_module
 from hyspark.evaluation.segmentation.inference import TrainedNetwork, hybird_from_config
@@ -134,7 +135,7 @@ def test_several_volumes_and_a_broken_one(knowing, tmp_path, capsys):
 def test_workers_keep_the_order(tmp_path):
     for name in "cab":
         write_volume(tmp_path / f"{name}.nii.gz")
-    cases = predict.find_inputs([tmp_path / "c.nii.gz", tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"])
+    cases = read_inputs([tmp_path / "c.nii.gz", tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"]).cases
     ahead = list(prepare_ahead(cases, CONFIG, 2, 10**12))
     assert [case.name for case, _ in ahead] == ["c", "a", "b"]
     alone = list(prepare_ahead(cases, CONFIG, 1, 10**12))
@@ -169,16 +170,16 @@ def test_inputs_that_cannot_be(tmp_path):
     for folder in ("a", "b"):
         write_volume(tmp_path / folder / "x_0000.nii.gz")
     with pytest.raises(ValueError, match="two volumes are named x"):
-        predict.find_inputs([tmp_path / "a", tmp_path / "b"])
+        read_inputs([tmp_path / "a", tmp_path / "b"])
     with pytest.raises(FileNotFoundError, match="c: no such file or folder"):
-        predict.find_inputs([tmp_path / "c"])
-    assert [case.name for case in predict.find_inputs([tmp_path])] == ["a-x", "b-x"]
+        read_inputs([tmp_path / "c"])
+    assert [case.name for case in read_inputs([tmp_path]).cases] == ["a-x", "b-x"]
     (tmp_path / "c").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no NIfTI file"):
-        predict.find_inputs([tmp_path / "c"])
+        read_inputs([tmp_path / "c"])
     (tmp_path / "x.txt").write_text("")
     with pytest.raises(ValueError, match="is no NIfTI file"):
-        predict.find_inputs([tmp_path / "x.txt"])
+        read_inputs([tmp_path / "x.txt"])
 
 
 def test_flips_of_left_and_right_need_pairs(monkeypatch, tmp_path):
@@ -326,7 +327,7 @@ def test_a_worker_that_is_killed_costs_its_case_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(prepare_ahead_module, "prepared_or_reason", killed_or_prepared)
     forked = multiprocessing.get_context("fork")  # in place of processes that import torch anew
     monkeypatch.setattr(prepare_ahead_module, "worker_pool", lambda num: ProcessPoolExecutor(num, forked))
-    found = {case.name: made for case, made in prepare_ahead(predict.find_inputs([tmp_path]), CONFIG, 2, 10**12)}
+    found = {case.name: made for case, made in prepare_ahead(read_inputs([tmp_path]).cases, CONFIG, 2, 10**12)}
     assert list(found) == ["a", "b", "c", "d"]
     assert "was killed, perhaps for its memory" in found.pop("b")
     assert found == {name: {"image": name} for name in "acd"}
@@ -336,7 +337,7 @@ def test_large_volumes_are_prepared_by_fewer_workers(monkeypatch, tmp_path):
     """As many as their memory allows, one at least."""
     for name in "abcd":
         write_volume(tmp_path / f"{name}.nii.gz")
-    cases = predict.find_inputs([tmp_path])
+    cases = read_inputs([tmp_path]).cases
     size = prepare_ahead_module.estimate_bytes(cases[0], CONFIG)
     assert 24 * 22 * 20 * 12 < size < 24 * 22 * 20 * 100
     at_once = []

@@ -127,7 +127,7 @@ def test_a_choice_that_is_the_users_is_refused_with_a_flag_that_works(contents, 
 
 
 def test_the_flag_on_the_command_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("hyspark.cli.commands.third_party_network", lambda args: Tiny())
+    monkeypatch.setattr("hyspark.cli.commands.third_party_network", lambda args, argv: Tiny())
     torch.save({"a": OWN, "b": OTHER}, tmp_path / "two.pth")
     with pytest.raises(SystemExit) as stopped:
         main(["weights", str(tmp_path / "two.pth"), "--model", "tiny"])
