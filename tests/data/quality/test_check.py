@@ -537,7 +537,7 @@ def test_preparation_refuses_what_check_calls_an_error(data, kind, part, functio
     examined, _ = check_dataset(data.folder, num_workers=1, progress=False)
     for seen in examined:
         is_small = kind == "odd spacing" and seen.case.image == data.image
-        edge = 0.004 if is_small else 4.0  # of a grid that such an image fills
+        edge = 0.4 if is_small else 4.0  # of a grid that such an image fills
         outcome = prepare_into(seen.case, PrepareSettings(spacing=(edge,) * 3), data.folder / seen.case.name)
         errors = [f for f in seen.findings if f.severity == "error" and f.kind not in CLASSES_ALONE]
         assert outcome.errors == tuple(map(str, errors))
