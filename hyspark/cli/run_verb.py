@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from hyspark.utils.exit_codes import FOUND, INTERRUPTED, WRONG_USE
+from hyspark.utils.log import set_up_log
 from hyspark.utils.text import first_line
 from hyspark.utils.tracebacks import damaged_file, raised_here
 
@@ -20,6 +21,7 @@ def run_verb(function: Callable[[Sequence[str]], None], argv: Sequence[str] | No
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold what a terminal cannot show
+    set_up_log()
     try:
         function(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:

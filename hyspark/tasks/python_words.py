@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from hyspark.utils.log import LOG
+from hyspark.utils.log import LOG, set_up_log
 
 ParamsT = ParamSpec("ParamsT")
 ReturnT = TypeVar("ReturnT")
@@ -21,6 +21,7 @@ def in_python_words(function: Callable[ParamsT, ReturnT]) -> Callable[ParamsT, R
 
     @functools.wraps(function)
     def wrapped(*args: ParamsT.args, **kwargs: ParamsT.kwargs) -> ReturnT:
+        set_up_log()
         LOG.addFilter(rewrite_record)
         try:
             return function(*args, **kwargs)

@@ -11,7 +11,6 @@ differentiable all-reduces. So several processes compute what one would with the
 import atexit
 import gc
 import inspect
-import logging
 import os
 import platform
 import sys
@@ -29,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hyspark.training import rank_errors
 from hyspark.training.batch_norm import global_batch_norm, synchronise_batch_norms
-from hyspark.utils.log import LOG
+from hyspark.utils.log import set_up_log
 from hyspark.utils.text import first_line
 
 ResultT = TypeVar("ResultT")
@@ -90,9 +89,8 @@ def find_processes(device: str) -> Processes:
         check_devices(torch.cuda.device_count(), local_rank)
         torch.cuda.set_device(local_rank)
         device = f"cuda:{local_rank}"
-    logging.basicConfig(format="%(message)s")
+    set_up_log()
     rank = int(os.environ.get("RANK", 0))
-    LOG.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     return Processes(torch.device(device), rank, local_rank, world_size, dist.is_torchelastic_launched())
 

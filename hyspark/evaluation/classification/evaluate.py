@@ -22,8 +22,9 @@ from hyspark.evaluation.score_table import read_score_table
 from hyspark.figures.mistakes import mistakes_figure
 from hyspark.figures.panels import save_figure
 from hyspark.training import distributed
-from hyspark.training.distributed import LOG, Processes
+from hyspark.training.distributed import Processes
 from hyspark.training.labelled_images import LabelledImages, unreadable_images_message
+from hyspark.utils.log import LOG
 
 SCORE_FOLDERS = {"val": "scores", "test": "scores_test"}
 """Folders of scores in a run, by the subset of images that is scored."""

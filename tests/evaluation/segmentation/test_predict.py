@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import logging
 import multiprocessing
 import os
 import signal
@@ -27,6 +28,7 @@ from hyspark.evaluation.segmentation.prepare_ahead import prepare_ahead
 from hyspark.evaluation.segmentation.scoring_protocol import Scoring
 from hyspark.tasks import api
 from hyspark.training import checkpoint
+from hyspark.utils.log import LOG
 
 NAMES = ["background", "liver", "aorta"]
 CONFIG = SegmentationConfig(
@@ -130,6 +132,18 @@ def test_several_volumes_and_a_broken_one(knowing, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ial.nii.gz", "lps.nii.gz", "ras.nii.gz"]
     for name, labels in truth.items():
         assert np.array_equal(nibabel.load(tmp_path / "out" / f"{name}.nii.gz").get_fdata(), labels)
+
+
+@pytest.mark.parametrize("given", ["folder", "files"])
+def test_files_that_are_not_used_are_named(knowing, tmp_path, caplog, given):
+    """The level of the log is set before the files are found."""
+    for channel in ("0000", "0001"):
+        write_volume(tmp_path / "in" / f"a_{channel}.nii.gz")
+    inputs = [tmp_path / "in"] if given == "folder" else sorted((tmp_path / "in").iterdir())
+    LOG.setLevel(logging.WARNING)
+    main(["predict", "any", *map(str, inputs), f"--out={tmp_path / 'out'}", "--device=cpu", "--prepare_workers=1"])
+    assert "1 file not used, another channel" in caplog.text
+    assert "a_0001.nii.gz" in caplog.text
 
 
 def test_workers_keep_the_order(tmp_path):
