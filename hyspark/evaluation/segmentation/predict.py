@@ -125,8 +125,9 @@ def predict_cases(
     memory = int(segmenter.memory * GB) or free_main_memory() // 4
     bar = tqdm(total=len(cases), desc="predict", unit="volume", disable=not segmenter.processes.is_main)
     try:
-        with bar, ThreadPoolExecutor(1) as writer:
-            for case, prepared in prepare_ahead(cases, settings, num_workers, memory):
+        ahead = closing(prepare_ahead(cases, settings, num_workers, memory))
+        with bar, ahead as all_prepared, ThreadPoolExecutor(1) as writer:
+            for case, prepared in all_prepared:
                 bar.update()
                 if isinstance(prepared, str):
                     failures[case.name] = f"{case.image}: {prepared}"

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -42,7 +42,7 @@ class Waiting(NamedTuple):
 
 def prepare_ahead(
     cases: Sequence[Case], settings: PrepareSettings, num_workers: int, memory: int
-) -> Iterator[tuple[Case, Prepared]]:
+) -> Generator[tuple[Case, Prepared], None, None]:
     """Prepare cases in worker processes, ahead of their use; one worker, or one case, is this process itself.
 
     A case whose preparation kills its process fails alone: those that were prepared beside it are repeated one by one.
