@@ -31,7 +31,7 @@ from torch import Tensor
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.data.batches.crops import crop_start
 from hyspark.data.datasets import build, datalist_json
-from hyspark.data.datasets.cases import Case
+from hyspark.data.datasets.cases import UNANNOTATED, Case
 from hyspark.data.datasets.splits import SPLIT_SEED, split_by_subject
 from hyspark.data.preprocessing.prepare import failure_message
 from hyspark.data.preprocessing.store import StoredVolume
@@ -160,7 +160,7 @@ def cut_probe(
         for half in (fit, score)
     ]
     held = [set(np.unique(np.stack([label for _, label in boxes]))) for boxes in halves]
-    values = [0, *sorted((held[0] & held[1]) - {0})]
+    values = [0, *sorted((held[0] & held[1]) - {0, UNANNOTATED})]
     if len(values) == 1:
         raise ValueError(
             f"no class is labelled in both halves of the probe ({', '.join(v.name for v in fit)} and "
@@ -180,7 +180,7 @@ def labelled_box(volume: StoredVolume, size: Sequence[int], *position: int) -> t
     rng = np.random.default_rng(position)  # of its own: the probe is the same in runs of every seed
     shape = volume.entry.shape
     label = volume.read("label", (0,) * len(shape), shape)
-    values = np.unique(label)[np.unique(label) > 0]
+    values = np.setdiff1d(label, (0, UNANNOTATED))
     if not len(values):
         raise ValueError(
             f"{volume.name}: its label is empty, so that the probe has no use for it; remove it from the list"

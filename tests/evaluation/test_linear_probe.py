@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from hyspark.data.datasets.cases import UNANNOTATED
 from hyspark.data.preprocessing.store import StoredVolume, write_entry
 from hyspark.evaluation.linear_probe import (
     CROPS_PER_VOLUME,
@@ -98,6 +99,14 @@ def test_a_data_list_is_read_and_its_halves_share_no_subject(tmp_path):
 
 
 # Crops
+
+
+def test_ignored_voxels_are_no_class(tmp_path):
+    volumes = [volume(tmp_path, name, (1, 2, UNANNOTATED)) for name in "ab"]
+    probe = cut_probe(volumes[:1], volumes[1:], {}, SIZE)
+    assert probe.names == ["class_0", "class_1", "class_2"]
+    assert all((crop.label != IGNORED).any() for crop in (*probe.fit, *probe.score))
+    assert any((crop.label == IGNORED).any() for crop in (*probe.fit, *probe.score))
 
 
 def test_crops_are_the_same_every_time_and_the_classes_take_turns(tmp_path):

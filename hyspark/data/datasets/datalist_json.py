@@ -93,10 +93,12 @@ class ListedData(FoundData):
     Attributes:
         training: cases to train on.
         validation: cases to validate on.
+        folds: folds of the entries; none where a part "validation" decides.
     """
 
     training: list[Case] = field(default_factory=list)
     validation: list[Case] = field(default_factory=list)
+    folds: set[int] = field(default_factory=set)
 
 
 def read_list(path: Path, *, fold: int | None = 0, require_labels: bool = False) -> ListedData:
@@ -228,6 +230,7 @@ def split_by_fold(entries: list[ListEntry], fold: int | None, listed: ListedData
         odd = [str(value) for value in folds if type(value) is not int]
         listed.add_unreadable(listed.source, f'"fold": expected whole numbers, got {listing(odd)}')
         return {"training": entries, "validation": []}
+    listed.folds = folds
     if fold is None:
         fold = min(folds, default=0)
     if fold not in folds and (folds or fold):

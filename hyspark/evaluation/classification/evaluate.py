@@ -121,6 +121,7 @@ def score_best(config: ClassificationConfig, images: LabelledImages, processes: 
         kept, values, failures = class_probabilities(network, found, config, processes)
         if processes.is_main:
             warn_of_failures(failures, len(found), "scored")
+        if processes.is_main and len(kept):
             scored = Classified(kept.names, np.array(kept.labels), values, classes)
             summary = write_scored_images(out, kept, scored, protocol, failures)
             LOG.info("%s: %s", HEADINGS[subset], metrics_text(summary["metrics"]))

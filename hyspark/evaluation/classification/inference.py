@@ -107,7 +107,7 @@ def class_probabilities(
     found = dict(sorted(distributed.run_and_gather(classify_mine, processes), key=lambda pair: pair[0]))
     rows = {i: row for i, row in found.items() if not isinstance(row, Failed)}
     failures = {images.names[i]: row.reason for i, row in found.items() if isinstance(row, Failed)}
-    values = np.array(list(rows.values())).reshape(len(rows), -1)
+    values = np.array(list(rows.values())).reshape(len(rows), -1 if rows else 0)
     return (images.take(list(rows)) if failures else images), values, failures
 
 

@@ -8,6 +8,7 @@ from hyspark.data.datasets import datalist_json
 from hyspark.data.datasets.cases import Case, common_labels
 from hyspark.data.datasets.data_folder import find_cases, labelled_of, read_data_folder
 from hyspark.data.datasets.found import log_unused
+from hyspark.utils.text import listing
 
 
 class LabelledCases(NamedTuple):
@@ -31,7 +32,7 @@ def find_labelled(data: Path, part: str = "", fold: int | None = None) -> Labell
         data: A decathlon JSON, or a folder of data (see `read_data_folder`). All labelled cases of folders are taken. A
             folder without images that holds a list dataset.json stands for the list.
         part: Part of a JSON: "training", "validation" or "all". By default "validation", or "all" if it lists none.
-        fold: Fold for validation, of a JSON with folds; None for its first.
+        fold: Fold for validation, where the entries of a JSON have folds; None for the first.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -58,7 +59,13 @@ def find_labelled(data: Path, part: str = "", fold: int | None = None) -> Labell
 
 def listed_cases(path: Path, part: str, fold: int | None) -> LabelledCases:
     """Read the labelled cases of a part of a decathlon JSON; see `find_labelled`."""
-    listed = datalist_json.read_datalist(path, require_labels=True, fold=fold)
+    folds = datalist_json.read_list(path, fold=None).folds
+    if folds and fold is not None and fold not in folds:
+        raise ValueError(
+            f"{path}: the network was validated on fold {fold}, but the folds of this list are "
+            f"{listing(map(str, folds))}; use --part all"
+        )
+    listed = datalist_json.read_datalist(path, require_labels=True, fold=fold if folds else None)
     part = part or ("validation" if listed.validation else "all")
     parts = {"training": listed.training, "validation": listed.validation}
     cases = [case for name, found in parts.items() if part in (name, "all") for case in found]

@@ -364,3 +364,22 @@ def test_class_names_are_compared_by_what_they_say():
     check_classes(["background", "Left Kidney", "class_2"], {"background": 0, "left_kidney": 1, "liver": 2}, Path("x"))
     with pytest.raises(ValueError, match="the value 3 is 'spleen' there, but 'none'"):
         check_classes(["background", "liver", "aorta"], {"spleen": 3}, Path("x"))
+
+
+def test_the_fold_of_the_network_is_that_of_a_list_with_folds_alone(labelled, tmp_path):
+    images = sorted((labelled / "imagesTr").iterdir())
+    labels = sorted((labelled / "labelsTr").iterdir())
+    entries = [{"image": str(i), "label": str(t)} for i, t in zip(images, labels, strict=True)]
+    lists = {
+        "plain": {"training": entries},
+        "parts": {"training": entries[:2], "validation": entries[2:]},
+        "folds": {"training": [{**entry, "fold": n} for n, entry in enumerate(entries)]},
+    }
+    for name, content in lists.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    found = {name: find_labelled(tmp_path / f"{name}.json", fold=1).cases for name in lists}
+    assert {name: len(cases) for name, cases in found.items()} == {"plain": 3, "parts": 1, "folds": 1}
+    assert found["folds"][0].image == images[1]
+    with pytest.raises(ValueError, match="validated on fold 7, but the folds of this list are 0, 1, 2; use --part all"):
+        find_labelled(tmp_path / "folds.json", fold=7)
+    assert len(find_labelled(tmp_path / "folds.json", "all").cases) == 3
