@@ -167,21 +167,37 @@ def release_process_groups(groups: list[Any]) -> None:
 def wrap_model(model: nn.Module, processes: Processes) -> nn.Module:
     """Move a model to its device, and average gradients and batch statistics over all processes.
 
-    Weights lie channels last, so that pointwise layers and LayerNorm read contiguous rows.
+    Weights lie channels last, so that pointwise layers and LayerNorm read contiguous rows; except where torch fails on
+    it (see `fails_channels_last`).
 
     Args:
         model: Network.
         processes: This process among the others.
     """
-    is_volumetric = any(p.ndim == 5 for p in model.parameters())
-    channels_last = torch.channels_last_3d if is_volumetric else torch.channels_last
-    model = model.to(processes.device).to(memory_format=channels_last)
+    model = model.to(processes.device)
+    if processes.device.type != "cpu" or not any(fails_channels_last(module) for module in model.modules()):
+        is_volumetric = any(p.ndim == 5 for p in model.parameters())
+        model = model.to(memory_format=torch.channels_last_3d if is_volumetric else torch.channels_last)
     if not processes.are_joined:
         return model
     on_cuda = processes.device.type == "cuda"
     if on_cuda or processes.world_size > 1:  # of one process, torch's SyncBatchNorm is a plain one
         synchronise_batch_norms(model, convert_sync_batchnorm if on_cuda else global_batch_norm)
     return parallel(model, processes)
+
+
+def fails_channels_last(module: nn.Module) -> bool:
+    """Return whether torch's CPU kernels write beyond the weight gradient of a layer whose weights lie channels last.
+
+    Seen in torch 2.14 (oneDNN): a 2D convolution of one pixel, with a stride, of 2 to 6 channels, as on the images of
+    RepVGG and MobileOne. It ends the process or damages other numbers.
+    """
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and module.stride != (1, 1)
+        and 1 < module.in_channels < 8
+    )
 
 
 def parallel(model: nn.Module, processes: Processes) -> DistributedDataParallel:

@@ -1,5 +1,6 @@
 """One process under torchrun goes the way of several, and computes what a plain start does, bit for bit."""
 
+import copy
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ import torch
 
 from hyspark.tasks.pretrain import run_pretraining
 from hyspark.tasks.segmentation import run_segmentation
-from hyspark.training.distributed import find_processes, join_process_group, wrap_model
+from hyspark.training.distributed import Processes, find_processes, join_process_group, wrap_model
 from hyspark.training.run_folder import checkpoint_file
 from tests.training.attacks import command, results, same_weights
 from tests.training.launched import launch
@@ -72,3 +73,22 @@ def test_a_process_that_torchrun_did_not_start_is_left_alone(monkeypatch):
         assert not torch.distributed.is_initialized()
         model = torch.nn.Linear(1, 1)
         assert wrap_model(model, processes) is model
+
+
+@pytest.mark.parametrize(("channels", "stride", "is_last"), [(3, 2, False), (2, 2, False), (3, 1, True), (8, 2, True)])
+def test_layers_whose_gradient_torch_writes_beyond_its_memory_stay_as_they_are(channels, stride, is_last):
+    """A convolution of one pixel with a stride on an image, as in RepVGG, ended the process if it lay channels last."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(channels, 48, 1, stride=stride), torch.nn.ReLU(), torch.nn.Conv2d(48, 8, 3, padding=1)
+    )
+    plain = copy.deepcopy(model)
+    wrapped = wrap_model(model, Processes(torch.device("cpu")))
+    assert wrapped[2].weight.is_contiguous(memory_format=torch.channels_last) == is_last
+    images = torch.rand(2, channels, 32, 32)
+    for _ in range(3):
+        for network in (wrapped, plain):
+            network.zero_grad()
+            network(images).square().sum().backward()
+        for one, other in zip(wrapped.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-3)
