@@ -19,8 +19,9 @@ METAVARS = {int: "N", float: "X", str: "TEXT"}
 """Placeholders of values in the help, by their type."""
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)
 """Words that are values, not flags; argparse itself does not know exponents."""
-MAY_BE_EMPTY = ("weights",)
-"""Settings whose earlier spelling of none is an empty text."""
+EMPTY_BY_DEFAULT = {f.name for config in get_args(Config) for f in fields(config) if f.default == ""}
+MAY_BE_EMPTY = EMPTY_BY_DEFAULT - {"out"} | {"weights"}
+"""Settings that a flag may set to an empty text over a recipe, since that is their default, or was."""
 EARLIER_SETTINGS = {old: new for config_class in get_args(Config) for old, new in old_spellings(config_class).items()}
 """Earlier spellings of the settings of all kinds of training, each with the present one."""
 

@@ -56,7 +56,7 @@ def user_message(error: BaseException) -> str:
         return text or type(error).__name__
     if isinstance(error, MemoryError | RuntimeError):
         from hyspark.training.distributed import describe_unusable_gpu
-        from hyspark.training.memory import is_out_of_memory
+        from hyspark.utils.free_memory import is_out_of_memory
 
         if is_out_of_memory(error):
             return f"not enough memory ({first_line(error)}); use smaller batches or crops, or fewer worker processes"

@@ -2,7 +2,7 @@
 
 import errno
 
-from hyspark.training.memory import is_out_of_memory
+from hyspark.utils.free_memory import is_out_of_memory
 from hyspark.utils.text import first_line
 
 NO_OUTPUT = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM") if hasattr(errno, name)}

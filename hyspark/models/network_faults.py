@@ -8,13 +8,13 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from hyspark.utils.free_memory import is_out_of_memory
 from hyspark.utils.text import first_line
 
 ATTENTION = re.compile(r"Attention|Attn|MultiQuery|Transformer|Mixer")
 """Names of the classes of modules that mix all positions."""
 CHANNEL_ATTENTION = re.compile(r"Channel|Spatial|Split|Kernel|Radix|Cbam|Squeeze|Eca|Gather|Pool")
 """Names of classes with attention over channels, which runs under a mask."""
-OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.I)
 
 
 class UnsupportedNetworkError(ValueError, NotImplementedError):
@@ -34,10 +34,10 @@ def explain_faults(network: nn.Module, task: str) -> Iterator[None]:
     """
     try:
         yield
-    except (UnsupportedNetworkError, MemoryError):
+    except UnsupportedNetworkError:
         raise
     except Exception as error:  # third-party networks raise any type
-        if OUT_OF_MEMORY.search(str(error)):
+        if is_out_of_memory(error):
             raise
         raise UnsupportedNetworkError(describe_fault(network, error, task)) from error
 

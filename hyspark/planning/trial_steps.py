@@ -21,6 +21,7 @@ from hyspark.training import memory, optim
 from hyspark.training.distributed import Processes
 from hyspark.training.loop import Task, update
 from hyspark.training.run import make_run
+from hyspark.utils.free_memory import is_out_of_memory
 
 REPEATS, SHORT = 3, 1.0
 """Repetitions, of which the fastest counts, of steps that take less than this number of seconds."""
@@ -116,7 +117,7 @@ def iterate_trials(
             found.append(Trial(crops, min(taken), memory.peak_memory(alone)))
             yield found[-1]
     except (RuntimeError, MemoryError) as error:
-        if not memory.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
 
 

@@ -48,5 +48,5 @@ def argument_names(text: str) -> str:
 
 def rewrite_record(record: logging.LogRecord) -> bool:
     """Replace flags in a line of the log."""
-    record.msg = argument_names(str(record.msg))
+    record.msg, record.args = argument_names(record.getMessage()), ()
     return True

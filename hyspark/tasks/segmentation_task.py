@@ -108,7 +108,7 @@ class SegmentationTask(Task):
             dice_by_case, picture = self.validation_dice(run)
         organs = mean_dice(list(dice_by_case.values()), self.names[1:])
         mean = mean_of(list(organs.values()))
-        is_best = not mean <= self.best  # NaN, of labels without an organ, keeps the newest weights
+        is_best = bool(dice_by_case) and not mean <= self.best  # NaN, of labels without organ, keeps the newest weights
         self.best = max(self.best, mean)
         if log is None:
             return

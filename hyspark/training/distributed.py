@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -264,10 +265,14 @@ def run_and_gather(work: Callable[[], list[ResultT]], processes: Processes) -> l
     # A group of its own, made before the work, since the default group times out after half an hour.
     group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     # Dropped here, before torch 2.8, its destructor would wait with the interpreter's lock for a thread that wants it.
-    atexit.register(release_process_groups, [group])
+    release = partial(release_process_groups, [group])
+    atexit.register(release)  # for the case that the work fails
     gathered: list[Any] = [None] * processes.world_size
     dist.all_gather_object(gathered, work(), group=group)
     dist.destroy_process_group(group)
+    del group
+    release()  # now, since its threads and files would stay
+    atexit.unregister(release)
     return [result for own in gathered for result in own]
 
 

@@ -26,17 +26,6 @@ def peak_memory(processes: Processes) -> int | None:
     return peak_resident()
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Check whether an error means that memory ran out; on the CPU torch has no class for it.
-
-    The last text is oneDNN's, when it gets no memory for the code or the tables of a kernel.
-    """
-    message = str(error).lower()
-    texts = ("alloc", "not enough memory", "out of memory")
-    is_text = any(text in message for text in texts) or message == "could not create a primitive"
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and is_text)
-
-
 def data_memory() -> int | None:
     """Measure the bytes of this process that RLIMIT_DATA limits; None on systems that do not report them."""
     return getattr(psutil.Process().memory_info(), "data", None)

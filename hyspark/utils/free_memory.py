@@ -1,9 +1,11 @@
-"""Main memory that a process may still take: of the machine, of its cgroups, below its own limits."""
+"""Main memory that a process may still take: of the machine, of its cgroups, below its own limits; and its errors."""
 
 import os
+import re
 from pathlib import Path
 
 import psutil
+import torch
 
 try:
     import resource
@@ -16,6 +18,12 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 """The file that lists the cgroups of this process."""
 UNLIMITED = 2**60
 """Bytes from which a limit is none."""
+NO_MEMORY = re.compile(
+    r"out of memory|not enough memory|(can't|can ?not|could not|unable to|failed to) allocate|bad_alloc|alloc_failed|"
+    r"could not create a primitive$",
+    re.IGNORECASE,
+)
+"""Messages of torch, its libraries and NumPy; the last is oneDNN's, without memory for a kernel's code or tables."""
 
 
 def free_main_memory() -> int:
@@ -82,3 +90,9 @@ def free_below_limits() -> list[int]:
         if most != resource.RLIM_INFINITY and hasattr(used, field):
             free.append(most - getattr(used, field))
     return free
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Check whether an error means that memory ran out; on the CPU torch has no class for it."""
+    is_text = isinstance(error, RuntimeError) and bool(NO_MEMORY.search(str(error)))
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or is_text

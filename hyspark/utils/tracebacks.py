@@ -27,7 +27,10 @@ def damaged_file(error: BaseException) -> str:
     modules = {type(error).__module__, found[-1].f_globals.get("__name__", "")}
     if not {module.partition(".")[0] for module in modules} & READING_MODULES:
         return ""
-    own = [frame.f_locals for frame in reversed(found) if is_own(frame)]
+    inside = [frame for frame in reversed(found) if is_own(frame)]
+    if any(frame.f_code.co_name.startswith(("write", "save", "export")) for frame in inside):
+        return ""  # a fault of what is written
+    own = [frame.f_locals for frame in inside]
     values = [variables.get(name) for variables in own for name in FILE_NAMES]
     return next((str(value) for value in values if isinstance(value, Path | str) and str(value)), "")
 

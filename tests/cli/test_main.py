@@ -1,6 +1,7 @@
 """Command lines: published ones parse unchanged, wrong ones say what is wrong, and verbs do what they say."""
 
 import json
+import logging
 import shlex
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from hyspark.config.segmentation import SegmentationConfig
 from hyspark.models.encoder import HybridEncoder
 from hyspark.models.segmentation import build_hybird
 from hyspark.utils.atomic import write_json
+from hyspark.utils.log import LOG, set_up_log
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = "--exp_name=debug --data=./data --model=hyspark --batch_size=12 --out=debug_hyspark_ddp_4"
@@ -628,3 +630,32 @@ def test_output_that_nobody_reads_is_no_error():
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait(timeout=60) == 1
+
+
+def test_a_flag_may_empty_what_a_recipe_sets(tmp_path):
+    (tmp_path / "r.yaml").write_text("test_dir: other\nsubject_regex: x\n")
+    words = ["--config", str(tmp_path / "r.yaml"), "--test_dir", "", "--subject_regex", ""]
+    config = parsing.read_config(SegmentationConfig, "hyspark finetune", words)
+    assert (config.test_dir, config.subject_regex) == ("", "")
+
+
+def test_a_bug_of_writing_is_no_damaged_file(tmp_path):
+    with pytest.raises(TypeError):
+        run_verb.run_verb(lambda argv: write_json(tmp_path / "a.json", {"a": object()}), [])
+
+
+@pytest.mark.parametrize(
+    ("variables", "level"),
+    [
+        ({}, logging.INFO),
+        ({"RANK": "2", "LOCAL_RANK": "0"}, logging.WARNING),
+        ({"RANK": "3", "LOCAL_RANK": "1"}, logging.ERROR),
+    ],
+)
+def test_one_process_of_a_machine_shows_warnings(monkeypatch, variables, level):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    set_up_log()
+    assert LOG.level == level

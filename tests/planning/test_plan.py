@@ -17,9 +17,9 @@ from hyspark.planning import plan, trial_steps
 from hyspark.planning.trial_steps import Trial
 from hyspark.tasks.masked_task import MaskedTask
 from hyspark.tasks.pretrain import find_pretraining_cases, initialise_pretraining, run_pretraining
-from hyspark.training import memory
 from hyspark.training.distributed import Processes
 from hyspark.utils import text as utils_text
+from hyspark.utils.free_memory import is_out_of_memory
 
 GB = 10**9
 CPU = Processes(torch.device("cpu"))
@@ -209,7 +209,7 @@ def test_memory_that_runs_out_ends_the_trials_without_an_error(pretraining):
     ],
 )
 def test_errors_of_torch_without_a_class_are_told_by_their_text(message, is_memory):
-    assert memory.is_out_of_memory(RuntimeError(message)) == is_memory
+    assert is_out_of_memory(RuntimeError(message)) == is_memory
 
 
 def test_another_error_is_not_taken_for_missing_memory(pretraining):

@@ -35,7 +35,7 @@ def test_errors_and_logs_of_a_call(caplog):
 
     with caplog.at_level(logging.WARNING, "hyspark"), pytest.raises(ValueError, match=r"^data: no such folder"):
         work()
-    assert caplog.messages == ["2 of --data; store_dir names another folder"]
+    assert caplog.messages == ["2 of data; store_dir names another folder"]
     assert not LOG.filters
 
 

@@ -1,5 +1,6 @@
 """NIfTI files and folders that are named on a command line -> the volumes to predict."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,15 +52,15 @@ def add_files(files: Sequence[Path], found: FoundData) -> None:
             raise FileNotFoundError(f"{file}: no such file or folder")
         if not NIFTI.fullmatch(file.name):
             raise ValueError(f"{file} is no NIfTI file (.nii, .nii.gz)")
-    images = [file for file in files if not is_label_name(nifti_stem(file))] or list(files)
-    for file in files:
-        if file not in images:
+    images = [file for file in files if not is_label_name(nifti_stem(file))]
+    for file in files if images else ():
+        if is_label_name(nifti_stem(file)):
             found.pass_over("unused label map", "a label map by its name", file)
-    cases = {
-        file: case
-        for folder in {file.parent for file in images}
-        for file, case in cases_of_files([file for file in images if file.parent == folder]).items()
-    }
+    images = images or list(files)
+    by_folder = defaultdict(list)
+    for file in images:
+        by_folder[file.parent].append(file)
+    cases = {file: case for together in by_folder.values() for file, case in cases_of_files(together).items()}
     for file in images:
         if (name := cases[file]) is None:
             found.pass_over(*ANOTHER_CHANNEL, file)

@@ -140,8 +140,8 @@ def add_list(found: FoundData, listed: ListedData) -> None:
     found.findings = [finding for finding in found.findings if finding.kind not in FAULTS_OF_NAMES]
     found.findings += listed.findings
     for key, files in listed.unused.items():
-        missing = [file for file in files if file not in found.unused.get(key, ())]
-        found.unused.setdefault(key, []).extend(missing)
+        known_files = set(found.unused.get(key, ()))
+        found.unused.setdefault(key, []).extend(file for file in files if file not in known_files)
     found.classes = found.classes or listed.classes
 
 

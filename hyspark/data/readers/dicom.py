@@ -7,7 +7,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from pydicom.uid import (
 from pydicom.valuerep import VR
 from tqdm import tqdm
 
-from hyspark.utils.processes import worker_pool
+from hyspark.utils.processes import KILLED, map_unordered
 from hyspark.utils.text import first_line
 
 MARKS = (
@@ -58,7 +58,7 @@ DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
 """Endings of names that promise DICOM."""
 FIRST_GROUPS, MAX_FIRST_LENGTH = (2, 8), 128
 """Groups and largest length in bytes of the first element of a file without preamble."""
-PARALLEL_FROM = 2000
+PARALLEL_FROM, CHUNK = 2000, 64
 """Number of files from which on several processes read headers; fewer are read before these have started."""
 
 
@@ -117,21 +117,35 @@ class Header:
         return self.path.name if self.frame is None else f"{self.path.name}, frame {self.frame + 1}"
 
 
-def read_headers(files: Sequence[Path], num_workers: int, progress: bool) -> Iterable[tuple[Header, ...] | str | None]:
-    """Yield the result of `read_header` for each file, in their order."""
+ReadHeader = tuple[Header, ...] | str | None
+"""The header of each slice of a file, the reason why it is unreadable, or None for a file that is no DICOM."""
+
+
+def read_headers(files: Sequence[Path], num_workers: int, progress: bool) -> list[ReadHeader]:
+    """Return the result of `read_header` for each file; a killed process costs its file alone."""
+    num_workers = num_workers if len(files) >= PARALLEL_FROM else 1
+    found: dict[Path, ReadHeader] = {}
     with tqdm(total=len(files), desc="look for series", unit="file", disable=not progress) as bar:
-        if num_workers == 1 or len(files) < PARALLEL_FROM:
-            for file in files:
-                yield read_header(file)
-                bar.update()
-            return
-        with worker_pool(num_workers) as processes:
-            for header in processes.map(read_header, files, chunksize=64):
-                yield header
-                bar.update()
+        for size in (CHUNK, 1):  # files of a chunk whose process was killed are read again one by one
+            left = [file for file in files if file not in found]
+            jobs = [(left[start : start + size],) for start in range(0, len(left), size)]
+            for read in map_unordered(read_chunk, jobs, num_workers, killed_chunk):
+                found |= read
+                bar.update(len(read))
+    return [found[file] for file in files]
 
 
-def read_header(path: Path) -> tuple[Header, ...] | str | None:
+def read_chunk(files: Sequence[Path]) -> dict[Path, ReadHeader]:
+    """Return the result of `read_header` by file."""
+    return {file: read_header(file) for file in files}
+
+
+def killed_chunk(files: Sequence[Path]) -> dict[Path, ReadHeader]:
+    """Return the result for files whose process was killed: none unless it is one file alone."""
+    return {files[0]: KILLED} if len(files) == 1 else {}
+
+
+def read_header(path: Path) -> ReadHeader:
     """Read the header of each slice of a DICOM file.
 
     Returns:

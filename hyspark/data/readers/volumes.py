@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from nibabel.affines import voxel_sizes
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
 from hyspark.data.datasets.data_folder import read_data_folder
 from hyspark.data.datasets.file_names import OTHER_FORMATS
 from hyspark.data.datasets.subjects import subjects_of
 from hyspark.data.readers.dicom import Header, read_headers
+from hyspark.data.readers.geometry import why_singular
 from hyspark.data.readers.hounsfield import check_units, read_series
 from hyspark.data.readers.nifti import read_nifti
 from hyspark.data.readers.series import Series, assemble_series
@@ -108,7 +108,7 @@ def find_ct_volumes(
     nifti: dict[Path, Path] = {}  # with the path below its source
     seen: set[str] = set()
     for source in sources:
-        images = find_images_of(source, skip, found)
+        images = dict.fromkeys(find_images_of(source, skip, found))
         for file in [*images, *files_of(source, skip)]:
             if (real := os.path.realpath(file)) in seen:
                 continue
@@ -242,8 +242,7 @@ def read_volume(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"expected one number per voxel, got {voxels.dtype}")
     if not np.isfinite(voxels).all():
         raise ValueError("holds NaN or infinite values")
-    sizes = voxel_sizes(affine)
-    if not (np.isfinite(affine).all() and (sizes > 0).all() and abs(np.linalg.det(affine[:3, :3] / sizes)) > 0.01):
-        raise ValueError("no valid geometry in its header")
+    if reason := why_singular(affine):
+        raise ValueError(f"no valid geometry in its header ({reason})")
     turn = io_orientation(affine)
     return apply_orientation(voxels, turn), affine @ inv_ornt_aff(turn, voxels.shape)

@@ -71,5 +71,6 @@ def predict_and_score(
     if not folders or not set(folders) <= set(classes):
         return None, predict_classification(weights, folder, out, device)[1]
     summary = evaluate_classification(weights, folder, out, device)
-    write_predictions(out, Classified.from_table(read_score_table(out / "cases.csv")))
+    if distributed.find_processes(device).is_main:
+        write_predictions(out, Classified.from_table(read_score_table(out / "cases.csv")))
     return summary, summary.get(FAILED, {})

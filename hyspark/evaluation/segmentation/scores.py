@@ -51,9 +51,9 @@ def write_segmentation_scores(
 ) -> dict[str, Any]:
     """Write cases.csv, summary.json and table.md; returns the summary (see `summarise_organs`)."""
     summary = summarise_organs(table, protocol, failures)
-    write_whole(folder / "cases.csv", organ_csv(table).encode())
+    write_whole(folder / "cases.csv", organ_csv(table).encode("utf-8", "surrogateescape"))
     write_json(folder / "summary.json", summary)
-    write_whole(folder / "table.md", summary_markdown(summary).encode())
+    write_whole(folder / "table.md", summary_markdown(summary).encode("utf-8", "surrogateescape"))
     return summary
 
 

@@ -17,7 +17,8 @@ from monai.data.utils import compute_importance_map, dense_patch_slices
 from torch import Tensor
 
 from hyspark.evaluation.segmentation.slab_storage import ITEM, Slab, SlabStorage
-from hyspark.training.memory import is_out_of_memory, release_cached_memory
+from hyspark.training.memory import release_cached_memory
+from hyspark.utils.free_memory import is_out_of_memory
 
 Model = Callable[[Tensor], Tensor]
 

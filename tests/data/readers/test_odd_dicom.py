@@ -1,6 +1,11 @@
 """DICOM files that standards or scanners make unusual: they are read, or named with what is wrong."""
 
+import multiprocessing
+import os
 import re
+import signal
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -14,7 +19,9 @@ from pydicom.uid import (
     MediaStorageDirectoryStorage,
 )
 
+from hyspark.data.readers import dicom
 from hyspark.data.readers.volumes import find_ct_volumes, read_volume
+from hyspark.utils import processes
 from tests.data.readers.dicom_files import write_dicom, write_series, write_slice
 
 HU = np.random.default_rng(1).integers(-1024, 3000, (4, 5, 6)).astype(np.int16)
@@ -270,3 +277,21 @@ def test_frames_that_are_not_described_are_refused(tmp_path):
     write_enhanced(tmp_path / "a", np.zeros((6, 4, 5)), [(0, 0, k) for k in range(5)])
     ((_, why),) = found_in(tmp_path).damaged
     assert "NumberOfFrames is 6, but 5 frames are described" in why
+
+
+def kill_at_bad(path: Path) -> str:
+    """Stands for `read_header` in a worker process: one file kills it."""
+    if path.name == "bad":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return path.name
+
+
+def test_a_killed_process_costs_its_file_alone(tmp_path, monkeypatch):
+    files = [tmp_path / name for name in ("a", "b", "bad", "c", "d")]
+    forked = multiprocessing.get_context("fork")  # in place of processes that import torch anew
+    monkeypatch.setattr(dicom, "read_header", kill_at_bad)
+    monkeypatch.setattr(dicom, "PARALLEL_FROM", 1)
+    monkeypatch.setattr(dicom, "CHUNK", 3)
+    monkeypatch.setattr(processes, "worker_pool", lambda num: ProcessPoolExecutor(num, forked))
+    found = dicom.read_headers(files, 2, progress=False)
+    assert found == ["a", "b", processes.KILLED, "c", "d"]
