@@ -15,13 +15,12 @@ from hyspark.data.datasets.data_folder import read_data_folder
 from hyspark.data.datasets.datalist_json import ListedData, is_datalist, read_list
 from hyspark.data.datasets.found import DataSet, FoundData
 from hyspark.data.datasets.splits import num_folds, split_by_file, splits_file
-from hyspark.data.datasets.subjects import large_subject_faults, subjects_on_both_sides
+from hyspark.data.datasets.subjects import both_sides_faults, large_subject_faults
 from hyspark.data.quality.examine import Examined, examine
 from hyspark.data.quality.findings import Finding
 from hyspark.data.settings import PrepareSettings
 from hyspark.utils.paths import NIFTI
 from hyspark.utils.processes import KILLED, available_cores, map_unordered
-from hyspark.utils.text import listing
 
 MAX_THUMBNAILS = 120
 """Cases of which a thumbnail is kept for the page."""
@@ -108,7 +107,8 @@ def run_faults(path: Path, found: FoundData, labels: bool) -> list[Finding]:
     except (ValueError, FileNotFoundError) as error:
         return [Finding("unreadable list", str(path), str(error).removeprefix(f"{path}: "))]
     if listed.training and listed.validation:
-        return []
+        known = any(finding.kind == "subject on both sides" for finding in found.findings)
+        return [] if known else side_findings(path, listed.training, listed.validation)
     sides = f"{len(listed.training)} cases for training and {len(listed.validation)} for validation"
     return [Finding("empty side", str(path), sides)]
 
@@ -117,7 +117,7 @@ def read_checked_list(path: Path) -> ListedData:
     """Read a list; subjects on both sides of its split are findings, too."""
     listed = read_list(path, fold=None)
     if not any(finding.kind == "listed twice" for finding in listed.findings):
-        listed.findings += both_sides_faults(path, listed.training, listed.validation)
+        listed.findings += side_findings(path, listed.training, listed.validation)
     return listed
 
 
@@ -157,7 +157,7 @@ def splits_file_faults(data_set: DataSet, found: FoundData) -> list[Finding]:
         for fold in range(num_folds(file)):
             training, validation = split_by_file(data_set.cases, file, labels=labels, fold=fold)
             used |= {*training, *validation}
-            faults += both_sides_faults(file, training, validation)
+            faults += side_findings(file, training, validation)
     except ValueError as error:
         return [Finding("unreadable list", str(file), str(error).removeprefix(f"{file}: "))]
     for case in data_set.cases:
@@ -166,11 +166,9 @@ def splits_file_faults(data_set: DataSet, found: FoundData) -> list[Finding]:
     return list(dict.fromkeys(faults))
 
 
-def both_sides_faults(path: Path, training: Sequence[Case], validation: Sequence[Case]) -> list[Finding]:
-    """Report subjects that are in training and in validation."""
-    both = subjects_on_both_sides(training, validation)
-    text = f"subjects in training and in validation: {listing(both, 5)}"
-    return [Finding("subject on both sides", str(path), text)] if both else []
+def side_findings(path: Path, training: Sequence[Case], validation: Sequence[Case]) -> list[Finding]:
+    """Report subjects that are in training and in validation, or perhaps are."""
+    return [Finding("subject on both sides", str(path), fault) for fault in both_sides_faults(training, validation)]
 
 
 def examine_all(
