@@ -15,6 +15,8 @@ MAX_CHANNELS, MAX_CHANNELS_OF_ONE = 10, 4
 are numbers of cases.
 """
 BTCV_IMAGE = re.compile(r"img\d+")
+PREDICTION_WORDS = frozenset(("pred", "preds", "prediction", "predictions", "predicted"))
+"""Words that name a network's label maps, which are no labels to train on."""
 LABEL_WORDS = frozenset(
     (
         "seg",
@@ -28,29 +30,146 @@ LABEL_WORDS = frozenset(
         "labelmaps",
         "mask",
         "masks",
+        "msk",
+        "msks",
+        "lbl",
+        "lbls",
+        "truth",
+        "truths",
     )
-    + ("gt", "groundtruth", "dseg", "probseg", "roi", "rois", "annotation", "annotations", "contour", "contours")
-    + ("pred", "preds", "prediction", "predictions", "labelstr", "labelsts", "labelsva", "instances")
+    + (
+        "gt",
+        "gts",
+        "anno",
+        "annos",
+        "annot",
+        "annots",
+        "groundtruth",
+        "dseg",
+        "probseg",
+        "roi",
+        "rois",
+        "annotation",
+        "annotations",
+        "contour",
+        "contours",
+    )
+    + ("labelstr", "labelsts", "labelsva", "labelsval", "instances", "delineation", "delineations")
+    + tuple(PREDICTION_WORDS)
 )
 """Words that name label maps, or folders of them."""
 IMAGE_WORDS = frozenset(
     ("image", "images", "img", "imgs", "imaging", "volume", "volumes", "vol", "vols", "ct", "cts", "scan", "scans")
-    + ("orig", "original", "raw", "rawdata", "anat", "nifti", "imagestr", "imagests", "imagesva")
+    + ("orig", "original", "raw", "rawdata", "anat", "nifti", "imagestr", "imagests", "imagesva", "imagesval")
 )
 """Words that name images, or folders of them, and no case."""
+ANATOMY_WORDS = frozenset(
+    ("liver", "spleen", "kidney", "kidneys", "pancreas", "stomach", "gallbladder", "esophagus", "oesophagus", "aorta")
+    + ("duodenum", "colon", "bowel", "bladder", "prostate", "uterus", "rectum", "adrenal", "gland", "glands", "heart")
+    + (
+        "lung",
+        "lungs",
+        "lobe",
+        "trachea",
+        "airway",
+        "airways",
+        "vessel",
+        "vessels",
+        "vein",
+        "veins",
+        "artery",
+        "arteries",
+    )
+    + (
+        "brain",
+        "bone",
+        "bones",
+        "rib",
+        "ribs",
+        "vertebra",
+        "vertebrae",
+        "spine",
+        "femur",
+        "hip",
+        "muscle",
+        "body",
+        "skin",
+    )
+    + (
+        "tumor",
+        "tumors",
+        "tumour",
+        "tumours",
+        "lesion",
+        "lesions",
+        "cyst",
+        "cysts",
+        "nodule",
+        "nodules",
+        "organ",
+        "organs",
+    )
+    + (
+        "left",
+        "right",
+        "upper",
+        "lower",
+        "middle",
+        "small",
+        "large",
+        "l",
+        "r",
+        "portal",
+        "hepatic",
+        "vena",
+        "cava",
+        "and",
+    )
+    + (
+        "inferior",
+        "superior",
+        "postcava",
+        "ventricle",
+        "atrium",
+        "gtv",
+        "ctv",
+        "ptv",
+        "thyroid",
+        "parotid",
+        "intestine",
+    )
+)
+"""Words that name parts of the body, or lesions: beside an image, label maps of theirs."""
 OTHER_FORMATS = frozenset(
     (".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".hdr", ".img", ".gipl", ".dcm", ".ima", ".minc", ".mnc")
 )
 """Endings of volumes of other formats, which are not read."""
+PART_WORDS = frozenset(("tr", "ts", "va", "val", "train", "test"))
+"""Parts of a data set behind a word for images or label maps: MasksTrain."""
+CAPITALS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+"""Where a word begins in TrainingMask, p1Seg, CTMask."""
 BIDS_LABEL_ENTITY = re.compile(r"(space|label|desc|res|den|seg|atlas)-.*", re.IGNORECASE)
 
 
 def words_of(text: str) -> list[str]:
-    """Split a name at everything that is no letter or digit, and before the number of label0001; in lower case."""
-    words = [word for word in re.split(r"[\W_]+", text.lower()) if word]
-    split = (re.fullmatch(r"([a-z]+)(\d+)", word) for word in words)
+    """Split a name at everything that is no letter or digit; in lower case.
+
+    It is also split before the number of label0001, and at the capitals of TrainingMask, where a known word ends it.
+    """
     known = LABEL_WORDS | IMAGE_WORDS
-    return [w for word, m in zip(words, split, strict=True) for w in (m.groups() if m and m[1] in known else (word,))]
+    words: list[str] = []
+    for text_part in re.split(r"[\W_]+", text):
+        word = text_part.lower()
+        pieces = CAPITALS.split(text_part) if word not in known else [word]
+        ends = [piece for piece in map(str.lower, pieces) if piece not in PART_WORDS]
+        numbered = re.fullmatch(r"([a-z]+)(\d+)", word)
+        if numbered and numbered[1] in known:
+            words += numbered.groups()
+        elif ends and ends[-1] in known:
+            words += map(str.lower, pieces)
+        elif word:
+            words.append(word)
+    return words
 
 
 def is_label_name(stem: str) -> bool:
@@ -59,9 +178,34 @@ def is_label_name(stem: str) -> bool:
     return bool(named) and (named[-1] in LABEL_WORDS or named[0] in LABEL_WORDS)
 
 
-def is_label_folder(name: str) -> bool:
-    """Return whether a folder name is that of a folder of label maps: labels, segmentations, manual_masks."""
-    return any(word in LABEL_WORDS for word in words_of(name))
+def is_label_folder(name: str, *, surely: bool = False) -> bool:
+    """Return whether a folder name is that of a folder of label maps: labels, segmentations, manual_masks.
+
+    Args:
+        name: name of the folder.
+        surely: whether the word has to come first or last, unlike in COVID-19-CT-Seg_20cases.
+    """
+    words = [word for word in words_of(name) if not (surely and (word.isdecimal() or word in PART_WORDS))]
+    return any(word in LABEL_WORDS for word in ([*words[:1], *words[-1:]] if surely else words))
+
+
+def is_image_name(stem: str) -> bool:
+    """Return whether a file name without ending says no more than that it is an image: image, ct_1."""
+    return all(word in IMAGE_WORDS for word in words_of(CHANNEL.sub(r"\g<case>", stem)) if not word.isdecimal())
+
+
+def is_anatomy_name(stem: str) -> bool:
+    """Return whether a file name without ending names a part of the body alone: liver, kidney_left."""
+    words = [word for word in words_of(stem) if not word.isdecimal()]
+    return bool(words) and all(word in ANATOMY_WORDS for word in words)
+
+
+def is_prediction(below: Path) -> bool:
+    """Return whether a label map's path says that a network made it; in a folder of label maps it is one to use."""
+    folders = [word for folder in below.parts[:-1] for word in words_of(folder) if word in LABEL_WORDS]
+    if any(word in PREDICTION_WORDS for word in folders):
+        return True
+    return not folders and any(word in PREDICTION_WORDS for word in words_of(nifti_stem(below)))
 
 
 def pair_key(below: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -70,12 +214,15 @@ def pair_key(below: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     Words for images and label maps, the first channel, and BIDS entities of label maps are no part of it.
     """
     folders = list(below.parts[:-1])
-    folders = folders[2:] if folders[:1] == ["derivatives"] else folders
+    if "derivatives" in folders:
+        start = folders.index("derivatives")
+        pipeline = folders[start + 1 : start + 2]
+        del folders[start : start + 1 + bool(pipeline and not pipeline[0].startswith("sub-"))]
     neutral = LABEL_WORDS | IMAGE_WORDS
     kept = tuple(folder for folder in folders if not set(words_of(folder)) & neutral)
-    parts = nifti_stem(below).removesuffix("_0000").split("_")
-    entities = [part for part in parts if not BIDS_LABEL_ENTITY.fullmatch(part)]
-    return kept, tuple(word for word in words_of("_".join(entities)) if word not in neutral)
+    entities = [part for part in nifti_stem(below).split("_") if not BIDS_LABEL_ENTITY.fullmatch(part)]
+    words = [word for word in words_of("_".join(entities)) if word not in neutral]
+    return kept, tuple(words[:-1] if words[1:] and words[-1] == FIRST_CHANNEL else words)
 
 
 def cases_of_stems(
@@ -123,6 +270,23 @@ def cases_of_stems(
         else:
             cases[stem] = stem if channel == FIRST_CHANNEL else None
     return cases
+
+
+def labelled_stems(stems: Collection[str], labels: Collection[str]) -> set[str]:
+    """Return the images of one folder whose four digits at the end number cases, since label maps have them too.
+
+    Args:
+        stems: file names of the images, without ending.
+        labels: file names of the label maps, without ending, which may have words for label maps (case_0001_seg).
+    """
+
+    def key(stem: str) -> tuple[str, ...]:
+        return tuple(word for word in words_of(stem) if word not in LABEL_WORDS | IMAGE_WORDS)
+
+    known = {key(stem) for stem in labels}
+    found = [match for stem in stems if (match := CHANNEL.fullmatch(stem)) and key(stem) in known]
+    numbered = {match["case"] for match in found if match["channel"] != FIRST_CHANNEL}
+    return {match.string for match in found if match["case"] in numbered}
 
 
 def unique_names(stems: Mapping[Path, str]) -> dict[Path, str]:

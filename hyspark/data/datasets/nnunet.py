@@ -14,7 +14,9 @@ from hyspark.utils.paths import NIFTI, load_json, nifti_stem
 
 ANOTHER_CHANNEL = ("another channel", "another channel of a case")
 NO_NIFTI = "a file that is no .nii.gz or .nii"
-TEST_FOLDERS = ("imagesTs", "imagesVa", "imagesVal")
+TEST_FOLDERS = ("imagesTs", "imagesVa", "imagesVal", "labelsTs", "labelsVa", "labelsVal")
+USED_FOLDERS = ("imagesTr", "labelsTr", *TEST_FOLDERS)
+"""Folders of a data set whose files are used, or named as for tests."""
 
 
 def read_data_set(folder: Path, found: FoundData, channel: str = FIRST_CHANNEL) -> None:

@@ -130,7 +130,7 @@ def folder_above_visits(root: Path, folder: Path) -> Path:
 
 
 def named_folder(root: Path, image: Path) -> Path | None:
-    """Return the topmost folder with a number whose name begins a name in it, or the one above its visits; else None."""
+    """Return the topmost folder with a number whose name begins a name in it, or that above its visits; else None."""
     parts = [*image.relative_to(root).parts[:-1], nifti_stem(image)]
     for num, part in enumerate(parts[:-1], 1):
         begins = re.compile(re.escape(part) + r"(?![A-Za-z0-9])", re.IGNORECASE)
