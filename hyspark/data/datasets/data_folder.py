@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from hyspark.data.datasets.cases import Case
-from hyspark.data.datasets.file_names import FIRST_CHANNEL
 from hyspark.data.datasets.found import UNREADABLE, FoundData
 from hyspark.data.datasets.loose import read_loose, sort_files
 from hyspark.data.datasets.nnunet import USED_FOLDERS, is_data_set, read_data_set
+from hyspark.data.datasets.words import FIRST_CHANNEL
 from hyspark.data.quality.findings import Finding
 from hyspark.utils.paths import NIFTI, walk_folders
 from hyspark.utils.text import listing

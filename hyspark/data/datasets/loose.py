@@ -12,21 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from hyspark.data.datasets.cases import Case, ignored_value
-from hyspark.data.datasets.file_names import (
+from hyspark.data.datasets.file_names import OTHER_FORMATS, cases_of_stems, labelled_stems, pair_key, unique_names
+from hyspark.data.datasets.found import DataSet, FoundData
+from hyspark.data.datasets.nnunet import ANOTHER_CHANNEL, NO_NIFTI, add_once, num_channels, read_declaration
+from hyspark.data.datasets.words import (
     FIRST_CHANNEL,
-    OTHER_FORMATS,
-    cases_of_stems,
     is_anatomy_name,
     is_image_name,
     is_label_folder,
     is_label_name,
     is_prediction,
-    labelled_stems,
-    pair_key,
-    unique_names,
 )
-from hyspark.data.datasets.found import DataSet, FoundData
-from hyspark.data.datasets.nnunet import ANOTHER_CHANNEL, NO_NIFTI, add_once, num_channels, read_declaration
 from hyspark.utils.paths import NIFTI, nifti_stem, walk_folders
 
 PREDICTION = "a prediction by its name; to train on it, move it into a folder named labels"

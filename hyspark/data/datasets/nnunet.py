@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from hyspark.data.datasets.cases import Case, ignored_value
-from hyspark.data.datasets.file_names import BTCV_IMAGE, FIRST_CHANNEL, OTHER_FORMATS, cases_of_stems, is_label_name
+from hyspark.data.datasets.file_names import BTCV_IMAGE, OTHER_FORMATS, cases_of_stems
 from hyspark.data.datasets.found import DataSet, FoundData
+from hyspark.data.datasets.words import FIRST_CHANNEL, is_label_name
 from hyspark.data.quality.findings import Finding
 from hyspark.utils.paths import NIFTI, load_json, nifti_stem
 

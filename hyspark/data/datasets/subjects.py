@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 
 from hyspark.data.datasets.cases import Case
-from hyspark.data.datasets.file_names import IMAGE_WORDS, words_of
 from hyspark.data.datasets.near_subjects import near_subject_faults
 from hyspark.data.datasets.visits import (
     IDENTIFIER,
@@ -18,6 +17,7 @@ from hyspark.data.datasets.visits import (
     named_subject,
     subject_of,
 )
+from hyspark.data.datasets.words import IMAGE_WORDS, words_of
 from hyspark.utils.log import LOG
 from hyspark.utils.paths import nifti_stem
 from hyspark.utils.text import listing

@@ -14,7 +14,7 @@ from hyspark.data.datasets.cases import Case, common_labels
 from hyspark.data.datasets.data_folder import read_data_folder
 from hyspark.data.datasets.datalist_json import ListedData, is_datalist, read_list
 from hyspark.data.datasets.found import DataSet, FoundData
-from hyspark.data.datasets.splits import num_folds, split_by_file, splits_file
+from hyspark.data.datasets.splits import CONVERT_SPLITS, num_folds, pickled_splits, split_by_file, splits_file
 from hyspark.data.datasets.subjects import both_sides_faults, large_subject_faults
 from hyspark.data.quality.examine import Examined, examine
 from hyspark.data.quality.findings import Finding
@@ -93,6 +93,9 @@ def find_dataset(path: Path) -> FoundData:
         if found.cases and not any(case.label for case in found.cases):
             found.findings.append(Finding("image without label", str(path), "no label map for any image"))
         found.findings += [finding for one in found.sets for finding in splits_file_faults(one, found)]
+        pickles = [file for folder in {one.folder for one in found.sets} for file in pickled_splits(folder)]
+        why = f"a pickle, which is not read; this converts it in its folder: {CONVERT_SPLITS}"
+        found.findings += [Finding("pickled splits", str(file), why) for file in pickles]
     has_labels = all(c.label for c in listed.cases) if listed else any(case.label for case in found.cases)
     found.findings += [*found.unused_findings(), *run_faults(path, found, has_labels)]
     return found
