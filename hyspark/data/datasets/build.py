@@ -164,7 +164,7 @@ def split_cases(found: FoundData, *, labels: bool, splits: str, fold: int = 0, *
         training = []
         files = {one.folder: file for one in found.sets if (file := splits_file(one.folder))}
         if not files:
-            check_fold(fold, 0, found.source)
+            check_fold(fold, 0, found.source, pickle_lines([one.folder for one in found.sets]))
         for one in found.sets:
             if file := files.get(one.folder):
                 sides = split_by_file(one.cases, file, labels=labels, fold=fold)

@@ -20,9 +20,9 @@ CONVERT_SPLITS = shlex.join(
     [
         "python",
         "-c",
-        "import json, pickle; folds = pickle.load(open('splits_final.pkl', 'rb')); "
+        'import json, pickle; folds = pickle.load(open("splits_final.pkl", "rb")); '
         "folds = [{key: list(map(str, fold[key])) for key in fold} for fold in folds]; "
-        "json.dump(folds, open('splits_final.json', 'w'))",
+        'json.dump(folds, open("splits_final.json", "w"))',
     ]
 )
 """What to type in the folder of such a file."""
@@ -108,14 +108,20 @@ def num_folds(path: Path) -> int:
     return len(content) if isinstance(content, list) and content else 1
 
 
-def check_fold(fold: int, number: int, source: Path) -> None:
+def check_fold(fold: int, number: int, source: Path, unread: Sequence[str] = ()) -> None:
     """Check that a list or splits file has a fold; without folds, 0 stands for its only split.
+
+    Args:
+        fold: the fold.
+        number: number of folds.
+        source: the list, splits file or folder.
+        unread: lines on splits files that are not read.
 
     Raises:
         ValueError: It has not.
     """
     if not 0 <= fold < max(1, number):
-        known = f"folds 0 to {number - 1}" if number else "no folds; drop --fold"
+        known = f"folds 0 to {number - 1}" if number else "\n  ".join(["no folds; drop --fold", *unread])
         raise ValueError(f"fold: expected a fold of {source}, got {fold}; it has {known}")
 
 

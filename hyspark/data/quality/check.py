@@ -13,7 +13,7 @@ from hyspark.data.datasets.build import read_data
 from hyspark.data.datasets.cases import Case, common_labels
 from hyspark.data.datasets.data_folder import read_data_folder
 from hyspark.data.datasets.datalist_json import ListedData, is_datalist, read_list
-from hyspark.data.datasets.found import DataSet, FoundData
+from hyspark.data.datasets.found import UNREADABLE, DataSet, FoundData
 from hyspark.data.datasets.splits import CONVERT_SPLITS, num_folds, pickled_splits, split_by_file, splits_file
 from hyspark.data.datasets.subjects import both_sides_faults, large_subject_faults
 from hyspark.data.quality.examine import Examined, examine
@@ -87,8 +87,10 @@ def find_dataset(path: Path) -> FoundData:
                 listed = read_checked_list(file)
                 add_list(found, listed)
         except ValueError as error:
-            found.findings.append(Finding("unreadable list", str(path), str(error)))
-        if found.classes is None and any(case.label for case in found.cases):
+            declared = (one.folder / "dataset.json" for one in found.sets)
+            found.add_unreadable(next((file for file in declared if str(error).startswith(str(file))), path), error)
+        unreadable = any(finding.kind == UNREADABLE for finding in found.findings)
+        if found.classes is None and not unreadable and any(case.label for case in found.cases):
             found.findings.append(Finding("no class names", str(path), "labels, and no dataset.json that names them"))
         if found.cases and not any(case.label for case in found.cases):
             found.findings.append(Finding("image without label", str(path), "no label map for any image"))

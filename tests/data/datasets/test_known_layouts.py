@@ -232,7 +232,36 @@ def test_a_pickled_splits_file_is_named_and_converted_by_the_command(tmp_path, a
     assert note.endswith(CONVERT_SPLITS)
     (finding,) = [finding for finding in find_dataset(tmp_path).findings if finding.kind == "pickled splits"]
     assert CONVERT_SPLITS in finding.found
+    if not as_list:
+        with pytest.raises(ValueError, match=r"it has no folds; drop --fold\n.*a pickle, which is not read"):
+            find_run_cases(replace(config, fold=1))
     subprocess.run([sys.executable, *shlex.split(CONVERT_SPLITS)[1:]], cwd=tmp_path, check=True)
     run = find_run_cases(config)
     assert [case.name for case in run.validation] == ["d"]
     assert not any("pickle" in note for note in run.notes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", r'expected \{"labels": .*, got a list'),
+        ("{", "is not valid JSON"),
+        ('{"labels": {"a": 0}, "labels": {"b": 0}}', "the key 'labels' is set twice"),
+    ],
+)
+def test_a_dataset_json_that_is_none_is_named_once(tmp_path, text, message):
+    write_cases(tmp_path, "ab")
+    path = tmp_path / "dataset.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        find_run_cases(SegmentationConfig(data=str(tmp_path)))
+    assert str(raised.value).startswith(str(path))
+    (finding,) = [finding for finding in find_dataset(tmp_path).findings if finding.severity != "note"]
+    assert finding.file == str(path)
+    assert str(path) not in finding.found
+    assert not any(finding.kind == "no class names" for finding in find_dataset(tmp_path).findings)
+
+
+def test_a_key_with_one_value_may_come_twice(tmp_path):
+    (tmp_path / "x.json").write_text('{"name": "a", "name": "a"}')
+    assert load_json(tmp_path / "x.json") == {"name": "a"}
