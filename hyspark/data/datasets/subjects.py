@@ -4,7 +4,6 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from pathlib import Path
 
 from hyspark.data.datasets.cases import Case
@@ -26,6 +25,8 @@ FORMER_VISIT = re.compile(r"__|_(visit|session|ses-|scan|series|t\d)", re.IGNORE
 """The marker of earlier versions, whose subjects keep their ranks in splits."""
 FEW_SCANS = 4
 """Number of scans of one form that a subject may have in a data set of fewer subjects."""
+Parts = tuple[str, ...]
+"""Names of folders and of a file, from the top down."""
 LARGE_SUBJECT = 0.2
 """Fraction of the cases above which one subject is reported."""
 
@@ -101,46 +102,60 @@ def patient_folders(images: Sequence[Path]) -> dict[Path, str]:
     """
     if len(images) < 2:
         return {}
-    root = Path(os.path.commonpath([image.parent for image in images]))
-    loose = [image for image in images if image.parent.name not in ("imagesTr", "imagesTs")]
-    repeating = without_groups(repeating_folders(root, loose))
-    named = without_groups({image: unit for image in loose if (unit := named_folder(root, image))})
-    return {image: unit.relative_to(root).as_posix() for image, unit in {**repeating, **named}.items()}
+    num_above = len(Path(os.path.commonpath([image.parent for image in images])).parts)
+    below = {image: image.parts[num_above:] for image in images if image.parts[-2] not in ("imagesTr", "imagesTs")}
+    repeating = without_groups(repeating_folders(below))
+    named = without_groups({image: unit for image, parts in below.items() if (unit := named_folder(parts))})
+    return {image: "/".join(unit) for image, unit in {**repeating, **named}.items()}
 
 
-def repeating_folders(root: Path, images: Sequence[Path]) -> dict[Path, Path]:
-    """Return the folder of each image, above folders of visits, if a file in it has the name of one elsewhere."""
+def repeating_folders(below: dict[Path, Parts]) -> dict[Path, Parts]:
+    """Return the folder of each image, above folders of visits, if a file in it has the name of one elsewhere.
+
+    Args:
+        below: path of each image below the folder of all.
+    """
     places = defaultdict(set)
-    for image in images:
-        places[image.name].add(image.parent)
-    units = {image: unit for image in images if (unit := folder_above_visits(root, image.parent)) != root}
+    for parts in below.values():
+        places[parts[-1]].add(parts[:-1])
+    above = {folder: folder_above_visits(folder) for folders in places.values() for folder in folders if folder}
+    units = {image: above[parts[:-1]] for image, parts in below.items() if parts[1:]}
     repeating = {unit for image, unit in units.items() if len(places[image.name]) > 1}
     return {image: unit for image, unit in units.items() if unit in repeating}
 
 
-def folder_above_visits(root: Path, folder: Path) -> Path:
-    """Return the folder above those of visits and of images alone."""
-    parts = folder.relative_to(root).parts
-    for above, visit in pairwise(root.joinpath(*parts[:num]) for num in range(1, len(parts) + 1)):
-        if is_numbered_visit(visit.name):
-            return above
-    while folder != root and folder.parent != root and is_inner_folder(folder.name):
-        folder = folder.parent
+def folder_above_visits(folder: Parts) -> Parts:
+    """Return the folder above those of visits and of images alone, from the names down to a folder."""
+    for num, name in enumerate(folder[1:], 1):
+        if is_numbered_visit(name):
+            return folder[:num]
+    while len(folder) > 1 and is_inner_folder(folder[-1]):
+        folder = folder[:-1]
     return folder
 
 
-def named_folder(root: Path, image: Path) -> Path | None:
-    """Return the topmost folder with a number whose name begins a name in it, or that above its visits; else None."""
-    parts = [*image.relative_to(root).parts[:-1], nifti_stem(image)]
-    for num, part in enumerate(parts[:-1], 1):
-        begins = re.compile(re.escape(part) + r"(?![A-Za-z0-9])", re.IGNORECASE)
-        if has_digit(part) and any(begins.match(inner) for inner in parts[num:]):
-            folder = root.joinpath(*parts[:num])
-            return folder if part.isdecimal() else folder_above_visits(root, folder)
-    return None
+def named_folder(below: Parts) -> Parts:
+    """Return the topmost folder with a number whose name begins a name in it, or that above its visits.
+
+    Args:
+        below: names of folders, and of the image, below the folder of all.
+
+    Returns:
+        The names down to the folder; none without one.
+    """
+    for num, name in enumerate(below[:-1], 1):
+        if has_digit(name) and any(begins_with(inner, name) for inner in below[num:]):
+            return below[:num] if name.isdecimal() else folder_above_visits(below[:num])
+    return ()
 
 
-def without_groups(units: dict[Path, Path]) -> dict[Path, Path]:
+def begins_with(name: str, beginning: str) -> bool:
+    """Return whether a name is a beginning, or goes on behind it with neither letter nor digit; case is ignored."""
+    size = len(beginning)
+    return name[:size].lower() == beginning.lower() and not name[size : size + 1].isalnum()
+
+
+def without_groups(units: dict[Path, Parts]) -> dict[Path, Parts]:
     """Return folders of patients; none if one has more images of one form than there are folders, as one of a site."""
     forms = Counter((unit, form_of(nifti_stem(image))) for image, unit in units.items())
     folders = set(units.values())
@@ -179,28 +194,42 @@ def split_faults(training: Sequence[Case], validation: Sequence[Case], pattern: 
     That are no validation cases, a subject on both sides or perhaps so, and one with over a fifth of all cases.
     """
     cases = [*training, *validation]
+    subjects = subjects_of_cases(cases, pattern)
     faults = [f"all {len(cases)} cases are for training, none for validation"] if cases and not validation else []
-    return [*faults, *both_sides_faults(training, validation, pattern), *large_subject_faults(cases, pattern)]
+    faults += both_sides_faults(training, validation, subjects)
+    near = [] if pattern else near_subject_faults(training, validation, subjects)
+    return [*faults, *near, *large_subject_faults(subjects)]
 
 
-def both_sides_faults(training: Sequence[Case], validation: Sequence[Case], pattern: str = "") -> list[str]:
-    """Report subjects with cases in training and in validation, and without a pattern those that perhaps have."""
-    cases = [*training, *validation]
-    subjects = subjects_of([case.name for case in cases], [case.image for case in cases], pattern)
+def subjects_of_cases(cases: Sequence[Case], pattern: str = "") -> list[str]:
+    """Return the subject of each case of a data set; see `subjects_of`."""
+    return subjects_of([case.name for case in cases], [case.image for case in cases], pattern)
+
+
+def both_sides_faults(training: Sequence[Case], validation: Sequence[Case], subjects: Sequence[str]) -> list[str]:
+    """Report subjects with cases in training and in validation.
+
+    Args:
+        training: cases to train on.
+        validation: cases to validate on.
+        subjects: subject of each case, those of training first.
+    """
     both = set(subjects[: len(training)]) & set(subjects[len(training) :])
-    faults = [f"subjects in training and in validation: {listing(both, 5)}"] if both else []
-    return faults if pattern else [*faults, *near_subject_faults(training, validation, subjects)]
+    return [f"subjects in training and in validation: {listing(both, 5)}"] if both else []
 
 
-def large_subject_faults(cases: Sequence[Case], pattern: str = "") -> list[str]:
-    """Report the largest subject if it has several cases and more than a fifth of all."""
-    subjects = subjects_of([case.name for case in cases], [case.image for case in cases], pattern)
+def large_subject_faults(subjects: Sequence[str]) -> list[str]:
+    """Report the largest subject if it has several cases and more than a fifth of all.
+
+    Args:
+        subjects: subject of each case.
+    """
     ((largest, num),) = Counter(subjects).most_common(1) or [("", 0)]
-    if num <= max(1, LARGE_SUBJECT * len(cases)):
+    if num <= max(1, LARGE_SUBJECT * len(subjects)):
         return []
     return [
-        f"{num} of {len(cases)} cases count as one subject, {largest!r}; if they are of several, set subject_regex to "
-        "a pattern of the subject in their names"
+        f"{num} of {len(subjects)} cases count as one subject, {largest!r}; if they are of several, set subject_regex "
+        "to a pattern of the subject in their names"
     ]
 
 

@@ -14,8 +14,9 @@ from hyspark.data.datasets.cases import Case, common_labels
 from hyspark.data.datasets.data_folder import read_data_folder
 from hyspark.data.datasets.datalist_json import ListedData, is_datalist, read_list
 from hyspark.data.datasets.found import UNREADABLE, DataSet, FoundData
+from hyspark.data.datasets.near_subjects import near_subject_faults
 from hyspark.data.datasets.splits import CONVERT_SPLITS, num_folds, pickled_splits, split_by_file, splits_file
-from hyspark.data.datasets.subjects import both_sides_faults, large_subject_faults
+from hyspark.data.datasets.subjects import both_sides_faults, large_subject_faults, subjects_of_cases
 from hyspark.data.quality.examine import Examined, examine
 from hyspark.data.quality.findings import Finding
 from hyspark.data.settings import PrepareSettings
@@ -66,7 +67,8 @@ def check_dataset(
     settings = PrepareSettings(hu_min=hu_min, hu_max=hu_max, spacing=spacing)
     examined = examine_all(found.cases, settings, declared, num_workers or available_cores(), progress)
     found.findings += [*same_content(examined), *unused_classes(examined, found.classes, path)]
-    found.findings += [Finding("large subject", str(path), fault) for fault in large_subject_faults(found.cases)]
+    subjects = subjects_of_cases(found.cases)
+    found.findings += [Finding("large subject", str(path), fault) for fault in large_subject_faults(subjects)]
     return examined, found
 
 
@@ -173,7 +175,9 @@ def splits_file_faults(data_set: DataSet, found: FoundData) -> list[Finding]:
 
 def side_findings(path: Path, training: Sequence[Case], validation: Sequence[Case]) -> list[Finding]:
     """Report subjects that are in training and in validation, or perhaps are."""
-    return [Finding("subject on both sides", str(path), fault) for fault in both_sides_faults(training, validation)]
+    subjects = subjects_of_cases([*training, *validation])
+    faults = both_sides_faults(training, validation, subjects) + near_subject_faults(training, validation, subjects)
+    return [Finding("subject on both sides", str(path), fault) for fault in faults]
 
 
 def examine_all(
