@@ -52,6 +52,14 @@ def read_text(path: Path) -> str:
     return content.decode("utf-16" if is_utf16 else "utf-8-sig")
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of a JSON file; raise ValueError if it gives a key two values."""
+    content = dict(pairs)
+    if len(content) < len(pairs) and (twice := [key for key, value in pairs if content[key] != value]):
+        raise ValueError(f"the key {twice[0]!r} is set twice; keep one of them")
+    return content
+
+
 def load_json(path: Path) -> Any:
     """Read the content of a JSON file.
 
@@ -62,6 +70,6 @@ def load_json(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
-        return json.loads(read_text(path))
+        return json.loads(read_text(path), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error

@@ -6,6 +6,7 @@ nnU-Net's layout.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,16 @@ from hyspark.data.datasets.cases import Case, Datalist, common_labels
 from hyspark.data.datasets.data_folder import find_cases, labelled_of
 from hyspark.data.datasets.datalist_json import is_datalist, read_datalist
 from hyspark.data.datasets.found import FoundData
-from hyspark.data.datasets.splits import SPLIT_SEED, check_fold, split_by_file, split_by_subject, splits_file
+from hyspark.data.datasets.splits import (
+    CONVERT_SPLITS,
+    SPLIT_SEED,
+    check_fold,
+    pass_over_rest_of_split,
+    pickled_splits,
+    split_by_file,
+    split_by_subject,
+    splits_file,
+)
 from hyspark.utils.text import listing
 
 
@@ -107,7 +117,12 @@ def read_data(
             listed = read(fold=fold)
         elif splits:
             sides = split_by_file(listed.training, splits, labels=labels, fold=fold)
-            listed = replace(listed, training=tuple(sides[0]), validation=tuple(sides[1]))
+            rest = FoundData(file)
+            pass_over_rest_of_split(listed.training, [*sides[0], *sides[1]], splits, rest, labels=labels, fold=fold)
+            unused = (*listed.unused, *rest.unused_lines())
+            listed = replace(listed, training=tuple(sides[0]), validation=tuple(sides[1]), unused=unused)
+        elif file.name == "dataset.json":
+            listed = replace(listed, unused=(*listed.unused, *pickle_lines([file.parent])))
     if not listed.validation:
         sides = split_by_subject(listed.training, **drawing)
         listed = replace(listed, training=tuple(sides[0]), validation=tuple(sides[1]))
@@ -149,16 +164,19 @@ def split_cases(found: FoundData, *, labels: bool, splits: str, fold: int = 0, *
         training = []
         files = {one.folder: file for one in found.sets if (file := splits_file(one.folder))}
         if not files:
-            check_fold(fold, 0, found.source)
+            check_fold(fold, 0, found.source, pickle_lines([one.folder for one in found.sets]))
         for one in found.sets:
             if file := files.get(one.folder):
                 sides = split_by_file(one.cases, file, labels=labels, fold=fold)
+                on_sides = [*sides[0], *sides[1]]
+                pass_over_rest_of_split(one.cases, on_sides, file, found, labels=labels, fold=fold)
             else:
                 members = [case for case in one.cases if not labels or case.label is not None]
                 sides = split_by_subject(members, **drawing)
             training, validation = training + sides[0], validation + sides[1]
     elif splits:
         training, validation = split_by_file(cases, Path(splits), labels=labels, fold=fold)
+        pass_over_rest_of_split(cases, [*training, *validation], Path(splits), found, labels=labels, fold=fold)
     else:
         check_fold(fold, 0, found.source)
     if not training:
@@ -169,4 +187,16 @@ def split_cases(found: FoundData, *, labels: bool, splits: str, fold: int = 0, *
     excluded = tuple(case for case in cases if case not in used)
     folders = [one.folder for one in found.sets if any(case.label for case in one.cases)]
     classes = common_labels(folders) if labels else None
-    return Datalist(tuple(training), tuple(validation), classes, excluded, tuple(found.unused_lines()))
+    pickles = pickle_lines([one.folder for one in found.sets]) if splits == "auto" else []
+    unused = (*found.unused_lines(), *pickles)
+    return Datalist(tuple(training), tuple(validation), classes, excluded, unused)
+
+
+def pickle_lines(folders: Sequence[Path]) -> list[str]:
+    """Return a line for the terminal for each splits file of nnU-Net v1 in data set folders."""
+    return [
+        f"{file}: a pickle, which is not read; validation cases are drawn anew; "
+        f"if you trust it, convert it in its folder: {CONVERT_SPLITS}"
+        for folder in folders
+        for file in pickled_splits(folder)
+    ]

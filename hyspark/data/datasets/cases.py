@@ -69,14 +69,16 @@ def common_labels(folders: Iterable[Path]) -> dict[str, int] | None:
     """Read the class names that all folders agree on; None if no dataset.json gives any.
 
     Raises:
-        ValueError: if folders disagree.
+        ValueError: if folders disagree, or a dataset.json is no JSON object.
     """
     known: dict[str, int] | None = None
     origin = Path()
     for folder in folders:
         file = folder / "dataset.json"
         content = load_json(file) if file.is_file() else {}
-        if not isinstance(content, dict) or not content.get("labels"):
+        if not isinstance(content, dict):
+            raise ValueError(f'{file}: expected {{"labels": {{"background": 0, ...}}}}, got a {type(content).__name__}')
+        if not content.get("labels"):
             continue
         labels = class_values(content["labels"], file)
         if known is not None and labels != known:

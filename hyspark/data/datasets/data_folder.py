@@ -6,16 +6,17 @@ names are read; no image is opened.
 
 import os
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 from hyspark.data.datasets.cases import Case
-from hyspark.data.datasets.file_names import FIRST_CHANNEL
 from hyspark.data.datasets.found import UNREADABLE, FoundData
 from hyspark.data.datasets.loose import read_loose, sort_files
-from hyspark.data.datasets.nnunet import is_data_set, read_data_set
+from hyspark.data.datasets.nnunet import USED_FOLDERS, is_data_set, read_data_set
+from hyspark.data.datasets.words import FIRST_CHANNEL
 from hyspark.data.quality.findings import Finding
-from hyspark.utils.paths import walk_folders
+from hyspark.utils.paths import NIFTI, walk_folders
 from hyspark.utils.text import listing
 
 EXPECTED_LAYOUT = "expected DatasetXXX_Name/imagesTr/CASE_0000.nii.gz (or .nii) in it or below, or loose NIfTI files"
@@ -54,10 +55,34 @@ def read_data_folder(
     if not folders or (with_loose and path not in folders):
         read_loose(path, found, channel, skip=skipped)
     elif path not in folders:
-        images, labels = sort_files(path, found, skip=skipped)
-        for file in [*labels, *(file for files in images.values() for file in files)]:
-            found.pass_over("unused file", "outside of the data set folders", file)
+        pass_over_files(path, found, skipped, "outside of the data set folders")
+    for folder in folders:
+        if (folder / "imagesTr").is_dir():
+            pass_over_rest(folder, found, [skip] if skip else [])
     return found
+
+
+def pass_over_rest(folder: Path, found: FoundData, skip: Collection[Path]) -> None:
+    """Pass over the files of a data set outside of its folders for images and labels, and in folders below these."""
+    used = [below for name in USED_FOLDERS if (below := folder / name).is_dir()]
+    labels_reason = "label maps outside of labelsTr"
+    if folder / "labelsTr" not in used:
+        labels_reason += ", which is missing; name their folder labelsTr to use them"
+    pass_over_files(folder, found, {*used, *skip}, "outside of imagesTr", labels_reason)
+    for above in used:
+        for below in sorted(above.iterdir()):
+            if below.is_dir() and not below.name.startswith(".") and not NIFTI.fullmatch(below.name):
+                reason = f"in a folder below {above.name}; move the files up to use them"
+                pass_over_files(below, found, skip, reason)
+
+
+def pass_over_files(root: Path, found: FoundData, skip: Collection[Path], reason: str, labels_reason: str = "") -> None:
+    """Pass over the files at or below a folder, except those in some folders; label maps for a reason of their own."""
+    images, labels = sort_files(root, found, skip=skip)
+    for file in labels:
+        found.pass_over("unused label map", labels_reason or reason, file)
+    for file in [file for files in images.values() for file in files]:
+        found.pass_over("unused file", reason, file)
 
 
 def data_sets_below(path: Path, found: FoundData) -> list[Path]:

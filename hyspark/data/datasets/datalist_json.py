@@ -7,12 +7,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from hyspark.data.datasets.cases import IGNORED_NAME, Case, Datalist, class_values, ignored_value
-from hyspark.data.datasets.file_names import CHANNEL, case_names, dataset_of
+from hyspark.data.datasets.file_names import case_names, dataset_of
 from hyspark.data.datasets.found import DataSet, FoundData
+from hyspark.data.datasets.list_parts import (
+    PART_KEYS,
+    PARTS,
+    ListEntry,
+    is_for_tests,
+    move_to_own_parts,
+    pass_over_parts,
+    split_by_fold,
+)
 from hyspark.data.datasets.nnunet import ANOTHER_CHANNEL, absolute
+from hyspark.data.datasets.words import CHANNEL
 from hyspark.data.quality.findings import Finding
 from hyspark.utils.paths import load_json, nifti_stem
 from hyspark.utils.text import listing
@@ -57,7 +67,10 @@ def write_datalist(datalist: Datalist, path: Path) -> None:
 def is_datalist(path: Path) -> bool:
     """Return whether a JSON file is a data list (has a list "training"), unlike nnU-Net's own dataset.json."""
     loaded = load_json(path)
-    return isinstance(loaded, dict) and isinstance(loaded.get("training"), list)
+    if not isinstance(loaded, dict):
+        return False
+    names_of_cases = all(isinstance(entry, str) for entry in loaded.get("train") or ())
+    return isinstance(loaded.get("training"), list) or (isinstance(loaded.get("train"), list) and not names_of_cases)
 
 
 def read_datalist(
@@ -104,9 +117,9 @@ class ListedData(FoundData):
 def read_list(path: Path, *, fold: int | None = 0, require_labels: bool = False) -> ListedData:
     """Read a list of cases of the decathlon, MONAI or nnU-Net v1; its faults are findings.
 
-    Paths are relative to the list's folder. An entry is {"image": ..., "label": ...} or the image's path alone. Without
-    a part "validation", entries with "fold" equal to `fold` are for validation, as in MONAI. Entries of "test" are not
-    used, and other keys are ignored.
+    Paths are relative to the list's folder. An entry is {"image": ..., "label": ...} or the image's path alone. A part
+    "val" stands for "validation", and an entry may name its own part ("split": "val"). Without validation cases,
+    entries with "fold" equal to `fold` are for validation, as in MONAI. Entries of other parts are not used.
 
     Args:
         path: the JSON file.
@@ -123,7 +136,9 @@ def read_list(path: Path, *, fold: int | None = 0, require_labels: bool = False)
     except ValueError as error:
         listed.add_unreadable(path, error)
         return listed
-    if not (isinstance(content, dict) and isinstance(content.get("training"), list) and content["training"]):
+    if not (
+        isinstance(content, dict) and any(isinstance(content.get(k), list) and content[k] for k in PARTS["training"])
+    ):
         listed.add_unreadable(path, 'expected {"training": [{"image": "./..."}, ...]} with at least one image')
         return listed
     ignore = None
@@ -132,16 +147,17 @@ def read_list(path: Path, *, fold: int | None = 0, require_labels: bool = False)
         ignore = ignored_value(content.get("labels"), path)
     except ValueError as error:
         listed.add_unreadable(path, error)
-    parts = {key: read_entries(content, key, require_labels, listed) for key in ("training", "validation")}
+    parts = {
+        part: [entry for key in keys for entry in read_entries(content, key, require_labels, listed)]
+        for part, keys in PARTS.items()
+    }
+    parts = move_to_own_parts(parts, listed)
     if not parts["validation"]:
+        listed.folds = {entry.fold for entry in parts["training"] if type(entry.fold) is int}
         parts = split_by_fold(parts["training"], fold, listed)
     elif fold:
         listed.add_unreadable(path, f'fold: expected 0, got {fold}, but the list has a part "validation"; drop --fold')
-    for key in ("test", "testing"):
-        for value in content[key] if isinstance(content.get(key), list) else ():
-            text = value.get("image") if isinstance(value, dict) else value
-            if isinstance(text, str) and text:
-                listed.pass_over("unused file", f'listed as "{key}"', absolute(path.parent, text))
+    pass_over_parts(content, listed)
     names = case_names([entry.image for entries in parts.values() for entry in entries])
     listed.training, listed.validation = (
         [Case(names[e.image], dataset_of(e.image), e.image, e.label, ignore) for e in parts[key]] for key in parts
@@ -162,14 +178,6 @@ def entry_faults(cases: Sequence[Case], path: Path) -> Iterator[Finding]:
         yield Finding("image without label", str(path), found)
 
 
-class ListEntry(NamedTuple):
-    """One entry of a list: image, label map and fold, if it has them."""
-
-    image: Path
-    label: Path | None
-    fold: Any
-
-
 def read_entries(content: dict[str, Any], key: str, require_labels: bool, listed: ListedData) -> list[ListEntry]:
     """Read the entries of a part of a list; faults are findings."""
     values = content.get(key, [])
@@ -187,12 +195,13 @@ def read_entries(content: dict[str, Any], key: str, require_labels: bool, listed
             expected = '{"image": "./..."}, optionally with "label": "./...", each the path of one file'
             listed.add_unreadable(listed.source, f"{where}: expected {expected}, got {value!r}")
             continue
-        if require_labels and label is None:
+        if require_labels and label is None and not is_for_tests(entry):
             listed.add_unreadable(listed.source, f'{where}: expected a "label", got the image {image} alone')
             continue
         folder = listed.source.parent
         file = with_channel(absolute(folder, image), listed)
-        entries.append(ListEntry(file, absolute(folder, label) if label else None, entry.get("fold")))
+        keys = {key: entry[key] for key in PART_KEYS if key in entry}
+        entries.append(ListEntry(file, absolute(folder, label) if label else None, entry.get("fold"), keys))
     return entries
 
 
@@ -221,25 +230,6 @@ def with_channel(image: Path, listed: ListedData) -> Path:
         listed.pass_over(*ANOTHER_CHANNEL, other)
         number += 1
     return first
-
-
-def split_by_fold(entries: list[ListEntry], fold: int | None, listed: ListedData) -> dict[str, list[ListEntry]]:
-    """Split the entries of a list by its folds; a fold that no entry has is a finding."""
-    folds = {entry.fold for entry in entries if entry.fold is not None}
-    if any(type(value) is not int for value in folds):
-        odd = [str(value) for value in folds if type(value) is not int]
-        listed.add_unreadable(listed.source, f'"fold": expected whole numbers, got {listing(odd)}')
-        return {"training": entries, "validation": []}
-    listed.folds = folds
-    if fold is None:
-        fold = min(folds, default=0)
-    if fold not in folds and (folds or fold):
-        has = f"its folds are {listing(map(str, folds))}" if folds else "it has no folds"
-        listed.add_unreadable(listed.source, f"fold: expected a fold of this list, got {fold}; {has}")
-    else:
-        validation = [entry for entry in entries if folds and entry.fold == fold]
-        return {"training": [e for e in entries if not folds or e.fold != fold], "validation": validation}
-    return {"training": entries, "validation": []}
 
 
 def check_replaceable(path: Path) -> None:

@@ -1,67 +1,23 @@
-"""What file names say: the case, the channel, and whether a file is a label map. No file is opened."""
+"""What file names say: the case, the channel, and which label map belongs to which image. No file is opened."""
 
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
+from hyspark.data.datasets.words import CHANNEL, FIRST_CHANNEL, IMAGE_WORDS, LABEL_WORDS, words_of
 from hyspark.utils.paths import nifti_stem
 
-FIRST_CHANNEL = "0000"
-CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})", re.DOTALL)
-"""A case and its channel, as nnU-Net writes them."""
 MAX_CHANNELS, MAX_CHANNELS_OF_ONE = 10, 4
 """Consecutive numbers behind each of several names, and behind one name alone, from 0000, that count as channels. More
 are numbers of cases.
 """
 BTCV_IMAGE = re.compile(r"img\d+")
-LABEL_WORDS = frozenset(
-    (
-        "seg",
-        "segs",
-        "segm",
-        "segmentation",
-        "segmentations",
-        "label",
-        "labels",
-        "labelmap",
-        "labelmaps",
-        "mask",
-        "masks",
-    )
-    + ("gt", "groundtruth", "dseg", "probseg", "roi", "rois", "annotation", "annotations", "contour", "contours")
-    + ("pred", "preds", "prediction", "predictions", "labelstr", "labelsts", "labelsva", "instances")
-)
-"""Words that name label maps, or folders of them."""
-IMAGE_WORDS = frozenset(
-    ("image", "images", "img", "imgs", "imaging", "volume", "volumes", "vol", "vols", "ct", "cts", "scan", "scans")
-    + ("orig", "original", "raw", "rawdata", "anat", "nifti", "imagestr", "imagests", "imagesva")
-)
-"""Words that name images, or folders of them, and no case."""
 OTHER_FORMATS = frozenset(
     (".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".hdr", ".img", ".gipl", ".dcm", ".ima", ".minc", ".mnc")
 )
 """Endings of volumes of other formats, which are not read."""
 BIDS_LABEL_ENTITY = re.compile(r"(space|label|desc|res|den|seg|atlas)-.*", re.IGNORECASE)
-
-
-def words_of(text: str) -> list[str]:
-    """Split a name at everything that is no letter or digit, and before the number of label0001; in lower case."""
-    words = [word for word in re.split(r"[\W_]+", text.lower()) if word]
-    split = (re.fullmatch(r"([a-z]+)(\d+)", word) for word in words)
-    known = LABEL_WORDS | IMAGE_WORDS
-    return [w for word, m in zip(words, split, strict=True) for w in (m.groups() if m and m[1] in known else (word,))]
-
-
-def is_label_name(stem: str) -> bool:
-    """Return whether a file name without ending is that of a label map: seg, x_mask, label0001, segmentation-3."""
-    named = [word for word in words_of(CHANNEL.sub(r"\g<case>", stem)) if not word.isdecimal()]
-    return bool(named) and (named[-1] in LABEL_WORDS or named[0] in LABEL_WORDS)
-
-
-def is_label_folder(name: str) -> bool:
-    """Return whether a folder name is that of a folder of label maps: labels, segmentations, manual_masks."""
-    return any(word in LABEL_WORDS for word in words_of(name))
 
 
 def pair_key(below: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -70,12 +26,15 @@ def pair_key(below: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     Words for images and label maps, the first channel, and BIDS entities of label maps are no part of it.
     """
     folders = list(below.parts[:-1])
-    folders = folders[2:] if folders[:1] == ["derivatives"] else folders
+    if "derivatives" in folders:
+        start = folders.index("derivatives")
+        pipeline = folders[start + 1 : start + 2]
+        del folders[start : start + 1 + bool(pipeline and not pipeline[0].startswith("sub-"))]
     neutral = LABEL_WORDS | IMAGE_WORDS
     kept = tuple(folder for folder in folders if not set(words_of(folder)) & neutral)
-    parts = nifti_stem(below).removesuffix("_0000").split("_")
-    entities = [part for part in parts if not BIDS_LABEL_ENTITY.fullmatch(part)]
-    return kept, tuple(word for word in words_of("_".join(entities)) if word not in neutral)
+    entities = [part for part in nifti_stem(below).split("_") if not BIDS_LABEL_ENTITY.fullmatch(part)]
+    words = [word for word in words_of("_".join(entities)) if word not in neutral]
+    return kept, tuple(words[:-1] if words[1:] and words[-1] == FIRST_CHANNEL else words)
 
 
 def cases_of_stems(
@@ -123,6 +82,23 @@ def cases_of_stems(
         else:
             cases[stem] = stem if channel == FIRST_CHANNEL else None
     return cases
+
+
+def labelled_stems(stems: Collection[str], labels: Collection[str]) -> set[str]:
+    """Return the images of one folder whose four digits at the end number cases, since label maps have them too.
+
+    Args:
+        stems: file names of the images, without ending.
+        labels: file names of the label maps, without ending, which may have words for label maps (case_0001_seg).
+    """
+
+    def key(stem: str) -> tuple[str, ...]:
+        return tuple(word for word in words_of(stem) if word not in LABEL_WORDS | IMAGE_WORDS)
+
+    known = {key(stem) for stem in labels}
+    found = [match for stem in stems if (match := CHANNEL.fullmatch(stem)) and key(stem) in known]
+    numbered = {match["case"] for match in found if match["channel"] != FIRST_CHANNEL}
+    return {match.string for match in found if match["case"] in numbered}
 
 
 def unique_names(stems: Mapping[Path, str]) -> dict[Path, str]:

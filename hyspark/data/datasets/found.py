@@ -82,7 +82,9 @@ class FoundData:
 
     def add_unreadable(self, file: Path, error: str | Exception) -> None:
         """Add a finding that a list or dataset.json is no such file, from a text that may begin with its path."""
-        self.findings.append(Finding(UNREADABLE, str(file), str(error).removeprefix(f"{file}: ")))
+        self.findings.append(
+            Finding(UNREADABLE, str(file), str(error).removeprefix(f"{file}: ").removeprefix(f"{file} "))
+        )
 
 
 def log_unused(lines: Iterable[str]) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from hyspark.data.datasets.cases import Case
 from hyspark.data.datasets.data_folder import read_data_folder
-from hyspark.data.datasets.file_names import cases_of_stems, is_label_name
+from hyspark.data.datasets.file_names import cases_of_stems
 from hyspark.data.datasets.found import DataSet, FoundData
 from hyspark.data.datasets.loose import read_loose, sort_files
 from hyspark.data.datasets.nnunet import ANOTHER_CHANNEL
+from hyspark.data.datasets.words import is_label_name
 from hyspark.utils.paths import NIFTI, nifti_stem
 
 

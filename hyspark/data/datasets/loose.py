@@ -6,25 +6,28 @@ and label maps alone: volume-3 and segmentation-3, images/a and labels/a, case_0
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from hyspark.data.datasets.cases import Case, ignored_value
-from hyspark.data.datasets.file_names import (
-    FIRST_CHANNEL,
-    OTHER_FORMATS,
-    cases_of_stems,
-    is_label_folder,
-    is_label_name,
-    pair_key,
-    unique_names,
-)
+from hyspark.data.datasets.file_names import OTHER_FORMATS, cases_of_stems, labelled_stems, pair_key, unique_names
 from hyspark.data.datasets.found import DataSet, FoundData
 from hyspark.data.datasets.nnunet import ANOTHER_CHANNEL, NO_NIFTI, add_once, num_channels, read_declaration
+from hyspark.data.datasets.words import (
+    FIRST_CHANNEL,
+    is_anatomy_name,
+    is_image_name,
+    is_label_folder,
+    is_label_name,
+    is_prediction,
+)
 from hyspark.utils.paths import NIFTI, nifti_stem, walk_folders
 
+PREDICTION = "a prediction by its name; to train on it, move it into a folder named labels"
+WITHOUT_IMAGE = "a label map without an image of its name"
+SEVERAL_IMAGES = "a label map whose name fits several images; put it beside its image"
 STORE_ENTRY = re.compile(r"[0-9a-f]{32}")
 """The name of a folder in a store of prepared volumes, which is not searched."""
 MASKS = (
@@ -48,8 +51,11 @@ def read_loose(
     content, near_stems = surroundings(root, found)
     images, labels = sort_files(root, found, deep, skip)
     stems: dict[Path, str] = {}
+    label_stems = {nifti_stem(file) for file in labels}
     for files in images.values():
-        cases = cases_of_stems([nifti_stem(file) for file in files], near_stems, channel, num_channels(content))
+        image_stems = [nifti_stem(file) for file in files]
+        known = near_stems | labelled_stems(image_stems, label_stems)
+        cases = cases_of_stems(image_stems, known, channel, num_channels(content))
         taken: dict[str, Path] = {}
         for file in files:
             if (case := cases[nifti_stem(file)]) is None:
@@ -57,7 +63,10 @@ def read_loose(
             else:
                 add_once(taken, case, file, found)
         stems |= {file: case for case, file in taken.items()}
-    paired = pair_labels(root, list(stems), labels, found)
+    made = [file for file in labels if is_prediction(file.relative_to(root))]
+    for file in made:
+        found.pass_over("unused label map", PREDICTION, file)
+    paired = pair_labels(root, list(stems), [file for file in labels if file not in made], found)
     try:
         ignore = ignored_value(content.get("labels"), root / "dataset.json")
     except ValueError as error:
@@ -99,17 +108,43 @@ def sort_files(
                     found.pass_over("odd name", f"{NO_NIFTI}; convert it to NIfTI", file)
             elif of_labels or is_label_name(nifti_stem(file)):
                 labels.append(file)
-            elif parts[:1] == ("derivatives",):
+            elif "derivatives" in parts:
                 found.pass_over("unused file", "in derivatives, which are made from other images", file)
             else:
                 images.setdefault(folder, []).append(file)
-    return images, labels
+    if not images:
+        for file in [file for file in labels if is_doubtful_label(file.relative_to(root))]:
+            labels.remove(file)
+            images.setdefault(file.parent, []).append(file)
+    return images, labels + take_anatomy(images)
+
+
+def is_doubtful_label(below: Path) -> bool:
+    """Return whether a file is a label map by a word amid a folder's name alone."""
+    folders = below.parts[:-1]
+    return not is_label_name(nifti_stem(below)) and not any(is_label_folder(name, surely=True) for name in folders)
+
+
+def take_anatomy(images: dict[Path, list[Path]]) -> list[Path]:
+    """Take the files named as parts of the body, in or below the folder of a file named as an image, out of images."""
+    anchors = {folder for folder, files in images.items() if any(is_image_name(nifti_stem(file)) for file in files)}
+    masks = [
+        file
+        for folder, files in images.items()
+        if folder in anchors or folder.parent in anchors
+        for file in files
+        if is_anatomy_name(nifti_stem(file))
+    ]
+    for file in masks:
+        images[file.parent].remove(file)
+    return masks
 
 
 def pair_labels(root: Path, images: list[Path], labels: list[Path], found: FoundData) -> dict[Path, Path]:
     """Return the label map of each image that has exactly one; the other label maps are passed over.
 
-    Without a common name, the only label map of a folder belongs to the folder's only image.
+    Without a common path, the only label map of a folder belongs to the folder's only image, and one whose file name
+    fits a single image belongs to it.
     """
     images_of, labels_of, near = defaultdict(list), defaultdict(list), defaultdict(list)
     for image in images:
@@ -120,13 +155,27 @@ def pair_labels(root: Path, images: list[Path], labels: list[Path], found: Found
         if key not in images_of and len(near[label.parent]) == 1:
             key = pair_key(near[label.parent][0].relative_to(root))
         labels_of[key].append(label)
-    paired = {}
+    paired: dict[Path, Path] = {}
+    without_image = []
     for key, files in labels_of.items():
         if len(files) == len(images_of[key]) == 1:
             paired[images_of[key][0]] = files[0]
-            continue
-        folders = {file.parent.parent for file in files} | {file.parent for file in files}
-        several = bool(images_of[key]) or any(near[folder] for folder in folders)
+        elif not images_of[key]:
+            without_image += files
+        else:
+            for file in files:
+                found.pass_over("unused label map", MASKS, file)
+    of_name: dict[tuple[str, ...], tuple[list[Path], list[Path]]] = defaultdict(lambda: ([], []))
+    for side, files in enumerate((images, without_image)):
         for file in files:
-            found.pass_over("unused label map", MASKS if several else "a label map without an image of its name", file)
+            of_name[pair_key(file.relative_to(root))[1]][side].append(file)
+    in_folder = Counter(file.parent for file in without_image)
+    for name, (of_image, of_label) in of_name.items():
+        if name and len(of_image) == len(of_label) == 1 and of_image[0] not in paired:
+            paired[of_image[0]] = of_label[0]
+            continue
+        for file in of_label:
+            beside = in_folder[file.parent] > 1 and 1 in (len(near[file.parent]), len(near[file.parent.parent]))
+            reason = MASKS if beside or (len(of_image) == 1 and name) else WITHOUT_IMAGE
+            found.pass_over("unused label map", SEVERAL_IMAGES if name and of_image[1:] else reason, file)
     return paired

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from hyspark.data.datasets.cases import Case, ignored_value
-from hyspark.data.datasets.file_names import BTCV_IMAGE, FIRST_CHANNEL, OTHER_FORMATS, cases_of_stems, is_label_name
+from hyspark.data.datasets.file_names import BTCV_IMAGE, OTHER_FORMATS, cases_of_stems
 from hyspark.data.datasets.found import DataSet, FoundData
+from hyspark.data.datasets.words import FIRST_CHANNEL, is_label_name
 from hyspark.data.quality.findings import Finding
 from hyspark.utils.paths import NIFTI, load_json, nifti_stem
 
 ANOTHER_CHANNEL = ("another channel", "another channel of a case")
 NO_NIFTI = "a file that is no .nii.gz or .nii"
-TEST_FOLDERS = ("imagesTs", "imagesVa", "imagesVal")
+TEST_FOLDERS = ("imagesTs", "imagesVa", "imagesVal", "labelsTs", "labelsVa", "labelsVal")
+USED_FOLDERS = ("imagesTr", "labelsTr", *TEST_FOLDERS)
+"""Folders of a data set whose files are used, or named as for tests."""
 
 
 def read_data_set(folder: Path, found: FoundData, channel: str = FIRST_CHANNEL) -> None:

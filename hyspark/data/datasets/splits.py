@@ -1,17 +1,32 @@
 """Splits into training and validation: by subject, so that no patient is on both sides, or by a splits file."""
 
 import hashlib
+import shlex
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from hyspark.data.datasets.cases import Case
+from hyspark.data.datasets.found import FoundData
 from hyspark.data.datasets.subjects import check_pattern, subjects_of
 from hyspark.utils.paths import load_json
 from hyspark.utils.text import listing
 
 SPLITS_FILES = ("splits.json", "splits_final.json")
 """Names of splits files in a data set folder; the first that exists is used."""
+PICKLED_SPLITS = "splits_final.pkl"
+"""The splits file of nnU-Net v1, which is not read, since a pickle may run code."""
+CONVERT_SPLITS = shlex.join(
+    [
+        "python",
+        "-c",
+        'import json, pickle; folds = pickle.load(open("splits_final.pkl", "rb")); '
+        "folds = [{key: list(map(str, fold[key])) for key in fold} for fold in folds]; "
+        'json.dump(folds, open("splits_final.json", "w"))',
+    ]
+)
+"""What to type in the folder of such a file."""
+TRAIN_KEYS, VALIDATION_KEYS = ("train", "training"), ("val", "validation", "valid")
 SPLIT_SEED = 0
 """Seed of splits that no setting gives another seed: every task splits one data set alike."""
 
@@ -58,20 +73,55 @@ def splits_file(folder: Path) -> Path | None:
     return next((file for name in SPLITS_FILES if (file := folder / name).is_file()), None)
 
 
+def pickled_splits(folder: Path) -> list[Path]:
+    """List the splits file of nnU-Net v1 in a data set folder, where there is none that is read."""
+    file = folder / PICKLED_SPLITS
+    return [file] if file.is_file() and splits_file(folder) is None else []
+
+
+def pass_over_rest_of_split(
+    cases: Sequence[Case], used: Collection[Case], path: Path, found: FoundData, *, labels: bool, fold: int
+) -> None:
+    """Pass over the cases that a splits file has for neither side, except those without a required label.
+
+    Args:
+        cases: all cases of the split.
+        used: those in training and validation.
+        path: the splits file.
+        found: where the others are added.
+        labels: whether cases need a label.
+        fold: the fold.
+    """
+    content = load_json(path)
+    parts, where = (content[fold], f"fold {fold} of ") if isinstance(content, list) else (content, "")
+    used = set(used)
+    for case in cases:
+        if case not in used and (case.label or not labels):
+            part = next((key for key, names in parts.items() if case.name in names), "")
+            reason = f'listed as "{part}" in {path.name}' if part else f"in no part of {where}{path.name}"
+            found.pass_over("unused file", reason, case.image)
+
+
 def num_folds(path: Path) -> int:
     """Return the number of folds of a splits file; 1 for a file of another form than a list."""
     content = load_json(path)
     return len(content) if isinstance(content, list) and content else 1
 
 
-def check_fold(fold: int, number: int, source: Path) -> None:
+def check_fold(fold: int, number: int, source: Path, unread: Sequence[str] = ()) -> None:
     """Check that a list or splits file has a fold; without folds, 0 stands for its only split.
+
+    Args:
+        fold: the fold.
+        number: number of folds.
+        source: the list, splits file or folder.
+        unread: lines on splits files that are not read.
 
     Raises:
         ValueError: It has not.
     """
     if not 0 <= fold < max(1, number):
-        known = f"folds 0 to {number - 1}" if number else "no folds; drop --fold"
+        known = f"folds 0 to {number - 1}" if number else "\n  ".join(["no folds; drop --fold", *unread])
         raise ValueError(f"fold: expected a fold of {source}, got {fold}; it has {known}")
 
 
@@ -99,8 +149,10 @@ def split_by_file(cases: Sequence[Case], path: Path, *, labels: bool, fold: int 
     check_fold(fold, len(content) if isinstance(content, list) else 0, path)
     sides = content[fold] if isinstance(content, list) and content else content
     keys = set(sides) if isinstance(sides, dict) else set()
-    validation_key = "val" if "val" in keys else "validation"
-    if not {"train", validation_key} <= keys <= {"train", validation_key, "unlabelled", "test"}:
+    train_key, validation_key = (
+        next((key for key in known if key in keys), known[0]) for known in (TRAIN_KEYS, VALIDATION_KEYS)
+    )
+    if not {train_key, validation_key} <= keys <= {train_key, validation_key, "unlabelled", "test"}:
         raise ValueError(
             f'{path}: expected {{"train": [...], "validation" or "val": [...]}}, optionally '
             f'with "unlabelled" and "test", or a list of these; '
@@ -110,7 +162,7 @@ def split_by_file(cases: Sequence[Case], path: Path, *, labels: bool, fold: int 
         if not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
             raise ValueError(f'{path}: "{key}": expected a list of case names, got {value!r}')
 
-    train, validation, unlabelled = (set(sides.get(key, [])) for key in ("train", validation_key, "unlabelled"))
+    train, validation, unlabelled = (set(sides.get(key, [])) for key in (train_key, validation_key, "unlabelled"))
     if both := (train | unlabelled) & validation:
         raise ValueError(f"{path}: in training and in validation: {listing(both)}; name each case once")
     num_images = Counter(case.name for case in cases)

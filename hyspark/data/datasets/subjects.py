@@ -7,47 +7,28 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hyspark.data.datasets.cases import Case
-from hyspark.data.datasets.file_names import IMAGE_WORDS, words_of
+from hyspark.data.datasets.near_subjects import near_subject_faults
+from hyspark.data.datasets.visits import (
+    IDENTIFIER,
+    VISIT_FOLDER,
+    has_digit,
+    is_numbered_visit,
+    named_subject,
+    subject_of,
+)
+from hyspark.data.datasets.words import IMAGE_WORDS, words_of
 from hyspark.utils.log import LOG
+from hyspark.utils.paths import nifti_stem
 from hyspark.utils.text import listing
 
-VISIT = re.compile(r"[-_](visit|session|ses-|ses(?=\d))[-_]?\w", re.IGNORECASE)
-"""A marker of a visit."""
-SCAN = re.compile(r"[-_](scan|series|t)[-_]?(\d{1,2})(?!\d)", re.IGNORECASE)
-"""A marker of a scan or a time: a number of one or two digits. Longer numbers count cases (ct_scan_0017)."""
-BIDS = re.compile(r"(?:^|(?<=[-_]))sub-[A-Za-z0-9]+")
-"""A subject of the Brain Imaging Data Structure."""
-VISIT_FOLDER = re.compile(
-    r"(visit|session|ses|scan|series|timepoint|tp|t|acq|run|baseline|followup)[-_ ]?\d*|ses-\w+|\d{1,2}|"
-    r"(19|20)\d\d[-_.]?\d\d[-_.]?\d\d",
-    re.IGNORECASE,
-)
-"""The name of a folder of one visit of a patient, whose folder is above."""
 FORMER_VISIT = re.compile(r"__|_(visit|session|ses-|scan|series|t\d)", re.IGNORECASE)
 """The marker of earlier versions, whose subjects keep their ranks in splits."""
+FEW_SCANS = 4
+"""Number of scans of one form that a subject may have in a data set of fewer subjects."""
+Parts = tuple[str, ...]
+"""Names of folders and of a file, from the top down."""
 LARGE_SUBJECT = 0.2
 """Fraction of the cases above which one subject is reported."""
-
-
-def subject_of(name: str, pattern: str = "") -> str:
-    """Return the subject in a case name; a name without a marker is its own subject.
-
-    Markers are "__", "_visit", "_session", "_ses-", "_t2" at the end; behind a name with a digit also "_scan2",
-    "_series2", "_t2". The subject is the part before the first of them. "sub-XX" is BIDS's subject. Case is ignored.
-
-    Args:
-        name: name of the case.
-        pattern: regular expression; its first group, or else all of its match, is the subject. "" uses the markers.
-    """
-    if pattern:
-        found = re.search(pattern, name)
-        return name if found is None else found[1] or found[0] if found.re.groups else found[0]
-    if found := BIDS.search(name):
-        return name[: found.end()]
-    ends = [found.start() for found in VISIT.finditer(name)]
-    ends += [found.start() for found in SCAN.finditer(name) if is_scan_marker(name, found)]
-    ends += [found.start() for found in re.finditer("__", name) if is_subject(name, found.start(), found.end())]
-    return name[: min((end for end in ends if end), default=len(name))]
 
 
 def subjects_of(names: Sequence[str], images: Sequence[Path], pattern: str = "") -> list[str]:
@@ -65,8 +46,9 @@ def subjects_of(names: Sequence[str], images: Sequence[Path], pattern: str = "")
     if pattern:
         return [subject_of(name, pattern) for name in names]
     folders = patient_folders(images)
+    by_name = subjects_by_name(names)
     found = [
-        bids_folder(image) or folders.get(image) or subject_of(name) for name, image in zip(names, images, strict=True)
+        bids_folder(image) or folders.get(image) or subject for subject, image in zip(by_name, images, strict=True)
     ]
     former = [name[: match.start()] or name if (match := FORMER_VISIT.search(name)) else name for name in names]
     members, former_members = defaultdict(set), defaultdict(set)
@@ -79,56 +61,112 @@ def subjects_of(names: Sequence[str], images: Sequence[Path], pattern: str = "")
     ]
 
 
+def subjects_by_name(names: Sequence[str]) -> list[str]:
+    """Return the subject of each case of a data set by its name alone.
+
+    A beginning that numbers cases (covid19_scan_1, Dataset1__liver_1) is no subject. It has more cases of one form than
+    there are subjects, or nine tenths of all cases.
+    """
+    found = [named_subject(name) for name in names]
+    forms: dict[str, Counter[str]] = defaultdict(Counter)
+    for name, (subject, _) in zip(names, found, strict=True):
+        forms[subject][form_of(name)] += 1
+    few = max(len(forms), FEW_SCANS)
+    beginnings = {
+        subject
+        for subject, counts in forms.items()
+        if (most := max(counts.values())) > few or (most > 2 and counts.total() >= 0.9 * len(names))
+    }
+    return [
+        name if doubtful and subject in beginnings else subject
+        for name, (subject, doubtful) in zip(names, found, strict=True)
+    ]
+
+
+def form_of(name: str) -> str:
+    """Return a name with # for its numbers and for a letter that counts at its end: case_a, ct_12."""
+    return re.sub(r"\d+|(?<=[-_])[A-Za-z]$", "#", name)
+
+
 def bids_folder(image: Path) -> str:
     """Return the subject's folder sub-XX of BIDS that holds an image; empty without one."""
-    return next((part for part in image.parts[-5:-1] if BIDS.fullmatch(part)), "")
+    return next((part for part in image.parts[-5:-1] if IDENTIFIER.fullmatch(part)), "")
 
 
 def patient_folders(images: Sequence[Path]) -> dict[Path, str]:
     """Return the patient's folder of each image that lies in one, relative to the folder of all.
 
-    They are patients' folders if file names repeat in them (case_0/imaging.nii.gz), and no folder has more images than
-    there are folders. Folders of visits and of images alone belong to the folder above.
+    A folder is a patient's if its name begins the names in it (patient001/patient001_frame01.nii.gz), or if file names
+    repeat in such folders (case_0/imaging.nii.gz). No folder has more images of one form than there are folders.
+    Folders of visits and of images alone belong to the folder above.
     """
     if len(images) < 2:
         return {}
-    root = Path(os.path.commonpath([image.parent for image in images]))
+    num_above = len(Path(os.path.commonpath([image.parent for image in images])).parts)
+    below = {image: image.parts[num_above:] for image in images if image.parts[-2] not in ("imagesTr", "imagesTs")}
+    repeating = without_groups(repeating_folders(below))
+    named = without_groups({image: unit for image, parts in below.items() if (unit := named_folder(parts))})
+    return {image: "/".join(unit) for image, unit in {**repeating, **named}.items()}
+
+
+def repeating_folders(below: dict[Path, Parts]) -> dict[Path, Parts]:
+    """Return the folder of each image, above folders of visits, if a file in it has the name of one elsewhere.
+
+    Args:
+        below: path of each image below the folder of all.
+    """
     places = defaultdict(set)
-    for image in images:
-        places[image.name].add(image.parent)
-    units = {}
-    for image in images:
-        unit = image.parent
-        while unit != root and unit.parent != root and is_inner_folder(unit.name):
-            unit = unit.parent
-        if unit != root and image.parent.name not in ("imagesTr", "imagesTs"):
-            units[image] = unit
-    repeating = {units[image] for image in units if len(places[image.name]) > 1}
-    sizes = Counter(unit for unit in units.values() if unit in repeating)
-    if not sizes or max(sizes.values()) > len(sizes):
+    for parts in below.values():
+        places[parts[-1]].add(parts[:-1])
+    above = {folder: folder_above_visits(folder) for folders in places.values() for folder in folders if folder}
+    units = {image: above[parts[:-1]] for image, parts in below.items() if parts[1:]}
+    repeating = {unit for image, unit in units.items() if len(places[image.name]) > 1}
+    return {image: unit for image, unit in units.items() if unit in repeating}
+
+
+def folder_above_visits(folder: Parts) -> Parts:
+    """Return the folder above those of visits and of images alone, from the names down to a folder."""
+    for num, name in enumerate(folder[1:], 1):
+        if is_numbered_visit(name):
+            return folder[:num]
+    while len(folder) > 1 and is_inner_folder(folder[-1]):
+        folder = folder[:-1]
+    return folder
+
+
+def named_folder(below: Parts) -> Parts:
+    """Return the topmost folder with a number whose name begins a name in it, or that above its visits.
+
+    Args:
+        below: names of folders, and of the image, below the folder of all.
+
+    Returns:
+        The names down to the folder; none without one.
+    """
+    for num, name in enumerate(below[:-1], 1):
+        if has_digit(name) and any(begins_with(inner, name) for inner in below[num:]):
+            return below[:num] if name.isdecimal() else folder_above_visits(below[:num])
+    return ()
+
+
+def begins_with(name: str, beginning: str) -> bool:
+    """Return whether a name is a beginning, or goes on behind it with neither letter nor digit; case is ignored."""
+    size = len(beginning)
+    return name[:size].lower() == beginning.lower() and not name[size : size + 1].isalnum()
+
+
+def without_groups(units: dict[Path, Parts]) -> dict[Path, Parts]:
+    """Return folders of patients; none if one has more images of one form than there are folders, as one of a site."""
+    forms = Counter((unit, form_of(nifti_stem(image))) for image, unit in units.items())
+    folders = set(units.values())
+    if len(folders) < 2 or max(forms.values()) > len(folders):
         return {}
-    return {image: unit.relative_to(root).as_posix() for image, unit in units.items() if unit in repeating}
+    return units
 
 
 def is_inner_folder(name: str) -> bool:
     """Return whether a folder's name is that of a visit, or says no more than that it holds images."""
     return bool(VISIT_FOLDER.fullmatch(name)) or all(word in IMAGE_WORDS for word in words_of(name))
-
-
-def is_scan_marker(name: str, found: re.Match[str]) -> bool:
-    """Return whether a match of SCAN marks one scan of a subject.
-
-    A digit comes before it, and none behind a time; a time at the very end needs no digit before it.
-    """
-    is_time = found[1].lower() == "t"
-    if is_time and found.end() == len(name):
-        return True
-    return bool(re.search(r"\d", name[: found.start()])) and not (is_time and re.search(r"\d", name[found.end() :]))
-
-
-def is_subject(name: str, end: int, rest: int) -> bool:
-    """Return whether the part of a name before "__" is a subject, and not the common beginning of numbered cases."""
-    return bool(re.search(r"\d", name[:end])) or not re.fullmatch(r"\d{3,}", name[rest:])
 
 
 def check_pattern(pattern: str, names: Iterable[str]) -> None:
@@ -151,30 +189,47 @@ def check_pattern(pattern: str, names: Iterable[str]) -> None:
 
 
 def split_faults(training: Sequence[Case], validation: Sequence[Case], pattern: str = "") -> list[str]:
-    """List what makes a split doubtful: no validation cases, a subject on both sides, or with over a fifth of all."""
+    """List what makes a split doubtful.
+
+    That are no validation cases, a subject on both sides or perhaps so, and one with over a fifth of all cases.
+    """
     cases = [*training, *validation]
+    subjects = subjects_of_cases(cases, pattern)
     faults = [f"all {len(cases)} cases are for training, none for validation"] if cases and not validation else []
-    if both := subjects_on_both_sides(training, validation, pattern):
-        faults.append(f"subjects in training and in validation: {listing(both, 5)}")
-    return [*faults, *large_subject_faults(cases, pattern)]
+    faults += both_sides_faults(training, validation, subjects)
+    near = [] if pattern else near_subject_faults(training, validation, subjects)
+    return [*faults, *near, *large_subject_faults(subjects)]
 
 
-def subjects_on_both_sides(training: Sequence[Case], validation: Sequence[Case], pattern: str = "") -> set[str]:
-    """Return the subjects with cases in training and in validation."""
-    cases = [*training, *validation]
-    subjects = subjects_of([case.name for case in cases], [case.image for case in cases], pattern)
-    return set(subjects[: len(training)]) & set(subjects[len(training) :])
+def subjects_of_cases(cases: Sequence[Case], pattern: str = "") -> list[str]:
+    """Return the subject of each case of a data set; see `subjects_of`."""
+    return subjects_of([case.name for case in cases], [case.image for case in cases], pattern)
 
 
-def large_subject_faults(cases: Sequence[Case], pattern: str = "") -> list[str]:
-    """Report the largest subject if it has several cases and more than a fifth of all."""
-    subjects = subjects_of([case.name for case in cases], [case.image for case in cases], pattern)
+def both_sides_faults(training: Sequence[Case], validation: Sequence[Case], subjects: Sequence[str]) -> list[str]:
+    """Report subjects with cases in training and in validation.
+
+    Args:
+        training: cases to train on.
+        validation: cases to validate on.
+        subjects: subject of each case, those of training first.
+    """
+    both = set(subjects[: len(training)]) & set(subjects[len(training) :])
+    return [f"subjects in training and in validation: {listing(both, 5)}"] if both else []
+
+
+def large_subject_faults(subjects: Sequence[str]) -> list[str]:
+    """Report the largest subject if it has several cases and more than a fifth of all.
+
+    Args:
+        subjects: subject of each case.
+    """
     ((largest, num),) = Counter(subjects).most_common(1) or [("", 0)]
-    if num <= max(1, LARGE_SUBJECT * len(cases)):
+    if num <= max(1, LARGE_SUBJECT * len(subjects)):
         return []
     return [
-        f"{num} of {len(cases)} cases count as one subject, {largest!r}; if they are of several, set subject_regex to "
-        "a pattern of the subject in their names"
+        f"{num} of {len(subjects)} cases count as one subject, {largest!r}; if they are of several, set subject_regex "
+        "to a pattern of the subject in their names"
     ]
 
 

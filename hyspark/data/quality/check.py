@@ -13,15 +13,15 @@ from hyspark.data.datasets.build import read_data
 from hyspark.data.datasets.cases import Case, common_labels
 from hyspark.data.datasets.data_folder import read_data_folder
 from hyspark.data.datasets.datalist_json import ListedData, is_datalist, read_list
-from hyspark.data.datasets.found import DataSet, FoundData
-from hyspark.data.datasets.splits import num_folds, split_by_file, splits_file
-from hyspark.data.datasets.subjects import large_subject_faults, subjects_on_both_sides
+from hyspark.data.datasets.found import UNREADABLE, DataSet, FoundData
+from hyspark.data.datasets.near_subjects import near_subject_faults
+from hyspark.data.datasets.splits import CONVERT_SPLITS, num_folds, pickled_splits, split_by_file, splits_file
+from hyspark.data.datasets.subjects import both_sides_faults, large_subject_faults, subjects_of_cases
 from hyspark.data.quality.examine import Examined, examine
 from hyspark.data.quality.findings import Finding
 from hyspark.data.settings import PrepareSettings
 from hyspark.utils.paths import NIFTI
 from hyspark.utils.processes import KILLED, available_cores, map_unordered
-from hyspark.utils.text import listing
 
 MAX_THUMBNAILS = 120
 """Cases of which a thumbnail is kept for the page."""
@@ -67,7 +67,8 @@ def check_dataset(
     settings = PrepareSettings(hu_min=hu_min, hu_max=hu_max, spacing=spacing)
     examined = examine_all(found.cases, settings, declared, num_workers or available_cores(), progress)
     found.findings += [*same_content(examined), *unused_classes(examined, found.classes, path)]
-    found.findings += [Finding("large subject", str(path), fault) for fault in large_subject_faults(found.cases)]
+    subjects = subjects_of_cases(found.cases)
+    found.findings += [Finding("large subject", str(path), fault) for fault in large_subject_faults(subjects)]
     return examined, found
 
 
@@ -88,12 +89,17 @@ def find_dataset(path: Path) -> FoundData:
                 listed = read_checked_list(file)
                 add_list(found, listed)
         except ValueError as error:
-            found.findings.append(Finding("unreadable list", str(path), str(error)))
-        if found.classes is None and any(case.label for case in found.cases):
+            declared = (one.folder / "dataset.json" for one in found.sets)
+            found.add_unreadable(next((file for file in declared if str(error).startswith(str(file))), path), error)
+        unreadable = any(finding.kind == UNREADABLE for finding in found.findings)
+        if found.classes is None and not unreadable and any(case.label for case in found.cases):
             found.findings.append(Finding("no class names", str(path), "labels, and no dataset.json that names them"))
         if found.cases and not any(case.label for case in found.cases):
             found.findings.append(Finding("image without label", str(path), "no label map for any image"))
         found.findings += [finding for one in found.sets for finding in splits_file_faults(one, found)]
+        pickles = [file for folder in {one.folder for one in found.sets} for file in pickled_splits(folder)]
+        why = f"a pickle, which is not read; this converts it in its folder: {CONVERT_SPLITS}"
+        found.findings += [Finding("pickled splits", str(file), why) for file in pickles]
     has_labels = all(c.label for c in listed.cases) if listed else any(case.label for case in found.cases)
     found.findings += [*found.unused_findings(), *run_faults(path, found, has_labels)]
     return found
@@ -108,7 +114,8 @@ def run_faults(path: Path, found: FoundData, labels: bool) -> list[Finding]:
     except (ValueError, FileNotFoundError) as error:
         return [Finding("unreadable list", str(path), str(error).removeprefix(f"{path}: "))]
     if listed.training and listed.validation:
-        return []
+        known = any(finding.kind == "subject on both sides" for finding in found.findings)
+        return [] if known else side_findings(path, listed.training, listed.validation)
     sides = f"{len(listed.training)} cases for training and {len(listed.validation)} for validation"
     return [Finding("empty side", str(path), sides)]
 
@@ -117,7 +124,7 @@ def read_checked_list(path: Path) -> ListedData:
     """Read a list; subjects on both sides of its split are findings, too."""
     listed = read_list(path, fold=None)
     if not any(finding.kind == "listed twice" for finding in listed.findings):
-        listed.findings += both_sides_faults(path, listed.training, listed.validation)
+        listed.findings += side_findings(path, listed.training, listed.validation)
     return listed
 
 
@@ -157,7 +164,7 @@ def splits_file_faults(data_set: DataSet, found: FoundData) -> list[Finding]:
         for fold in range(num_folds(file)):
             training, validation = split_by_file(data_set.cases, file, labels=labels, fold=fold)
             used |= {*training, *validation}
-            faults += both_sides_faults(file, training, validation)
+            faults += side_findings(file, training, validation)
     except ValueError as error:
         return [Finding("unreadable list", str(file), str(error).removeprefix(f"{file}: "))]
     for case in data_set.cases:
@@ -166,11 +173,11 @@ def splits_file_faults(data_set: DataSet, found: FoundData) -> list[Finding]:
     return list(dict.fromkeys(faults))
 
 
-def both_sides_faults(path: Path, training: Sequence[Case], validation: Sequence[Case]) -> list[Finding]:
-    """Report subjects that are in training and in validation."""
-    both = subjects_on_both_sides(training, validation)
-    text = f"subjects in training and in validation: {listing(both, 5)}"
-    return [Finding("subject on both sides", str(path), text)] if both else []
+def side_findings(path: Path, training: Sequence[Case], validation: Sequence[Case]) -> list[Finding]:
+    """Report subjects that are in training and in validation, or perhaps are."""
+    subjects = subjects_of_cases([*training, *validation])
+    faults = both_sides_faults(training, validation, subjects) + near_subject_faults(training, validation, subjects)
+    return [Finding("subject on both sides", str(path), fault) for fault in faults]
 
 
 def examine_all(

@@ -140,6 +140,7 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "large subject": FindingKind(
         "warning", "subjects with at most a fifth of the cases", "splits keep the cases of a subject on one side"
     ),
+    "pickled splits": FindingKind("warning", "splits_final.json", "convert it if you trust it"),
     "subject on both sides": FindingKind(
         "warning", "each subject on one side", "move its cases to one side; validation shows nothing new otherwise"
     ),

@@ -107,6 +107,38 @@ LAYOUTS = {
     "two channels": (["p{}_0000.nii.gz"], ["p0_0001.nii.gz", "p1_0001.nii.gz"], {}),
     "labels beside": (["p{}.nii.gz", "p{}_seg.nii.gz"], ["p0/mask_1.nii.gz"], {}),
     "named folders": (["images/p{}.nii.gz", "manual_masks/p{}.nii.gz"], [], {}),
+    "flare21": (["TrainingImg/train_00{}_0000.nii.gz", "TrainingMask/train_00{}.nii.gz"], [], {}),
+    "instance22": (["data/00{}.nii.gz", "label/00{}.nii.gz"], [], {}),
+    "abdomenct-1k": (["CT-1K-ImagePart1/Case_0000{}_0000.nii.gz", "Mask/Case_0000{}.nii.gz"], [], {}),
+    "mosmed": (["studies/CT-1/study_000{}.nii.gz", "masks/study_000{}_mask.nii.gz"], [], {}),
+    "covid-19-ct-seg": (["COVID-19-CT-Seg_20cases/c_00{}.nii.gz", "Lung_Mask/c_00{}.nii.gz"], [], {}),
+    "verse": (
+        ["train/rawdata/sub-v00{}/sub-v00{}_ct.nii.gz", "train/derivatives/sub-v00{}/sub-v00{}_seg-vert_msk.nii.gz"],
+        ["train/derivatives/sub-v000/sub-v000_snp.nii.gz"],
+        {},
+    ),
+    "capitals within words": (["p{}CT.nii.gz", "p{}Seg.nii.gz"], [], {}),
+    "segthor in a folder of its name": (
+        ["SegTHOR/train/Patient_0{}/Patient_0{}.nii.gz", "SegTHOR/train/Patient_0{}/GT.nii.gz"],
+        [],
+        {},
+    ),
+    "numbers that labels have": (["imgs/case_000{}.nii.gz", "gts/case_000{}.nii.gz"], [], {}),
+    "masks of organs beside": (["p{}/image.nii.gz"], ["p0/liver.nii.gz", "p0/kidney_left.nii.gz"], {}),
+    "a mask of an organ beside": (["p{}/ct.nii.gz", "p{}/liver_tumor.nii.gz"], [], {}),
+    "predictions beside": (
+        ["p{}.nii.gz", "p{}_seg.nii.gz"],
+        ["p0_pred.nii.gz", "predictions/p1.nii.gz", "pred/p1_seg.nii.gz"],
+        {},
+    ),
+    "predictions as labels": (["p{}.nii.gz", "labels/p{}_pred.nii.gz"], [], {}),
+    "amos, further folders": (
+        ["imagesTr/amos_000{}.nii.gz", "labelsTr/amos_000{}.nii.gz"],
+        ["imagesVa/amos_0008.nii.gz", "labelsVa/amos_0008.nii.gz", "extra/x.nii.gz", "imagesTr/sub/y.nii.gz"]
+        + ["old_labels/amos_0001.nii.gz", "x.mha"],
+        {},
+    ),
+    "topcow": (["imagesTr/topcow_00{}_0000.nii.gz"], ["cow_seg_labelsTr/topcow_000.nii.gz"], {}),
     "numbered from 0000": (["scan_000{}.nii.gz"], [f"scan_00{i}.nii.gz" for i in range(10, 40)], {}),
 }
 
@@ -187,6 +219,18 @@ def build_labelled(folder):
         ("loose, other formats beside", ["3 files not used", "q.mha", "r.nrrd", "s.dcm"]),
         ("two channels", ["2 files not used, another channel", "p0_0001.nii.gz"]),
         ("bids", ["derivatives/reg"]),
+        ("verse", ["sub-v000_snp"]),
+        ("masks of organs beside", ["2 files not used, several label maps of one image", "kidney_left", "p0/liver"]),
+        ("predictions beside", ["3 files not used, a prediction by its name; to train on it, move it into a folder"]),
+        (
+            "amos, further folders",
+            ["in labelsVa, which is for tests: labelsVa/amos_0008", "below imagesTr; move", "x.mha"],
+        ),
+        (
+            "amos, further folders",
+            ["outside of imagesTr: extra/x", "label maps outside of labelsTr: old_labels/amos_0001"],
+        ),
+        ("topcow", ["labelsTr, which is missing; name their folder labelsTr to use them: cow_seg_labelsTr/topcow_000"]),
     ],
     indirect=["layout"],
 )
@@ -226,3 +270,20 @@ def test_explicit_files_of_other_channels_and_label_maps_are_not_predicted(tmp_p
     assert [case.name for case in read_inputs([tmp_path / "r_0001.nii.gz"]).cases] == ["r_0001"]
     assert [case.name for case in read_inputs([tmp_path / "q_seg.nii.gz"]).cases] == ["q_seg"]
     assert [case.image.name for case in read_inputs([tmp_path]).cases] == ["p_0000.nii.gz", "q.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        (["A/001.nii.gz", "B/001.nii.gz", "truth/001.nii.gz"], "a label map whose name fits several images"),
+        (["data/1.nii.gz", "masks/liver/1.nii.gz", "masks/lung/1.nii.gz"], "several label maps of one image"),
+        (["m1.nii.gz", "m2.nii.gz", "mask_c1.nii.gz"], "a label map without an image of its name"),
+        (["images/p.nii.gz", "p_pred.nii.gz"], "a prediction by its name"),
+    ],
+)
+def test_a_label_map_that_is_not_used_has_its_reason(tmp_path, files, reason):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(FileNotFoundError, match=reason):
+        find_run_cases(SegmentationConfig(data=str(tmp_path)))

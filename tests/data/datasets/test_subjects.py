@@ -79,11 +79,117 @@ def subjects_of_paths(*paths):
         # Names alone
         (["p1_visit1.nii.gz", "p1_visit2.nii.gz", "p2_scan1.nii.gz", "p2_t2.nii.gz", "p3__1.nii.gz"], [0, 0, 1, 1, 2]),
         (["ct.nii.gz"], [0]),
+        # Folders whose names begin those of their files and folders: ACDC, CT-RATE, BraTS, SegTHOR
+        (
+            [f"training/patient{i:03d}/patient{i:03d}_{x}.nii.gz" for i in (1, 2) for x in ("4d", "frame01")],
+            [0, 0, 2, 2],
+        ),
+        ([f"train/train_{i}/train_{i}_{s}/train_{i}_{s}_1.nii.gz" for i in (1, 2) for s in "ab"], [0, 0, 2, 2]),
+        ([f"B_{i:03d}/B_{i:03d}_{x}.nii.gz" for i in (1, 2, 3) for x in ("t1ce", "flair")], [0, 0, 2, 2, 4, 4]),
+        ([f"p{i}/p{i}_{s}/ct.nii.gz" for i in (1, 2) for s in "ab"], [0, 0, 2, 2]),
+        ([f"{i}/{i}_{1000 + 2 * i + k}.nii.gz" for i in (1, 2) for k in (0, 1)], [0, 0, 2, 2]),
+        ([f"{t}/x_{i}/x_{i}.nii.gz" for t, i in (("train", 1), ("train", 2), ("test", 3))], [0, 1, 2]),
+        # ... that are of groups: too many files of one form
+        ([f"{m}_train/{m}_train_{i}.nii.gz" for m in ("ct", "mr") for i in range(3)], list(range(6))),
+        ([f"site{s}/site{s}_{i:03d}.nii.gz" for s in (1, 2) for i in range(3)], list(range(6))),
+        # Several files of a patient, and dates as TCIA writes them
+        ([f"PETCT_{i}/03-23-2003-x/{m}.nii.gz" for i in (1, 2) for m in ("CT", "CTres", "PET")], [0, 0, 0, 3, 3, 3]),
+        ([f"A-{i}/01-0{k}-2000-NA/3000-x/ct.nii.gz" for i in (1, 2) for k in (1, 2)], [0, 0, 2, 2]),
+        ([f"P-{i}/week-00{k}-1/ct.nii.gz" for i in (1, 2) for k in (1, 2)], [0, 0, 2, 2]),
+        # Beginnings that number cases, alone or of several data sets
+        ([f"covid19_scan_{i}.nii.gz" for i in range(4)], list(range(4))),
+        ([f"3D_scan_{i}.nii.gz" for i in range(4)], list(range(4))),
+        ([f"study1_visit_{i:03d}.nii.gz" for i in range(4)], list(range(4))),
+        ([f"Dataset1__case_{x}.nii.gz" for x in "abcd"], list(range(4))),
+        ([f"MSD{s}__liver_{i}.nii.gz" for s in ("03", "07") for i in range(6)], list(range(12))),
+        ([f"Dataset2_left_{i:03d}.nii.gz" for i in range(4)], list(range(4))),
+        ([f"p{i}__{k}.nii.gz" for i in (1, 2) for k in range(3)], [0, 0, 0, 3, 3, 3]),
     ],
 )
 def test_subjects_by_folders_and_names(paths, groups):
     found = subjects_of_paths(*paths)
     assert [found.index(subject) for subject in found] == [groups.index(group) for group in groups]
+
+
+MARKERS = (
+    ["art", "ven", "pv", "nc", "arterial", "venous", "portal", "delayed", "NCCT", "CECT", "insp", "exp", "prone"]
+    + ["pre", "post", "mid", "preRT", "post_op", "baseline", "followup", "follow-up", "BL", "FU1", "fu", "left", "R"]
+    + [
+        "tp1",
+        "TP02",
+        "timepoint2",
+        "time-point_1",
+        "time1",
+        "v1",
+        "V01",
+        "study2",
+        "exam1",
+        "acq1",
+        "phase0",
+        "phase50",
+    ]
+    + ["frame01", "week012", "day100", "month6", "MR1", "CT2", "B30f", "Br40", "I70f", "2019-01-01", "20200301"]
+    + ["01-31-2020", "scan2", "t1", "visit1", "ses-01", "run-1"]
+)
+
+
+@pytest.mark.parametrize("marker", MARKERS)
+@pytest.mark.parametrize("form", ["p01_{}", "LUNG_001-{}", "OAS1_0001_{}_ct"])
+def test_a_marker_of_a_scan_behind_a_number_ends_the_subject(form, marker):
+    assert marker in ("R", "t1") or subject_of(form.format(marker)) == form.split("{")[0][:-1]
+    assert subject_of(f"p01_{marker}") == "p01"
+
+
+@pytest.mark.parametrize(
+    "name", ["case_0017", "site1_t2_01", "site1_v2_001", "liver_1", "p1_arteries", "p1_left2", "ct_pre"]
+)
+def test_other_words_end_no_subject(name):
+    assert subject_of(name) == name
+
+
+def drawn_faults(names, pattern=""):
+    sides = split_by_subject(cases_of(names), seed=0, val_fraction=0.3, subject_regex=pattern)
+    return split_faults(*sides, pattern)
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern"),
+    [
+        ([f"{100000 + i}_{k:05d}" for i in range(9) for k in (1, 2)], r"^\d+|.+"),
+        ([f"{100 + i}_{1000 + 2 * i + k}" for i in range(9) for k in (0, 1)], r"^\d+|.+"),
+        ([f"BraTS-GLI-{i:05d}-{k:03d}" for i in range(9) for k in (0, 1)], r"^BraTS-GLI-\d+|.+"),
+        ([f"train_{i}_{s}_{k}" for i in range(9) for s in "ab" for k in (1, 2)], r"^train_\d+|.+"),
+        ([f"p{i}{s}" for i in range(9) for s in "ab"], r"^p\d+|.+"),
+        ([f"P{i:03d}V{s}" for i in range(9) for s in "12"], r"^P\d+|.+"),
+        ([f"p{i}_{s}_ct" for i in range(9) for s in "12"], r"^p\d+|.+"),
+        ([f"site{s}_p{i}.{v}" for s in (1, 2) for i in range(9) for v in "12"], r"^site\d+_p\d+|.+"),
+        ([f"{g}{i}_{v}" for g in ("a", "b+") for i in range(9) for v in "12"], r"^(?:[^-_./ ]+|a\d+)|.+"),
+    ],
+)
+def test_names_that_differ_in_their_last_part_alone_are_reported(names, pattern):
+    (fault,) = drawn_faults(names)
+    assert fault.startswith("perhaps one subject in training and in validation: ")
+    assert f"set subject_regex to '{pattern}'" in fault
+    assert drawn_faults(names, pattern) == []
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["case_{:04d}", "ct_scan_{:04d}", "volume-{}", "liver_{}", "FLARE22_Tr_{:04d}", "s{:04d}", "img{:04d}", "{}", "A{}"]
+    + ["LUNG1-{:03d}", "covid19_scan_{}", "MSD03__liver_{}", "1.3.6.1.4.{}", "LIDC-IDRI-{:04d}", "TCGA-02-{:04d}"]
+    + ["volume-covid19-A-{:04d}_ct", "s{:04d}-ct", "case_{:05d}-imaging", "p{}_visit1"],
+)
+def test_plain_numbered_names_are_not_reported(form):
+    assert drawn_faults([form.format(i) for i in range(40)]) == []
+
+
+def test_names_of_several_sites_are_not_reported():
+    for names in (
+        [f"site{s}_{i:03d}" for s in range(5) for i in range(20)],
+        [f"FLARE22_{s}_{i:04d}" for s in ("Tr", "Ts") for i in range(20)],
+        [f"TCGA-{s}-{i:04d}" for s in ("02", "06", "B0") for i in range(10)],
+    ):
+        assert drawn_faults(names) == []
 
 
 def test_subjects_of_earlier_versions_keep_their_names_and_so_their_rank():
