@@ -263,7 +263,7 @@ def test_networks_by_name():
     assert {name for name, layer in own.items() if layer is None} == {
         f"{head}.{kind}" for head in ("head", "head_dist") for kind in ("weight", "bias")
     }
-    with pytest.raises(ValueError, match="timm has no 'test_resne' here; did you mean test_resnet"):
+    with pytest.raises(ValueError, match="timm has no such network; did you mean timm/test_resnet"):
         build_classifier("timm/test_resne", 3, 2)
     with pytest.raises(ValueError, match="expected channels=3 and drop_path=0"):
         build_classifier("torchvision/resnet18", 1, 2)

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from hyspark.models.encoder import NUM_STAGES, HybridEncoder
 from hyspark.models.segmentation import Hybird
 from hyspark.models.vit import TokenTransformer
+from hyspark.models.weights.adapt import adapt_channels
 from hyspark.models.weights.files import made_with, read_contents, strip_wrappers
 from hyspark.models.weights.prefixes import find_fit, no_match_error
 from hyspark.models.weights.search import choose_state_dict
 from hyspark.models.weights.third_party import (
     SPARK_SETTINGS,
     WeightMatch,
-    adapt_channels,
     best_names,
     find_decoder_width,
     match_third_party,
@@ -168,7 +168,7 @@ def count_own(model: nn.Module, given: Mapping[str, Tensor]) -> int:
 
 def count_third_party(model: nn.Module, given: Mapping[str, Tensor]) -> tuple[int, int]:
     """Count the names and shapes of a state dict that a third-party network has."""
-    return find_fit(best_names(given, model), model.state_dict())[:2]
+    return find_fit(best_names(given, model).tensors, model.state_dict())[:2]
 
 
 def is_own_network(model: nn.Module) -> bool:
