@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hyspark.models.weights.files import strip_wrappers
 from hyspark.models.weights.search import AVERAGED, TEACHER
@@ -100,22 +100,6 @@ def keys_by_prefix(keys: Iterable[str], max_depth: int = 99) -> dict[str, set[st
         for depth in range(min(len(parts), max_depth + 1)):
             below.setdefault("".join(f"{part}." for part in parts[:depth]), set()).add(".".join(parts[depth:]))
     return below
-
-
-def name_indices(given: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:
-    """Rename keys that begin with an index, of `nn.Sequential(*list(model.children()))`, by the model's modules.
-
-    Returns:
-        The new name of each key, all under the same prefix; empty if the keys are others.
-    """
-    modules = [name for name, _ in model.named_children()]
-    renamed = {}
-    for key in given:
-        if found := re.match(r"(\D*?)(\d+)\.(.*)$", strip_wrappers(key)):
-            prefix, index, rest = found.groups()
-            if int(index) < len(modules) and (not prefix or prefix.endswith(".")):
-                renamed[key] = f"{prefix}{modules[int(index)]}.{rest}"
-    return renamed if len(renamed) >= 0.5 * len(given) and len(set(renamed.values())) == len(renamed) else {}
 
 
 def no_match_error(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> ValueError:

@@ -6,7 +6,6 @@ the network under its prefix needs a value, except heads and decoders, which may
 outside the network's prefix stays randomly initialised.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from hyspark.models.weights.adapt import POSITIONS, adapt_channels, is_stem, resample_positions, stem_channels
 from hyspark.models.weights.files import strip_wrappers
+from hyspark.models.weights.layouts import best_names
 from hyspark.models.weights.leftovers import (
     DECODER_MODULES,
     HEAD_MODULES,
@@ -26,10 +26,8 @@ from hyspark.models.weights.prefixes import (
     FILE_PREFIXES,
     few_match_error,
     find_fit,
-    name_indices,
     no_match_error,
 )
-from hyspark.models.weights.timm_names import Renamed, rename_by_timm
 from hyspark.utils.text import count_of
 
 SPARK_SETTINGS = ("config",)
@@ -38,8 +36,6 @@ SPARK_SETTINGS = ("config",)
 
 POOLED_NORM = "fc_norm"
 """Norm of pooled features in transformers of timm, before the classifier; pre-training trains another one, or none."""
-CHUNK = re.compile(r"(\bblocks\.)\d+\.(\d+\.)")
-"""Number of a chunk of blocks, as DINOv2 stores them while it trains."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +67,10 @@ def match_third_party(model: nn.Module, given: Mapping[str, Tensor], name: str) 
             file has further layers of it.
     """
     wanted = model.state_dict()
-    given, changed = best_names(given, model)
+    given, changed, names = best_names(given, model)
     source, own = find_prefixes(model, given, wanted, name)
     pairs, unexpected, unexplained = pair_keys(given, wanted, source, own, name)
-    rests = {strip_wrappers(key).removeprefix(source): key for key in unexplained}
+    rests = {strip_wrappers(key).removeprefix(source): names.get(key, key) for key in unexplained}
     check_tokens(rests, name)
     heads = module_prefixes(model, own, HEAD_MODULES)
     channels = stem_channels((given[pairs[key]], want) for key, want in wanted.items() if key in pairs)
@@ -97,12 +93,13 @@ def match_third_party(model: nn.Module, given: Mapping[str, Tensor], name: str) 
             loaded[target] = positions
             adapted[target] = f"positions resampled, {tuple(value.shape)} -> {tuple(want.shape)}"
         else:
-            raise shape_error(key, value, want, given, name)
+            raise shape_error(names.get(key, key), value, want, given, name)
     missing = find_missing(wanted, loaded)
     tops = (*heads, *module_prefixes(model, own, DECODER_MODULES))
     check_backbone_complete([key for key in missing if key.startswith(own)], pairs, tops, wanted, name)
     body = [key.removeprefix(own) for key in wanted if key.startswith(own) and not key.startswith(tops)]
     unexpected |= check_unexplained(rests, body, name)
+    unexpected = {names.get(key, key): why for key, why in unexpected.items() if key in names or key not in changed}
     return WeightMatch(loaded, tuple(matched), adapted, missing, unexpected)
 
 
@@ -113,26 +110,6 @@ def shape_error(key: str, value: Tensor, want: Tensor, given: Mapping[str, Tenso
     if width is not None:
         advice = f"build the model with the shapes of the weights (--decoder_width {width})"
     return ValueError(f"{name}: {key}: the model expects shape {tuple(want.shape)}, got {tuple(value.shape)}; {advice}")
-
-
-def best_names(given: Mapping[str, Tensor], model: nn.Module) -> Renamed:
-    """Rename the tensors of a file in the way by which most names, and then most shapes, are the network's.
-
-    Files may name layers by index, or as the authors of a network do that timm names otherwise.
-    """
-    wanted = model.state_dict()
-    plain = Renamed(given, {})
-    fit = find_fit(given, wanted)
-    if fit[:2] == (len(wanted), len(wanted)):
-        return plain
-    ways = [plain]
-    chunked = {CHUNK.sub(r"\1\2", key): value for key, value in given.items()}
-    if len(chunked) == len(given) and chunked.keys() != given.keys():
-        ways.append(Renamed(chunked, {}))
-    if renamed := name_indices(given, model):
-        ways.append(Renamed({renamed.get(key, key): value for key, value in given.items()}, {}))
-    ways += rename_by_timm(given, model, [*(source for source, _ in fit.pairs), ""])
-    return max(ways, key=lambda way: find_fit(way.tensors, wanted)[:2])
 
 
 def find_prefixes(

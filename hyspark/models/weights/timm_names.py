@@ -7,6 +7,7 @@ timm applies to files of its own hub: `checkpoint_filter_fn` of a network's modu
 import inspect
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -27,10 +28,12 @@ class Renamed(NamedTuple):
     Attributes:
         tensors: the tensors; those that the reader dropped keep their names.
         adapted: how a value was changed, by its new name.
+        names: the file's names, by the new ones that differ.
     """
 
     tensors: Mapping[str, Tensor]
     adapted: Mapping[str, str]
+    names: Mapping[str, str]
 
 
 def rename_by_timm(given: Mapping[str, Tensor], model: nn.Module, prefixes: Iterable[str]) -> list[Renamed]:
@@ -76,24 +79,20 @@ def describe_renaming(given: Mapping[str, Tensor], below: Mapping[str, str], fou
         below: its keys by their names, as the reader got them.
         found: what the reader returned.
     """
-    sources = {storage_of(value): value for value in given.values()}
-    adapted = {}
+    sources = {storage_of(value): key for key, value in given.items()}
+    adapted, names = {}, {}
     for key, value in found.items():
-        source = sources.get(storage_of(value))
-        old = given[below[key]] if key in below else None
-        if source is None and (old is None or not same_values(old, value)):
+        source = sources.get(storage_of(value), below.get(key))
+        if source is not None:
+            names[key] = source
+        old = None if source is None else given[source]
+        if old is None or (storage_of(old) != storage_of(value) and not same_values(old, value)):
             what = "computed from the file's tensors"
             if old is not None and old.shape != value.shape:
                 what = f"{tuple(old.shape)} resampled to {tuple(value.shape)}"
             adapted[key] = f"{what}, by timm"
-    used = {storage_of(value) for value in found.values()}
-    dropped = {
-        key: given[key]
-        for rest, key in below.items()
-        if rest not in found and storage_of(given[key]) not in used and rest not in adapted
-    }
-    beside = {key: value for key, value in given.items() if key not in below.values()}
-    return Renamed({**found, **dropped, **beside}, adapted)
+    beside = {key: value for key, value in given.items() if key not in names.values()}
+    return Renamed({**found, **beside}, adapted, names)
 
 
 def find_reader(model: nn.Module) -> tuple[nn.Module, Callable[..., dict[str, Any]] | None]:
@@ -119,11 +118,13 @@ def same_values(one: Tensor, other: Tensor) -> bool:
 
 @contextmanager
 def quiet_timm() -> Iterator[None]:
-    """Keep timm from writing about its conversions to the log."""
+    """Keep timm from writing and warning about its conversions."""
     logger = logging.getLogger("timm")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, on how timm interpolates
+            yield
     finally:
         logger.setLevel(level)
