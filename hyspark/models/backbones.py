@@ -93,6 +93,7 @@ def build_backbone(name: str, in_channels: int, axes: int, img_size: Sequence[in
     library, slash, rest = name.partition("/")
     if ":" in name:
         return Backbone(build_from_factory(name, in_channels, axes))
+    builders: dict[str, Callable[[str, int, int], Backbone]]
     builders = {"timm": partial(build_timm, img_size=img_size), "torchvision": build_torchvision, "monai": build_monai}
     if not slash or library not in builders:
         raise ValueError(

@@ -42,7 +42,7 @@ IGNORED_KEYS = {
     rf"({'|'.join(DECODER_MODULES)})\.": "decoder, not part of this model",
 }
 """Patterns of keys that a file may have beside those of the network, with the reasons."""
-TOKENS = {
+TRANSFORMER_TOKENS = {
     r"(register_tokens|reg_token)$": ("register tokens", "timm/vit_small_patch14_reg4_dinov2"),
     r"dist_token$": ("a distillation token", "timm/deit_tiny_distilled_patch16_224"),
 }
@@ -95,7 +95,7 @@ def check_tokens(unexplained: Mapping[str, str], name: str) -> None:
         name: name of the file, for messages.
     """
     for rest, key in unexplained.items():
-        for pattern, (what, example) in TOKENS.items():
+        for pattern, (what, example) in TRANSFORMER_TOKENS.items():
             if re.match(pattern, rest):
                 raise ValueError(
                     f"{name}: {key}: the file's network has {what}, this one has none; use one with them, as --model "

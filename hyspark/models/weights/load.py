@@ -20,7 +20,8 @@ from hyspark.models.segmentation import Hybird
 from hyspark.models.vit import TokenTransformer
 from hyspark.models.weights.adapt import adapt_channels
 from hyspark.models.weights.files import made_with, read_contents, strip_wrappers
-from hyspark.models.weights.prefixes import find_fit, no_match_error
+from hyspark.models.weights.mismatch import no_match_error
+from hyspark.models.weights.prefixes import find_fit
 from hyspark.models.weights.search import choose_state_dict
 from hyspark.models.weights.third_party import (
     SPARK_SETTINGS,
@@ -194,6 +195,8 @@ def match_own(model: nn.Module, given: Mapping[str, Tensor], name: str) -> Weigh
     wanted = model.state_dict()
     is_segmentation = any(strip_wrappers(key).startswith("decoder.fuse.") for key in given)
     fresh = model.reinitialised if isinstance(model, Hybird) and not is_segmentation else ()
+    if not any(model_key(key, wanted) in wanted for key in given):
+        raise no_match_error(given, wanted, name)
     matched, adapted, unexpected, loaded = [], {}, {}, {}
     for key, value in given.items():
         own = model_key(key, wanted)

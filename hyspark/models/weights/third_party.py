@@ -21,12 +21,11 @@ from hyspark.models.weights.leftovers import (
     check_unexplained,
     reason_to_ignore,
 )
+from hyspark.models.weights.mismatch import few_match_error, no_match_error
 from hyspark.models.weights.prefixes import (
     COUNTER,
     FILE_PREFIXES,
-    few_match_error,
     find_fit,
-    no_match_error,
 )
 from hyspark.utils.text import count_of
 
@@ -34,6 +33,8 @@ SPARK_SETTINGS = ("config",)
 """Keys of plain data among the tensors in SparK's own files."""
 
 
+FEW_TENSORS = 6
+"""Most tensors that may match by chance: those of a convolution and its norm."""
 POOLED_NORM = "fc_norm"
 """Norm of pooled features in transformers of timm, before the classifier; pre-training trains another one, or none."""
 
@@ -137,7 +138,12 @@ def find_prefixes(
             raise no_match_error(given, wanted, name)
         raise few_match_error(num, given, wanted, name)
     if len(fit.pairs) > 1:
-        ways = ", ".join(f"{source}* as {own}*" for source, own in fit.pairs)
+        if fit.names <= FEW_TENSORS and fit.names < len(
+            plain
+        ):  # a convolution and its norm are in many places of any network
+            raise no_match_error(given, wanted, name)
+        ways = ", ".join(f"{source}* as {own}*" for source, own in fit.pairs[:3])
+        ways += ", ..." if len(fit.pairs) > 3 else ""
         sources = [source for source, _ in fit.pairs]
         advice = "load it into one module: load_pretrained(model.part, ...)"
         if len(set(sources)) > 1:
@@ -233,11 +239,18 @@ def check_backbone_complete(
     ]
     if part:
         shown = ", ".join(part[:3]) + (", ..." if len(part) > 3 else "")
-        raise ValueError(
-            f"{name}: no values for {count_of(len(part), 'key')} of the network, its head aside ({shown}); it is "
-            "truncated, or from another network. If these are to stay randomly initialised, load into the module "
-            "without them: load_pretrained(model.part, ...)"
-        )
+        if all(".downsample." in key for key in part):
+            advice = (
+                "the file's shortcuts have no weights, as those of MedicalNet's ResNet-18 and 34: give a function that "
+                "builds it with shortcut_type='A', --model PACKAGE.MODULE:FACTORY"
+            )
+        else:
+            advice = (
+                "it is truncated, or from another network. If these are to stay randomly initialised, load into the "
+                "module without them: load_pretrained(model.part, ...)"
+            )
+        num = count_of(len(part), "key")
+        raise ValueError(f"{name}: no values for {num} of the network, its head aside ({shown}); {advice}")
 
 
 def find_decoder_width(given: Mapping[str, Tensor]) -> int | None:
