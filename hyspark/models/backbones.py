@@ -37,6 +37,8 @@ UNSUPPORTED = (
 """Patterns of networks in the listed families and in torchvision that do not run under a mask, see `hidden`."""
 
 
+LISTS = {"timm": "timm.list_models()", "torchvision": "torchvision.models.list_models(torchvision.models)"}
+"""Calls that list the networks of a library."""
 MOST_LISTED = 20
 """Most names that a message lists."""
 
@@ -218,7 +220,7 @@ def check_name(name: str, names: Iterable[str], library: str) -> None:
     raise ValueError(
         f"{library}/{name}: {library} has no such network"
         + (f"; did you mean {near}?" if near else "")
-        + f"; hyspark.list_backbones('{library}/*') lists those that SparK takes"
+        + f"; `{LISTS[library]}` lists all"
     )
 
 
@@ -226,8 +228,10 @@ def near_names(name: str, names: Sequence[str]) -> list[str]:
     """List up to three names near to one, whatever its capitals, hyphens and underscores."""
     plain = {known: re.sub(r"[\W_]", "", known.lower()) for known in names}
     wanted = re.sub(r"[\W_]", "", name.lower())
-    same = [known for known, text in plain.items() if text == wanted]
-    return same or difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+    if same := [known for known, text in plain.items() if text == wanted]:
+        return same
+    longer = sorted((known for known, text in plain.items() if wanted and text.startswith(wanted)), key=len)
+    return longer[:3] or difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
 
 
 def check_2d(name: str, axes: int) -> None:

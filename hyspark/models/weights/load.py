@@ -67,7 +67,8 @@ class LoadReport:
     def __str__(self) -> str:
         total = len(self.matched) + len(self.adapted) + len(self.missing)
         lines = [
-            f"matched    {len(self.matched):4d} keys, covering {self.coverage:.1%} of the model's parameters"
+            f"matched    {len(self.matched):4d} {'key' if len(self.matched) == 1 else 'keys'}, covering "
+            f"{self.coverage:.1%} of the model's parameters"
             + f" ({(total - len(self.missing)) / max(1, total):.0%} of its {total} tensors)",
             f"adapted    {len(self.adapted):4d}" + join_reasons(self.adapted),
             f"missing    {len(self.missing):4d}"
