@@ -98,7 +98,7 @@ def check_tokens(unexplained: Mapping[str, str], name: str) -> None:
         for pattern, (what, example) in TRANSFORMER_TOKENS.items():
             if re.match(pattern, rest):
                 raise ValueError(
-                    f"{name}: {key}: the file's network has {what}, this one has none; use one with them, as --model "
+                    f"{name}: {key}: the file's network has {what}, this one has none; use one that has, as --model "
                     f"{example}"
                 )
 

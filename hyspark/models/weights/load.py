@@ -20,7 +20,7 @@ from hyspark.models.segmentation import Hybird
 from hyspark.models.vit import TokenTransformer
 from hyspark.models.weights.adapt import adapt_channels
 from hyspark.models.weights.files import made_with, read_contents, strip_wrappers
-from hyspark.models.weights.mismatch import no_match_error
+from hyspark.models.weights.mismatch import OWN_ALONE, no_match_error
 from hyspark.models.weights.prefixes import find_fit
 from hyspark.models.weights.search import choose_state_dict
 from hyspark.models.weights.third_party import (
@@ -121,8 +121,8 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Any] | l
     - A segmentation head for another number of classes stays randomly initialised.
     - So do the last level of a light decoder from pre-training, and levels that are wider in the network.
 
-    Any other network takes published files of SparK, MoCo, BYOL and SwAV, this project's, and those of its own library;
-    see third_party.py.
+    Any other network takes published files of self-supervision (SparK, MoCo, DINO, MAE, ...), this project's, and those
+    of its own library; see third_party.py.
 
     Args:
         model: the network; it is unchanged if an error is raised.
@@ -197,7 +197,7 @@ def match_own(model: nn.Module, given: Mapping[str, Tensor], name: str) -> Weigh
     is_segmentation = any(strip_wrappers(key).startswith("decoder.fuse.") for key in given)
     fresh = model.reinitialised if isinstance(model, Hybird) and not is_segmentation else ()
     if not any(model_key(key, wanted) in wanted for key in given):
-        raise no_match_error(given, wanted, name)
+        raise no_match_error(given, wanted, name, OWN_ALONE)
     matched, adapted, unexpected, loaded = [], {}, {}, {}
     for key, value in given.items():
         own = model_key(key, wanted)

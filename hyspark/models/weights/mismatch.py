@@ -5,6 +5,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+OWN_ALONE = (
+    "; HySparK's networks take HySparK's weights alone, `hyspark weights` and classification take others by --model"
+)
+"""What to add for a network of this package."""
 BY_FACTORY = "give a function that builds it, --model PACKAGE.MODULE:FACTORY"
 LIKELY_REASONS = {
     r"(^|\.)embeddings\.(layer\d|stem)\.": (
@@ -50,11 +54,11 @@ LIKELY_REASONS = {
 """Reasons why names do not match, by a pattern of names."""
 
 
-def no_match_error(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> ValueError:
-    """Create the error for a state dict without a key of the model."""
+def no_match_error(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str, more: str = "") -> ValueError:
+    """Create the error for a state dict without a key of the model, with more to say of such files."""
     return ValueError(
         f"{name}: none of its {len(given)} keys is one of the model's (its first is {next(iter(given))!r}, "
-        f"the model's {next(iter(wanted))!r}); {likely_reason(given, wanted)}"
+        f"the model's {next(iter(wanted))!r}); {likely_reason(given, wanted)}{more}"
     )
 
 

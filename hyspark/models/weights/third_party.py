@@ -107,7 +107,9 @@ def match_third_party(model: nn.Module, given: Mapping[str, Tensor], name: str) 
 def shape_error(key: str, value: Tensor, want: Tensor, given: Mapping[str, Tensor], name: str) -> ValueError:
     """Create the error for a tensor of a shape that cannot be adapted to the network's."""
     width = find_decoder_width(given)
-    advice = "it is from another network or another size of it: use that one (--model, in Python another module)"
+    advice = (
+        "it is from another network or size of it: use that one (--model, by PACKAGE.MODULE:FACTORY if it has no name)"
+    )
     if width is not None:
         advice = f"build the model with the shapes of the weights (--decoder_width {width})"
     return ValueError(f"{name}: {key}: the model expects shape {tuple(want.shape)}, got {tuple(value.shape)}; {advice}")
