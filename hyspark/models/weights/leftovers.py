@@ -43,7 +43,7 @@ IGNORED_KEYS = {
 }
 """Patterns of keys that a file may have beside those of the network, with the reasons."""
 TRANSFORMER_TOKENS = {
-    r"(register_tokens|reg_token)$": ("register tokens", "timm/vit_small_patch14_reg4_dinov2"),
+    r"(register_tokens|reg_token|storage_tokens)$": ("register tokens", "timm/vit_small_patch14_reg4_dinov2"),
     r"dist_token$": ("a distillation token", "timm/deit_tiny_distilled_patch16_224"),
 }
 """Tokens that a transformer's blocks compute with, and a network that has them."""

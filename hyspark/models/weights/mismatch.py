@@ -35,12 +35,15 @@ LIKELY_REASONS = {
         "they are those of detectron2, whose ResNets may stride elsewhere; use the file from which it was converted"
     ),
     r"(^|\.)(res\d+_\d+_branch|conv1_w$)": "they are those of Caffe2; use a file of timm or torchvision",
-    r"(kernel|scale)$": "they are those of JAX or Keras, whose axes differ; use a file of PyTorch",
+    r"(^|[./])(kernel|scale)$": "they are those of JAX or Keras, whose axes differ; use a file of PyTorch",
     r"(qweight|qzeros|_packed_params|\.scale_weight|\.SCB)$": "they are quantised; use the weights before quantisation",
     r"(^|\.)layer[1-4]\.\d+\.(conv|bn)[123]\.": (
         "they are those of a ResNet (--model timm/resnet50, torchvision/resnet50, or monai/resnet50 for volumes)"
     ),
     r"(^|\.)features\.denseblock\d": "they are those of a DenseNet (--model torchvision/densenet121)",
+    r"(^|\.)features\.\d+\.\d+\.(block|attn|mlp|layer_scale)\b": (
+        "they are those of torchvision's networks (--model torchvision/convnext_tiny, torchvision/swin_t, ...)"
+    ),
     r"(^|\.)layers\.\d\.blocks\.\d+\.attn\.": (
         "they are those of a Swin transformer (--model timm/swin_tiny_patch4_window7_224)"
     ),

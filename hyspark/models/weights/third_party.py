@@ -68,10 +68,11 @@ def match_third_party(model: nn.Module, given: Mapping[str, Tensor], name: str) 
             file has further layers of it.
     """
     wanted = model.state_dict()
-    given, changed, names = best_names(given, model)
+    given, changed, names, dropped = best_names(given, model)
     source, own = find_prefixes(model, given, wanted, name)
     pairs, unexpected, unexplained = pair_keys(given, wanted, source, own, name)
-    rests = {strip_wrappers(key).removeprefix(source): names.get(key, key) for key in unexplained}
+    unexpected |= {key: "not read by timm for this network" for key in unexplained if key in dropped}
+    rests = {strip_wrappers(key).removeprefix(source): names.get(key, key) for key in unexplained if key not in dropped}
     check_tokens(rests, name)
     heads = module_prefixes(model, own, HEAD_MODULES)
     channels = stem_channels((given[pairs[key]], want) for key, want in wanted.items() if key in pairs)

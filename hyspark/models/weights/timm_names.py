@@ -5,11 +5,12 @@ timm applies to files of its own hub: `checkpoint_filter_fn` of a network's modu
 """
 
 import inspect
+import io
 import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, NamedTuple
 
 import timm
@@ -29,11 +30,13 @@ class Renamed(NamedTuple):
         tensors: the tensors; those that the reader dropped keep their names.
         adapted: how a value was changed, by its new name.
         names: the file's names, by the new ones that differ.
+        dropped: names of tensors that the reader does not read.
     """
 
     tensors: Mapping[str, Tensor]
     adapted: Mapping[str, str]
     names: Mapping[str, str]
+    dropped: frozenset[str] = frozenset()
 
 
 def rename_by_timm(given: Mapping[str, Tensor], model: nn.Module, prefixes: Iterable[str]) -> list[Renamed]:
@@ -92,7 +95,7 @@ def describe_renaming(given: Mapping[str, Tensor], below: Mapping[str, str], fou
                 what = f"{tuple(old.shape)} resampled to {tuple(value.shape)}"
             adapted[key] = f"{what}, by timm"
     beside = {key: value for key, value in given.items() if key not in names.values()}
-    return Renamed({**found, **beside}, adapted, names)
+    return Renamed({**found, **beside}, adapted, names, frozenset(beside.keys() & set(below.values())))
 
 
 def find_reader(model: nn.Module) -> tuple[nn.Module, Callable[..., dict[str, Any]] | None]:
@@ -118,12 +121,12 @@ def same_values(one: Tensor, other: Tensor) -> bool:
 
 @contextmanager
 def quiet_timm() -> Iterator[None]:
-    """Keep timm from writing and warning about its conversions."""
+    """Keep timm from logging, printing and warning about its conversions."""
     logger = logging.getLogger("timm")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")  # of torch, on how timm interpolates
             yield
     finally:

@@ -20,6 +20,7 @@ TINY = {
     "distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 2}),
     "deit3": ("deit3_small_patch16_224", {"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 2}),
     "reg4": ("vit_small_patch14_reg4_dinov2", {"img_size": 28, "depth": 1, "embed_dim": 24, "num_heads": 2}),
+    "dinov3": ("vit_small_patch16_dinov3", {"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 2}),
     "clip": ("vit_base_patch32_clip_224", {"img_size": 64, "depth": 1, "embed_dim": 24, "num_heads": 2}),
     "beit": ("beit_base_patch16_224", {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2}),
     "sam": ("samvit_base_patch16", {"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 2, "neck_chans": 8}),
@@ -91,6 +92,11 @@ def registers(w):
     return w | {"cls_token": w["cls_token"] - position, "pos_embed": torch.cat([position, w["pos_embed"]], 1)}
 
 
+def dinov3(w):
+    w = renamed(w, ("reg_token", "storage_tokens"), (r"gamma_([12])", r"ls\1.gamma"))
+    return w | zeros("mask_token", "rope_embed.periods", "blocks.0.attn.qkv.bias", "blocks.0.attn.qkv.bias_mask")
+
+
 def clip(w):
     w = renamed(
         w,
@@ -142,6 +148,7 @@ LAYOUTS = {
     "distilled": [lambda w: {"model": w | zeros("head.weight", "head_dist.weight")}],
     "deit3": [lambda w: {"model": renamed(w, (r"ls([12])\.gamma", r"gamma_\1"))}],
     "reg4": [registers],
+    "dinov3": [dinov3],
     "clip": [clip],
     "beit": [beit],
     "sam": [sam],
@@ -164,7 +171,7 @@ def tensor_names(contents):
 @pytest.mark.parametrize(
     ("family", "layout"), [(family, layout) for family, layouts in LAYOUTS.items() for layout in layouts]
 )
-def test_a_published_layout_is_loaded_and_all_its_keys_are_named(family, layout):
+def test_a_published_layout_is_loaded_and_all_its_keys_are_named(family, layout, capsys):
     torch.manual_seed(0)
     source = tiny(family)
     weights = {key: torch.rand_like(value) for key, value in source.state_dict().items() if value.is_floating_point()}
@@ -180,6 +187,7 @@ def test_a_published_layout_is_loaded_and_all_its_keys_are_named(family, layout)
     assert report.unexpected.keys() <= set(tensor_names(given))
     used = set(tensor_names(given)) - report.unexpected.keys()
     assert len(used) <= len(report.matched) + len(report.adapted)
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(("edge", "new"), [(64, 32), (32, 48), (32, (32, 64))])
@@ -279,6 +287,7 @@ def test_medicalnets_shortcuts_without_weights():
         ("backbone.4.0.conv1.weight", "timm/resnet50"),
         ("features.denseblock1.denselayer1.conv1.weight", "torchvision/densenet121"),
         ("layers.0.blocks.0.attn.qkv.weight", "timm/swin_tiny_patch4_window7_224"),
+        ("features.1.0.block.0.weight", "torchvision/convnext_tiny"),
         ("stages.0.0.dwconv.weight", "timm/convnext_tiny"),
         ("blocks.0.attn.qkv.weight", "timm/vit_base_patch16_224"),
         ("embeddings.layer1.0.conv1.weight", "drop --model"),
