@@ -150,7 +150,10 @@ def third_party_network(args: WeightsArguments, argv: Sequence[str]) -> Any:
         raise ValueError(f"{', '.join(given)}: not read for {args.model}, but for the segmentation network; drop them")
     of_images = args.model.startswith(("timm/", "torchvision/"))
     axes = len(args.crop_size) if len(args.crop_size) > 1 else 2 if of_images else 3
-    return build_backbone(args.model, args.in_channels or (3 if of_images else 1), axes).network
+    edges: tuple[int, ...] = ()
+    if "crop_size" in given_flags(args, argv):
+        edges = args.crop_size * (axes if len(args.crop_size) == 1 else 1)
+    return build_backbone(args.model, args.in_channels or (3 if of_images else 1), axes, edges).network
 
 
 def export(argv: Sequence[str]) -> None:

@@ -2,9 +2,11 @@
 
 import difflib
 import importlib
+import re
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, NamedTuple
 
 import timm
@@ -33,6 +35,12 @@ UNSUPPORTED = (
     "torchvision/vgg*",  # a classifier of all positions
 )
 """Patterns of networks in the listed families and in torchvision that do not run under a mask, see `hidden`."""
+
+
+LISTS = {"timm": "timm.list_models()", "torchvision": "torchvision.models.list_models(torchvision.models)"}
+"""Calls that list the networks of a library."""
+MOST_LISTED = 20
+"""Most names that a message lists."""
 
 
 class Backbone(NamedTuple):
@@ -68,7 +76,7 @@ def list_backbones(pattern: str = "*") -> list[str]:
     ]
 
 
-def build_backbone(name: str, in_channels: int, axes: int) -> Backbone:
+def build_backbone(name: str, in_channels: int, axes: int, img_size: Sequence[int] = ()) -> Backbone:
     """Build a randomly initialised backbone by name.
 
     Args:
@@ -79,14 +87,16 @@ def build_backbone(name: str, in_channels: int, axes: int) -> Backbone:
             PACKAGE.MODULE:FACTORY: the module that FACTORY(in_channels=..., axes=...) returns.
         in_channels: channels of an image.
         axes: number of spatial axes.
+        img_size: edges of an image, for transformers that have one position per patch; by default their own.
 
     Raises:
-        ValueError: the name is unknown, or the network does not support the axes or channels.
+        ValueError: the name is unknown, or the network does not support the axes, channels or size.
     """
     library, slash, rest = name.partition("/")
     if ":" in name:
         return Backbone(build_from_factory(name, in_channels, axes))
-    builders = {"timm": build_timm, "torchvision": build_torchvision, "monai": build_monai}
+    builders: dict[str, Callable[[str, int, int], Backbone]]
+    builders = {"timm": partial(build_timm, img_size=img_size), "torchvision": build_torchvision, "monai": build_monai}
     if not slash or library not in builders:
         raise ValueError(
             f"backbone: expected timm/NAME, torchvision/NAME, monai/NAME or PACKAGE.MODULE:FACTORY, got {name!r}"
@@ -94,10 +104,17 @@ def build_backbone(name: str, in_channels: int, axes: int) -> Backbone:
     return builders[library](rest, in_channels, axes)
 
 
-def build_timm(name: str, in_channels: int, axes: int) -> Backbone:
-    """Build a network of timm without its classifier."""
+def build_timm(name: str, in_channels: int, axes: int, img_size: Sequence[int] = ()) -> Backbone:
+    """Build a network of timm without its classifier, for images of a size if it is built for one."""
     check_2d(name, axes)
-    return Backbone(create_timm(name, in_chans=in_channels, num_classes=0))
+    options: dict[str, Any] = {"in_chans": in_channels, "num_classes": 0}
+    if img_size:
+        try:
+            return Backbone(create_timm(name, **options, img_size=tuple(img_size)))
+        except UnsupportedNetworkError as error:
+            if not isinstance(error.__cause__, TypeError):  # most networks take images of any size, and no such option
+                raise
+    return Backbone(create_timm(name, **options))
 
 
 def create_timm(name: str, **options: Any) -> nn.Module:
@@ -190,11 +207,31 @@ def torchvision_names() -> list[str]:
 
 
 def check_name(name: str, names: Iterable[str], library: str) -> None:
-    """Raise ValueError with the nearest names if a name is not among these."""
+    """Raise ValueError with the nearest names if a name is not among these, or with all if they are few."""
     names = list(names)
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        raise ValueError(f"{library} has no {name!r} here" + (f"; did you mean {', '.join(near)}?" if near else ""))
+    if name in names:
+        return
+    if len(names) <= MOST_LISTED:
+        raise ValueError(
+            f"{library}/{name}: expected one of {', '.join(names)}; for another network give a function that builds "
+            "it, PACKAGE.MODULE:FACTORY"
+        )
+    near = ", ".join(f"{library}/{found}" for found in near_names(name, names))
+    raise ValueError(
+        f"{library}/{name}: {library} has no such network"
+        + (f"; did you mean {near}?" if near else "")
+        + f"; `{LISTS[library]}` lists all"
+    )
+
+
+def near_names(name: str, names: Sequence[str]) -> list[str]:
+    """List up to three names near to one, whatever its capitals, hyphens and underscores."""
+    plain = {known: re.sub(r"[\W_]", "", known.lower()) for known in names}
+    wanted = re.sub(r"[\W_]", "", name.lower())
+    if same := [known for known, text in plain.items() if text == wanted]:
+        return same
+    longer = sorted((known for known, text in plain.items() if wanted and text.startswith(wanted)), key=len)
+    return longer[:3] or difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
 
 
 def check_2d(name: str, axes: int) -> None:

@@ -10,12 +10,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyspark.models.backbones import check_name, create_timm, torchvision_names
 from hyspark.models.network_faults import UnsupportedNetworkError
+from hyspark.models.weights.timm_names import quiet_timm
 
 AUXILIARY_OUTPUTS = ("googlenet", "inception_v3")
 """Networks of torchvision with auxiliary classifiers, which would need a loss of their own."""
 
 
-def build_classifier(name: str, channels: int, num_classes: int, drop_path: float = 0.0) -> nn.Module:
+def build_classifier(
+    name: str, channels: int, num_classes: int, drop_path: float = 0.0, img_size: int = 0
+) -> nn.Module:
     """Build a randomly initialised network: images (b, channels, h, w) -> class scores (b, num_classes).
 
     Args:
@@ -23,6 +26,7 @@ def build_classifier(name: str, channels: int, num_classes: int, drop_path: floa
         channels: channels of an image.
         num_classes: number of classes.
         drop_path: largest probability of skipping a block.
+        img_size: edge of an image, for transformers of timm that take one size alone; 0 leaves them at their own.
 
     Raises:
         ValueError: the name is unknown, or the network does not support the channels or `drop_path`.
@@ -31,13 +35,15 @@ def build_classifier(name: str, channels: int, num_classes: int, drop_path: floa
     if library == "timm":
         options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
         try:
-            return create_timm(rest, in_chans=channels, num_classes=num_classes, **options)
+            network = create_timm(rest, in_chans=channels, num_classes=num_classes, **options)
         except UnsupportedNetworkError as error:
             if isinstance(error.__cause__, TypeError) and drop_path:
                 raise ValueError(
                     f"{name} cannot be built with drop_path={drop_path}: {error.__cause__}; set it to 0"
                 ) from error
             raise
+        fit_to_size(network, img_size)
+        return network
     check_name(rest, torchvision_names(), library)
     if channels != 3 or drop_path:
         raise ValueError(
@@ -46,8 +52,18 @@ def build_classifier(name: str, channels: int, num_classes: int, drop_path: floa
         )
     if rest in AUXILIARY_OUTPUTS:
         raise ValueError(f"{name}: has auxiliary classifiers in training, which are not supported; use another network")
-    network: nn.Module = torchvision.models.get_model(rest, weights=None, num_classes=num_classes)
-    return network
+    of_torchvision: nn.Module = torchvision.models.get_model(rest, weights=None, num_classes=num_classes)
+    return of_torchvision
+
+
+def fit_to_size(network: nn.Module, img_size: int) -> None:
+    """Set the size of images in a transformer of timm that refuses any but its own."""
+    patches: Any = getattr(network, "patch_embed", None)
+    resize = getattr(network, "set_input_size", None)
+    own = tuple(patches.img_size or ()) if getattr(patches, "strict_img_size", False) else ()
+    if img_size and resize and own and own != (img_size, img_size):
+        with quiet_timm():
+            resize(img_size=(img_size, img_size))
 
 
 def get_head(network: nn.Module) -> nn.Module:

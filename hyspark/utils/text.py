@@ -24,6 +24,11 @@ def listing(items: Iterable[str], limit: int = 10) -> str:
     return ", ".join(items[:limit]) + (f", ... ({len(items)} in all)" if len(items) > limit else "")
 
 
+def count_of(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is one: '1 key', '3 keys'."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def list_of(numbers: Iterable[float], digits: int = 6) -> str:
     """Join up to eight numbers, each with up to a number of digits."""
     numbers = list(numbers)

@@ -383,9 +383,20 @@ def test_weights_of_networks_of_others(tmp_path, capsys):
     assert "out_channels, decoder_width: not read for timm/resnet18" in fails(
         ["weights", path, "--model", "timm/resnet18", "--out_channels", "3", "--decoder_width", "32"], capsys
     )
-    assert "did you mean resnet18" in fails(["weights", path, "--model", "timm/resnet_18"], capsys)
+    assert "did you mean timm/resnet18?" in fails(["weights", path, "--model", "timm/resnet_18"], capsys)
     assert "the model expects shape" in fails(["weights", path, "--model", "monai/resnet18"], capsys)
     assert "none of its 122 keys" in fails(["weights", path, "--model", "monai/segresnet"], capsys)
+
+
+def test_weights_of_a_transformer_for_another_size(tmp_path, capsys):
+    import timm
+
+    path = str(tmp_path / "vit.pth")
+    torch.save(timm.create_model("test_vit", img_size=64).state_dict(), path)
+    main.main(["weights", path, "--model", "timm/test_vit", "--crop_size", "64"])
+    assert "adapted       0" in capsys.readouterr().out
+    main.main(["weights", path, "--model", "timm/test_vit", "--crop_size", "32", "48"])
+    assert "adapted       1 (pos_embed: (1, 17, 64) resampled to (1, 7, 64), by timm)" in capsys.readouterr().out
 
 
 def test_export_for_detectron2(tmp_path, capsys):

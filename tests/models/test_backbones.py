@@ -1,5 +1,6 @@
 """Names of backbones: what is listed can be built, and computes masked."""
 
+import re
 from fnmatch import fnmatchcase
 
 import pytest
@@ -52,6 +53,25 @@ def test_all_names_are_of_their_libraries_and_without_attention():
     assert not [n for n in names if any(fnmatchcase(n, p) for p in ("*/vit_*", "*/swin*", "*/deit*", "*hybrid*"))]
     for tested in ("timm/convnextv2_tiny", "timm/efficientnet_b0", "torchvision/convnext_tiny", "monai/dynunet"):
         assert tested in names
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("timm/ResNet-50", "did you mean timm/resnet50?; `timm.list_models()` lists all"),
+        ("timm/vit_tiny", "did you mean timm/vit_tiny_patch16_"),
+        ("torchvision/ResNet50", "did you mean torchvision/resnet50?; `torchvision.models.list_models(torchvision."),
+        ("monai/swin_unetr", f"expected one of {', '.join(MONAI_BACKBONES)}; for another network give a function"),
+    ],
+)
+def test_an_unknown_name_is_answered_by_names_that_are_known(name, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_backbone(name, 3, 2)
+
+
+def test_a_size_is_read_by_networks_that_are_built_for_one():
+    assert build_backbone("timm/test_vit", 1, 2, (32, 48)).network.patch_embed.grid_size == (2, 3)
+    assert build_backbone("timm/test_resnet", 1, 2, (32, 48)).network.num_features
 
 
 def test_every_family_of_timm_exists():

@@ -205,10 +205,10 @@ def test_what_makes_no_pyramid_is_refused():
 @pytest.mark.parametrize(
     ("name", "channels", "axes", "message"),
     [
-        ("timm/resnet5O", 1, 2, "timm has no 'resnet5O' here; did you mean resnet50"),
+        ("timm/resnet5O", 1, 2, "timm/resnet5O: timm has no such network; did you mean timm/resnet50"),
         ("timm/resnet18", 1, 3, "expected images with 2 axes"),
         ("torchvision/resnet18", 1, 2, "expected data with 3 channels"),
-        ("monai/unet", 1, 3, "monai has no 'unet'"),
+        ("monai/unet", 1, 3, "monai/unet: expected one of resnet10, .*, dynunet; for another network give a function"),
         ("resnet50", 1, 2, "expected timm/NAME"),
         ("nowhere.at.all:make", 1, 2, "backbone 'nowhere.at.all:make': No module named 'nowhere'"),
         ("builtins:dict", 1, 2, "expected a torch module from it, got dict"),

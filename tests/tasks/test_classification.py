@@ -256,6 +256,11 @@ def test_layers_are_counted_from_the_input():
     assert other["fc.weight"] is None
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "test_resnet"])
+def test_a_transformer_takes_images_of_the_runs_size(name):
+    assert build_classifier(f"timm/{name}", 1, 2, img_size=64).eval()(torch.rand(1, 1, 64, 64)).shape == (1, 2)
+
+
 def test_networks_by_name():
     assert get_head(build_classifier("torchvision/squeezenet1_0", 3, 5)).out_channels == 5
     with torch.device("meta"):
@@ -263,7 +268,7 @@ def test_networks_by_name():
     assert {name for name, layer in own.items() if layer is None} == {
         f"{head}.{kind}" for head in ("head", "head_dist") for kind in ("weight", "bias")
     }
-    with pytest.raises(ValueError, match="timm has no 'test_resne' here; did you mean test_resnet"):
+    with pytest.raises(ValueError, match="timm has no such network; did you mean timm/test_resnet"):
         build_classifier("timm/test_resne", 3, 2)
     with pytest.raises(ValueError, match="expected channels=3 and drop_path=0"):
         build_classifier("torchvision/resnet18", 1, 2)

@@ -58,7 +58,7 @@ def load_classifier(path: Path) -> TrainedClassifier:
 
 def classifier_from_config(config: ClassificationConfig, num_classes: int) -> nn.Module:
     """Build the network that the settings describe, randomly initialised by torch's generator."""
-    return build_classifier(config.model, config.in_channels, num_classes, config.drop_path)
+    return build_classifier(config.model, config.in_channels, num_classes, config.drop_path, config.crop_size)
 
 
 def scaling_from_config(config: ClassificationConfig) -> Normalisation:

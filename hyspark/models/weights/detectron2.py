@@ -27,9 +27,10 @@ from torch import Tensor
 
 from hyspark.models.weights.export import cast_tensor
 from hyspark.models.weights.files import read_contents, strip_wrappers
+from hyspark.models.weights.leftovers import reason_to_ignore
 from hyspark.models.weights.prefixes import COUNTER, FILE_PREFIXES
 from hyspark.models.weights.search import choose_state_dict
-from hyspark.models.weights.third_party import SPARK_SETTINGS, reason_to_ignore
+from hyspark.models.weights.third_party import SPARK_SETTINGS
 from hyspark.utils.atomic import write_whole
 
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")

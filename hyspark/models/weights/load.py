@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from hyspark.models.encoder import NUM_STAGES, HybridEncoder
 from hyspark.models.segmentation import Hybird
 from hyspark.models.vit import TokenTransformer
+from hyspark.models.weights.adapt import adapt_channels
 from hyspark.models.weights.files import made_with, read_contents, strip_wrappers
-from hyspark.models.weights.prefixes import find_fit, no_match_error
+from hyspark.models.weights.mismatch import OWN_ALONE, no_match_error
+from hyspark.models.weights.prefixes import find_fit
 from hyspark.models.weights.search import choose_state_dict
 from hyspark.models.weights.third_party import (
     SPARK_SETTINGS,
     WeightMatch,
-    adapt_channels,
     best_names,
     find_decoder_width,
     match_third_party,
@@ -66,7 +67,8 @@ class LoadReport:
     def __str__(self) -> str:
         total = len(self.matched) + len(self.adapted) + len(self.missing)
         lines = [
-            f"matched    {len(self.matched):4d} keys, covering {self.coverage:.1%} of the model's parameters"
+            f"matched    {len(self.matched):4d} {'key' if len(self.matched) == 1 else 'keys'}, covering "
+            f"{self.coverage:.1%} of the model's parameters"
             + f" ({(total - len(self.missing)) / max(1, total):.0%} of its {total} tensors)",
             f"adapted    {len(self.adapted):4d}" + join_reasons(self.adapted),
             f"missing    {len(self.missing):4d}"
@@ -119,8 +121,8 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Any] | l
     - A segmentation head for another number of classes stays randomly initialised.
     - So do the last level of a light decoder from pre-training, and levels that are wider in the network.
 
-    Any other network takes published files of SparK, MoCo, BYOL and SwAV, this project's, and those of its own library;
-    see third_party.py.
+    Any other network takes published files of self-supervision (SparK, MoCo, DINO, MAE, ...), this project's, and those
+    of its own library; see third_party.py.
 
     Args:
         model: the network; it is unchanged if an error is raised.
@@ -168,7 +170,7 @@ def count_own(model: nn.Module, given: Mapping[str, Tensor]) -> int:
 
 def count_third_party(model: nn.Module, given: Mapping[str, Tensor]) -> tuple[int, int]:
     """Count the names and shapes of a state dict that a third-party network has."""
-    return find_fit(best_names(given, model), model.state_dict())[:2]
+    return find_fit(best_names(given, model).tensors, model.state_dict())[:2]
 
 
 def is_own_network(model: nn.Module) -> bool:
@@ -194,6 +196,8 @@ def match_own(model: nn.Module, given: Mapping[str, Tensor], name: str) -> Weigh
     wanted = model.state_dict()
     is_segmentation = any(strip_wrappers(key).startswith("decoder.fuse.") for key in given)
     fresh = model.reinitialised if isinstance(model, Hybird) and not is_segmentation else ()
+    if not any(model_key(key, wanted) in wanted for key in given):
+        raise no_match_error(given, wanted, name, OWN_ALONE)
     matched, adapted, unexpected, loaded = [], {}, {}, {}
     for key, value in given.items():
         own = model_key(key, wanted)

@@ -4,11 +4,10 @@
 chosen. Of copies that agree equally well, such as a student and its teacher, `source_rank` decides.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hyspark.models.weights.files import strip_wrappers
 from hyspark.models.weights.search import AVERAGED, TEACHER
@@ -26,19 +25,6 @@ FILE_PREFIXES = (
 """Usual prefixes of a backbone in a file, preferred to others."""
 COUNTER = ".num_batches_tracked"
 MAX_PREFIX_DEPTH = 5
-LIKELY_REASONS = {
-    r"(^|\.)(embedder\.embedder\.|encoder\.(stages|layer)\.\d+\.(layers|attention)\.|embeddings\.patch_embeddings\.)": (
-        "they are those of Hugging Face transformers; use a file of timm or torchvision"
-    ),
-    r"(^|\.)(stem\.conv1\.norm\.|res[2-5]\.\d+\.(shortcut|conv1)\.norm\.)": (
-        "they are those of detectron2, whose ResNets may stride elsewhere; use the file from which it was converted"
-    ),
-    r"(^|\.)(res\d+_\d+_branch|conv1_w$)": "they are those of Caffe2; use a file of timm or torchvision",
-    r"(kernel|scale)$": "they are those of JAX or Keras, whose axes differ; use a file of PyTorch",
-    r"(qweight|qzeros|_packed_params|\.scale_weight|\.SCB)$": "they are quantised; use the weights before quantisation",
-    r"(lora_[AB]\.|\.adapter)": "they are an adapter (LoRA) of a network; merge it into the network first",
-}
-"""Reasons why names do not match, by a pattern of names."""
 
 
 class Fit(NamedTuple):
@@ -100,52 +86,3 @@ def keys_by_prefix(keys: Iterable[str], max_depth: int = 99) -> dict[str, set[st
         for depth in range(min(len(parts), max_depth + 1)):
             below.setdefault("".join(f"{part}." for part in parts[:depth]), set()).add(".".join(parts[depth:]))
     return below
-
-
-def name_indices(given: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:
-    """Rename keys that begin with an index, of `nn.Sequential(*list(model.children()))`, by the model's modules.
-
-    Returns:
-        The new name of each key, all under the same prefix; empty if the keys are others.
-    """
-    modules = [name for name, _ in model.named_children()]
-    renamed = {}
-    for key in given:
-        if found := re.match(r"(\D*?)(\d+)\.(.*)$", strip_wrappers(key)):
-            prefix, index, rest = found.groups()
-            if int(index) < len(modules) and (not prefix or prefix.endswith(".")):
-                renamed[key] = f"{prefix}{modules[int(index)]}.{rest}"
-    return renamed if len(renamed) >= 0.5 * len(given) and len(set(renamed.values())) == len(renamed) else {}
-
-
-def no_match_error(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> ValueError:
-    """Create the error for a state dict without a key of the model."""
-    return ValueError(
-        f"{name}: none of its {len(given)} keys is one of the model's (its first is {next(iter(given))!r}, "
-        f"the model's {next(iter(wanted))!r}); {likely_reason(given, wanted)}"
-    )
-
-
-def few_match_error(num: int, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> ValueError:
-    """Create the error for a state dict of which few keys are the model's, which may be by chance."""
-    return ValueError(
-        f"{name}: {num} of the network's {len(wanted)} tensors match by name, and the file has {len(given)} (its first "
-        f"is {next(iter(given))!r}, the model's {next(iter(wanted))!r}); expected half of them; "
-        f"{likely_reason(given, wanted)}"
-    )
-
-
-def likely_reason(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """Find the likeliest reason why the names of a file do not match a network's."""
-    for pattern, reason in LIKELY_REASONS.items():
-        if sum(bool(re.search(pattern, key)) for key in given) >= 0.05 * len(given):
-            return f"its names are not the model's: {reason}"
-    rest = [tuple(value.shape) for value in wanted.values()]
-    same = 0
-    for value in given.values():
-        if tuple(value.shape) in rest:
-            rest.remove(tuple(value.shape))
-            same += 1
-    if same >= 0.8 * len(wanted):
-        return f"{same} tensors have the shapes of the model's: it may be this network by names of another library"
-    return "is it from another network?"

@@ -6,49 +6,37 @@ the network under its prefix needs a value, except heads and decoders, which may
 outside the network's prefix stays randomly initialised.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from hyspark.models.weights.adapt import POSITIONS, adapt_channels, is_stem, resample_positions, stem_channels
 from hyspark.models.weights.files import strip_wrappers
+from hyspark.models.weights.layouts import best_names
+from hyspark.models.weights.leftovers import (
+    DECODER_MODULES,
+    HEAD_MODULES,
+    check_tokens,
+    check_unexplained,
+    reason_to_ignore,
+)
+from hyspark.models.weights.mismatch import few_match_error, no_match_error
 from hyspark.models.weights.prefixes import (
     COUNTER,
     FILE_PREFIXES,
-    few_match_error,
     find_fit,
-    name_indices,
-    no_match_error,
 )
+from hyspark.utils.text import count_of
 
 SPARK_SETTINGS = ("config",)
 """Keys of plain data among the tensors in SparK's own files."""
-HEAD_MODULES = (
-    *("fc", "_fc", "classifier", "head", "heads", "head_dist", "class_layers", "last_linear", "classification_head"),
-    *("aux1", "aux2", "AuxLogits", "segmentation_head", "conv_final", "output_block", "deep_supervision_heads"),
-)
-"""Modules that give class scores in networks of torchvision and MONAI; networks of timm declare theirs."""
-DECODER_MODULES = ("decoder", "up_layers", "up_samples", "upsamples")
-"""Modules behind the encoder in MONAI's FlexibleUNet, SegResNet and DynUNet."""
-IGNORED_KEYS = {
-    r"encoder_k\.": "momentum encoder of MoCo, encoder_q is used",
-    r"(val_)?queue(_ptr)?$": "queue of MoCo",
-    r"target_network\.": "momentum encoder of BYOL, online_network is used",
-    r"online_network\.projector\.": "projection head of BYOL",
-    r"online_network\.predictor\.": "predictor of BYOL",
-    r"(projection_head|projection|project)\.": "projection head of pre-training",
-    r"predict\.": "predictor of BYOL",
-    r"teacher\.": "momentum encoder of pre-training, encoder is used",
-    r"criterion\.memory_bank\.": "queue of MoCo",
-    r"prototypes": "prototypes of SwAV",
-    r"(dense_decoder|densify_norms|densify_projs|mask_tokens|densify)\.": "decoder of pre-training",
-    r"n_averaged$": "number of averaged steps",
-    r"(imn_m|imn_s|norm_black)$": "stored by SparK, not used",
-    rf"({'|'.join(HEAD_MODULES)})\.": "head of the file's network, not part of this model",
-    rf"({'|'.join(DECODER_MODULES)})\.": "decoder, not part of this model",
-}
-"""Patterns of keys that a file may have beside those of the network, with the reasons."""
+
+
+FEW_TENSORS = 6
+"""Most tensors that may match by chance: those of a convolution and its norm."""
+POOLED_NORM = "fc_norm"
+"""Norm of pooled features in transformers of timm, before the classifier; pre-training trains another one, or none."""
 
 
 @dataclass(frozen=True)
@@ -76,45 +64,56 @@ def match_third_party(model: nn.Module, given: Mapping[str, Tensor], name: str) 
         name: name of the file, for messages.
 
     Raises:
-        ValueError: no or more than one part of the network matches; a key is unexplained; shapes differ; part of the
-            backbone is missing.
+        ValueError: no or more than one part of the network matches; shapes differ; part of the backbone is missing; the
+            file has further layers of it.
     """
     wanted = model.state_dict()
-    given = best_names(given, model)
+    given, changed, names, dropped = best_names(given, model)
     source, own = find_prefixes(model, given, wanted, name)
-    pairs, unexpected = pair_keys(given, wanted, source, own, name)
+    pairs, unexpected, unexplained = pair_keys(given, wanted, source, own, name)
+    unexpected |= {key: "not read by timm for this network" for key in unexplained if key in dropped}
+    rests = {strip_wrappers(key).removeprefix(source): names.get(key, key) for key in unexplained if key not in dropped}
+    check_tokens(rests, name)
     heads = module_prefixes(model, own, HEAD_MODULES)
     channels = stem_channels((given[pairs[key]], want) for key, want in wanted.items() if key in pairs)
+    is_2d = next((value.ndim == 4 for value in wanted.values() if value.ndim >= 4), False)
     loaded, matched, adapted = {}, [], {}
     for target, key in pairs.items():
         value, want = given[key], wanted[target]
         if value.shape == want.shape:
             loaded[target] = value
-            matched.append(target)
+            if why := changed.get(key):
+                adapted[target] = why
+            else:
+                matched.append(target)
         elif target.startswith(heads):
             unexpected[key] = f"head with {len(value)} outputs, the model's has {len(want)}"
         elif channels and is_stem(value, want) and (value.shape[1], want.shape[1]) == channels:
             loaded[target] = adapt_channels(value, channels[1])
             adapted[target] = f"{channels[0]} -> {channels[1]} input channels"
+        elif POSITIONS.search(target) and is_2d and (positions := resample_positions(value, want)) is not None:
+            loaded[target] = positions
+            adapted[target] = f"positions resampled, {tuple(value.shape)} -> {tuple(want.shape)}"
         else:
-            width = find_decoder_width(given)
-            flag = "" if width is None else f" (--decoder_width {width})"
-            raise ValueError(
-                f"{name}: {key}: the model expects shape {tuple(want.shape)}, got {tuple(value.shape)}; build the "
-                f"model with the shapes of the weights{flag}"
-            )
+            raise shape_error(names.get(key, key), value, want, given, name)
     missing = find_missing(wanted, loaded)
     tops = (*heads, *module_prefixes(model, own, DECODER_MODULES))
     check_backbone_complete([key for key in missing if key.startswith(own)], pairs, tops, wanted, name)
+    body = [key.removeprefix(own) for key in wanted if key.startswith(own) and not key.startswith(tops)]
+    unexpected |= check_unexplained(rests, body, name)
+    unexpected = {names.get(key, key): why for key, why in unexpected.items() if key in names or key not in changed}
     return WeightMatch(loaded, tuple(matched), adapted, missing, unexpected)
 
 
-def best_names(given: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
-    """Rename index keys by the network's modules, if more names agree then."""
-    renamed = name_indices(given, model)
-    by_module = {renamed.get(key, key): value for key, value in given.items()}
-    wanted = model.state_dict()
-    return by_module if renamed and find_fit(by_module, wanted)[:2] > find_fit(given, wanted)[:2] else given
+def shape_error(key: str, value: Tensor, want: Tensor, given: Mapping[str, Tensor], name: str) -> ValueError:
+    """Create the error for a tensor of a shape that cannot be adapted to the network's."""
+    width = find_decoder_width(given)
+    advice = (
+        "it is from another network or size of it: use that one (--model, by PACKAGE.MODULE:FACTORY if it has no name)"
+    )
+    if width is not None:
+        advice = f"build the model with the shapes of the weights (--decoder_width {width})"
+    return ValueError(f"{name}: {key}: the model expects shape {tuple(want.shape)}, got {tuple(value.shape)}; {advice}")
 
 
 def find_prefixes(
@@ -142,7 +141,12 @@ def find_prefixes(
             raise no_match_error(given, wanted, name)
         raise few_match_error(num, given, wanted, name)
     if len(fit.pairs) > 1:
-        ways = ", ".join(f"{source}* as {own}*" for source, own in fit.pairs)
+        if fit.names <= FEW_TENSORS and fit.names < len(
+            plain
+        ):  # a convolution and its norm are in many places of any network
+            raise no_match_error(given, wanted, name)
+        ways = ", ".join(f"{source}* as {own}*" for source, own in fit.pairs[:3])
+        ways += ", ..." if len(fit.pairs) > 3 else ""
         sources = [source for source, _ in fit.pairs]
         advice = "load it into one module: load_pretrained(model.part, ...)"
         if len(set(sources)) > 1:
@@ -154,7 +158,7 @@ def find_prefixes(
 
 def pair_keys(
     given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str, own: str, name: str
-) -> tuple[dict[str, str], dict[str, str]]:
+) -> tuple[dict[str, str], dict[str, str], list[str]]:
     """Pair keys of a network with keys of a file under the given prefixes.
 
     Args:
@@ -165,10 +169,10 @@ def pair_keys(
         name: name of the file, for messages.
 
     Returns:
-        The file's key by the network's, and the reason by the file's key for those that are ignored.
+        The file's key by the network's; the reason by the file's key for those that are ignored; the other keys.
 
     Raises:
-        ValueError: a key has no reason to be ignored, or two keys of the file match one of the network.
+        ValueError: two keys of the file match one of the network.
     """
     pairs, unexpected, unexplained = {}, {}, []
     for key in given:
@@ -184,12 +188,7 @@ def pair_keys(
             unexpected[key] = f"outside of {source}*, which is used"
         else:
             unexplained.append(key)
-    if unexplained:
-        raise ValueError(
-            f"{name}: {len(unexplained)} keys are unexplained ({', '.join(unexplained[:3])}, ...), and {len(pairs)} "
-            f"match the model's {own}*; is it from another network?"
-        )
-    return pairs, unexpected
+    return pairs, unexpected, unexplained
 
 
 def module_prefixes(model: nn.Module, own: str, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -209,44 +208,9 @@ def module_prefixes(model: nn.Module, own: str, names: tuple[str, ...]) -> tuple
         about = getattr(part, "default_cfg", None)
         declared = about.get("classifier") if isinstance(about, Mapping) else None
         tops = names if declared is None else (declared,) if isinstance(declared, str) else tuple(declared)
+        tops = (*tops, POOLED_NORM)
         found += [f"{root}{top}." for top in tops]
     return tuple(found)
-
-
-def reason_to_ignore(rest: str, target: str, wanted: Mapping[str, Tensor]) -> str | None:
-    """Find the reason to ignore a key that the model does not have; None if there is none."""
-    if target.endswith(COUNTER) and target.removesuffix(COUNTER) + ".running_mean" in wanted:
-        return "number of batches, which the model's norms do not count"
-    return next((why for pattern, why in IGNORED_KEYS.items() if re.match(pattern, rest)), None)
-
-
-def is_stem(value: Tensor, want: Tensor) -> bool:
-    """Whether two weights (c, n_in, *kernel) of a convolution of images differ in their input channels only."""
-    return value.ndim == want.ndim >= 4 and len(value) == len(want) and value.shape[2:] == want.shape[2:]
-
-
-def stem_channels(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[int, int] | None:
-    """Find the input channels of a network's first convolution, in the file and in the network.
-
-    Args:
-        pairs: values of the file and of the network, in the network's order.
-
-    Returns:
-        Two numbers of channels; None if they agree, or if the convolutions differ otherwise too.
-    """
-    value, want = next(((v, w) for v, w in pairs if v.ndim >= 4), (None, None))
-    if value is None or want is None or not is_stem(value, want) or value.shape == want.shape:
-        return None
-    return value.shape[1], want.shape[1]
-
-
-def adapt_channels(weight: Tensor, num_channels: int) -> Tensor:
-    """Adapt a stem weight (c, n_in, *k) to another number of input channels.
-
-    Each new channel gets the mean over the old ones, scaled to preserve the size of the response.
-    """
-    mean = weight.sum(dim=1, keepdim=True) / num_channels
-    return mean.expand(-1, num_channels, *mean.shape[2:]).clone()
 
 
 def find_missing(wanted: Mapping[str, Tensor], loaded: Iterable[str]) -> tuple[str, ...]:
@@ -277,11 +241,19 @@ def check_backbone_complete(
         if key not in present and not key.endswith(COUNTER) and wanted[key].data_ptr() not in fresh
     ]
     if part:
-        raise ValueError(
-            f"{name}: {len(part)} keys of the network, its head aside, are missing ({', '.join(part[:3])}, ...); it is "
-            "truncated, or from another network. If these are to stay randomly initialised, load into the module "
-            "without them: load_pretrained(model.part, ...)"
-        )
+        shown = ", ".join(part[:3]) + (", ..." if len(part) > 3 else "")
+        if all(".downsample." in key for key in part):
+            advice = (
+                "the file's shortcuts have no weights, as those of MedicalNet's ResNet-18 and 34: give a function that "
+                "builds it with shortcut_type='A', --model PACKAGE.MODULE:FACTORY"
+            )
+        else:
+            advice = (
+                "it is truncated, or from another network. If these are to stay randomly initialised, load into the "
+                "module without them: load_pretrained(model.part, ...)"
+            )
+        num = count_of(len(part), "key")
+        raise ValueError(f"{name}: no values for {num} of the network, its head aside ({shown}); {advice}")
 
 
 def find_decoder_width(given: Mapping[str, Tensor]) -> int | None:

@@ -213,7 +213,7 @@ def test_the_head_is_what_timm_says():
     model = timm.create_model("convnext_atto", num_classes=3)
     assert set(load_pretrained(model, weights).missing) == {"head.fc.weight", "head.fc.bias"}
     del weights["head.norm.bias"]
-    assert "1 keys of the network, its head aside, are missing (head.norm.bias" in refused(model, weights)
+    assert "no values for 1 key of the network, its head aside (head.norm.bias" in refused(model, weights)
 
 
 @pytest.mark.parametrize(("name", "layer"), [("mobilenet_v3_small", 3), ("mnasnet0_5", 1)])
@@ -291,7 +291,7 @@ def test_segresnet_and_dynunet(name, whole):
     assert all(key.startswith(scores if whole else (*scores, *tops)) for key in report.missing)
     assert any(key.startswith(("conv_final.2", "output_block")) for key in report.missing)
     cut = {key: value for key, value in source.items() if "down_layers.1" not in key and "downsample" not in key}
-    assert "keys of the network, its head aside, are missing" in refused(model, cut)
+    assert "of the network, its head aside" in refused(model, cut)
 
 
 # --- this project's files
@@ -332,9 +332,16 @@ def test_a_decoder_of_another_width_is_refused_with_advice(pretraining):
 # --- what is refused
 
 
+def test_keys_beside_a_network_are_named_and_those_within_it_are_refused(weights, model):
+    report = load_pretrained(model, weights | {"extra.weight": torch.zeros(1)})
+    assert report.unexpected == {"extra.weight": "not part of this model"}
+    assert "unexpected    1 (extra.weight: not part of this model)" in str(report)
+    for key in ("layer1.0.se.weight", "layer1.1.conv1.weight", "layer5.0.conv1.weight"):
+        assert f"got 1 further key in its stages ({key})" in refused(model, weights | {key: torch.zeros(1)})
+
+
 def test_what_does_not_fit_is_refused(weights, model):
     assert "none of its 2 keys" in refused(model, {"a.weight.x": torch.zeros(1), "b": torch.zeros(1)})
-    assert "1 keys are unexplained (extra.weight" in refused(model, weights | {"extra.weight": torch.zeros(1)})
     assert "layer2.0.conv2.weight: the model expects shape (128, 128, 3, 3), got (1,)" in refused(
         model, weights | {"layer2.0.conv2.weight": torch.zeros(1)}
     )
@@ -351,20 +358,21 @@ def test_what_does_not_fit_is_refused(weights, model):
 def test_part_of_the_backbone_missing_is_refused(part, weights, model):
     left = {key: value for key, value in weights.items() if not key.startswith(part)}
     num = sum(key.startswith(part) and "num_batches" not in key for key in weights)
-    assert f"{num} keys of the network, its head aside, are missing ({part}" in refused(model, left)
+    keys = "1 key" if num == 1 else f"{num} keys"
+    assert f"no values for {keys} of the network, its head aside ({part}" in refused(model, left)
 
 
 def test_one_layer_is_not_taken_for_a_part_of_its_own(weights, model):
     left = {key: value for key, value in weights.items() if key.startswith("layer3.")}
-    assert "keys of the network, its head aside, are missing" in refused(model, left)
+    assert "of the network, its head aside" in refused(model, left)
     report = load_pretrained(model.layer3, {key.removeprefix("layer3."): value for key, value in left.items()})
     assert report.missing == ()
 
 
 def test_other_depths_are_refused(weights, model):
     deeper = torchvision.models.ResNet(BasicBlock, [1, 2, 1, 1])
-    assert "10 keys of the network, its head aside, are missing" in refused(deeper, weights)
-    assert "12 keys are unexplained (layer2.1.conv1.weight" in refused(model, deeper.state_dict())
+    assert "no values for 10 keys of the network, its head aside" in refused(deeper, weights)
+    assert "got 12 further keys in its stages (layer2.1.conv1.weight, " in refused(model, deeper.state_dict())
     assert "the model expects shape" in refused(torchvision.models.ResNet(Bottleneck, [1, 1, 1, 1]), weights)
 
 
