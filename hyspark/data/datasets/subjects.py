@@ -102,7 +102,8 @@ def patient_folders(images: Sequence[Path]) -> dict[Path, str]:
     """
     if len(images) < 2:
         return {}
-    num_above = len(Path(os.path.commonpath([image.parent for image in images])).parts)
+    is_on_one_drive = len({image.anchor for image in images}) == 1
+    num_above = len(Path(os.path.commonpath([image.parent for image in images])).parts) if is_on_one_drive else 1
     below = {image: image.parts[num_above:] for image in images if image.parts[-2] not in ("imagesTr", "imagesTs")}
     repeating = without_groups(repeating_folders(below))
     named = without_groups({image: unit for image, parts in below.items() if (unit := named_folder(parts))})
