@@ -52,6 +52,8 @@ def drop_lines(path: Path, first_step: int, is_validated: bool) -> None:
     kept = path.with_name(f".{path.name}.kept")
     with path.open(errors="replace") as lines, kept.open("w") as file:
         file.writelines(f"{line.rstrip()}\n" for line in lines if is_valid_line(line, first_step, is_validated))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(kept, path)
 
 

@@ -25,7 +25,7 @@ from hyspark.utils.text import first_line
 
 GRACE = 2.0
 """Seconds that a failing rank waits for others."""
-LOST_CONNECTION = ("connection closed", "connection reset", "broken pipe", "connection refused", "gloo", "nccl")
+LOST_CONNECTION = ("connection closed", "connection reset", "broken pipe", "connection refused", "gloo/transport")
 """Parts of messages, in lower case, of an operation that another rank did not take part in."""
 
 

@@ -42,8 +42,6 @@ from hyspark.utils.log import LOG
 from hyspark.utils.processes import KILLED, available_cores, map_unordered
 from hyspark.utils.text import first_line
 
-PREPARE_ERRORS = (ValueError, RuntimeError, OSError, EOFError)
-"""Exceptions that preparing a broken file raises."""
 MAX_LISTED = 5
 """Number of warnings that are shown in full."""
 

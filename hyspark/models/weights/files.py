@@ -3,7 +3,7 @@
 import json
 import pickle
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,6 @@ REFUSED = re.compile(
 """Lines of an error that name what a pickle was refused for."""
 WRAPPERS = ("module.", "_orig_mod.", "_forward_module.", "_fsdp_wrapped_module.")
 """Prefixes left by DistributedDataParallel, torch.compile, Lightning and FSDP."""
-
-
-def read_weights(path: str | Path, settings: Collection[str] = ()) -> dict[str, Tensor]:
-    """Read the state dict in a file, without executing anything stored in it.
-
-    Args:
-        path: the file.
-        settings: keys of plain data among its tensors; they are excluded.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, calls functions, or has no weights.
-    """
-    return choose_state_dict(read_contents(path), str(path), settings=settings)[0].tensors
 
 
 def read_contents(path: str | Path) -> object:

@@ -13,7 +13,6 @@ from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets import build, datalist_json
 from hyspark.data.datasets.cases import Case
 from hyspark.data.datasets.inputs import read_inputs
-from hyspark.data.preprocessing.prepare import PREPARE_ERRORS
 from hyspark.data.quality.check import check_dataset
 from hyspark.data.quality.findings import Finding
 from hyspark.data.readers.nifti import read_label
@@ -28,6 +27,7 @@ from hyspark.training.run_volumes import prepare_run_volumes
 from hyspark.utils.text import first_line
 from tests.data.quality.small_data import SPACING, SmallData
 
+REFUSALS = (ValueError, RuntimeError, OSError, EOFError)
 OF_LABELS = (
     "label outside 0 to 255",
     "label not whole",
@@ -224,7 +224,7 @@ class Runs:
                 outcome.cases.append(Case(volume.name, "", volume.source))
                 try:
                     read_volume(volume)
-                except PREPARE_ERRORS as error:
+                except REFUSALS as error:
                     outcome.refused.add(volume.source)
                     outcome.messages[volume.source] = first_line(error)
 

@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 
 from hyspark import build_hybird, build_hyspark, load_pretrained
 from hyspark.models.vit import sincos_position
-from hyspark.models.weights.files import read_weights
 
 RELEASED = json.loads((Path(__file__).parents[2] / "fixtures" / "official_parity_96.json").read_text(encoding="utf-8"))
 
@@ -398,10 +397,3 @@ def test_a_file_that_would_run_code_is_not_opened(weights, model, tmp_path, zipp
     assert_unchanged(model, before)
     torch.load(path, weights_only=False)
     assert marker.exists()  # the file would have done it
-
-
-def test_read_weights_gives_the_plain_state_dict(weights, tmp_path):
-    torch.save(training_checkpoint(weights), tmp_path / "all.pth")
-    loaded = read_weights(tmp_path / "all.pth")
-    assert loaded.keys() == weights.keys()
-    assert all(torch.equal(loaded[key], weights[key]) for key in weights)
