@@ -9,7 +9,6 @@ import re
 import subprocess
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +98,6 @@ def environment() -> dict[str, str]:
     return found
 
 
-@lru_cache
 def code_version(folder: Path) -> str:
     """Name the git commit of this package: of a checkout, or of what pip installed from a repository.
 

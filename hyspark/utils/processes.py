@@ -22,7 +22,7 @@ T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 """Signals that ask a run to stop. Schedulers send them to all processes of a job; only the run itself heeds them."""
 
-KILLED = "the process that read it was killed, perhaps for its memory; lower prepare_workers, or leave the case out"
+KILLED = "the process that read it was killed, perhaps for its memory; lower prepare_workers, or exclude the case"
 """Reason of a case whose worker process was killed."""
 
 
