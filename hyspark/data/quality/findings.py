@@ -72,6 +72,10 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "constant": FindingKind("error", "more than one value", "the conversion failed, or it is blank; remove it"),
     "all air": FindingKind("error", "tissue in the HU window", "is it CT in Hounsfield units?"),
     "offset": FindingKind("error", HU, "subtract what was added (1024 or 1000), or convert it again"),
+    "inverted": FindingKind("error", HU, "air is bright; multiply it by -1, or convert it again"),
+    "not HU": FindingKind(
+        "error", HU, f"air, fat and tissue lie elsewhere, as of HU that were rescaled; convert it again, {SET_WINDOW}"
+    ),
     "8-bit": FindingKind("error", HU, f"it was windowed for viewing; convert it again, {SET_WINDOW}"),
     "scaled": FindingKind("error", HU, f"it was normalised; convert it again, {SET_WINDOW}"),
     "wrapped around": FindingKind("error", HU, "negative values are read as unsigned; store it as signed 16 bits"),

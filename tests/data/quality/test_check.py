@@ -313,6 +313,26 @@ def scaled_to_0_and_1(data):
     save(data.image, ((ct().clip(-160, 240) + 160) / 400).astype(np.float32))
 
 
+def in_air():
+    """The volume with bone, in noisy air at its edge."""
+    voxels = ct().astype(np.int32)
+    voxels[4:6, 4:6] = 700
+    air = np.random.default_rng(0).normal(-1000, 20, voxels.shape).astype(np.int32)
+    return np.where(np.indices(voxels.shape).min(0) < 3, air, voxels)
+
+
+@breaks("inverted")
+def air_of_1000(data):
+    save(data.image, (-in_air()).astype(np.int16))
+
+
+@breaks("not HU")
+def ten_times_hu(data):
+    voxels = in_air()
+    voxels[8:14, 8:14] -= 150  # fat
+    save(data.image, (voxels * 10).astype(np.int16))
+
+
 @breaks("wrapped around")
 def negative_values_as_unsigned(data):
     save(data.image, ct().astype(np.uint16))
