@@ -52,16 +52,26 @@ def read_text(path: Path) -> str:
     return content.decode("utf-16" if is_utf16 else "utf-8-sig")
 
 
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make the object of a JSON file; raise ValueError for a key that is set twice."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f'the key "{twice}" is set twice; keep one of them')
+    return content
+
+
 def load_json(path: Path) -> Any:
     """Read the content of a JSON file.
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if the file is not JSON.
+        ValueError: if the file is not JSON, or a key is set twice; the message begins with `path`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
-        return json.loads(read_text(path))
+        return json.loads(read_text(path), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise ValueError(f"{path}: not valid JSON: {error}") from error

@@ -54,6 +54,7 @@ def read_declaration(folder: Path, found: FoundData) -> dict[str, Any]:
     except (ValueError, OSError):
         return {}
     if not isinstance(content, dict):
+        found.add_unreadable(file, f"expected an object with labels, as of nnU-Net, got a {type(content).__name__}")
         return {}
     ending = content.get("file_ending", ".nii.gz")
     if not (isinstance(ending, str) and ending.lower() in (".nii.gz", ".nii")):

@@ -88,8 +88,9 @@ def find_dataset(path: Path) -> FoundData:
                 listed = read_checked_list(file)
                 add_list(found, listed)
         except ValueError as error:
-            found.findings.append(Finding("unreadable list", str(path), str(error)))
-        if found.classes is None and any(case.label for case in found.cases):
+            found.findings.append(unreadable_list(path, str(error)))
+        is_unread = any(finding.kind == "unreadable list" for finding in found.findings)
+        if found.classes is None and not is_unread and any(case.label for case in found.cases):
             found.findings.append(Finding("no class names", str(path), "labels, and no dataset.json that names them"))
         if found.cases and not any(case.label for case in found.cases):
             found.findings.append(Finding("image without label", str(path), "no label map for any image"))
@@ -97,6 +98,16 @@ def find_dataset(path: Path) -> FoundData:
     has_labels = all(c.label for c in listed.cases) if listed else any(case.label for case in found.cases)
     found.findings += [*found.unused_findings(), *run_faults(path, found, has_labels)]
     return found
+
+
+def unreadable_list(path: Path, error: str) -> Finding:
+    """Make the finding of an error at the file that its text begins with, or else at `path`."""
+    file, _, text = error.partition(": ")
+    return (
+        Finding("unreadable list", file, text)
+        if text and Path(file).is_file()
+        else Finding("unreadable list", str(path), error)
+    )
 
 
 def run_faults(path: Path, found: FoundData, labels: bool) -> list[Finding]:

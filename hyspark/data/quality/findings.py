@@ -33,6 +33,9 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "not NIfTI": FindingKind(
         "error", "a NIfTI file (.nii or .nii.gz)", "convert it, for example by dcm2niix, or remove it"
     ),
+    "misnamed": FindingKind("error", "a name that says whether the file is compressed", "rename it"),
+    "failed download": FindingKind("error", "a NIfTI file", "download the file itself"),
+    "archive": FindingKind("error", "a NIfTI file", "unpack it, and use the NIfTI files in it"),
     "damaged": FindingKind("error", "a whole file with the right checksum", "copy or convert it again"),
     "too large": FindingKind("error", "a case that fits the memory", "lower --prepare_workers, or crop it"),
     "not examined": FindingKind("error", "a case that can be examined", "convert it again, or remove it"),

@@ -107,7 +107,17 @@ def text_under_a_nifti_name(data):
     data.image.write_bytes(gzip.compress(b"hello" * 1000))
 
 
-@breaks("not NIfTI")
+@breaks("failed download")
+def a_web_page(data):
+    data.image.write_bytes(b"<!DOCTYPE html><html>")
+
+
+@breaks("archive")
+def a_zip_archive(data):
+    data.image.write_bytes(b"PK\x03\x04" + bytes(99))
+
+
+@breaks("misnamed")
 def not_compressed(data):
     data.image.write_bytes(gzip.decompress(data.image.read_bytes()))
 
@@ -517,9 +527,26 @@ def no_names(data):
     data.names.unlink()
 
 
-@breaks("unreadable list", "folder")
+@breaks("unreadable list", "names")
 def names_that_are_no_json(data):
     data.names.write_text("{")
+
+
+@breaks("unreadable list", "names")
+def names_in_an_array(data):
+    data.names.write_text("[]")
+
+
+@breaks("unreadable list", "names")
+def a_key_twice(data):
+    data.names.write_text('{"labels": {"background": 0, "liver": 1, "liver": 2}}')
+
+
+def test_an_unreadable_file_of_names_is_named_once(data):
+    data.names.write_text('{"labels": {"background": 0, "liver": 1, "liver": 2}}')
+    found = faults(data.folder)
+    assert [(f.kind, f.file) for f in found] == [("unreadable list", str(data.names))]
+    assert found[0].found == 'not valid JSON: the key "liver" is set twice; keep one of them'
 
 
 @pytest.mark.parametrize(("kind", "part", "function"), BROKEN, ids=[f.__name__ for _, _, f in BROKEN])
