@@ -155,8 +155,9 @@ def volumes_in(folder: Path, found: FoundData) -> Iterator[Path]:
         elif is_nifti:
             yield file
         else:
-            converted = "; convert it to NIfTI" if file.suffix.lower() in OTHER_FORMATS else ""
-            found.pass_over("odd name", f"{NO_NIFTI}{converted}", file)
+            is_volume = file.suffix.lower() in OTHER_FORMATS
+            kind, advice = ("another format", "; convert it to NIfTI") if is_volume else ("odd name", "")
+            found.pass_over(kind, NO_NIFTI + advice, file)
 
 
 def add_once(files: dict[str, Path], name: str, file: Path, found: FoundData) -> None:

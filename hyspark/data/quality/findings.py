@@ -128,7 +128,9 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "two data sets of one name": FindingKind("error", "data sets of different names", "rename one of them"),
     "odd name": FindingKind("warning", "CASE_0000.nii.gz", "rename it; files of other names are not used"),
     "another format": FindingKind(
-        "warning", '".nii.gz" or ".nii"', "convert its files to NIfTI; files of other formats are not used"
+        "warning",
+        '".nii.gz" or ".nii"',
+        "convert such files to NIfTI, DICOM by dcm2niix; files of other formats are not used",
     ),
     "another channel": FindingKind("note", "channel 0000 of each case", "the other channels are not used"),
     "unused label map": FindingKind(

@@ -465,7 +465,7 @@ def a_name_without_a_channel(data):
     save(data.other, ct(5))
 
 
-@breaks("odd name", "other")
+@breaks("another format", "other")
 def another_format(data):
     data.other = data.image.with_name("scan.dcm")
     data.other.write_bytes(b"DICM")
