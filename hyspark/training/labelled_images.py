@@ -8,7 +8,7 @@ from pathlib import Path
 from hyspark.config.classification import ClassificationConfig
 from hyspark.data.batches.images import short_side
 from hyspark.data.datasets.subsets import draw_stratified, subset_size
-from hyspark.data.readers.images import FoundImages, ImageSet, decode, find_classes, find_images
+from hyspark.data.readers.images import FoundImages, ImageSet, decode, find_classes, find_images, log_other_files
 from hyspark.training.run_volumes import SKIP_ADVICE
 from hyspark.utils.digests import text_digest
 from hyspark.utils.log import LOG
@@ -49,6 +49,7 @@ def read_images(config: ClassificationConfig) -> LabelledImages:
         ValueError: The folders do not fit, or images are unreadable and on_bad_case is stop.
     """
     found, classes = find_image_parts(config)
+    log_unused_images(config)
     sets: dict[str, ImageSet] = {}
     unreadable: dict[str, str] = {}
     for part, listed in found.items():
@@ -102,6 +103,17 @@ def find_image_parts(config: ClassificationConfig) -> tuple[dict[str, FoundImage
     if config.test_dir:
         found["test"] = find_classes(Path(config.test_dir), classes)
     return found, classes
+
+
+def log_unused_images(config: ClassificationConfig) -> None:
+    """Log the files of all parts that are no images of a class."""
+    found, classes = find_images(Path(config.data))
+    folders = {part: Path(config.data) / part for part in found}
+    if config.test_dir:
+        folders["test"] = Path(config.test_dir)
+        found["test"] = find_classes(folders["test"], classes)
+    for part, listed in found.items():
+        log_other_files(folders[part], listed.sources)
 
 
 def unreadable_images_message(faults: Mapping[str, str], num: int, advice: str = "") -> str:

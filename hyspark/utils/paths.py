@@ -65,11 +65,11 @@ def load_json(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if the file is not JSON.
+        ValueError: if the file is not JSON, or a key is set twice; the message begins with `path`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
         return json.loads(read_text(path), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise ValueError(f"{path}: not valid JSON: {error}") from error

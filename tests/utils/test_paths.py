@@ -3,6 +3,7 @@ import gzip
 import pytest
 
 from hyspark.utils.digests import content_digest
+from hyspark.utils.paths import load_json
 
 CONTENT = bytes(range(256)) * 9000  # more than is read at a time
 
@@ -37,3 +38,12 @@ def test_any_byte_changes_the_digest(tmp_path, pack, place):
 def test_files_that_hold_next_to_nothing(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
     assert content_digest(tmp_path / name) == "0" * 16
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '[{"b": {"c": 1, "a": 2, "a": 2}}]'])
+def test_a_key_that_is_set_twice_is_an_error_of_its_file(tmp_path, text):
+    file = tmp_path / "x.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match='the key "a" is set twice') as error:
+        load_json(file)
+    assert str(error.value).startswith(f"{file}: ")

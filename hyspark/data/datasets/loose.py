@@ -105,7 +105,7 @@ def sort_files(
                 continue
             if not NIFTI.fullmatch(file.name):
                 if file.suffix.lower() in OTHER_FORMATS:
-                    found.pass_over("odd name", f"{NO_NIFTI}; convert it to NIfTI", file)
+                    found.pass_over("another format", f"{NO_NIFTI}; convert it to NIfTI", file)
             elif of_labels or is_label_name(nifti_stem(file)):
                 labels.append(file)
             elif "derivatives" in parts:

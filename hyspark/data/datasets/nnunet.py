@@ -57,6 +57,7 @@ def read_declaration(folder: Path, found: FoundData) -> dict[str, Any]:
     except (ValueError, OSError):
         return {}
     if not isinstance(content, dict):
+        found.add_unreadable(file, f"expected an object with labels, as of nnU-Net, got a {type(content).__name__}")
         return {}
     ending = content.get("file_ending", ".nii.gz")
     if not (isinstance(ending, str) and ending.lower() in (".nii.gz", ".nii")):
@@ -157,8 +158,9 @@ def volumes_in(folder: Path, found: FoundData) -> Iterator[Path]:
         elif is_nifti:
             yield file
         else:
-            converted = "; convert it to NIfTI" if file.suffix.lower() in OTHER_FORMATS else ""
-            found.pass_over("odd name", f"{NO_NIFTI}{converted}", file)
+            is_volume = file.suffix.lower() in OTHER_FORMATS
+            kind, advice = ("another format", "; convert it to NIfTI") if is_volume else ("odd name", "")
+            found.pass_over(kind, NO_NIFTI + advice, file)
 
 
 def add_once(files: dict[str, Path], name: str, file: Path, found: FoundData) -> None:

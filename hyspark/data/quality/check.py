@@ -105,6 +105,16 @@ def find_dataset(path: Path) -> FoundData:
     return found
 
 
+def unreadable_list(path: Path, error: str) -> Finding:
+    """Make the finding of an error at the file that its text begins with, or else at `path`."""
+    file, _, text = error.partition(": ")
+    return (
+        Finding("unreadable list", file, text)
+        if text and Path(file).is_file()
+        else Finding("unreadable list", str(path), error)
+    )
+
+
 def run_faults(path: Path, found: FoundData, labels: bool) -> list[Finding]:
     """Report what a run with the default split refuses, and a side of its split without cases."""
     if not found.cases or any(finding.severity == "error" for finding in found.findings):

@@ -33,6 +33,9 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "not NIfTI": FindingKind(
         "error", "a NIfTI file (.nii or .nii.gz)", "convert it, for example by dcm2niix, or remove it"
     ),
+    "misnamed": FindingKind("error", "a name that says whether the file is compressed", "rename it"),
+    "failed download": FindingKind("error", "a NIfTI file", "download the file itself"),
+    "archive": FindingKind("error", "a NIfTI file", "unpack it, and use the NIfTI files in it"),
     "damaged": FindingKind("error", "a whole file with the right checksum", "copy or convert it again"),
     "too large": FindingKind("error", "a case that fits the memory", "lower --prepare_workers, or crop it"),
     "not examined": FindingKind("error", "a case that can be examined", "convert it again, or remove it"),
@@ -72,6 +75,10 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "constant": FindingKind("error", "more than one value", "the conversion failed, or it is blank; remove it"),
     "all air": FindingKind("error", "tissue in the HU window", "is it CT in Hounsfield units?"),
     "offset": FindingKind("error", HU, "subtract what was added (1024 or 1000), or convert it again"),
+    "inverted": FindingKind("error", HU, "air is bright; multiply it by -1, or convert it again"),
+    "not HU": FindingKind(
+        "error", HU, f"air, fat and tissue lie elsewhere, as of HU that were rescaled; convert it again, {SET_WINDOW}"
+    ),
     "8-bit": FindingKind("error", HU, f"it was windowed for viewing; convert it again, {SET_WINDOW}"),
     "scaled": FindingKind("error", HU, f"it was normalised; convert it again, {SET_WINDOW}"),
     "wrapped around": FindingKind("error", HU, "negative values are read as unsigned; store it as signed 16 bits"),
@@ -121,7 +128,9 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "two data sets of one name": FindingKind("error", "data sets of different names", "rename one of them"),
     "odd name": FindingKind("warning", "CASE_0000.nii.gz", "rename it; files of other names are not used"),
     "another format": FindingKind(
-        "warning", '".nii.gz" or ".nii"', "convert its files to NIfTI; files of other formats are not used"
+        "warning",
+        '".nii.gz" or ".nii"',
+        "convert such files to NIfTI, DICOM by dcm2niix; files of other formats are not used",
     ),
     "another channel": FindingKind("note", "channel 0000 of each case", "the other channels are not used"),
     "unused label map": FindingKind(

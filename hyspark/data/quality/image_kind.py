@@ -14,6 +14,8 @@ ImageKindName = Literal[
     "CT without air",
     "narrow window",
     "offset",
+    "inverted",
+    "not HU",
     "8-bit",
     "scaled",
     "wrapped around",
@@ -31,6 +33,19 @@ OFFSETS = (1024, 1000)
 """Numbers that are commonly added to HU to avoid negative values."""
 MAX_UNSIGNED, LEAST_WRAPPED, LARGEST_HU = 65535, 62000, 20000
 """Range of negative HU that are read as unsigned 16 bits, with or without an offset; no HU lie far above metal."""
+LEAST_NOISE, MAX_BELOW, MAX_BLURRED = -1500, 0.05, 0.02
+"""HU below which no noise of air reaches, and largest fractions of voxels below it but those of one padding value: with
+much padding, whose edge resampling blurs, and with little."""
+RINGING = 0.03
+"""Fraction of its value by which resampling and noise change padding."""
+INVERTED_AIR, MAX_BONE = (850, 1100), 0.03
+"""Range of air and lung in inverted HU, and largest fraction of voxels of dense bone."""
+MAX_STORED, MAX_METAL = 3100, 0.05
+"""HU above those that 12 bits hold, and largest fraction of voxels of metal above them."""
+MAX_DENSE = 5
+"""Largest number of voxels of bone and contrast agent for each voxel of fat and soft tissue."""
+LEAST_TISSUE, LEAST_VOXELS = 15, 1000
+"""HU that a quarter of the soft tissue of any CT exceeds, and number of its voxels by which that is judged."""
 NARROW = 20
 """Range of 99 % of the values, in HU, that noise alone exceeds in any CT."""
 
@@ -79,22 +94,25 @@ def image_kind(low: float, high: float, sample: np.ndarray) -> ImageKind:
 
 def decide_kind(low: float, high: float, sample: np.ndarray, values: np.ndarray) -> tuple[ImageKindName, bool]:
     """Return the kind, and whether it is sure."""
+    if is_inverted(values):
+        return "inverted", True
     if low >= PADDING and LEAST_WRAPPED < high <= MAX_UNSIGNED and is_wrapped(values):
         return "wrapped around", True
     if low >= 0 and high <= 255 and is_label_map(sample):
         return "label map", True
     if (cut := clipped_to(low, high, values)) and is_tissue_within(values, cut):
-        return "narrow window", True
+        inside = values[(values > cut[0]) & (values < cut[1])]
+        return ("not HU" if is_shrunk(inside) else "narrow window"), True
     if low == 0 and high == 255:
         return "8-bit", True
     spread = np.subtract(*np.percentile(values, (99.5, 0.5)))
     if spread < NARROW and not (low < PADDING or high - low > 500):
         return ("like PET" if low >= 0 and high > 1.5 and is_skewed(values) else "scaled"), True
     if is_ct_with_air(values):
-        return "CT", True
+        return ("not HU" if is_stretched(values) else "CT"), True
     body = without_background(values)
     if is_ct_without_air(body):
-        return "CT without air", True
+        return ("not HU" if is_shrunk(body) else "CT without air"), True
     if sample.dtype != np.uint8 and (is_soft_tissue(values, low) or is_bone(body)):
         return "CT without air", False
     if low >= 0 and high <= 255:
@@ -130,6 +148,42 @@ def is_ct_with_air(values: np.ndarray) -> bool:
     if inside.size < values.size / 50:
         return False
     return fraction(inside, *AIR) > 0.01 and fraction(inside, PADDING, 1500) > 0.6 and bool(inside.min() < -300)
+
+
+def without_commonest(values: np.ndarray) -> np.ndarray:
+    """Return the values without the commonest, if there is any."""
+    found, counts = np.unique(values, return_counts=True)
+    return values[values != found[counts.argmax()]] if found.size else values
+
+
+def is_inverted(values: np.ndarray) -> bool:
+    """Return whether air lies at +1000: more voxels than of bone, and hardly any above."""
+    air = fraction(values, *INVERTED_AIR)
+    if air < MAX_BONE or fraction(values, -INVERTED_AIR[1], -INVERTED_AIR[0]) > air / 10:
+        return False
+    above = without_commonest(values[values > INVERTED_AIR[1]])
+    below = fraction(values, 300, INVERTED_AIR[0])
+    bone = np.percentile(values, 0.5)
+    return bool(bone < -250 and above.size < air * values.size / 20 and below < 2 * air)
+
+
+def is_stretched(values: np.ndarray) -> bool:
+    """Return whether values hold air or fat at the HU of padding, or nearly all tissue at those of bone."""
+    outside = values[values < LEAST_NOISE]
+    padding = int(np.sum(np.abs(outside / np.median(outside) - 1) < RINGING)) if outside.size else 0
+    below, inside = outside.size - padding, values.size - padding
+    if below > max(MAX_BELOW * inside, padding / 25) or below > max(MAX_BLURRED * inside, padding / 4):
+        return True
+    if fraction(values[values >= PADDING], MAX_STORED, np.inf) > MAX_METAL:
+        return True
+    dense, soft = fraction(values, 350, 1200), fraction(values, *TISSUE)
+    return dense > MAX_BONE and dense > MAX_DENSE * soft
+
+
+def is_shrunk(values: np.ndarray) -> bool:
+    """Return whether values hold all tissue close to 0, where CT has water alone."""
+    tissue = values[values > -50]
+    return tissue.size > max(LEAST_VOXELS, values.size / 10) and fraction(tissue, -20, LEAST_TISSUE) > 0.75
 
 
 def is_ct_without_air(body: np.ndarray) -> bool:

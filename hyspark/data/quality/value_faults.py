@@ -11,6 +11,8 @@ from hyspark.data.settings import PrepareSettings
 
 MIN_COVER = 0.25
 """Least fraction of the range of an image's values that a window chosen for them covers."""
+MIN_COVER_OF_RESCALED = 0.75
+"""The same for values of rescaled CT, of which windows of HU cover a part, too."""
 MIN_FILLED = 0.05
 """Least fraction of such a window that these values fill."""
 MAX_OUTSIDE = 0.1
@@ -63,9 +65,12 @@ def value_faults(
 def fits_window(kind: ImageKind, hu_min: float, hu_max: float) -> bool:
     """Return whether a window was chosen for values that are no HU: it begins within their range and covers a part."""
     (low, high), width = kind.most, hu_max - hu_min
+    if kind.name == "inverted":  # wide windows of HU cover them, too
+        return False
+    cover = MIN_COVER_OF_RESCALED if kind.name == "not HU" else MIN_COVER
     common = min(hu_max, high) - max(hu_min, low)
     return bool(
-        hu_min >= kind.low - MAX_OUTSIDE * width and common >= MIN_COVER * (high - low) and common >= MIN_FILLED * width
+        hu_min >= kind.low - MAX_OUTSIDE * width and common >= cover * (high - low) and common >= MIN_FILLED * width
     )
 
 

@@ -15,7 +15,9 @@ from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 from nibabel.spatialimages import HeaderDataError
 
+from hyspark.data.quality.findings import FINDING_KINDS
 from hyspark.data.readers.geometry import Grid, read_geometry
+from hyspark.utils.file_content import HEAD, content_of, is_nifti
 from hyspark.utils.text import first_line
 
 GZIP = b"\x1f\x8b"
@@ -31,6 +33,8 @@ MAX_EXTENSION = 1 << 20
 ISAL_ERROR: Any = igzip_lib.IsalError  # its stubs do not say that it is a type
 GZIP_ERRORS: tuple[type[Exception], ...] = (OSError, EOFError, ISAL_ERROR)
 """Exceptions of reading a file that is damaged or not accessible."""
+OF_CONTENT = {"download": "failed download", "archive": "archive", "other": "not NIfTI", "": "not NIfTI"}
+"""Kinds of finding by the group of a file's content."""
 FATAL = ("impossible spacing", "singular affine")
 """Kinds of fault that leave a file without a position in space."""
 
@@ -44,10 +48,13 @@ class NiftiError(ValueError):
     """
 
     def __init__(self, kind: str, found: str):
+        advice = (
+            FINDING_KINDS[kind].advice
+            if kind in ("misnamed", "failed download", "archive")
+            else "copy or convert it again"
+        )
         super().__init__(
-            f"expected one 3D volume, got {found}"
-            if kind == "not 3D"
-            else f"unreadable as NIfTI ({found}); copy or convert it again"
+            f"expected one 3D volume, got {found}" if kind == "not 3D" else f"unreadable as NIfTI ({found}); {advice}"
         )
         self.kind, self.found = kind, found
 
@@ -110,7 +117,7 @@ def read_nifti_header(path: Path) -> NiftiHeader:
             is_compressed = file.read(2) == GZIP
         check_ending(path, is_compressed)
         with open_unpacked(path, is_compressed) as unpacked:
-            start = unpacked.read(Nifti2Header.sizeof_hdr)
+            start = unpacked.read(HEAD)
         stored = path.stat().st_size
     except GZIP_ERRORS as error:
         raise NiftiError("damaged", first_line(error)) from error
@@ -130,10 +137,19 @@ def read_nifti_header(path: Path) -> NiftiHeader:
 def check_ending(path: Path, is_compressed: bool) -> None:
     """Check that the name of a file says whether it is compressed; raise NiftiError if it does not."""
     named = path.suffix.lower() == ".gz"
-    if named and not is_compressed:
-        raise NiftiError("not NIfTI", "a file that is not compressed, though its name ends in .gz")
-    if is_compressed and not named:
-        raise NiftiError("not NIfTI", "a compressed file, though its name does not end in .gz")
+    if named == is_compressed:
+        return
+    with open_unpacked(path, is_compressed) as file:
+        head = file.read(HEAD)
+    group, what = content_of(head)
+    if not head:
+        raise NiftiError("empty file", "no bytes")
+    if is_nifti(head):
+        how, name = ("compressed", f"{path.name}.gz") if is_compressed else ("not compressed", path.stem)
+        raise NiftiError("misnamed", f"a NIfTI file that is {how}; its name should be {name}")
+    if named:
+        raise NiftiError(OF_CONTENT[group], what or "a file that is not compressed, though its name ends in .gz")
+    raise NiftiError("not NIfTI", "a compressed file, though its name does not end in .gz")
 
 
 def open_unpacked(path: Path, is_compressed: bool) -> IO[bytes]:
@@ -169,7 +185,8 @@ def parse_fields(start: bytes) -> tuple[Any, list[tuple[str, str]]]:
         return raw, faults
     if not start:
         raise NiftiError("empty file", "no bytes")
-    raise NiftiError("not NIfTI", "no header of NIfTI (its magic n+1 or n+2 is missing)")
+    group, what = content_of(start)
+    raise NiftiError(OF_CONTENT[group], what or "no header of NIfTI (its magic n+1 or n+2 is missing)")
 
 
 def voxel_type(raw: Any) -> np.dtype:

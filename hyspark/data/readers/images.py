@@ -3,7 +3,7 @@
 An image is a uint8 tensor `(c, h, w)`, c = 1 for grey and 3 for colour. The caller limits its shorter side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
+from hyspark.data.datasets.found import FoundData, log_unused
 from hyspark.utils.processes import available_cores
 from hyspark.utils.text import listing
 
 SPLITS = ("train", "val", "test")
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+OF_FILE_MANAGERS = ("Thumbs.db", "desktop.ini")
 EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 """Pillow's modes with at most 8 bits per channel."""
 GREY = ("1", "L", "LA")
@@ -134,6 +136,24 @@ def image_files(folder: Path) -> list[Path]:
     """List the image files below a folder by their endings, sorted, without hidden files and folders."""
     files = (path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
     return sorted(path for path in files if not any(name.startswith(".") for name in path.relative_to(folder).parts))
+
+
+def log_other_files(folder: Path, used: Collection[Path | np.ndarray]) -> None:
+    """Log the files of a folder of images that are not used, without hidden ones and those of file managers."""
+    known = {source for source in used if isinstance(source, Path)}
+    found = FoundData(folder)
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        names = path.relative_to(folder).parts
+        if (
+            path in known
+            or not path.is_file()
+            or names[-1] in OF_FILE_MANAGERS
+            or any(n.startswith(".") for n in names)
+        ):
+            continue
+        is_image = path.suffix.lower() in ENDINGS
+        found.pass_over("unused file", "in no folder of a class" if is_image else f"no {listing(ENDINGS)}", path)
+    log_unused(found.unused_lines())
 
 
 def read_medmnist(path: Path) -> tuple[dict[str, FoundImages], tuple[str, ...]]:

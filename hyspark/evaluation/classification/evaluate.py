@@ -8,7 +8,7 @@ import numpy as np
 
 from hyspark.config.classification import ClassificationConfig
 from hyspark.data.batches.images import short_side
-from hyspark.data.readers.images import ImageSet, find_classes
+from hyspark.data.readers.images import ImageSet, find_classes, log_other_files
 from hyspark.evaluation.classification.inference import class_probabilities, decode_readable, load_classifier
 from hyspark.evaluation.classification.scores import (
     Classified,
@@ -53,7 +53,9 @@ def evaluate_classification(weights: Path, data: Path, out: Path, device: str = 
     """
     network, config, classes, what = load_classifier(weights)
     processes = distributed.find_processes(device)
-    images, unreadable = decode_readable(find_classes(data, classes), config)
+    found = find_classes(data, classes)
+    log_other_files(data, found.sources)
+    images, unreadable = decode_readable(found, config)
     with distributed.join_process_group(processes):
         images, values, failed = class_probabilities(network.to(processes.device), images, config, processes)
     failures = unreadable | failed

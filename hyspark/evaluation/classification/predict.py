@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from hyspark.data.readers.images import FoundImages, class_folders, image_files
+from hyspark.data.readers.images import FoundImages, class_folders, image_files, log_other_files
 from hyspark.evaluation.classification.evaluate import evaluate_classification
 from hyspark.evaluation.classification.inference import class_probabilities, decode_readable, load_classifier
 from hyspark.evaluation.classification.scores import Classified, write_probabilities
@@ -40,6 +40,7 @@ def predict_classification(weights: Path, folder: Path, out: Path, device: str =
     files = image_files(folder)
     if not files:
         raise ValueError(f"{folder} holds no images (.png, .jpg, .tif, ...)")
+    log_other_files(folder, files)
     names = tuple(file.relative_to(folder).as_posix() for file in files)
     images, unreadable = decode_readable(FoundImages(names, (0,) * len(files), files), config)
     with distributed.join_process_group(processes):

@@ -128,16 +128,18 @@ def predict_cases(
         ahead = closing(prepare_ahead(cases, settings, num_workers, memory))
         with bar, ahead as all_prepared, ThreadPoolExecutor(1) as writer:
             for case, prepared in all_prepared:
-                bar.update()
                 if isinstance(prepared, str):
                     failures[case.name] = f"{case.image}: {prepared}"
+                    bar.update()
                     continue
                 written = start_writing(writer, segmenter, case, prepared, targets[case.name], failures)
                 if writing:
                     settle(*writing, failures)
+                    bar.update()
                 writing = case, written
             if writing:
                 settle(*writing, failures)
+                bar.update()
     except OutputError:
         warn_of_failures(failures, len(cases), "predicted")
         raise

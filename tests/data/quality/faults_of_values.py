@@ -66,6 +66,8 @@ VALUES = [
     values("one voxel of tissue", "agree", lambda v: put(v // 10 - 900, 40, (8, 8, 8)).astype(np.int16)),
     values("offset of 1024", "refused", lambda v: v + 1024),
     values("offset of 1000 as uint16", "refused", lambda v: (v + 1000).clip(0).astype(np.uint16)),
+    values("times 10", "refused", lambda v: v.astype(np.int16) * 10),
+    values("inverted", "refused", lambda v: -v),
     values("8 bits", "refused", lambda v: ((v.clip(-160, 240) + 160) / 400 * 255).astype(np.uint8)),
     values("8 bits as float", "refused", lambda v: (v.clip(-160, 240) + 160.0) / 400 * 255),
     values("0 to 1", "refused", lambda v: (v.clip(-160, 240) + 160) / 400),

@@ -107,7 +107,17 @@ def text_under_a_nifti_name(data):
     data.image.write_bytes(gzip.compress(b"hello" * 1000))
 
 
-@breaks("not NIfTI")
+@breaks("failed download")
+def a_web_page(data):
+    data.image.write_bytes(b"<!DOCTYPE html><html>")
+
+
+@breaks("archive")
+def a_zip_archive(data):
+    data.image.write_bytes(b"PK\x03\x04" + bytes(99))
+
+
+@breaks("misnamed")
 def not_compressed(data):
     data.image.write_bytes(gzip.decompress(data.image.read_bytes()))
 
@@ -313,6 +323,26 @@ def scaled_to_0_and_1(data):
     save(data.image, ((ct().clip(-160, 240) + 160) / 400).astype(np.float32))
 
 
+def in_air():
+    """The volume with bone, in noisy air at its edge."""
+    voxels = ct().astype(np.int32)
+    voxels[4:6, 4:6] = 700
+    air = np.random.default_rng(0).normal(-1000, 20, voxels.shape).astype(np.int32)
+    return np.where(np.indices(voxels.shape).min(0) < 3, air, voxels)
+
+
+@breaks("inverted")
+def air_of_1000(data):
+    save(data.image, (-in_air()).astype(np.int16))
+
+
+@breaks("not HU")
+def ten_times_hu(data):
+    voxels = in_air()
+    voxels[8:14, 8:14] -= 150  # fat
+    save(data.image, (voxels * 10).astype(np.int16))
+
+
 @breaks("wrapped around")
 def negative_values_as_unsigned(data):
     save(data.image, ct().astype(np.uint16))
@@ -435,7 +465,7 @@ def a_name_without_a_channel(data):
     save(data.other, ct(5))
 
 
-@breaks("odd name", "other")
+@breaks("another format", "other")
 def another_format(data):
     data.other = data.image.with_name("scan.dcm")
     data.other.write_bytes(b"DICM")
@@ -500,6 +530,23 @@ def no_names(data):
 @breaks("unreadable list", "names")
 def names_that_are_no_json(data):
     data.names.write_text("{")
+
+
+@breaks("unreadable list", "names")
+def names_in_an_array(data):
+    data.names.write_text("[]")
+
+
+@breaks("unreadable list", "names")
+def a_key_twice(data):
+    data.names.write_text('{"labels": {"background": 0, "liver": 1, "liver": 2}}')
+
+
+def test_an_unreadable_file_of_names_is_named_once(data):
+    data.names.write_text('{"labels": {"background": 0, "liver": 1, "liver": 2}}')
+    found = faults(data.folder)
+    assert [(f.kind, f.file) for f in found] == [("unreadable list", str(data.names))]
+    assert found[0].found == 'not valid JSON: the key "liver" is set twice; keep one of them'
 
 
 @pytest.mark.parametrize(("kind", "part", "function"), BROKEN, ids=[f.__name__ for _, _, f in BROKEN])

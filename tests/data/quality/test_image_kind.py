@@ -7,6 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy.ndimage import zoom
 
 from hyspark.data.quality.image_kind import IN_HU, image_kind
 from hyspark.data.quality.modality import Modality, declared_modality
@@ -61,6 +62,18 @@ KINDS = {
     "clipped to -50..100": (CT.clip(-50, 100), "narrow window"),
     "0..4095": (CT.clip(-1024, None) + 1024, "offset"),
     "1000 added": (CT.clip(-1000, None) + 1000, "offset"),
+    "CT with blurred padding": (zoom(padded(-3024).astype(np.float32), 1.5, order=1), "CT"),
+    "CT with noise": (CT + RNG.normal(0, 100, CT.shape), "CT"),
+    "CT clipped to -1024..3071": (CT.clip(-1024, 3071), "CT"),
+    "CT times 10": (CT.astype(np.int16) * 10, "not HU"),
+    "CT times 10, air of one value": (CT.clip(-1024, 3000) * 10, "not HU"),
+    "CT times 2": (CT * 2, "not HU"),
+    "CT divided by 10": (CT / 10, "not HU"),
+    "CT divided by 10 in whole numbers": (CT // 10, "not HU"),
+    "1024 subtracted": (CT - 1024, "not HU"),
+    "inverted": (-CT, "inverted"),
+    "inverted, air of one value": (-CT.clip(-1000, 1000), "inverted"),
+    "inverted padding": (-np.pad(CT, 2, constant_values=-3024), "inverted"),
     "8 bits": (windowed(-160, 240, 255).astype(np.uint8), "8-bit"),
     "8 bits of a wide window": (windowed(-1000, 1000, 255).astype(np.uint8), "8-bit"),
     "0..255 in floats": (windowed(-160, 240, 255), "8-bit"),
@@ -82,6 +95,8 @@ KINDS = {
     "organs": (np.digitize(CT, [-500, -50, 30, 60, 300]).astype(np.int16), "label map"),
     "mask of 0 and 255": ((CT > 0).astype(np.uint8) * 255, "label map"),
 }
+UNTAKEN = ("label map", "inverted")
+"""Kinds that no window is set to."""
 DEFAULT = PrepareSettings()
 
 
@@ -101,7 +116,7 @@ def test_kinds_of_images_and_whether_they_fit_the_usual_window(name):
     assert found == (set() if fits else {kind.name})
 
 
-@pytest.mark.parametrize("name", [n for n, (_, kind) in KINDS.items() if kind not in (None, "label map", *IN_HU)])
+@pytest.mark.parametrize("name", [n for n, (_, kind) in KINDS.items() if kind not in (None, *UNTAKEN, *IN_HU)])
 def test_a_window_that_was_set_to_the_values_takes_them(name):
     values, _ = KINDS[name]
     kind = image_kind(float(values.min()), float(values.max()), values)
@@ -112,6 +127,11 @@ def test_a_window_that_was_set_to_the_values_takes_them(name):
         assert faults(values, PrepareSettings(hu_min=low, hu_max=high)) == [kind.name]
     middle = (kind.low + kind.high) / 2
     assert faults(values, PrepareSettings(hu_min=middle, hu_max=middle + (kind.high - kind.low) / 100)) == [kind.name]
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1000.0, 1000.0), (-175.0, 250.0), (-1100.0, 1024.0)])
+def test_no_window_takes_inverted_ct(low, high):
+    assert faults(-CT, PrepareSettings(hu_min=low, hu_max=high)) == ["inverted"]
 
 
 @pytest.mark.parametrize(

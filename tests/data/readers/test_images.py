@@ -20,7 +20,15 @@ from hyspark.data.batches.images import (
     training_crop,
 )
 from hyspark.data.batches.loader import Shard
-from hyspark.data.readers.images import FoundImages, decode, find_classes, find_images, image_files, read_image
+from hyspark.data.readers.images import (
+    FoundImages,
+    decode,
+    find_classes,
+    find_images,
+    image_files,
+    log_other_files,
+    read_image,
+)
 
 NO_CHANGE = Augmentation((1.0, 1.0), 0.0, 0.0, 0.0)
 AS_IT_IS = Normalisation(1, (0.0,), (1.0,))
@@ -53,6 +61,19 @@ def folder(tmp_path):
 
 
 # Finding
+
+
+def test_files_that_are_not_used_are_counted_and_named(folder, caplog):
+    caplog.set_level("INFO")
+    train = folder / "train"
+    for name in ("a/x.dcm", "a/n.npy", "a/h.heic", "a/Thumbs.db", "a/.hidden"):
+        (train / name).write_bytes(b"x")
+    save(train / "loose.png")
+    log_other_files(train, find_images(folder)[0]["train"].sources)
+    assert caplog.messages == [
+        f"{train}: 1 file not used, in no folder of a class: loose.png",
+        f"{train}: 3 files not used, no .bmp, .jpeg, .jpg, .png, .tif, .tiff, .webp: a/h.heic, a/n.npy, a/x.dcm",
+    ]
 
 
 def test_folders_of_classes(folder):
