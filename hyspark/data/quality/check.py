@@ -89,8 +89,7 @@ def find_dataset(path: Path) -> FoundData:
                 listed = read_checked_list(file)
                 add_list(found, listed)
         except ValueError as error:
-            declared = (one.folder / "dataset.json" for one in found.sets)
-            found.add_unreadable(next((file for file in declared if str(error).startswith(str(file))), path), error)
+            found.findings.append(unreadable_list(path, str(error)))
         unreadable = any(finding.kind == UNREADABLE for finding in found.findings)
         if found.classes is None and not unreadable and any(case.label for case in found.cases):
             found.findings.append(Finding("no class names", str(path), "labels, and no dataset.json that names them"))
@@ -109,9 +108,9 @@ def unreadable_list(path: Path, error: str) -> Finding:
     """Make the finding of an error at the file that its text begins with, or else at `path`."""
     file, _, text = error.partition(": ")
     return (
-        Finding("unreadable list", file, text)
+        Finding(UNREADABLE, file, text)
         if text and Path(file).is_file()
-        else Finding("unreadable list", str(path), error)
+        else Finding(UNREADABLE, str(path), error.removeprefix(f"{path}: "))
     )
 
 
@@ -122,7 +121,7 @@ def run_faults(path: Path, found: FoundData, labels: bool) -> list[Finding]:
     try:
         listed = read_data(path, labels=labels)
     except (ValueError, FileNotFoundError) as error:
-        return [Finding("unreadable list", str(path), str(error).removeprefix(f"{path}: "))]
+        return [unreadable_list(path, str(error))]
     if listed.training and listed.validation:
         known = any(finding.kind == "subject on both sides" for finding in found.findings)
         return [] if known else side_findings(path, listed.training, listed.validation)
