@@ -56,7 +56,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the object of a JSON file; raise ValueError if it gives a key two values."""
     content = dict(pairs)
     if len(content) < len(pairs) and (twice := [key for key, value in pairs if content[key] != value]):
-        raise ValueError(f"the key {twice[0]!r} is set twice; keep one of them")
+        raise ValueError(f'the key "{twice[0]}" is set twice; keep one of them')
     return content
 
 

@@ -40,7 +40,7 @@ def test_files_that_hold_next_to_nothing(tmp_path, name):
     assert content_digest(tmp_path / name) == "0" * 16
 
 
-@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '[{"b": {"c": 1, "a": 2, "a": 2}}]'])
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '[{"b": {"c": 1, "a": 2, "a": 3}}]'])
 def test_a_key_that_is_set_twice_is_an_error_of_its_file(tmp_path, text):
     file = tmp_path / "x.json"
     file.write_text(text)

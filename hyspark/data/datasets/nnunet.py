@@ -50,14 +50,13 @@ def is_data_set(folder: Path) -> bool:
 
 
 def read_declaration(folder: Path, found: FoundData) -> dict[str, Any]:
-    """Read the dataset.json of a data set; empty without one, or if it is no JSON (see `common_labels`)."""
+    """Read the dataset.json of a data set; empty without one, or if it is no object (see `common_labels`)."""
     file = folder / "dataset.json"
     try:
         content = load_json(file) if file.is_file() else {}
     except (ValueError, OSError):
         return {}
     if not isinstance(content, dict):
-        found.add_unreadable(file, f"expected an object with labels, as of nnU-Net, got a {type(content).__name__}")
         return {}
     ending = content.get("file_ending", ".nii.gz")
     if not (isinstance(ending, str) and ending.lower() in (".nii.gz", ".nii")):

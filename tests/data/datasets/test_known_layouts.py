@@ -245,7 +245,7 @@ def test_a_pickled_splits_file_is_named_and_converted_by_the_command(tmp_path, a
     ("text", "message"),
     [
         ("[]", r'expected \{"labels": .*, got a list'),
-        ("{", "is not valid JSON"),
+        ("{", "not valid JSON"),
         ('{"labels": {"a": 0}, "labels": {"b": 0}}', "the key 'labels' is set twice"),
     ],
 )

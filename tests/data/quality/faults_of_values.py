@@ -97,7 +97,6 @@ VALUES = [
     values("body alone on -1024", "fine", lambda v: np.where(v > -300, v, -1024).astype(np.int16)),
     values("body alone on 0", "agree", lambda v: np.where(v > -300, v, 0).astype(np.int16)),
     values("tenths of HU", "agree", lambda v: v.clip(-1024, 3000) * 10),
-    values("inverted", "agree", lambda v: -v),
     values("attenuation", "refused", lambda v: (v / 1000 + 1) * 0.19),
 ]
 """Faults of an image's values."""
