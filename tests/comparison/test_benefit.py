@@ -200,7 +200,7 @@ def test_a_failed_run_is_told_and_the_report_says_what_is_missing(base, starts, 
 
 @pytest.mark.usefixtures("_stand_in")
 def test_scores_of_the_test_cases_where_there_are_some(base, starts, tmp_path):
-    with pytest.raises((FileNotFoundError, ValueError), match="no: expected a folder"):
+    with pytest.raises((FileNotFoundError, ValueError), match="no: no such file or folder"):
         benefit.run_comparison(replace(base, test_dir=str(tmp_path / "no")), tmp_path / "out", starts, [1], [0])
     assert benefit.run_comparison(replace(base, test_dir=base.data), tmp_path / "out", starts, [1], [0]) == []
     assert (tmp_path / "out" / "runs" / "own_1_seed0" / "scores_test" / "cases.csv").exists()

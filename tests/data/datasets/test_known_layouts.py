@@ -246,7 +246,7 @@ def test_a_pickled_splits_file_is_named_and_converted_by_the_command(tmp_path, a
     [
         ("[]", r'expected \{"labels": .*, got a list'),
         ("{", "not valid JSON"),
-        ('{"labels": {"a": 0}, "labels": {"b": 0}}', "the key 'labels' is set twice"),
+        ('{"labels": {"a": 0}, "labels": {"b": 0}}', 'the key "labels" is set twice'),
     ],
 )
 def test_a_dataset_json_that_is_none_is_named_once(tmp_path, text, message):
