@@ -59,7 +59,9 @@ def test_other_contents_are_named(tmp_path, name, form):
     assert kind == "not NIfTI" or FINDING_KINDS[kind].advice in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "content"), [("x.nii.gz", NIFTI), ("x.nii", gzip.compress(NIFTI))])
+@pytest.mark.parametrize(
+    ("name", "content"), [("x.nii.gz", NIFTI), ("x.nii", gzip.compress(NIFTI))], ids=("plain", "packed")
+)
 def test_a_file_of_the_wrong_ending_is_readable_under_the_name_that_is_advised(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
