@@ -1,5 +1,6 @@
 """Small data and small settings that several tests share: volumes, images."""
 
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hyspark.data.datasets import build, datalist_json
 from hyspark.data.synthetic.phantom import write_phantoms
 from hyspark.evaluation.classification import evaluate
 from hyspark.reports import run_page
+from hyspark.utils.processes import STOP_SIGNALS
 
 Writer = Callable[[Path, Mapping[str, int], int], None]
 
@@ -28,6 +30,15 @@ SMALL = {
     "dataloader_workers": 0,
     "prepare_workers": 1,
 }
+
+
+@pytest.fixture(autouse=True)
+def _handlers_of_signals():
+    """Puts back the handlers that a verb under torchrun's variables replaces."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
