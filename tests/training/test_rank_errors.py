@@ -33,6 +33,7 @@ def store(monkeypatch, tmp_path):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(rank_errors, "GRACE", 0.1)
     yield rank_errors.shared_store()
+    del server  # which lived until here
 
 
 def printed(error, capsys):
