@@ -26,7 +26,7 @@ from hyspark.evaluation.network_kind import NetworkKind, kind_of_network
 from hyspark.evaluation.protocol import FAILED, unscored_cases
 from hyspark.evaluation.score_table import read_score_table
 from hyspark.evaluation.segmentation.evaluate import evaluate_segmentation
-from hyspark.evaluation.segmentation.predict import predict_segmentation
+from hyspark.evaluation.segmentation.predict import image_channels_of, predict_segmentation
 from hyspark.evaluation.segmentation.scoring_protocol import Scoring
 from hyspark.tasks.classification import run_classification
 from hyspark.tasks.pretrain import run_pretraining
@@ -215,7 +215,7 @@ def predict(
         return Predictions([written], failures)
     scoring = Scoring(**{name: options.pop(name) for name in WINDOWING if name in options})
     options["num_workers"] = options.pop("prepare_workers", 0)
-    names = [case.name for case in read_inputs(paths).cases]
+    names = [case.name for case in read_inputs(paths, image_channels_of(Path(weights))).cases]
     failures = predict_segmentation(Path(weights), paths, Path(out), scoring=scoring, device=device, **options)
     return Predictions([Path(out) / f"{name}.nii.gz" for name in names if name not in failures], failures)
 

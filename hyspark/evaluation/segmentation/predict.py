@@ -72,7 +72,7 @@ def predict_segmentation(
     network, config, names, _ = load_network(weights)
     scoring = scoring or Scoring()
     windows = scoring.windows(config, names)
-    found = read_inputs(inputs)
+    found = read_inputs(inputs, config.image_channels)
     log_unused(found.unused_lines())
     cases = found.cases
     targets = {case.name: out / f"{case.name}.nii.gz" for case in cases}
@@ -99,6 +99,11 @@ def predict_segmentation(
         )
     failures = dict(failed)
     return {case.name: failures[case.name] for case in cases if case.name in failures}
+
+
+def image_channels_of(weights: Path) -> tuple[int, ...]:
+    """Return the channels that a network reads, see `predict_segmentation`."""
+    return load_network(weights).config.image_channels
 
 
 def predict_cases(
@@ -160,10 +165,11 @@ def start_writing(
         The end of the writing, which may be a failure too.
     """
     stream, image = SlabStream(), prepared["image"]
-    written = writer.submit(write_label_map, segmenter, stream, image.shape, prepared["affine"], case.image, target)
+    shape, affine = image.shape[1:], prepared["affine"]
+    written = writer.submit(write_label_map, segmenter, stream, shape, affine, case.image, target)
     written.add_done_callback(lambda _: stream.close())
     try:
-        with closing(segmenter.slabs(image)) as slabs:
+        with closing(segmenter.slabs(image, prepared["maps"])) as slabs:
             stream.send(slabs)
     except Exception as error:
         failures[case.name] = f"{case.image}: {case_failure(error)}"
@@ -184,7 +190,7 @@ def check_targets(cases: Sequence[Case], targets: dict[str, Path], overwrite: bo
     Raises:
         ValueError: An output does.
     """
-    inputs = {case.image.resolve() for case in cases}
+    inputs = {file.resolve() for case in cases for file in case.images}
     if same := [str(path) for path in targets.values() if path.resolve() in inputs]:
         raise ValueError(f"label maps would replace the volumes themselves: {listing(same)}; name another folder")
     if not overwrite and (known := [str(path) for path in targets.values() if path.exists()]):
