@@ -76,12 +76,12 @@ def differing_inputs(
     if not any(name in made_with for name in INPUT_SETTINGS):
         return
     known: dict[str, tuple[Any, ...]] = {"intensity": ("ct",), "image_channels": (0,)}
-    known |= {name: as_values(made_with[name]) for name in INPUT_SETTINGS if name in made_with}
+    known |= {name: as_values(made_with[name], name == "intensity") for name in INPUT_SETTINGS if name in made_with}
     both = set(config.intensity) & set(known["intensity"])
     unread: set[str] = set() if both & set(OF_CT) else {"hu_min", "hu_max"}
     unread |= set() if "ct-zscore" in both else {"input_mean", "input_std"}
     for name in INPUT_SETTINGS:
-        own, other = as_values(getattr(config, name)), known.get(name, ())
+        own, other = as_values(getattr(config, name), name == "intensity"), known.get(name, ())
         longest = max(len(own), len(other))
         if name not in unread and other and expanded(own, longest) != expanded(other, longest):
             yield name, own, other
@@ -92,7 +92,7 @@ def expanded(values: tuple[Any, ...], num: int) -> tuple[Any, ...]:
     return values * num if len(values) == 1 else values
 
 
-def as_values(value: object) -> tuple[Any, ...]:
-    """Return a setting of one or several values as a tuple; empty for a value of another type."""
+def as_values(value: object, is_text: bool) -> tuple[Any, ...]:
+    """Return a setting of one or several texts or numbers as a tuple; empty for a value of another type."""
     values = tuple(value) if isinstance(value, list | tuple) else (value,)
-    return values if all(isinstance(x, int | float | str) for x in values) else ()
+    return values if all(isinstance(x, str if is_text else int | float) for x in values) else ()

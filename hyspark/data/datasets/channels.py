@@ -7,7 +7,7 @@ from hyspark.data.datasets.file_names import cases_of_stems
 from hyspark.data.datasets.words import CHANNEL
 from hyspark.utils.paths import nifti_stem
 
-ENDINGS = (".nii.gz", ".nii")
+NIFTI_ENDINGS = (".nii.gz", ".nii")
 
 
 def channel_text(channel: int) -> str:
@@ -57,7 +57,7 @@ def beside(image: Path, channel: int) -> Path:
     match = CHANNEL.fullmatch(stem)
     name = f"{match['case'] if match else stem}_{channel_text(channel)}"
     own = image.name[len(stem) :]
-    candidates = [image.with_name(name + ending) for ending in (own, *ENDINGS)]
+    candidates = [image.with_name(name + ending) for ending in (own, *NIFTI_ENDINGS)]
     return next((path for path in candidates if path.exists()), candidates[0])
 
 

@@ -13,7 +13,7 @@ from nibabel.affines import voxel_sizes
 from nibabel.spatialimages import SpatialImage
 
 from hyspark.data.datasets.cases import Case
-from hyspark.data.intensity import VolumeScale, intensity_of, volume_scale
+from hyspark.data.intensity import VolumeScale, volume_scale
 from hyspark.data.quality.faults import file_fault, header_faults, label_faults
 from hyspark.data.quality.findings import Finding, missing_channel
 from hyspark.data.quality.modality import declared_modality
@@ -184,8 +184,10 @@ def judge_values(
         return None
     sample, scale = sample_voxels(voxels), volume_scale(voxels, settings, channel)
     files.scales.append(scale)
-    faults = value_faults(low, high, sample, settings, declared_modality(path), intensity_of(settings, channel), scale)
-    files.add(path, faults)
+    faults = list(value_faults(low, high, sample, settings, declared_modality(path), channel))
+    if low < high and not scale.low < scale.high:
+        faults.append(("no foreground", f"values from {low:g} to {high:g}, one of them in the foreground"))
+    files.add(path, iter(faults))
     return sample
 
 

@@ -1,10 +1,10 @@
-"""Faults of an image's values: each a kind of finding with its text, judged against the HU window of the run."""
+"""Faults of an image's values: each a kind of finding with its text, judged against the intensities of the run."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
-from hyspark.data.intensity import OF_CT, VolumeScale, stored_steps
+from hyspark.data.intensity import OF_CT, intensity_of, stored_steps
 from hyspark.data.quality.image_kind import IN_HU, ImageKind, image_kind
 from hyspark.data.quality.modality import Modality
 from hyspark.data.settings import PrepareSettings
@@ -26,13 +26,7 @@ WATER_BACKGROUND = 0.2
 
 
 def value_faults(
-    low: float,
-    high: float,
-    sample: np.ndarray,
-    settings: PrepareSettings,
-    modality: Modality,
-    intensity: str,
-    scale: VolumeScale,
+    low: float, high: float, sample: np.ndarray, settings: PrepareSettings, modality: Modality, channel: int = 0
 ) -> Iterator[tuple[str, str]]:
     """Yield the faults of a channel's values.
 
@@ -40,17 +34,15 @@ def value_faults(
         low: least value.
         high: largest value.
         sample: finite values of evenly spaced voxels `(h, w, d)`.
-        settings: the HU window.
+        settings: the intensities, and the HU window.
         modality: what the data set's file says of the channel.
-        intensity: the channel's intensity, of the settings.
-        scale: how it is prepared.
+        channel: which of the channels that are read.
     """
+    intensity = intensity_of(settings, channel)
     if low == high:
         yield "constant", f"the value {low:g} everywhere"
     elif intensity in OF_CT:
         yield from ct_faults(low, high, sample, settings, modality)
-    elif not scale.low < scale.high:
-        yield "no foreground", f"values from {low:g} to {high:g}, of which the foreground has one at most"
     elif intensity == "mr":
         yield from mr_faults(low, high, sample, modality)
 
