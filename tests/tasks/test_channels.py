@@ -32,12 +32,8 @@ from tests.conftest import SMALL
 from tests.data.quality.small_data import CASES, NAMES, write_mr
 from tests.tasks.kinds import OTHERS, PRETRAININGS
 
-TWO: dict[str, Any] = {
-    "intensity": ("mr",),
-    "image_channels": (0, 1),
-    "spacing": (3.0, 3.0, 3.0),
-    "crop_size": (32, 16, 16),
-}
+SIZE = (32, 16, 16)
+TWO: dict[str, Any] = {"intensity": ("mr",), "image_channels": (0, 1), "spacing": (3.0, 3.0, 3.0), "crop_size": SIZE}
 BATCH: dict[str, Any] = {"batch_size": 2, "crops_per_volume": 2, "epochs": 1, "warmup_epochs": 0}
 
 
@@ -68,9 +64,7 @@ def settings_of(kind: str) -> dict[str, Any]:
     return {"crop_size": SIZE} | known
 
 
-@pytest.mark.parametrize(
-    "kind", ["packed", "masked", "packed, 2D", "spark timm", "spark segresnet", "moco", "byol", "swav"]
-)
+@pytest.mark.parametrize("kind", ["packed", "masked", "packed, 2D", "spark timm", "spark segresnet", "moco", "swav"])
 def test_each_method_pretrains_on_two_channels(pretraining_two, kind):
     config = replace(pretraining_two, **settings_of(kind))
     assert config.in_channels == 2
@@ -79,11 +73,10 @@ def test_each_method_pretrains_on_two_channels(pretraining_two, kind):
     stem = next(value for value in stored.values() if value.ndim >= 4)
     assert stem.shape[1] == 2
     pictures = sorted(path.name for path in (config.run_folder / "pictures").iterdir())
-    assert (
-        pictures == ["views.png"]
-        if config.method in ("moco", "byol", "swav")
-        else any("_channel1" in p for p in pictures)
-    )
+    if config.method in ("moco", "swav"):
+        assert pictures == ["views.png"]
+    else:
+        assert any("_channel1" in name for name in pictures)
 
 
 def test_slices_in_their_own_range(pretraining_two):
