@@ -8,6 +8,7 @@ from typing import Any
 
 import nibabel
 import numpy as np
+from isal import igzip
 from PIL import Image
 
 from hyspark.utils.private_text import PrivateError, private
@@ -95,11 +96,19 @@ def read_by_simpleitk(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def read_by_nibabel(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Read a pair of NIfTI, or FreeSurfer's format, by nibabel."""
-    image: Any = nibabel.load(path)
+    if path.suffix.lower() != ".hdr":
+        content = path.read_bytes()
+        image: Any = nibabel.MGHImage.from_bytes(igzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
+        return volume_of(np.asanyarray(image.dataobj)), image.affine
+    image = nibabel.load(path)
     if isinstance(image, nibabel.analyze.AnalyzeImage) and not isinstance(image, nibabel.Nifti1Pair):
         raise PrivateError("Analyze, which does not state right and left; convert it to NIfTI with its orientation")
-    voxels = np.asanyarray(image.dataobj)
-    return voxels[..., 0] if voxels.ndim == 4 and voxels.shape[3] == 1 else voxels, image.affine
+    return volume_of(np.asanyarray(image.dataobj)), image.affine
+
+
+def volume_of(voxels: np.ndarray) -> np.ndarray:
+    """Return the volume of an array whose fourth axis has one entry; any other array unchanged."""
+    return voxels[..., 0] if voxels.ndim == 4 and voxels.shape[3] == 1 else voxels
 
 
 def natural_order(files: Sequence[Path]) -> list[Path]:
