@@ -12,6 +12,7 @@ from typing import Any
 from hyspark.data.datasets.cases import IGNORED_NAME, Case, Datalist, class_values, ignored_value
 from hyspark.data.datasets.file_names import case_names, dataset_of
 from hyspark.data.datasets.found import DataSet, FoundData
+from hyspark.data.datasets.import_advice import refuse_scans
 from hyspark.data.datasets.list_parts import (
     PART_KEYS,
     PARTS,
@@ -134,6 +135,7 @@ def read_list(path: Path, *, fold: int | None = 0, require_labels: bool = False)
     try:
         content = load_json(path)
     except ValueError as error:
+        refuse_scans(path)
         listed.add_unreadable(path, error)
         return listed
     if not (

@@ -11,13 +11,10 @@ import numpy as np
 from isal import igzip
 from PIL import Image
 
+from hyspark.data.datasets.file_names import BY_NIBABEL, BY_SIMPLEITK
 from hyspark.utils.private_text import PrivateError, private
 from hyspark.utils.text import first_line
 
-BY_SIMPLEITK = (".nrrd", ".nhdr", ".mha", ".mhd", ".gipl")
-"""Endings of volumes that SimpleITK reads."""
-BY_NIBABEL = (".hdr", ".mgz", ".mgh")
-"""Endings of volumes that nibabel reads: a pair of .hdr and .img, and FreeSurfer's formats."""
 DATA_ENDINGS = {
     ".mhd": (".raw", ".zraw", ".raw.gz"),
     ".nhdr": (".raw", ".raw.gz", ".gz", ".img"),
