@@ -35,6 +35,11 @@ class Case:
     label: Path | None = None
     ignore: int | None = None
 
+    @property
+    def origin(self) -> str:
+        """The path of the image, for messages."""
+        return str(self.image)
+
 
 @dataclass(frozen=True)
 class Datalist:
