@@ -8,6 +8,7 @@ import nibabel
 import numpy as np
 
 from hyspark.data.datasets.cases import Case
+from hyspark.data.datasets.found import MAX_NAMED
 from hyspark.data.datasets.inputs import read_inputs
 from hyspark.data.readers.dicom import is_dicom, read_header
 from hyspark.data.readers.series import Series
@@ -17,8 +18,6 @@ from hyspark.utils.text import listing
 
 IN_MM, SCANNER = 2, 1
 """Codes of NIfTI for mm, and for positions in the scanner."""
-MAX_NAMED = 5
-"""Files that a line on unused files names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +97,7 @@ def find_inputs(
         found.cases += given.cases
         found.lines += given.unused_lines()
     if dicom:
-        add_scans(dicom, out, min_slices, progress, found)
+        add_dicom_scans(dicom, out, min_slices, progress, found)
     names = [case.name for case in found.cases]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"several volumes are named {listing(twice)}; predict them into two folders")
@@ -121,7 +120,7 @@ def is_dicom_source(path: Path) -> bool:
     return False
 
 
-def add_scans(sources: Sequence[Path], out: Path, min_slices: int, progress: bool, found: PredictInputs) -> None:
+def add_dicom_scans(sources: Sequence[Path], out: Path, min_slices: int, progress: bool, found: PredictInputs) -> None:
     """Add the scans of DICOM series to the volumes to predict."""
     searched = find_ct_volumes(sources, min_slices=min_slices, skip=out, progress=progress)
     for volume in searched.volumes:

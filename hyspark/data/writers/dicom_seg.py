@@ -18,7 +18,7 @@ SEG_NUMBER = 9000
 MAX_LABEL = 64
 """Characters of a segment's label."""
 TUMOUR_WORDS = ("tumor", "tumour", "cancer", "carcinoma", "neoplasm", "metastasis", "metastases")
-SIDES = ("left", "right", "l", "r")
+SIDE_WORDS = ("left", "right", "l", "r")
 
 
 def dicom_seg_file(labels: np.ndarray, series: Series, segments: Segments) -> bytes:
@@ -118,7 +118,7 @@ def as_frames(labels: np.ndarray, slices: list[SourceSlice]) -> tuple[list[Any],
 
 def property_of(name: str) -> tuple[Code, Code]:
     """Look up the category and the type of a class by its name in SNOMED CT; those of tissue if it is unknown."""
-    words = [word for word in name.lower().replace("_", " ").replace("-", " ").split() if word not in SIDES]
+    words = [word for word in name.lower().replace("_", " ").replace("-", " ").split() if word not in SIDE_WORDS]
     if any(word in TUMOUR_WORDS for word in words):
         return codes.SCT.MorphologicallyAbnormalStructure, codes.SCT.Neoplasm
     for found in ("".join(words), "".join(words).removesuffix("s")):

@@ -1,4 +1,4 @@
-"""Label maps as RTSTRUCT: closed contours in the planes of the series' slices."""
+"""Label maps as RTSTRUCT: closed contours in each slice of a series."""
 
 import datetime
 import warnings
@@ -11,13 +11,13 @@ from pydicom.uid import ImplicitVRLittleEndian, RTStructureSetStorage, generate_
 
 from hyspark.data.readers.series import Series
 from hyspark.data.writers.contours import mask_contours
-from hyspark.data.writers.source_images import MAY_BE_EMPTY, Segments, SourceSlice, check_segments, read_source
+from hyspark.data.writers.source_images import TYPE_2, Segments, SourceSlice, check_segments, read_source
 
 RTSTRUCT_NUMBER = 9100
 """What is added to the number of the source's series."""
 STUDY_CLASS = "1.2.840.10008.3.1.2.3.1"
 """Detached Study Management, the class by which structure sets refer to a study."""
-COPIED = (*MAY_BE_EMPTY, "SpecificCharacterSet", "StudyInstanceUID", "StudyDescription", "PatientAge", "PatientSize")
+COPIED = (*TYPE_2, "SpecificCharacterSet", "StudyInstanceUID", "StudyDescription", "PatientAge", "PatientSize")
 """Elements of patient and study that are copied from the series."""
 
 

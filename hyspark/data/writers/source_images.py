@@ -13,7 +13,7 @@ from hyspark.data.readers.series import Series
 
 REQUIRED = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "SOPClassUID", "SOPInstanceUID")
 """Elements of a source that an object which refers to it needs."""
-MAY_BE_EMPTY = (
+TYPE_2 = (
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "AccessionNumber"),
     *("ReferringPhysicianName", "StudyID"),
 )
@@ -74,7 +74,7 @@ def read_source(series: Series) -> list[SourceSlice]:
             raise ValueError(
                 f"{path.name}: expected a SOPInstanceUID of its own, found that of {other.name}; use --format nifti"
             )
-        for name in MAY_BE_EMPTY:
+        for name in TYPE_2:
             if name not in data:
                 setattr(data, name, "")
     return [SourceSlice(files[part.path], headers[part.path, part.frame]) for part in series.slices]

@@ -21,7 +21,7 @@ from hyspark.utils.digests import content_digest
 from hyspark.utils.log import LOG
 
 LabelFormat = Literal["nifti", "dicom-seg", "rtstruct"]
-ENDINGS: dict[LabelFormat, str] = {"nifti": ".nii.gz", "dicom-seg": ".seg.dcm", "rtstruct": ".rtstruct.dcm"}
+LABEL_ENDINGS: dict[LabelFormat, str] = {"nifti": ".nii.gz", "dicom-seg": ".seg.dcm", "rtstruct": ".rtstruct.dcm"}
 """Endings of the files, by format."""
 IN_ORDER = np.array([[0, 1], [1, 1], [2, 1]])
 """Orientation of axes that stay as they are."""
@@ -69,8 +69,8 @@ def label_output(file_format: LabelFormat, weights: Path, names: Sequence[str]) 
         ModuleNotFoundError: The format needs a package that is not installed.
         ValueError: There is no such format.
     """
-    if file_format not in ENDINGS:
-        raise ValueError(f"--format: expected {', '.join(ENDINGS)}, got {file_format}")
+    if file_format not in LABEL_ENDINGS:
+        raise ValueError(f"--format: expected {', '.join(LABEL_ENDINGS)}, got {file_format}")
     if file_format == "nifti":
         return LabelOutput()
     if file_format == "dicom-seg":

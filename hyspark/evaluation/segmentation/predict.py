@@ -21,7 +21,7 @@ from hyspark.data.settings import PrepareSettings
 from hyspark.evaluation.each_case import warn_of_failures
 from hyspark.evaluation.failures import NO_OUTPUT, OutputError, case_failure
 from hyspark.evaluation.segmentation.inference import load_network
-from hyspark.evaluation.segmentation.label_output import ENDINGS, LabelFormat, LabelOutput, label_output
+from hyspark.evaluation.segmentation.label_output import LABEL_ENDINGS, LabelFormat, LabelOutput, label_output
 from hyspark.evaluation.segmentation.prepare_ahead import MAX_PREPARE_WORKERS, prepare_ahead
 from hyspark.evaluation.segmentation.scoring_protocol import Scoring
 from hyspark.evaluation.segmentation.segmenter import Segmenter
@@ -96,7 +96,7 @@ def predict_segmentation(
     )
     log_unused(found.lines)
     cases = found.cases
-    targets = {case.name: out / f"{case.name}{ENDINGS[file_format]}" for case in cases}
+    targets = {case.name: out / f"{case.name}{LABEL_ENDINGS[file_format]}" for case in cases}
     check_targets(cases, targets, overwrite)
     precision = inference_precision(processes, config)
     LOG.info("%d volumes, %d classes, on %s", len(cases), len(names) - 1, processes.describe(precision))
