@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from hyspark.utils.exit_codes import FOUND, INTERRUPTED, WRONG_USE
+from hyspark.utils.exit_codes import FOUND, INTERRUPTED, STOPPED, WRONG_USE
 from hyspark.utils.log import set_up_log
 from hyspark.utils.text import first_line
 from hyspark.utils.tracebacks import damaged_file, raised_here
@@ -27,6 +27,16 @@ def run_verb(function: Callable[[Sequence[str]], None], argv: Sequence[str] | No
     except KeyboardInterrupt:
         print("stopped by Control-C", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except SystemExit as stop:
+        if stop.code == STOPPED and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from hyspark.training.rank_errors import post_killed_ranks
+
+            message, printing = post_killed_ranks()
+            if printing:
+                print(f"error ({printing}): {message}", file=sys.stderr)
+            if message:
+                sys.exit(FOUND)
+        raise
     except Exception as error:
         if isinstance(error, BrokenPipeError) and reader_has_ended():
             sys.exit(FOUND)

@@ -149,6 +149,7 @@ def join_process_group(processes: Processes) -> Iterator[None]:
     try:
         yield
     finally:
+        rank_errors.check_out()
         dist.destroy_process_group()
 
 

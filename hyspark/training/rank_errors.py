@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,13 @@ def check_in() -> None:
         time.sleep(0.02)
 
 
+def check_out() -> None:
+    """Record that this rank leaves by itself; one that ends without it was killed."""
+    with suppress(RuntimeError):  # torchrun itself has ended
+        if store := shared_store():
+            store.set(f"left {os.environ['RANK']}", "")
+
+
 def post_error(error: BaseException, message: str) -> tuple[str, str]:
     """Post this rank's error to the others; one rank prints it for all that have it.
 
@@ -80,9 +88,7 @@ def post_error(error: BaseException, message: str) -> tuple[str, str]:
     Returns:
         The message, and the ranks that have it for whoever prints it, such as "rank 2"; empty for all others.
     """
-    for number in STOP_SIGNALS:  # torchrun stops all ranks when the first has ended
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(number, signal.SIG_IGN)
+    ignore_stop_signals()
     if is_lost_connection(error):
         message = reason_for_lost_connection(error)
         if not message:
@@ -92,6 +98,32 @@ def post_error(error: BaseException, message: str) -> tuple[str, str]:
     text = message or f"{type(error).__name__}: {first_line(error)}"
     write_error_file(text)
     return message, ranks_to_print(text)
+
+
+def ignore_stop_signals() -> None:
+    """Let this rank post its error: torchrun stops all ranks when the first has ended."""
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def post_killed_ranks() -> tuple[str, str]:
+    """Post that ranks were killed, if that is why torchrun stops this one.
+
+    Returns:
+        As `post_error`; nothing if no rank was killed.
+    """
+    try:
+        store = shared_store()
+        killed = ended_ranks(store) if store else []
+    except RuntimeError:  # torchrun itself has ended
+        return "", ""
+    if not killed:
+        return "", ""
+    ignore_stop_signals()
+    message = killed_ranks_text(killed)
+    write_error_file(message)
+    return message, ranks_to_print(message)
 
 
 def ranks_to_print(message: str) -> str:
@@ -142,23 +174,27 @@ def reason_for_lost_connection(error: BaseException) -> str:
             if isinstance(error, OtherRankError) or store.add("errors", 0):
                 return ""
             if killed := ended_ranks(store):
-                one = len(killed) == 1
-                return (
-                    f"{'rank' if one else 'ranks'} {', '.join(map(str, killed))} ended without a message, perhaps "
-                    "killed by the system for memory; use a smaller --batch_size or fewer --dataloader_workers; the "
-                    "same command continues the run from its last checkpoint"
-                )
+                return killed_ranks_text(killed)
             time.sleep(0.05)
     except RuntimeError:
         pass
     return f"the connection to another rank is lost ({first_line(error)}); the same command continues the run"
 
 
+def killed_ranks_text(killed: Sequence[int]) -> str:
+    """Write what to do about ranks that were killed."""
+    return (
+        f"{'rank' if len(killed) == 1 else 'ranks'} {', '.join(map(str, killed))} ended without a message, perhaps "
+        "killed by the system for memory; use a smaller --batch_size or fewer --dataloader_workers; the same command "
+        "continues the run from its last checkpoint"
+    )
+
+
 def ended_ranks(store: Any) -> Sequence[int]:
-    """List the ranks on this machine whose processes have ended."""
+    """List the ranks on this machine whose processes have ended without `check_out`."""
     ended = []
     for rank in range(int(os.environ["WORLD_SIZE"])):
-        if store.check([f"process {rank}"]):
+        if store.check([f"process {rank}"]) and not store.check([f"left {rank}"]):
             pid, _, host = store.get(f"process {rank}").decode().partition(" ")
             if host == socket.gethostname() and not is_alive(int(pid)):
                 ended.append(rank)

@@ -6,6 +6,7 @@ torchrun --standalone --nproc_per_node=2 -m tests.training.failing HOW
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -22,8 +23,10 @@ def fail(argv: list[str]) -> None:
     if how == "early" and processes.rank == 1:
         Path("missing.nii.gz").stat()
     with catch_stop_signals(), distributed.join_process_group(processes):
-        if how == "killed" and processes.rank == 1:
+        if how in ("killed", "stopped") and processes.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
+        if how == "stopped":  # here, by torchrun, as soon as it sees that rank 1 was killed
+            time.sleep(60)
         distributed.mean_over_processes(torch.zeros(1), processes)
 
 

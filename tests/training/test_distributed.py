@@ -3,7 +3,6 @@
 import atexit
 import json
 import os
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,19 +22,7 @@ from hyspark.tasks.segmentation import run_segmentation
 from hyspark.training.batch_norm import GlobalBatchNorm, global_batch_norm, synchronise_batch_norms
 from hyspark.training.distributed import Processes, find_processes, join_process_group, wrap_model
 from hyspark.training.run_folder import checkpoint_file
-from tests.training.attacks import command
-
-
-def torchrun(config):
-    done = subprocess.run(
-        command(config, processes=2),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+from tests.training.ranks import train_in_ranks
 
 
 def measured(config, name):
@@ -64,7 +51,7 @@ def test_two_processes_equal_one_in_pretraining(pretraining, phantoms, tmp_path)
     one = replace(pretraining, out=str(tmp_path / "one"), max_steps=2, **probe)
     two = replace(one, out=str(tmp_path / "two"))
     run_pretraining(one)
-    torchrun(two)
+    train_in_ranks(two)
     check_same_training(one, two, dict(build_pretraining(one).named_parameters()), checkpoint_file)
     assert measured(two, "val_loss") == pytest.approx(measured(one, "val_loss"), rel=1e-3)
     assert measured(two, "probe_dice") == pytest.approx(measured(one, "probe_dice"), abs=0.05)
@@ -88,7 +75,7 @@ def test_two_processes_equal_one_around_a_third_party_network(pretraining, tmp_p
     one = replace(pretraining, out=str(tmp_path / "one"), max_steps=2, **slices)
     two = replace(one, out=str(tmp_path / "two"))
     run_pretraining(one)
-    torchrun(two)
+    train_in_ranks(two)
     # Assignments are of exp(20 x), and rounding with them. Four crops that are much alike come apart in MoCo's
     # BatchNorm, and rounding with them: their order alone changes the gradient by 4e-4.
     rel = {"swav": 1e-3, "moco": 2e-3}.get(model.split("/")[0], 1e-4)
@@ -100,7 +87,7 @@ def test_two_processes_equal_one_in_finetuning(finetuning, tmp_path):
     one = replace(finetuning, out=str(tmp_path / "one"), max_steps=2, background_weight=0.2)
     two = replace(one, out=str(tmp_path / "two"))
     run_segmentation(one)
-    torchrun(two)
+    train_in_ranks(two)
     check_same_training(one, two, dict(build_finetuning(one, 9).named_parameters()), checkpoint_file)
 
 
@@ -120,7 +107,7 @@ def test_two_processes_equal_one_in_classification(classifying, tmp_path):
     one = replace(classifying, out=str(tmp_path / "one"), ema_decay=0.9, **given)
     two = replace(one, out=str(tmp_path / "two"))
     run_classification(one)
-    torchrun(two)
+    train_in_ranks(two)
     check_same_training(one, two, dict(build_classification(one, 2).named_parameters()), checkpoint_file)
     assert measured(two, "val_loss") == pytest.approx(measured(one, "val_loss"), rel=1e-3)
     assert (tmp_path / "two" / "scores" / "cases.csv").read_text().count("\n") == 8
@@ -159,7 +146,7 @@ def threads():
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are named in Linux's /proc")
 def test_no_thread_of_a_group_is_left_when_python_ends(tmp_path):
     """Such a thread aborted a process that had done its work."""
-    torch.multiprocessing.spawn(leave_a_model_behind, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(leave_a_model_behind, (str(tmp_path),), nprocs=2, start_method="forkserver")
     for rank in (0, 1):
         before, after = json.loads((tmp_path / f"{rank}.json").read_text())
         assert before
@@ -190,7 +177,7 @@ def run_ranks(rank, folder):
 
 
 def test_global_batch_norm_is_the_batch_norm_of_the_whole_batch(tmp_path):
-    torch.multiprocessing.spawn(run_ranks, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(run_ranks, (str(tmp_path),), nprocs=2, start_method="forkserver")
     torch.manual_seed(0)
     x, target = torch.randn(6, 3, 4, 4, 4) * 3 + 1, torch.randn(6, 3, 4, 4, 4)
     x.requires_grad_()

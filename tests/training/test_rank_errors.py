@@ -16,7 +16,9 @@ import torch.distributed as dist
 from hyspark.cli import run_verb
 from hyspark.training import rank_errors
 from hyspark.training.distributed import check_devices, find_processes
+from hyspark.training.signals import StopRequested
 from hyspark.utils.digests import text_digest
+from hyspark.utils.exit_codes import FOUND, STOPPED
 
 ROOT = Path(__file__).parents[2]
 ENDED = 2**22 + 1
@@ -85,6 +87,26 @@ def test_a_rank_that_was_killed_is_named_by_the_others(store, capsys):
     assert (text.count("\n"), code) == (1, 1)
 
 
+def stopped(argv):
+    raise StopRequested("stopped by SIGTERM; the same command continues")
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["killed", "left"])
+def test_a_stop_because_of_a_killed_rank_names_it(store, capsys, left):
+    """torchrun stops the other ranks, too; where all were asked to stop, nobody was killed."""
+    for rank, pid in ((0, os.getpid()), (1, os.getpid()), (2, ENDED)):
+        store.set(f"process {rank}", f"{pid} {rank_errors.socket.gethostname()}")
+    if left:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RANK", "2")
+            rank_errors.check_out()
+    with pytest.raises(SystemExit) as exit_:
+        run_verb.run_verb(stopped, [])
+    text = "" if left else f"error (rank 0): {rank_errors.killed_ranks_text([2])}\n"
+    printed = capsys.readouterr().err.replace("stopped by SIGTERM; the same command continues\n", "")
+    assert (printed, exit_.value.code) == (text, STOPPED if left else FOUND)
+
+
 def test_a_lost_connection_without_a_known_reason(store, monkeypatch, capsys):
     text, code = printed(dist.DistBackendError("NCCL error: remote process exited"), capsys)
     assert "the connection to another rank is lost (NCCL error" in text
@@ -130,6 +152,7 @@ def test_no_store_is_used_without_torchrun(monkeypatch):
     [
         ("early", r"error \(rank 1\): \[Errno 2\] No such file or directory: 'missing.nii.gz'"),
         ("killed", r"error \(rank 0\): rank 1 ended without a message, perhaps killed by the system for memory; .*"),
+        ("stopped", r"error \(rank 0\): rank 1 ended without a message, perhaps killed by the system for memory; .*"),
     ],
 )
 def test_under_torchrun_one_line_is_printed(how, expected):
