@@ -1,6 +1,6 @@
 """DICOM series that are named on a command line -> the volumes to predict, each a NIfTI file while it is needed."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,8 +11,9 @@ from hyspark.data.datasets.cases import Case
 from hyspark.data.datasets.found import MAX_NAMED
 from hyspark.data.datasets.inputs import read_inputs
 from hyspark.data.readers.dicom import is_dicom, read_header
+from hyspark.data.readers.find import find_volumes
 from hyspark.data.readers.series import Series
-from hyspark.data.readers.volumes import Volume, find_ct_volumes, read_volume
+from hyspark.data.readers.volumes import Found, Volume, read_volume
 from hyspark.utils.paths import NIFTI, walk_folders
 from hyspark.utils.text import listing
 
@@ -67,7 +68,13 @@ class PredictInputs:
 
 
 def find_inputs(
-    inputs: Sequence[Path], out: Path, *, only_dicom: bool, min_slices: int, progress: bool = True
+    inputs: Sequence[Path],
+    out: Path,
+    *,
+    only_dicom: bool,
+    min_slices: int,
+    modalities: Collection[str] = ("CT",),
+    progress: bool = True,
 ) -> PredictInputs:
     """Find the volumes of files and folders, NIfTI or DICOM.
 
@@ -78,6 +85,7 @@ def find_inputs(
         out: folder of the label maps, which is not searched; the scans are written below it.
         only_dicom: whether folders are searched for DICOM alone, and NIfTI files are errors.
         min_slices: DICOM scans with fewer slices are not used.
+        modalities: modalities of the DICOM series that are used.
         progress: whether to show a progress bar.
 
     Raises:
@@ -97,7 +105,8 @@ def find_inputs(
         found.cases += given.cases
         found.lines += given.unused_lines()
     if dicom:
-        add_dicom_scans(dicom, out, min_slices, progress, found)
+        searched = find_volumes(dicom, min_slices=min_slices, skip=out, modalities=modalities, progress=progress)
+        add_dicom_scans(searched, out, found)
     names = [case.name for case in found.cases]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"several volumes are named {listing(twice)}; predict them into two folders")
@@ -120,9 +129,8 @@ def is_dicom_source(path: Path) -> bool:
     return False
 
 
-def add_dicom_scans(sources: Sequence[Path], out: Path, min_slices: int, progress: bool, found: PredictInputs) -> None:
-    """Add the scans of DICOM series to the volumes to predict."""
-    searched = find_ct_volumes(sources, min_slices=min_slices, skip=out, progress=progress)
+def add_dicom_scans(searched: Found, out: Path, found: PredictInputs) -> None:
+    """Add the scans of DICOM series to the volumes to predict, and what is not used to the lines."""
     for volume in searched.volumes:
         if volume.series is None:
             searched.add_other("NIfTI files among DICOM; name them to use them", volume.source)

@@ -1,4 +1,4 @@
-"""Pixels of DICOM slices -> Hounsfield units."""
+"""Pixels of DICOM slices -> their values: Hounsfield units of CT."""
 
 import hashlib
 import warnings
@@ -11,7 +11,9 @@ import pydicom
 from pydicom.pixels import apply_modality_lut, get_decoder
 from pydicom.uid import UID
 
-from hyspark.data.readers.dicom import Header, open_dicom
+from hyspark.data.readers.dicom import open_dicom
+from hyspark.data.readers.elements import Header
+from hyspark.utils.private_text import PrivateError, private
 from hyspark.utils.text import first_line
 
 INSTALL_DECODERS = "pip install 'hyspark[dicom]'"
@@ -28,54 +30,59 @@ class Slice(NamedTuple):
         path: the file.
         frame: index of the frame in a multi-frame file; None in a file of one slice.
         rescale: slope and intercept; None if the file states none.
+        uid: SOPInstanceUID.
     """
 
     path: Path
     frame: int | None
     rescale: tuple[float, float] | None
+    uid: str = ""
 
 
 def read_series(slices: Sequence[Slice]) -> np.ndarray:
-    """Read Hounsfield units `(columns, rows, slices)`: int16, or float32 if they are not whole numbers.
+    """Read the values `(columns, rows, slices)`, HU of CT: int16, or float32 if they are not whole numbers.
 
     Raises:
-        ValueError: if a file is damaged, no decoder of its compression is installed, or values are no Hounsfield units.
+        PrivateError: if a file is damaged, or no decoder of its compression is installed.
     """
-    stacks: dict[Path, np.ndarray] = {}
     read = []
+    stored: tuple[Path, np.ndarray, pydicom.FileDataset] | None = None
     for part in slices:
         if part.frame is None:
-            read.append(read_slice(part))
-            continue
-        if part.path not in stacks:
-            stacks = {part.path: stored_pixels(part.path)[0]}  # one file at a time is in memory
-        pixels = stacks[part.path]
-        read.append(smallest_type(rescaled(pixels[part.frame], part.rescale)))
+            pixels, data = stored_pixels(part.path)
+            if pixels.ndim != 2:
+                raise PrivateError(
+                    f"{private(part.path.name)}: expected one grey slice, got pixels of shape {pixels.shape}"
+                )
+        else:
+            if stored is None or stored[0] != part.path:
+                stored = (part.path, *stored_pixels(part.path))  # one file at a time is in memory
+            pixels, data = stored[1][part.frame], stored[2]
+        read.append(smallest_type(modality_values(pixels, part, data)))
     try:
         voxels = np.stack(read).transpose(2, 1, 0)
     except ValueError as error:
-        raise ValueError(f"{slices[0].path.name}: slices of different sizes ({first_line(error)})") from None
+        name = private(slices[0].path.name)
+        raise PrivateError(f"{name}: slices of different sizes ({first_line(error)})") from None
     return voxels
 
 
-def read_slice(part: Slice) -> np.ndarray:
-    """Read the Hounsfield units `(rows, columns)` of a slice, int16 or float32."""
-    pixels, data = stored_pixels(part.path)
-    if pixels.ndim != 2:
-        raise ValueError(f"{part.path.name}: expected one grey slice, got pixels of shape {pixels.shape}")
+def modality_values(pixels: np.ndarray, part: Slice, data: pydicom.FileDataset) -> np.ndarray:
+    """Convert the stored pixels `(rows, columns)` of a slice by its file's look-up table, or by slope and intercept."""
     if not data.get("ModalityLUTSequence"):
-        return smallest_type(rescaled(pixels, part.rescale))
+        return rescaled(pixels, part.rescale)
     try:
-        return smallest_type(np.asarray(apply_modality_lut(pixels, data)))
+        return np.asarray(apply_modality_lut(pixels, data))
     except Exception as error:
-        raise ValueError(f"{part.path.name}: unreadable ModalityLUTSequence ({first_line(error)})") from error
+        name, why = private(part.path.name), private(first_line(error))
+        raise PrivateError(f"{name}: unreadable ModalityLUTSequence ({why})") from error
 
 
 def stored_pixels(path: Path) -> tuple[np.ndarray, pydicom.FileDataset]:
     """Read the stored pixels of a file, and its elements.
 
     Raises:
-        ValueError: if they are unreadable; the message begins with the file's name.
+        PrivateError: if they are unreadable; the message begins with the file's name.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -84,27 +91,33 @@ def stored_pixels(path: Path) -> tuple[np.ndarray, pydicom.FileDataset]:
             syntax = data.file_meta.TransferSyntaxUID
             check_pixels(data)
         except Exception as error:
-            raise ValueError(f"{path.name}: unreadable as DICOM ({first_line(error)})") from error
+            why = error.text if isinstance(error, PrivateError) else private(first_line(error))
+            raise PrivateError(f"{private(path.name)}: unreadable as DICOM ({why})") from error
         if reason := why_undecodable(syntax):
-            raise ValueError(f"{path.name}: compressed as {syntax.name}, {reason}")
+            raise PrivateError(f"{private(path.name)}: compressed as {syntax.name}, {reason}")
         try:
             return np.asarray(data.pixel_array), data
-        except Exception as error:
-            raise ValueError(f"{path.name}: unreadable pixels ({first_line(error)})") from error
+        except BaseException as error:
+            # Decoders in Rust raise PanicException for damaged pixels, which is no Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise PrivateError(f"{private(path.name)}: unreadable pixels ({private(first_line(error))})") from error
 
 
 def check_pixels(data: pydicom.FileDataset) -> None:
-    """Raise ValueError for elements with which pixels would be read wrong or take all memory."""
+    """Raise PrivateError for elements with which pixels would be read wrong or take all memory."""
     if max(data.Rows, data.Columns) > MAX_EDGE:
-        raise ValueError(f"{data.Rows} x {data.Columns} pixels, expected at most {MAX_EDGE} x {MAX_EDGE}")
+        raise PrivateError(f"{data.Rows} x {data.Columns} pixels, expected at most {MAX_EDGE} x {MAX_EDGE}")
     if "HighBit" in data and "BitsStored" in data and data.HighBit != data.BitsStored - 1:
-        raise ValueError(f"HighBit is {data.HighBit}, expected {data.BitsStored - 1} for BitsStored {data.BitsStored}")
+        raise PrivateError(
+            f"HighBit is {data.HighBit}, expected {data.BitsStored - 1} for BitsStored {data.BitsStored}"
+        )
     if (
         "PixelData" in data
         and data["PixelData"].is_undefined_length
         and not data.file_meta.TransferSyntaxUID.is_compressed
     ):
-        raise ValueError("compressed pixels, but TransferSyntaxUID names no compression; export it again")
+        raise PrivateError("compressed pixels, but TransferSyntaxUID names no compression; export it again")
 
 
 def rescaled(pixels: np.ndarray, rescale: tuple[float, float] | None) -> np.ndarray:
@@ -121,9 +134,9 @@ def smallest_type(values: np.ndarray) -> np.ndarray:
 
 
 def check_units(voxels: np.ndarray) -> None:
-    """Raise ValueError unless values that no header scales can be Hounsfield units: a part of them is negative."""
+    """Raise PrivateError unless values that no header scales can be Hounsfield units: a part of them is negative."""
     if ((voxels >= AIR[0]) & (voxels < AIR[1])).mean() < LEAST_AIR:
-        raise ValueError(
+        raise PrivateError(
             f"RescaleSlope and RescaleIntercept are missing, and stored values from {voxels.min():g} to "
             f"{voxels.max():g} are no Hounsfield units; export it again, or write both into the files "
             "(often 1 and -1024)"

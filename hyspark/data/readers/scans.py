@@ -10,8 +10,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from hyspark.data.readers.dicom import MARKS, Header
+from hyspark.data.readers.elements import FREE_TEXTS, MARKS, Header
 from hyspark.data.readers.stacks import num_repeats, ordered, position_indices, positions_of, why_uneven
+from hyspark.utils.private_text import private
 
 LEAST_SLICES = 3
 """Number of slices from which on an even stack is evidence of a scan of its own."""
@@ -87,7 +88,8 @@ def by_mark(slices: Sequence[Header], index: int) -> dict[str, list[Header]]:
     labelled = {}
     for number, value in enumerate(sorted(parts), 1):
         is_shown = value and len(value) <= LONGEST_VALUE and name != "ImageComments"
-        labelled[f"{name} {value}" if is_shown else f"{name} {number} of {len(parts)}"] = parts[value]
+        shown = private(value) if name in FREE_TEXTS or name.endswith("UID") else value
+        labelled[f"{name} {shown}" if is_shown else f"{name} {number} of {len(parts)}"] = parts[value]
     return labelled
 
 

@@ -1,4 +1,4 @@
-"""DICOM headers of one series -> CT volumes: order, geometry, what is excluded and why."""
+"""DICOM headers of one series -> volumes: order, geometry, what is excluded and why."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hyspark.data.readers.dicom import Header
+from hyspark.data.readers.elements import Header
 from hyspark.data.readers.hounsfield import Slice, pixels_digest
 from hyspark.data.readers.scans import SeriesPart, separate
 from hyspark.data.readers.stacks import (
@@ -21,28 +21,64 @@ from hyspark.data.readers.stacks import (
     why_tilted,
     why_uneven,
 )
+from hyspark.utils.private_text import private, shown
 from hyspark.utils.text import listing
+
+PET_UNITS = {
+    "BQML": "Bq/ml",
+    "CNTS": "counts",
+    "CPS": "counts per second",
+    "GML": "SUV (g/ml)",
+    "PROPCPS": "a number proportional to counts per second",
+    "PROPCNTS": "a number proportional to counts",
+}
+"""Values of Units, in words."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """CT slices that make one volume.
+    """Slices that make one volume.
 
     Attributes:
-        uid: SeriesInstanceUID.
         label: what distinguishes this scan from others of the series; empty if there is no other.
         slices: the slices, in order.
         affine: `(4, 4)`, from (column, row, slice) to mm in RAS.
         uneven: why the slices are no even stack; empty if they are one.
-        notes: irregularities, for the summary.
+        marked_notes: irregularities, for the summary, with private parts marked.
+        header: the header of the first slice.
     """
 
-    uid: str
     label: str
     slices: tuple[Slice, ...]
     affine: np.ndarray
     uneven: str
-    notes: tuple[str, ...]
+    marked_notes: tuple[str, ...]
+    header: Header
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The irregularities as the terminal shows them."""
+        return tuple(map(shown, self.marked_notes))
+
+    @property
+    def uid(self) -> str:
+        """SeriesInstanceUID."""
+        return self.header.series
+
+    @property
+    def modality(self) -> str:
+        """Modality: CT, MR, PT."""
+        return self.header.modality
+
+    @property
+    def study(self) -> str:
+        """StudyInstanceUID."""
+        return self.header.mark("StudyInstanceUID")
+
+    @property
+    def frame_of_reference(self) -> str:
+        """FrameOfReferenceUID."""
+        return self.header.mark("FrameOfReferenceUID")
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -52,7 +88,7 @@ class Series:
 
 @dataclass
 class Assembled:
-    """What the files of a series make.
+    """What the files of a series make. Private parts of the reasons are marked.
 
     Attributes:
         volumes: the scans.
@@ -113,7 +149,9 @@ def assemble_series(headers: Sequence[Header], min_slices: int, damaged: Sequenc
         notes.append(f"{len(slices) - len(once)} files are copies of other files and are excluded")
     slices = sorted(once.values(), key=lambda header: (header.number or 0, header.path, header.frame or 0))
     if damaged:
-        notes.append(f"unreadable files in its folder may be slices of it: {listing([f.name for f in damaged], 3)}")
+        notes.append(
+            f"unreadable files in its folder may be slices of it: {private(listing([f.name for f in damaged], 3))}"
+        )
     if slices:
         add_scans(slices, min_slices, notes, found)
     return found
@@ -199,15 +237,31 @@ def as_series(scan: SeriesPart, label: str, notes: Sequence[str]) -> Series:
     found = [*notes]
     if scan.num_copies:
         found.append(f"{scan.num_copies} slices repeat the pixels of another at their position and are excluded")
-    if not any(header.rescale or header.has_table for header in slices):
-        found.append("RescaleSlope and RescaleIntercept are missing; stored values are taken as Hounsfield units")
-    if any(header.inverted for header in slices):
-        found.append("MONOCHROME1: values are taken as they are stored, though displays invert them")
-    if odd := {header.unit for header in slices} - {"", "HU", "US"}:
-        found.append(f"RescaleType is {listing(odd)}; expected HU")
+    found += notes_on_units(slices)
     parts = tuple(
-        Slice(header.path, header.frame, (1.0, 0.0) if header.has_table else header.rescale) for header in slices
+        Slice(header.path, header.frame, (1.0, 0.0) if header.has_table else header.rescale, header.uid)
+        for header in slices
     )
     return Series(
-        slices[0].series, label, parts, affine, uneven, tuple(filter(None, [*found, uneven, why_tilted(affine)]))
+        shown(label), parts, affine, uneven, tuple(filter(None, [*found, uneven, why_tilted(affine)])), slices[0]
     )
+
+
+def notes_on_units(slices: Sequence[Header]) -> list[str]:
+    """List what is odd about the scaling and the unit of the values of slices."""
+    found = []
+    is_ct = slices[0].modality == "CT"
+    if is_ct and not any(header.rescale or header.has_table for header in slices):
+        found.append("RescaleSlope and RescaleIntercept are missing; stored values are taken as Hounsfield units")
+    for name, value in (("RescaleSlope", 1), ("RescaleIntercept", 0)):
+        if lone := [header for header in slices if header.lacks == name and not header.has_table]:
+            found.append(f"{name} is missing in {len(lone)} of {len(slices)} slices and taken as {value}")
+    if any(header.inverted for header in slices):
+        found.append("MONOCHROME1: values are taken as they are stored, though displays invert them")
+    units = {header.unit for header in slices} - {"", "US"}
+    if is_ct and (odd := units - {"HU"}):
+        found.append(f"RescaleType is {private(listing(odd))}; expected HU")
+    elif slices[0].modality == "PT":
+        known = units & PET_UNITS.keys()
+        found.append("PET in " + (listing(PET_UNITS[unit] for unit in known) if known else "an unknown unit (Units)"))
+    return found

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hyspark.data.readers.dicom import Header
+from hyspark.data.readers.elements import Header
 
 SAME_POSITION = 0.01
 """mm along the normal within which two slices have one position."""

@@ -23,9 +23,8 @@ from tqdm import tqdm
 
 from hyspark.data.datasets.splits import held_out_subjects
 from hyspark.data.preprocessing.prepare import failure_reason
-from hyspark.data.quality.case_files import sample_voxels
-from hyspark.data.quality.image_kind import IN_HU, image_kind
-from hyspark.data.readers.volumes import Volume, find_ct_volumes, read_volume
+from hyspark.data.readers.find import find_volumes
+from hyspark.data.readers.volumes import Volume, notes_on_values, read_volume, volume_state
 from hyspark.data.settings import Axis, PictureSettings
 from hyspark.data.slices.pictures import slice_axes, slice_pictures, why_skewed
 from hyspark.data.slices.record import KEEP_PATIENT_ID, RECORD, SLICE_SPLITS, check_unmoved, read_record
@@ -77,7 +76,7 @@ def write_slices(
     others.
 
     Args:
-        sources: files and folders of CTs, see `find_ct_volumes`.
+        sources: files and folders of CTs, see `find_volumes`.
         out: folder to write.
         settings: orientation, grey values and size of the slices.
         val_fraction: fraction of patients for validation, see `held_out_subjects`.
@@ -110,7 +109,7 @@ def write_slices(
     }
     known = read_record(out, chosen)
     num_workers = num_workers or available_cores()
-    found = find_ct_volumes(
+    found = find_volumes(
         sources,
         min_slices=min_slices,
         skip=out,
@@ -128,8 +127,8 @@ def write_slices(
     record: dict[str, Any] = {
         "settings": chosen,
         "volumes": done,
-        "failed": [{"source": source, "why": why} for source, why in found.damaged],
-        "skipped": [{"source": source, "why": why} for source, why in found.skipped],
+        "failed": [{"source": one.source, "why": one.reason} for one in found.damaged],
+        "skipped": [{"source": one.source, "why": one.reason} for one in found.skipped],
         "files_of_other_kinds": dict(sorted(found.others.items())),
         "other_files": [
             {"kind": kind, "file": str(file)} for kind, files in sorted(found.other_files.items()) for file in files
@@ -170,16 +169,7 @@ def existing_files(out: Path) -> dict[str, list[Path]]:
 def is_done(entry: dict[str, Any], volume: Volume, existing: Sequence[Path]) -> bool:
     """Return whether all images of an entry exist, and the volume's files are unchanged."""
     num_whole = sum(path.suffix == ".png" for path in existing)
-    return num_whole == len(existing) == entry["slices"] and entry["state"] == file_state(volume)
-
-
-def file_state(volume: Volume) -> list[int]:
-    """Return number, bytes and newest modification time of a volume's files; empty if one is missing."""
-    try:
-        states = [file.stat() for file in volume.files]
-    except OSError:
-        return []
-    return [len(states), sum(state.st_size for state in states), max(state.st_mtime_ns for state in states)]
+    return num_whole == len(existing) == entry["slices"] and entry["state"] == volume_state(volume)
 
 
 def slice_all(
@@ -214,7 +204,7 @@ def killed_slicing(volume: Volume, out: Path, split: str, settings: PictureSetti
 
 def slice_volume(volume: Volume, out: Path, split: str, settings: PictureSettings) -> Sliced:
     """Write the slices of one volume; raise OSError if the disk fails, which is no fault of the volume."""
-    state = file_state(volume)
+    state = volume_state(volume)
     try:
         voxels, affine = read_volume(volume)
         value_notes = notes_on_values(voxels)
@@ -241,15 +231,6 @@ def slice_volume(volume: Volume, out: Path, split: str, settings: PictureSetting
         "state": state,
     }
     return Sliced(volume, entry)
-
-
-def notes_on_values(voxels: np.ndarray) -> list[str]:
-    """List what is odd about the values of a volume `(h, w, d)`, as `check` does."""
-    low, high = float(voxels.min()), float(voxels.max())
-    if low == high:
-        return [f"constant: the value {low:g} everywhere"]
-    kind = image_kind(low, high, sample_voxels(voxels))
-    return [] if kind.name in IN_HU else [f"no Hounsfield units? {kind.name}: {kind.range_text}"]
 
 
 def why_distorted(volume: Volume, axis: Axis) -> str:

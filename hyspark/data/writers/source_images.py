@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pydicom
 
-from hyspark.data.readers.dicom import Header, headers_of, open_dicom
+from hyspark.data.readers.dicom import headers_of, open_dicom
+from hyspark.data.readers.elements import Header
 from hyspark.data.readers.series import Series
 
 REQUIRED = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "SOPClassUID", "SOPInstanceUID")

@@ -10,7 +10,7 @@ from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets.build import build_datalist
 from hyspark.data.datasets.inputs import read_inputs
 from hyspark.data.quality.check import find_dataset
-from hyspark.data.readers.volumes import find_ct_volumes
+from hyspark.data.readers.find import find_volumes
 from hyspark.evaluation.segmentation.labelled_data import find_labelled
 from hyspark.tasks.pretrain import find_pretraining_cases
 from hyspark.training.labelled_cases import find_run_cases
@@ -179,7 +179,7 @@ def test_all_verbs_find_the_same_images(layout):
     assert images_of([*training, *validation]) == images
     assert validation
     if not (folder / "Dataset001_A/dataset.json").exists() or (folder / "Dataset001_A/imagesTr").is_dir():
-        found = find_ct_volumes([folder], min_slices=1, skip=Path(), num_workers=1, progress=False)
+        found = find_volumes([folder], min_slices=1, skip=Path(), num_workers=1, progress=False)
         assert {volume.source for volume in found.volumes} == images
     assert images_of(read_inputs([folder]).cases) == images
     if (folder / "imagesTr").is_dir():

@@ -15,8 +15,9 @@ from hyspark.data.datasets.cases import Case
 from hyspark.data.datasets.inputs import read_inputs
 from hyspark.data.quality.check import check_dataset
 from hyspark.data.quality.findings import Finding
+from hyspark.data.readers.find import find_volumes
 from hyspark.data.readers.nifti import read_label
-from hyspark.data.readers.volumes import find_ct_volumes, read_volume
+from hyspark.data.readers.volumes import read_volume
 from hyspark.evaluation.segmentation.labelled_data import find_labelled
 from hyspark.evaluation.segmentation.prepare_ahead import prepared_or_reason
 from hyspark.reports.data_check_page import data_check_text, data_set_facts
@@ -219,7 +220,7 @@ class Runs:
         outcome = Outcome()
 
         def run() -> None:
-            found = find_ct_volumes([data.folder], min_slices=1, skip=self.store, num_workers=1, progress=False)
+            found = find_volumes([data.folder], min_slices=1, skip=self.store, num_workers=1, progress=False)
             for volume in found.volumes:
                 outcome.cases.append(Case(volume.name, "", volume.source))
                 try:

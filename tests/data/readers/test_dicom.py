@@ -20,7 +20,8 @@ from pydicom.uid import (
 )
 
 from hyspark.data.readers import dicom, hounsfield
-from hyspark.data.readers.volumes import find_ct_volumes, read_volume
+from hyspark.data.readers.find import find_volumes
+from hyspark.data.readers.volumes import read_volume
 from tests.data.readers.dicom_files import write_dicom, write_series, write_slice
 
 HU = np.random.default_rng(1).integers(-1024, 3000, (4, 5, 6)).astype(np.int16)
@@ -30,7 +31,7 @@ RAS = HU[::-1, ::-1]
 
 def find(folder, min_slices=2, **options):
     skip = folder / "out"
-    return find_ct_volumes([folder], min_slices=min_slices, skip=skip, num_workers=1, progress=False, **options)
+    return find_volumes([folder], min_slices=min_slices, skip=skip, num_workers=1, progress=False, **options)
 
 
 def only(folder):

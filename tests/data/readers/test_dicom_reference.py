@@ -11,8 +11,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from hyspark.data.readers.find import find_volumes
 from hyspark.data.readers.hounsfield import read_series
-from hyspark.data.readers.volumes import find_ct_volumes
 from tests.data.readers.dicom_files import write_slice
 
 AXIAL, CORONAL, SAGITTAL = (1, 0, 0, 0, 1, 0), (1, 0, 0, 0, 0, -1), (0, 1, 0, 0, 0, -1)
@@ -104,7 +104,7 @@ def reference(paths):
 @pytest.mark.parametrize("kind", SERIES)
 def test_values_and_geometry_are_those_of_simpleitk(tmp_path, kind):
     paths = write(tmp_path / "in", **SERIES[kind])
-    (volume,) = find_ct_volumes([tmp_path / "in"], min_slices=2, skip=tmp_path / "out", progress=False).volumes
+    (volume,) = find_volumes([tmp_path / "in"], min_slices=2, skip=tmp_path / "out", progress=False).volumes
     voxels = read_series(volume.series.slices)
     if SERIES[kind].get("syntax") == RLELossless:  # GDCM does not read it of images as small as these
         paths = write(tmp_path / "plain")

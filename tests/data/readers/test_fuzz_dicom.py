@@ -12,7 +12,8 @@ import pydicom
 import pytest
 from pydicom.uid import RLELossless
 
-from hyspark.data.readers.volumes import find_ct_volumes, read_volume
+from hyspark.data.readers.find import find_volumes
+from hyspark.data.readers.volumes import read_volume
 from tests.data.readers.dicom_files import write_slice
 
 FEW = 200
@@ -82,7 +83,7 @@ def damaged_elements(path, rng):
 def check_series(folder, changed):
     """Find and read; what is a volume without a note has the geometry that was written."""
     try:
-        found = find_ct_volumes([folder], min_slices=2, skip=folder / "out", num_workers=1, progress=False)
+        found = find_volumes([folder], min_slices=2, skip=folder / "out", num_workers=1, progress=False)
     except FileNotFoundError:
         return "nothing found"
     findings = [*found.damaged, *found.skipped, *found.other_files.items()]

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hyspark.data.readers.volumes import find_ct_volumes, read_volume
+from hyspark.data.readers.find import find_volumes
+from hyspark.data.readers.volumes import read_volume
 from tests.data.readers.known_series import KNOWN, made_series, real_series, truth
 
 HU = np.random.default_rng(5).integers(-1024, 3000, (33, 40, 12)).astype(np.int16)
@@ -44,7 +45,7 @@ def test_each_of_the_known_series_has_its_verdict(tmp_path, series, origin, name
     if name in ("one slice missing", "gantry tilt", "distances change", "rescale changes"):
         expected = slices  # what the files say
     hu, affine = truth(expected)
-    found = find_ct_volumes([tmp_path / "in"], min_slices=2, skip=tmp_path / "out", num_workers=1, progress=False)
+    found = find_volumes([tmp_path / "in"], min_slices=2, skip=tmp_path / "out", num_workers=1, progress=False)
     assert (found.damaged, found.skipped) == ([], [])
     assert len(found.volumes) == (2 if name == "two series in a folder" else 1)
     offsets = []

@@ -20,7 +20,8 @@ from pydicom.uid import (
 )
 
 from hyspark.data.readers import dicom
-from hyspark.data.readers.volumes import find_ct_volumes, read_volume
+from hyspark.data.readers.find import find_volumes
+from hyspark.data.readers.volumes import read_volume
 from hyspark.utils import processes
 from tests.data.readers.dicom_files import write_dicom, write_series, write_slice
 
@@ -29,7 +30,7 @@ RAS = HU[::-1, ::-1]
 
 
 def found_in(folder, min_slices=2):
-    return find_ct_volumes([folder], min_slices=min_slices, skip=folder / "out", num_workers=1, progress=False)
+    return find_volumes([folder], min_slices=min_slices, skip=folder / "out", num_workers=1, progress=False)
 
 
 def only(folder):

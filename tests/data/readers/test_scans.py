@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from hyspark.data.readers.volumes import find_ct_volumes, read_volume
+from hyspark.data.readers.find import find_volumes
+from hyspark.data.readers.volumes import read_volume
 from tests.data.readers.dicom_files import write_series, write_slice
 
 NUM = 6
@@ -11,7 +12,7 @@ ONE, TWO = (np.random.default_rng(seed).integers(-1000, 1000, (4, 5, NUM)).astyp
 
 
 def found_in(folder, min_slices=3):
-    return find_ct_volumes([folder], min_slices=min_slices, skip=folder / "out", num_workers=1, progress=False)
+    return find_volumes([folder], min_slices=min_slices, skip=folder / "out", num_workers=1, progress=False)
 
 
 def write_scan(folder, hu, *, start=0.0, step=2.0, backwards=False, **values):

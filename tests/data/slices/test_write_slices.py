@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from hyspark.cli.main import main
-from hyspark.data.readers.volumes import find_ct_volumes
+from hyspark.data.readers.find import find_volumes
 from hyspark.data.settings import PictureSettings
 from hyspark.data.slices import write_slices
 from tests.data.readers.dicom_files import write_dicom, write_series, write_slice
@@ -252,7 +252,7 @@ def test_slices_across_an_uneven_series_are_skipped_but_not_its_own(tmp_path, ca
 
 def test_what_goes_to_another_process_and_back(tmp_path):
     write_series(tmp_path / "in", HU)
-    (volume,) = find_ct_volumes([tmp_path / "in"], min_slices=1, skip=tmp_path, num_workers=1, progress=False).volumes
+    (volume,) = find_volumes([tmp_path / "in"], min_slices=1, skip=tmp_path, num_workers=1, progress=False).volumes
     volume, *rest = pickle.loads(pickle.dumps((volume, tmp_path / "out", "val", PictureSettings())))
     sent = pickle.loads(pickle.dumps(write_slices.slice_volume(volume, *rest)))
     assert sent.entry["slices"] == len(os.listdir(tmp_path / "out" / "val" / "1")) == 4
@@ -308,24 +308,23 @@ def test_a_folder_of_an_earlier_version_continues(tmp_path, capsys, is_dicom):
 
 def test_values_that_are_no_hu_are_noted(tmp_path, capsys):
     hu = HU.astype(np.float32)
-    values = {"hu": hu, "scaled": (hu + 1000) / 2000, "stored": hu + 1000, "wrapped": (HU - 1000).astype(np.uint16)}
-    for name, voxels in values.items():
+    for name, voxels in {"hu": hu, "scaled": (hu + 1000) / 2000, "stored": hu + 1000}.items():
         write_nifti(tmp_path / "in" / f"{name}.nii", voxels)
+    volumes = sliced(tmp_path / "in", "--min_slices=2")["volumes"].values()
+    notes = {entry["patient"]: [note.split("? ")[1].split(":")[0] for note in entry["notes"]] for entry in volumes}
+    assert notes == {"hu": [], "scaled": ["scaled"], "stored": notes["stored"]}
+    assert "no Hounsfield units? scaled: values from 0" in capsys.readouterr().out
+
+
+def test_values_that_wrapped_around_are_a_fault(tmp_path, capsys):
+    write_nifti(tmp_path / "in" / "wrapped.nii", (HU - 1000).astype(np.uint16))
     write_series(tmp_path / "in" / "dicom", HU, PixelRepresentation=0, RescaleIntercept=-1024)
     stored = HU[:, :, 0].T.copy()
     stored[:] = -2000  # read as 63536
     write_slice(tmp_path / "in" / "dicom" / "padded", stored, (0, 0, 8), PixelRepresentation=0)
-    volumes = sliced(tmp_path / "in", "--min_slices=2")["volumes"].values()
-    notes = {entry["patient"]: [note.split("? ")[1].split(":")[0] for note in entry["notes"]] for entry in volumes}
-    patients = [name for name in notes if name.startswith("patient-")]
-    assert notes == {
-        "hu": [],
-        "scaled": ["scaled"],
-        "stored": notes["stored"],
-        "wrapped": ["wrapped around"],
-        patients[0]: ["wrapped around"],
-    }
-    assert "no Hounsfield units? scaled: values from 0" in capsys.readouterr().out
+    message = refused(tmp_path / "in", capsys, "--min_slices=2", code=1)
+    assert message.count("negative HU that were read as unsigned, as by PixelRepresentation 0") == 2
+    assert "not read: " in message
 
 
 def test_padding_is_summed_up(tmp_path, capsys):

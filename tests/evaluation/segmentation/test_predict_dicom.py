@@ -13,7 +13,7 @@ from matplotlib.path import Path as Polygon
 
 from hyspark.cli.main import main
 from hyspark.data.datasets.scan_inputs import find_inputs, write_scan
-from hyspark.data.readers.volumes import find_ct_volumes
+from hyspark.data.readers.find import find_volumes
 from hyspark.data.writers.dicom_seg import dicom_seg_file, property_of
 from hyspark.data.writers.rtstruct import rtstruct_file
 from hyspark.data.writers.source_images import Segments
@@ -66,7 +66,7 @@ def turn(slices, name):
 
 
 def series_of(folder):
-    (volume,) = find_ct_volumes([folder], min_slices=2, skip=folder / "x", num_workers=1, progress=False).volumes
+    (volume,) = find_volumes([folder], min_slices=2, skip=folder / "x", num_workers=1, progress=False).volumes
     return volume.series
 
 

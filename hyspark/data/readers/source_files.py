@@ -1,0 +1,140 @@
+"""Files and folders that are named on a command line -> their files, by how they are read."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hyspark.data.datasets.data_folder import read_data_folder
+from hyspark.data.datasets.words import is_label_name
+from hyspark.data.readers.other_formats import (
+    BY_NIBABEL,
+    BY_SIMPLEITK,
+    DATA_ENDINGS,
+    PICTURES,
+    PictureStack,
+    natural_order,
+    num_pages,
+    require_simpleitk,
+)
+from hyspark.data.readers.volumes import Found, NotUsed
+from hyspark.utils.paths import NIFTI, walk_folders
+from hyspark.utils.private_text import private
+
+NEEDS_SPACING = (
+    "{num} pictures, which state no distances; give mm between columns, rows and slices by --slice_spacing X Y Z"
+)
+
+
+@dataclass
+class SourceFiles:
+    """Files of the sources by how they are read.
+
+    Attributes:
+        images: NIfTI images, files of other formats, and folders of pictures, with their paths below the source.
+        stacks: the pictures of each folder of `images`.
+        rest: other files, which may be DICOM, with the folder that stands for a patient without ID.
+    """
+
+    images: dict[Path, Path] = field(default_factory=dict)
+    stacks: dict[Path, PictureStack] = field(default_factory=dict)
+    rest: dict[Path, str] = field(default_factory=dict)
+
+
+def sort_sources(sources: Sequence[Path], skip: Path, other_formats: bool, found: Found) -> SourceFiles:
+    """Sort the files of the sources, each once, by how they are read."""
+    files = SourceFiles()
+    seen: set[str] = set()
+    for source in sources:
+        images = dict.fromkeys(find_images_of(source, skip, found))
+        for file in [*images, *files_of(source, skip)]:
+            if (real := os.path.realpath(file)) in seen:
+                continue
+            below = file.relative_to(source) if file != source else Path(file.name)
+            ending = file.suffix.lower()
+            if file in images:
+                files.images[file] = below
+            elif NIFTI.fullmatch(file.name) or (other_formats and is_detached(file)):
+                continue
+            elif other_formats and ending in (*BY_SIMPLEITK, *BY_NIBABEL):
+                if is_label_name(file.stem):
+                    found.skipped.append(NotUsed(str(file), "a label map by its name", below.as_posix()))
+                else:
+                    files.images[file] = below
+            else:
+                files.rest[file] = below.parts[0] if len(below.parts) > 1 else file.parent.name
+            seen.add(real)
+    if any(file.suffix.lower() in BY_SIMPLEITK for file in files.images):
+        require_simpleitk()
+    return files
+
+
+def is_detached(file: Path) -> bool:
+    """Return whether a file holds the voxels of a header beside it, as .img of .hdr."""
+    return any(
+        file.name.lower().endswith(data) and file.with_name(file.name[: -len(data)] + ending).is_file()
+        for ending, endings in DATA_ENDINGS.items()
+        for data in endings
+    )
+
+
+def take_pictures(
+    files: SourceFiles, min_slices: int, spacing: tuple[float, float, float] | None, found: Found
+) -> None:
+    """Move folders of pictures, and pictures of several pages, from the rest of the files to the images."""
+    folders: dict[Path, list[Path]] = defaultdict(list)
+    for file in files.rest:
+        if file.suffix.lower() in PICTURES:
+            folders[file.parent].append(file)
+    for folder, pictures in folders.items():
+        paged = [file for file in pictures if file.suffix.lower() in PICTURES[3:] and num_pages(file) >= min_slices]
+        single = [file for file in pictures if file not in paged]
+        stacks: dict[Path, tuple[Path, ...]] = {file: (file,) for file in paged}
+        if len(single) >= min_slices:
+            stacks[folder] = tuple(natural_order(single))
+        for source, of_stack in stacks.items():
+            if spacing is None:
+                reason = NEEDS_SPACING.format(num=len(of_stack))
+                found.damaged.append(NotUsed(str(source), reason, str(source), num_files=len(of_stack)))
+            else:
+                files.images[source] = Path(source.name)
+                files.stacks[source] = PictureStack(of_stack, spacing)
+        used = {file for of_stack in stacks.values() for file in of_stack}
+        for file in pictures:
+            del files.rest[file]
+            if file not in used:
+                found.add_other(f"pictures, of fewer than {min_slices} slices", file)
+
+
+def find_images_of(source: Path, skip: Path, found: Found) -> list[Path]:
+    """Find the NIfTI images at or below a path; label maps and other channels are counted, doubtful files listed."""
+    if not source.is_dir():
+        return [source] if NIFTI.fullmatch(source.name) else []
+    data = read_data_folder(source, with_loose=True, skip=skip)
+    found.skipped += [
+        NotUsed(f.file, private(f.found), f.file) for f in data.findings if f.kind == "two files for a case"
+    ]
+    for (kind, reason), files in data.unused.items():
+        nifti = [file for file in files if NIFTI.fullmatch(file.name)]
+        if kind == "another channel":
+            for file in nifti:
+                found.add_other(kind, file)
+        else:
+            found.skipped += [NotUsed(str(file), reason, str(file)) for file in nifti]
+    return [case.image for case in data.cases]
+
+
+def files_of(source: Path, skip: Path) -> Iterator[Path]:
+    """Yield the files at or below a path, without hidden ones; of an nnU-Net data set those of imagesTr."""
+    if source.is_file():
+        yield source
+    elif not source.is_dir():
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    else:
+        for folder, below in walk_folders(source, skip=skip):
+            if (folder / "imagesTr").is_dir():
+                below[:] = ["imagesTr"]
+                continue
+            files = (file for file in sorted(folder.iterdir()) if not file.name.startswith("."))
+            yield from (file for file in files if file.is_file() or (file.is_symlink() and not file.exists()))
