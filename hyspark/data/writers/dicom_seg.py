@@ -6,6 +6,7 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
+from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 from pydicom.uid import generate_uid
@@ -39,6 +40,7 @@ def dicom_seg_file(labels: np.ndarray, series: Series, segments: Segments) -> by
     check_segments(labels, series, segments)
     slices = read_source(series)
     highdicom = import_highdicom()
+    unify_planes(slices, is_even=not series.uneven)
     sources, frames = as_frames(labels, slices)
     has_labels = bool(frames.any())
     positions = None
@@ -81,6 +83,7 @@ def dicom_seg_file(labels: np.ndarray, series: Series, segments: Segments) -> by
             content_label="SEGMENTATION",
             series_description="HySparK segmentation",
         )
+        made.ContentCreatorName = ""
         buffer = BytesIO()
         made.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
@@ -93,6 +96,36 @@ def import_highdicom() -> Any:
     except ImportError as error:
         raise ModuleNotFoundError(f"DICOM-SEG needs highdicom: pip install 'hyspark[dicom]' ({error})") from error
     return highdicom
+
+
+def unify_planes(slices: list[SourceSlice], *, is_even: bool) -> None:
+    """Give all images of a series the orientation and the pixel measures of its first slice.
+
+    highdicom takes them from the images, and expects that they are equal to the last digit and complete. The distance
+    of slices replaces SpacingBetweenSlices, which some scanners write as a negative number.
+    """
+    plane, first, last = (np.array(value) for value in (slices[0].header.plane, *ends_of(slices)))
+    distance = abs(float(np.cross(plane[4:7], plane[7:]) @ (last - first))) / max(1, len(slices) - 1)
+    measures = Dataset()
+    measures.PixelSpacing = [f"{value:.10g}" for value in plane[2:4]]
+    measures.SliceThickness = f"{slices[0].header.thickness:.10g}"
+    if is_even and distance:
+        measures.SpacingBetweenSlices = f"{distance:.10g}"
+    orientation = Dataset()
+    orientation.ImageOrientationPatient = [f"{value:.10g}" for value in plane[4:]]
+    for data in {id(part.data): part.data for part in slices}.values():
+        if "SharedFunctionalGroupsSequence" in data:
+            (shared,) = data.SharedFunctionalGroupsSequence
+            shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [orientation]
+        else:
+            data.pop("SpacingBetweenSlices", None)
+            data.update(measures)
+            data.update(orientation)
+
+
+def ends_of(slices: list[SourceSlice]) -> tuple[Any, Any]:
+    """Return the positions of the first and the last slice, in mm."""
+    return slices[0].header.position, slices[-1].header.position
 
 
 def as_frames(labels: np.ndarray, slices: list[SourceSlice]) -> tuple[list[Any], np.ndarray]:

@@ -10,6 +10,7 @@ import numpy as np
 import pydicom
 import pytest
 from matplotlib.path import Path as Polygon
+from pydicom.dataset import Dataset
 
 from hyspark.cli.main import main
 from hyspark.data.datasets.scan_inputs import find_inputs, write_scan
@@ -130,7 +131,10 @@ def test_objects_hold_the_labels_in_the_geometry_of_their_series(tmp_path, name)
         (source,) = [data for data in in_order if data.SOPInstanceUID == uid]
         assert frame.PlanePositionSequence[0].ImagePositionPatient == source.ImagePositionPatient
     shared = seg.SharedFunctionalGroupsSequence[0]
-    assert shared.PlaneOrientationSequence[0].ImageOrientationPatient == in_order[0].ImageOrientationPatient
+    orientation = shared.PlaneOrientationSequence[0].ImageOrientationPatient
+    assert np.allclose(orientation, np.array(in_order[0].ImageOrientationPatient, float), atol=1e-9)
+    measures = shared.PixelMeasuresSequence[0]
+    assert ("SpacingBetweenSlices" in measures) == (not series.uneven)
 
     structures, found = read_rtstruct(rtstruct_file(labels, series, SEGMENTS), in_order)
     assert np.array_equal(found, labels)
@@ -158,6 +162,53 @@ def test_objects_of_a_multi_frame_series_refer_to_its_frames(tmp_path):
     for region in structures.ROIContourSequence[:3]:
         for contour in region.ContourSequence:
             assert contour.ContourData[2] == frames[contour.ContourImageSequence[0].ReferencedFrameNumber]
+
+
+def rounded(slices):
+    """Directions and spacings that differ in the last digits from slice to slice."""
+    for k, data in enumerate(slices):
+        data.ImageOrientationPatient = [1, 1e-6 * k, 0, 0, 1, 0]
+        data.PixelSpacing = [1, f"{1 + 1e-6 * k:.7f}"]
+
+
+def without_thickness(slices):
+    for data in slices:
+        del data.SliceThickness
+
+
+def downwards(slices):
+    """As GE writes it."""
+    for data in slices:
+        data.SpacingBetweenSlices = -2
+
+
+@pytest.mark.parametrize("change", [rounded, without_thickness, downwards])
+def test_series_that_break_rules_have_an_object_in_order(tmp_path, change):
+    slices = made_series(tmp_path / "made", np.zeros((13, 11, 9), np.int16))
+    change(slices)
+    save(tmp_path / "in", slices)
+    labels = random_labels((13, 11, 9))
+    seg, found = read_seg(dicom_seg_file(labels, series_of(tmp_path / "in"), SEGMENTS), slices)
+    assert np.array_equal(found, labels)
+    assert seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SpacingBetweenSlices == 2
+
+
+def test_a_multi_frame_series_may_describe_each_frame_whole(tmp_path):
+    slices = made_series(tmp_path / "made", np.zeros((13, 11, 9), np.int16))
+    KNOWN["enhanced multi-frame"](tmp_path / "in", slices)
+    path = tmp_path / "in" / "IM0000.dcm"
+    data = pydicom.dcmread(path)
+    (shared,) = data.SharedFunctionalGroupsSequence
+    for group in data.PerFrameFunctionalGroupsSequence:
+        group.update(shared)
+    data.SharedFunctionalGroupsSequence = [Dataset()]
+    data.save_as(path)
+    labels = random_labels((13, 11, 9))
+    seg = highdicom.seg.segread(io.BytesIO(dicom_seg_file(labels, series_of(tmp_path / "in"), SEGMENTS)))
+    found = seg.get_volume(combine_segments=True).array
+    assert np.array_equal(
+        np.bincount(found.ravel()), np.bincount(labels[:, :, [0, 1, 2, *range(4, 9)]].ravel()) + [143, 0, 0, 0]
+    )
 
 
 @pytest.mark.parametrize("kind", ["plain", "enhanced multi-frame"])
