@@ -5,6 +5,7 @@ from typing import Literal, get_args, get_type_hints
 from hyspark.cli.parsing import Arguments, add_settings
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.shared import EncoderSettings, RunSettings
+from hyspark.data.importing.choice import Rule
 from hyspark.data.settings import Axis, Scaling
 
 Part = Literal["", "all", "training", "validation"]
@@ -215,6 +216,39 @@ class SlicesArguments(Arguments):
     min_slices: int = 8  # DICOM scans of fewer slices, such as localizers, are skipped
     keep_patient_id: bool = False  # Show the PatientID of DICOM files in names and slices.json, not a pseudonym
     prepare_workers: int = 0  # Volumes at a time, a process each; 0 uses one per available core
+
+
+class ImportArguments(Arguments):
+    """Convert scans to a data set in nnU-Net layout, without the names of patients.
+
+    Sources hold DICOM series in any folder and order, NIfTI, NRRD, MetaImage, or folders of 2D slices. The same command
+    continues. Exit code 1: some series were unreadable; they are named, and the others are written.
+
+    Example:
+        hyspark import pacs_export --out data/Dataset042_Mine --choose most_slices
+    """
+
+    sources: list[str]  # Files and folders, searched at any depth
+    out: str  # Data set folder to write, named as nnU-Net does, e.g. data/Dataset042_Mine
+    modality: Literal["", "CT", "MR", "PT"] = ""  # Modality to import; needed if the sources hold several
+    choose: Rule = "all"  # Scans of each study: all, the one of most slices, or the one of the thinnest
+    kernel: str = ""  # Pattern of ConvolutionKernel, such as "b30|standard"; others are excluded; case is ignored
+    series_description: str = ""  # Pattern of SeriesDescription (or --description); others are excluded
+    min_slices: int = 8  # Scans of fewer slices, such as localizers, are excluded
+    max_thickness: float = 0.0  # Scans of thicker slices, or slices further apart, are excluded, in mm; 0 takes all
+    slice_spacing: tuple[float, float, float] | None = None  # For 2D slices: mm between columns, rows and slices
+    keep_descriptions: bool = False  # Write SeriesDescription into import.jsonl; it may hold a name
+    salt_file: str = ""  # Secret that ids are hashed with; by default ~/.config/hyspark/import_salt, made if missing
+    private_table: str = ""  # CSV to write with the ids, UIDs and paths behind the hashes, outside of OUT
+    prepare_workers: int = 0  # Volumes at a time, a process each; 0 uses one per available core
+
+    def configure(self) -> None:
+        self.add_argument("sources", nargs="+")
+        self.add_argument("--modality", metavar="{CT,MR,PT}")
+        self.add_argument("--slice_spacing", metavar="X")
+
+    def old_spellings(self) -> dict[str, str]:
+        return {"description": "series_description"}  # a parser has a description of its own
 
 
 class CompareArguments(Arguments):

@@ -15,6 +15,7 @@ from hyspark.cli.arguments import (
     DatalistArguments,
     EvaluateArguments,
     ExportArguments,
+    ImportArguments,
     NetworkArguments,
     PhantomArguments,
     PredictArguments,
@@ -215,6 +216,40 @@ def slices(argv: Sequence[str]) -> None:
     for failed in record["failed"]:
         print(f"not read: {failed['source']}: {failed['why']}", file=sys.stderr)
     if record["failed"]:
+        sys.exit(FOUND)
+
+
+def import_scans(argv: Sequence[str]) -> None:
+    """Convert DICOM, NRRD and other scans to a data set in nnU-Net layout, without names of patients."""
+    args = parse(ImportArguments(prog="hyspark import", allow_abbrev=False), argv)
+    not_negative(args, "prepare_workers")
+    if args.slice_spacing and min(args.slice_spacing) <= 0:
+        raise ValueError(f"--slice_spacing: expected mm above 0 on each axis, got {args.slice_spacing}")
+    from hyspark.data.importing import choice, pseudonyms, summary, write
+
+    salt_file = Path(args.salt_file) if args.salt_file else pseudonyms.default_salt_file()
+    try:
+        imported = write.import_volumes(
+            [Path(source) for source in args.sources],
+            Path(args.out),
+            choice.Choice(
+                args.modality, args.choose, args.kernel, args.series_description, args.min_slices, args.max_thickness
+            ),
+            salt_file=salt_file,
+            slice_spacing=args.slice_spacing,
+            keep_descriptions=args.keep_descriptions,
+            private_table=Path(args.private_table) if args.private_table else None,
+            num_workers=args.prepare_workers,
+        )
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    print(summary.summarise_import(imported, salt_file))
+    for source, why in imported.failed:
+        print(f"not imported: {source}: {why}", file=sys.stderr)
+    if imported.cases:
+        print("next:", *summary.next_commands(imported), sep="\n  ")
+    if imported.failed:
         sys.exit(FOUND)
 
 

@@ -14,6 +14,7 @@ VERB_GROUPS = {
         "datalist": "Write dataset.json from nnU-Net folders (generate_js.py).",
         "check": "Find everything that is wrong with a data set.",
         "phantom": "Write procedural CTs in nnU-Net layout.",
+        "import": "Convert DICOM, NRRD and other scans to a data set in nnU-Net layout, without names of patients.",
         "slices": "Write CTs, NIfTI or DICOM, as folders of PNG slices.",
     },
     "train": {
@@ -38,6 +39,8 @@ VERB_GROUPS = {
 VERBS = {verb: text for verbs in VERB_GROUPS.values() for verb, text in verbs.items()}
 EARLIER = {"finetune_classify": "finetune-classifier", "classify": "classify"}
 """Verbs of earlier versions, which still work and are not listed, with their present functions."""
+FUNCTIONS = {**EARLIER, "import": "import_scans"}
+"""Functions whose names are not those of their verbs; import is a word of Python's own."""
 SHELLS = ("bash", "zsh", "tcsh")
 
 
@@ -59,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
         sys.exit(WRONG_USE)
-    function = EARLIER.get(argv[0], argv[0]).replace("-", "_")
+    function = FUNCTIONS.get(argv[0], argv[0]).replace("-", "_")
     run_verb(getattr(import_module("hyspark.cli.commands"), function), argv[1:])
 
 

@@ -100,7 +100,7 @@ def volume_name(title: str, unique: str) -> str:
 
 def add_series(
     headers: Iterator[tuple[Path, ReadHeader]],
-    folders: dict[Path, str],
+    below: dict[Path, Path],
     modalities: Collection[str],
     min_slices: int,
     keep_patient_id: bool,
@@ -121,7 +121,8 @@ def add_series(
         else:
             # SourceFiles without SeriesInstanceUID are a series of their folder.
             uid = read[0].series or f"folder {path.parent.name}"
-            series.setdefault((read[0].patient or folders[path], uid), []).extend(read)
+            patient = read[0].patient or (below[path].parts[0] if below[path].parts[1:] else path.parent.name)
+            series.setdefault((patient, uid), []).extend(read)
     for (patient, uid), slices in series.items():
         paths = {header.path for header in slices}
         near = [file for folder in sorted({path.parent for path in paths}) for file in damaged.get(folder, ())]

@@ -34,12 +34,12 @@ class SourceFiles:
     Attributes:
         images: NIfTI images, files of other formats, and folders of pictures, with their paths below the source.
         stacks: the pictures of each folder of `images`.
-        rest: other files, which may be DICOM, with the folder that stands for a patient without ID.
+        rest: other files, which may be DICOM, with their paths below the source.
     """
 
     images: dict[Path, Path] = field(default_factory=dict)
     stacks: dict[Path, PictureStack] = field(default_factory=dict)
-    rest: dict[Path, str] = field(default_factory=dict)
+    rest: dict[Path, Path] = field(default_factory=dict)
 
 
 def sort_sources(sources: Sequence[Path], skip: Path, other_formats: bool, found: Found) -> SourceFiles:
@@ -63,7 +63,7 @@ def sort_sources(sources: Sequence[Path], skip: Path, other_formats: bool, found
                 else:
                     files.images[file] = below
             else:
-                files.rest[file] = below.parts[0] if len(below.parts) > 1 else file.parent.name
+                files.rest[file] = below
             seen.add(real)
     if any(file.suffix.lower() in BY_SIMPLEITK for file in files.images):
         require_simpleitk()
@@ -98,7 +98,8 @@ def take_pictures(
                 reason = NEEDS_SPACING.format(num=len(of_stack))
                 found.damaged.append(NotUsed(str(source), reason, str(source), num_files=len(of_stack)))
             else:
-                files.images[source] = Path(source.name)
+                below = files.rest[of_stack[0]]
+                files.images[source] = below if source in of_stack else below.with_name(source.name)
                 files.stacks[source] = PictureStack(of_stack, spacing)
         used = {file for of_stack in stacks.values() for file in of_stack}
         for file in pictures:

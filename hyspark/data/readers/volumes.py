@@ -186,9 +186,13 @@ def kind_of_values(voxels: np.ndarray) -> ImageKind | None:
     return kind
 
 
-def notes_on_values(voxels: np.ndarray) -> list[str]:
-    """List what is odd about the values of a CT `(h, w, d)`, as `check` does; raises as `kind_of_values` does."""
-    kind = kind_of_values(voxels)
+def notes_on_kind(kind: ImageKind | None, voxels: np.ndarray) -> list[str]:
+    """List what is odd about the values of a CT `(h, w, d)`, as `check` does.
+
+    Args:
+        kind: what they hold, by `kind_of_values`.
+        voxels: the values.
+    """
     if kind is None:
         return [f"constant: the value {float(voxels.min()):g} everywhere"]
     return [] if kind.name in IN_HU else [f"no Hounsfield units? {kind.name}: {kind.range_text}"]

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from hyspark.data.datasets.splits import held_out_subjects
 from hyspark.data.preprocessing.prepare import failure_reason
 from hyspark.data.readers.find import find_volumes
-from hyspark.data.readers.volumes import Volume, notes_on_values, read_volume, volume_state
+from hyspark.data.readers.volumes import Volume, kind_of_values, notes_on_kind, read_volume, volume_state
 from hyspark.data.settings import Axis, PictureSettings
 from hyspark.data.slices.pictures import slice_axes, slice_pictures, why_skewed
 from hyspark.data.slices.record import KEEP_PATIENT_ID, RECORD, SLICE_SPLITS, check_unmoved, read_record
@@ -207,7 +207,7 @@ def slice_volume(volume: Volume, out: Path, split: str, settings: PictureSetting
     state = volume_state(volume)
     try:
         voxels, affine = read_volume(volume)
-        value_notes = notes_on_values(voxels)
+        value_notes = notes_on_kind(kind_of_values(voxels), voxels)
     except Exception as error:  # a damaged file may raise anything, and must not end the others
         return Sliced(volume, error=failure_reason(error))
     if why := why_skewed(affine, settings.axis) or why_distorted(volume, settings.axis):

@@ -1,0 +1,1 @@
+"""Scans of any format -> a data set in nnU-Net layout."""
