@@ -239,6 +239,8 @@ class ImportArguments(Arguments):
     slice_spacing: tuple[float, float, float] | None = None  # For 2D slices: mm between columns, rows and slices
     keep_descriptions: bool = False  # Write SeriesDescription into import.jsonl; it may hold a name
     salt_file: str = ""  # Secret that ids are hashed with; by default ~/.config/hyspark/import_salt, made if missing
+    labels: bool = False  # Write labelsTr from the RTSTRUCT and DICOM-SEG files in the sources
+    label_names: str = ""  # YAML of classes with names of structures, {spleen: [Milz, "SPLEEN_*"]}; with --labels
     private_table: str = ""  # CSV to write with the ids, UIDs and paths behind the hashes, outside of OUT
     prepare_workers: int = 0  # Volumes at a time, a process each; 0 uses one per available core
 

@@ -4,21 +4,19 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import nibabel
 import numpy as np
 
 from hyspark.data.datasets.cases import Case
 from hyspark.data.datasets.found import MAX_NAMED
 from hyspark.data.datasets.inputs import read_inputs
+from hyspark.data.importing.nifti_content import nifti_content
 from hyspark.data.readers.dicom import is_dicom, read_header
 from hyspark.data.readers.find import find_volumes
 from hyspark.data.readers.series import Series
 from hyspark.data.readers.volumes import Found, Volume, read_volume
+from hyspark.utils.atomic import write_whole
 from hyspark.utils.paths import NIFTI, walk_folders
 from hyspark.utils.text import listing
-
-IN_MM, SCANNER = 2, 1
-"""Codes of NIfTI for mm, and for positions in the scanner."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +133,7 @@ def add_dicom_scans(searched: Found, out: Path, found: PredictInputs) -> None:
         if volume.series is None:
             searched.add_other("NIfTI files among DICOM; name them to use them", volume.source)
             continue
-        image = scan_folder(out) / f"{volume.name}.nii"
+        image = scan_folder(out) / f"{volume.name}.nii.gz"
         case = ScanCase(volume.name, volume.source.name, image, volume=volume)
         found.cases.append(case)
         found.lines += [f"{case.origin} ({case.name}): {note}" for note in volume.series.notes]
@@ -151,15 +149,10 @@ def scan_folder(out: Path) -> Path:
 
 
 def write_scan(case: ScanCase) -> None:
-    """Write the NIfTI file of a scan, uncompressed, with axes closest to RAS.
+    """Write the NIfTI file of a scan, the one that `hyspark import` writes.
 
     Raises:
         ValueError: a file of the scan is damaged, or its values are no Hounsfield units.
     """
     voxels, affine = read_volume(case.volume)
-    image = nibabel.Nifti1Image(voxels, affine)
-    image.set_sform(affine, SCANNER)
-    image.set_qform(affine, SCANNER, strip_shears=True)
-    image.header.set_xyzt_units(IN_MM)
-    case.image.parent.mkdir(parents=True, exist_ok=True)
-    nibabel.save(image, case.image)
+    write_whole(case.image, nifti_content(voxels, affine))

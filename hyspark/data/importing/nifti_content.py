@@ -4,6 +4,7 @@ import nibabel
 import numpy as np
 from isal import igzip
 from nibabel.affines import voxel_sizes
+from numpy.typing import DTypeLike
 
 from hyspark.utils.private_text import PrivateError
 
@@ -15,13 +16,15 @@ STRAIGHT = 1e-4
 """Largest cosine between axes that a quaternion describes."""
 
 
-def nifti_content(voxels: np.ndarray, affine: np.ndarray) -> bytes:
+def nifti_content(voxels: np.ndarray, affine: np.ndarray, dtype: DTypeLike | None = None) -> bytes:
     """Make the content of a .nii.gz of voxels `(h, w, d)` and their affine `(4, 4)` to mm.
+
+    Their type is the given one, or that of `as_stored`.
 
     The quaternion (qform) and the matrix (sform) say the same. Of sheared axes, as with a tilted gantry, the matrix
     alone is valid.
     """
-    image = nibabel.Nifti1Image(as_stored(voxels), affine)
+    image = nibabel.Nifti1Image(as_stored(voxels) if dtype is None else voxels.astype(dtype), affine)
     directions = affine[:3, :3] / voxel_sizes(affine)
     is_straight = np.abs(directions.T @ directions - np.eye(3)).max() < STRAIGHT
     image.set_sform(affine, code=1)

@@ -12,7 +12,8 @@ from pydicom.sr.coding import Code
 from pydicom.uid import generate_uid
 
 from hyspark.data.readers.series import Series
-from hyspark.data.writers.source_images import Segments, SourceSlice, check_segments, read_source
+from hyspark.data.readers.source_slices import SourceSlice
+from hyspark.data.writers.source_images import Segments, check_segments, read_source
 
 SEG_NUMBER = 9000
 """What is added to the number of the source's series."""

@@ -10,8 +10,9 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ImplicitVRLittleEndian, RTStructureSetStorage, generate_uid
 
 from hyspark.data.readers.series import Series
+from hyspark.data.readers.source_slices import SourceSlice
 from hyspark.data.writers.contours import mask_contours
-from hyspark.data.writers.source_images import TYPE_2, Segments, SourceSlice, check_segments, read_source
+from hyspark.data.writers.source_images import TYPE_2, Segments, check_segments, read_source
 
 RTSTRUCT_NUMBER = 9100
 """What is added to the number of the source's series."""

@@ -1,16 +1,13 @@
 """The DICOM series that a label map belongs to: its elements, its slices in order, and what references need."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pydicom
 
-from hyspark.data.readers.dicom import headers_of, open_dicom
-from hyspark.data.readers.elements import Header
 from hyspark.data.readers.series import Series
+from hyspark.data.readers.source_slices import SourceSlice, read_slices
 
 REQUIRED = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "SOPClassUID", "SOPInstanceUID")
 """Elements of a source that an object which refers to it needs."""
@@ -38,34 +35,15 @@ class Segments:
     weights: str
 
 
-@dataclass(frozen=True)
-class SourceSlice:
-    """A slice of the series.
-
-    Attributes:
-        data: elements of its file, without pixels.
-        header: its header.
-    """
-
-    data: pydicom.FileDataset
-    header: Header
-
-
 def read_source(series: Series) -> list[SourceSlice]:
     """Read the elements of the slices of a series, in the series' order.
 
     Raises:
         ValueError: if elements are missing that a reference needs; the message begins with the file's name.
     """
-    headers: dict[tuple[Path, int | None], Header] = {}
-    files: dict[Path, pydicom.FileDataset] = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom warns of values that violate the standard
-        for path in series.files:
-            files[path] = open_dicom(path, stop_before_pixels=True)
-            headers |= {(path, header.frame): header for header in headers_of(path, files[path])}
+    slices = read_slices(series)
     seen: dict[str, Path] = {}
-    for path, data in files.items():
+    for path, data in {part.header.path: part.data for part in slices}.items():
         if missing := [name for name in REQUIRED if not data.get(name)]:
             raise ValueError(
                 f"{path.name}: expected {', '.join(missing)}, to which a DICOM object refers, found none; "
@@ -78,7 +56,7 @@ def read_source(series: Series) -> list[SourceSlice]:
         for name in TYPE_2:
             if name not in data:
                 setattr(data, name, "")
-    return [SourceSlice(files[part.path], headers[part.path, part.frame]) for part in series.slices]
+    return slices
 
 
 def check_segments(labels: np.ndarray, series: Series, segments: Segments) -> None:

@@ -260,7 +260,7 @@ def test_predicted_labels_are_those_of_the_nifti_file_to_the_voxel(tmp_path, nam
     found = find_inputs([tmp_path / "in"], tmp_path / "out", only_dicom=False, min_slices=8, progress=False)
     (case,) = found.cases
     write_scan(case)
-    nifti = tmp_path / f"{case.name}.nii"
+    nifti = tmp_path / f"{case.name}.nii.gz"
     case.image.rename(nifti)
     options = {"device": "cpu", "prepare_workers": 1}
     (expected,) = api.predict(tmp_path, nifti, tmp_path / "nifti", **options).files
