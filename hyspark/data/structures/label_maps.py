@@ -9,7 +9,7 @@ from hyspark.data.readers.series import Series
 from hyspark.data.structures.class_names import ClassNames
 from hyspark.data.structures.contours import contour_masks
 from hyspark.data.structures.objects import LabelObject
-from hyspark.data.structures.planes import slice_planes
+from hyspark.data.structures.planes import SlicePlanes, slice_planes
 from hyspark.data.structures.segments import segment_masks
 from hyspark.utils.private_text import private
 from hyspark.utils.text import count_of, first_line
@@ -67,7 +67,9 @@ def label_series(series: Series, objects: Sequence[LabelObject], classes: ClassN
     return made
 
 
-def masks_of_object(one: LabelObject, series: Series, classes: ClassNames, made: SeriesLabels) -> dict[str, np.ndarray]:
+def masks_of_object(
+    one: LabelObject, planes: SlicePlanes, classes: ClassNames, made: SeriesLabels
+) -> dict[str, np.ndarray]:
     """Return the masks of a file of structures by class; adds notes and faults to the result."""
     names: Mapping[int, str] = dict(one.structures)
     masks: dict[str, np.ndarray] = {}
