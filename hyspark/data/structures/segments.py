@@ -78,9 +78,13 @@ def frames_of(data: pydicom.Dataset) -> Iterator[Frame]:
     Raises:
         ValueError: a frame has no geometry.
     """
+    size = data.Rows * data.Columns
+    # pydicom reads frames of bits one by one only if they begin with a byte.
+    is_aligned = data.BitsAllocated > 1 or size % 8 == 0
+    frames = iter_pixels(data) if is_aligned else iter(data.pixel_array.reshape(-1, data.Rows, data.Columns))
     shared = (data.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()])[0]
     groups = data.get("PerFrameFunctionalGroupsSequence") or ()
-    for number, (pixels, own) in enumerate(zip(iter_pixels(data), groups, strict=True), 1):
+    for number, (pixels, own) in enumerate(zip(frames, groups, strict=True), 1):
 
         def element(sequence: str, name: str, own: Any = own) -> Any:
             for group in (own, shared):
