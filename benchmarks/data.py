@@ -179,7 +179,7 @@ def random_transforms(edge: int) -> list[Any]:
 
 def prepare_ours(image: Path) -> np.ndarray:
     """float32 (h, w, d)."""
-    array: np.ndarray = prepare_case(Case("case", "", image), SETTINGS)["image"]
+    array: np.ndarray = prepare_case(Case("case", "", image), SETTINGS)["image"][0]
     return array
 
 

@@ -100,7 +100,7 @@ def prepared_volume(image: str, folder: Path) -> tuple[np.ndarray, int]:
         path = folder / "phantom_0000.nii.gz"
         nibabel.save(nibabel.Nifti1Image(phantom.image, phantom.affine), path)
     settings = PrepareSettings()
-    return prepare_case(Case(path.name, "", path), settings)["image"], stored_steps(settings)
+    return prepare_case(Case(path.name, "", path), settings)["image"][0], stored_steps(settings)
 
 
 def read_crops(form: Format, path: Path, shape: tuple[int, ...], repeats: int) -> float:

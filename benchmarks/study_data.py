@@ -106,7 +106,7 @@ def copy_case(case: Case, settings: PrepareSettings, out: Path) -> Case:
     _, shape = target_grid(source.shape[:3], source.affine, settings.spacing)
     if case.label is None and math.prod(shape) < math.prod(source.shape[:3]):
         prepared = prepare_case(case, settings)
-        values = settings.hu_min + prepared["image"] * (settings.hu_max - settings.hu_min)
+        values = settings.hu_min + prepared["image"][0] * (settings.hu_max - settings.hu_min)
         write_image(image, values, prepared["affine"], settings)
     else:
         write_image(image, np.asanyarray(source.dataobj).reshape(source.shape[:3]), source.affine, settings)

@@ -6,7 +6,7 @@ from hyspark.cli.parsing import Arguments, add_settings
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.shared import EncoderSettings, RunSettings
 from hyspark.data.importing.choice import Rule
-from hyspark.data.settings import Axis, Scaling
+from hyspark.data.settings import Axis, PrepareSettings, Scaling
 
 Part = Literal["", "all", "training", "validation"]
 DEVICE_CHOICES = get_args(get_type_hints(RunSettings)["device"])
@@ -27,7 +27,7 @@ class DatalistArguments(Arguments):
     val_fraction: float = 0.2  # Fraction of subjects in the validation part of a seeded split
     subject_regex: str = ""  # Pattern of the subject in case names; by default what precedes _visit, __, ...
     seed: int = 0  # Seed of the split
-    channel: str = "0000"  # Channel whose files are listed
+    channel: tuple[str, ...] = ("0000",)  # Channels whose files are listed: 0000, or 0 1 for two files a case
     organize_from: str = ""  # Before listing, link the NIfTI files below this folder into --organize_to
     organize_to: str = ""  # nnU-Net data set folder to make, e.g. data/Dataset042_Mine
     copy: bool = False  # Copy files instead of linking them
@@ -47,13 +47,11 @@ class CheckArguments(Arguments):
 
     data: str  # Folder of data: an nnU-Net data set, a folder that holds some, loose files; or a decathlon JSON
     out: str = "check"  # Folder for check.html and check.json
-    spacing: tuple[float, float, float] = PretrainConfig.spacing  # Voxel spacing in mm of preparation, for estimates
-    hu_min: float = PretrainConfig.hu_min  # HU that become 0 in training
-    hu_max: float = PretrainConfig.hu_max  # HU that become 1 in training
     prepare_workers: int = 0  # Processes; 0 uses one per available core
 
     def configure(self) -> None:
         self.add_argument("data")
+        add_settings(self, PrepareSettings)
 
 
 class WeightsArguments(Arguments):

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from inspect import unwrap
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def datalist(argv: Sequence[str]) -> None:
     found = build.build_datalist(
         Path(args.data),
         labels=args.labels,
-        channel=args.channel,
+        channels=channel_numbers(args.channel),
         splits=args.splits,
         val_fraction=args.val_fraction,
         seed=args.seed,
@@ -67,6 +68,19 @@ def datalist(argv: Sequence[str]) -> None:
     print(f"written to {path}")
 
 
+def channel_numbers(words: Sequence[str]) -> tuple[int, ...]:
+    """Convert the words of --channel to numbers.
+
+    Raises:
+        ValueError: A word is no number of up to four digits, or one comes twice.
+    """
+    if not words or len(set(map(int, filter(str.isdecimal, words)))) < len(words) or max(map(len, words)) > 4:
+        raise ValueError(
+            f'--channel: expected numbers as in nnU-Net\'s file names ("0000", or 0 1), got {" ".join(words)!r}'
+        )
+    return tuple(map(int, words))
+
+
 def check(argv: Sequence[str]) -> None:
     """Find everything that is wrong with a data set."""
     args = parse(CheckArguments(prog="hyspark check", allow_abbrev=False), argv)
@@ -78,14 +92,9 @@ def check(argv: Sequence[str]) -> None:
     from hyspark.data.settings import PrepareSettings
     from hyspark.reports import data_check_page
 
-    settings = PrepareSettings(spacing=args.spacing, hu_min=args.hu_min, hu_max=args.hu_max)
-    examined, found = check_dataset(
-        Path(args.data),
-        hu_min=args.hu_min,
-        hu_max=args.hu_max,
-        spacing=args.spacing,
-        num_workers=args.prepare_workers,
-    )
+    given = {field.name: getattr(args, field.name) for field in fields(PrepareSettings)}
+    settings = PrepareSettings(**given)
+    examined, found = check_dataset(Path(args.data), num_workers=args.prepare_workers, **given)
     cost = estimate_preparation(examined, settings)
     lines = data_check_page.data_set_facts(examined, cost, args.spacing)
     print(data_check_page.data_check_text(examined, found.findings, lines))

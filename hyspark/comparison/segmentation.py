@@ -62,7 +62,9 @@ organ was predicted, so it flatters weights that miss organs: read it with the f
 
     def data_digest(self, config: SegmentationConfig) -> str:
         training, validation, _ = find_labelled_cases(replace(config, num_labelled=0, label_fraction=1.0))
-        test = find_labelled(Path(config.test_dir), "all").cases if config.test_dir else []
+        test = (
+            find_labelled(Path(config.test_dir), "all", channels=config.image_channels).cases if config.test_dir else []
+        )
         return text_digest(
             cases_digest([case for case in cases if files_exist(case)]) for cases in (training, validation, test)
         )

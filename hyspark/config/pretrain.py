@@ -76,11 +76,13 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
     slice_stride: int = setting(1, "data")
     """Use slices whose index is a multiple of this."""
     slice_scaling: Literal["window", "minmax"] = setting("window", "data")
-    """Intensities of slices. window: hu_min to hu_max become 0 to 1. minmax: the smallest to the largest value of each
-    slice become 0 to 1.
+    """Intensities of slices. window: as intensity says; for ct, hu_min to hu_max become 0 to 1. minmax: the smallest to
+    the largest value of each slice become 0 to 1.
     """
     in_channels: int = setting(1, "network", old=("channels",))
-    """Input channels; the image is repeated. Networks made for photographs take 3."""
+    """Input channels. An image of one channel is repeated; networks made for photographs take 3. With several
+    image_channels, the default stands for their number.
+    """
     decoder_width: int = setting(768, "network", methods=MASKED)
     """Channels of the reconstruction decoder at its deepest level; a multiple of 16."""
     compute: Literal["packed", "masked"] = setting("packed", "machine", methods=("hyspark",))
@@ -146,8 +148,11 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
         """Raise ValueError for a method or network that does not exist, or does not fit the batch."""
         if self.model == "hyspark":
             grid_of(self.crop_shape)
-            if self.in_channels != 1:
-                raise ValueError(f"in_channels must be 1 for hyspark, but it is {self.in_channels}")
+            if self.in_channels != self.num_image_channels:
+                raise ValueError(
+                    f"in_channels must be 1 for hyspark, the number of image_channels, but it is {self.in_channels}; "
+                    "to read several, name them by image_channels"
+                )
         elif self.method not in METHODS or not self.model.partition("/")[2]:
             raise ValueError(
                 f"model must be hyspark, or a method and a backbone (spark/timm/resnet50), not {self.model!r}; methods "

@@ -14,6 +14,8 @@ from hyspark.config.classification import ClassificationConfig
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.config.yaml_files import find_recipe, load_mapping
+from hyspark.data.intensity import reads_window
+from hyspark.data.settings import PrepareSettings
 from hyspark.utils.atomic import write_whole
 from hyspark.utils.settings import field_info
 from hyspark.utils.text import nearest
@@ -177,6 +179,12 @@ def write_yaml(config: Config, path: Path) -> None:
 def as_plain(config: Config) -> dict[str, Any]:
     """Convert settings to plain values, tuples to lists."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+
+
+def shown_settings(config: Config) -> dict[str, Any]:
+    """Convert settings to plain values for a report, without those of CT in a run on other images."""
+    unread = () if not isinstance(config, PrepareSettings) or reads_window(config) else ("hu_min", "hu_max")
+    return {name: value for name, value in as_plain(config).items() if name not in unread}
 
 
 def differences(old: Mapping[str, Any], config: Config) -> list[str]:

@@ -81,9 +81,9 @@ class SegmentationConfig(VolumeSettings, EncoderSettings):
     affine_scale: float = setting(0.2, "data")
     """Largest change of size along each axis, as a fraction; below 1."""
     intensity_prob: float = setting(0.1, "data")
-    """Probability of scaling intensities by up to 10 %, and of shifting them by up to 0.1."""
+    """Probability of scaling intensities by up to 10 %, and of shifting them by up to 0.1 of their range."""
     in_channels: int = setting(1, "network")
-    """Image channels; CT has 1."""
+    """Input channels, one for each of image_channels; the default stands for their number."""
     out_channels: int = setting(0, "network")
     """Classes, background included. 0: the number in the data set's labels, or 14 if it names none."""
     decoder_width: int = setting(768, "network")
@@ -151,8 +151,11 @@ class SegmentationConfig(VolumeSettings, EncoderSettings):
         if len(self.crop_size) not in (1, 3):
             raise ValueError(f"crop_size takes one number or three, but got {list(self.crop_size)}")
         grid_of(self.crop_shape)
-        if self.in_channels != 1:
-            raise ValueError(f"in_channels must be 1, since CT has one channel, but it is {self.in_channels}")
+        if self.in_channels != self.num_image_channels:
+            raise ValueError(
+                f"in_channels must be 1, the number of image_channels, but it is {self.in_channels}; to read several, "
+                "name them by image_channels"
+            )
         if self.out_channels == 1:
             raise ValueError("out_channels includes the background, so it is at least 2, or 0 to take it from the data")
         check_probabilities("flip_prob", self.flip_prob)

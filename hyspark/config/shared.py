@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hyspark.config.checks import not_negative, one_of, positive
+from hyspark.data.intensity import check_intensity
 from hyspark.data.settings import PrepareSettings
 from hyspark.models.encoder import DEPTHS, EXPANSIONS, WIDTHS
 from hyspark.utils.settings import setting
@@ -152,6 +153,23 @@ def check_volumes(config: VolumeSettings) -> None:
         raise ValueError(f"spacing must be above 0 mm on each axis, but it is {config.spacing}")
     if config.hu_min >= config.hu_max:
         raise ValueError(f"hu_min must lie below hu_max, but they are {config.hu_min} and {config.hu_max}")
+    check_intensity(config)
+    check_channels(config)
+
+
+def check_channels(config: Any) -> None:
+    """Set in_channels to the number of image_channels where there are several and it has its default.
+
+    Raises:
+        ValueError: It has another value.
+    """
+    num = config.num_image_channels
+    if num > 1 and config.in_channels == type(config).in_channels:
+        object.__setattr__(config, "in_channels", num)
+    if num > 1 and config.in_channels != num:
+        raise ValueError(
+            f"in_channels: expected {num}, the number of image_channels, got {config.in_channels}; drop in_channels"
+        )
 
 
 def check_finetuning(config: Any) -> None:

@@ -17,9 +17,25 @@ class PrepareSettings:
     spacing: tuple[float, float, float] = setting((1.5, 1.5, 1.5), "data")
     """Voxel spacing in mm to which volumes are resampled, in RAS order."""
     hu_min: float = setting(-175.0, "data")
-    """Hounsfield units that become 0; lower values are clipped."""
+    """Hounsfield units that become 0; lower values are clipped. Read by intensities of CT."""
     hu_max: float = setting(250.0, "data")
-    """Hounsfield units that become 1; higher values are clipped."""
+    """Hounsfield units that become 1; higher values are clipped. Read by intensities of CT."""
+    intensity: tuple[str, ...] = setting(("ct",), "data")
+    """Values that a network sees, one name for all channels or one per channel. ct: hu_min to hu_max become 0 to 1.
+    ct-zscore: the same window, less input_mean, divided by input_std. mr: z-scores by the foreground of each volume.
+    none: the values of the files.
+    """
+    image_channels: tuple[int, ...] = setting((0,), "data")
+    """Channels of the images that are read, numbered as in nnU-Net: 0 1 reads CASE_0000 and CASE_0001."""
+    input_mean: tuple[float, ...] = setting((), "data")
+    """ct-zscore: Hounsfield units that become 0, one number or one per channel."""
+    input_std: tuple[float, ...] = setting((), "data")
+    """ct-zscore: Hounsfield units that become a step of 1, one number or one per channel."""
+
+    @property
+    def num_image_channels(self) -> int:
+        """Number of channels of a volume."""
+        return len(self.image_channels)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,8 @@ from hyspark.data.batches.crops import crop_start
 from hyspark.data.datasets import build, datalist_json
 from hyspark.data.datasets.cases import UNANNOTATED, Case
 from hyspark.data.datasets.splits import SPLIT_SEED, split_by_subject
+from hyspark.data.datasets.words import FIRST_CHANNELS
+from hyspark.data.intensity import to_input
 from hyspark.data.preprocessing.prepare import failure_message
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.evaluation.each_case import warn_of_failures
@@ -63,7 +65,7 @@ class ProbeCrop:
     """A labelled crop of the probe.
 
     Attributes:
-        image: float32 (1, *size) in [0, 1].
+        image: float32 (c, *size).
         label: int64 (*size), the index of the class in `Probe.names`, or IGNORED.
         voxels: int64 (n,), flat positions that the head is fitted on.
     """
@@ -82,7 +84,7 @@ class Probe:
     names: list[str]
 
 
-def find_probe_cases(path: Path, num_cases: int) -> ProbeCases:
+def find_probe_cases(path: Path, num_cases: int, channels: Sequence[int] = FIRST_CHANNELS) -> ProbeCases:
     """Choose labelled training cases for the probe, in two halves without a common subject.
 
     The choice depends on the names of the cases alone. Validation cases of the list or of a splits.json are not used.
@@ -90,15 +92,16 @@ def find_probe_cases(path: Path, num_cases: int) -> ProbeCases:
     Args:
         path: A data list, or an nnU-Net data set folder.
         num_cases: Number of cases.
+        channels: Channels that are read.
 
     Raises:
         ValueError: There are fewer cases, or what reading the list raises.
     """
     default = path if path.suffix == ".json" else path / "dataset.json"
     if path.suffix == ".json" or (default.is_file() and datalist_json.is_datalist(default)):
-        listed = datalist_json.read_datalist(default, require_labels=True)
+        listed = datalist_json.read_datalist(default, require_labels=True, channels=channels)
     else:
-        listed = build.read_folder(path, seed=SPLIT_SEED, val_fraction=0.2)
+        listed = build.read_folder(path, seed=SPLIT_SEED, val_fraction=0.2, channels=channels)
     if len(listed.training) < num_cases:
         raise ValueError(
             f"probe_cases is {num_cases}, but {path} has {len(listed.training)} labelled training cases; "
@@ -173,7 +176,7 @@ def cut_probe(
 
 
 def labelled_box(volume: StoredVolume, size: Sequence[int], *position: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut a crop around a labelled voxel: image float32 and label uint8, (*size).
+    """Cut a crop around a labelled voxel: image float32 (c, *size), as a network sees it, and label uint8 (*size).
 
     The volume's classes take turns, so that small ones are in as many crops as large ones.
     """
@@ -187,17 +190,18 @@ def labelled_box(volume: StoredVolume, size: Sequence[int], *position: int) -> t
         )
     found = np.flatnonzero(label == values[sum(position) % len(values)])
     start = crop_start(np.unravel_index(rng.choice(found), shape), shape, size)
-    return volume.read("image", start, size), volume.read("label", start, size)
+    image = to_input(volume.read_channels(start, size), volume.maps)
+    return image, volume.read("label", start, size)
 
 
 def probe_crop(image: np.ndarray, label: np.ndarray) -> ProbeCrop:
-    """Choose the voxels of a crop: image float32 and label int64, (*size)."""
+    """Choose the voxels of a crop: image float32 (c, *size) and label int64 (*size)."""
     rng = np.random.default_rng(0)
     voxels = []
     for number in np.unique(label[label != IGNORED]):
         found = np.flatnonzero(label == number)
         voxels.append(rng.choice(found, min(VOXELS_PER_CLASS, len(found)), replace=False))
-    return ProbeCrop(torch.from_numpy(image)[None], torch.from_numpy(label), torch.from_numpy(np.concatenate(voxels)))
+    return ProbeCrop(torch.from_numpy(image), torch.from_numpy(label), torch.from_numpy(np.concatenate(voxels)))
 
 
 def take_probe(encoder: HybridEncoder, probe: Probe, log: RunLog, step: int, epoch: int) -> None:

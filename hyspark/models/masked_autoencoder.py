@@ -170,6 +170,7 @@ def build_hyspark(
     num_heads: int = 12,
     decoder_width: int = 768,
     axes: int = 3,
+    in_channels: int = 1,
 ) -> MaskedAutoencoder:
     """Build HySparK's pre-training network; the defaults are HySparK-B of the paper.
 
@@ -185,9 +186,12 @@ def build_hyspark(
         num_heads: attention heads of the transformer.
         decoder_width: channels of the decoder's deepest level.
         axes: number of spatial axes.
+        in_channels: input channels.
 
     Raises:
         ValueError: sizes, widths or the mask ratio do not fit together.
     """
-    encoder = HybridEncoder(1, img_size, widths, depths, expansions, vit_depth, num_heads, axes, compute, hide)
+    encoder = HybridEncoder(
+        in_channels, img_size, widths, depths, expansions, vit_depth, num_heads, axes, compute, hide
+    )
     return MaskedAutoencoder(encoder, mask_ratio, decoder_width)

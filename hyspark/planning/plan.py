@@ -123,7 +123,9 @@ def count_flops(config: PretrainConfig, model: MaskedAutoencoder | Siamese, crop
         chosen = model.encoder.compute
         try:
             for model.encoder.compute in ("packed", "masked"):
-                encoder[model.encoder.compute] = sum(flops_by_layer(model.encoder, size, crops, visible).values())
+                encoder[model.encoder.compute] = sum(
+                    flops_by_layer(model.encoder, size, crops, visible, channels).values()
+                )
         finally:
             model.encoder.compute = chosen
     return Flops(sum_by_module(flops_by_layer(model, size, crops, visible, channels)), encoder, backward)

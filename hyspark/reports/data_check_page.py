@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from hyspark.data.preprocessing.estimate import PreparationEstimate
-from hyspark.data.quality.examine import HISTOGRAM, Examined
+from hyspark.data.quality.examine import FRACTIONS, HISTOGRAM, Examined
 from hyspark.data.quality.findings import FINDING_KINDS, SEVERITIES, Finding
 from hyspark.figures.panels import DPI, figure_png
 from hyspark.reports.html import render_page
@@ -189,8 +189,10 @@ def drawn_histograms(examined: Sequence[Examined]) -> bytes | None:
         axes.legend(fontsize=7)
     fractions = [seen.counts / seen.counts.sum() for seen in read if seen.counts is not None]
     if fractions:
-        values.stairs(np.mean(fractions, axis=0), HISTOGRAM, fill=True)
-        values.set(title="HU, mean over cases", ylabel="fraction of voxels", yscale="log")
+        is_ct = len(fractions[0]) == len(HISTOGRAM) - 1
+        values.stairs(np.mean(fractions, axis=0), HISTOGRAM if is_ct else FRACTIONS, fill=True)
+        title = "HU" if is_ct else "value, lowest to highest of each case"
+        values.set(title=f"{title}, mean over cases", ylabel="fraction of voxels", yscale="log")
     return figure_png(figure)
 
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from hyspark.config.pretrain import PretrainConfig
+from hyspark.data.batches.crops import crop_maps
 from hyspark.data.batches.loader import Batch, Shard
 from hyspark.data.batches.views import ValidationViews, ViewBatches, ViewRecipe
+from hyspark.data.intensity import to_fractions
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.evaluation.linear_probe import Probe
 from hyspark.figures.panels import save_figure
@@ -50,7 +52,10 @@ class ContrastiveTask(Task):
         """Make a batch of views of crops of noise."""
         recipe = self.recipe
         sizes = [recipe.size] * 2 + [recipe.small_size] * recipe.num_small
-        return {"views": [torch.rand(num_crops, 1, *size) for size in sizes], "cases": ["noise"] * num_crops}
+        return {
+            "views": [torch.rand(num_crops, self.config.num_image_channels, *size) for size in sizes],
+            "cases": ["noise"] * num_crops,
+        }
 
     def inputs(self, run: Run, batch: Batch) -> tuple[list[Tensor]]:
         """Return the views (b, channels, *size), on the device."""
@@ -106,9 +111,15 @@ class ContrastiveTask(Task):
         path = self.config.run_folder / "pictures" / "views.png"
         if path.is_file():
             return
-        batch = self.validation_batches((self.validation or self.training)[: common.NUM_PICTURES])[0]
+        shown = (self.validation or self.training)[: common.NUM_PICTURES]
+        batch = self.validation_batches(shown)[0]
         every = self.config.crops_per_volume
-        figure = views_panel([view[::every, 0].numpy() for view in batch["views"]], batch["cases"][::every])
+        first_views = [view[::every] for view in batch["views"]]
+        for i in range(len(first_views[0])):
+            maps = crop_maps(shown[i], self.recipe.slices)
+            for view in first_views:
+                to_fractions(view[i], maps)
+        figure = views_panel([view[:, 0].numpy() for view in first_views], batch["cases"][::every])
         save_figure(figure, path)
         log.board.add_figure("views", figure, step, close=False)
 

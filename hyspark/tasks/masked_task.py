@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from hyspark.config.pretrain import PretrainConfig
+from hyspark.data.batches.crops import crop_maps
 from hyspark.data.batches.loader import Batch, Shard
 from hyspark.data.batches.volumes import PretrainBatches, ValidationCrops
+from hyspark.data.intensity import to_fractions
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.evaluation.linear_probe import Probe
 from hyspark.figures.panels import reconstruction_panel, save_figure
@@ -44,7 +46,7 @@ class MaskedTask(Task):
 
     def random_batch(self, num_crops: int) -> Batch:
         """Make a batch of crops of noise."""
-        volumes = torch.rand(num_crops, 1, *self.config.crop_shape)
+        volumes = torch.rand(num_crops, self.config.num_image_channels, *self.config.crop_shape)
         return {"volumes": volumes, "mask_seeds": range(num_crops), "cases": ["noise"] * num_crops}
 
     def inputs(self, run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -94,20 +96,24 @@ class MaskedTask(Task):
         shown = self.validation or self.training
         crops = self.validation_batches(shown)
         for index in range(min(common.NUM_PICTURES, len(shown))):
-            name = shown[index].name
+            name, maps = shown[index].name, crop_maps(shown[index], common.slice_sampling(self.config))
             volumes, visible = (x[:1] for x in self.inputs(run, crops[index]))
             with autocast(run.processes, self.config.precision):
                 output = run.network(volumes, visible)
             visible_voxels = visible_at(visible, volumes.shape[2:])
-            arrays = (volumes, visible_voxels, reconstruct(volumes, output))
-            image, mask, result = (x[0, 0].cpu().numpy() for x in arrays)
-            options: dict[str, Any] = {"title": f"{name}, epoch {epoch}", "spacing": self.config.spacing}
-            if sampling := common.slice_sampling(self.config):
-                image, mask, result = (np.expand_dims(x, sampling.axis) for x in (image, mask, result))
-                options["slices"] = [self.config.slices]
-            figure = reconstruction_panel(image, mask, result.clip(0, 1), **options)
-            save_figure(figure, self.config.run_folder / "pictures" / f"epoch_{epoch:04d}_{name}.png")
-            log.board.add_figure(f"reconstruction/{name}", figure, step, close=False)
+            arrays = (volumes.clone(), reconstruct(volumes, output))
+            images, results = (to_fractions(x[0].cpu(), maps).numpy() for x in arrays)
+            for channel in range(self.config.num_image_channels):
+                title = f"{name}, channel {self.config.image_channels[channel]}" if channel else name
+                options: dict[str, Any] = {"title": f"{title}, epoch {epoch}", "spacing": self.config.spacing}
+                image, mask, result = images[channel], visible_voxels[0, 0].cpu().numpy(), results[channel]
+                if sampling := common.slice_sampling(self.config):
+                    image, mask, result = (np.expand_dims(x, sampling.axis) for x in (image, mask, result))
+                    options["slices"] = [self.config.slices]
+                figure = reconstruction_panel(image, mask, result.clip(0, 1), **options)
+                stem = f"epoch_{epoch:04d}_{name}" + (f"_channel{channel}" if channel else "")
+                save_figure(figure, self.config.run_folder / "pictures" / f"{stem}.png")
+                log.board.add_figure(f"reconstruction/{title}", figure, step, close=False)
 
     def extra_state(self) -> dict[str, float]:
         """Return the lowest validation loss."""

@@ -48,7 +48,11 @@ class PretrainingExperiment(Experiment[MaskedTask | ContrastiveTask]):
         self.config, self.processes = config, processes
         self.shard = Shard(config.batch_size, processes.rank, processes.world_size)
         self.training, self.validation = find_pretraining_cases(config)
-        self.probe_cases = find_probe_cases(Path(config.probe_data), config.probe_cases) if config.probe_data else None
+        self.probe_cases = (
+            find_probe_cases(Path(config.probe_data), config.probe_cases, config.image_channels)
+            if config.probe_data
+            else None
+        )
         self.data = describe_cases(self.training, self.validation)
         if config.dry_run:
             check_files_exist(config, [*self.training, *self.validation])
@@ -142,6 +146,7 @@ def find_pretraining_cases(config: PretrainConfig) -> tuple[list[Case], list[Cas
         val_fraction=config.val_fraction,
         subject_regex=config.subject_regex,
         fold=config.fold,
+        channels=config.image_channels,
     )
     for line in listed.unused:
         LOG.warning("%s", line)
@@ -186,6 +191,7 @@ def build_pretraining_network(config: PretrainConfig, num_processes: int) -> Mas
             **encoder_options(config),
             decoder_width=config.decoder_width,
             axes=axes,
+            in_channels=config.in_channels,
         )
     name = config.model.partition("/")[2]
     try:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hyspark.config.pretrain import PretrainConfig
-from hyspark.config.recipes import as_plain
+from hyspark.config.recipes import shown_settings
 from hyspark.data.batches.crops import SliceSampling
 from hyspark.data.batches.loader import Batch, make_loader
 from hyspark.data.preprocessing.store import StoredVolume
@@ -85,7 +85,7 @@ def format_num_parameters(model: torch.nn.Module) -> str:
 
 
 def to_network_input(images: Tensor, config: PretrainConfig, device: torch.device) -> Tensor:
-    """Move images to the device and repeat their channel: (b, 1, *size) -> (b, channels, *size)."""
+    """Move images to the device, and repeat the channel of those with one: (b, c, *size) -> (b, in_channels, *size)."""
     images = images.to(device, non_blocking=True)
     return images.expand(-1, config.in_channels, *(-1,) * (images.ndim - 2))
 
@@ -153,7 +153,7 @@ def write_pretraining_report(task: PretrainingTask, run: Run) -> Path:
     return run_page.write_report(
         config.run_folder,
         title=f"HySparK pre-training: {config.exp_name}",
-        config=as_plain(config),
+        config=shown_settings(config),
         environment=run_page.environment(),
         summary={
             "training volumes": str(len(task.training)),

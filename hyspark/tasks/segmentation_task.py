@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from hyspark.config.recipes import as_plain
+from hyspark.config.recipes import as_plain, shown_settings
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.batches.augmentation import AffineRange
 from hyspark.data.batches.loader import Batch, Shard
@@ -194,7 +194,7 @@ class SegmentationTask(Task):
         return run_page.write_report(
             c.run_folder,
             title=f"HySparK fine-tuning: {c.run_folder.name}",
-            config=as_plain(c),
+            config=shown_settings(c),
             environment=run_page.environment(),
             summary={
                 "initial weights": "random" if c.weights == "none" else c.weights,

@@ -1,17 +1,19 @@
 """Initial weights of a run: random ones from the seed, and pre-trained ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from hyspark.config.shared import VolumeSettings
+from hyspark.config.yaml_files import load_mapping
+from hyspark.data.intensity import OF_CT
 from hyspark.data.seeds import seed_at
 from hyspark.data.settings import PrepareSettings
-from hyspark.models.weights.load import LoadReport, load_pretrained
+from hyspark.models.weights.load import LoadReport, is_own_network, load_pretrained
 from hyspark.utils.log import LOG
 
 InitialisedT = TypeVar("InitialisedT", bound=nn.Module)
@@ -27,21 +29,70 @@ def initialise(build: Callable[[], InitialisedT], seed: int) -> InitialisedT:
 
 
 def load_volume_weights(model: nn.Module, path: str | Path, config: VolumeSettings) -> LoadReport:
-    """Load weights of a network of volumes, and warn of another spacing or window than this run's.
+    """Load weights of a network of volumes, and warn of another spacing or intensity than this run's.
 
     Raises:
         FileNotFoundError, ValueError: As `load_pretrained`.
     """
     report = load_pretrained(model, path, config.weights_key)
-    for name in INPUT_SETTINGS:
-        own, other = (as_numbers(value) for value in (getattr(config, name), report.made_with.get(name)))
-        if other and own != other and other * 3 != own:
-            shown, wanted = (" ".join(map(str, numbers)) for numbers in (other, own))
-            LOG.warning("%s was made with %s %s, this run has %s", path, name, shown, wanted)
+    made_with = report.made_with or settings_beside(Path(path))
+    for name, own, other in differing_inputs(config, made_with):
+        shown, wanted = (" ".join(map(str, values)) for values in (other, own))
+        LOG.warning("%s was made with %s %s, this run has %s", path, name, shown, wanted)
+    if not made_with and is_own_network(model) and set(config.intensity) != {"ct"}:
+        LOG.warning(
+            "%s does not say for which intensity it was made (the released weights: ct), this run has %s",
+            *(path, " ".join(config.intensity)),
+        )
     return report
 
 
-def as_numbers(value: object) -> tuple[float, ...]:
-    """Return a setting of one or several numbers as a tuple; empty for any other value."""
-    numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
-    return numbers if all(isinstance(x, int | float) for x in numbers) else ()
+def settings_beside(path: Path) -> Mapping[str, Any]:
+    """Return the settings of the run whose folder holds weights in the released format, which names none itself."""
+    file = path.with_name("config.yaml")
+    if not path.name.endswith("_timm_style.pth") or not file.is_file():
+        return {}
+    try:
+        return load_mapping(file)
+    except (OSError, ValueError):
+        return {}
+
+
+def differing_inputs(
+    config: VolumeSettings, made_with: Mapping[str, Any]
+) -> Iterator[tuple[str, tuple[Any, ...], tuple[Any, ...]]]:
+    """Yield the settings of a network's input that are others than those that weights were made with.
+
+    Weights that name a spacing or a window but no intensity are of one channel of CT, as all were before. The window,
+    input_mean and input_std are compared where both sides read them.
+
+    Args:
+        config: Settings of this run.
+        made_with: Settings that the weights were made with; empty if unknown.
+
+    Yields:
+        Name of a setting, its values in this run, and those of the weights.
+    """
+    if not any(name in made_with for name in INPUT_SETTINGS):
+        return
+    known: dict[str, tuple[Any, ...]] = {"intensity": ("ct",), "image_channels": (0,)}
+    known |= {name: as_values(made_with[name], name == "intensity") for name in INPUT_SETTINGS if name in made_with}
+    both = set(config.intensity) & set(known["intensity"])
+    unread: set[str] = set() if both & set(OF_CT) else {"hu_min", "hu_max"}
+    unread |= set() if "ct-zscore" in both else {"input_mean", "input_std"}
+    for name in INPUT_SETTINGS:
+        own, other = as_values(getattr(config, name), name == "intensity"), known.get(name, ())
+        longest = max(len(own), len(other))
+        if name not in unread and other and expanded(own, longest) != expanded(other, longest):
+            yield name, own, other
+
+
+def expanded(values: tuple[Any, ...], num: int) -> tuple[Any, ...]:
+    """Repeat the value of a setting with one value for all; others are as they are."""
+    return values * num if len(values) == 1 else values
+
+
+def as_values(value: object, is_text: bool) -> tuple[Any, ...]:
+    """Return a setting of one or several texts or numbers as a tuple; empty for a value of another type."""
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
+    return values if all(isinstance(x, str if is_text else int | float) for x in values) else ()

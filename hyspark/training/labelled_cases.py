@@ -64,6 +64,7 @@ def read_labelled_datalist(config: SegmentationConfig) -> Datalist:
         val_fraction=config.val_fraction,
         subject_regex=config.subject_regex,
         fold=config.fold,
+        channels=config.image_channels,
     )
 
 

@@ -31,7 +31,7 @@ def check_files_exist(config: VolumeSettings, cases: Sequence[Case]) -> None:
     Raises:
         ValueError: Files are missing.
     """
-    files = {str(case.image): [file for file in (case.image, case.label) if file is not None] for case in cases}
+    files = {str(case.image): case.files for case in cases}
     missing = {image: tuple(f"{file}: missing" for file in of if not file.is_file()) for image, of in files.items()}
     if failed := {image: lines for image, lines in missing.items() if lines}:
         message = failure_message(failed, len(cases), SKIP_ADVICE)

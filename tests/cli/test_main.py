@@ -223,7 +223,7 @@ def test_wrong_recipes_are_messages(tmp_path, capsys):
         ("pretrain --precision fp61", "bf16"),
         ("pretrain --crop_size 100", "the nearest that fits is (96, 96, 96)"),
         ("pretrain --mask_ratio 1.5", "mask_ratio must lie between 0 and 1"),
-        ("finetune --in_channels 3", "in_channels must be 1, since CT has one channel"),
+        ("finetune --in_channels 3", "in_channels must be 1, the number of image_channels"),
         ("datalist --organize_from x", "--organize_from and --organize_to go together"),
         ("phantom --num_labelled -1", "at least 0"),
     ],

@@ -142,7 +142,7 @@ def test_voxels_are_drawn_evenly_over_the_classes():
     label[:2, :5, :5] = 1
     label[10:20, :, :] = 2
     label[25:] = IGNORED
-    crop = probe_crop(np.zeros(SIZE, np.float32), label)
+    crop = probe_crop(np.zeros((1, *SIZE), np.float32), label)
     drawn = torch.bincount(crop.label.flatten()[crop.voxels])
     assert drawn.tolist() == [VOXELS_PER_CLASS, 50, VOXELS_PER_CLASS]
     assert len(set(crop.voxels.tolist())) == len(crop.voxels)
@@ -154,7 +154,7 @@ def test_voxels_are_drawn_evenly_over_the_classes():
 def test_a_voxels_features_are_what_the_head_sees_there():
     torch.manual_seed(0)
     maps = [torch.rand(1, c, *(s // k for s in (32, 16, 48))) for c, k in ((2, 1), (3, 2), (4, 4), (5, 8), (6, 16))]
-    crop = probe_crop(np.zeros((32, 16, 48), np.float32), np.random.default_rng(0).integers(0, 3, (32, 16, 48)))
+    crop = probe_crop(np.zeros((1, 32, 16, 48), np.float32), np.random.default_rng(0).integers(0, 3, (32, 16, 48)))
     features = features_at(maps, crop)
     assert features.shape == (3 * VOXELS_PER_CLASS, 20)
     torch.testing.assert_close(features[:, :2].T, maps[0][0].flatten(1)[:, crop.voxels])
@@ -191,7 +191,7 @@ def test_the_dice_is_over_all_voxels_of_all_scoring_crops(halves):
     probe = cut_probe(halves[:2], halves[2:], {}, SIZE)
     # The encoder cannot tell 2 from 3, and there are more voxels of 3 than of 2 in what the head is fitted on.
     first, *_ = probe.fit
-    more = probe_crop(first.image[0].numpy(), np.where(first.label == 2, IGNORED, first.label))
+    more = probe_crop(first.image.numpy(), np.where(first.label == 2, IGNORED, first.label))
     told = Told(3)
     dice = probe_encoder(told, Probe([*probe.fit, more, more], probe.score, probe.names))
     label = torch.stack([crop.label for crop in probe.score])

@@ -34,7 +34,7 @@ NO_AFFINE = AffineRange()
 
 
 class RandMirrord(RandomizableTransform):
-    """A random left-right flip of image and label, `(1, h, w, d)`, that swaps the labels of left and right organs."""
+    """A random left-right flip of image and label, `(c, h, w, d)`, that swaps the labels of left and right organs."""
 
     def __init__(self, prob: float, swaps: Sequence[tuple[int, int]]) -> None:
         super().__init__(prob)
@@ -62,7 +62,7 @@ def augmentation(
     """Compose the random transforms of the BTCV recipe, with optional rotation and scaling.
 
     Set the random state before each sample to make the result a function of its position. An affine transform fills
-    voxels from beyond the crop with air and background.
+    voxels from beyond the crop with the lowest value and background. Intensities are fractions of a range, 0..1.
 
     Args:
         flip_prob: probability of a flip of each axis.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from hyspark.data.intensity import scale_to_own_range
+from hyspark.data.intensity import LinearMap, scale_to_own_range
 from hyspark.data.preprocessing.store import StoredVolume
 
 
@@ -52,41 +52,47 @@ def image_crop(
     out: np.ndarray | None = None,
     slices: SliceSampling | None = None,
 ) -> np.ndarray:
-    """Read a crop centred on a random foreground voxel, flipped at random.
+    """Read a crop, as fractions, centred on a random foreground voxel, flipped at random.
 
     Args:
         volume: the prepared volume.
         size: voxels per axis; two axes with `slices`.
         flip_prob: probability of a flip of each axis of the volume.
         rng: source of the random choices.
-        out: float32 array `(1, *size)` to write to, instead of a new one.
+        out: float32 array `(c, *size)` to write to, instead of a new one.
         slices: takes a 2D crop of a slice.
 
     Returns:
-        float32 `(1, *size)` in [0, 1].
+        float32 `(c, *size)` in [0, 1].
     """
-    out = np.empty((1, *size), np.float32) if out is None else out
+    out = np.empty((volume.num_channels, *size), np.float32) if out is None else out
     centre = volume.draw_voxel("foreground", rng)
     assert centre is not None  # preparation refuses volumes without foreground
     flips = [axis for axis, (p, u) in enumerate(zip(flip_prob, rng.random(len(flip_prob)), strict=True)) if u < p]
-    box, to = list(size), out[0]
+    box, to = list(size), out
     if slices:
         box.insert(slices.axis, 1)
-        to = np.expand_dims(to, slices.axis)
+        to = np.expand_dims(to, 1 + slices.axis)
     start = crop_start(centre, volume.entry.shape, box)
     if slices:
         start[slices.axis] -= start[slices.axis] % slices.stride
     # Written through a flipped view, which flips the crop without a copy of it.
-    volume.read("image", start, box, out=np.flip(to, tuple(flips)))
+    volume.read_channels(start, box, out=np.flip(to, tuple(1 + axis for axis in flips)))
     if slices and slices.own_range:
-        scale_to_own_range(out)
+        for channel in out:
+            scale_to_own_range(channel)
     return out
+
+
+def crop_maps(volume: StoredVolume, slices: SliceSampling | None) -> Sequence[LinearMap | None]:
+    """Return the maps from the fractions of a crop to a network's input; none for a crop in its own range."""
+    return () if slices and slices.own_range else volume.maps
 
 
 def labelled_crop(
     volume: StoredVolume, size: Sequence[int], labelled_prob: float, rng: np.random.Generator
 ) -> dict[str, torch.Tensor]:
-    """Read a crop with its label, centred on a random labelled or unlabelled foreground voxel.
+    """Read a crop, as fractions, with its label, centred on a random labelled or unlabelled foreground voxel.
 
     If the volume has no voxel of the drawn kind, the other kind is used.
 
@@ -97,13 +103,13 @@ def labelled_crop(
         rng: source of the random choices.
 
     Returns:
-        image: float32 `(1, *size)` in [0, 1]; label: int64 `(1, *size)`.
+        image: float32 `(c, *size)` in [0, 1]; label: int64 `(1, *size)`.
     """
     kinds = ("labelled", "unlabelled") if rng.random() < labelled_prob else ("unlabelled", "labelled")
     centre = volume.draw_voxel(kinds[0], rng) or volume.draw_voxel(kinds[1], rng)
     assert centre is not None
     start = crop_start(centre, volume.entry.shape, size)
     return {
-        "image": torch.from_numpy(volume.read("image", start, size)[None]),
+        "image": torch.from_numpy(volume.read_channels(start, size)),
         "label": torch.from_numpy(volume.read("label", start, size)[None].astype(np.int64)),
     }

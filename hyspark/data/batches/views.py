@@ -21,9 +21,10 @@ from monai.transforms import (
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hyspark.data.batches.crops import SliceSampling, image_crop
+from hyspark.data.batches.crops import SliceSampling, crop_maps, image_crop
 from hyspark.data.batches.loader import Batch, Shard
 from hyspark.data.batches.volumes import NO_FLIPS
+from hyspark.data.intensity import to_input
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.data.seeds import rng_at, volume_at
 
@@ -59,18 +60,19 @@ class ViewRecipe:
         return tuple(edge // 2 for edge in self.size)
 
     def draw(self, volume: StoredVolume, rng: np.random.Generator) -> list[Tensor]:
-        """Draw two large views, then the small ones: float32 `(1, *size)` in [0, 1] each."""
+        """Draw two large views, then the small ones: float32 `(c, *size)` each, as a network sees them."""
         crop = torch.from_numpy(image_crop(volume, self.size, NO_FLIPS, rng, slices=self.slices))
         flips = [p for axis, p in enumerate(self.flip_prob) if self.slices is None or axis != self.slices.axis]
         large = view_transform(self.size, (self.least_edge, 1.0), flips)
         small = view_transform(self.small_size, SMALL_EDGES, flips)
+        maps = crop_maps(volume, self.slices)
         return [
-            transform.set_random_state(int(rng.integers(2**32)))(crop).as_subclass(Tensor).clamp(0, 1)
+            to_input(transform.set_random_state(int(rng.integers(2**32)))(crop).as_subclass(Tensor).clamp(0, 1), maps)
             for transform in [large] * 2 + [small] * self.num_small
         ]
 
     def batch(self, volumes: Sequence[tuple[StoredVolume, np.random.Generator]]) -> Batch:
-        """Stack the views of several volumes: views, float32 `(b, 1, *size)` each, and cases (names)."""
+        """Stack the views of several volumes: views, float32 `(b, c, *size)` each, and cases (names)."""
         drawn = [self.draw(volume, rng) for volume, rng in volumes]
         return {
             "views": [torch.stack(same) for same in zip(*drawn, strict=True)],

@@ -13,8 +13,9 @@ import torch
 from torch.utils.data import Dataset
 
 from hyspark.data.batches.augmentation import NO_AFFINE, AffineRange, augmentation
-from hyspark.data.batches.crops import SliceSampling, image_crop, labelled_crop
+from hyspark.data.batches.crops import SliceSampling, crop_maps, image_crop, labelled_crop
 from hyspark.data.batches.loader import Batch, Shard
+from hyspark.data.intensity import to_input
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.data.seeds import rng_at, seed_at, volume_at
 
@@ -23,7 +24,7 @@ NO_FLIPS = (0.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class PretrainBatches(Dataset[Batch]):
-    """Item t: volumes float32 `(b, 1, *size)`, mask_seeds (one per crop), cases (names)."""
+    """Item t: volumes float32 `(b, c, *size)`, mask_seeds (one per crop), cases (names)."""
 
     volumes: Sequence[StoredVolume]
     shard: Shard
@@ -34,14 +35,16 @@ class PretrainBatches(Dataset[Batch]):
     slices: SliceSampling | None = None
 
     def __getitem__(self, step: int) -> Batch:
-        crops = np.empty((len(self.shard.slots) * self.crops_per_volume, 1, *self.crop_size), np.float32)
+        num = len(self.shard.slots) * self.crops_per_volume
+        crops = np.empty((num, self.volumes[0].num_channels, *self.crop_size), np.float32)
         mask_seeds: list[int] = []
         cases: list[str] = []
         for slot in self.shard.slots:
             volume = self.volumes[volume_at(step * self.shard.bs + slot, len(self.volumes), self.seed)]
             for number in range(self.crops_per_volume):
                 rng = rng_at(self.seed, "crop", step, slot, number)
-                image_crop(volume, self.crop_size, self.flip_prob, rng, crops[len(cases)], self.slices)
+                crop = image_crop(volume, self.crop_size, self.flip_prob, rng, crops[len(cases)], self.slices)
+                to_input(crop, crop_maps(volume, self.slices))
                 mask_seeds.append(seed_at(self.seed, "mask", step, slot, number))
                 cases.append(volume.name)
         return {"volumes": torch.from_numpy(crops), "mask_seeds": mask_seeds, "cases": cases}
@@ -68,8 +71,9 @@ class ValidationCrops(Dataset[Batch]):
         numbers = range(self.crops_per_volume)
         rngs = [rng_at(self.seed, "validation-crop", index, n) for n in numbers]
         crops = [image_crop(volume, self.crop_size, NO_FLIPS, rng, slices=self.slices) for rng in rngs]
+        maps = crop_maps(volume, self.slices)
         return {
-            "volumes": torch.from_numpy(np.stack(crops)),
+            "volumes": torch.from_numpy(np.stack([to_input(crop, maps) for crop in crops])),
             "mask_seeds": [seed_at(self.seed, "validation-mask", index, n) for n in numbers],
             "cases": [volume.name] * len(crops),
         }
@@ -77,7 +81,7 @@ class ValidationCrops(Dataset[Batch]):
 
 @dataclass(frozen=True)
 class FinetuneBatches(Dataset[Batch]):
-    """Item t: image float32 `(b, 1, *size)`, label int64 `(b, 1, *size)`, cases (names)."""
+    """Item t: image float32 `(b, c, *size)`, label int64 `(b, 1, *size)`, cases (names)."""
 
     volumes: Sequence[StoredVolume]
     shard: Shard
@@ -99,8 +103,10 @@ class FinetuneBatches(Dataset[Batch]):
             for number in range(self.crops_per_volume):
                 rng = rng_at(self.seed, "crop", step, slot, number)
                 sample = labelled_crop(volume, self.crop_size, self.labelled_prob, rng)
-                samples.append(augment.set_random_state(int(rng.integers(2**32)))(sample))
+                augmented = augment.set_random_state(int(rng.integers(2**32)))(sample)
+                # MONAI returns its MetaTensor, whose records are not needed from here on and slow every operation.
+                sample = {key: augmented[key].as_subclass(torch.Tensor) for key in ("image", "label")}
+                samples.append(sample | {"image": to_input(sample["image"], volume.maps)})
                 cases.append(volume.name)
-        # MONAI returns its MetaTensor, whose records are not needed from here on and slow every operation.
-        stacked = {k: torch.stack([s[k].as_subclass(torch.Tensor) for s in samples]) for k in ("image", "label")}
+        stacked = {key: torch.stack([sample[key] for sample in samples]) for key in ("image", "label")}
         return {**stacked, "cases": cases}

@@ -26,6 +26,7 @@ from hyspark.data.datasets.splits import (
     split_by_subject,
     splits_file,
 )
+from hyspark.data.datasets.words import FIRST_CHANNELS
 from hyspark.utils.text import listing
 
 
@@ -33,7 +34,7 @@ def build_datalist(
     data_path: Path,
     *,
     labels: bool = False,
-    channel: str = "0000",
+    channels: Sequence[int] = FIRST_CHANNELS,
     splits: str = "",
     val_fraction: float = 0.2,
     seed: int = 0,
@@ -46,7 +47,7 @@ def build_datalist(
     Args:
         data_path: folder of data, see `read_data_folder`.
         labels: whether to use labelled cases only.
-        channel: four digits of the images' channel.
+        channels: the channels that are read.
         splits: one of
             - "": all cases are for training;
             - path of a splits file, see `split_by_file`;
@@ -61,7 +62,7 @@ def build_datalist(
         FileNotFoundError: if there is no case, no label or no splits file, or a file is missing.
         ValueError: if files or splits contradict each other, or no case remains for training.
     """
-    found = find_cases(Path(os.path.abspath(data_path)), labels=labels, channel=channel)
+    found = find_cases(Path(os.path.abspath(data_path)), labels=labels, channels=channels)
     if require_files:
         check_files(found.cases)
     drawing: dict[str, Any] = {"val_fraction": val_fraction, "seed": seed, "subject_regex": subject_regex}
@@ -69,14 +70,22 @@ def build_datalist(
 
 
 def read_folder(
-    folder: Path, *, seed: int, val_fraction: float, subject_regex: str = "", labels: bool = True, fold: int = 0
+    folder: Path,
+    *,
+    seed: int,
+    val_fraction: float,
+    subject_regex: str = "",
+    labels: bool = True,
+    fold: int = 0,
+    channels: Sequence[int] = FIRST_CHANNELS,
 ) -> Datalist:
     """List the cases of a folder of data for a run, split by its splits file or else by subject; see `build_datalist`.
 
     Broken links are cases, which the preparation reports.
     """
     drawing: dict[str, Any] = {"val_fraction": val_fraction, "seed": seed, "subject_regex": subject_regex}
-    return build_datalist(folder, labels=labels, splits="auto", fold=fold, require_files=False, **drawing)
+    options: dict[str, Any] = {"splits": "auto", "fold": fold, "channels": channels, "require_files": False}
+    return build_datalist(folder, labels=labels, **options, **drawing)
 
 
 def read_data(
@@ -87,6 +96,7 @@ def read_data(
     seed: int = SPLIT_SEED,
     subject_regex: str = "",
     fold: int = 0,
+    channels: Sequence[int] = FIRST_CHANNELS,
 ) -> Datalist:
     """Read the cases of a run: of a list, of a folder with a list dataset.json, or else of a folder of data.
 
@@ -100,6 +110,7 @@ def read_data(
         seed: seed of `split_by_subject`.
         subject_regex: pattern of subjects in case names, see `subject_of`.
         fold: fold for validation.
+        channels: the channels that are read.
 
     Raises:
         FileNotFoundError: if there is no such file, or no case.
@@ -108,10 +119,10 @@ def read_data(
     drawing: dict[str, Any] = {"val_fraction": val_fraction, "seed": seed, "subject_regex": subject_regex}
     file = path / "dataset.json" if path.is_dir() else path
     if path.is_dir() and not (file.is_file() and is_datalist(file)):
-        listed = read_folder(path, labels=labels, fold=fold, **drawing)
+        listed = read_folder(path, labels=labels, fold=fold, channels=channels, **drawing)
     else:
         splits = splits_file(file.parent) if file.name == "dataset.json" else None
-        read = partial(read_datalist, file, require_labels=labels, require_files=False)
+        read = partial(read_datalist, file, require_labels=labels, require_files=False, channels=channels)
         listed = read(fold=None if splits else fold)
         if listed.validation:
             listed = read(fold=fold)
@@ -135,8 +146,7 @@ def read_data(
 
 def check_files(cases: list[Case]) -> None:
     """Raise FileNotFoundError for broken links among the files of cases."""
-    files = [file for case in cases for file in (case.image, case.label) if file is not None]
-    if broken := [str(file) for file in files if not file.is_file()]:
+    if broken := [str(file) for case in cases for file in case.files if not file.is_file()]:
         raise FileNotFoundError(f"files that do not exist, or links to such files: {listing(broken)}")
 
 

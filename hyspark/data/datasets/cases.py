@@ -27,6 +27,7 @@ class Case:
         image: path of the image.
         label: path of the label map.
         ignore: value in the label map's file of voxels to ignore; None if it has no such value.
+        others: paths of the further channels of the image, in the order of the settings.
     """
 
     name: str
@@ -34,6 +35,17 @@ class Case:
     image: Path
     label: Path | None = None
     ignore: int | None = None
+    others: tuple[Path, ...] = ()
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """The file of each channel."""
+        return (self.image, *self.others)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files: channels, and the label map if there is one."""
+        return self.images if self.label is None else (*self.images, self.label)
 
     @property
     def origin(self) -> str:
@@ -66,7 +78,7 @@ def cases_digest(cases: Sequence[Case]) -> str:
     lines = []
     for case in cases:
         label = "" if case.label is None else content_digest(case.label)
-        lines.append(f"{content_digest(case.image)} {label} {case.name}")
+        lines.append(f"{' '.join(map(content_digest, case.images))} {label} {case.name}")
     return text_digest(lines)
 
 

@@ -5,16 +5,16 @@ names are read; no image is opened.
 """
 
 import os
-import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from hyspark.data.datasets.cases import Case
+from hyspark.data.datasets.channels import channel_text
 from hyspark.data.datasets.found import UNREADABLE, FoundData
 from hyspark.data.datasets.loose import read_loose, sort_files
 from hyspark.data.datasets.nnunet import USED_FOLDERS, is_data_set, read_data_set
-from hyspark.data.datasets.words import FIRST_CHANNEL
+from hyspark.data.datasets.words import FIRST_CHANNELS
 from hyspark.data.quality.findings import Finding
 from hyspark.utils.paths import NIFTI, walk_folders
 from hyspark.utils.text import listing
@@ -27,22 +27,19 @@ LABEL_KINDS = ("label without image", UNREADABLE)
 
 
 def read_data_folder(
-    path: Path, channel: str = FIRST_CHANNEL, *, with_loose: bool = False, skip: Path | None = None
+    path: Path, channels: Sequence[int] = FIRST_CHANNELS, *, with_loose: bool = False, skip: Path | None = None
 ) -> FoundData:
     """Find the cases of a data set folder, of all data set folders below a folder, or of loose files.
 
     Args:
         path: the folder.
-        channel: four digits of the images' channel.
+        channels: the channels that are read, as numbered in file names.
         with_loose: whether loose files beside data set folders are cases; else they are passed over.
         skip: folder that is not searched.
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if the channel has another form.
     """
-    if not re.fullmatch(r"\d{4}", channel):
-        raise ValueError(f'channel: expected four digits as in nnU-Net\'s file names ("0000"), got {channel!r}')
     path = Path(os.path.abspath(path))
     if not path.is_dir():
         there = "expected a folder, got a file" if path.exists() else "no such file or folder"
@@ -50,10 +47,10 @@ def read_data_folder(
     found = FoundData(path)
     folders = [path] if is_data_set(path) else data_sets_below(path, found)
     for folder in folders:
-        read_data_set(folder, found, channel)
+        read_data_set(folder, found, channels)
     skipped = {*folders, *([skip] if skip else [])}
     if not folders or (with_loose and path not in folders):
-        read_loose(path, found, channel, skip=skipped)
+        read_loose(path, found, channels, skip=skipped)
     elif path not in folders:
         pass_over_files(path, found, skipped, "outside of the data set folders")
     for folder in folders:
@@ -103,19 +100,19 @@ def data_sets_below(path: Path, found: FoundData) -> list[Path]:
     return [named[name] for name in sorted(named)] or others
 
 
-def find_cases(path: Path, *, labels: bool = False, channel: str = FIRST_CHANNEL) -> FoundData:
+def find_cases(path: Path, *, labels: bool = False, channels: Sequence[int] = FIRST_CHANNELS) -> FoundData:
     """Find cases as `read_data_folder` does; faults raise.
 
     Args:
         path: the folder.
         labels: whether cases have label maps, whose faults count.
-        channel: four digits of the images' channel.
+        channels: the channels that are read.
 
     Raises:
         FileNotFoundError: if there is no case.
         ValueError: if two files belong to one case, or, with `labels`, a label has no image; the message lists all.
     """
-    found = read_data_folder(path, channel)
+    found = read_data_folder(path, channels)
     found.check(() if labels else LABEL_KINDS)
     if not labels:
         for one in found.sets:
@@ -123,7 +120,7 @@ def find_cases(path: Path, *, labels: bool = False, channel: str = FIRST_CHANNEL
     if not found.cases:
         why = found.unused_lines()
         folders = [one.folder.name for one in found.sets if one.folder != found.source]
-        seen = f"; images of channel {channel} are missing in {listing(folders)}" if folders else ""
+        seen = f"; images of channel {channel_text(channels[0])} are missing in {listing(folders)}" if folders else ""
         raise FileNotFoundError("\n  ".join([f"{found.source}: {EXPECTED_LAYOUT}, found no image{seen}", *why]))
     return found
 

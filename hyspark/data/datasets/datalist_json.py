@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hyspark.data.datasets.cases import IGNORED_NAME, Case, Datalist, class_values, ignored_value
+from hyspark.data.datasets.channels import beside, channels_of_list
 from hyspark.data.datasets.file_names import case_names, dataset_of
 from hyspark.data.datasets.found import DataSet, FoundData
 from hyspark.data.datasets.list_parts import (
@@ -22,10 +23,10 @@ from hyspark.data.datasets.list_parts import (
     split_by_fold,
 )
 from hyspark.data.datasets.nnunet import ANOTHER_CHANNEL, absolute
-from hyspark.data.datasets.words import CHANNEL
+from hyspark.data.datasets.words import FIRST_CHANNEL, FIRST_CHANNELS
 from hyspark.data.quality.findings import Finding
 from hyspark.utils.paths import load_json, nifti_stem
-from hyspark.utils.text import listing
+from hyspark.utils.text import list_of, listing
 
 
 def write_datalist(datalist: Datalist, path: Path) -> None:
@@ -40,8 +41,8 @@ def write_datalist(datalist: Datalist, path: Path) -> None:
         parts = Path(os.path.relpath(file, path.parent))
         return parts.as_posix() if parts.parts[0] == ".." else f"./{parts.as_posix()}"
 
-    def entry(case: Case) -> dict[str, str]:
-        image = {"image": relative(case.image)}
+    def entry(case: Case) -> dict[str, Any]:
+        image = {"image": [relative(file) for file in case.images] if case.others else relative(case.image)}
         return image if case.label is None else image | {"label": relative(case.label)}
 
     content: dict[str, Any] = {"training": [entry(case) for case in datalist.training]}
@@ -74,7 +75,12 @@ def is_datalist(path: Path) -> bool:
 
 
 def read_datalist(
-    path: Path, *, require_labels: bool = False, require_files: bool = True, fold: int | None = 0
+    path: Path,
+    *,
+    require_labels: bool = False,
+    require_files: bool = True,
+    fold: int | None = 0,
+    channels: Sequence[int] = FIRST_CHANNELS,
 ) -> Datalist:
     """Read a decathlon JSON, see `read_list`; faults raise.
 
@@ -83,15 +89,16 @@ def read_datalist(
         require_labels: whether every entry needs a label.
         require_files: whether every file has to exist.
         fold: fold for validation, where entries have folds; None for the first.
+        channels: the channels that are read.
 
     Raises:
         FileNotFoundError: if a required file is missing.
         ValueError: if the structure is wrong, an image is listed twice, or a required label is missing.
     """
-    listed = read_list(path, fold=fold, require_labels=require_labels)
+    listed = read_list(path, fold=fold, require_labels=require_labels, channels=channels)
     listed.check()
     cases = [*listed.training, *listed.validation]
-    files = [file for case in cases for file in (case.image, case.label) if file is not None]
+    files = [file for case in cases for file in case.files]
     missing = [str(file) for file in files if not file.is_file()]
     if missing and require_files:
         raise FileNotFoundError(f"{path}: {len(missing)} of {len(files)} files are missing: {listing(missing)}")
@@ -114,10 +121,13 @@ class ListedData(FoundData):
     folds: set[int] = field(default_factory=set)
 
 
-def read_list(path: Path, *, fold: int | None = 0, require_labels: bool = False) -> ListedData:
+def read_list(
+    path: Path, *, fold: int | None = 0, require_labels: bool = False, channels: Sequence[int] = FIRST_CHANNELS
+) -> ListedData:
     """Read a list of cases of the decathlon, MONAI or nnU-Net v1; its faults are findings.
 
-    Paths are relative to the list's folder. An entry is {"image": ..., "label": ...} or the image's path alone. A part
+    Paths are relative to the list's folder. An entry is {"image": ..., "label": ...} or the image's path alone; an
+    image of several channels is a list of files, of which `channels` are read. A part
     "val" stands for "validation", and an entry may name its own part ("split": "val"). Without validation cases,
     entries with "fold" equal to `fold` are for validation, as in MONAI. Entries of other parts are not used.
 
@@ -125,6 +135,7 @@ def read_list(path: Path, *, fold: int | None = 0, require_labels: bool = False)
         path: the JSON file.
         fold: fold for validation; None for the first that there is.
         require_labels: whether an entry without a label is a fault.
+        channels: the channels that are read.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -148,7 +159,7 @@ def read_list(path: Path, *, fold: int | None = 0, require_labels: bool = False)
     except ValueError as error:
         listed.add_unreadable(path, error)
     parts = {
-        part: [entry for key in keys for entry in read_entries(content, key, require_labels, listed)]
+        part: [entry for key in keys for entry in read_entries(content, key, require_labels, channels, listed)]
         for part, keys in PARTS.items()
     }
     parts = move_to_own_parts(parts, listed)
@@ -160,7 +171,8 @@ def read_list(path: Path, *, fold: int | None = 0, require_labels: bool = False)
     pass_over_parts(content, listed)
     names = case_names([entry.image for entries in parts.values() for entry in entries])
     listed.training, listed.validation = (
-        [Case(names[e.image], dataset_of(e.image), e.image, e.label, ignore) for e in parts[key]] for key in parts
+        [Case(names[e.image], dataset_of(e.image), e.image, e.label, ignore, e.others) for e in parts[key]]
+        for key in parts
     )
     unique = {case.image: case for case in [*listed.training, *listed.validation]}
     listed.sets.append(DataSet(path.parent, list(unique.values())))
@@ -178,7 +190,9 @@ def entry_faults(cases: Sequence[Case], path: Path) -> Iterator[Finding]:
         yield Finding("image without label", str(path), found)
 
 
-def read_entries(content: dict[str, Any], key: str, require_labels: bool, listed: ListedData) -> list[ListEntry]:
+def read_entries(
+    content: dict[str, Any], key: str, require_labels: bool, channels: Sequence[int], listed: ListedData
+) -> list[ListEntry]:
     """Read the entries of a part of a list; faults are findings."""
     values = content.get(key, [])
     if not isinstance(values, list):
@@ -189,47 +203,61 @@ def read_entries(content: dict[str, Any], key: str, require_labels: bool, listed
         entry = value if isinstance(value, dict) else {"image": value}
         image, label = entry.get("image"), entry.get("label")
         where = f"{key}[{index}]"
-        if isinstance(image, list):
-            image = first_channel(image, listed)
-        if not isinstance(image, str) or not isinstance(label, str | None) or "" in (image, label):
+        texts = image if isinstance(image, list) and image else [image]
+        if (
+            not all(isinstance(text, str) and text for text in texts)
+            or not isinstance(label, str | None)
+            or label == ""
+        ):
             expected = '{"image": "./..."}, optionally with "label": "./...", each the path of one file'
             listed.add_unreadable(listed.source, f"{where}: expected {expected}, got {value!r}")
             continue
         if require_labels and label is None and not is_for_tests(entry):
-            listed.add_unreadable(listed.source, f'{where}: expected a "label", got the image {image} alone')
+            listed.add_unreadable(listed.source, f'{where}: expected a "label", got the image {texts[0]} alone')
             continue
         folder = listed.source.parent
-        file = with_channel(absolute(folder, image), listed)
+        files = [absolute(folder, str(text)) for text in texts]
+        of_list = isinstance(image, list)
+        chosen = entry_channels(files, channels, listed) if of_list else named_channels(files[0], channels, listed)
+        if chosen is None:
+            asked = f"channels {list_of(channels)} (image_channels) among the files of its image"
+            listed.add_unreadable(listed.source, f"{where}: expected {asked}, got {value!r}")
+            continue
         keys = {key: entry[key] for key in PART_KEYS if key in entry}
-        entries.append(ListEntry(file, absolute(folder, label) if label else None, entry.get("fold"), keys))
+        first, *others = chosen
+        label_file = absolute(folder, label) if label else None
+        entries.append(ListEntry(first, label_file, entry.get("fold"), keys, tuple(others)))
     return entries
 
 
-def first_channel(images: list[Any], listed: ListedData) -> Any:
-    """Return the image of channel 0000 among the channels of a case, and pass over the others; else the list itself."""
-    if not all(isinstance(text, str) and CHANNEL.fullmatch(nifti_stem(Path(text))) for text in images):
-        return images
-    first = [text for text in images if nifti_stem(Path(text)).endswith("_0000")]
-    if len(first) != 1:
-        return images
-    for text in images:
-        if text != first[0]:
-            listed.pass_over(*ANOTHER_CHANNEL, absolute(listed.source.parent, text))
-    return first[0]
+def entry_channels(files: Sequence[Path], channels: Sequence[int], listed: ListedData) -> list[Path] | None:
+    """Choose the files of channels among those of an entry, and pass over the others; None if one is missing."""
+    chosen = channels_of_list(files, channels)
+    for file in files if chosen else ():
+        if file not in (chosen or ()):
+            listed.pass_over(*ANOTHER_CHANNEL, file)
+    return chosen
 
 
-def with_channel(image: Path, listed: ListedData) -> Path:
-    """Return the file of an image that a list of nnU-Net v1 names: case.nii.gz stands for case_0000.nii.gz."""
+def named_channels(image: Path, channels: Sequence[int], listed: ListedData) -> list[Path]:
+    """Return the files of channels of an image that a list names as one file, and pass over the others.
+
+    case.nii.gz stands for case_0000.nii.gz and its like, as in lists of nnU-Net v1. Channels of case_0000.nii.gz lie
+    beside it.
+    """
     stem = nifti_stem(image)
-    ending = image.name[len(stem) :]
-    first = image.with_name(f"{stem}_0000{ending}")
-    if image.exists() or not first.exists():
-        return image
-    number = 1
-    while (other := image.with_name(f"{stem}_{number:04d}{ending}")).exists():
-        listed.pass_over(*ANOTHER_CHANNEL, other)
+    whole = image.with_name(f"{stem}_{FIRST_CHANNEL}{image.name[len(stem) :]}")
+    is_whole = not image.exists() and whole.exists()
+    if not is_whole and tuple(channels) == FIRST_CHANNELS:
+        return [image]
+    near = whole if is_whole else image
+    chosen = [beside(near, channel) for channel in channels]
+    number = 0
+    while (other := beside(near, number)).exists():
+        if other not in chosen:
+            listed.pass_over(*ANOTHER_CHANNEL, other)
         number += 1
-    return first
+    return chosen
 
 
 def check_replaceable(path: Path) -> None:

@@ -5,29 +5,31 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hyspark.data.datasets.cases import Case
+from hyspark.data.datasets.channels import channel_text, complete_cases, further_cases
 from hyspark.data.datasets.data_folder import read_data_folder
 from hyspark.data.datasets.file_names import cases_of_stems
 from hyspark.data.datasets.found import DataSet, FoundData
 from hyspark.data.datasets.loose import read_loose, sort_files
 from hyspark.data.datasets.nnunet import ANOTHER_CHANNEL
-from hyspark.data.datasets.words import is_label_name
+from hyspark.data.datasets.words import FIRST_CHANNELS, is_label_name
 from hyspark.utils.paths import NIFTI, nifti_stem
 
 
-def read_inputs(inputs: Sequence[Path]) -> FoundData:
+def read_inputs(inputs: Sequence[Path], channels: Sequence[int] = FIRST_CHANNELS) -> FoundData:
     """Find the volumes of NIfTI files and folders, and the files that are not used.
 
     A case is named as its file, without ending and "_0000". Of a folder with NIfTI files, these are taken; of any
-    other, those that `read_data_folder` finds. Other channels and label maps are not used.
+    other, those that `read_data_folder` finds. Of a file, further channels that are read lie beside it. Other channels
+    and label maps are not used.
 
     Raises:
         FileNotFoundError: A path does not exist, or there is no volume.
         ValueError: A file is no NIfTI file, or two volumes have one name.
     """
     found = FoundData(inputs[0] if len(inputs) == 1 else Path("inputs"))
-    add_files([path for path in inputs if not path.is_dir()], found)
+    add_files([path for path in inputs if not path.is_dir()], channels, found)
     for folder in [path for path in inputs if path.is_dir()]:
-        add_folder(folder, found)
+        add_folder(folder, channels, found)
     found.check(("label without image",))
     if not found.cases:
         why = found.unused_lines()
@@ -46,7 +48,7 @@ def read_inputs(inputs: Sequence[Path]) -> FoundData:
     return found
 
 
-def add_files(files: Sequence[Path], found: FoundData) -> None:
+def add_files(files: Sequence[Path], channels: Sequence[int], found: FoundData) -> None:
     """Add named files; label maps among images are passed over, and a label map alone is what was asked for."""
     for file in files:
         if not file.is_file():
@@ -61,30 +63,41 @@ def add_files(files: Sequence[Path], found: FoundData) -> None:
     by_folder = defaultdict(list)
     for file in images:
         by_folder[file.parent].append(file)
-    cases = {file: case for together in by_folder.values() for file, case in cases_of_files(together).items()}
-    for file in images:
-        if (name := cases[file]) is None:
+    for folder, together in by_folder.items():
+        add_images(folder, together, channels, found)
+
+
+def add_images(folder: Path, files: Sequence[Path], channels: Sequence[int], found: FoundData) -> None:
+    """Add the cases of named images of one folder; files of other channels are passed over."""
+    stems = [nifti_stem(file) for file in files]
+    cases = cases_of_stems(stems, channel=channel_text(channels[0]))
+    others = further_cases(stems, (), channels)
+    first: dict[str, list[Path]] = {}
+    further: dict[str, dict[int, Path]] = {}
+    for file, stem in zip(files, stems, strict=True):
+        if stem in others:
+            number, case = others[stem]
+            further.setdefault(case, {})[number] = file
+        elif (name := cases[stem]) is None:
             found.pass_over(*ANOTHER_CHANNEL, file)
         else:
-            found.sets.append(DataSet(file.parent, [Case(name, file.parent.name, file)]))
+            first.setdefault(name, []).append(file)
+    for name in {**first, **further}:
+        for known in [{name: file} for file in first.get(name, ())] or [{}]:  # two of one name are refused later
+            whole = complete_cases(known, {name: further.get(name, {})}, channels)[name]
+            found.sets.append(DataSet(folder, [Case(name, folder.name, whole[0], others=whole[1:])]))
 
 
-def cases_of_files(files: Sequence[Path]) -> dict[Path, str | None]:
-    """Return the case of each image of one folder; None for another channel."""
-    cases = cases_of_stems([nifti_stem(file) for file in files])
-    return {file: cases[nifti_stem(file)] for file in files}
-
-
-def add_folder(folder: Path, found: FoundData) -> None:
+def add_folder(folder: Path, channels: Sequence[int], found: FoundData) -> None:
     """Add the volumes of a folder; raise FileNotFoundError if it has none."""
     num_before = len(found.cases)
     if any(NIFTI.fullmatch(file.name) and not file.name.startswith(".") for file in folder.iterdir()):
-        read_loose(folder, found, deep=False)
+        read_loose(folder, found, channels, deep=False)
         for below, files in sort_files(folder, FoundData(folder))[0].items():
             for file in files if below != folder else ():
                 found.pass_over("unused file", "in a folder below; name that folder to use it", file)
     else:
-        below_it = read_data_folder(folder)
+        below_it = read_data_folder(folder, channels)
         found.findings += below_it.findings
         found.sets += below_it.sets
         for key, files in below_it.unused.items():

@@ -18,12 +18,13 @@ PART_KEYS = ("split", "set", "subset", "partition", "fold")
 
 
 class ListEntry(NamedTuple):
-    """One entry of a list: image, label map and fold, if it has them, and the keys that may name its part."""
+    """One entry of a list: image, label map and fold, if it has them, keys that may name its part, further channels."""
 
     image: Path
     label: Path | None
     fold: Any
     keys: dict[str, Any]
+    others: tuple[Path, ...] = ()
 
 
 def pass_over_parts(content: dict[str, Any], listed: FoundData) -> None:

@@ -7,16 +7,17 @@ and label maps alone: volume-3 and segmentation-3, images/a and labels/a, case_0
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from hyspark.data.datasets.cases import Case, ignored_value
+from hyspark.data.datasets.channels import channel_text, complete_cases, further_cases
 from hyspark.data.datasets.file_names import OTHER_FORMATS, cases_of_stems, labelled_stems, pair_key, unique_names
 from hyspark.data.datasets.found import DataSet, FoundData
 from hyspark.data.datasets.nnunet import ANOTHER_CHANNEL, NO_NIFTI, add_once, num_channels, read_declaration
 from hyspark.data.datasets.words import (
-    FIRST_CHANNEL,
+    FIRST_CHANNELS,
     is_anatomy_name,
     is_image_name,
     is_label_folder,
@@ -37,32 +38,45 @@ MASKS = (
 
 
 def read_loose(
-    root: Path, found: FoundData, channel: str = FIRST_CHANNEL, *, deep: bool = True, skip: Collection[Path] = ()
+    root: Path,
+    found: FoundData,
+    channels: Sequence[int] = FIRST_CHANNELS,
+    *,
+    deep: bool = True,
+    skip: Collection[Path] = (),
 ) -> None:
     """Add the cases of a folder of loose NIfTI files, with the label maps that belong to them.
 
     Args:
         root: the folder.
         found: where cases and files that are not used are added.
-        channel: channel of the images that are used.
+        channels: the channels that are read.
         deep: whether folders below are searched.
         skip: folders that are not entered.
     """
     content, near_stems = surroundings(root, found)
     images, labels = sort_files(root, found, deep, skip)
     stems: dict[Path, str] = {}
+    complete: dict[Path, tuple[Path, ...]] = {}
     label_stems = {nifti_stem(file) for file in labels}
     for files in images.values():
         image_stems = [nifti_stem(file) for file in files]
         known = near_stems | labelled_stems(image_stems, label_stems)
-        cases = cases_of_stems(image_stems, known, channel, num_channels(content))
+        cases = cases_of_stems(image_stems, known, channel_text(channels[0]), num_channels(content))
+        others = further_cases(image_stems, known, channels, num_channels(content))
         taken: dict[str, Path] = {}
+        further: dict[str, dict[int, Path]] = {}
         for file in files:
-            if (case := cases[nifti_stem(file)]) is None:
+            if nifti_stem(file) in others:
+                number, name = others[nifti_stem(file)]
+                add_once(further.setdefault(name, {}), number, file, found)
+            elif (case := cases[nifti_stem(file)]) is None:
                 found.pass_over(*ANOTHER_CHANNEL, file)
             else:
                 add_once(taken, case, file, found)
-        stems |= {file: case for case, file in taken.items()}
+        whole = complete_cases(taken, further, channels)
+        stems |= {of[0]: case for case, of in whole.items()}
+        complete |= {of[0]: of for of in whole.values()}
     made = [file for file in labels if is_prediction(file.relative_to(root))]
     for file in made:
         found.pass_over("unused label map", PREDICTION, file)
@@ -73,7 +87,9 @@ def read_loose(
         found.add_unreadable(root / "dataset.json", error)
         ignore = None
     names = unique_names(stems)
-    found_cases = [Case(names[image], root.name, image, paired.get(image), ignore) for image in stems]
+    found_cases = [
+        Case(names[image], root.name, image, paired.get(image), ignore, complete[image][1:]) for image in stems
+    ]
     found.sets.append(DataSet(root, sorted(found_cases, key=lambda case: case.name)))
 
 

@@ -2,25 +2,29 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hyspark.data.datasets.cases import Case, ignored_value
+from hyspark.data.datasets.channels import channel_text, complete_cases, further_cases
 from hyspark.data.datasets.file_names import BTCV_IMAGE, OTHER_FORMATS, cases_of_stems
 from hyspark.data.datasets.found import DataSet, FoundData
-from hyspark.data.datasets.words import FIRST_CHANNEL, is_label_name
+from hyspark.data.datasets.words import FIRST_CHANNEL, FIRST_CHANNELS, is_label_name
 from hyspark.data.quality.findings import Finding
 from hyspark.utils.paths import NIFTI, load_json, nifti_stem
+from hyspark.utils.text import list_of
 
 ANOTHER_CHANNEL = ("another channel", "another channel of a case")
 NO_NIFTI = "a file that is no .nii.gz or .nii"
 TEST_FOLDERS = ("imagesTs", "imagesVa", "imagesVal", "labelsTs", "labelsVa", "labelsVal")
 USED_FOLDERS = ("imagesTr", "labelsTr", *TEST_FOLDERS)
 """Folders of a data set whose files are used, or named as for tests."""
+Pair = tuple[tuple[Path, ...], Path | None]
+"""The file of each channel of a case, and its label map."""
 
 
-def read_data_set(folder: Path, found: FoundData, channel: str = FIRST_CHANNEL) -> None:
+def read_data_set(folder: Path, found: FoundData, channels: Sequence[int] = FIRST_CHANNELS) -> None:
     """Add the cases of a data set folder, and findings on its names and its dataset.json."""
     content = read_declaration(folder, found)
     data_set = DataSet(folder)
@@ -31,10 +35,13 @@ def read_data_set(folder: Path, found: FoundData, channel: str = FIRST_CHANNEL) 
         found.add_unreadable(folder / "dataset.json", error)
         ignore = None
     if isinstance(content.get("dataset"), dict):
-        pairs = listed_pairs(folder, content["dataset"], channel, found)
+        pairs = listed_pairs(folder, content["dataset"], channels, found)
     else:
-        pairs = folder_pairs(folder, content, channel, found)
-    data_set.cases = [Case(name, folder.name, *pairs[name], ignore) for name in sorted(pairs)]
+        pairs = folder_pairs(folder, content, channels, found)
+    data_set.cases = [
+        Case(name, folder.name, image, label, ignore, tuple(others))
+        for name, ((image, *others), label) in sorted(pairs.items())
+    ]
 
 
 def is_data_set(folder: Path) -> bool:
@@ -70,11 +77,9 @@ def num_channels(content: dict[str, Any]) -> int | None:
     return len(names) if isinstance(names, dict) and names else None
 
 
-def listed_pairs(
-    folder: Path, listed: dict[str, Any], channel: str, found: FoundData
-) -> dict[str, tuple[Path, Path | None]]:
-    """Return image and label of each case of nnU-Net's "dataset": {CASE: {"images": [...], "label": ...}}."""
-    pairs: dict[str, tuple[Path, Path | None]] = {}
+def listed_pairs(folder: Path, listed: dict[str, Any], channels: Sequence[int], found: FoundData) -> dict[str, Pair]:
+    """Return channels and label of each case of nnU-Net's "dataset": {CASE: {"images": [...], "label": ...}}."""
+    pairs: dict[str, Pair] = {}
     for name, entry in listed.items():
         images, label = (entry.get("images"), entry.get("label")) if isinstance(entry, dict) else (None, None)
         images = images if isinstance(images, list) else []
@@ -83,12 +88,15 @@ def listed_pairs(
             found.add_unreadable(folder / "dataset.json", f'"dataset": {name}: {expected}, got {entry!r}')
             continue
         files = [absolute(folder, text) for text in images]
-        number = int(channel)
-        for i, file in enumerate(files):
-            if i == number:
-                pairs[name] = (file, absolute(folder, label) if label else None)
-            else:
+        for number, file in enumerate(files):
+            if number not in channels:
                 found.pass_over(*ANOTHER_CHANNEL, file)
+        if max(channels) < len(files):
+            chosen = tuple(files[channel] for channel in channels)
+            pairs[name] = (chosen, absolute(folder, label) if label else None)
+        elif len(channels) > 1:
+            expected = f"expected images of the channels {list_of(channels)}, got {len(files)}"
+            found.add_unreadable(folder / "dataset.json", f'"dataset": {name}: {expected}; name other --image_channels')
     return pairs
 
 
@@ -100,15 +108,16 @@ def absolute(folder: Path, text: str) -> Path:
     return path
 
 
-def folder_pairs(
-    folder: Path, content: dict[str, Any], channel: str, found: FoundData
-) -> dict[str, tuple[Path, Path | None]]:
-    """Return image and label of each case in imagesTr and labelsTr; odd names are findings or passed over."""
+def folder_pairs(folder: Path, content: dict[str, Any], channels: Sequence[int], found: FoundData) -> dict[str, Pair]:
+    """Return channels and label of each case in imagesTr and labelsTr; odd names are findings or passed over."""
     label_files = list(volumes_in(folder / "labelsTr", found))
     label_stems = {name for file in label_files for name in label_cases(file)}
     images: dict[str, Path] = {}
     files = list(volumes_in(folder / "imagesTr", found))
-    cases = cases_of_stems([nifti_stem(f) for f in files], label_stems, channel, num_channels(content))
+    stems = [nifti_stem(file) for file in files]
+    cases = cases_of_stems(stems, label_stems, channel_text(channels[0]), num_channels(content))
+    of_further = further_cases(stems, label_stems, channels, num_channels(content))
+    further: dict[str, dict[int, Path]] = {}
     has_channels = any(case != stem for stem, case in cases.items())
     for file in files:
         stem = nifti_stem(file)
@@ -120,24 +129,30 @@ def folder_pairs(
             if is_label_name(stem):
                 found.pass_over("odd name", "a name of a label map among images", file)
                 continue
-        if case is None:
+        if stem in of_further:
+            number, of_case = of_further[stem]
+            add_once(further.setdefault(of_case, {}), number, file, found)
+        elif case is None:
             found.pass_over(*ANOTHER_CHANNEL, file)
         else:
             add_once(images, case, file, found)
+    complete = complete_cases(images, further, channels)
     labels: dict[str, Path] = {}
     for file in label_files:
-        if name := next((name for name in label_cases(file) if name in images), None):
+        if name := next((name for name in label_cases(file) if name in complete), None):
             add_once(labels, name, file, found)
         else:
-            found.findings.append(Finding("label without image", str(file), f"a label alone, for channel {channel}"))
-    without = [image for name, image in sorted(images.items()) if (folder / "labelsTr").is_dir() and name not in labels]
+            found.findings.append(
+                Finding("label without image", str(file), f"a label alone, for channel {channel_text(channels[0])}")
+            )
+    without = [of[0] for name, of in sorted(complete.items()) if (folder / "labelsTr").is_dir() and name not in labels]
     if without:
         others = f", and {len(without) - 1} more" if len(without) > 1 else ""
         found.findings.append(Finding("image without label", str(without[0]), f"an image alone{others}"))
     for name in TEST_FOLDERS:
         for file in volumes_in(folder / name, found):
             found.pass_over("unused file", f"in {name}, which is for tests", file)
-    return {name: (image, labels.get(name)) for name, image in images.items()}
+    return {name: (files_of, labels.get(name)) for name, files_of in complete.items()}
 
 
 def label_cases(file: Path) -> tuple[str, ...]:
@@ -162,7 +177,7 @@ def volumes_in(folder: Path, found: FoundData) -> Iterator[Path]:
             found.pass_over(kind, NO_NIFTI + advice, file)
 
 
-def add_once(files: dict[str, Path], name: str, file: Path, found: FoundData) -> None:
+def add_once(files: dict[Any, Path], name: Any, file: Path, found: FoundData) -> None:
     """Add the file of a case; a second one is a finding."""
     if name in files:
         found.findings.append(Finding("two files for a case", str(file), f"another file for the case of {files[name]}"))

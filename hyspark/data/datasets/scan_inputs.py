@@ -1,6 +1,6 @@
 """DICOM series that are named on a command line -> the volumes to predict, each a NIfTI file while it is needed."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,13 +10,17 @@ from hyspark.data.datasets.cases import Case
 from hyspark.data.datasets.found import MAX_NAMED
 from hyspark.data.datasets.inputs import read_inputs
 from hyspark.data.importing.nifti_content import nifti_content
-from hyspark.data.readers.dicom import is_dicom, read_header
+from hyspark.data.readers.dicom import MODALITIES, is_dicom, read_header
 from hyspark.data.readers.find import find_volumes
 from hyspark.data.readers.series import Series
 from hyspark.data.readers.volumes import Found, Volume, read_volume
+from hyspark.data.settings import PrepareSettings
 from hyspark.utils.atomic import write_whole
 from hyspark.utils.paths import NIFTI, walk_folders
 from hyspark.utils.text import listing
+
+MODALITIES_OF = {"ct": ("CT",), "ct-zscore": ("CT",), "mr": ("MR",), "none": tuple(MODALITIES)}
+"""Modalities of the DICOM series that a network reads, by its intensity."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +73,9 @@ def find_inputs(
     inputs: Sequence[Path],
     out: Path,
     *,
+    settings: PrepareSettings,
     only_dicom: bool,
     min_slices: int,
-    modalities: Collection[str] = ("CT",),
     progress: bool = True,
 ) -> PredictInputs:
     """Find the volumes of files and folders, NIfTI or DICOM.
@@ -81,14 +85,15 @@ def find_inputs(
     Args:
         inputs: files and folders.
         out: folder of the label maps, which is not searched; the scans are written below it.
+        settings: settings of preparation: their intensities decide on the modality of DICOM series.
         only_dicom: whether folders are searched for DICOM alone, and NIfTI files are errors.
         min_slices: DICOM scans with fewer slices are not used.
-        modalities: modalities of the DICOM series that are used.
         progress: whether to show a progress bar.
 
     Raises:
         FileNotFoundError: a path does not exist, or there is no volume.
-        ValueError: a file is neither NIfTI nor DICOM, or two volumes have one name.
+        ValueError: a file is neither NIfTI nor DICOM, two volumes have one name, or the network reads several channels
+            of DICOM.
     """
     if min_slices < 1:
         raise ValueError(f"--min_slices: expected 1 or more, got {min_slices}")
@@ -99,10 +104,16 @@ def find_inputs(
     dicom = [path for path in inputs if only_dicom or is_dicom_source(path)]
     found = PredictInputs()
     if others := [path for path in inputs if path not in dicom]:
-        given = read_inputs(others)
+        given = read_inputs(others, settings.image_channels)
         found.cases += given.cases
         found.lines += given.unused_lines()
     if dicom:
+        if len(settings.image_channels) > 1:
+            raise ValueError(
+                f"{dicom[0]}: a network of {len(settings.image_channels)} image channels reads NIfTI, whose names say "
+                "which files are one case; found DICOM"
+            )
+        modalities = MODALITIES_OF[settings.intensity[0]]
         searched = find_volumes(dicom, min_slices=min_slices, skip=out, modalities=modalities, progress=progress)
         add_dicom_scans(searched, out, found)
     names = [case.name for case in found.cases]

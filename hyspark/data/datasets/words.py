@@ -6,6 +6,8 @@ from pathlib import Path
 from hyspark.utils.paths import nifti_stem
 
 FIRST_CHANNEL = "0000"
+FIRST_CHANNELS = (0,)
+"""The channels that are read by default."""
 CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})", re.DOTALL)
 """A case and its channel, as nnU-Net writes them."""
 PREDICTION_WORDS = frozenset(("pred", "preds", "prediction", "predictions", "predicted"))

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from hyspark.data.importing.convert import naming_folder
 from hyspark.data.importing.nifti_content import nifti_content
-from hyspark.data.importing.record import LABELS, SERIES_FILE, write_dataset_json, write_lines
+from hyspark.data.importing.record import LABEL_FOLDER, SERIES_FILE, write_dataset_json, write_lines
 from hyspark.data.importing.write import Imported, ImportedCase
 from hyspark.data.readers.header import read_nifti_header
 from hyspark.data.structures.class_names import ClassNames, class_names_found
@@ -161,7 +161,7 @@ def label_case(case: ImportedCase, objects: Sequence[LabelObject], classes: Clas
         return made
     if made.voxels:
         with naming_folder(out):
-            write_whole(out / LABELS / f"{case.name}.nii.gz", nifti_content(labels, image.affine, np.uint8))
+            write_whole(out / LABEL_FOLDER / f"{case.name}.nii.gz", nifti_content(labels, image.affine, np.uint8))
         made.is_written = True
     return made
 
@@ -175,7 +175,7 @@ def remove_others(out: Path, done: dict[str, CaseLabels]) -> None:
     """Remove label maps of an earlier import that no structures stand for any more."""
     for name, made in done.items():
         if not made.is_written:
-            (out / LABELS / f"{name}.nii.gz").unlink(missing_ok=True)
+            (out / LABEL_FOLDER / f"{name}.nii.gz").unlink(missing_ok=True)
 
 
 def add_to_record(imported: Imported, done: dict[str, CaseLabels], classes: ClassNames) -> None:
@@ -183,7 +183,7 @@ def add_to_record(imported: Imported, done: dict[str, CaseLabels], classes: Clas
     for case in imported.cases:
         made = done[case.name]
         case.entry["labels"] = {
-            "file": f"{LABELS}/{case.name}.nii.gz" if made.is_written else "",
+            "file": f"{LABEL_FOLDER}/{case.name}.nii.gz" if made.is_written else "",
             "voxels": made.voxels,
             "missing": [title for title in classes.values if title not in made.voxels],
             "notes": [without_private(note) for note in made.notes],

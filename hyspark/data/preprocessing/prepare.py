@@ -4,8 +4,8 @@ The steps, equal to MONAI's transforms of these names:
 
 - RAS orientation;
 - spacing, by linear interpolation; labels by nearest neighbour;
-- HU window to 0..1, with clipping;
-- crop to foreground (> 0).
+- fractions of a range of values, 0..1, with clipping (see `intensity.py`);
+- crop to foreground, in any channel.
 
 A crop is padded when it is read (see `store.py`), so that one prepared volume serves every crop size.
 """
@@ -20,23 +20,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from monai.transforms import Compose, CropForegroundd
+import torch
+from monai.data import MetaTensor
+from monai.transforms import CropForegroundd
 from nibabel.spatialimages import SpatialImage
 from tqdm import tqdm
 
 from hyspark.data.datasets.cases import UNANNOTATED, Case
-from hyspark.data.intensity import stored_steps, window_transform
+from hyspark.data.intensity import fractions_of, hu_maps, reads_window, stored_steps
 from hyspark.data.preprocessing.entry_files import is_sound, remove_abandoned, remove_entry
 from hyspark.data.preprocessing.resample import region_above, whole_grid
 from hyspark.data.preprocessing.store import (
     EARLIER_FORMAT,
     LEAST_BLOSC2,
     StoredVolume,
+    case_folder,
     check_blosc2,
-    entry_folder,
     write_entry,
 )
 from hyspark.data.quality.case_files import CaseFiles, read_case
+from hyspark.data.quality.findings import missing_channel
 from hyspark.data.settings import PrepareSettings
 from hyspark.utils.log import LOG
 from hyspark.utils.processes import KILLED, available_cores, map_unordered
@@ -46,17 +49,12 @@ MAX_LISTED = 5
 """Number of warnings that are shown in full."""
 
 
-def to_unit_range_and_foreground(settings: PrepareSettings, keys: Sequence[str]) -> Compose:
-    """Compose the HU window and the crop to the image's foreground, of a dict of arrays `(1, h, w, d)`."""
-    return Compose([window_transform(settings), CropForegroundd(keys, source_key="image", allow_smaller=True)])
-
-
 def prepare_case(case: Case, settings: PrepareSettings) -> dict[str, Any]:
-    """Prepare one case: orientation, spacing, HU window, crop to foreground.
+    """Prepare one case: orientation, spacing, fractions of a range of values, crop to foreground.
 
     Returns:
-        image: float32 `(h, w, d)` in [0, 1]; label: uint8 `(h, w, d)` or None; affine: `(4, 4)` of the prepared grid
-        in RAS mm.
+        image: float32 `(c, h, w, d)`, fractions in [0, 1]; maps: of each channel, from fractions to a network's input,
+        or None; label: uint8 `(h, w, d)` or None; affine: `(4, 4)` of the prepared grid in RAS mm.
 
     Raises:
         ValueError: if `read_case` finds an error, or the image has no foreground.
@@ -64,35 +62,47 @@ def prepare_case(case: Case, settings: PrepareSettings) -> dict[str, Any]:
     files = read_case(case, settings)
     if files.errors:
         raise ValueError("; ".join(f.reason if f.file == str(case.image) else str(f) for f in files.errors))
-    return prepare_files(files, settings)
+    prepared = prepare_files(files, settings)
+    given = zip(prepared.pop("scales"), hu_maps(settings), strict=True)
+    return prepared | {"maps": [scale.map or of_settings for scale, of_settings in given]}
 
 
 def prepare_files(files: CaseFiles, settings: PrepareSettings) -> dict[str, Any]:
-    """Prepare a case from its files, which hold no error; see `prepare_case`."""
+    """Prepare a case from its files, which hold no error; see `prepare_case`, with the scales of the channels."""
     case = files.case
-    assert files.image is not None
+    scales = files.scales
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MONAI warns its own callers; results are checked below
-        image, shape, start = region_above(files.image, settings.spacing, settings.hu_min)
+        values, shape, start = region_above(files.images, settings.spacing, [scale.threshold for scale in scales])
+        if not np.isfinite(values.numpy()).all():
+            raise ValueError("holds NaN or infinite values")
+        parts = [fractions_of(channel, scale) for channel, scale in zip(values.numpy(), scales, strict=True)]
+        stacked = parts[0][0][None] if len(parts) == 1 else np.stack([fractions for fractions, _ in parts])
+        image = MetaTensor(torch.from_numpy(stacked), affine=values.affine)
         data: dict[str, Any] = {"image": image}
+        data["foreground"] = torch.from_numpy(np.any([foreground for _, foreground in parts], axis=0)[None])
         if files.label is not None:
             whole = whole_grid(files.label, settings.spacing, "nearest")
             if whole.shape[1:] != shape:  # as of edges that differ slightly
-                whole = whole_grid(SpatialImage(files.label.dataobj, files.image.affine), settings.spacing, "nearest")
+                whole = whole_grid(
+                    SpatialImage(files.label.dataobj, files.images[0].affine), settings.spacing, "nearest"
+                )
             box = [slice(a, a + n) for a, n in zip(start, image.shape[1:], strict=True)]
             data["label"] = whole[:, box[0], box[1], box[2]]
-        data = to_unit_range_and_foreground(settings, list(data))(data)
-    array = np.ascontiguousarray(data["image"].numpy()[0])
-    if not np.isfinite(array).all():
-        raise ValueError("holds NaN or infinite values")
-    if array.size == 0 or np.rint(array.max() * stored_steps(settings)) == 0:  # as the store counts foreground
-        raise ValueError(f"no voxel lies above {settings.hu_min} HU; is it CT in Hounsfield units?")
+        crop: Any = CropForegroundd([key for key in data if key != "foreground"], "foreground", allow_smaller=True)
+        data = crop(data)
+    array = np.ascontiguousarray(data["image"].numpy())
+    steps = [scale.steps for scale in scales]
+    if array.size == 0 or all(np.rint(part.max() * n) == 0 for part, n in zip(array, steps, strict=True)):
+        lowest = f"{settings.hu_min} HU; is it CT in Hounsfield units?" if reads_window(settings) else "the background"
+        raise ValueError(f"no voxel lies above {lowest}")  # as the store counts foreground
     label = None
     if files.label is not None:
         label = np.ascontiguousarray(data["label"].numpy()[0].astype(np.uint8))
         if case.ignore is not None:
             label[label == case.ignore] = UNANNOTATED
-    return {"image": array, "label": label, "affine": np.asarray(data["image"].affine, dtype=np.float64)}
+    affine = np.asarray(data["image"].affine, dtype=np.float64)
+    return {"image": array, "label": label, "affine": affine, "scales": scales}
 
 
 @dataclass(frozen=True)
@@ -188,7 +198,9 @@ def failure_message(failed: Mapping[str, Sequence[str]], num: int, alternative: 
 
 def stored_volumes(cases: Sequence[Case], settings: PrepareSettings, store_dir: Path) -> list[StoredVolume]:
     """Return the cases' prepared volumes, which may not exist yet."""
-    return [StoredVolume(entry_folder(store_dir, settings, c.image, c.label, c.ignore), c.name) for c in cases]
+    maps = hu_maps(settings)
+    of_settings = maps if any(maps) else ()
+    return [StoredVolume(case_folder(store_dir, settings, c), c.name, of_settings) for c in cases]
 
 
 def prepare_missing(
@@ -219,9 +231,8 @@ def prepare_missing(
         PermissionError: if the store is not writable.
     """
     check_blosc2()
-    folders = {c: entry_folder(store_dir, settings, c.image, c.label, c.ignore) for c in cases if files_exist(c)}
-    missing = [str(c.image) for c in cases if c not in folders]
-    failed: dict[str, tuple[str, ...]] = {image: (f"{image}: it or its label is missing",) for image in missing}
+    folders = {c: case_folder(store_dir, settings, c) for c in cases if files_exist(c)}
+    failed: dict[str, tuple[str, ...]] = {str(c.image): (missing_text(c),) for c in cases if c not in folders}
     existing = [folder for folder in folders.values() if folder.exists()]
     damaged = find_damaged(existing, num_workers or available_cores(), progress)
     todo = [(c, settings, folder) for c, folder in folders.items() if folder in damaged or not folder.exists()]
@@ -239,13 +250,20 @@ def prepare_missing(
 
 
 def files_exist(case: Case) -> bool:
-    """Return whether a case's image and, if it has one, its label exist."""
-    return all(path.exists() for path in (case.image, case.label) if path is not None)
+    """Return whether all files of a case exist."""
+    return all(path.exists() for path in case.files)
+
+
+def missing_text(case: Case) -> str:
+    """Say which files of a case are missing."""
+    if all(path.exists() for path in (case.image, case.label) if path is not None):
+        return "; ".join(str(missing_channel(path)) for path in case.others if not path.exists())
+    return f"{case.image}: it or its label is missing"
 
 
 def log_earlier(cases: Sequence[Case], settings: PrepareSettings, store_dir: Path) -> None:
     """Log the number of cases whose volumes an earlier version prepared, in a format that is not read any more."""
-    earlier = [entry_folder(store_dir, settings, c.image, c.label, c.ignore, EARLIER_FORMAT) for c in cases]
+    earlier = [case_folder(store_dir, settings, c, EARLIER_FORMAT) for c in cases]
     if found := [folder for folder in earlier if folder.exists()]:
         LOG.warning(
             "%s: %d volumes are of store format %d, in which a blosc2 before %s could lose voxels; they are prepared "

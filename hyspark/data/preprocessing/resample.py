@@ -46,34 +46,54 @@ def whole_grid(image: SpatialImage, spacing: Sequence[float], mode: str) -> Meta
 
 
 def region_above(
-    image: SpatialImage, spacing: Sequence[float], threshold: float
+    images: Sequence[SpatialImage], spacing: Sequence[float], thresholds: Sequence[float]
 ) -> tuple[MetaTensor, tuple[int, ...], list[int]]:
     """Resample the region of `whole_grid(image, spacing, "bilinear")` that holds every voxel above a threshold.
 
+    Args:
+        images: channels of a volume, on one grid.
+        spacing: mm per voxel, in RAS order.
+        thresholds: value to exceed, of each channel; the region holds the voxels of all.
+
     Returns:
-        region: float32 `(1, h, w, d)`; one voxel if none lies above the threshold.
+        region: float32 `(c, h, w, d)`; one voxel if none lies above its threshold.
         shape: `(h, w, d)` of the whole grid.
         start: first voxel of the region in the whole grid.
     """
-    turned = as_closest_canonical(image)
+    turned = as_closest_canonical(images[0])
     affine, shape = target_grid(turned.shape[:3], turned.affine, spacing)
     to_voxel = np.linalg.solve(turned.affine, affine)
     if shape == turned.shape[:3] and np.allclose(to_voxel, np.eye(4), atol=UNCHANGED):
         affine, to_voxel = turned.affine, np.eye(4)
     scale, offset = np.diag(to_voxel)[:3], to_voxel[:3, 3]
     if np.abs(to_voxel[:3, :3] - np.diag(scale)).max() * max(shape) > MAX_AXIS_DRIFT:
-        return whole_grid(image, spacing, "bilinear"), shape, [0, 0, 0]
+        whole: Any = [whole_grid(image, spacing, "bilinear") for image in images]
+        together: Any = whole[0] if len(whole) == 1 else torch.cat(whole)
+        return together, shape, [0, 0, 0]
 
+    channels = [canonical_voxels(image) for image in images]
+    starts, stops = zip(
+        *(box_above(voxels, above, shape, scale, offset) for voxels, above in zip(channels, thresholds, strict=True)),
+        strict=True,
+    )
+    start, stop = np.min(starts, axis=0), np.max(stops, axis=0)
+    if np.array_equal(to_voxel, np.eye(4)):
+        box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+        parts = [voxels[box].astype(np.float32) for voxels in channels]
+    else:
+        parts = [interpolate(voxels, scale, offset + scale * start, stop - start) for voxels in channels]
+    part = parts[0][None] if len(parts) == 1 else np.stack(parts)
+    affine = affine @ translation(start)
+    return MetaTensor(torch.from_numpy(part), affine=torch.from_numpy(affine)), shape, start.tolist()
+
+
+def canonical_voxels(image: SpatialImage) -> np.ndarray:
+    """Return the voxels `(h, w, d)` of an image in the order of RAS, in the type they are stored in."""
+    turned = as_closest_canonical(image)
     voxels = np.asanyarray(turned.dataobj).reshape(turned.shape[:3])
     if voxels.dtype.kind == "f":
         voxels = voxels.astype(np.float32, copy=False)  # as MONAI does after reading
-    start, stop = box_above(voxels, threshold, shape, scale, offset)
-    if np.array_equal(to_voxel, np.eye(4)):
-        part = voxels[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))].astype(np.float32)
-    else:
-        part = interpolate(voxels, scale, offset + scale * start, stop - start)
-    affine = affine @ translation(start)
-    return MetaTensor(torch.from_numpy(part)[None], affine=torch.from_numpy(affine)), shape, start.tolist()
+    return voxels
 
 
 def target_grid(

@@ -12,7 +12,7 @@ import numpy as np
 from hyspark.data.datasets.cases import Case
 from hyspark.data.preprocessing.entry_files import is_complete
 from hyspark.data.preprocessing.prepare import files_exist
-from hyspark.data.preprocessing.store import entry_folder
+from hyspark.data.preprocessing.store import case_folder
 from hyspark.data.readers.nifti import file_grid
 from hyspark.data.settings import PrepareSettings
 
@@ -57,7 +57,7 @@ class StoreSize:
 
 def estimate_store_size(settings: PrepareSettings, cases: Sequence[Case], folder: Path) -> StoreSize:
     """Measure the prepared volumes of the cases in a store, and estimate the missing ones."""
-    entries = [(c, entry_folder(folder, settings, c.image, c.label, c.ignore)) for c in cases if files_exist(c)]
+    entries = [(c, case_folder(folder, settings, c)) for c in cases if files_exist(c)]
     prepared = [(c, entry) for c, entry in entries if is_complete(entry)]
     missing = [c for c, entry in entries if not is_complete(entry)]
     sampled = sample_evenly(prepared)
@@ -90,7 +90,7 @@ def bytes_in(folder: Path) -> int:
 
 
 def count_voxels(cases: Sequence[Case], spacing: Sequence[float]) -> tuple[float, int]:
-    """Add up the voxels of images at a spacing in mm, by their headers; also count the unreadable headers."""
+    """Add up the voxels of all channels at a spacing in mm, by the images' headers; also count unreadable headers."""
     voxels, unreadable = 0.0, 0
     for case in cases:
         try:
@@ -98,5 +98,7 @@ def count_voxels(cases: Sequence[Case], spacing: Sequence[float]) -> tuple[float
         except ValueError:
             unreadable += 1
         else:
-            voxels += math.prod(shape) * abs(float(np.linalg.det(affine[:3, :3]))) / math.prod(spacing)
+            voxels += (
+                len(case.images) * math.prod(shape) * abs(float(np.linalg.det(affine[:3, :3]))) / math.prod(spacing)
+            )
     return voxels, unreadable

@@ -13,8 +13,9 @@ from nibabel.affines import voxel_sizes
 from nibabel.spatialimages import SpatialImage
 
 from hyspark.data.datasets.cases import Case
+from hyspark.data.intensity import VolumeScale, volume_scale
 from hyspark.data.quality.faults import file_fault, header_faults, label_faults
-from hyspark.data.quality.findings import Finding
+from hyspark.data.quality.findings import Finding, missing_channel
 from hyspark.data.quality.modality import declared_modality
 from hyspark.data.quality.value_faults import value_faults
 from hyspark.data.readers.geometry import pair_fault, put_in_order
@@ -39,11 +40,12 @@ class CaseFiles:
         findings: findings about its files.
         shape: voxels per axis of the image; None if unreadable.
         spacing: mm per voxel of the image; None if unreadable.
-        image: the image with its voxels `(h, w, d)`; None if unreadable.
+        images: each channel with its voxels `(h, w, d)`, on the grid of the first; without unreadable ones.
+        scales: how each readable channel is prepared.
         label: the label map in the order of its image's voxels; None if unreadable or elsewhere, or there is none.
-        low: least value of the image.
-        high: largest value of the image.
-        sample: evenly spaced voxels of the image; None if a value is no number.
+        low: least value of the first channel.
+        high: largest value of the first channel.
+        sample: evenly spaced voxels of the first channel; None if a value is no number.
         label_voxels: number of voxels by label value.
     """
 
@@ -51,7 +53,8 @@ class CaseFiles:
     findings: list[Finding] = field(default_factory=list)
     shape: tuple[int, ...] | None = None
     spacing: tuple[float, ...] | None = None
-    image: SpatialImage | None = None
+    images: list[SpatialImage] = field(default_factory=list)
+    scales: list[VolumeScale] = field(default_factory=list)
     label: SpatialImage | None = None
     low: float | None = None
     high: float | None = None
@@ -86,6 +89,8 @@ def read_case(case: Case, settings: PrepareSettings, declared: frozenset[int] | 
         image = open_volume(case.image, files)
         if image is not None and fits_memory(image, settings, files):
             add_image(image, settings, files)
+            for channel, path in enumerate(case.others, 1):
+                add_channel(path, channel, image, settings, files)
         if case.label is not None:
             add_label_map(case.label, image, declared, files)
     except Exception as error:  # of any library, on files that nobody foresaw
@@ -116,7 +121,8 @@ def fits_memory(header: NiftiHeader, settings: PrepareSettings, files: CaseFiles
     if not header.has_position:
         return True
     voxels = np.prod(np.array(header.shape) * voxel_sizes(header.affine) / settings.spacing)
-    needed, memory = voxels * np.dtype(np.float32).itemsize, psutil.virtual_memory().total
+    needed = voxels * settings.num_image_channels * np.dtype(np.float32).itemsize
+    memory = psutil.virtual_memory().total
     if needed <= memory:
         return True
     spacing = " x ".join(f"{edge:g}" for edge in settings.spacing)
@@ -128,23 +134,61 @@ def fits_memory(header: NiftiHeader, settings: PrepareSettings, files: CaseFiles
 
 
 def add_image(header: NiftiHeader, settings: PrepareSettings, files: CaseFiles) -> None:
-    """Read the image of a case, with the findings about its header and its values."""
-    path = files.case.image
+    """Read the first channel of a case, with the findings about its header and its values."""
     files.shape = header.shape
     if header.has_position:
         files.spacing = tuple(float(edge) for edge in voxel_sizes(header.affine))
-    files.add(path, header_faults(header))
+    files.add(header.path, header_faults(header))
     voxels = load_voxels(header, files)
     if voxels is None:
         return
-    files.image = SpatialImage(voxels, header.affine if header.has_position else np.eye(4))
+    files.images.append(SpatialImage(voxels, header.affine if header.has_position else np.eye(4)))
     files.low, files.high = float(voxels.min()), float(voxels.max())  # NaN if any voxel is NaN
-    if not max(abs(files.low), abs(files.high)) <= LARGEST:
+    files.sample = judge_values(header.path, voxels, 0, settings, files)
+
+
+def add_channel(path: Path, channel: int, first: NiftiHeader, settings: PrepareSettings, files: CaseFiles) -> None:
+    """Read a further channel of a case, with the findings about its header, its grid and its values."""
+    if not path.exists() and not path.is_symlink():
+        files.findings.append(missing_channel(path))
+        return
+    header = open_volume(path, files)
+    if header is None:
+        return
+    files.add(path, header_faults(header))
+    if (voxels := load_voxels(header, files)) is None:
+        return
+    judge_values(path, voxels, channel, settings, files)
+    if not (first.has_position and header.has_position):
+        return
+    if fault := pair_fault(first.grid, header.grid):
+        found = fault[1].replace("the image", str(first.path))
+        files.add(path, iter([(fault[0].replace("label", "channel"), found)]))
+    else:
+        turned = put_in_order(voxels, header.grid, first.grid)
+        files.images.append(SpatialImage(turned.voxels, first.affine))
+
+
+def judge_values(
+    path: Path, voxels: np.ndarray, channel: int, settings: PrepareSettings, files: CaseFiles
+) -> np.ndarray | None:
+    """Add the findings about a channel's values, and how it is prepared.
+
+    Returns:
+        Evenly spaced voxels; None if a value is no number.
+    """
+    low, high = float(voxels.min()), float(voxels.max())  # NaN if any voxel is NaN
+    if not max(abs(low), abs(high)) <= LARGEST:
         num = int(voxels.size - (np.abs(voxels) <= LARGEST).sum())
         files.add(path, iter([("NaN or infinite", f"{num} voxels that are no number")]))
-        return
-    files.sample = sample_voxels(voxels)
-    files.add(path, value_faults(files.low, files.high, files.sample, settings, declared_modality(path)))
+        return None
+    sample, scale = sample_voxels(voxels), volume_scale(voxels, settings, channel)
+    files.scales.append(scale)
+    faults = list(value_faults(low, high, sample, settings, declared_modality(path), channel))
+    if low < high and not scale.low < scale.high:
+        faults.append(("no foreground", f"values from {low:g} to {high:g}, one of them in the foreground"))
+    files.add(path, iter(faults))
+    return sample
 
 
 def add_label_map(path: Path, image: NiftiHeader | None, declared: frozenset[int] | None, files: CaseFiles) -> None:

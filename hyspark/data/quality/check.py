@@ -6,6 +6,7 @@ Everything is examined and nothing raises, so that one call reports all that has
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -17,6 +18,8 @@ from hyspark.data.datasets.found import UNREADABLE, DataSet, FoundData
 from hyspark.data.datasets.near_subjects import near_subject_faults
 from hyspark.data.datasets.splits import CONVERT_SPLITS, num_folds, pickled_splits, split_by_file, splits_file
 from hyspark.data.datasets.subjects import both_sides_faults, large_subject_faults, subjects_of_cases
+from hyspark.data.datasets.words import FIRST_CHANNELS
+from hyspark.data.intensity import check_intensity
 from hyspark.data.quality.examine import Examined, examine
 from hyspark.data.quality.findings import Finding
 from hyspark.data.settings import PrepareSettings
@@ -33,38 +36,35 @@ FAULTS_OF_NAMES = ("label without image", "two files for a case", "image without
 def check_dataset(
     path: Path,
     *,
-    hu_min: float = PrepareSettings.hu_min,
-    hu_max: float = PrepareSettings.hu_max,
-    spacing: tuple[float, float, float] = PrepareSettings.spacing,
     num_workers: int = 0,
     progress: bool = True,
+    **given: Any,
 ) -> tuple[list[Examined], FoundData]:
     """Examine all cases of a folder of data (see `read_data_folder`), or of a decathlon JSON.
 
     Args:
         path: the folder or the JSON.
-        hu_min: HU that become 0 in training.
-        hu_max: HU that become 1 in training.
-        spacing: mm per voxel in training.
         num_workers: processes; 0 takes one per core.
         progress: whether to show a progress bar.
+        **given: settings of training, fields of `PrepareSettings`.
 
     Returns:
         The examined cases, and the search's result with the findings that do not belong to one case.
 
     Raises:
         FileNotFoundError: if there is nothing to examine.
-        ValueError: if hu_min does not lie below hu_max.
+        ValueError: if the settings do not fit each other.
     """
-    if not hu_min < hu_max:
-        raise ValueError(f"hu_min: expected a number below hu_max, got {hu_min:g} and {hu_max:g}")
-    found = find_dataset(path)
+    settings = PrepareSettings(**given)
+    if not settings.hu_min < settings.hu_max:
+        raise ValueError(f"hu_min: expected a number below hu_max, got {settings.hu_min:g} and {settings.hu_max:g}")
+    check_intensity(settings)
+    found = find_dataset(path, settings.image_channels)
     if not found.cases and not found.findings:
         raise FileNotFoundError(
             f"{path}: expected a JSON, or a folder with DatasetXXX_Name/imagesTr/CASE_0000.nii.gz, found neither"
         )
     declared = frozenset(found.classes.values()) if found.classes else None
-    settings = PrepareSettings(hu_min=hu_min, hu_max=hu_max, spacing=spacing)
     examined = examine_all(found.cases, settings, declared, num_workers or available_cores(), progress)
     found.findings += [*same_content(examined), *unused_classes(examined, found.classes, path)]
     subjects = subjects_of_cases(found.cases)
@@ -72,21 +72,21 @@ def check_dataset(
     return examined, found
 
 
-def find_dataset(path: Path) -> FoundData:
+def find_dataset(path: Path, channels: Sequence[int] = FIRST_CHANNELS) -> FoundData:
     """List the cases of a list, or of a folder of data and the list dataset.json in it; see `read_data_folder`."""
     path = Path(os.path.abspath(path))
     listed: ListedData | None = None
     if path.is_file() and NIFTI.fullmatch(path.name):
         raise ValueError(f"{path}: expected a folder of data or a decathlon JSON, got one volume; name its folder")
     if path.suffix == ".json" or path.is_file():
-        found: FoundData = (listed := read_checked_list(path))
+        found: FoundData = (listed := read_checked_list(path, channels))
     else:
-        found = read_data_folder(path)
+        found = read_data_folder(path, channels)
         file = path / "dataset.json"
         try:
             found.classes = common_labels(one.folder for one in found.sets)
             if file.is_file() and is_datalist(file):
-                listed = read_checked_list(file)
+                listed = read_checked_list(file, channels)
                 add_list(found, listed)
         except ValueError as error:
             found.findings.append(unreadable_list(path, str(error)))
@@ -100,7 +100,7 @@ def find_dataset(path: Path) -> FoundData:
         why = f"a pickle, which is not read; this converts it in its folder: {CONVERT_SPLITS}"
         found.findings += [Finding("pickled splits", str(file), why) for file in pickles]
     has_labels = all(c.label for c in listed.cases) if listed else any(case.label for case in found.cases)
-    found.findings += [*found.unused_findings(), *run_faults(path, found, has_labels)]
+    found.findings += [*found.unused_findings(), *run_faults(path, found, has_labels, channels)]
     return found
 
 
@@ -114,12 +114,12 @@ def unreadable_list(path: Path, error: str) -> Finding:
     )
 
 
-def run_faults(path: Path, found: FoundData, labels: bool) -> list[Finding]:
+def run_faults(path: Path, found: FoundData, labels: bool, channels: Sequence[int]) -> list[Finding]:
     """Report what a run with the default split refuses, and a side of its split without cases."""
     if not found.cases or any(finding.severity == "error" for finding in found.findings):
         return []
     try:
-        listed = read_data(path, labels=labels)
+        listed = read_data(path, labels=labels, channels=channels)
     except (ValueError, FileNotFoundError) as error:
         return [unreadable_list(path, str(error))]
     if listed.training and listed.validation:
@@ -129,9 +129,9 @@ def run_faults(path: Path, found: FoundData, labels: bool) -> list[Finding]:
     return [Finding("empty side", str(path), sides)]
 
 
-def read_checked_list(path: Path) -> ListedData:
+def read_checked_list(path: Path, channels: Sequence[int]) -> ListedData:
     """Read a list; subjects on both sides of its split are findings, too."""
-    listed = read_list(path, fold=None)
+    listed = read_list(path, fold=None, channels=channels)
     if not any(finding.kind == "listed twice" for finding in listed.findings):
         listed.findings += side_findings(path, listed.training, listed.validation)
     return listed

@@ -13,13 +13,15 @@ from nibabel.affines import voxel_sizes
 from nibabel.spatialimages import SpatialImage
 
 from hyspark.data.datasets.cases import Case
-from hyspark.data.intensity import viewing_greys
+from hyspark.data.intensity import OF_CT, VIEWING_WINDOW, fractions_of, intensity_of, viewing_greys
 from hyspark.data.quality.case_files import CaseFiles, failure, read_case
 from hyspark.data.quality.findings import Finding
 from hyspark.data.settings import PrepareSettings
 
 HISTOGRAM = np.arange(-1100, 3101, 50)
 """Edges in HU of the histogram's bins; values beyond count in the outermost bins."""
+FRACTIONS = np.linspace(0, 1, 51)
+"""The same for values other than HU, as fractions of the range of each volume."""
 THUMBNAIL = 128
 """Longest edge of a thumbnail in pixels."""
 
@@ -33,9 +35,9 @@ class Examined:
         findings: findings about its files.
         shape: voxels per axis of the image; None if unreadable.
         spacing: mm per voxel of the image; None if unreadable.
-        counts: sampled voxels in the bins of HISTOGRAM.
-        low: least value of the image.
-        high: largest value of the image.
+        counts: sampled voxels of the first channel in the bins of HISTOGRAM, of FRACTIONS if it is no CT.
+        low: least value of the first channel.
+        high: largest value of the first channel.
         digest: digest of the image's values.
         thumbnail: uint8 `(height, width)`, head up; None if unreadable, or not kept.
         label_voxels: number of voxels by label value.
@@ -77,35 +79,41 @@ def examine(case: Case, settings: PrepareSettings, declared: frozenset[int] | No
         label_voxels=files.label_voxels,
     )
     try:
-        add_statistics(files, seen)
+        add_statistics(files, seen, is_ct=intensity_of(settings, 0) in OF_CT)
     except Exception as error:  # the voxels are read, but a copy of them may not fit the memory
         seen.findings.append(failure(case, error))
     return seen
 
 
-def add_statistics(files: CaseFiles, seen: Examined) -> None:
+def add_statistics(files: CaseFiles, seen: Examined, *, is_ct: bool) -> None:
     """Add digest, histogram and thumbnail of the image, if it was read."""
-    if files.image is None:
+    if not files.images:
         return
-    voxels = np.asanyarray(files.image.dataobj)
-    seen.digest = digest_of(voxels)
-    seen.thumbnail = thumbnail_of(voxels, files.image.affine)
-    if files.sample is not None:
-        values = files.sample.astype(np.float32).clip(HISTOGRAM[0], HISTOGRAM[-1])
-        seen.counts = np.histogram(values, HISTOGRAM)[0]
+    seen.digest = digest_of(*(np.asanyarray(image.dataobj) for image in files.images))
+    first = files.images[0]
+    scale = files.scales[0] if files.sample is not None else None
+    bounds = VIEWING_WINDOW if is_ct or scale is None else (scale.low, scale.high)
+    seen.thumbnail = thumbnail_of(np.asanyarray(first.dataobj), first.affine, bounds)
+    if files.sample is None or scale is None:
+        return
+    values = files.sample.astype(np.float32)
+    if is_ct:
+        seen.counts = np.histogram(values.clip(HISTOGRAM[0], HISTOGRAM[-1]), HISTOGRAM)[0]
+    elif scale.low < scale.high:
+        seen.counts = np.histogram(fractions_of(values, scale)[0], FRACTIONS)[0]
 
 
-def digest_of(voxels: np.ndarray) -> str:
-    """Digest shape and values slice by slice, independent of the type they are stored in."""
-    digest = hashlib.blake2b(repr(voxels.shape).encode(), digest_size=16)
+def digest_of(*channels: np.ndarray) -> str:
+    """Digest shape and values of channels slice by slice, independent of the type they are stored in."""
+    digest = hashlib.blake2b(repr(channels[0].shape).encode(), digest_size=16)
     with np.errstate(over="ignore"):  # of values beyond float32, which are findings
-        for row in voxels:
+        for row in (row for voxels in channels for row in voxels):
             digest.update(np.ascontiguousarray(row, dtype="<f4").tobytes())
     return digest.hexdigest()
 
 
-def thumbnail_of(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Draw the middle coronal slice, uint8 `(height, width)`, in the viewing window and with square pixels.
+def thumbnail_of(voxels: np.ndarray, affine: np.ndarray, bounds: tuple[float, float] = VIEWING_WINDOW) -> np.ndarray:
+    """Draw the middle coronal slice, uint8 `(height, width)`, between two values and with square pixels.
 
     The head is up, the patient's right on the left.
     """
@@ -116,4 +124,4 @@ def thumbnail_of(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
     height, width = np.maximum(1, np.round(THUMBNAIL * extent / extent.max())).astype(int)
     rows = np.arange(height) * middle.shape[1] // height
     columns = np.arange(width) * middle.shape[0] // width
-    return viewing_greys(middle[columns][:, rows].T[::-1, ::-1].astype(np.float32))
+    return viewing_greys(middle[columns][:, rows].T[::-1, ::-1].astype(np.float32), bounds)

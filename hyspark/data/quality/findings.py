@@ -6,6 +6,7 @@
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 Severity = Literal["error", "warning", "note"]
@@ -23,10 +24,14 @@ class FindingKind:
 
 HU = "Hounsfield units (air -1000, water 0), or values that hu_min and hu_max were set to"
 SET_WINDOW = "or set hu_min and hu_max to the range of such values for the run"
+OF_MR = "for MR, use --intensity mr"
 
 FINDING_KINDS: dict[str, FindingKind] = {
     # The file
     "missing": FindingKind("error", "the file that the list names", "restore it, or take the case off the list"),
+    "missing channel": FindingKind(
+        "error", "a file for each of image_channels", "restore it, name other --image_channels, or exclude the case"
+    ),
     "dangling link": FindingKind("error", "a link to a file that exists", "fix the link, or remove it"),
     "no permission": FindingKind("error", "a file that you may read", "change its permissions (chmod a+r)"),
     "empty file": FindingKind("error", "a NIfTI file", "copy or convert it again"),
@@ -70,17 +75,30 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "text that may name a patient": FindingKind(
         "warning", "no personal data", "clear the header's texts before you publish it"
     ),
+    "channel of another shape": FindingKind("error", "the shape of the first channel", "resample it to that grid"),
+    "channel elsewhere": FindingKind(
+        "error",
+        "the position of the first channel, to half a voxel of each axis",
+        "register and resample it to that grid",
+    ),
     # The voxels
     "NaN or infinite": FindingKind("error", "numbers", "convert it again, or set these voxels to air, in a label to 0"),
     "constant": FindingKind("error", "more than one value", "the conversion failed, or it is blank; remove it"),
+    "no foreground": FindingKind(
+        "error",
+        "a foreground of several values",
+        "the conversion failed, or it is a mask; for a mask, --intensity none",
+    ),
+    "MR": FindingKind("error", HU, OF_MR),
+    "CT": FindingKind("warning", "an image other than CT", "for CT, use --intensity ct"),
     "all air": FindingKind("error", "tissue in the HU window", "is it CT in Hounsfield units?"),
     "offset": FindingKind("error", HU, "subtract what was added (1024 or 1000), or convert it again"),
     "inverted": FindingKind("error", HU, "air is bright; multiply it by -1, or convert it again"),
     "not HU": FindingKind(
         "error", HU, f"air, fat and tissue lie elsewhere, as of HU that were rescaled; convert it again, {SET_WINDOW}"
     ),
-    "8-bit": FindingKind("error", HU, f"it was windowed for viewing; convert it again, {SET_WINDOW}"),
-    "scaled": FindingKind("error", HU, f"it was normalised; convert it again, {SET_WINDOW}"),
+    "8-bit": FindingKind("error", HU, f"it was windowed for viewing; convert it again, {SET_WINDOW}; {OF_MR}"),
+    "scaled": FindingKind("error", HU, f"it was normalised; convert it again, {SET_WINDOW}; {OF_MR}"),
     "wrapped around": FindingKind("error", HU, "negative values are read as unsigned; store it as signed 16 bits"),
     "narrow window": FindingKind(
         "error",
@@ -89,7 +107,7 @@ FINDING_KINDS: dict[str, FindingKind] = {
     ),
     "label map": FindingKind("error", "an image", "it looks like a label map; name the image instead"),
     "like PET": FindingKind("error", HU, f"it looks like PET; remove it, {SET_WINDOW}"),
-    "no CT": FindingKind("error", HU, f"it looks like MR or another modality; remove it, {SET_WINDOW}"),
+    "no CT": FindingKind("error", HU, f"it looks like MR or another modality; {OF_MR}; else remove it, {SET_WINDOW}"),
     "another window": FindingKind(
         "error", "hu_min and hu_max around tissue, since the values are HU", "set them for HU, for example -175 and 250"
     ),
@@ -132,7 +150,7 @@ FINDING_KINDS: dict[str, FindingKind] = {
         '".nii.gz" or ".nii"',
         "convert such files to NIfTI, DICOM by dcm2niix; files of other formats are not used",
     ),
-    "another channel": FindingKind("note", "channel 0000 of each case", "the other channels are not used"),
+    "another channel": FindingKind("note", "a channel of image_channels", "the other channels are not used"),
     "unused label map": FindingKind(
         "note", "one label map for each image", "name it like its image, or combine label maps, to use it"
     ),
@@ -186,3 +204,8 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.file}: {self.reason}"
+
+
+def missing_channel(path: Path) -> Finding:
+    """Make the finding of a further channel of a case that does not exist."""
+    return Finding("missing channel", str(path), "no such file")

@@ -9,8 +9,10 @@ from typing import Any
 from hyspark.utils.paths import load_json, nifti_stem
 
 CT_NAME = re.compile(r"\b(ct|cta|ctp|cect|ncct|nect|cbct|ldct|hu|hounsfield|computed tomography)\b")
+MR_WORDS = r"t1\w*|t2\w*|mri?|mra|mprage|flair|dwi|adc|pdw?|swi|dce|bold|fmri|magnetic resonance"
+MR_NAME = re.compile(rf"\b({MR_WORDS})\b")
 OTHER_NAME = re.compile(
-    r"\b(t1\w*|t2\w*|mri?|mra|flair|dwi|adc|pdw?|swi|dce|bold|fmri|pet|suv|fdg|spect|nm|us|ultrasound|x ?rays?|oct"
+    rf"\b({MR_WORDS}|pet|suv|fdg|spect|nm|us|ultrasound|x ?rays?|oct"
     r"|rgb\w*|red|green|blue|grayscale|greyscale|microscopy|zscore|z score|nonorm|no ?norm|rescale\w*|rescale to 0 1)\b"
 )
 """Modalities other than CT, and nnU-Net's names of normalisations that are not CT's."""
@@ -37,6 +39,11 @@ class Modality:
     def is_other(self) -> bool:
         """Whether the name is that of something else than CT; unknown names are not."""
         return not self.is_ct and bool(OTHER_NAME.search(self.words))
+
+    @property
+    def is_mr(self) -> bool:
+        """Whether the name is that of MR, or of one of its sequences."""
+        return not self.is_ct and bool(MR_NAME.search(self.words))
 
     @property
     def words(self) -> str:

@@ -1,10 +1,10 @@
-"""Faults of an image's values: each a kind of finding with its text, judged against the HU window of the run."""
+"""Faults of an image's values: each a kind of finding with its text, judged against the intensities of the run."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
-from hyspark.data.intensity import stored_steps
+from hyspark.data.intensity import OF_CT, intensity_of, stored_steps
 from hyspark.data.quality.image_kind import IN_HU, ImageKind, image_kind
 from hyspark.data.quality.modality import Modality
 from hyspark.data.settings import PrepareSettings
@@ -26,26 +26,48 @@ WATER_BACKGROUND = 0.2
 
 
 def value_faults(
-    low: float, high: float, sample: np.ndarray, settings: PrepareSettings, modality: Modality
+    low: float, high: float, sample: np.ndarray, settings: PrepareSettings, modality: Modality, channel: int = 0
 ) -> Iterator[tuple[str, str]]:
-    """Yield the faults of an image's values.
+    """Yield the faults of a channel's values.
 
     Args:
         low: least value.
         high: largest value.
         sample: finite values of evenly spaced voxels `(h, w, d)`.
-        settings: the HU window.
-        modality: what the data set's file says of the image.
+        settings: the intensities, and the HU window.
+        modality: what the data set's file says of the channel.
+        channel: which of the channels that are read.
     """
+    intensity = intensity_of(settings, channel)
     if low == high:
         yield "constant", f"the value {low:g} everywhere"
-        return
+    elif intensity in OF_CT:
+        yield from ct_faults(low, high, sample, settings, modality)
+    elif intensity == "mr":
+        yield from mr_faults(low, high, sample, modality)
+
+
+def mr_faults(low: float, high: float, sample: np.ndarray, modality: Modality) -> Iterator[tuple[str, str]]:
+    """Yield the faults of values that are said to be MR: CT or a label map."""
+    kind = image_kind(low, high, sample)
+    if kind.name == "label map":
+        yield "label map", kind.range_text
+    elif kind.name in IN_HU and not modality.is_other and (kind.is_sure or modality.is_ct):
+        yield "CT", kind.range_text + (f'; {modality.file} names it "{modality.name}"' if modality.is_ct else "")
+
+
+def ct_faults(
+    low: float, high: float, sample: np.ndarray, settings: PrepareSettings, modality: Modality
+) -> Iterator[tuple[str, str]]:
+    """Yield the faults of values that are said to be CT, see `value_faults`."""
     kind = image_kind(low, high, sample)
     named = f'; {modality.file} names it "{modality.name}"' if modality.is_other else ""
     is_hu = kind.name in IN_HU and (kind.is_sure or not modality.is_other)
     if not is_hu:
         is_fit = fits_window(kind, settings.hu_min, settings.hu_max)
-        name = "no CT" if kind.name in IN_HU else kind.name
+        name: str = "no CT" if kind.name in IN_HU else kind.name
+        if modality.is_mr and name != "label map":
+            name = "MR"
         yield "another scale" if is_fit else name, kind.range_text + named
         return
     if is_all_air(high, settings):

@@ -14,7 +14,7 @@ from hyspark.utils.text import first_line
 
 MAX_VALUE = 254
 """Largest value of a class; 255 stands for voxels that are not annotated."""
-EXPECTED = 'expected {class: [synonym, "PATTERN*"], ...} or {class: {value: 3, names: [synonym]}, ...}'
+EXPECTED_CLASSES = 'expected {class: [synonym, "PATTERN*"], ...} or {class: {value: 3, names: [synonym]}, ...}'
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ def read_class_names(path: Path) -> ClassNames:
         ValueError: it is no such file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"--label_names {path}: no such file; {EXPECTED}")
+        raise FileNotFoundError(f"--label_names {path}: no such file; {EXPECTED_CLASSES}")
     try:
         content = yaml.safe_load(read_text(path))
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"--label_names {path}: not valid YAML ({first_line(error)})") from error
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"--label_names {path}: {EXPECTED}, got {content!r:.80}")
+        raise ValueError(f"--label_names {path}: {EXPECTED_CLASSES}, got {content!r:.80}")
     values: dict[str, int] = {}
     synonyms: dict[str, tuple[str, ...]] = {}
     for title, entry in content.items():
@@ -78,7 +78,7 @@ def as_class(title: Any, entry: Any, number: int, path: Path) -> tuple[int, list
     names = [entry] if isinstance(entry, str) else [] if entry is None else entry
     is_named = isinstance(names, list) and all(isinstance(name, str | int) for name in names)
     if not is_named or not isinstance(title, str | int) or str(title).lower() == "background":
-        raise ValueError(f"--label_names {path}: {title}: {EXPECTED}, got {entry!r:.80}")
+        raise ValueError(f"--label_names {path}: {title}: {EXPECTED_CLASSES}, got {entry!r:.80}")
     if type(value) is not int or not 0 < value <= MAX_VALUE:
         raise ValueError(f"--label_names {path}: {title}: expected a value from 1 to {MAX_VALUE}, got {value!r}")
     return value, [str(name) for name in names]

@@ -29,7 +29,7 @@ LEAST_FLATNESS = 0.2
 def contour_masks(path: Path, planes: SlicePlanes) -> Iterator[tuple[int, np.ndarray | str, list[str]]]:
     """Yield number, mask `(columns, rows, slices)` and notes of each structure of an RTSTRUCT.
 
-    In place of a mask that cannot be made stands the reason.
+    A mask that cannot be made is replaced by the reason.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

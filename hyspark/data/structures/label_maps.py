@@ -14,7 +14,7 @@ from hyspark.data.structures.segments import segment_masks
 from hyspark.utils.private_text import private
 from hyspark.utils.text import count_of, first_line
 
-READERS = {"RTSTRUCT": contour_masks, "SEG": segment_masks}
+MASK_READERS = {"RTSTRUCT": contour_masks, "SEG": segment_masks}
 
 
 @dataclass
@@ -75,7 +75,7 @@ def masks_of_object(
     masks: dict[str, np.ndarray] = {}
     file = private(one.path.name)
     try:
-        for number, mask, notes in READERS[one.kind](one.path, planes):
+        for number, mask, notes in MASK_READERS[one.kind](one.path, planes):
             name = names.get(number, "")
             title = classes.class_of(name) if name else ""
             if not title:

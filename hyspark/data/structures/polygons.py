@@ -2,7 +2,7 @@
 
 import numpy as np
 
-DIGITS = 6
+CORNER_DIGITS = 6
 """Digits of voxels to which corners are rounded, so that a corner on a voxel's centre stays there."""
 
 
@@ -22,7 +22,7 @@ def fill_polygons(polygons: list[np.ndarray], shape: tuple[int, int]) -> np.ndar
     columns, rows = shape
     crossings = np.zeros((rows, columns + 1), np.int32)
     for polygon in polygons:
-        start = np.round(polygon, DIGITS)
+        start = np.round(polygon, CORNER_DIGITS)
         end = np.roll(start, -1, axis=0)
         flip = start[:, 1] > end[:, 1]
         low, high = np.where(flip[:, None], end, start), np.where(flip[:, None], start, end)
@@ -32,7 +32,7 @@ def fill_polygons(polygons: list[np.ndarray], shape: tuple[int, int]) -> np.ndar
         edge = np.repeat(np.arange(len(num)), num)
         row = np.arange(num.sum()) - np.repeat(np.cumsum(num) - num, num) + first[edge]
         slope = (high[edge, 0] - low[edge, 0]) / (high[edge, 1] - low[edge, 1])
-        column = np.round(low[edge, 0] + (row - low[edge, 1]) * slope, DIGITS)
+        column = np.round(low[edge, 0] + (row - low[edge, 1]) * slope, CORNER_DIGITS)
         np.add.at(crossings, (row, np.ceil(column).clip(0, columns).astype(int)), 1)
     inside: np.ndarray = np.cumsum(crossings, axis=1)[:, :columns] % 2 == 1
     return inside.T

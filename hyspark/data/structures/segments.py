@@ -44,7 +44,7 @@ class Frame:
 def segment_masks(path: Path, planes: SlicePlanes) -> Iterator[tuple[int, np.ndarray | str, list[str]]]:
     """Yield number, mask `(columns, rows, slices)` and notes of each segment of a DICOM-SEG.
 
-    In place of a mask that cannot be made stands the reason.
+    A mask that cannot be made is replaced by the reason.
 
     Raises:
         ValueError: the compression of its pixels has no decoder.

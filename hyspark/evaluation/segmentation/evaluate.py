@@ -95,9 +95,7 @@ def score_volume(
 
 def segment_stored(segmenter: Segmenter, volume: StoredVolume, case: Case) -> LabelMaps:
     """Segment a case whose volume is prepared."""
-    shape = volume.entry.shape
-    image = volume.read("image", (0,) * len(shape), shape)
-    return segmenter.segment(image, np.asarray(volume.entry.affine), case.image)
+    return segmenter.segment(volume.read_whole(), volume.maps, np.asarray(volume.entry.affine), case.image)
 
 
 def are_cases_scored(
@@ -254,7 +252,8 @@ def evaluate_segmentation(
     network, config, names, trained_on = inference.load_network(weights)
     scoring = scoring or Scoring()
     scoring.windows(config, names)
-    cases, labels, where = find_labelled(data, part, None if part == "all" else config.fold)
+    fold = None if part == "all" else config.fold
+    cases, labels, where = find_labelled(data, part, fold, config.image_channels)
     check_classes(names, labels, data)
     processes = distributed.find_processes(device)
     LOG.info("%d cases, %s, %d organs, on %s", len(cases), where, len(names) - 1, processes.device)

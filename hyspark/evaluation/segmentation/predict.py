@@ -92,7 +92,12 @@ def predict_segmentation(
     output = label_output(file_format, weights, names)
     processes = distributed.find_processes(device)
     found = find_inputs(
-        inputs, out, only_dicom=file_format != "nifti", min_slices=min_slices, progress=processes.is_main
+        inputs,
+        out,
+        settings=config,
+        only_dicom=file_format != "nifti",
+        min_slices=min_slices,
+        progress=processes.is_main,
     )
     log_unused(found.lines)
     cases = found.cases
@@ -186,11 +191,11 @@ def start_writing(
         The end of the writing, which may be a failure too.
     """
     stream, image = SlabStream(), prepared["image"]
-    given = (segmenter, stream, image.shape, prepared["affine"], case, target, output)
+    given = (segmenter, stream, image.shape[1:], prepared["affine"], case, target, output)
     written = writer.submit(write_label_map, *given)
     written.add_done_callback(lambda _: stream.close())
     try:
-        with closing(segmenter.slabs(image)) as slabs:
+        with closing(segmenter.slabs(image, prepared["maps"])) as slabs:
             stream.send(slabs)
     except Exception as error:
         failures[case.name] = f"{case.origin}: {case_failure(error)}"
@@ -214,7 +219,7 @@ def check_targets(cases: Sequence[Case], targets: dict[str, Path], overwrite: bo
     Raises:
         ValueError: An output does.
     """
-    inputs = {case.image.resolve() for case in cases}
+    inputs = {file.resolve() for case in cases for file in case.images}
     if same := [str(path) for path in targets.values() if path.resolve() in inputs]:
         raise ValueError(f"label maps would replace the volumes themselves: {listing(same)}; name another folder")
     if not overwrite and (known := [str(path) for path in targets.values() if path.exists()]):

@@ -119,6 +119,7 @@ def estimate_bytes(case: Case, settings: PrepareSettings) -> int:
     try:
         shape, affine = case.grid() if isinstance(case, ScanCase) else file_grid(case.image)
         prepared = math.prod(shape) * abs(float(np.linalg.det(affine[:3, :3]))) / math.prod(settings.spacing)
-        return int(BYTES_PER_STORED_VOXEL * math.prod(shape) + BYTES_PER_PREPARED_VOXEL * prepared)
+        per_channel = BYTES_PER_STORED_VOXEL * math.prod(shape) + BYTES_PER_PREPARED_VOXEL * prepared
+        return int(len(case.images) * per_channel)
     except Exception:  # preparation finds the reason
         return 0

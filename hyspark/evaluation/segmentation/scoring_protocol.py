@@ -9,6 +9,8 @@ import numpy as np
 
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets.cases import Case, cases_digest
+from hyspark.data.intensity import reads_window
+from hyspark.data.settings import PrepareSettings
 from hyspark.evaluation.protocol import DATA_DIGEST, TRAINED_ON
 from hyspark.evaluation.segmentation.inference import windows_from_config
 from hyspark.evaluation.segmentation.windows import Windows
@@ -52,7 +54,7 @@ class Scoring:
         windows = self.windows(config, names)
         return {
             "spacing_mm": list(config.spacing),
-            "hu_window": [config.hu_min, config.hu_max],
+            **intensity_protocol(config),
             "window_size": list(windows.size),
             "overlap": windows.overlap,
             "blending": "Gaussian",
@@ -63,6 +65,16 @@ class Scoring:
             "resampling": "class scores linearly, then the likeliest class",
             "nsd_tolerance_mm": self.tolerance,
         }
+
+
+def intensity_protocol(config: SegmentationConfig) -> dict[str, Any]:
+    """Describe intensities and channels in plain values; of one channel of CT, the window alone."""
+    found: dict[str, Any] = {"hu_window": [config.hu_min, config.hu_max]} if reads_window(config) else {}
+    for name in ("intensity", "image_channels", "input_mean", "input_std"):
+        value = getattr(config, name)
+        if value != getattr(PrepareSettings, name):
+            found[name] = list(value)
+    return found
 
 
 def digest_or_none(file: Path) -> str | None:

@@ -1,7 +1,7 @@
 """From a prepared volume to its label maps, within a bounded memory."""
 
 import math
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hyspark.config.shared import Precision
+from hyspark.data.intensity import LinearMap, to_input
 from hyspark.data.readers.nifti import file_grid
 from hyspark.evaluation.segmentation.label_grids import Grid, LabelMaps, label_maps, largest_components
 from hyspark.evaluation.segmentation.slab_storage import ITEM, SlabStorage
@@ -45,28 +46,32 @@ class Segmenter:
     largest_component: bool = False
     memory: float = 0
 
-    def segment(self, image: np.ndarray, affine: np.ndarray, source: Path) -> LabelMaps:
+    def segment(
+        self, image: np.ndarray, maps: Sequence[LinearMap | None], affine: np.ndarray, source: Path
+    ) -> LabelMaps:
         """Segment a prepared volume.
 
         Args:
-            image: float32 (h, w, d) in [0, 1].
+            image: float32 (c, h, w, d), fractions in [0, 1].
+            maps: Of each channel, from fractions to the network's input; None where fractions are the input.
             affine: Affine of its grid.
             source: The NIfTI file that it was prepared from.
         """
-        with closing(self.slabs(image)) as slabs:
-            h, w, d = image.shape
+        with closing(self.slabs(image, maps)) as slabs:
+            _, h, w, d = image.shape
             return self.label(slabs, (h, w, d), affine, source)
 
-    def slabs(self, image: np.ndarray) -> Generator[tuple[int, Tensor], None, None]:
-        """Yield the class scores of a prepared volume, float32 (h, w, d), as `class_score_slabs` does."""
+    def slabs(self, image: np.ndarray, maps: Sequence[LinearMap | None]) -> Generator[tuple[int, Tensor], None, None]:
+        """Yield the class scores of a prepared volume as `class_score_slabs` does; arguments are those of `segment`."""
         per_window = ITEM * self.num_classes * math.prod(self.windows.size)
         free = free_main_memory()
         windows = replace(self.windows, per_pass=max(1, min(self.windows.per_pass, free // per_window)))
         budget = (int(self.memory * GB) or free // 2) - windows.per_pass * per_window
 
         def forward(crops: Tensor) -> Tensor:
+            seen = to_input(crops.clone(), maps, axis=1) if any(maps) else crops  # a pass out of memory is repeated
             with autocast(self.processes, self.precision):
-                scores: Tensor = self.network(crops)
+                scores: Tensor = self.network(seen)
             return scores
 
         with SlabStorage(max(0, budget), self.scratch) as storage:

@@ -47,7 +47,7 @@ def find_held_out(config: SegmentationConfig, names: Sequence[str]) -> LabelledC
     if not config.test_dir:
         return LabelledCases([], None, "")
     folder = Path(config.test_dir)
-    found = find_labelled(folder, "all")
+    found = find_labelled(folder, "all", channels=config.image_channels)
     check_classes(names, found.labels, folder)
     return found
 

@@ -4,7 +4,8 @@ MONAI holds the scores of the whole volume, which for a hundred classes are many
 soon as no further window touches it. Windows, their order, their batches and the arithmetic are MONAI's, so that every
 score is the same to the bit, however little memory there is.
 
-Shapes: n classes, background included; (h, w, d) voxels of the prepared grid, in RAS. Slabs lie across axis 0.
+Shapes: n classes, background included; c channels; (h, w, d) voxels of the prepared grid, in RAS. Slabs lie across axis
+0. Voxels beyond the volume are 0, its lowest value.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +52,7 @@ def class_score_slabs(
 
     Args:
         model: In evaluation mode, on `device`.
-        image: (h, w, d) in [0, 1], on the CPU.
+        image: (c, h, w, d), fractions in [0, 1], on the CPU.
         windows: How to assemble the scores.
         device: Device of the forward passes.
         storage: Room for unfinished slabs.
@@ -70,11 +71,12 @@ def class_score_slabs(
         return
     totals: list[tuple[int, Slab]] = []
     for axes in subsets:
-        for start, scores in blended_slabs(model, image.flip(axes), windows, device, storage):
+        flipped = image.flip([1 + axis for axis in axes])
+        for start, scores in blended_slabs(model, flipped, windows, device, storage):
             back = scores.flip([1 + axis for axis in axes]) if axes else scores
-            first = len(image) - start - back.shape[1] if 0 in axes else start
+            first = image.shape[1] - start - back.shape[1] if 0 in axes else start
             back = back[swap_classes(len(back), windows.swaps)] if 0 in axes else back
-            totals = totals or empty_slabs(storage, [len(back), *image.shape])
+            totals = totals or empty_slabs(storage, [len(back), *image.shape[1:]])
             for at, slab in totals:
                 low, high = max(at, first), min(at + slab.shape[1], first + back.shape[1])
                 if low < high:
@@ -134,12 +136,12 @@ def blended_slabs(
 ) -> Iterator[tuple[int, Tensor]]:
     """Compute class scores without flips; arguments and results are those of `class_score_slabs`."""
     size = windows.size
-    lacking = [max(0, edge - length) for edge, length in zip(size, image.shape, strict=True)]
+    lacking = [max(0, edge - length) for edge, length in zip(size, image.shape[1:], strict=True)]
     before = [missing // 2 for missing in lacking]
     padding = [n for b, missing in zip(before, lacking, strict=True) for n in (missing - b, b)][::-1]
-    padded = F.pad(image[None, None], padding)
+    padded = F.pad(image[None], padding)
     shape = padded.shape[2:]
-    inner = [slice(b, b + length) for b, length in zip(before, image.shape, strict=True)]
+    inner = [slice(b, b + length) for b, length in zip(before, image.shape[1:], strict=True)]
     steps = [e if e == n else max(1, int(e * (1 - windows.overlap))) for e, n in zip(size, shape, strict=True)]
     boxes = dense_patch_slices(shape, size, steps)
     weight = compute_importance_map(size, mode="gaussian", device=device)
@@ -179,7 +181,7 @@ def passes(model: Model, crops: Tensor, device: torch.device) -> Iterator[Tensor
 
     Args:
         model: In evaluation mode, on `device`.
-        crops: (m, 1, *size), on the CPU.
+        crops: (m, c, *size), on the CPU.
         device: Device of the forward passes.
 
     Yields:

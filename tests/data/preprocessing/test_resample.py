@@ -87,7 +87,7 @@ def prepared(case: Case, settings: PrepareSettings) -> dict[str, np.ndarray]:
 
 def assert_same(case: Case, settings: PrepareSettings = SETTINGS, tolerance: float = 1e-6) -> dict[str, np.ndarray]:
     expected, got = plain(case, settings), prepared(case, settings)
-    image = expected["image"].numpy()[0]
+    image = expected["image"].numpy()
     assert image.size > 0
     assert got["image"].shape == image.shape
     assert np.abs(got["image"] - image).max() <= tolerance
@@ -200,7 +200,7 @@ def test_a_fourth_axis_of_length_one(tmp_path):
 def test_region_is_a_part_of_the_whole_grid_and_holds_all_above(threshold):
     voxels = body((40, 30, 25))
     image = nib.Nifti1Image(voxels, np.diag([-0.8, 0.8, 2.5, 1]))
-    region, shape, start = region_above(image, (1.5, 1.5, 1.5), threshold)
+    region, shape, start = region_above([image], (1.5, 1.5, 1.5), [threshold])
     whole = whole_grid(image, (1.5, 1.5, 1.5), "bilinear")
     assert whole.shape[1:] == shape
     box = tuple(slice(a, a + n) for a, n in zip(start, region.shape[1:], strict=True))
@@ -218,10 +218,10 @@ def test_only_the_region_is_interpolated_unless_the_grid_is_sheared(monkeypatch)
     turned = Rotation.from_euler("xyz", (0, 10, 0), degrees=True).as_matrix() @ np.diag([0.8, 0.8, 2.5])
     for linear in (np.diag([-0.8, 0.8, 2.5]), turned):
         image = nib.Nifti1Image(voxels, from_matvec(linear, (1, 2, 3)))
-        assert region_above(image, (1.5, 1.5, 1.5), -175)[0].numel() > 0
+        assert region_above([image], (1.5, 1.5, 1.5), [-175])[0].numel() > 0
     turned[0, 1] += 0.05
     with pytest.raises(AssertionError, match="whole grid"):
-        region_above(nib.Nifti1Image(voxels, from_matvec(turned, (1, 2, 3))), (1.5, 1.5, 1.5), -175)
+        region_above([nib.Nifti1Image(voxels, from_matvec(turned, (1, 2, 3)))], (1.5, 1.5, 1.5), [-175])
 
 
 @pytest.mark.parametrize("which", ["image", "label"])

@@ -76,14 +76,14 @@ class Checked:
 
     def errors_of(self, case: Case) -> list[Finding]:
         """Its errors at the files of a case; one image may be another's label."""
-        files = {str(path) for path in (case.image, case.label) if path}
+        files = {str(path) for path in case.files}
         found = [f for f in self.findings if f.severity == "error" and f.file in files]
         return [f for f in found if case.label or f.kind not in OF_LABELS]
 
     @property
     def set_errors(self) -> list[Finding]:
         """Its errors that are not at a file of an examined case."""
-        files = {str(path) for case in self.cases for path in (case.image, case.label)}
+        files = {str(path) for case in self.cases for path in case.files}
         return [f for f in self.findings if f.severity == "error" and f.file not in files]
 
 
@@ -100,12 +100,12 @@ def guarded(outcome: Outcome | Checked, function: Callable[[], object]) -> None:
         outcome.crash = traceback.format_exc()
 
 
-def run_check(data: SmallData, path: Path | None = None) -> Checked:
+def run_check(data: SmallData, path: Path | None = None, **settings: object) -> Checked:
     """Check as the verb does, without its page."""
     seen = Checked()
 
     def look() -> None:
-        examined, found = check_dataset(path or data.folder, spacing=SPACING, num_workers=1, progress=False)
+        examined, found = check_dataset(path or data.folder, spacing=SPACING, num_workers=1, progress=False, **settings)
         seen.cases = [case.case for case in examined]
         seen.findings = [*(finding for case in examined for finding in case.findings), *found.findings]
         data_check_text(examined, found.findings, data_set_facts(examined, None, SPACING))
@@ -121,7 +121,7 @@ def attribute(outcome: Outcome) -> None:
         return
     for line in outcome.stopped.splitlines()[1:]:
         for case in outcome.cases:
-            if any(str(path) in line for path in (case.image, case.label) if path):
+            if any(str(path) in line for path in case.files):
                 outcome.refused.add(case.image)
                 outcome.messages[case.image] = f"{outcome.messages.get(case.image, '')}\n{line.strip()}".strip()
     if len(outcome.refused) == int(found[1]):
@@ -133,16 +133,24 @@ class Runs:
 
     Attributes:
         store: folder of the store.
+        intensity: settings of intensities and channels.
     """
 
-    def __init__(self, store: Path) -> None:
+    def __init__(self, store: Path, **intensity: object) -> None:
         self.store = store
+        self.intensity = intensity
+        self.channels: tuple[int, ...] = intensity.get("image_channels", (0,))
         self.processes: Processes = find_processes("cpu")
         self.predicted: set[bytes] = set()
 
     @property
     def settings(self) -> dict[str, object]:
-        return {"store_dir": str(self.store), "spacing": SPACING, "prepare_workers": 1, "device": "cpu"}
+        return {
+            "store_dir": str(self.store),
+            "spacing": SPACING,
+            "prepare_workers": 1,
+            "device": "cpu",
+        } | self.intensity
 
     def finetune(self, data: SmallData) -> Outcome:
         outcome = Outcome()
@@ -165,7 +173,7 @@ class Runs:
             path = data.folder
             if not (data.names.is_file() and is_list(data.names)):
                 path = data.folder.parent / "list.json"
-                datalist_json.write_datalist(build.build_datalist(data.folder), path)
+                datalist_json.write_datalist(build.build_datalist(data.folder, channels=self.channels), path)
             config = PretrainConfig(data=str(path), **self.settings)
             training, validation = find_pretraining_cases(config)
             outcome.cases = [*training, *validation]
@@ -181,7 +189,7 @@ class Runs:
 
         def run() -> None:
             path = data.names if data.names.is_file() and is_list(data.names) else data.folder
-            cases, labels, _ = find_labelled(path, "all" if path == data.names else "")
+            cases, labels, _ = find_labelled(path, "all" if path == data.names else "", channels=self.channels)
             outcome.cases = cases
             values = labels or {f"class_{value}": value for value in range(3)}
             names = [f"class_{value}" for value in range(max(values.values()) + 1)]
@@ -200,9 +208,10 @@ class Runs:
         config = SegmentationConfig(**self.settings)
 
         def run() -> None:
-            outcome.cases = read_inputs([data.folder / "imagesTr"]).cases
+            outcome.cases = read_inputs([data.folder / "imagesTr"], self.channels).cases
             for case in outcome.cases:
-                content = case.image.suffix.encode() + (case.image.read_bytes() if case.image.is_file() else b"")
+                content = case.image.suffix.encode()
+                content += b"".join(path.read_bytes() if path.is_file() else b"" for path in case.images)
                 if content in self.predicted:
                     continue
                 prepared = prepared_or_reason(case, config)

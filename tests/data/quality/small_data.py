@@ -64,6 +64,35 @@ def organs(seed: int) -> np.ndarray:
     return label
 
 
+@cache
+def mr(seed: int, channel: int = 0) -> np.ndarray:
+    """The same body in MR: noise of air close to 0, and tissues in other values in each channel, int16."""
+    rng = np.random.default_rng([seed, channel])
+    tissue = ct(seed)
+    values = (
+        np.where(tissue > 300, 60, np.where(tissue > -50, 420, 700)) if channel else np.where(tissue > -50, 610, 280)
+    )
+    body = tissue > -300
+    noise = np.abs(rng.normal(0, 9, (2, *SHAPE))).sum(0)
+    voxels = np.where(body, values + rng.normal(0, 25, SHAPE), noise).clip(0, 4095).astype(np.int16)
+    voxels.flags.writeable = False
+    return voxels
+
+
+def write_mr(folder: Path, channels: Sequence[int] = (0, 1), cases: Sequence[str] = CASES) -> Path:
+    """Write the cases as MR of several channels, with their labels, in nnU-Net layout; return the folder."""
+    for seed, case in enumerate(cases):
+        for channel in channels:
+            path = folder / "imagesTr" / f"{case}_{channel:04d}.nii.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save(path, mr(seed, channel))
+        (folder / "labelsTr").mkdir(exist_ok=True)
+        save(folder / "labelsTr" / f"{case}.nii.gz", organs(seed))
+    names = {"channel_names": {str(c): name for c, name in zip(channels, ("T1", "FLAIR"), strict=False)}}
+    (folder / "dataset.json").write_text(json.dumps(DATASET | names))
+    return folder
+
+
 def nifti_bytes(voxels: np.ndarray, affine: np.ndarray | None = AFFINE, kind: Any = nib.Nifti1Image) -> bytes:
     """A NIfTI file, not compressed."""
     content: bytes = kind(np.asarray(voxels), affine, dtype=voxels.dtype).to_bytes()

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.data.quality.faults_of_channels import CHANNELS, OF_MR
 from tests.data.quality.faults_of_files import FILES, Fault
 from tests.data.quality.faults_of_headers import HEADERS
 from tests.data.quality.faults_of_lists import CLASSES, LISTS, SPLITS
 from tests.data.quality.faults_of_names import ODD
 from tests.data.quality.faults_of_values import LABELS, VALUES
 from tests.data.quality.runs import VERBS, Checked, Outcome, Runs, run_check
-from tests.data.quality.small_data import CASES, SmallData
+from tests.data.quality.small_data import CASES, SmallData, write_mr
 
 LABELLED = ("finetune", "evaluate")
 FAULTS = [*FILES, *HEADERS, *VALUES, *LABELS, *ODD, *CLASSES, *LISTS, *SPLITS]
@@ -56,6 +57,20 @@ def test_check_agrees_with_the_runs_on_random_faults(seed: int, runs: Runs, tmp_
             pytest.skip("the fault needs a file that another one removed")
         drawn.append((fault, ""))
     assert problems(None, run_check(data), runs.outcomes(data)) == [], [(fault.name, case) for fault, case in drawn]
+
+
+@pytest.mark.parametrize("fault", CHANNELS, ids=[fault.name for fault in CHANNELS])
+@pytest.mark.parametrize(("intensity", "num"), [("mr", 2), ("none", 2), ("mr", 1)])
+def test_check_agrees_with_the_runs_on_channels(fault: Fault, intensity: str, num: int, tmp_path: Path) -> None:
+    data = SmallData(tmp_path, CASES)
+    write_mr(data.folder)
+    fault.edit(data, "p01")
+    settings = {"intensity": (intensity,), "image_channels": tuple(range(num))}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tqdm.std.tqdm.monitor_interval", 0)
+        outcomes = Runs(tmp_path / "store", **settings).outcomes(data, (*LABELLED, "pretrain", "predict"))
+    judged = fault if num == 2 and (intensity == "mr" or fault.name not in OF_MR) else None
+    assert problems(judged, run_check(data, **settings), outcomes) == []
 
 
 def test_many_kinds_of_faults_are_tried() -> None:

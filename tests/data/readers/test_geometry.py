@@ -195,10 +195,10 @@ def test_every_verb_has_the_geometry_of_an_independent_reader(tmp_path, name):
     turned, own = read_volume(Volume("a", "a", path))
     assert np.abs(centre(turned > 0, own) - cube).max() < 0.01
     prepared = prepare(path)
-    assert np.abs(centre(prepared["image"] > 0.5, prepared["affine"]) - cube).max() < 1.5
+    assert np.abs(centre(prepared["image"][0] > 0.5, prepared["affine"]) - cube).max() < 1.5
 
     edge = prepared["image"].max() / 2
-    scores = torch.from_numpy(np.stack([edge - prepared["image"], prepared["image"] - edge]))
+    scores = torch.from_numpy(np.concatenate([edge - prepared["image"], prepared["image"] - edge]))
     target = tmp_path / "label.nii.gz"
     segmenter = Segmenter(torch.nn.Identity(), 2, Windows((32, 32, 32)), find_processes("cpu"), "fp32", tmp_path)
     write_label_map(

@@ -257,7 +257,9 @@ def test_predicted_labels_are_those_of_the_nifti_file_to_the_voxel(tmp_path, nam
     slices = made_series(tmp_path / "made", hu)
     turn(slices, name)
     save(tmp_path / "in", slices)
-    found = find_inputs([tmp_path / "in"], tmp_path / "out", only_dicom=False, min_slices=8, progress=False)
+    found = find_inputs(
+        [tmp_path / "in"], tmp_path / "out", settings=CONFIG, only_dicom=False, min_slices=8, progress=False
+    )
     (case,) = found.cases
     write_scan(case)
     nifti = tmp_path / f"{case.name}.nii.gz"

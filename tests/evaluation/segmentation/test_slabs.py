@@ -62,7 +62,7 @@ def test_of_a_large_volume_few_rows_are_held(monkeypatch, tmp_path):
     made = []
     monkeypatch.setattr(storage, "zeros", lambda shape, zeros=storage.zeros: made.append(storage.used) or zeros(shape))
     image, windows = torch.rand(160, 8, 8), Windows((16, 8, 8), 0.5, 1)
-    for _ in sliding.class_score_slabs(lambda x: torch.cat([x, -x], 1), image, windows, CPU, storage):
+    for _ in sliding.class_score_slabs(lambda x: torch.cat([x, -x], 1), image[None], windows, CPU, storage):
         pass
     assert max(made) <= 4 * 2 * 16 * 8 * 8
     assert len(made) > 10

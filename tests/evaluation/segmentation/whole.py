@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 def whole_scores(model, image, windows, device=CPU, budget=10**12):
     """Class scores (n, h, w, d), with a number of bytes of slabs in memory."""
     with tempfile.TemporaryDirectory() as folder, SlabStorage(budget, Path(folder)) as storage:
-        slabs = list(class_score_slabs(model, image, windows, device, storage))
+        slabs = list(class_score_slabs(model, image[None], windows, device, storage))
         assert storage.used == 0
         assert not list(Path(folder).iterdir())
     starts = [start for start, _ in slabs]
