@@ -1,6 +1,7 @@
 """What a file holds by its first bytes, where its name says something else."""
 
 import re
+from typing import Literal
 
 NIFTI_MAGIC = rb"n[+i][12]\x00"
 CONTENTS = (
@@ -28,6 +29,17 @@ CONTENTS = (
     ("other", 0, rb"%PDF", "a PDF"),
 )
 """Group, offset, pattern and description of contents that files are mistaken for."""
+DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
+"""Endings of names that promise DICOM."""
+DICOM_HEAD = 132
+"""Number of first bytes by which DICOM is recognised."""
+FIRST_GROUPS, MAX_FIRST_LENGTH = (2, 8), 128
+"""Groups and largest length in bytes of the first element of a DICOM file without preamble."""
+VALUE_KINDS = frozenset(
+    ("AE", "AS", "AT", "CS", "DA", "DS", "DT", "FD", "FL", "IS", "LO", "LT", "OB", "OD", "OF", "OL", "OV")
+    + ("OW", "PN", "SH", "SL", "SQ", "SS", "ST", "SV", "TM", "UC", "UI", "UL", "UN", "UR", "US", "UT", "UV")
+)
+"""DICOM's names of the kinds of values (PS3.5, 6.2)."""
 HEAD = 600
 """Number of first bytes by which a content is recognised."""
 
@@ -46,3 +58,21 @@ def content_of(head: bytes) -> tuple[str, str]:
         if re.match(pattern, head[offset:]):
             return group, what
     return "", ""
+
+
+def begins_as_dicom(head: bytes) -> bool:
+    """Return whether the first bytes of a file are DICOM: the prefix behind its preamble, or a plausible element."""
+    if head[128:132] == b"DICM":
+        return True
+    if len(head) < 16:
+        return False
+    orders: tuple[Literal["little", "big"], ...] = ("little", "big")
+    for order in orders:
+        group = int.from_bytes(head[:2], order)
+        is_explicit = head[4:6].decode("latin-1") in VALUE_KINDS
+        length = int.from_bytes(head[6:8] if is_explicit else head[4:8], order)
+        # Without preamble and kind of value, files are little-endian and hold no file meta group.
+        can_begin = group in FIRST_GROUPS if is_explicit else order == "little" and group == FIRST_GROUPS[1]
+        if can_begin and length <= MAX_FIRST_LENGTH:
+            return True
+    return False

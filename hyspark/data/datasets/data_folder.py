@@ -12,6 +12,7 @@ from pathlib import Path
 from hyspark.data.datasets.cases import Case
 from hyspark.data.datasets.channels import channel_text
 from hyspark.data.datasets.found import UNREADABLE, FoundData
+from hyspark.data.datasets.import_advice import refuse_scans
 from hyspark.data.datasets.loose import read_loose, sort_files
 from hyspark.data.datasets.nnunet import USED_FOLDERS, is_data_set, read_data_set
 from hyspark.data.datasets.words import FIRST_CHANNELS
@@ -42,6 +43,7 @@ def read_data_folder(
     """
     path = Path(os.path.abspath(path))
     if not path.is_dir():
+        refuse_scans(path)
         there = "expected a folder, got a file" if path.exists() else "no such file or folder"
         raise FileNotFoundError(f"{path}: {there}")
     found = FoundData(path)
@@ -118,6 +120,7 @@ def find_cases(path: Path, *, labels: bool = False, channels: Sequence[int] = FI
         for one in found.sets:
             one.cases = [replace(case, label=None, ignore=None) for case in one.cases]
     if not found.cases:
+        refuse_scans(found.source)
         why = found.unused_lines()
         folders = [one.folder.name for one in found.sets if one.folder != found.source]
         seen = f"; images of channel {channel_text(channels[0])} are missing in {listing(folders)}" if folders else ""

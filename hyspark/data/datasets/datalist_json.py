@@ -13,6 +13,7 @@ from hyspark.data.datasets.cases import IGNORED_NAME, Case, Datalist, class_valu
 from hyspark.data.datasets.channels import beside, channels_of_list
 from hyspark.data.datasets.file_names import case_names, dataset_of
 from hyspark.data.datasets.found import DataSet, FoundData
+from hyspark.data.datasets.import_advice import refuse_scans
 from hyspark.data.datasets.list_parts import (
     PART_KEYS,
     PARTS,
@@ -145,6 +146,7 @@ def read_list(
     try:
         content = load_json(path)
     except ValueError as error:
+        refuse_scans(path)
         listed.add_unreadable(path, error)
         return listed
     if not (

@@ -13,6 +13,10 @@ MAX_CHANNELS, MAX_CHANNELS_OF_ONE = 10, 4
 are numbers of cases.
 """
 BTCV_IMAGE = re.compile(r"img\d+")
+BY_SIMPLEITK = (".nrrd", ".nhdr", ".mha", ".mhd", ".gipl")
+"""Endings of volumes that SimpleITK reads for `hyspark import`."""
+BY_NIBABEL = (".hdr", ".mgz", ".mgh")
+"""Endings of volumes that nibabel reads for it: a pair of .hdr and .img, and FreeSurfer's formats."""
 OTHER_FORMATS = frozenset(
     (".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".hdr", ".img", ".gipl", ".dcm", ".ima", ".minc", ".mnc")
 )

@@ -11,7 +11,7 @@ from nibabel.affines import voxel_sizes
 
 from hyspark.data.importing.choice import Choice
 from hyspark.data.importing.choose import why_thick
-from hyspark.data.importing.nifti_content import as_stored, nifti_content
+from hyspark.data.importing.nifti_content import as_stored, is_sheared, nifti_content
 from hyspark.data.quality.image_kind import IN_HU
 from hyspark.data.readers.volumes import Volume, kind_of_values, notes_on_kind, read_volume, reading_error
 from hyspark.utils.atomic import write_whole
@@ -75,10 +75,11 @@ def convert_volume(volume: Volume, name: str, out: Path, choice: Choice) -> Conv
         "values": str(stored.dtype),
         "is_hu": kind is not None and kind.name in IN_HU,
     }
-    of_series = volume.series.marked_notes if volume.series else ()
     if volume.series and not volume.series.header.patient:
-        of_series = (*of_series, "no PatientID; its folder stands for the patient")
-    return Converted(name, known, (*of_series, *notes))
+        notes.append("no PatientID; its folder stands for the patient")
+    if is_sheared(affine):
+        notes.append("its axes are not perpendicular, which SimpleITK, and nnU-Net with it, does not read")
+    return Converted(name, known, (*(volume.series.marked_notes if volume.series else ()), *notes))
 
 
 def why_filtered_by_grid(shape: tuple[int, ...], spacing: np.ndarray, volume: Volume, choice: Choice) -> str:

@@ -10,6 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,17 +143,23 @@ def write_private_table(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     writer.writerows(rows)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(os.open(unfinished, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "wb") as file:
             file.write(text.getvalue().encode("utf-8", "surrogateescape"))
         os.replace(unfinished, path)
+    except OSError as error:
+        raise OSError(f"--private_table {path}: not writable ({error.strerror or error}); name another file") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 def check_private_table(out: Path, path: Path) -> None:
     """Raise ValueError unless the private table may be written: outside of the data set, over no other file."""
     check_outside(out, path, "--private_table")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--private_table {path}: not writable ({error.strerror or error}); name another file") from error
     first = path.read_bytes()[:200].split(b"\n")[0] if path.exists() else b""
     if first and first != ",".join(PRIVATE_COLUMNS).encode():
         raise ValueError(f"--private_table {path}: expected a new file or a table of before, got another file")

@@ -15,6 +15,7 @@ from hyspark.data.datasets.cases import Case, common_labels
 from hyspark.data.datasets.data_folder import read_data_folder
 from hyspark.data.datasets.datalist_json import ListedData, is_datalist, read_list
 from hyspark.data.datasets.found import UNREADABLE, DataSet, FoundData
+from hyspark.data.datasets.import_advice import refuse_scans
 from hyspark.data.datasets.near_subjects import near_subject_faults
 from hyspark.data.datasets.splits import CONVERT_SPLITS, num_folds, pickled_splits, split_by_file, splits_file
 from hyspark.data.datasets.subjects import both_sides_faults, large_subject_faults, subjects_of_cases
@@ -60,6 +61,8 @@ def check_dataset(
         raise ValueError(f"hu_min: expected a number below hu_max, got {settings.hu_min:g} and {settings.hu_max:g}")
     check_intensity(settings)
     found = find_dataset(path, settings.image_channels)
+    if not found.cases:
+        refuse_scans(path)
     if not found.cases and not found.findings:
         raise FileNotFoundError(
             f"{path}: expected a JSON, or a folder with DatasetXXX_Name/imagesTr/CASE_0000.nii.gz, found neither"

@@ -148,7 +148,7 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "another format": FindingKind(
         "warning",
         '".nii.gz" or ".nii"',
-        "convert such files to NIfTI, DICOM by dcm2niix; files of other formats are not used",
+        "convert such files by `hyspark import`; files of other formats are not used",
     ),
     "another channel": FindingKind("note", "a channel of image_channels", "the other channels are not used"),
     "unused label map": FindingKind(

@@ -28,10 +28,10 @@ from pydicom.uid import (
     MRImageStorage,
     PositronEmissionTomographyImageStorage,
 )
-from pydicom.valuerep import VR
 from tqdm import tqdm
 
 from hyspark.data.readers.elements import FRAME_GROUPS, FRAME_NAMES, TAGS, Header, as_header
+from hyspark.utils.file_content import DICOM_ENDINGS, DICOM_HEAD, begins_as_dicom
 from hyspark.utils.private_text import private
 from hyspark.utils.processes import KILLED, map_unordered
 from hyspark.utils.text import first_line
@@ -46,10 +46,6 @@ IMAGE_CLASSES = {
 """Classes of slices that make volumes, with their modality."""
 MODALITIES = ("CT", "MR", "PT")
 """Modalities of volumes."""
-DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
-"""Endings of names that promise DICOM."""
-FIRST_GROUPS, MAX_FIRST_LENGTH = (2, 8), 128
-"""Groups and largest length in bytes of the first element of a file without preamble."""
 PARALLEL_FROM, CHUNK = 2000, 64
 """Number of files from which on several processes read headers; fewer are read before these have started."""
 
@@ -101,22 +97,9 @@ def read_header(path: Path) -> ReadHeader:
 
 
 def is_dicom(path: Path) -> bool:
-    """Return whether a file begins as DICOM: with the prefix after its preamble, or with a plausible first element."""
+    """Return whether a file begins as DICOM."""
     with path.open("rb") as file:
-        first = file.read(132)
-    if first[128:] == b"DICM":
-        return True
-    if len(first) < 16:
-        return False
-    for order in ("little", "big"):
-        group = int.from_bytes(first[:2], order)
-        is_explicit = first[4:6].decode("latin-1") in VR.__members__
-        length = int.from_bytes(first[6:8] if is_explicit else first[4:8], order)
-        # Without preamble and VR, files are little-endian and hold no file meta group.
-        can_begin = group in FIRST_GROUPS if is_explicit else order == "little" and group == FIRST_GROUPS[1]
-        if can_begin and length <= MAX_FIRST_LENGTH:
-            return True
-    return False
+        return begins_as_dicom(file.read(DICOM_HEAD))
 
 
 class BoundedFile(io.BufferedReader):

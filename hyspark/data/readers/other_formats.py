@@ -8,15 +8,13 @@ from typing import Any
 
 import nibabel
 import numpy as np
+from isal import igzip
 from PIL import Image
 
+from hyspark.data.datasets.file_names import BY_NIBABEL, BY_SIMPLEITK
 from hyspark.utils.private_text import PrivateError, private
 from hyspark.utils.text import first_line
 
-BY_SIMPLEITK = (".nrrd", ".nhdr", ".mha", ".mhd", ".gipl")
-"""Endings of volumes that SimpleITK reads."""
-BY_NIBABEL = (".hdr", ".mgz", ".mgh")
-"""Endings of volumes that nibabel reads: a pair of .hdr and .img, and FreeSurfer's formats."""
 DATA_ENDINGS = {
     ".mhd": (".raw", ".zraw", ".raw.gz"),
     ".nhdr": (".raw", ".raw.gz", ".gz", ".img"),
@@ -95,11 +93,19 @@ def read_by_simpleitk(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def read_by_nibabel(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Read a pair of NIfTI, or FreeSurfer's format, by nibabel."""
-    image: Any = nibabel.load(path)
+    if path.suffix.lower() != ".hdr":
+        content = path.read_bytes()
+        image: Any = nibabel.MGHImage.from_bytes(igzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
+        return volume_of(np.asanyarray(image.dataobj)), image.affine
+    image = nibabel.load(path)
     if isinstance(image, nibabel.analyze.AnalyzeImage) and not isinstance(image, nibabel.Nifti1Pair):
         raise PrivateError("Analyze, which does not state right and left; convert it to NIfTI with its orientation")
-    voxels = np.asanyarray(image.dataobj)
-    return voxels[..., 0] if voxels.ndim == 4 and voxels.shape[3] == 1 else voxels, image.affine
+    return volume_of(np.asanyarray(image.dataobj)), image.affine
+
+
+def volume_of(voxels: np.ndarray) -> np.ndarray:
+    """Return the volume of an array whose fourth axis has one entry; any other array unchanged."""
+    return voxels[..., 0] if voxels.ndim == 4 and voxels.shape[3] == 1 else voxels
 
 
 def natural_order(files: Sequence[Path]) -> list[Path]:

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hyspark.data.datasets.data_folder import read_data_folder
+from hyspark.data.datasets.file_names import BY_NIBABEL, BY_SIMPLEITK
 from hyspark.data.datasets.words import is_label_name
 from hyspark.data.readers.other_formats import (
-    BY_NIBABEL,
-    BY_SIMPLEITK,
     DATA_ENDINGS,
     PICTURES,
     PictureStack,

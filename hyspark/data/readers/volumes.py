@@ -13,6 +13,7 @@ from hyspark.data.quality.case_files import sample_voxels
 from hyspark.data.quality.image_kind import IN_HU, ImageKind, image_kind
 from hyspark.data.readers.elements import Header
 from hyspark.data.readers.geometry import why_singular
+from hyspark.data.readers.header import NiftiError
 from hyspark.data.readers.hounsfield import check_units, read_series
 from hyspark.data.readers.nifti import read_nifti
 from hyspark.data.readers.other_formats import PictureStack, detached_files, read_other_format, read_pictures
@@ -202,4 +203,8 @@ def reading_error(error: BaseException) -> str:
     """Return why a volume is unreadable, in one line with private parts."""
     if isinstance(error, PrivateError):
         return error.text.splitlines()[0]
+    if isinstance(error, NiftiError):
+        return f"{error.kind}: {private(first_line(error))}"
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is; lower --prepare_workers"
     return f"unreadable ({type(error).__name__}: {private(first_line(error))})"

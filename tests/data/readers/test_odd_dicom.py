@@ -13,6 +13,7 @@ import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import (
     EnhancedCTImageStorage,
+    EnhancedMRImageStorage,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -296,3 +297,47 @@ def test_a_killed_process_costs_its_file_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "worker_pool", lambda num: ProcessPoolExecutor(num, forked))
     found = dicom.read_headers(files, 2, progress=False)
     assert found == ["a", "b", processes.KILLED, "c", "d"]
+
+
+def test_a_table_gives_the_values_of_single_slices_and_of_frames(tmp_path):
+    table = item(LUTDescriptor=[3000, 0, 16], LUTData=np.arange(5, 3005, dtype="<u2").tobytes(), ModalityLUTType="HU")
+    stored = np.random.default_rng(5).integers(0, 3000, (6, 5, 4))
+    for k, pixels in enumerate(stored):
+        lut = {"RescaleSlope": None, "RescaleIntercept": None, "ModalityLUTSequence": [table]}
+        write_slice(tmp_path / "single" / str(k), pixels, (0, 0, 2.0 * k), PixelRepresentation=0, **lut)
+    write_enhanced(tmp_path / "multi" / "a", stored, [(0, 0, 2.0 * k) for k in range(6)])
+    data = pydicom.dcmread(tmp_path / "multi" / "a")
+    del data.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence
+    data.ModalityLUTSequence = [table]
+    data.PixelRepresentation = 0
+    data.save_as(tmp_path / "multi" / "a")
+    for folder in ("single", "multi"):
+        voxels, _ = read_volume(only(tmp_path / folder))
+        assert np.array_equal(voxels, stored.transpose(2, 1, 0)[::-1, ::-1] + 5)
+
+
+@pytest.mark.parametrize(("lacking", "taken"), [("RescaleSlope", 1), ("RescaleIntercept", 0)])
+def test_a_lone_missing_slope_or_intercept_is_noted(tmp_path, lacking, taken):
+    write_series(tmp_path, HU, **{lacking: None})
+    volume = only(tmp_path)
+    assert volume.series.notes == (f"{lacking} is missing in 6 of 6 slices and taken as {taken}",)
+    expected = RAS if lacking == "RescaleSlope" else RAS + 1024
+    assert np.array_equal(read_volume(volume)[0], expected)
+
+
+def test_enhanced_mr_is_separated_by_what_its_frames_say(tmp_path):
+    frames = np.concatenate([HU.transpose(2, 1, 0), HU.transpose(2, 1, 0) + 7]).astype(int) + 1024
+    write_enhanced(tmp_path / "a", frames, [(0, 0, 2.0 * k) for k in range(6)] * 2)
+    data = pydicom.dcmread(tmp_path / "a")
+    data.Modality, data.SOPClassUID = "MR", EnhancedMRImageStorage
+    del data.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence
+    for number, group in enumerate(data.PerFrameFunctionalGroupsSequence):
+        group.MREchoSequence = [item(EffectiveEchoTime=10.0 if number < 6 else 90.0)]
+    data.save_as(tmp_path / "a")
+    skip = tmp_path / "out"
+    found = find_volumes([tmp_path], min_slices=2, skip=skip, modalities=("MR",), num_workers=1, progress=False)
+    assert sorted(volume.series.label for volume in found.volumes) == [
+        "EffectiveEchoTime 10.0",
+        "EffectiveEchoTime 90.0",
+    ]
+    assert {int((read_volume(volume)[0] - RAS - 1024).max()) for volume in found.volumes} == {0, 7}
