@@ -26,7 +26,7 @@ LEAST_FLATNESS = 0.2
 """mm along the normal by which the corners of a contour may differ."""
 
 
-def contour_masks(path: Path, planes: SlicePlanes) -> Iterator[tuple[int, np.ndarray | str, list[str]]]:
+def contour_masks(path: Path, grid: SlicePlanes) -> Iterator[tuple[int, np.ndarray | str, list[str]]]:
     """Yield number, mask `(columns, rows, slices)` and notes of each structure of an RTSTRUCT.
 
     A mask that cannot be made is replaced by the reason.
@@ -35,15 +35,15 @@ def contour_masks(path: Path, planes: SlicePlanes) -> Iterator[tuple[int, np.nda
         warnings.simplefilter("ignore")
         data = open_dicom(path)
         for region in data.get("ROIContourSequence") or ():
-            yield int(region.ReferencedROINumber), *structure_mask(region, planes)
+            yield int(region.ReferencedROINumber), *structure_mask(region, grid)
 
 
-def structure_mask(region: pydicom.Dataset, planes: SlicePlanes) -> tuple[np.ndarray | str, list[str]]:
+def structure_mask(region: pydicom.Dataset, grid: SlicePlanes) -> tuple[np.ndarray | str, list[str]]:
     """Make the mask of a structure from its contours, or say why it has none."""
     drawn: list[tuple[float, np.ndarray]] = []
     others, copies = 0, 0
     seen: set[bytes] = set()
-    tolerance = max(LEAST_FLATNESS, ALONG * planes.distance)
+    tolerance = max(LEAST_FLATNESS, ALONG * grid.distance)
     for contour in region.get("ContourSequence") or ():
         values = np.array(contour.get("ContourData") or (), dtype=float)
         if str(contour.get("ContourGeometricType")) not in AREAS or len(values) < 3 * FEWEST_CORNERS:
@@ -56,17 +56,17 @@ def structure_mask(region: pydicom.Dataset, planes: SlicePlanes) -> tuple[np.nda
             copies += 1
             continue
         seen.add(points.tobytes())
-        heights = points @ planes.normal
+        heights = points @ grid.normal
         if np.ptp(heights) > tolerance:
             return f"its contours lie across the slices, by up to {np.ptp(heights):.3g} mm", []
         drawn.append((float(heights.mean()), points))
     notes = [f"{count_of(others, 'contour')} of points or lines not used"] if others else []
     notes += [f"{count_of(copies, 'contour')} repeat another and are not used"] if copies else []
-    mask = np.zeros(planes.shape, bool)
-    heights, contours = by_plane_drawn(drawn, ALONG * planes.distance)
-    for index, nearest in nearest_contours(heights, planes, notes) if contours else ():
-        polygons = [planes.in_voxels(points, index) for points in contours[nearest]]
-        mask[:, :, index] = fill_polygons(polygons, (planes.columns, planes.rows))
+    mask = np.zeros(grid.shape, bool)
+    heights, contours = by_plane_drawn(drawn, ALONG * grid.distance)
+    for index, nearest in nearest_contours(heights, grid, notes) if contours else ():
+        polygons = [grid.in_voxels(points, index) for points in contours[nearest]]
+        mask[:, :, index] = fill_polygons(polygons, (grid.columns, grid.rows))
     return mask, notes
 
 
@@ -85,7 +85,7 @@ def by_plane_drawn(
     return np.array(heights), contours
 
 
-def nearest_contours(drawn: np.ndarray, planes: SlicePlanes, notes: list[str]) -> list[tuple[int, int]]:
+def nearest_contours(drawn: np.ndarray, grid: SlicePlanes, notes: list[str]) -> list[tuple[int, int]]:
     """Find the contours that each slice takes.
 
     A slice takes the nearest contours, up to half their distance from it. Where contours lie further apart than
@@ -93,20 +93,20 @@ def nearest_contours(drawn: np.ndarray, planes: SlicePlanes, notes: list[str]) -
 
     Args:
         drawn: positions of contours along the normal, ascending, in mm.
-        planes: the slices.
+        grid: the slices.
         notes: a note is added if contours do not lie on slices.
 
     Returns:
         Indices of slices, each with the index of its contours.
     """
-    least = float(np.diff(drawn).min()) if len(drawn) > 1 else planes.distance
-    gap = least if least <= MAX_GAP * planes.distance else planes.distance
-    above = planes.heights[:, None] - drawn
+    least = float(np.diff(drawn).min()) if len(drawn) > 1 else grid.distance
+    gap = least if least <= MAX_GAP * grid.distance else grid.distance
+    above = grid.heights[:, None] - drawn
     nearest = np.abs(above).argmin(axis=1)
     above = above[np.arange(len(above)), nearest]
     taken = np.flatnonzero((above > EDGE - gap / 2) & (above <= gap / 2 + EDGE))
-    if len(taken) and np.abs(above[taken]).max() > ALONG * planes.distance:
+    if len(taken) and np.abs(above[taken]).max() > ALONG * grid.distance:
         notes.append(
-            f"contours lie {gap:.3g} mm apart, between slices of {planes.distance:.3g} mm; slices take the nearest"
+            f"contours lie {gap:.3g} mm apart, between slices of {grid.distance:.3g} mm; slices take the nearest"
         )
     return [(int(index), int(nearest[index])) for index in taken]

@@ -47,11 +47,11 @@ def label_series(series: Series, objects: Sequence[LabelObject], classes: ClassN
         objects: the files of structures that belong to it.
         classes: the classes, and the names of their structures.
     """
-    planes = slice_planes(series)
-    made = SeriesLabels(np.zeros(planes.shape, np.uint8))
+    grid = slice_planes(series)
+    made = SeriesLabels(np.zeros(grid.shape, np.uint8))
     masks: dict[str, np.ndarray] = {}
     for one in sorted(objects, key=lambda one: (one.made, one.path)):
-        found = masks_of_object(one, planes, classes, made)
+        found = masks_of_object(one, grid, classes, made)
         for title in found.keys() & masks.keys():
             made.notes.append(f"{title} in several files; the newest counts")
         masks |= found
@@ -68,14 +68,14 @@ def label_series(series: Series, objects: Sequence[LabelObject], classes: ClassN
 
 
 def masks_of_object(
-    one: LabelObject, planes: SlicePlanes, classes: ClassNames, made: SeriesLabels
+    one: LabelObject, grid: SlicePlanes, classes: ClassNames, made: SeriesLabels
 ) -> dict[str, np.ndarray]:
     """Return the masks of a file of structures by class; adds notes and faults to the result."""
     names: Mapping[int, str] = dict(one.structures)
     masks: dict[str, np.ndarray] = {}
     file = private(one.path.name)
     try:
-        for number, mask, notes in MASK_READERS[one.kind](one.path, planes):
+        for number, mask, notes in MASK_READERS[one.kind](one.path, grid):
             name = names.get(number, "")
             title = classes.class_of(name) if name else ""
             if not title:

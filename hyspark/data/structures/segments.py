@@ -41,7 +41,7 @@ class Frame:
     pixels: np.ndarray
 
 
-def segment_masks(path: Path, planes: SlicePlanes) -> Iterator[tuple[int, np.ndarray | str, list[str]]]:
+def segment_masks(path: Path, grid: SlicePlanes) -> Iterator[tuple[int, np.ndarray | str, list[str]]]:
     """Yield number, mask `(columns, rows, slices)` and notes of each segment of a DICOM-SEG.
 
     A mask that cannot be made is replaced by the reason.
@@ -69,7 +69,7 @@ def segment_masks(path: Path, planes: SlicePlanes) -> Iterator[tuple[int, np.nda
     note = [f"fractions from {HALF:g} on count"] if kind == "FRACTIONAL" else []
     for segment in data.SegmentSequence:
         number = int(segment.SegmentNumber)
-        yield number, *on_slices(by_segment.get(number, []), planes, note)
+        yield number, *on_slices(by_segment.get(number, []), grid, note)
 
 
 def frames_of(data: pydicom.Dataset) -> Iterator[Frame]:
@@ -109,10 +109,10 @@ def frames_of(data: pydicom.Dataset) -> Iterator[Frame]:
         )
 
 
-def on_slices(frames: list[Frame], planes: SlicePlanes, notes: list[str]) -> tuple[np.ndarray | str, list[str]]:
+def on_slices(frames: list[Frame], grid: SlicePlanes, notes: list[str]) -> tuple[np.ndarray | str, list[str]]:
     """Bring the frames of a segment onto the slices of a series, or say why they cannot be."""
-    mask = np.zeros(planes.shape, bool)
-    indices = [slice_of(frame, planes) for frame in frames]
+    mask = np.zeros(grid.shape, bool)
+    indices = [slice_of(frame, grid) for frame in frames]
     if None not in indices:
         for frame, index in zip(frames, indices, strict=True):
             mask[:, :, index] |= frame.pixels
@@ -121,7 +121,7 @@ def on_slices(frames: list[Frame], planes: SlicePlanes, notes: list[str]) -> tup
     if isinstance(found, str):
         return found, notes
     pixels, affine = found
-    own = np.column_stack([*(planes.directions * planes.spacing[:, None]), planes.normal])
+    own = np.column_stack([*(grid.directions * grid.spacing[:, None]), grid.normal])
     to_pixels = np.linalg.inv(affine[:3, :3])
     relative = to_pixels @ own
     axes = np.abs(relative).argmax(axis=0)
@@ -131,9 +131,9 @@ def on_slices(frames: list[Frame], planes: SlicePlanes, notes: list[str]) -> tup
     own_lengths = np.linalg.norm(own, axis=0)
     if len(set(axes)) < 3 or np.abs(aside * lengths[:, None] / own_lengths).max() > SAME_DIRECTION:
         return "its grid is not parallel to the slices of the series; resample it", notes
-    for index, position in enumerate(planes.positions):
+    for index, position in enumerate(grid.positions):
         start = to_pixels @ (position - affine[:3, 3])
-        if taken := nearest_pixels(start, relative, axes, planes.shape[:2], pixels.shape):
+        if taken := nearest_pixels(start, relative, axes, grid.shape[:2], pixels.shape):
             (columns, rows), where = taken
             shown = pixels[np.ix_(*where)]
             mask[columns, rows, index] = np.moveaxis(shown, axes[:2], (0, 1)).reshape(len(where[axes[0]]), -1)
@@ -164,15 +164,15 @@ def nearest_pixels(
     return (inside[0], inside[1]), where
 
 
-def slice_of(frame: Frame, planes: SlicePlanes) -> int | None:
+def slice_of(frame: Frame, grid: SlicePlanes) -> int | None:
     """Return the slice on whose voxels the pixels of a frame lie; None if there is none."""
-    index = int(np.abs(planes.heights - frame.position @ planes.normal).argmin())
+    index = int(np.abs(grid.heights - frame.position @ grid.normal).argmin())
     is_same = (
-        frame.pixels.shape == planes.shape[:2]
-        and np.abs(frame.directions - planes.directions).max() <= SAME_DIRECTION
-        and np.abs((frame.spacing / planes.spacing - 1) * planes.shape[:2]).max() <= WITHIN
-        and np.abs(planes.in_voxels(frame.position, index)).max() <= WITHIN
-        and abs((frame.position - planes.positions[index]) @ planes.normal) <= ALONG * planes.distance
+        frame.pixels.shape == grid.shape[:2]
+        and np.abs(frame.directions - grid.directions).max() <= SAME_DIRECTION
+        and np.abs((frame.spacing / grid.spacing - 1) * grid.shape[:2]).max() <= WITHIN
+        and np.abs(grid.in_voxels(frame.position, index)).max() <= WITHIN
+        and abs((frame.position - grid.positions[index]) @ grid.normal) <= ALONG * grid.distance
     )
     return index if is_same else None
 
