@@ -72,6 +72,7 @@ def test_every_command_shown_has_flags_that_exist(verb, argv, monkeypatch):
             "check": cli_arguments.CheckArguments,
             "weights": cli_arguments.WeightsArguments,
             "export": cli_arguments.ExportArguments,
+            "import": cli_arguments.ImportArguments,
             "slices": cli_arguments.SlicesArguments,
             "evaluate": cli_arguments.EvaluateArguments,
             "predict": cli_arguments.PredictArguments,
