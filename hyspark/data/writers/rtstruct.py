@@ -11,7 +11,7 @@ from pydicom.uid import ImplicitVRLittleEndian, RTStructureSetStorage, generate_
 
 from hyspark.data.readers.series import Series
 from hyspark.data.readers.source_slices import SourceSlice
-from hyspark.data.writers.contours import mask_contours
+from hyspark.data.writers.outlines import mask_contours
 from hyspark.data.writers.source_images import TYPE_2, Segments, check_segments, read_source
 
 RTSTRUCT_NUMBER = 9100

@@ -119,11 +119,13 @@ def predict_segmentation(
     with distributed.join_process_group(processes):
         distributed.barrier(processes)  # no process writes before all have checked the targets
         mine = cases[processes.rank :: processes.world_size]
-        failed = distributed.run_and_gather(
-            lambda: [*predict_cases(mine, config, segmenter, targets, output, num_workers).items()], processes
-        )
-    if processes.is_main:
-        shutil.rmtree(scan_folder(out), ignore_errors=True)
+        try:
+            failed = distributed.run_and_gather(
+                lambda: [*predict_cases(mine, config, segmenter, targets, output, num_workers).items()], processes
+            )
+        finally:
+            if processes.is_main:
+                shutil.rmtree(scan_folder(out), ignore_errors=True)
     failures = dict(failed)
     files = [targets[case.name] for case in cases if case.name not in failures]
     return Predicted(files, found.failures | {name: failures[name] for name in targets if name in failures})

@@ -5,7 +5,7 @@ import pytest
 from matplotlib.path import Path as Polygon
 
 from hyspark.data.structures.polygons import fill_polygons
-from hyspark.data.writers.contours import mask_contours
+from hyspark.data.writers.outlines import mask_contours
 
 SHAPE = (23, 17)
 CENTRES = np.stack(np.meshgrid(np.arange(SHAPE[0]), np.arange(SHAPE[1]), indexing="ij"), -1).reshape(-1, 2)

@@ -2,7 +2,9 @@
 
 import copy
 import io
+import re
 import sys
+from dataclasses import replace
 
 import highdicom
 import nibabel
@@ -308,6 +310,49 @@ def test_a_tree_of_series_with_faulty_ones(tmp_path, capsys, caplog):
     (written,) = (tmp_path / "out").iterdir()
     assert read_seg(written.read_bytes(), first)[1].any()
     assert "files hold the patient's name and ID" in caplog.text
+
+
+def test_values_of_the_wrong_sign_or_scale_are_named(tmp_path, capsys):
+    hu, _ = body()
+    slices = made_series(tmp_path / "made", hu)
+    for number, data in enumerate(slices):
+        data.PixelRepresentation = 0
+        data.PixelData = (data.pixel_array.astype(int) - 1024).astype(np.int16).tobytes()
+        data.RescaleIntercept = 0
+        data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = f"1.2.9.{number}"
+    save(tmp_path / "in" / "sign", copy.deepcopy(slices))
+    for number, data in enumerate(slices):
+        data.SeriesInstanceUID = "1.2.8"
+        data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = f"1.2.8.{number}"
+        data.PixelData = (hu[:, :, number].T + 1024).astype(np.uint16).tobytes()
+        del data.RescaleSlope, data.RescaleIntercept
+    save(tmp_path / "in" / "scale", slices)
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path, tmp_path / "in")
+    assert caught.value.code == 1
+    error = capsys.readouterr().err
+    assert re.search("sign, series .*: negative values are read as unsigned; store it as signed", error)
+    assert "scale, series 1.2.8: RescaleSlope and RescaleIntercept are missing, and stored values" in error
+
+
+def test_the_modality_is_that_of_the_network(tmp_path):
+    for name, modality in [("ct", "CT"), ("mr", "MR"), ("pt", "PT")]:
+        slices = made_series(tmp_path / "made" / name, body()[0])
+        for number, data in enumerate(slices):
+            data.Modality, data.SeriesInstanceUID = modality, f"1.2.{len(name)}.{ord(name[0])}"
+            data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = f"1.2.{ord(name[0])}.{number}"
+        save(tmp_path / "in" / name, slices)
+    for intensity, expected in [("ct", {"ct"}), ("ct-zscore", {"ct"}), ("mr", {"mr"}), ("none", {"ct", "mr", "pt"})]:
+        of_values = {"input_mean": (0.0,), "input_std": (1.0,)} if intensity == "ct-zscore" else {}
+        settings = replace(CONFIG, intensity=(intensity,), **of_values)
+        given = {"settings": settings, "only_dicom": False, "min_slices": 8, "progress": False}
+        found = find_inputs([tmp_path / "in"], tmp_path / "out", **given)
+        assert {case.volume.source.name for case in found.cases} == expected
+        assert len(found.lines) >= 3 - len(expected)
+    with pytest.raises(ValueError, match="in: a network of 2 image channels reads NIfTI"):
+        find_inputs(
+            [tmp_path / "in"], tmp_path / "out", **given | {"settings": replace(settings, image_channels=(0, 1))}
+        )
 
 
 @pytest.mark.parametrize("fmt", ["nifti", "dicom-seg", "rtstruct"])
