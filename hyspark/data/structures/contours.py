@@ -105,6 +105,9 @@ def nearest_contours(drawn: np.ndarray, grid: SlicePlanes, notes: list[str]) -> 
     nearest = np.abs(above).argmin(axis=1)
     above = above[np.arange(len(above)), nearest]
     taken = np.flatnonzero((above > EDGE - gap / 2) & (above <= gap / 2 + EDGE))
+    away = np.abs(drawn[:, None] - grid.heights).min(axis=1) > gap
+    if away.any():
+        notes.append(f"contours at {away.sum()} of {len(drawn)} positions lie on no slice, and are not used")
     if len(taken) and np.abs(above[taken]).max() > ALONG * grid.distance:
         notes.append(
             f"contours lie {gap:.3g} mm apart, between slices of {grid.distance:.3g} mm; slices take the nearest"

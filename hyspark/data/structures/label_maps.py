@@ -56,13 +56,14 @@ def label_series(series: Series, objects: Sequence[LabelObject], classes: ClassN
             made.notes.append(f"{title} in several files; the newest counts")
         masks |= found
     titles = {value: title for title, value in classes.values.items()}
+    flat = made.labels.reshape(-1)
     for title in [title for title in classes.values if title in masks]:
-        lost = np.bincount(made.labels[masks[title]], minlength=1)
+        lost = np.bincount(flat[masks[title]], minlength=1)
         for value in np.flatnonzero(lost[1:]) + 1:
             other = titles[int(value)]
             made.overlaps[other] = made.overlaps.get(other, 0) + int(lost[value])
-        made.labels[masks[title]] = classes.values[title]
-    counts = np.bincount(made.labels.ravel(), minlength=max(titles) + 1)
+        flat[masks[title]] = classes.values[title]
+    counts = np.bincount(flat, minlength=max(titles) + 1)
     made.voxels = {title: int(counts[value]) for title, value in classes.values.items() if title in masks}
     return made
 
@@ -70,7 +71,7 @@ def label_series(series: Series, objects: Sequence[LabelObject], classes: ClassN
 def masks_of_object(
     one: LabelObject, grid: SlicePlanes, classes: ClassNames, made: SeriesLabels
 ) -> dict[str, np.ndarray]:
-    """Return the masks of a file of structures by class; adds notes and faults to the result."""
+    """Return the voxels of a file's structures by class, as ascending flat indices; adds notes and faults."""
     names: Mapping[int, str] = dict(one.structures)
     masks: dict[str, np.ndarray] = {}
     file = private(one.path.name)
@@ -84,7 +85,8 @@ def masks_of_object(
                 made.faults.append(f"{file}: {title} ({private(name)}): {mask}")
                 continue
             made.notes += [f"{title}: {note}" for note in notes]
-            masks[title] = masks[title] | mask if title in masks else mask
+            voxels = np.flatnonzero(mask)  # masks of a hundred classes would take gigabytes
+            masks[title] = np.union1d(masks[title], voxels) if title in masks else voxels
     except Exception as error:  # a damaged file may raise anything
         made.faults.append(f"{file}: unreadable as {one.kind} ({private(first_line(error))})")
     return masks

@@ -30,7 +30,8 @@ class Frame:
         directions: from column to column, and from row to row `(2, 3)`.
         spacing: mm between columns and between rows.
         steps: SpacingBetweenSlices and SliceThickness in mm; 0 where missing.
-        pixels: `(columns, rows)`.
+        shape: columns and rows.
+        values: values of the pixels; of a mask eight pixels a byte.
     """
 
     segment: int | None
@@ -38,7 +39,17 @@ class Frame:
     directions: np.ndarray
     spacing: np.ndarray
     steps: tuple[float, float]
-    pixels: np.ndarray
+    shape: tuple[int, int]
+    values: np.ndarray
+
+    def with_mask(self, mask: np.ndarray) -> "Frame":
+        """Return the frame with a mask as its pixels."""
+        return replace(self, values=np.packbits(mask))
+
+    @property
+    def mask(self) -> np.ndarray:
+        """The mask `(columns, rows)`."""
+        return np.unpackbits(self.values, count=self.shape[0] * self.shape[1]).reshape(self.shape).astype(bool)
 
 
 def segment_masks(path: Path, grid: SlicePlanes) -> Iterator[tuple[int, np.ndarray | str, list[str]]]:
@@ -60,12 +71,12 @@ def segment_masks(path: Path, grid: SlicePlanes) -> Iterator[tuple[int, np.ndarr
         largest = float(data.get("MaximumFractionalValue") or 1)
         for frame in frames_of(data):
             if kind == LABEL_MAP:
-                for number in np.unique(frame.pixels[frame.pixels > 0]).tolist():
-                    by_segment[number].append(replace(frame, pixels=frame.pixels == number))
+                for number in np.unique(frame.values[frame.values > 0]).tolist():
+                    by_segment[number].append(frame.with_mask(frame.values == number))
             elif frame.segment is not None:
-                shown = frame.pixels >= HALF * largest if kind == "FRACTIONAL" else frame.pixels > 0
+                shown = frame.values >= HALF * largest if kind == "FRACTIONAL" else frame.values > 0
                 if shown.any():
-                    by_segment[frame.segment].append(replace(frame, pixels=shown))
+                    by_segment[frame.segment].append(frame.with_mask(shown))
     note = [f"fractions from {HALF:g} on count"] if kind == "FRACTIONAL" else []
     for segment in data.SegmentSequence:
         number = int(segment.SegmentNumber)
@@ -105,6 +116,7 @@ def frames_of(data: pydicom.Dataset) -> Iterator[Frame]:
             np.array(directions, float).reshape(2, 3),
             np.array(spacing, float)[::-1],
             (abs(float(steps[0] or 0)), abs(float(steps[1] or 0))),
+            (data.Columns, data.Rows),
             pixels.T,
         )
 
@@ -115,7 +127,7 @@ def on_slices(frames: list[Frame], grid: SlicePlanes, notes: list[str]) -> tuple
     indices = [slice_of(frame, grid) for frame in frames]
     if None not in indices:
         for frame, index in zip(frames, indices, strict=True):
-            mask[:, :, index] |= frame.pixels
+            mask[:, :, index] |= frame.mask
         return mask, notes
     found = stacked(frames)
     if isinstance(found, str):
@@ -137,7 +149,8 @@ def on_slices(frames: list[Frame], grid: SlicePlanes, notes: list[str]) -> tuple
             (columns, rows), where = taken
             shown = pixels[np.ix_(*where)]
             mask[columns, rows, index] = np.moveaxis(shown, axes[:2], (0, 1)).reshape(len(where[axes[0]]), -1)
-    return mask, [*notes, "on another grid; slices take the nearest voxels"]
+    note = "on another grid; slices take the nearest voxels" + ("" if mask.any() else ", but none lies on them")
+    return mask, [*notes, note]
 
 
 def nearest_pixels(
@@ -168,7 +181,7 @@ def slice_of(frame: Frame, grid: SlicePlanes) -> int | None:
     """Return the slice on whose voxels the pixels of a frame lie; None if there is none."""
     index = int(np.abs(grid.heights - frame.position @ grid.normal).argmin())
     is_same = (
-        frame.pixels.shape == grid.shape[:2]
+        frame.shape == grid.shape[:2]
         and np.abs(frame.directions - grid.directions).max() <= SAME_DIRECTION
         and np.abs((frame.spacing / grid.spacing - 1) * grid.shape[:2]).max() <= WITHIN
         and np.abs(grid.in_voxels(frame.position, index)).max() <= WITHIN
@@ -186,7 +199,7 @@ def stacked(frames: list[Frame]) -> tuple[np.ndarray, np.ndarray] | str:
         aside = frame.position - first.position
         aside = aside - (aside @ normal) * normal
         if (
-            frame.pixels.shape != first.pixels.shape
+            frame.shape != first.shape
             or np.abs(frame.directions - first.directions).max() > SAME_DIRECTION
             or np.abs(frame.spacing / first.spacing - 1).max() > SAME_DIRECTION
             or np.linalg.norm(aside) > WITHIN * first.spacing.min()
@@ -200,9 +213,9 @@ def stacked(frames: list[Frame]) -> tuple[np.ndarray, np.ndarray] | str:
             break
     else:
         return "its frames lie at uneven distances, and not on the slices of the series"
-    pixels = np.zeros((*first.pixels.shape, indices.max() + 1), bool)
+    pixels = np.zeros((*first.shape, indices.max() + 1), bool)
     for index, frame in zip(indices, frames, strict=True):
-        pixels[:, :, index] |= frame.pixels
+        pixels[:, :, index] |= frame.mask
     affine = np.eye(4)
     affine[:3, :2] = (first.directions * first.spacing[:, None]).T
     affine[:3, 2] = normal * step

@@ -101,6 +101,15 @@ def test_slices_take_the_nearest_contours(tmp_path, slices, heights, taken, is_n
     assert bool(notes) == is_noted
 
 
+def test_contours_beyond_the_slices_are_counted(tmp_path, slices):
+    save(tmp_path / "in", slices)
+    contours = [circle(14.3, 13.2, 6.1, slices[0], height) for height in (-8, -6, 0, 2, 30)]
+    write_rtstruct(tmp_path / "rt", slices, {"a": contours})
+    labels, notes, _, _ = labels_of(tmp_path / "in", tmp_path / "rt")
+    assert np.flatnonzero(labels.any((0, 1))).tolist() == [0, 1]
+    assert notes == ["a: contours at 3 of 5 positions lie on no slice, and are not used"]
+
+
 def test_contours_across_the_slices_and_damaged_ones_are_named(tmp_path, slices):
     save(tmp_path / "in", slices)
     flat = circle(14.3, 13.2, 6.1, slices[3])
