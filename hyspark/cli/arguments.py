@@ -141,17 +141,21 @@ class EvaluateArguments(NetworkArguments):
 class PredictArguments(NetworkArguments):
     """Predict with a fine-tuned network.
 
-    Segmentation: a label map for each volume, CASE.nii.gz, in the volume's own geometry. Classification:
-    predictions.csv with the probability of each class. Exit code 1: some cases were not predicted; they are named, and
-    the others are written.
+    Segmentation: a label map for each volume, CASE.nii.gz, in the volume's own geometry. Of a folder of DICOM, each
+    series is a volume. DICOM-SEG and RTSTRUCT files refer to the series, and hold the patient's name and ID.
+    Classification: predictions.csv with the probability of each class. Exit code 1: some cases were not predicted;
+    they are named, and the others are written.
 
     Example:
         hyspark predict ckpt/btcv scans/*.nii.gz --out ckpt/btcv_labels
+        hyspark predict ckpt/btcv dicom/ --out ckpt/btcv_labels --format dicom-seg
     """
 
     weights: str  # best.pth of a fine-tuning run, or its run folder
-    inputs: list[str]  # NIfTI files, and folders that hold some; for a classifier, one folder of images
+    inputs: list[str]  # NIfTI files, and folders that hold some or DICOM series; for a classifier, one folder of images
     overwrite: bool = False  # Segmentation: replace existing label maps
+    format: Literal["nifti", "dicom-seg", "rtstruct"] = "nifti"  # Segmentation: format; the last two are of DICOM
+    min_slices: int = 8  # Segmentation: DICOM scans of fewer slices, such as localizers, are not predicted
 
     def configure(self) -> None:
         super().configure()
@@ -233,6 +237,8 @@ class ImportArguments(Arguments):
     slice_spacing: tuple[float, float, float] | None = None  # For 2D slices: mm between columns, rows and slices
     keep_descriptions: bool = False  # Write SeriesDescription into import.jsonl; it may hold a name
     salt_file: str = ""  # Secret that ids are hashed with; by default ~/.config/hyspark/import_salt, made if missing
+    labels: bool = False  # Write labelsTr from the RTSTRUCT and DICOM-SEG files in the sources
+    label_names: str = ""  # YAML of classes with names of structures, {spleen: [Milz, "SPLEEN_*"]}; with --labels
     private_table: str = ""  # CSV to write with the ids, UIDs and paths behind the hashes, outside of OUT
     prepare_workers: int = 0  # Volumes at a time, a process each; 0 uses one per available core
 

@@ -234,8 +234,13 @@ def import_scans(argv: Sequence[str]) -> None:
     not_negative(args, "prepare_workers")
     if args.slice_spacing and min(args.slice_spacing) <= 0:
         raise ValueError(f"--slice_spacing: expected mm above 0 on each axis, got {args.slice_spacing}")
-    from hyspark.data.importing import choice, pseudonyms, summary, write
+    if args.label_names and not args.labels:
+        raise ValueError("--label_names: read with --labels alone; add --labels")
+    from hyspark.data.importing import choice, import_labels, pseudonyms, summary, write
+    from hyspark.data.structures.class_names import read_class_names
 
+    classes = read_class_names(Path(args.label_names)) if args.label_names else None
+    labels = None
     salt_file = Path(args.salt_file) if args.salt_file else pseudonyms.default_salt_file()
     try:
         imported = write.import_volumes(
@@ -250,15 +255,21 @@ def import_scans(argv: Sequence[str]) -> None:
             private_table=Path(args.private_table) if args.private_table else None,
             num_workers=args.prepare_workers,
         )
+        if args.labels:
+            labels = import_labels.import_labels(imported, classes, num_workers=args.prepare_workers)
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         sys.exit(INTERRUPTED)
     print(summary.summarise_import(imported, salt_file))
+    if labels:
+        print(import_labels.summarise_labels(labels, imported.out))
     for source, why in imported.failed:
         print(f"not imported: {source}: {why}", file=sys.stderr)
+    for fault in labels.faults if labels else ():
+        print(f"no label: {fault}", file=sys.stderr)
     if imported.cases:
         print("next:", *summary.next_commands(imported), sep="\n  ")
-    if imported.failed:
+    if imported.failed or (labels and labels.faults):
         sys.exit(FOUND)
 
 

@@ -19,14 +19,13 @@ from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import read_yaml, typed_values
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.config.shared import RunSettings
-from hyspark.data.datasets.inputs import read_inputs
 from hyspark.evaluation.classification.evaluate import evaluate_classification
 from hyspark.evaluation.classification.predict import predict_classification
 from hyspark.evaluation.network_kind import NetworkKind, kind_of_network
 from hyspark.evaluation.protocol import FAILED, unscored_cases
 from hyspark.evaluation.score_table import read_score_table
 from hyspark.evaluation.segmentation.evaluate import evaluate_segmentation
-from hyspark.evaluation.segmentation.predict import image_channels_of, predict_segmentation
+from hyspark.evaluation.segmentation.predict import predict_segmentation
 from hyspark.evaluation.segmentation.scoring_protocol import Scoring
 from hyspark.tasks.classification import run_classification
 from hyspark.tasks.pretrain import run_pretraining
@@ -193,21 +192,23 @@ def predict(
 
     Args:
         weights: best.pth of a fine-tuning run, or its run folder. It knows whether it segments or classifies.
-        inputs: NIfTI files, and folders that hold some. For a classifier, one folder of images.
+        inputs: NIfTI files, and folders that hold some or DICOM series. For a classifier, one folder of images.
         out: Folder to write to.
         device: "auto", "cpu" or "cuda".
-        **options: For segmentation: overlap, flips, largest_component, memory, prepare_workers, overwrite.
+        **options: For segmentation: overlap, flips, largest_component, memory, prepare_workers, overwrite, format
+            ("nifti", "dicom-seg" or "rtstruct"), min_slices.
 
     Raises:
         ValueError: An option is unknown, or is not read for a classifier; the inputs do not fit the network.
         FileNotFoundError: Weights or inputs are missing.
+        ModuleNotFoundError: The format needs a package that is not installed.
     """
     check_caller(device)
     paths = [Path(path) for path in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
     if not paths:
         raise ValueError("inputs: expected one path or more, got none")
     kind = kind_of_network(Path(weights))
-    check_options(options, (*WINDOWING, "prepare_workers", "overwrite"), kind)
+    check_options(options, (*WINDOWING, "prepare_workers", "overwrite", "format", "min_slices"), kind)
     if kind == "classification":
         if len(paths) != 1:
             raise ValueError(f"inputs: a classifier takes one folder of images, got {len(paths)} paths")
@@ -215,9 +216,10 @@ def predict(
         return Predictions([written], failures)
     scoring = Scoring(**{name: options.pop(name) for name in WINDOWING if name in options})
     options["num_workers"] = options.pop("prepare_workers", 0)
-    names = [case.name for case in read_inputs(paths, image_channels_of(Path(weights))).cases]
-    failures = predict_segmentation(Path(weights), paths, Path(out), scoring=scoring, device=device, **options)
-    return Predictions([Path(out) / f"{name}.nii.gz" for name in names if name not in failures], failures)
+    if "format" in options:
+        options["file_format"] = options.pop("format")
+    made = predict_segmentation(Path(weights), paths, Path(out), scoring=scoring, device=device, **options)
+    return Predictions(*made)
 
 
 def check_caller(device: str = "auto") -> None:

@@ -56,7 +56,7 @@ def test_predicted_label_maps_are_those_of_the_cpu(finetuning, tmp_path, full_pr
     assert volumes
     outs = (tmp_path / "one", tmp_path / "two")
     for device, out in zip(("cpu", DEVICE), outs, strict=True):
-        assert predict_segmentation(tmp_path / "best.pth", volumes, out, device=device, num_workers=1) == {}
+        assert predict_segmentation(tmp_path / "best.pth", volumes, out, device=device, num_workers=1).failures == {}
     for path in outs[0].iterdir():
         one, two = (np.asarray(nibabel.load(out / path.name).dataobj) for out in outs)
         assert len(np.unique(one)) > 1

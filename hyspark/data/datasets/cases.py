@@ -47,6 +47,11 @@ class Case:
         """All files: channels, and the label map if there is one."""
         return self.images if self.label is None else (*self.images, self.label)
 
+    @property
+    def origin(self) -> str:
+        """The path of the image, for messages."""
+        return str(self.image)
+
 
 @dataclass(frozen=True)
 class Datalist:

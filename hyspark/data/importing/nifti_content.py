@@ -4,6 +4,7 @@ import nibabel
 import numpy as np
 from isal import igzip
 from nibabel.affines import voxel_sizes
+from numpy.typing import DTypeLike
 
 from hyspark.data.readers.stacks import TILT
 from hyspark.utils.private_text import PrivateError
@@ -14,12 +15,14 @@ INTEGERS = (np.int16, np.uint16, np.int32)
 """Types of whole numbers, the first that holds all values is taken."""
 
 
-def nifti_content(voxels: np.ndarray, affine: np.ndarray) -> bytes:
+def nifti_content(voxels: np.ndarray, affine: np.ndarray, dtype: DTypeLike | None = None) -> bytes:
     """Make the content of a .nii.gz of voxels `(h, w, d)` and their affine `(4, 4)` to mm.
+
+    Their type is the given one, or that of `as_stored`.
 
     The quaternion (qform) and the matrix (sform) say the same. Of sheared axes the matrix alone is valid.
     """
-    image = nibabel.Nifti1Image(as_stored(voxels), affine)
+    image = nibabel.Nifti1Image(as_stored(voxels) if dtype is None else voxels.astype(dtype), affine)
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=int(not is_sheared(affine)))
     image.header.set_xyzt_units("mm")

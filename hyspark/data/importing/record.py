@@ -20,6 +20,7 @@ from hyspark.utils.paths import load_json
 from hyspark.utils.text import listing
 
 SETTINGS_FILE, SERIES_FILE = "import.json", "import.jsonl"
+LABEL_FOLDER = "labelsTr"
 ANOTHER_FOLDER = "choose another folder with --out, or delete it"
 KNOWN_KINDS = frozenset(
     ("CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", "OT", "SC", "SEG", "RTSTRUCT", "RTPLAN", "RTDOSE")
@@ -117,6 +118,13 @@ def write_dataset_json(out: Path, channel: str, num: int, labels: Mapping[str, i
         "file_ending": ".nii.gz",
     }
     write_json(out / "dataset.json", content)
+
+
+def known_labels(out: Path) -> dict[str, int] | None:
+    """Return the classes of the label maps that an import of before wrote; None if it wrote none."""
+    file = out / "dataset.json"
+    content = load_json(file) if file.is_file() and (out / LABEL_FOLDER).is_dir() else {}
+    return content.get("labels") if isinstance(content, dict) else None
 
 
 def count_others(others: Mapping[str, int]) -> dict[str, int]:

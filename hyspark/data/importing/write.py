@@ -39,6 +39,7 @@ from hyspark.data.importing.record import (
     check_outside,
     check_private_table,
     count_others,
+    known_labels,
     read_import,
     write_dataset_json,
     write_lines,
@@ -198,7 +199,7 @@ def import_volumes(
     with naming_folder(out):
         write_lines(out / SERIES_FILE, result.entries)
         if result.cases:
-            write_dataset_json(out, result.channel, len(result.cases))
+            write_dataset_json(out, result.channel, len(result.cases), known_labels(out))
         counts = {status: sum(e["status"] == status for e in result.entries) for status in (IMPORTED, EXCLUDED, FAILED)}
         others = count_others(found.others)
         write_settings(out, chosen, pseudonyms.fingerprint, series=counts, files_of_other_kinds=others)

@@ -16,7 +16,7 @@ from hyspark.data.readers.elements import Header
 from hyspark.utils.private_text import PrivateError, private
 from hyspark.utils.text import first_line
 
-INSTALL_DECODERS = "pip install pyjpegls pylibjpeg pylibjpeg-openjpeg python-gdcm"
+INSTALL_DECODERS = "pip install 'hyspark[dicom]'"
 MAX_EDGE = 16384
 """Largest number of rows and of columns of a slice; more are taken for damage."""
 AIR, LEAST_AIR = (-1024, 0), 0.01
@@ -93,11 +93,8 @@ def stored_pixels(path: Path) -> tuple[np.ndarray, pydicom.FileDataset]:
         except Exception as error:
             why = error.text if isinstance(error, PrivateError) else private(first_line(error))
             raise PrivateError(f"{private(path.name)}: unreadable as DICOM ({why})") from error
-        if not decodable(syntax):
-            name = private(path.name)
-            raise PrivateError(
-                f"{name}: compressed as {syntax.name}, for which no decoder is installed: {INSTALL_DECODERS}"
-            )
+        if reason := why_undecodable(syntax):
+            raise PrivateError(f"{private(path.name)}: compressed as {syntax.name}, {reason}")
         try:
             return np.asarray(data.pixel_array), data
         except BaseException as error:
@@ -146,14 +143,15 @@ def check_units(voxels: np.ndarray) -> None:
         )
 
 
-def decodable(syntax: UID) -> bool:
-    """Return whether an installed decoder reads pixels of a transfer syntax."""
+def why_undecodable(syntax: UID) -> str:
+    """Explain why pixels of a transfer syntax are unreadable, and what to do; empty if a decoder is installed."""
     if not syntax.is_compressed or syntax.is_deflated:
-        return True
+        return ""
     try:
-        return bool(get_decoder(syntax).is_available)
+        is_available = get_decoder(syntax).is_available
     except NotImplementedError:
-        return False
+        return "which is a video or an unknown compression; export the series without compression"
+    return "" if is_available else f"for which no decoder is installed: {INSTALL_DECODERS}"
 
 
 def pixels_digest(header: Header) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hyspark.data.datasets.cases import Case
+from hyspark.data.datasets.scan_inputs import ScanCase, write_scan
 from hyspark.data.preprocessing.prepare import prepare_case
 from hyspark.data.readers.nifti import file_grid
 from hyspark.data.settings import PrepareSettings
@@ -104,8 +105,10 @@ def result_or_alone(waiting: Waiting, settings: PrepareSettings) -> Prepared:
 
 
 def prepared_or_reason(case: Case, settings: PrepareSettings) -> Prepared:
-    """Prepare a case; returns the reason in one line if that fails."""
+    """Prepare a case, and before it the NIfTI file of a DICOM scan; returns the reason in one line if that fails."""
     try:
+        if isinstance(case, ScanCase):
+            write_scan(case)
         return prepare_case(case, settings)
     except Exception as error:
         return case_failure(error)
@@ -114,7 +117,7 @@ def prepared_or_reason(case: Case, settings: PrepareSettings) -> Prepared:
 def estimate_bytes(case: Case, settings: PrepareSettings) -> int:
     """Estimate the memory that preparing a case takes from its header; 0 for an unreadable one."""
     try:
-        shape, affine = file_grid(case.image)
+        shape, affine = case.grid() if isinstance(case, ScanCase) else file_grid(case.image)
         prepared = math.prod(shape) * abs(float(np.linalg.det(affine[:3, :3]))) / math.prod(settings.spacing)
         per_channel = BYTES_PER_STORED_VOXEL * math.prod(shape) + BYTES_PER_PREPARED_VOXEL * prepared
         return int(len(case.images) * per_channel)

@@ -1,13 +1,23 @@
 """DICOM folders as archives hold them: shuffled, mixed, with slices missing or twice."""
 
+import re
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pydicom
 import pytest
 from pydicom.encaps import encapsulate
-from pydicom.uid import MPEG2MPML, JPEGLosslessSV1, RLELossless
+from pydicom.uid import (
+    HTJ2K,
+    MPEG2MPML,
+    HTJ2KLossless,
+    JPEGLosslessSV1,
+    JPEGLSTransferSyntaxes,
+    JPEGTransferSyntaxes,
+    RLELossless,
+)
 
 from hyspark.data.readers import dicom, hounsfield
 from hyspark.data.readers.find import find_volumes
@@ -181,14 +191,36 @@ def test_compression_that_needs_nothing_installed(tmp_path):
     assert np.array_equal(read_volume(only(tmp_path))[0], RAS)
 
 
-@pytest.mark.parametrize("syntax", [JPEGLosslessSV1, MPEG2MPML])
-def test_compression_without_decoder_names_what_to_install(tmp_path, monkeypatch, syntax):
+@pytest.mark.parametrize(
+    ("syntax", "advice"),
+    [
+        (JPEGLosslessSV1, r"for which no decoder is installed: pip install 'hyspark\[dicom\]'$"),
+        (MPEG2MPML, "which is a video or an unknown compression; export the series without compression$"),
+    ],
+)
+def test_compression_without_decoder_says_what_to_do(tmp_path, monkeypatch, syntax, advice):
     """One that pydicom knows a decoder for, here not installed, and one that it does not."""
     if syntax == JPEGLosslessSV1:
         monkeypatch.setattr(hounsfield, "get_decoder", lambda uid: SimpleNamespace(is_available=False))
     write_series(tmp_path, HU, syntax=syntax, PixelData=encapsulate([b"\0\0"]))
-    with pytest.raises(ValueError, match=r"IM\d+: compressed as .*no decoder.*pip install pyjpegls"):
+    with pytest.raises(ValueError, match=rf"IM\d+: compressed as .*, {advice}"):
         read_volume(only(tmp_path))
+
+
+@pytest.mark.parametrize("syntax", [*JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, HTJ2KLossless, HTJ2K, RLELossless])
+def test_the_extra_of_decoders_reads_every_compression_of_still_images(syntax):
+    pytest.importorskip("gdcm", reason="python-gdcm is not installed: pip install 'hyspark[dicom]'")
+    pytest.importorskip("openjpeg", reason="pylibjpeg-openjpeg is not installed: pip install 'hyspark[dicom]'")
+    assert hounsfield.why_undecodable(syntax) == ""
+
+
+def test_the_extra_of_decoders_names_no_gpl_code():
+    """pylibjpeg-libjpeg, which pylibjpeg[all] brings, is under the GPL."""
+    project = Path(__file__).parents[3] / "pyproject.toml"
+    lines = re.search(r"^dicom = \[(.*?)^\]", project.read_text(), re.MULTILINE | re.DOTALL)[1]
+    assert "gdcm" in lines
+    assert "pylibjpeg[" not in lines
+    assert "pylibjpeg-libjpeg" not in lines
 
 
 def test_pixels_that_are_cut_short(tmp_path):

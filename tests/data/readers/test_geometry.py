@@ -21,6 +21,7 @@ from hyspark.data.quality.findings import FINDING_KINDS
 from hyspark.data.readers.nifti import file_grid
 from hyspark.data.readers.volumes import Volume, read_volume
 from hyspark.data.settings import PrepareSettings
+from hyspark.evaluation.segmentation.label_output import LabelOutput
 from hyspark.evaluation.segmentation.predict import write_label_map
 from hyspark.evaluation.segmentation.segmenter import Segmenter
 from hyspark.evaluation.segmentation.windows import Windows
@@ -200,7 +201,9 @@ def test_every_verb_has_the_geometry_of_an_independent_reader(tmp_path, name):
     scores = torch.from_numpy(np.concatenate([edge - prepared["image"], prepared["image"] - edge]))
     target = tmp_path / "label.nii.gz"
     segmenter = Segmenter(torch.nn.Identity(), 2, Windows((32, 32, 32)), find_processes("cpu"), "fp32", tmp_path)
-    write_label_map(segmenter, [(0, scores)], scores.shape[1:], prepared["affine"], path, target)
+    write_label_map(
+        segmenter, [(0, scores)], scores.shape[1:], prepared["affine"], Case("a", "a", path), target, LabelOutput()
+    )
     found = np.frombuffer(gzip.decompress(target.read_bytes())[-math.prod(SHAPE) :], np.uint8).reshape(SHAPE, order="F")
     truth = voxels() > 0
     assert 2 * (found * truth).sum() / (found.sum() + truth.sum()) > 0.8

@@ -96,7 +96,9 @@ def write_volume(path, orientation="RAS", turn=0.0):
 def test_a_label_map_lies_where_its_volume_does(knowing, tmp_path, orientation, ending, turn):
     source = tmp_path / "in" / f"case_0000{ending}"
     truth = write_volume(source, orientation, turn)
-    assert predict.predict_segmentation(tmp_path, [source], tmp_path / "out", device="cpu", num_workers=1) == {}
+    assert (
+        predict.predict_segmentation(tmp_path, [source], tmp_path / "out", device="cpu", num_workers=1).failures == {}
+    )
     found, given = nibabel.load(tmp_path / "out" / "case.nii.gz"), nibabel.load(source)
     assert np.array_equal(found.get_fdata(), truth)
     assert np.array_equal(found.affine, given.affine)
@@ -207,7 +209,7 @@ def test_flips_of_left_and_right_need_pairs(monkeypatch, tmp_path):
     paired = replace(CONFIG, left_right=("left kidney=right kidney",))
     monkeypatch.setattr(predict, "load_network", lambda path: TrainedNetwork(Levels(), paired, sided, []))
     options = {"scoring": Scoring(flips=(0,)), "device": "cpu", "num_workers": 1}
-    assert predict.predict_segmentation(tmp_path, [tmp_path / "x.nii.gz"], tmp_path / "out", **options) == {}
+    assert predict.predict_segmentation(tmp_path, [tmp_path / "x.nii.gz"], tmp_path / "out", **options).failures == {}
 
 
 # One case never ends a run of many
@@ -379,5 +381,5 @@ def test_large_volumes_are_prepared_by_fewer_workers(monkeypatch, tmp_path):
 def test_the_file_of_class_scores_leaves_nothing_behind(knowing, tmp_path):
     truth = write_volume(tmp_path / "in" / "x.nii.gz")
     options = {"device": "cpu", "num_workers": 1, "scoring": Scoring(memory=1e-9, flips=(1,))}
-    assert predict.predict_segmentation(tmp_path, [tmp_path / "in"], tmp_path / "out", **options) == {}
+    assert predict.predict_segmentation(tmp_path, [tmp_path / "in"], tmp_path / "out", **options).failures == {}
     assert_others_are_whole(tmp_path / "out", {"x": truth})
