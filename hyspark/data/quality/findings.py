@@ -46,7 +46,7 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "not examined": FindingKind("error", "a case that can be examined", "convert it again, or remove it"),
     "not prepared": FindingKind("error", "a case that can be prepared", "fix it, or remove it"),
     # The header
-    "not 3D": FindingKind("error", "one volume of three axes", "take one volume out of it, or remove it"),
+    "not 3D": FindingKind("error", "one volume of three axes", "if its volumes are channels, name those to read: --image_channels 0 1; else take one out"),
     "colours": FindingKind("error", "one number a voxel", "it is a picture or a secondary capture; remove it"),
     "complex numbers": FindingKind("error", "real numbers", "it is no CT; remove it"),
     "impossible spacing": FindingKind(
