@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hyspark.data.datasets.data_folder import read_data_folder
-from hyspark.data.datasets.file_names import BY_NIBABEL, BY_SIMPLEITK
-from hyspark.data.datasets.words import is_label_name
+from hyspark.data.datasets.file_names import BY_NIBABEL, BY_SIMPLEITK, cases_of_stems
+from hyspark.data.datasets.words import is_label_folder, is_label_name
 from hyspark.data.readers.other_formats import (
     DATA_ENDINGS,
     PICTURES,
@@ -44,6 +44,7 @@ class SourceFiles:
 def sort_sources(sources: Sequence[Path], skip: Path, other_formats: bool, found: Found) -> SourceFiles:
     """Sort the files of the sources, each once, by how they are read."""
     files = SourceFiles()
+    others: dict[Path, Path] = {}
     seen: set[str] = set()
     for source in sources:
         images = dict.fromkeys(find_images_of(source, skip, found, name_labels=other_formats))
@@ -57,16 +58,42 @@ def sort_sources(sources: Sequence[Path], skip: Path, other_formats: bool, found
             elif NIFTI.fullmatch(file.name) or (other_formats and is_detached(file)):
                 continue
             elif other_formats and ending in (*BY_SIMPLEITK, *BY_NIBABEL):
-                if is_label_name(file.stem):
-                    found.skipped.append(NotUsed(str(file), "a label map by its name", below.as_posix()))
-                else:
-                    files.images[file] = below
+                others[file] = below
             else:
                 files.rest[file] = below
             seen.add(real)
+    files.images |= images_among(others, found)
     if any(file.suffix.lower() in BY_SIMPLEITK for file in files.images):
         require_simpleitk()
     return files
+
+
+def images_among(others: dict[Path, Path], found: Found) -> dict[Path, Path]:
+    """Return the images among files of other formats than NIfTI; label maps and other channels are named.
+
+    Args:
+        others: files, with their paths below the source.
+        found: where files that are no images are added.
+    """
+    images: dict[Path, list[Path]] = defaultdict(list)
+    for file, below in others.items():
+        if is_label_name(file.stem) or any(is_label_folder(name, surely=True) for name in below.parts[:-1]):
+            found.skipped.append(NotUsed(str(file), "a label map by its name or folder", below.as_posix()))
+        else:
+            images[file.parent].append(file)
+    kept = {}
+    for folder, files in images.items():
+        labels = folder.parent / "labelsTr"
+        if folder.name == "imagesTr" and labels.is_dir():
+            num = sum(not path.name.startswith(".") for path in labels.iterdir())
+            found.skipped.append(NotUsed(str(labels), f"{num} label maps", str(labels), num_files=num))
+        cases = cases_of_stems([file.stem for file in files])
+        for file in files:
+            if cases[file.stem] is None:
+                found.add_other("another channel", file)
+            else:
+                kept[file] = others[file]
+    return kept
 
 
 def is_detached(file: Path) -> bool:
@@ -98,7 +125,8 @@ def take_pictures(
                 found.damaged.append(NotUsed(str(source), reason, str(source), num_files=len(of_stack)))
             else:
                 below = files.rest[of_stack[0]]
-                files.images[source] = below if source in of_stack else below.with_name(source.name)
+                above = below.parent if below.parent.name else Path(source.name)
+                files.images[source] = below if source in of_stack else above
                 files.stacks[source] = PictureStack(of_stack, spacing)
         used = {file for of_stack in stacks.values() for file in of_stack}
         for file in pictures:
