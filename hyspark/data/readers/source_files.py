@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hyspark.data.datasets.data_folder import read_data_folder
-from hyspark.data.datasets.file_names import BY_NIBABEL, BY_SIMPLEITK, cases_of_stems
+from hyspark.data.datasets.file_names import BY_NIBABEL, BY_SIMPLEITK, SETTINGS_FILE, cases_of_stems
 from hyspark.data.datasets.words import is_label_folder, is_label_name
 from hyspark.data.readers.other_formats import (
     DATA_ENDINGS,
@@ -47,7 +47,7 @@ def sort_sources(sources: Sequence[Path], skip: Path, other_formats: bool, found
     others: dict[Path, Path] = {}
     seen: set[str] = set()
     for source in sources:
-        images = dict.fromkeys(find_images_of(source, skip, found, name_labels=other_formats))
+        images = dict.fromkeys(find_images_of(source, skip, found, for_import=other_formats))
         for file in [*images, *files_of(source, skip)]:
             if (real := os.path.realpath(file)) in seen:
                 continue
@@ -135,14 +135,14 @@ def take_pictures(
                 found.add_other(f"pictures, of fewer than {min_slices} slices", file)
 
 
-def find_images_of(source: Path, skip: Path, found: Found, *, name_labels: bool) -> list[Path]:
+def find_images_of(source: Path, skip: Path, found: Found, *, for_import: bool) -> list[Path]:
     """Find the NIfTI images at or below a path; label maps and other channels are counted, doubtful files listed.
 
     Args:
         source: the path.
         skip: folder that is not searched.
         found: where files that are no images are added.
-        name_labels: whether label maps of images are listed, too.
+        for_import: whether label maps of images are listed, too, and data sets of an earlier import are no sources.
     """
     if not source.is_dir():
         return [source] if NIFTI.fullmatch(source.name) else []
@@ -157,9 +157,12 @@ def find_images_of(source: Path, skip: Path, found: Found, *, name_labels: bool)
                 found.add_other(kind, file)
         else:
             found.skipped += [NotUsed(str(file), reason, str(file)) for file in nifti]
-    for label in sorted({case.label for case in data.cases if case.label and name_labels}):
+    for label in sorted({case.label for case in data.cases if case.label and for_import}):
         found.skipped.append(NotUsed(str(label), "a label map", str(label)))
-    return [case.image for case in data.cases]
+    images = [case.image for case in data.cases]
+    made = {folder for image in images if for_import and ((folder := image.parent.parent) / SETTINGS_FILE).is_file()}
+    found.skipped += [NotUsed(str(folder), "a data set of an earlier import", str(folder)) for folder in sorted(made)]
+    return [image for image in images if image.parent.parent not in made]
 
 
 def files_of(source: Path, skip: Path) -> Iterator[Path]:
