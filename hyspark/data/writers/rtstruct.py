@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ImplicitVRLittleEndian, RTStructureSetStorage, generate_uid
+from scipy.ndimage import find_objects
 
 from hyspark.data.readers.series import Series
 from hyspark.data.readers.source_slices import SourceSlice
@@ -70,9 +71,10 @@ def rtstruct_file(labels: np.ndarray, series: Series, segments: Segments) -> byt
         dataset(ROIDisplayColor=list(colour), ReferencedROINumber=number)
         for number, colour in enumerate(segments.colours, 1)
     ]
-    for region in made.ROIContourSequence:
-        if contours := contours_of(labels == region.ReferencedROINumber, slices):
-            region.ContourSequence = contours
+    boxes = find_objects(labels, max_label=len(segments.names))
+    for region, box in zip(made.ROIContourSequence, boxes, strict=True):
+        if box:
+            region.ContourSequence = contours_of(labels[box] == region.ReferencedROINumber, box, slices)
     made.RTROIObservationsSequence = [
         dataset(ObservationNumber=number, ReferencedROINumber=number, RTROIInterpretedType="", ROIInterpreter="")
         for number, _ in numbered
@@ -124,21 +126,22 @@ def frame_of_reference(slices: list[SourceSlice]) -> Dataset:
     return dataset(FrameOfReferenceUID=first.FrameOfReferenceUID, RTReferencedStudySequence=[study])
 
 
-def contours_of(mask: np.ndarray, slices: list[SourceSlice]) -> list[Dataset]:
-    """Trace a mask `(columns, rows, slices)` in each slice, in mm (LPS)."""
+def contours_of(mask: np.ndarray, box: tuple[slice, ...], slices: list[SourceSlice]) -> list[Dataset]:
+    """Trace a mask `(columns, rows, slices)`, which fills a box of its series, in each slice, in mm (LPS)."""
     contours = []
     for k in np.flatnonzero(mask.any((0, 1))):
-        header = slices[k].header
+        part = slices[box[2].start + k]
+        header = part.header
         assert header.plane is not None
         assert header.position is not None
         between_rows, between_columns = header.plane[2:4]
         along_row, along_column = np.array(header.plane[4:7]), np.array(header.plane[7:])
         to_mm = np.stack([along_row * between_columns, along_column * between_rows])
         for corners in mask_contours(mask[:, :, k].T):
-            points = corners @ to_mm + header.position
+            points = (corners + (box[0].start, box[1].start)) @ to_mm + header.position
             contours.append(
                 dataset(
-                    ContourImageSequence=[image_reference(slices[k])],
+                    ContourImageSequence=[image_reference(part)],
                     ContourGeometricType="CLOSED_PLANAR",
                     NumberOfContourPoints=len(points),
                     ContourData=[f"{value:.4f}" for value in points.ravel()],
