@@ -13,6 +13,7 @@ from hyspark.data.importing.choice import Choice
 from hyspark.data.importing.choose import why_thick
 from hyspark.data.importing.nifti_content import as_stored, is_sheared, nifti_content
 from hyspark.data.quality.image_kind import IN_HU
+from hyspark.data.readers.other_formats import why_unoriented
 from hyspark.data.readers.volumes import Volume, kind_of_values, notes_on_kind, read_volume, reading_error
 from hyspark.utils.atomic import write_whole
 from hyspark.utils.processes import KILLED
@@ -75,6 +76,10 @@ def convert_volume(volume: Volume, name: str, out: Path, choice: Choice) -> Conv
         "values": str(stored.dtype),
         "is_hu": kind is not None and kind.name in IN_HU,
     }
+    if volume.pictures:
+        notes.append("2D slices are taken as axial, seen from the feet, the first one lowest")
+    elif not volume.series and (why := why_unoriented(volume.source)):
+        notes.append(why)
     if volume.series and not volume.series.header.patient:
         notes.append("no PatientID; its folder stands for the patient")
     if is_sheared(affine):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 LEAST_BYTES = 16
 """Length of a salt that nobody guesses."""
-PATIENT_DIGITS, DIGITS = 10, 8
+PATIENT_DIGITS, DIGITS = 10, 12
 """Hexadecimal digits of a patient, and of studies and scans."""
 
 

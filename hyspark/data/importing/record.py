@@ -42,7 +42,7 @@ def read_import(out: Path, chosen: Mapping[str, Any], salt: str) -> dict[str, Se
     """
     file = out / SETTINGS_FILE
     if not file.exists():
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
             raise ValueError(f"{out}: expected a new folder or one of an earlier import, found files; {ANOTHER_FOLDER}")
         return {}
     record = load_json(file)

@@ -1,5 +1,6 @@
 """What an import did, for the terminal: counts, reasons, notes, and the commands to type next."""
 
+import re
 import shlex
 from collections import defaultdict
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ def summarise_import(result: Imported, salt_file: Path) -> str:
     if others := result.found.others:
         kinds = [f"{num} {kind} (e.g. {result.found.other_files[kind][0]})" for kind, num in sorted(others.items())]
         lines.append("files of other kinds: " + ", ".join(kinds))
+    if not re.fullmatch(r"Dataset\d{3}_\w+", result.out.name, re.ASCII):
+        lines.append(f"{result.out.name}: nnU-Net expects a name like Dataset042_Mine")
     lines += [
         f"ids are hashed with the salt in {salt_file}: keep it to continue, and keep it to yourself",
         "scans of a head may show a face, and pixels may hold text: look before you pass them on",

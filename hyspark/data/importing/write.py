@@ -52,6 +52,8 @@ from hyspark.data.readers.volumes import Found, NotUsed, Volume, volume_state
 from hyspark.utils.private_text import shown, without_private
 from hyspark.utils.processes import available_cores, map_unordered
 
+MAX_REASONS = 20
+"""Number of series that an error names."""
 UNKNOWN = "unknown"
 """Name of the channel of images whose modality nothing states."""
 
@@ -168,8 +170,10 @@ def import_volumes(
         is_other = header and choice.modality and header.modality != choice.modality
         record.add(one, EXCLUDED if is_other else FAILED, one.marked_reason)
     if not volumes:
-        why_none = "".join(f"\n  {source}: {why}" for source, why in [*result.failed, *result.excluded])
-        raise FileNotFoundError(f"{', '.join(map(str, sources))}: no volume to import{why_none}")
+        why_none = [f"{source}: {why}" for source, why in [*result.failed, *result.excluded]]
+        more = [f"and {len(why_none) - MAX_REASONS} more"] if len(why_none) > MAX_REASONS else []
+        title = f"{', '.join(map(str, sources))}: no volume to import"
+        raise FileNotFoundError("\n  ".join([title, *why_none[:MAX_REASONS], *more]))
     with naming_folder(out):
         write_settings(out, chosen, pseudonyms.fingerprint)
         remove_unfinished(out)
@@ -185,7 +189,7 @@ def import_volumes(
     with tqdm(total=len(todo), desc="import", unit="scan", disable=not progress) as bar:
         by_name = {name: volume for volume, name, *_ in todo}
         for converted in map_unordered(convert_volume, todo, num_workers, killed_conversion):
-            entry = record.add_converted(by_name[converted.name], converted)
+            entry = record.add_converted(by_name[converted.name], converted, known.get(converted.name))
             with naming_folder(out):
                 append_line(out / SERIES_FILE, entry)
             bar.update()
@@ -222,9 +226,17 @@ class Record:
             listed.append((str(one.source), shown(why)))
         return entry
 
-    def add_converted(self, volume: Volume, converted: Converted) -> SeriesEntry:
-        """Add the result of a conversion; return its line of the record."""
-        if why := converted.error or converted.unfit:
+    def add_converted(self, volume: Volume, converted: Converted, before: SeriesEntry | None) -> SeriesEntry:
+        """Add the result of a conversion; return its line of the record.
+
+        Of a series that was imported before and is unreadable now, the image of before is kept.
+        """
+        why = converted.error or converted.unfit
+        if converted.error and before and (self.result.out / before["file"]).is_file():
+            self.result.failed.append((str(volume.source), f"{shown(why)}; its image of before is kept"))
+            self.take(volume, before)
+            return before
+        if why:
             return self.add(volume, FAILED if converted.error else EXCLUDED, why)
         entry = self.add(volume, IMPORTED)
         entry |= converted.known | {"state": state_of(volume, self.pseudonyms)}

@@ -115,6 +115,8 @@ def as_header(path: Path, frame: int | None, modality: str, data: pydicom.Datase
     colours = str(data.get("PhotometricInterpretation") or "")
     if not fault and (int(data.get("SamplesPerPixel") or 1) != 1 or colours.startswith("PALETTE")):
         fault = "colour images"
+    if not fault and "MOSAIC" in (data.get("ImageType") or ()):
+        fault = "mosaics of several slices; convert them to NIfTI, e.g. by dcm2niix"
     sizes, position = numbers([data.get("Rows"), data.get("Columns")], 2), numbers(data.get("ImagePositionPatient"), 3)
     spacing, directions = numbers(data.get("PixelSpacing"), 2), numbers(data.get("ImageOrientationPatient"), 6)
     slope, intercept = data.get("RescaleSlope"), data.get("RescaleIntercept")

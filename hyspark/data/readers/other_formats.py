@@ -21,6 +21,13 @@ DATA_ENDINGS = {
     ".hdr": (".img", ".img.gz"),
 }
 """Endings of the file of voxels beside that of a header."""
+HEADER_BYTES = 4096
+ORIENTATION = {
+    **dict.fromkeys((".nrrd", ".nhdr"), rb"^space( dimension)?:"),
+    **dict.fromkeys((".mha", ".mhd"), rb"^(TransformMatrix|Orientation|Rotation|AnatomicalOrientation)\s*="),
+    ".gipl": b"",
+}
+"""Fields of a header that state the directions of axes, by the file's ending; empty for a format without any."""
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 """Endings of 2D slices."""
 GREY_MODES = ("1", "L", "LA", "I", "F", "I;16", "I;16B", "I;16L")
@@ -116,6 +123,17 @@ def natural_order(files: Sequence[Path]) -> list[Path]:
         return [(0, int(part), part) if part.isdecimal() else (1, 0, part.lower()) for part in parts]
 
     return sorted(files, key=key)
+
+
+def why_unoriented(path: Path) -> str:
+    """Explain that a file does not state the directions of its axes; empty if it does, or is of another format."""
+    pattern = ORIENTATION.get(path.suffix.lower())
+    if pattern is None:
+        return ""
+    with path.open("rb") as file:
+        if pattern and re.search(pattern, file.read(HEADER_BYTES), re.MULTILINE):
+            return ""
+    return "it states no directions; its axes are taken to point to the left, the back and the head"
 
 
 def num_pages(file: Path) -> int:

@@ -46,7 +46,7 @@ def sort_sources(sources: Sequence[Path], skip: Path, other_formats: bool, found
     files = SourceFiles()
     seen: set[str] = set()
     for source in sources:
-        images = dict.fromkeys(find_images_of(source, skip, found))
+        images = dict.fromkeys(find_images_of(source, skip, found, name_labels=other_formats))
         for file in [*images, *files_of(source, skip)]:
             if (real := os.path.realpath(file)) in seen:
                 continue
@@ -107,8 +107,15 @@ def take_pictures(
                 found.add_other(f"pictures, of fewer than {min_slices} slices", file)
 
 
-def find_images_of(source: Path, skip: Path, found: Found) -> list[Path]:
-    """Find the NIfTI images at or below a path; label maps and other channels are counted, doubtful files listed."""
+def find_images_of(source: Path, skip: Path, found: Found, *, name_labels: bool) -> list[Path]:
+    """Find the NIfTI images at or below a path; label maps and other channels are counted, doubtful files listed.
+
+    Args:
+        source: the path.
+        skip: folder that is not searched.
+        found: where files that are no images are added.
+        name_labels: whether label maps of images are listed, too.
+    """
     if not source.is_dir():
         return [source] if NIFTI.fullmatch(source.name) else []
     data = read_data_folder(source, with_loose=True, skip=skip)
@@ -122,6 +129,8 @@ def find_images_of(source: Path, skip: Path, found: Found) -> list[Path]:
                 found.add_other(kind, file)
         else:
             found.skipped += [NotUsed(str(file), reason, str(file)) for file in nifti]
+    for label in sorted({case.label for case in data.cases if case.label and name_labels}):
+        found.skipped.append(NotUsed(str(label), "a label map", str(label)))
     return [case.image for case in data.cases]
 
 

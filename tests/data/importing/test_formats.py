@@ -198,6 +198,35 @@ def test_sheared_axes_are_noted(tmp_path):
     assert (int(image.header["qform_code"]), int(image.header["sform_code"])) == (0, 1)
 
 
+def test_axes_without_directions_are_noted(tmp_path):
+    folder = tmp_path / "in"
+    for name in ("known.nrrd", "known.mha"):
+        write_volume(folder / name)
+    header = b"NRRD0004\ntype: short\ndimension: 3\nsizes: 12 10 9\nspacings: 1 2 3\nendian: little\nencoding: raw\n\n"
+    (folder / "unknown.nrrd").write_bytes(header + VOXELS.astype("<i2").tobytes(order="F"))
+    write_volume(folder / "old.gipl", affine=np.eye(4))
+    out = run_import(folder)
+    notes = sorted((entry["format"], *entry["notes"]) for entry in lines(out))
+    text = "it states no directions; its axes are taken to point to the left, the back and the head"
+    assert notes == [("gipl", text), ("mha",), ("nrrd",), ("nrrd", text)]
+    (entry,) = [entry for entry in lines(out) if entry["format"] == "nrrd" and entry["notes"]]
+    expected = reference(VOXELS, np.diag([-1.0, -2.0, 3.0, 1.0]))
+    image = nibabel.load(out / entry["file"])
+    assert np.array_equal(np.asanyarray(image.dataobj), np.asanyarray(expected.dataobj))
+    assert np.array_equal(image.affine, expected.affine)
+
+
+def test_label_maps_and_other_channels_of_nifti_are_named(tmp_path, capsys):
+    folder = tmp_path / "in" / "Dataset007_Else"
+    for name in ("imagesTr/a_0000", "imagesTr/a_0001", "labelsTr/a"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(VOXELS, AFFINE), folder / f"{name}.nii.gz")
+    out = run_import(tmp_path / "in")
+    assert [entry["why"] for entry in lines(out, "excluded")] == ["a label map"]
+    assert "1 another channel (e.g. " in capsys.readouterr().out
+    assert len(images(out)) == 1
+
+
 def test_filters_apply_to_all_formats(tmp_path, capsys):
     write_volume(tmp_path / "in" / "thick.nrrd")
     write_volume(tmp_path / "in" / "flat.nrrd", VOXELS[:, :, :2])

@@ -169,6 +169,20 @@ def test_one_bad_series_never_ends_the_run(export, capsys):
     assert json.loads((out / "dataset.json").read_text())["numTraining"] == 1
 
 
+def test_an_image_of_before_is_kept_where_its_series_is_unreadable_now(tmp_path, capsys):
+    write_series(tmp_path / "in", HU)
+    out = run_import(tmp_path / "in")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    file = tmp_path / "in" / "IM0004"
+    content = file.read_bytes()
+    file.write_bytes(content[:-60])
+    assert "its image of before is kept" in refused(tmp_path / "in", capsys, code=1)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    file.write_bytes(content)
+    run_import(tmp_path / "in")
+    assert [entry["status"] for entry in lines(out)] == ["imported"]
+
+
 def test_values_that_wrapped_around_are_refused_by_name(tmp_path, capsys):
     hu = HU.copy()
     hu[0] = -3000  # read as 62536
@@ -212,6 +226,26 @@ def test_scans_of_an_mr_series_are_volumes_of_their_own(tmp_path, kind):
     assert len(read) == len(DIFFERENT[kind])
     assert {int((voxels - (RAS + 1024)).max()) for voxels in read} == set(range(len(read)))
     assert {int((voxels - (RAS + 1024)).min()) for voxels in read} == set(range(len(read)))
+
+
+def test_echoes_of_magnitude_and_phase_and_directions_of_diffusion(tmp_path):
+    for number, (echo, kind) in enumerate([(e, k) for e in (1, 2) for k in "MP"]):
+        values = {"EchoTime": 10.0 * echo, "ImageType": ["ORIGINAL", "PRIMARY", kind]}
+        write_mr(tmp_path / "in" / "echoes", HU + 1024 + number, prefix=f"{number}_", **values)
+    for number in range(5):
+        values = {"DiffusionBValue": 1000.0 * (number > 0), "DiffusionGradientOrientation": [0.0, 0.0, float(number)]}
+        values |= {"SeriesInstanceUID": "1.5.2", "PatientID": "P2"}
+        write_mr(tmp_path / "in" / "dwi", HU + 1024 + number, prefix=f"{number}_", **values)
+    read = scans_of(tmp_path, "MR")
+    assert sorted(int((voxels - (RAS + 1024)).max()) for voxels in read) == [0, 0, 1, 1, 2, 2, 3, 3, 4]
+    assert all(len(np.unique(voxels - (RAS + 1024))) == 1 for voxels in read)
+
+
+def test_mosaics_are_refused_by_name(tmp_path, capsys):
+    for k in range(9):
+        values = {"Modality": "MR", "ImageType": ["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"], "AcquisitionNumber": k}
+        write_slice(tmp_path / "in" / str(k), HU[:, :, k].T, (0, 0, 0), **values)
+    assert "mosaics of several slices; convert them to NIfTI" in refused(tmp_path / "in", capsys)
 
 
 def test_pet_values_are_scaled_slice_by_slice_and_their_unit_is_noted(tmp_path):
