@@ -168,7 +168,8 @@ def sliding_window(size: Size, shape: Sequence[int], classes: int, precision: st
         SlabStorage(10**12, Path.cwd()) as storage,
     ):
         num = sum(
-            slab.numel() for _, slab in class_score_slabs(model, image[None], windows, torch.device(size.device), storage)
+            slab.numel()
+            for _, slab in class_score_slabs(model, image[None], windows, torch.device(size.device), storage)
         )
     return {
         "s": time.perf_counter() - start,

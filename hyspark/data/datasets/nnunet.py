@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from hyspark.data.datasets.cases import Case, ignored_value
-from hyspark.data.datasets.channels import channel_text, complete_cases, further_cases
+from hyspark.data.datasets.channels import beside, channel_text, complete_cases, further_cases
 from hyspark.data.datasets.file_names import BTCV_IMAGE, OTHER_FORMATS, cases_of_stems
 from hyspark.data.datasets.found import DataSet, FoundData
 from hyspark.data.datasets.words import FIRST_CHANNEL, FIRST_CHANNELS, is_label_name
 from hyspark.data.quality.findings import Finding
 from hyspark.utils.paths import NIFTI, load_json, nifti_stem
-from hyspark.utils.text import list_of
 
 ANOTHER_CHANNEL = ("another channel", "another channel of a case")
 NO_NIFTI = "a file that is no .nii.gz or .nii"
@@ -91,12 +90,10 @@ def listed_pairs(folder: Path, listed: dict[str, Any], channels: Sequence[int], 
         for number, file in enumerate(files):
             if number not in channels:
                 found.pass_over(*ANOTHER_CHANNEL, file)
-        if max(channels) < len(files):
-            chosen = tuple(files[channel] for channel in channels)
+        if channels[0] < len(files) or len(channels) > 1:
+            known = dict(enumerate(files))
+            chosen = tuple(known.get(channel) or beside(files[0], channel) for channel in channels)
             pairs[name] = (chosen, absolute(folder, label) if label else None)
-        elif len(channels) > 1:
-            expected = f"expected images of the channels {list_of(channels)}, got {len(files)}"
-            found.add_unreadable(folder / "dataset.json", f'"dataset": {name}: {expected}; name other --image_channels')
     return pairs
 
 

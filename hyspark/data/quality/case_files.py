@@ -86,6 +86,9 @@ def read_case(case: Case, settings: PrepareSettings, declared: frozenset[int] | 
     """
     files = CaseFiles(case)
     try:
+        if len(case.images) < settings.num_image_channels:
+            found = f"{len(case.images)} file, for {settings.num_image_channels} channels"
+            files.add(case.image, iter([("missing channel", found)]))
         image = open_volume(case.image, files)
         if image is not None and fits_memory(image, settings, files):
             add_image(image, settings, files)

@@ -284,6 +284,19 @@ def test_predicted_labels_are_those_of_the_nifti_file_to_the_voxel(tmp_path, nam
     )
 
 
+def test_an_imported_scan_has_the_same_labels(tmp_path):
+    slices = made_series(tmp_path / "made", body()[0])
+    KNOWN["gantry tilt"](tmp_path / "in", slices)
+    out = tmp_path / "Dataset1_A"
+    main(["import", str(tmp_path / "in"), "--out", str(out), "--salt_file", str(tmp_path / "salt")])
+    options = {"device": "cpu", "prepare_workers": 1}
+    (expected,) = api.predict(tmp_path, out / "imagesTr", tmp_path / "nifti", **options).files
+    (written,) = api.predict(tmp_path, tmp_path / "in", tmp_path / "out", **options).files
+    assert nibabel.load(written).get_fdata().any()
+    assert np.array_equal(nibabel.load(written).get_fdata(), nibabel.load(expected).get_fdata())
+    assert np.array_equal(nibabel.load(written).affine, nibabel.load(expected).affine)
+
+
 def test_a_tree_of_series_with_faulty_ones(tmp_path, capsys, caplog):
     hu, _ = body()
     first = made_series(tmp_path / "made", hu)
