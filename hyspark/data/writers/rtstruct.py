@@ -26,7 +26,8 @@ COPIED = (*TYPE_2, "SpecificCharacterSet", "StudyInstanceUID", "StudyDescription
 def rtstruct_file(labels: np.ndarray, series: Series, segments: Segments) -> bytes:
     """Make the content of an RTSTRUCT file of a label map.
 
-    Every class is a region of interest, whose number is the class's value; one that is absent has no contours.
+    Every class that is present is a region of interest, whose number is the class's value. Readers stumble over regions
+    without contours; a map without any label has a region for each class, since a file without regions is not valid.
 
     Args:
         labels: label map `(columns, rows, slices)` on the grid of the series.
@@ -56,7 +57,8 @@ def rtstruct_file(labels: np.ndarray, series: Series, segments: Segments) -> byt
     made.StructureSetLabel, made.ApprovalStatus = "HySparK", "UNAPPROVED"
     made.FrameOfReferenceUID, made.PositionReferenceIndicator = first.FrameOfReferenceUID, ""
     made.ReferencedFrameOfReferenceSequence = [frame_of_reference(slices)]
-    numbered = list(enumerate(segments.names, 1))
+    boxes = find_objects(labels, max_label=len(segments.names))
+    numbered = [(number, name) for number, name in enumerate(segments.names, 1) if boxes[number - 1] or not any(boxes)]
     made.StructureSetROISequence = [
         dataset(
             ROINumber=number,
@@ -68,12 +70,11 @@ def rtstruct_file(labels: np.ndarray, series: Series, segments: Segments) -> byt
         for number, name in numbered
     ]
     made.ROIContourSequence = [
-        dataset(ROIDisplayColor=list(colour), ReferencedROINumber=number)
-        for number, colour in enumerate(segments.colours, 1)
+        dataset(ROIDisplayColor=list(segments.colours[number - 1]), ReferencedROINumber=number)
+        for number, _ in numbered
     ]
-    boxes = find_objects(labels, max_label=len(segments.names))
-    for region, box in zip(made.ROIContourSequence, boxes, strict=True):
-        if box:
+    for region in made.ROIContourSequence:
+        if box := boxes[region.ReferencedROINumber - 1]:
             region.ContourSequence = contours_of(labels[box] == region.ReferencedROINumber, box, slices)
     made.RTROIObservationsSequence = [
         dataset(ObservationNumber=number, ReferencedROINumber=number, RTROIInterpretedType="", ROIInterpreter="")

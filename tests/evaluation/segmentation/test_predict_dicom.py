@@ -140,7 +140,7 @@ def test_objects_hold_the_labels_in_the_geometry_of_their_series(tmp_path, name)
 
     structures, found = read_rtstruct(rtstruct_file(labels, series, SEGMENTS), in_order)
     assert np.array_equal(found, labels)
-    assert [str(one.ROIName) for one in structures.StructureSetROISequence] == list(SEGMENTS.names)
+    assert [str(one.ROIName) for one in structures.StructureSetROISequence] == list(SEGMENTS.names[:3])
     for made in (seg, structures):
         for element in ("PatientName", "PatientID", "PatientSex", "StudyInstanceUID", "StudyDate", "AccessionNumber"):
             assert made[element] == in_order[0][element]
@@ -161,7 +161,7 @@ def test_objects_of_a_multi_frame_series_refer_to_its_frames(tmp_path):
         assert np.array_equal(shown.T, labels[:, :, k])
     structures = pydicom.dcmread(io.BytesIO(rtstruct_file(labels, series, SEGMENTS)))
     frames = {part.frame + 1: heights[k] for k, part in enumerate(series.slices)}
-    for region in structures.ROIContourSequence[:3]:
+    for region in structures.ROIContourSequence:
         for contour in region.ContourSequence:
             assert contour.ContourData[2] == frames[contour.ContourImageSequence[0].ReferencedFrameNumber]
 
