@@ -106,7 +106,7 @@ def check(argv: Sequence[str]) -> None:
 
 
 def pretrain(argv: Sequence[str]) -> None:
-    """Pre-train a network on unlabelled CT (train.py)."""
+    """Pre-train a network on unlabelled CT or MR (train.py)."""
     config = read_config(PretrainConfig, "hyspark pretrain", argv)
     from hyspark.tasks.pretrain import run_pretraining
 
@@ -114,7 +114,7 @@ def pretrain(argv: Sequence[str]) -> None:
 
 
 def finetune(argv: Sequence[str]) -> None:
-    """Fine-tune the segmentation network on labelled CT (finetune_btcv.py)."""
+    """Fine-tune the segmentation network on labelled CT or MR (finetune_btcv.py)."""
     config = read_config(SegmentationConfig, "hyspark finetune", argv)
     from hyspark.tasks.segmentation import run_segmentation
 
