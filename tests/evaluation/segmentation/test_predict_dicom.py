@@ -6,7 +6,6 @@ import re
 import sys
 from dataclasses import replace
 
-import highdicom
 import nibabel
 import numpy as np
 import pydicom
@@ -27,7 +26,7 @@ from hyspark.tasks import api
 from tests.data.readers.known_series import KNOWN, made_series, save
 from tests.evaluation.segmentation.test_predict import CONFIG, NAMES, Levels
 
-pytest.importorskip("highdicom", reason="highdicom is not installed: pip install 'hyspark[dicom]'")
+highdicom = pytest.importorskip("highdicom", reason="highdicom is not installed: pip install 'hyspark[dicom]'")
 SEGMENTS = Segments(("liver", "left kidney", "tumour", "never there"), [(9, 99, 199)] * 4, "0.1.0", "abc")
 TURNED = {
     "axial, as it is": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
