@@ -148,7 +148,6 @@ class PredictArguments(NetworkArguments):
 
     Example:
         hyspark predict ckpt/btcv scans/*.nii.gz --out ckpt/btcv_labels
-        hyspark predict ckpt/btcv dicom/ --out ckpt/btcv_labels --format dicom-seg
     """
 
     weights: str  # best.pth of a fine-tuning run, or its run folder

@@ -44,13 +44,14 @@ def datalist(argv: Sequence[str]) -> None:
         raise ValueError(
             "--organize_from and --organize_to go together: the folder of loose files, and the data set to make"
         )
+    channels = channel_numbers(args.channel)
     if args.organize_from:
-        num = organize_by_names(Path(args.organize_from), Path(args.organize_to), copy=args.copy)
+        num = organize_by_names(Path(args.organize_from), Path(args.organize_to), copy=args.copy, channels=channels)
         print(f"{num} images {'copied' if args.copy else 'linked'} into {args.organize_to}/imagesTr")
     found = build.build_datalist(
         Path(args.data),
         labels=args.labels,
-        channels=channel_numbers(args.channel),
+        channels=channels,
         splits=args.splits,
         val_fraction=args.val_fraction,
         seed=args.seed,
@@ -105,7 +106,7 @@ def check(argv: Sequence[str]) -> None:
 
 
 def pretrain(argv: Sequence[str]) -> None:
-    """Pre-train a network on unlabelled CT (train.py)."""
+    """Pre-train a network on unlabelled CT or MR (train.py)."""
     config = read_config(PretrainConfig, "hyspark pretrain", argv)
     from hyspark.tasks.pretrain import run_pretraining
 
@@ -113,7 +114,7 @@ def pretrain(argv: Sequence[str]) -> None:
 
 
 def finetune(argv: Sequence[str]) -> None:
-    """Fine-tune the segmentation network on labelled CT (finetune_btcv.py)."""
+    """Fine-tune the segmentation network on labelled CT or MR (finetune_btcv.py)."""
     config = read_config(SegmentationConfig, "hyspark finetune", argv)
     from hyspark.tasks.segmentation import run_segmentation
 

@@ -18,8 +18,8 @@ VERB_GROUPS = {
         "slices": "Write CTs, NIfTI or DICOM, as folders of PNG slices.",
     },
     "train": {
-        "pretrain": "Pre-train a network on unlabelled CT (train.py).",
-        "finetune": "Fine-tune the segmentation network on labelled CT (finetune_btcv.py).",
+        "pretrain": "Pre-train a network on unlabelled CT or MR (train.py).",
+        "finetune": "Fine-tune the segmentation network on labelled CT or MR (finetune_btcv.py).",
         "finetune-classifier": "Fine-tune a classifier on labelled images.",
     },
     "use": {

@@ -24,7 +24,7 @@ def list_methods() -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(VolumeSettings, EncoderSettings):
-    """Pre-train a network on unlabelled CT.
+    """Pre-train a network on unlabelled CT or MR.
 
     Example:
         hyspark pretrain --config pretrain --data data --out ckpt/pretrain --batch_size 4

@@ -21,7 +21,7 @@ from hyspark.utils.settings import setting
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationConfig(VolumeSettings, EncoderSettings):
-    r"""Fine-tune the segmentation network on labelled CT.
+    r"""Fine-tune the segmentation network on labelled CT or MR.
 
     Example:
         hyspark finetune --config finetune_btcv --data data/Dataset015_BTCV --weights ckpt/encoder.pth \

@@ -112,7 +112,7 @@ class Predictions:
 
 @in_python_words
 def pretrain(config: StrPath | None = None, **settings: Any) -> TrainingRun:
-    """Pre-train a network on unlabelled CT, as `hyspark pretrain` does; the same call continues a run.
+    """Pre-train a network on unlabelled CT or MR, as `hyspark pretrain` does; the same call continues a run.
 
     Args:
         config: YAML recipe.

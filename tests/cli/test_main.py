@@ -536,11 +536,13 @@ def test_the_example_of_every_verb_parses():
     """What the help shows can be typed."""
     for verb in main.VERBS:
         parser = completion.verb_parser(verb)
-        example = parser.description.partition("Example:")[2].replace("\\\n", " ")
-        program, shown, *words = shlex.split(example)
-        assert (program, shown) == ("hyspark", verb)
-        extra = parser.parse_args(words, known_only=True).extra_args
-        assert not extra or verb == "benefit"
+        examples = parser.description.partition("Example:")[2].replace("\\\n", " ").strip().splitlines()
+        assert examples
+        for example in examples:
+            program, shown, *words = shlex.split(example)
+            assert (program, shown) == ("hyspark", verb)
+            extra = completion.verb_parser(verb).parse_args(words, known_only=True).extra_args
+            assert not extra or verb == "benefit"
 
 
 # Completion

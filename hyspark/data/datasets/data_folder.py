@@ -47,7 +47,7 @@ def read_data_folder(
         there = "expected a folder, got a file" if path.exists() else "no such file or folder"
         raise FileNotFoundError(f"{path}: {there}")
     found = FoundData(path)
-    folders = [path] if is_data_set(path) else data_sets_below(path, found)
+    folders = [path] if is_data_set(path) else data_sets_below(path, found, skip)
     for folder in folders:
         read_data_set(folder, found, channels)
     skipped = {*folders, *([skip] if skip else [])}
@@ -84,11 +84,11 @@ def pass_over_files(root: Path, found: FoundData, skip: Collection[Path], reason
         found.pass_over("unused file", reason, file)
 
 
-def data_sets_below(path: Path, found: FoundData) -> list[Path]:
+def data_sets_below(path: Path, found: FoundData, skip: Path | None) -> list[Path]:
     """List the data set folders below a folder by name: those named Dataset* or Task*, or else all with imagesTr."""
     named: dict[str, Path] = {}
     others = []
-    for folder, below in walk_folders(path):
+    for folder, below in walk_folders(path, skip=skip):
         if not (folder / "imagesTr").is_dir() and not (folder.name.startswith("Dataset") and is_data_set(folder)):
             continue
         below.clear()

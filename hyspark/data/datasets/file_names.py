@@ -13,6 +13,8 @@ MAX_CHANNELS, MAX_CHANNELS_OF_ONE = 10, 4
 are numbers of cases.
 """
 BTCV_IMAGE = re.compile(r"img\d+")
+SETTINGS_FILE = "import.json"
+"""Record in the data sets that `hyspark import` writes."""
 BY_SIMPLEITK = (".nrrd", ".nhdr", ".mha", ".mhd", ".gipl")
 """Endings of volumes that SimpleITK reads for `hyspark import`."""
 BY_NIBABEL = (".hdr", ".mgz", ".mgh")

@@ -3,28 +3,34 @@
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from filecmp import cmp as same_content
 from pathlib import Path
 
 from tqdm import tqdm
 
+from hyspark.data.datasets.channels import channel_text
 from hyspark.data.datasets.found import FoundData, log_unused
 from hyspark.data.datasets.loose import read_loose
+from hyspark.data.datasets.words import FIRST_CHANNELS
 from hyspark.utils.paths import nifti_stem
 from hyspark.utils.text import listing
 
 
-def organize_by_names(source: Path, target: Path, *, copy: bool = False) -> int:
+def organize_by_names(
+    source: Path, target: Path, *, copy: bool = False, channels: Sequence[int] = FIRST_CHANNELS
+) -> int:
     """Link or copy the NIfTI images in and below `source` to `target/imagesTr/CASE_0000.nii.gz`.
 
-    Label maps and other channels are not used; see `read_loose`. CASE is the file name without ending and "_0000". Its
-    characters other than letters, digits, ".", "_" and "-" become "-". An uncompressed file keeps its ending .nii. A
-    second call changes nothing.
+    Further channels become CASE_0001 and so on. Label maps and other channels are not used; see `read_loose`. CASE is
+    the file name without ending and channel. Its characters other than letters, digits, ".", "_" and "-" become "-". An
+    uncompressed file keeps its ending .nii. A second call changes nothing.
 
     Args:
         source: folder of loose files.
         target: data set folder to make, named DatasetXXX_Name.
         copy: whether to copy the files; they are linked otherwise.
+        channels: the channels that are used.
 
     Returns:
         The number of images.
@@ -36,28 +42,30 @@ def organize_by_names(source: Path, target: Path, *, copy: bool = False) -> int:
     source, target = Path(os.path.abspath(source)), Path(os.path.abspath(target))
     if not re.fullmatch(r"Dataset\d{3}_\w+", target.name, re.ASCII):
         raise ValueError(f"target folder: expected a name like Dataset501_Name, got {target.name!r}")
-    files: dict[str, list[Path]] = {}
+    files: dict[str, list[tuple[Path, ...]]] = {}
     found = FoundData(source)
     if source.is_dir():
-        read_loose(source, found, skip=[target])
-    for image in [case.image for case in found.cases]:
-        title = re.sub(r"[^A-Za-z0-9._-]", "-", re.sub(r"(?<=.)_0000$", "", nifti_stem(image)))
-        files.setdefault(title, []).append(image)
+        read_loose(source, found, channels, skip=[target])
+    for case in found.cases:
+        stem = re.sub(rf"(?<=.)_{channel_text(channels[0])}$", "", nifti_stem(case.image))
+        files.setdefault(re.sub(r"[^A-Za-z0-9._-]", "-", stem), []).append(case.images)
     for label in [case.label for case in found.cases if case.label]:
         found.pass_over("unused label map", "a label map", label)
     log_unused(found.unused_lines())
     if not files:
         raise FileNotFoundError(f"{source}: expected .nii.gz or .nii files in it or any folder below, found none")
-    if broken := [str(file) for (file, *_) in files.values() if not file.exists()]:
+    if broken := [str(file) for (of_case, *_) in files.values() for file in of_case if not file.exists()]:
         raise FileNotFoundError(f"links to files that do not exist: {listing(broken)}")
-    twice = [f"{case} ({listing(map(str, same))})" for case, same in files.items() if len(same) > 1]
+    twice = [f"{case} ({listing(str(of[0]) for of in same)})" for case, same in files.items() if len(same) > 1]
     if twice := [*twice, *(f"{f.file}, {f.found}" for f in found.findings if f.kind == "two files for a case")]:
         raise ValueError(f"files that would get the same name; rename them: {listing(twice)}")
 
     images = target / "imagesTr"
     plan: dict[Path, Path] = {}
-    for case, (file,) in sorted(files.items()):
-        plan[images / f"{case}_0000{'.nii.gz' if file.suffix.lower() == '.gz' else '.nii'}"] = file
+    for title, (of_case,) in sorted(files.items()):
+        for channel, file in zip(channels, of_case, strict=True):
+            ending = ".nii.gz" if file.suffix.lower() == ".gz" else ".nii"
+            plan[images / f"{title}_{channel_text(channel)}{ending}"] = file
     for new, old in plan.items():
         # The same case with the other ending would make two files for one case.
         other = new.with_suffix("") if new.suffix == ".gz" else new.with_suffix(".nii.gz")
@@ -72,4 +80,4 @@ def organize_by_names(source: Path, target: Path, *, copy: bool = False) -> int:
             os.replace(temporary, new)
         elif not copy and not new.exists():
             new.symlink_to(old.resolve())
-    return len(plan)
+    return len(files)

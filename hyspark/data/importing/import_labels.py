@@ -14,9 +14,9 @@ from nibabel.orientations import apply_orientation, io_orientation
 from tqdm import tqdm
 
 from hyspark.data.importing.convert import naming_folder
+from hyspark.data.importing.imported import Imported, ImportedCase
 from hyspark.data.importing.nifti_content import nifti_content
 from hyspark.data.importing.record import LABEL_FOLDER, SERIES_FILE, write_dataset_json, write_lines
-from hyspark.data.importing.write import Imported, ImportedCase
 from hyspark.data.readers.header import read_nifti_header
 from hyspark.data.structures.class_names import ClassNames, class_names_found
 from hyspark.data.structures.label_maps import label_series, overlap_note

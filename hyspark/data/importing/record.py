@@ -14,12 +14,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from hyspark.data.datasets.file_names import SETTINGS_FILE
 from hyspark.data.importing.lines import EXCLUDED, FAILED, IMPORTED, PRIVATE_COLUMNS, SeriesEntry
 from hyspark.utils.atomic import write_json, write_whole
 from hyspark.utils.paths import load_json
 from hyspark.utils.text import listing
 
-SETTINGS_FILE, SERIES_FILE = "import.json", "import.jsonl"
+SERIES_FILE = "import.jsonl"
 LABEL_FOLDER = "labelsTr"
 ANOTHER_FOLDER = "choose another folder with --out, or delete it"
 KNOWN_KINDS = frozenset(
@@ -41,6 +42,8 @@ def read_import(out: Path, chosen: Mapping[str, Any], salt: str) -> dict[str, Se
         ValueError: if the folder holds anything else, or was imported with other settings or another salt.
     """
     file = out / SETTINGS_FILE
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: expected a folder, got a file; choose another folder with --out")
     if not file.exists():
         if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
             raise ValueError(f"{out}: expected a new folder or one of an earlier import, found files; {ANOTHER_FOLDER}")

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from hyspark.data.importing.imported import Imported
 from hyspark.data.importing.record import SERIES_FILE
-from hyspark.data.importing.write import Imported
 from hyspark.utils.text import count_of
 
 MAX_LINES = 5

@@ -28,14 +28,13 @@ from tqdm import tqdm
 
 from hyspark.data.datasets.cases import UNANNOTATED, Case
 from hyspark.data.intensity import fractions_of, hu_maps, reads_window, stored_steps
+from hyspark.data.preprocessing.arrays import LEAST_BLOSC2, check_blosc2
 from hyspark.data.preprocessing.entry_files import is_sound, remove_abandoned, remove_entry
 from hyspark.data.preprocessing.resample import region_above, whole_grid
 from hyspark.data.preprocessing.store import (
     EARLIER_FORMAT,
-    LEAST_BLOSC2,
     StoredVolume,
     case_folder,
-    check_blosc2,
     write_entry,
 )
 from hyspark.data.quality.case_files import CaseFiles, read_case

@@ -23,7 +23,6 @@ exactly, a cell is drawn by its count and only that cell is read.
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -32,26 +31,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import blosc2
 import numpy as np
 
 from hyspark.data.datasets.cases import UNANNOTATED, Case
 from hyspark.data.datasets.words import FIRST_CHANNELS
 from hyspark.data.intensity import MAX_STORED, LinearMap, VolumeScale, quantise, store_key
+from hyspark.data.preprocessing.arrays import MAX_OPEN, damaged_entry, open_array, write_array
 from hyspark.data.preprocessing.entry_files import UNFINISHED_PREFIX, checksums, is_complete
 from hyspark.data.settings import PrepareSettings
-from hyspark.utils.text import first_line
 
 STORE_FORMAT, EARLIER_FORMAT = 5, 4
-LEAST_BLOSC2 = "3.8"
-"""Earlier ones write arrays wrong that are one chunk of several blocks, such as (64, 64, 1) and (32, 64, 32)."""
-CHUNK_EDGE, CELL_EDGE = 64, 32
-BLOCK_SHAPE = (16, 32, 32)
-MAX_OPEN = 16
-"""Arrays that a process keeps open; the crops of one volume are read one after the other."""
-
-CODE_MARKERS = (b"LazyArray", b"b2o", b"proxy-source")
-"""Markers of files from which blosc2 computes an array by running their code; before 4.14 it does so unasked."""
+CELL_EDGE = 32
+"""Edge of the cells in which foreground is counted."""
 
 VOXEL_KINDS: Mapping[str, Callable[[np.ndarray, np.ndarray | None], np.ndarray]] = {
     "foreground": lambda foreground, label: foreground,
@@ -95,16 +86,6 @@ def entry_folder(
 def case_folder(store_dir: Path, settings: PrepareSettings, case: Case, store_format: int = STORE_FORMAT) -> Path:
     """Return the folder of a prepared case, see `entry_folder`."""
     return entry_folder(store_dir, settings, case.image, case.label, case.ignore, store_format, case.others)
-
-
-def check_blosc2() -> None:
-    """Raise ImportError if blosc2 is too old to be trusted."""
-    found = tuple(int(part) for part in re.findall(r"\d+", blosc2.__version__)[:2])
-    if found < tuple(int(part) for part in LEAST_BLOSC2.split(".")):
-        raise ImportError(
-            f"blosc2: expected version {LEAST_BLOSC2} or later, found {blosc2.__version__}, which writes wrong voxels; "
-            f'install it with: pip install "blosc2>={LEAST_BLOSC2}"'
-        )
 
 
 @dataclass(frozen=True)
@@ -181,20 +162,6 @@ def write_entry(
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_array(path: Path, array: np.ndarray) -> None:
-    """Write one chunked, compressed array."""
-    chunks = tuple(min(CHUNK_EDGE, s) for s in array.shape)
-    blocks = tuple(min(b, s) for b, s in zip(BLOCK_SHAPE, array.shape, strict=True))
-    cparams = {
-        "codec": blosc2.Codec.LZ4HC,
-        "clevel": 5,
-        "filters": [blosc2.Filter.SHUFFLE],
-        "typesize": array.itemsize,
-        "nthreads": 1,
-    }
-    blosc2.asarray(array, chunks=chunks, blocks=blocks, urlpath=str(path), cparams=cparams)
 
 
 def cell_counts(where: np.ndarray) -> np.ndarray:
@@ -304,14 +271,6 @@ class StoredVolume:
         return tuple(a + int(o) for a, o in zip(start, offset, strict=True))
 
 
-def damaged_entry(folder: Path, error: Exception) -> ValueError:
-    """Make the error of an entry that was damaged after it was checked."""
-    return ValueError(
-        f"{folder}: a prepared volume is damaged ({type(error).__name__}: {first_line(error)}); delete this folder, "
-        "and the same command prepares it again"
-    )
-
-
 @lru_cache(MAX_OPEN)
 def read_entry(folder: Path) -> Entry:
     """Read the content of entry.json; entries never change once they exist."""
@@ -319,24 +278,6 @@ def read_entry(folder: Path) -> Entry:
     channels = tuple(own and (own[0], LinearMap(*own[1])) for own in loaded.get("channels", [None]))
     of_file = (loaded["affine"], loaded["source"], loaded["max_label"], loaded["steps"])
     return Entry(tuple(loaded["shape"]), *of_file, channels)
-
-
-@lru_cache(MAX_OPEN)
-def open_array(path: Path) -> Any:
-    """Open a stored array, mapped into memory; entries never change once they exist.
-
-    Raises:
-        ValueError: if the file holds code.
-    """
-    check_blosc2()
-    with path.open("rb") as file:
-        header = file.read(int.from_bytes(file.read(15)[11:], "big"))
-    if any(name in header for name in CODE_MARKERS):
-        raise ValueError(f"{path}: expected an array, got a program; delete its folder")
-    try:
-        return blosc2.open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
-    except Exception as error:  # of blosc2: of several types
-        raise damaged_entry(path.parent, error) from error
 
 
 @lru_cache(MAX_OPEN)

@@ -46,7 +46,11 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "not examined": FindingKind("error", "a case that can be examined", "convert it again, or remove it"),
     "not prepared": FindingKind("error", "a case that can be prepared", "fix it, or remove it"),
     # The header
-    "not 3D": FindingKind("error", "one volume of three axes", "if its volumes are channels, name those to read: --image_channels 0 1; else take one out"),
+    "not 3D": FindingKind(
+        "error",
+        "one volume of three axes",
+        "if its volumes are channels, name those to read: --image_channels 0 1; else take one volume out of it",
+    ),
     "colours": FindingKind("error", "one number a voxel", "it is a picture or a secondary capture; remove it"),
     "complex numbers": FindingKind("error", "real numbers", "it is no CT; remove it"),
     "impossible spacing": FindingKind(
@@ -89,8 +93,8 @@ FINDING_KINDS: dict[str, FindingKind] = {
         "a foreground of several values",
         "the conversion failed, or it is a mask; for a mask, --intensity none",
     ),
-    "MR": FindingKind("error", HU, OF_MR),
-    "CT": FindingKind("warning", "an image other than CT", "for CT, use --intensity ct"),
+    "MR as CT": FindingKind("error", HU, OF_MR),
+    "CT as MR": FindingKind("warning", "an image other than CT", "for CT, use --intensity ct"),
     "all air": FindingKind("error", "tissue in the HU window", "is it CT in Hounsfield units?"),
     "offset": FindingKind("error", HU, "subtract what was added (1024 or 1000), or convert it again"),
     "inverted": FindingKind("error", HU, "air is bright; multiply it by -1, or convert it again"),

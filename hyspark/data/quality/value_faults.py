@@ -53,7 +53,7 @@ def mr_faults(low: float, high: float, sample: np.ndarray, modality: Modality) -
     if kind.name == "label map":
         yield "label map", kind.range_text
     elif kind.name in IN_HU and not modality.is_other and (kind.is_sure or modality.is_ct):
-        yield "CT", kind.range_text + (f'; {modality.file} names it "{modality.name}"' if modality.is_ct else "")
+        yield "CT as MR", kind.range_text + (f'; {modality.file} names it "{modality.name}"' if modality.is_ct else "")
 
 
 def ct_faults(
@@ -67,7 +67,7 @@ def ct_faults(
         is_fit = fits_window(kind, settings.hu_min, settings.hu_max)
         name: str = "no CT" if kind.name in IN_HU else kind.name
         if modality.is_mr and name != "label map":
-            name = "MR"
+            name = "MR as CT"
         yield "another scale" if is_fit else name, kind.range_text + named
         return
     if is_all_air(high, settings):

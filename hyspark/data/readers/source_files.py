@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hyspark.data.datasets.data_folder import read_data_folder
-from hyspark.data.datasets.file_names import BY_NIBABEL, BY_SIMPLEITK
-from hyspark.data.datasets.words import is_label_name
+from hyspark.data.datasets.file_names import BY_NIBABEL, BY_SIMPLEITK, SETTINGS_FILE, cases_of_stems
+from hyspark.data.datasets.words import is_label_folder, is_label_name
 from hyspark.data.readers.other_formats import (
     DATA_ENDINGS,
     PICTURES,
@@ -44,9 +44,10 @@ class SourceFiles:
 def sort_sources(sources: Sequence[Path], skip: Path, other_formats: bool, found: Found) -> SourceFiles:
     """Sort the files of the sources, each once, by how they are read."""
     files = SourceFiles()
+    others: dict[Path, Path] = {}
     seen: set[str] = set()
     for source in sources:
-        images = dict.fromkeys(find_images_of(source, skip, found, name_labels=other_formats))
+        images = dict.fromkeys(find_images_of(source, skip, found, for_import=other_formats))
         for file in [*images, *files_of(source, skip)]:
             if (real := os.path.realpath(file)) in seen:
                 continue
@@ -57,16 +58,42 @@ def sort_sources(sources: Sequence[Path], skip: Path, other_formats: bool, found
             elif NIFTI.fullmatch(file.name) or (other_formats and is_detached(file)):
                 continue
             elif other_formats and ending in (*BY_SIMPLEITK, *BY_NIBABEL):
-                if is_label_name(file.stem):
-                    found.skipped.append(NotUsed(str(file), "a label map by its name", below.as_posix()))
-                else:
-                    files.images[file] = below
+                others[file] = below
             else:
                 files.rest[file] = below
             seen.add(real)
+    files.images |= images_among(others, found)
     if any(file.suffix.lower() in BY_SIMPLEITK for file in files.images):
         require_simpleitk()
     return files
+
+
+def images_among(others: dict[Path, Path], found: Found) -> dict[Path, Path]:
+    """Return the images among files of other formats than NIfTI; label maps and other channels are named.
+
+    Args:
+        others: files, with their paths below the source.
+        found: where files that are no images are added.
+    """
+    images: dict[Path, list[Path]] = defaultdict(list)
+    for file, below in others.items():
+        if is_label_name(file.stem) or any(is_label_folder(name, surely=True) for name in below.parts[:-1]):
+            found.skipped.append(NotUsed(str(file), "a label map by its name or folder", below.as_posix()))
+        else:
+            images[file.parent].append(file)
+    kept = {}
+    for folder, files in images.items():
+        labels = folder.parent / "labelsTr"
+        if folder.name == "imagesTr" and labels.is_dir():
+            num = sum(not path.name.startswith(".") for path in labels.iterdir())
+            found.skipped.append(NotUsed(str(labels), f"{num} label maps", str(labels), num_files=num))
+        cases = cases_of_stems([file.stem for file in files])
+        for file in files:
+            if cases[file.stem] is None:
+                found.add_other("another channel", file)
+            else:
+                kept[file] = others[file]
+    return kept
 
 
 def is_detached(file: Path) -> bool:
@@ -98,7 +125,8 @@ def take_pictures(
                 found.damaged.append(NotUsed(str(source), reason, str(source), num_files=len(of_stack)))
             else:
                 below = files.rest[of_stack[0]]
-                files.images[source] = below if source in of_stack else below.with_name(source.name)
+                above = below.parent if below.parent.name else Path(source.name)
+                files.images[source] = below if source in of_stack else above
                 files.stacks[source] = PictureStack(of_stack, spacing)
         used = {file for of_stack in stacks.values() for file in of_stack}
         for file in pictures:
@@ -107,14 +135,14 @@ def take_pictures(
                 found.add_other(f"pictures, of fewer than {min_slices} slices", file)
 
 
-def find_images_of(source: Path, skip: Path, found: Found, *, name_labels: bool) -> list[Path]:
+def find_images_of(source: Path, skip: Path, found: Found, *, for_import: bool) -> list[Path]:
     """Find the NIfTI images at or below a path; label maps and other channels are counted, doubtful files listed.
 
     Args:
         source: the path.
         skip: folder that is not searched.
         found: where files that are no images are added.
-        name_labels: whether label maps of images are listed, too.
+        for_import: whether label maps of images are listed, too, and data sets of an earlier import are no sources.
     """
     if not source.is_dir():
         return [source] if NIFTI.fullmatch(source.name) else []
@@ -129,9 +157,12 @@ def find_images_of(source: Path, skip: Path, found: Found, *, name_labels: bool)
                 found.add_other(kind, file)
         else:
             found.skipped += [NotUsed(str(file), reason, str(file)) for file in nifti]
-    for label in sorted({case.label for case in data.cases if case.label and name_labels}):
+    for label in sorted({case.label for case in data.cases if case.label and for_import}):
         found.skipped.append(NotUsed(str(label), "a label map", str(label)))
-    return [case.image for case in data.cases]
+    images = [case.image for case in data.cases]
+    made = {folder for image in images if for_import and ((folder := image.parent.parent) / SETTINGS_FILE).is_file()}
+    found.skipped += [NotUsed(str(folder), "a data set of an earlier import", str(folder)) for folder in sorted(made)]
+    return [image for image in images if image.parent.parent not in made]
 
 
 def files_of(source: Path, skip: Path) -> Iterator[Path]:

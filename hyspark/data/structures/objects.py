@@ -1,7 +1,7 @@
 """RTSTRUCT and DICOM-SEG files: what they refer to, and the names of their structures."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from hyspark.data.readers.dicom import open_dicom
 from hyspark.data.readers.volumes import Volume
 from hyspark.utils.text import first_line
 
+LONG = ("PerFrameFunctionalGroupsSequence", "ROIContourSequence")
+"""Long sequences, whose references mostly stand elsewhere too."""
 KINDS = ("RTSTRUCT", "SEG")
 """Modalities of files that hold labels."""
 
@@ -73,21 +75,15 @@ def described(path: Path, data: pydicom.Dataset) -> LabelObject:
             for segment in data.get("SegmentSequence") or ()
         ]
         times = ("ContentDate", "ContentTime")
-    frames, series, images = set(), set(), set()
-    for element in elements_below(data):
-        if element.keyword in ("FrameOfReferenceUID", "ReferencedFrameOfReferenceUID"):
-            frames.add(str(element.value))
-        elif element.keyword == "ReferencedSOPInstanceUID":
-            images.add(str(element.value))
-        elif element.keyword == "SeriesInstanceUID":
-            series.add(str(element.value))
-    series.discard(str(data.get("SeriesInstanceUID")))
+    frames, series, images = references_of(data, LONG)
+    if not (series or images):
+        frames, series, images = references_of(data, ())
     made = "".join(str(data.get(name) or "") for name in times)
     return LabelObject(
         path,
         kind,
         str(data.get("PatientID") or "").strip(" \0"),
-        frozenset(frames - {""}),
+        frozenset(frames),
         frozenset(series),
         frozenset(images),
         made,
@@ -95,14 +91,26 @@ def described(path: Path, data: pydicom.Dataset) -> LabelObject:
     )
 
 
-def elements_below(data: pydicom.Dataset) -> Iterator[pydicom.DataElement]:
-    """Yield the elements of a data set and of its sequences, at any depth."""
+def references_of(data: pydicom.Dataset, skipped: Collection[str]) -> tuple[set[str], set[str], set[str]]:
+    """Return the UIDs of frames of reference, series and images that a file refers to, but in some sequences."""
+    found: dict[str, set[str]] = {"FrameOfReferenceUID": set(), "SeriesInstanceUID": set(), "SOPInstanceUID": set()}
+    for element in elements_below(data, skipped):
+        if (name := element.keyword.removeprefix("Referenced")) in found and element.value:
+            found[name].add(str(element.value))
+    for name in ("SeriesInstanceUID", "SOPInstanceUID"):
+        found[name].discard(str(data.get(name)))
+    frames, series, images = found.values()
+    return frames, series, images
+
+
+def elements_below(data: pydicom.Dataset, skipped: Collection[str]) -> Iterator[pydicom.DataElement]:
+    """Yield the UIDs of a data set and of its sequences, at any depth."""
     for element in data:
-        if element.VR == "SQ":
-            for item in element.value or ():
-                yield from elements_below(item)
-        elif element.VR == "UI":
+        if element.VR == "UI":
             yield element
+        elif element.VR == "SQ" and element.keyword not in skipped:
+            for item in element.value or ():
+                yield from elements_below(item, skipped)
 
 
 def volumes_of_object(made: LabelObject, volumes: Sequence[Volume]) -> tuple[list[Volume], str]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ImplicitVRLittleEndian, RTStructureSetStorage, generate_uid
+from scipy.ndimage import find_objects
 
 from hyspark.data.readers.series import Series
 from hyspark.data.readers.source_slices import SourceSlice
@@ -25,7 +26,8 @@ COPIED = (*TYPE_2, "SpecificCharacterSet", "StudyInstanceUID", "StudyDescription
 def rtstruct_file(labels: np.ndarray, series: Series, segments: Segments) -> bytes:
     """Make the content of an RTSTRUCT file of a label map.
 
-    Every class is a region of interest, whose number is the class's value; one that is absent has no contours.
+    Every class that is present is a region of interest, whose number is the class's value. Readers stumble over regions
+    without contours; a map without any label has a region for each class, since a file without regions is not valid.
 
     Args:
         labels: label map `(columns, rows, slices)` on the grid of the series.
@@ -55,7 +57,8 @@ def rtstruct_file(labels: np.ndarray, series: Series, segments: Segments) -> byt
     made.StructureSetLabel, made.ApprovalStatus = "HySparK", "UNAPPROVED"
     made.FrameOfReferenceUID, made.PositionReferenceIndicator = first.FrameOfReferenceUID, ""
     made.ReferencedFrameOfReferenceSequence = [frame_of_reference(slices)]
-    numbered = list(enumerate(segments.names, 1))
+    boxes = find_objects(labels, max_label=len(segments.names))
+    numbered = [(number, name) for number, name in enumerate(segments.names, 1) if boxes[number - 1] or not any(boxes)]
     made.StructureSetROISequence = [
         dataset(
             ROINumber=number,
@@ -67,12 +70,12 @@ def rtstruct_file(labels: np.ndarray, series: Series, segments: Segments) -> byt
         for number, name in numbered
     ]
     made.ROIContourSequence = [
-        dataset(ROIDisplayColor=list(colour), ReferencedROINumber=number)
-        for number, colour in enumerate(segments.colours, 1)
+        dataset(ROIDisplayColor=list(segments.colours[number - 1]), ReferencedROINumber=number)
+        for number, _ in numbered
     ]
     for region in made.ROIContourSequence:
-        if contours := contours_of(labels == region.ReferencedROINumber, slices):
-            region.ContourSequence = contours
+        if box := boxes[region.ReferencedROINumber - 1]:
+            region.ContourSequence = contours_of(labels[box] == region.ReferencedROINumber, box, slices)
     made.RTROIObservationsSequence = [
         dataset(ObservationNumber=number, ReferencedROINumber=number, RTROIInterpretedType="", ROIInterpreter="")
         for number, _ in numbered
@@ -124,21 +127,22 @@ def frame_of_reference(slices: list[SourceSlice]) -> Dataset:
     return dataset(FrameOfReferenceUID=first.FrameOfReferenceUID, RTReferencedStudySequence=[study])
 
 
-def contours_of(mask: np.ndarray, slices: list[SourceSlice]) -> list[Dataset]:
-    """Trace a mask `(columns, rows, slices)` in each slice, in mm (LPS)."""
+def contours_of(mask: np.ndarray, box: tuple[slice, ...], slices: list[SourceSlice]) -> list[Dataset]:
+    """Trace a mask `(columns, rows, slices)`, which fills a box of its series, in each slice, in mm (LPS)."""
     contours = []
     for k in np.flatnonzero(mask.any((0, 1))):
-        header = slices[k].header
+        part = slices[box[2].start + k]
+        header = part.header
         assert header.plane is not None
         assert header.position is not None
         between_rows, between_columns = header.plane[2:4]
         along_row, along_column = np.array(header.plane[4:7]), np.array(header.plane[7:])
         to_mm = np.stack([along_row * between_columns, along_column * between_rows])
         for corners in mask_contours(mask[:, :, k].T):
-            points = corners @ to_mm + header.position
+            points = (corners + (box[0].start, box[1].start)) @ to_mm + header.position
             contours.append(
                 dataset(
-                    ContourImageSequence=[image_reference(slices[k])],
+                    ContourImageSequence=[image_reference(part)],
                     ContourGeometricType="CLOSED_PLANAR",
                     NumberOfContourPoints=len(points),
                     ContourData=[f"{value:.4f}" for value in points.ravel()],

@@ -19,6 +19,7 @@ from hyspark.data.writers.source_images import Segments
 from hyspark.figures.panels import class_colours
 from hyspark.utils.digests import content_digest
 from hyspark.utils.log import LOG
+from hyspark.utils.text import listing
 
 LabelFormat = Literal["nifti", "dicom-seg", "rtstruct"]
 LABEL_ENDINGS: dict[LabelFormat, str] = {"nifti": ".nii.gz", "dicom-seg": ".seg.dcm", "rtstruct": ".rtstruct.dcm"}
@@ -49,8 +50,12 @@ class LabelOutput:
         """
         if self.file_format == "nifti" or not isinstance(case, ScanCase):
             return bytes(igzip.compress(label_file(labels, case.image), mtime=0))
-        if not labels.any():
+        present = set(np.unique(labels).tolist())
+        absent = [name for value, name in enumerate(self.segments.names, 1) if value not in present]
+        if len(absent) == len(self.segments.names):
             LOG.warning("%s: no voxel of any class; its file holds no region", case.name)
+        elif absent:
+            LOG.info("%s: no voxel of %s", case.name, listing(absent))
         turned = ornt_transform(IN_ORDER, io_orientation(case.series.affine))
         own = apply_orientation(labels, turned)
         write = dicom_seg_file if self.file_format == "dicom-seg" else rtstruct_file

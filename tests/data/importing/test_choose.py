@@ -1,5 +1,6 @@
 """Which scans are imported: filters, one scan of a study, and the name of the channel."""
 
+import pydicom
 import pytest
 
 from hyspark.data.importing.choice import Choice
@@ -117,8 +118,6 @@ def test_sequences_of_mr(tmp_path, values, name):
 
 
 def test_b_values_of_manufacturers(tmp_path):
-    import pydicom
-
     write_slice(tmp_path / "a", HU[:, :, 0].T, (0, 0, 0), Modality="MR")
     data = pydicom.dcmread(tmp_path / "a")
     data.private_block(0x0019, "SIEMENS MR HEADER", create=True).add_new(0x0C, "IS", "800")

@@ -109,6 +109,7 @@ def test_folders_of_slices(tmp_path, ending):
         assert np.array_equal(np.asanyarray(image.dataobj), np.asanyarray(expected.dataobj))
         assert np.array_equal(image.affine, expected.affine)
     assert {entry["format"] for entry in entries} == {"pictures"}
+    assert len({entry["patient"] for entry in entries}) == 2
 
 
 def test_a_tiff_of_several_pages_is_a_volume(tmp_path):
@@ -168,7 +169,7 @@ def test_files_that_are_no_volume_say_why(tmp_path, capsys):
     }.items():
         assert f"{name}: {why}" in message
     assert len(lines(out_of(folder), "imported")) == 1
-    assert [entry["why"] for entry in lines(out_of(folder), "excluded")] == ["a label map by its name"]
+    assert [entry["why"] for entry in lines(out_of(folder), "excluded")] == ["a label map by its name or folder"]
 
 
 def test_a_missing_reader_says_what_to_install(tmp_path, capsys, monkeypatch):
@@ -225,6 +226,22 @@ def test_label_maps_and_other_channels_of_nifti_are_named(tmp_path, capsys):
     assert [entry["why"] for entry in lines(out, "excluded")] == ["a label map"]
     assert "1 another channel (e.g. " in capsys.readouterr().out
     assert len(images(out)) == 1
+
+
+def test_label_maps_and_channels_of_other_formats_are_named(tmp_path, capsys):
+    folder = tmp_path / "in" / "Dataset008_Mha"
+    for name in ("imagesTr/a_0000", "imagesTr/a_0001", "labelsTr/a"):
+        write_volume(folder / f"{name}.mha")
+    write_volume(tmp_path / "in" / "loose" / "masks" / "p1.nrrd")
+    write_volume(tmp_path / "in" / "loose" / "p1.nrrd")
+    write_volume(tmp_path / "in" / "loose" / "p1.mha")
+    out = run_import(tmp_path / "in")
+    assert sorted(entry["why"] for entry in lines(out, "excluded")) == [
+        "1 label maps",
+        "a label map by its name or folder",
+    ]
+    assert "1 another channel (e.g. " in capsys.readouterr().out
+    assert len(images(out)) == 3
 
 
 def test_filters_apply_to_all_formats(tmp_path, capsys):

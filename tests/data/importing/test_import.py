@@ -129,6 +129,16 @@ def test_a_changed_series_is_read_again_and_a_new_one_added(tmp_path):
     assert [image.shape for image in images(out)] == [HU.shape] * 2
 
 
+def test_the_data_set_may_lie_in_its_source(tmp_path):
+    write_series(tmp_path / "in", HU)
+    for _ in range(2):  # also where it is there
+        run_import(tmp_path / "in", f"--out={tmp_path / 'in' / 'data' / 'Dataset001_A'}")
+        assert len(images(tmp_path / "in" / "data" / "Dataset001_A")) == 1
+    other = run_import(tmp_path / "in")
+    assert len(images(other)) == 1
+    assert [entry["why"] for entry in lines(other, "excluded")] == ["a data set of an earlier import"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -149,6 +159,8 @@ def test_sources_that_are_gone_and_folders_of_other_files_are_refused(tmp_path, 
     message = refused(tmp_path / "other", capsys)
     assert "holds 1 cases whose series are not found any more" in message
     assert "give all sources of before, choose another folder with --out, or delete it" in message
+    (tmp_path / "file").touch()
+    assert "file: expected a folder, got a file" in refused(tmp_path / "other", capsys, f"--out={tmp_path / 'file'}")
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "mine").touch()
     message = refused(tmp_path / "other", capsys, f"--out={tmp_path / 'new'}")

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import blosc2
 import nibabel as nib
 import numpy as np
 import pytest
@@ -382,7 +383,7 @@ def test_a_blosc2_that_loses_voxels_is_refused(tmp_path, monkeypatch):
     case = write_case(tmp_path, "a", noise(12, 12, 12))
     (volume,) = prepare([case], tmp_path / "store")
     open_array.cache_clear()
-    monkeypatch.setattr(store_module.blosc2, "__version__", "3.7.2")
+    monkeypatch.setattr(blosc2, "__version__", "3.7.2")
     for use in (lambda: prepare([case], tmp_path / "store"), lambda: whole(volume, "image")):
         with pytest.raises(ImportError, match=r'^blosc2: expected version 3.8 or later, found 3.7.2.*"blosc2>=3.8"$'):
             use()

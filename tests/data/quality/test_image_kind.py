@@ -146,7 +146,7 @@ def test_what_cannot_be_decided_is_decided_by_the_declared_modality():
     values = KINDS["vessels with contrast"][0]
     assert faults(values) == ["perhaps no CT"]
     assert faults(values, modality="CT") == []
-    assert faults(values, modality="T1") == ["MR"]
+    assert faults(values, modality="T1") == ["MR as CT"]
     assert faults(CT, modality="T1") == ["another modality"]
     assert faults(CT, modality="anything") == []
     assert faults(KINDS["MR"][0], modality="CT") == ["no CT"]
