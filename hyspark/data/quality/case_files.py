@@ -87,14 +87,10 @@ def read_case(case: Case, settings: PrepareSettings, declared: frozenset[int] | 
     """
     files = CaseFiles(case)
     try:
-<<<<<<< HEAD
-        image = open_volume(case.image, files, channel_in_file(case.image, settings, 0))
-=======
         if len(case.images) < settings.num_image_channels:
             found = f"{len(case.images)} file, for {settings.num_image_channels} channels"
             files.add(case.image, iter([("missing channel", found)]))
-        image = open_volume(case.image, files)
->>>>>>> all21
+        image = open_volume(case.image, files, channel_in_file(case.image, settings, 0))
         if image is not None and fits_memory(image, settings, files):
             add_image(image, settings, files)
             for channel, path in enumerate(case.others, 1):
