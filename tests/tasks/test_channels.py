@@ -236,6 +236,6 @@ def test_mr_under_the_settings_of_ct_gets_advice_that_works(data, tmp_path, caps
     assert exit_.value.code == 2
     text = capsys.readouterr().err
     assert 'names it "T1"' in text
-    assert "use --intensity mr" in text
+    assert "train with --intensity mr" in text
     main(["pretrain", *words, *small, "--intensity", "mr"])
     assert np.isfinite(json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["loss"])

@@ -37,7 +37,7 @@ def test_mr_under_ct_is_an_error_whose_advice_works(tmp_path, capsys, name):
     (folder / "dataset.json").write_text(json.dumps(content | names))
     assert exit_code(str(folder), "--out", str(tmp_path / "one")) == 1
     text = capsys.readouterr().out
-    assert "use --intensity mr" in text
+    assert "train with --intensity mr" in text
     assert ("error: MR as CT (4)" in text) == (name is not None)
     exit_code(str(folder), "--out", str(tmp_path / "two"), "--intensity", "mr")
     text = capsys.readouterr().out
