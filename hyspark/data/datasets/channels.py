@@ -64,7 +64,8 @@ def complete_cases(
     for case in sorted({*first, *further}):
         known = dict(further.get(case, {})) | ({channels[0]: first[case]} if case in first else {})
         near = next(iter(known.values()))
-        found[case] = tuple(known.get(channel) or beside(near, channel) for channel in channels)
+        is_whole = len(known) < len(channels) and nifti_stem(near) == case and num_volumes(near) > 1
+        found[case] = tuple(known.get(channel) or (near if is_whole else beside(near, channel)) for channel in channels)
     return found
 
 

@@ -44,7 +44,8 @@ def write_datalist(datalist: Datalist, path: Path) -> None:
         return parts.as_posix() if parts.parts[0] == ".." else f"./{parts.as_posix()}"
 
     def entry(case: Case) -> dict[str, Any]:
-        image = {"image": [relative(file) for file in case.images] if case.others else relative(case.image)}
+        files = [relative(file) for file in dict.fromkeys(case.images)]
+        image = {"image": files if len(files) > 1 else files[0]}
         return image if case.label is None else image | {"label": relative(case.label)}
 
     content: dict[str, Any] = {"training": [entry(case) for case in datalist.training]}

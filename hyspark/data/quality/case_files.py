@@ -13,7 +13,7 @@ from nibabel.affines import voxel_sizes
 from nibabel.spatialimages import SpatialImage
 
 from hyspark.data.datasets.cases import Case
-from hyspark.data.datasets.words import FIRST_CHANNELS
+from hyspark.data.datasets.words import CHANNEL, FIRST_CHANNELS
 from hyspark.data.intensity import VolumeScale, volume_scale
 from hyspark.data.quality.faults import file_fault, header_faults, label_faults
 from hyspark.data.quality.findings import Finding, missing_channel
@@ -24,6 +24,7 @@ from hyspark.data.readers.header import NiftiError, NiftiHeader, read_nifti_head
 from hyspark.data.readers.label_values import whole_values
 from hyspark.data.readers.nifti import read_voxels
 from hyspark.data.settings import PrepareSettings
+from hyspark.utils.paths import nifti_stem
 from hyspark.utils.text import first_line, format_bytes
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -90,7 +91,7 @@ def read_case(case: Case, settings: PrepareSettings, declared: frozenset[int] | 
         if len(case.images) < settings.num_image_channels:
             found = f"{len(case.images)} file, for {settings.num_image_channels} channels"
             files.add(case.image, iter([("missing channel", found)]))
-        image = open_volume(case.image, files, channel_in_file(case.image, settings, 0))
+        image = open_volume(case.image, files, channel_in_file(case, settings, 0))
         if image is not None and fits_memory(image, settings, files):
             add_image(image, settings, files)
             for channel, path in enumerate(case.others, 1):
@@ -108,13 +109,16 @@ def failure(case: Case, error: Exception) -> Finding:
     return Finding(kind, str(case.image), f"{type(error).__name__}: {first_line(error)}")
 
 
-def channel_in_file(path: Path, settings: PrepareSettings, channel: int) -> int | None:
+def channel_in_file(case: Case, settings: PrepareSettings, channel: int) -> int | None:
     """Return which volume of a file of several is meant, by its index among the channels that are read.
 
-    None where neither the settings nor dataset.json say that volumes of one file are channels: they may be times.
+    None where a file is one channel, or where neither the settings nor dataset.json say that volumes of one file are
+    channels: they may be times.
     """
-    number = settings.image_channels[channel]
-    return number if settings.image_channels != FIRST_CHANNELS or num_declared(path) > 1 else None
+    stem = nifti_stem(case.image)
+    is_one = len(set(case.images)) > 1 or (CHANNEL.fullmatch(stem) and not case.name.endswith(stem))
+    is_said = settings.image_channels != FIRST_CHANNELS or num_declared(case.image) > 1
+    return settings.image_channels[channel] if is_said and not is_one else None
 
 
 def open_volume(path: Path, files: CaseFiles, channel: int | None = None) -> NiftiHeader | None:
@@ -167,7 +171,7 @@ def add_channel(path: Path, channel: int, first: NiftiHeader, settings: PrepareS
     if not path.exists() and not path.is_symlink():
         files.findings.append(missing_channel(path))
         return
-    header = open_volume(path, files, channel_in_file(path, settings, channel))
+    header = open_volume(path, files, channel_in_file(files.case, settings, channel))
     if header is None:
         return
     if path != first.path:

@@ -10,8 +10,9 @@ import pytest
 
 from hyspark.data.datasets.cases import Case
 from hyspark.data.datasets.data_folder import find_cases
-from hyspark.data.datasets.datalist_json import read_datalist, read_list
+from hyspark.data.datasets.datalist_json import read_datalist, read_list, write_datalist
 from hyspark.data.datasets.inputs import read_inputs
+from hyspark.data.datasets.organize import organize_by_names
 from hyspark.data.intensity import to_input
 from hyspark.data.preprocessing.prepare import prepare_case
 from hyspark.data.preprocessing.store import case_folder
@@ -171,6 +172,41 @@ def test_volumes_of_one_file_that_are_not_read_are_named(tmp_path, declared, cha
     settings = PrepareSettings(spacing=(1, 1, 1), intensity=("none",), image_channels=channels)
     finding = next(finding for finding in read_case(case, settings).findings if finding.kind == kind)
     assert found in str(finding)
+
+
+@pytest.mark.parametrize("names", [("a_0000", "a_0001"), ("t1", "dwi")])
+def test_a_channel_of_several_volumes_is_refused(tmp_path, names):
+    """Such as the b-values of diffusion beside T1."""
+    for name, voxels in zip(names, (VALUES[0], np.moveaxis(VALUES, 0, -1)), strict=True):
+        nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    files = [f"{name}.nii.gz" for name in names]
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": files}]}))
+    case = read_list(tmp_path / "list.json", channels=(0, 1)).training[0]
+    settings = PrepareSettings(spacing=(1, 1, 1), intensity=("none",), image_channels=(0, 1))
+    assert [(f.kind, Path(f.file).name) for f in read_case(case, settings).errors] == [("not 3D", files[1])]
+
+
+def test_digits_may_number_cases_of_several_volumes(tmp_path):
+    folder = decathlon(tmp_path / "Task01_A")
+    (folder / "dataset.json").unlink()
+    for part in ("imagesTr", "labelsTr"):
+        for number, name in enumerate("ab", 3):
+            (folder / part / f"{name}.nii.gz").rename(folder / part / f"case_{number:04d}.nii.gz")
+    cases = find_cases(folder, channels=(0, 1)).cases
+    assert stems(cases) == {f"case_{number:04d}": [f"case_{number:04d}"] * 2 for number in (3, 4)}
+    settings = PrepareSettings(spacing=(1, 1, 1), intensity=("none",), image_channels=(0, 1))
+    assert read_case(replace(cases[0], label=None), settings).errors == []
+
+
+def test_files_of_several_volumes_are_listed_once_and_not_linked(tmp_path):
+    folder = decathlon(tmp_path / "Task01_A")
+    listed = read_datalist(folder / "dataset.json", channels=(0, 1))
+    write_datalist(listed, tmp_path / "own.json")
+    assert json.loads((tmp_path / "own.json").read_text())["training"][0]["image"] == "./Task01_A/imagesTr/a.nii.gz"
+    assert read_datalist(tmp_path / "own.json", channels=(0, 1)) == listed
+    loose = (folder / "imagesTr").rename(tmp_path / "scans")
+    with pytest.raises(ValueError, match=r"2 files that hold several; .*: --data .*scans --image_channels 0 1"):
+        organize_by_names(loose, tmp_path / "Dataset001_A", channels=(0, 1))
 
 
 def test_a_file_of_one_volume_is_no_second_channel(tmp_path):
