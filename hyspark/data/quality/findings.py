@@ -30,7 +30,9 @@ FINDING_KINDS: dict[str, FindingKind] = {
     # The file
     "missing": FindingKind("error", "the file that the list names", "restore it, or take the case off the list"),
     "missing channel": FindingKind(
-        "error", "a file for each of image_channels", "restore it, exclude the case, or train with other --image_channels"
+        "error",
+        "a file for each of image_channels",
+        "restore it, exclude the case, or train with other --image_channels",
     ),
     "dangling link": FindingKind("error", "a link to a file that exists", "fix the link, or remove it"),
     "no permission": FindingKind("error", "a file that you may read", "change its permissions (chmod a+r)"),
@@ -110,7 +112,9 @@ FINDING_KINDS: dict[str, FindingKind] = {
         "convert it again, or set hu_min and hu_max inside its range for the run",
     ),
     "label map": FindingKind("error", "an image", "it looks like a label map; name the image instead"),
-    "like PET": FindingKind("error", HU, f"it looks like PET; remove it, {SET_WINDOW}"),
+    "like PET": FindingKind(
+        "error", HU, f"it looks like PET; for PET, check and train with --intensity none; else {SET_WINDOW[3:]}"
+    ),
     "no CT": FindingKind("error", HU, f"it looks like MR or another modality; {OF_MR}; else remove it, {SET_WINDOW}"),
     "another window": FindingKind(
         "error", "hu_min and hu_max around tissue, since the values are HU", "set them for HU, for example -175 and 250"

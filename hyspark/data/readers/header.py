@@ -54,7 +54,9 @@ class NiftiError(ValueError):
             else "copy or convert it again"
         )
         super().__init__(
-            f"expected one 3D volume, got {found}" if kind in ("not 3D", "missing channel") else f"unreadable as NIfTI ({found}); {advice}"
+            f"expected one 3D volume, got {found}"
+            if kind in ("not 3D", "missing channel")
+            else f"unreadable as NIfTI ({found}); {advice}"
         )
         self.kind, self.found = kind, found
 
