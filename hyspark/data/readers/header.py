@@ -220,7 +220,7 @@ def voxel_type(raw: Any) -> np.dtype:
 
 
 def volume_shape(raw: Any, channel: int | None = None) -> tuple[tuple[int, int, int], int]:
-    """Return voxels per axis and the number of volumes; raise NiftiError unless the file holds the one that is meant."""
+    """Return voxels per axis and the number of volumes; raise NiftiError unless the file holds the one meant."""
     num = int(raw["dim"][0])
     if not 1 <= num <= 7:
         raise NiftiError("not 3D", f"dim[0] is {num}")
