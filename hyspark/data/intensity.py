@@ -169,6 +169,9 @@ def check_intensity(settings: PrepareSettings) -> None:
         )
     if not is_zscored and (settings.input_mean or settings.input_std):
         raise ValueError("input_mean and input_std: read by intensity ct-zscore alone; set that, or drop the two")
+    window = (settings.hu_min, settings.hu_max)
+    if not reads_window(settings) and window != (PrepareSettings.hu_min, PrepareSettings.hu_max):
+        raise ValueError("hu_min and hu_max: read by the intensities ct and ct-zscore alone; drop them")
     if settings.input_std and min(settings.input_std) <= 0:
         raise ValueError(f"input_std: expected numbers above 0, got {' '.join(map(str, settings.input_std))}")
 

@@ -225,6 +225,7 @@ def test_a_slice_in_its_own_range_is_not_mapped_again(tmp_path):
             "input_std: expected numbers above 0",
         ),
         ({"intensity": ("mr",), "input_mean": (1.0,)}, "read by intensity ct-zscore alone"),
+        ({"intensity": ("mr",), "hu_min": 0.0}, "hu_min and hu_max: read by the intensities ct and ct-zscore alone"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(given, message):
