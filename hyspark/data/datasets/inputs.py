@@ -54,7 +54,7 @@ def add_files(files: Sequence[Path], channels: Sequence[int], found: FoundData) 
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file or folder")
         if not NIFTI.fullmatch(file.name):
-            raise ValueError(f"{file} is no NIfTI file (.nii, .nii.gz)")
+            raise ValueError(f"{file} is no NIfTI file (.nii, .nii.gz), and no DICOM")
     images = [file for file in files if not is_label_name(nifti_stem(file))]
     for file in files if images else ():
         if is_label_name(nifti_stem(file)):
@@ -104,4 +104,6 @@ def add_folder(folder: Path, channels: Sequence[int], found: FoundData) -> None:
             found.unused.setdefault(key, []).extend(files)
     if len(found.cases) == num_before:
         why = found.unused_lines()
-        raise FileNotFoundError("\n  ".join([f"{folder} holds no NIfTI file (.nii, .nii.gz) that is an image", *why]))
+        raise FileNotFoundError(
+            "\n  ".join([f"{folder} holds no NIfTI file (.nii, .nii.gz) that is an image, and no DICOM", *why])
+        )

@@ -1,5 +1,6 @@
 """DICOM series that are named on a command line -> the volumes to predict, each a NIfTI file while it is needed."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,8 +115,12 @@ def find_inputs(
                 "which files are one case; found DICOM"
             )
         modalities = MODALITIES_OF[settings.intensity[0]]
-        searched = find_volumes(dicom, min_slices=min_slices, skip=out, modalities=modalities, progress=progress)
+        sources = [Path(os.path.abspath(path)) for path in dicom]
+        searched = find_volumes(sources, min_slices=min_slices, skip=out, modalities=modalities, progress=progress)
         add_dicom_scans(searched, out, found)
+        if not found.cases and not found.failures:
+            why = "expected DICOM series, which a DICOM object refers to, found none; use --format nifti for NIfTI"
+            raise FileNotFoundError("\n  ".join([f"{listing(map(str, dicom))}: {why}", *found.lines]))
     names = [case.name for case in found.cases]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"several volumes are named {listing(twice)}; predict them into two folders")

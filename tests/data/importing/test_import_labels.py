@@ -11,7 +11,6 @@ from hyspark.cli.main import main
 from tests.data.readers.known_series import made_series, save
 from tests.data.structures.structure_files import write_rtstruct, write_seg
 
-pytest.importorskip("highdicom", reason="highdicom is not installed: pip install 'hyspark[dicom]'")
 SHAPE = (16, 13, 9)
 NAMES = "liver: [Leber, hepar]\nspleen: ['SPLEEN*']\ntumour:\n"
 

@@ -14,7 +14,7 @@ from hyspark.data.importing.pseudonyms import Pseudonyms, read_pseudonyms
 from tests.data.importing.imports import HU, lines, out_of, refused, run_import, write_mr
 from tests.data.readers.dicom_files import write_dicom, write_series, write_slice
 
-SECRETS = ("SMITH", "19510203", "4711", "9.8.7.6", "Jane", "Lantern")
+SECRETS = ("SMITH", "19510203", "K4711W", "9.8.7.6", "Jane", "Lantern")
 """Name, birth date, ID, UIDs, first name, street: each in many elements, names of files and names of folders."""
 
 
@@ -22,19 +22,19 @@ def write_export(folder):
     """Scans, scans with faults, other files: each with the secrets where headers, names and paths hold them."""
     person = {
         "PatientName": "SMITH^Jane",
-        "PatientID": "4711",
+        "PatientID": "K4711W",
         "PatientBirthDate": "19510203",
         "PatientAddress": "Lantern Street",
         "StudyInstanceUID": "9.8.7.6.1",
         "FrameOfReferenceUID": "9.8.7.6.2",
-        "SeriesDescription": "SMITH 4711",
+        "SeriesDescription": "SMITH K4711W",
         "StudyDescription": "Jane",
         "ProtocolName": "Jane SMITH",
         "ImageComments": "Lantern Street",
         "StudyDate": "19510203",
         "AcquisitionDate": "19510203",
     }
-    base = folder / "SMITH^Jane 4711" / "19510203"
+    base = folder / "SMITH^Jane K4711W" / "19510203"
     write_series(base / "Jane_ct", HU, **{**person, "SeriesInstanceUID": "9.8.7.6.3"})
     for number, text in enumerate(("Jane one", "SMITH two")):  # separated by what their headers say
         extra = {
@@ -46,7 +46,7 @@ def write_export(folder):
         write_series(base / "two", HU + number, prefix=f"SMITH{number}", **extra)
     missing = {**person, "SeriesInstanceUID": "9.8.7.6.5"}
     write_series(base / "Jane_gap", HU, prefix="SMITH", **missing)
-    (base / "Jane_gap" / "SMITH0003").write_bytes(b"\0" * 128 + b"DICM" + b"SMITH^Jane 4711")
+    (base / "Jane_gap" / "SMITH0003").write_bytes(b"\0" * 128 + b"DICM" + b"SMITH^Jane K4711W")
     write_slice(base / "Jane_gap" / "SMITH-scout", HU[:, :, 0].T, (0, 0, 0), **{**missing, "ImageType": ["LOCALIZER"]})
     write_series(base / "colours", HU, **{**person, "SeriesInstanceUID": "9.8.7.6.6", "SamplesPerPixel": 3})
     write_series(base / "short", HU[:, :, :2], **{**person, "SeriesInstanceUID": "9.8.7.6.7"})
@@ -56,10 +56,10 @@ def write_export(folder):
     write_series(base / "burned", HU, **{**person, "SeriesInstanceUID": "9.8.7.6.9", "BurnedInAnnotation": "YES"})
     write_series(base / "units", HU, **{**person, "SeriesInstanceUID": "9.8.7.6.10", "RescaleType": "SMITH"})
     write_dicom(base / "SMITH.sr", **{**person, "Modality": "SMITH", "SeriesInstanceUID": "9.8.7.6.11"})
-    (base / "SMITH_4711.txt").write_text("SMITH")
+    (base / "SMITH_K4711W.txt").write_text("SMITH")
     image = nibabel.Nifti1Image(np.tile(HU, (3, 2, 1)), np.eye(4))
-    image.header["descrip"], image.header["aux_file"] = b"SMITH^Jane 4711", b"19510203"
-    nibabel.save(image, base / "SMITH_Jane_4711.nii.gz")
+    image.header["descrip"], image.header["aux_file"] = b"SMITH^Jane K4711W", b"19510203"
+    nibabel.save(image, base / "SMITH_Jane_K4711W.nii.gz")
     (base / "Jane.nii.gz").write_bytes(b"SMITH")
     (base / "SMITH.mha").write_bytes(b"Jane")
     (base / "SMITH_seg.mha").write_bytes(b"Jane")
@@ -114,7 +114,7 @@ def test_who_is_who_is_written_on_request_and_outside_alone(export, tmp_path, ca
     entries = {entry["id"]: entry for entry in lines(out)}
     assert rows.keys() == entries.keys()
     ids = {row["patient"]: row["patient_id"] for row in rows.values() if row["status"] == "imported"}
-    assert set(ids.values()) == {"4711", "SMITH_Jane_4711"}
+    assert set(ids.values()) == {"K4711W", "SMITH_Jane_K4711W"}
     (ct,) = [row for row in rows.values() if row["series_uid"] == "9.8.7.6.3"]
     assert ct["study_uid"] == "9.8.7.6.1"
     assert ct["source"].endswith("Jane_ct")
@@ -135,21 +135,21 @@ def test_descriptions_are_kept_on_request(tmp_path):
 
 
 def test_names_are_stable_and_need_the_salt(tmp_path):
-    """Without it, hashing all numbers does not give the ID of a name; with the same, other folders give the same."""
-    write_series(tmp_path / "in", HU, PatientID="4711")
+    """Without it, a plain digest is not the ID of a name; with the same, other folders give the same."""
+    write_series(tmp_path / "in", HU, PatientID="K4711W")
     first = lines(run_import(tmp_path / "in"))[0]["case"]
     again = tmp_path / "again"
     run_import(tmp_path / "in", f"--out={again}")
     assert lines(again)[0]["case"] == first
     subject = first.removeprefix("sub-").split("_")[0]
-    plain = {f(b"4711").hexdigest()[:10] for f in (hashlib.sha256, hashlib.sha1, hashlib.md5)}
+    plain = {f(b"K4711W").hexdigest()[:10] for f in (hashlib.sha256, hashlib.sha1, hashlib.md5)}
     assert subject not in plain
-    assert Pseudonyms(b"").patient("4711") != f"sub-{subject}"
+    assert Pseudonyms(b"").patient("K4711W") != f"sub-{subject}"
     salt = tmp_path / "settings" / "hyspark" / "import_salt"
     assert stat.S_IMODE(salt.stat().st_mode) == 0o600
     run_import(tmp_path / "in", f"--out={tmp_path / 'other'}", f"--salt_file={tmp_path / 'other_salt'}")
     assert lines(tmp_path / "other")[0]["patient"] != f"sub-{subject}"
-    assert read_pseudonyms(salt).patient("4711") == f"sub-{subject}"
+    assert read_pseudonyms(salt).patient("K4711W") == f"sub-{subject}"
 
 
 def test_a_salt_that_can_be_guessed_is_refused(tmp_path, capsys):

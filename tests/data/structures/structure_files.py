@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
-import highdicom
 import numpy as np
+import pytest
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import RTStructureSetStorage, generate_uid
 
 from tests.data.readers.dicom_files import write_dicom
+
+highdicom = pytest.importorskip("highdicom", reason="highdicom is not installed: pip install 'hyspark[dicom]'")
 
 
 def item(**values):

@@ -14,7 +14,6 @@ from hyspark.utils.private_text import shown
 from tests.data.readers.known_series import KNOWN, made_series, save
 from tests.data.structures.structure_files import write_rtstruct, write_seg
 
-pytest.importorskip("highdicom", reason="highdicom is not installed: pip install 'hyspark[dicom]'")
 SHAPE = (31, 27, 9)
 CLASSES = ClassNames({"a": 1, "b": 2, "c": 3}, {name: (name,) for name in "abc"})
 C, R = np.meshgrid(np.arange(SHAPE[0]), np.arange(SHAPE[1]), indexing="ij")

@@ -6,7 +6,6 @@ import re
 import sys
 from dataclasses import replace
 
-import highdicom
 import nibabel
 import numpy as np
 import pydicom
@@ -27,7 +26,7 @@ from hyspark.tasks import api
 from tests.data.readers.known_series import KNOWN, made_series, save
 from tests.evaluation.segmentation.test_predict import CONFIG, NAMES, Levels
 
-pytest.importorskip("highdicom", reason="highdicom is not installed: pip install 'hyspark[dicom]'")
+highdicom = pytest.importorskip("highdicom", reason="highdicom is not installed: pip install 'hyspark[dicom]'")
 SEGMENTS = Segments(("liver", "left kidney", "tumour", "never there"), [(9, 99, 199)] * 4, "0.1.0", "abc")
 TURNED = {
     "axial, as it is": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
@@ -472,11 +471,20 @@ def test_files_of_patients_without_any_type_2_element_and_with_other_letters(tmp
         (("in", "--format", "rtstruct", "--min_slices", "99"), "fewer than --min_slices 99"),
         (("in", "--min_slices", "0"), "--min_slices: expected 1 or more, got 0"),
         (("none",), "none: no such file or folder"),
+        (
+            ("niftis", "--format", "rtstruct"),
+            "niftis: expected DICOM series, which a DICOM object refers to",
+        ),
+        (("empty",), "empty holds no NIfTI file (.nii, .nii.gz) that is an image, and no DICOM"),
+        (("best.pth",), "best.pth is no NIfTI file (.nii, .nii.gz), and no DICOM"),
     ],
 )
 def test_wrong_use_is_one_message(tmp_path, capsys, monkeypatch, flags, why):
     save(tmp_path / "in", made_series(tmp_path / "made", body()[0]))
-    nibabel.save(nibabel.Nifti1Image(np.zeros((9, 9, 9), np.int16), np.eye(4)), tmp_path / "scan.nii.gz")
+    (tmp_path / "niftis").mkdir()
+    (tmp_path / "empty").mkdir()
+    for file in ("scan.nii.gz", "niftis/scan.nii.gz"):
+        nibabel.save(nibabel.Nifti1Image(np.zeros((9, 9, 9), np.int16), np.eye(4)), tmp_path / file)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
         run(tmp_path, *flags)
