@@ -105,3 +105,10 @@ def test_a_file_that_is_cut_short_says_so(tmp_path, capsys, ending):
     message = refused(tmp_path / "in", capsys, code=1)
     assert f"unreadable as {ending}; is it cut short?" in message
     assert "No such file" not in message
+
+
+def test_a_source_is_no_data_set(tmp_path, capsys):
+    write_series(out_of(tmp_path), HU)
+    message = refused(out_of(tmp_path), capsys, f"--out={out_of(tmp_path)}")
+    assert "expected a folder of its own, got a source" in message
+    assert len(list(out_of(tmp_path).iterdir())) == 9

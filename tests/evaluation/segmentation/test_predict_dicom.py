@@ -1,6 +1,7 @@
 """DICOM in, label maps out: NIfTI, DICOM-SEG and RTSTRUCT, read back by other programs' code."""
 
 import copy
+import hashlib
 import io
 import re
 import sys
@@ -500,6 +501,19 @@ def test_a_missing_extra_is_named(tmp_path, capsys, monkeypatch):
     assert caught.value.code == 2
     assert "DICOM-SEG needs highdicom: pip install 'hyspark[dicom]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_names_of_label_maps_are_not_undone_by_a_list_of_patients(tmp_path):
+    for number, patient in enumerate(("4711", "4711", "")):
+        slices = made_series(tmp_path / "made" / str(number), body()[0])
+        for data in slices:
+            data.PatientID, data.StudyInstanceUID = patient, f"1.9.{number}"
+            data.SeriesInstanceUID = f"1.8.{number}"
+        save(tmp_path / "in" / "Doe_Jane" / str(number), slices)
+    names = run(tmp_path, tmp_path / "in")
+    assert len({re.fullmatch(r"study-([0-9a-f]{10})_[0-9a-f]{8}\.nii\.gz", name)[1] for name in names}) == 3
+    digest = hashlib.sha256(b"4711").hexdigest()
+    assert not any(digest[:10] in name or digest[:8] in name for name in names)
 
 
 def test_a_single_file_and_nifti_beside_it(tmp_path):
