@@ -153,7 +153,7 @@ def check_intensity(settings: PrepareSettings) -> None:
         )
     for name in settings.intensity or ("",):
         if name not in SCALES:
-            raise ValueError(f"intensity: expected {', '.join(SCALES)}, got {name!r}{nearest(name, SCALES)}")
+            raise ValueError(f"intensity: expected {', '.join(SCALES)}, got {name!r}{nearest(name.lower(), SCALES)}")
     for name in ("intensity", "input_mean", "input_std"):
         values = getattr(settings, name)
         if len(values) > 1 and len(values) != num:

@@ -142,6 +142,7 @@ def write_data_check(
         cards={**lines, "findings": counts_text(findings)},
         findings=[finding_table(kind, found) for kind, found in by_kind(findings).items()],
         histograms=drawn_histograms(examined),
+        greys="-400 to 400 HU" if all(seen.is_ct for seen in examined) else "lowest to highest value of each case",
         thumbnails=[shown_thumbnail(seen) for seen in with_picture],
         num_cases=len(examined),
     )
@@ -173,7 +174,7 @@ def case_numbers(seen: Examined) -> dict[str, Any]:
 
 
 def drawn_histograms(examined: Sequence[Examined]) -> bytes | None:
-    """Draw spacing and size of the cases by axis, and HU of all voxels, as PNG; None if no case was read."""
+    """Draw spacing and size of the cases by axis, and the values of all voxels, as PNG; None if no case was read."""
     read = [seen for seen in examined if seen.shape and seen.spacing]
     if not read:
         return None
@@ -189,9 +190,8 @@ def drawn_histograms(examined: Sequence[Examined]) -> bytes | None:
         axes.legend(fontsize=7)
     fractions = [seen.counts / seen.counts.sum() for seen in read if seen.counts is not None]
     if fractions:
-        is_ct = len(fractions[0]) == len(HISTOGRAM) - 1
-        values.stairs(np.mean(fractions, axis=0), HISTOGRAM if is_ct else FRACTIONS, fill=True)
-        title = "HU" if is_ct else "value, lowest to highest of each case"
+        values.stairs(np.mean(fractions, axis=0), HISTOGRAM if read[0].is_ct else FRACTIONS, fill=True)
+        title = "HU" if read[0].is_ct else "value, lowest to highest of each case"
         values.set(title=f"{title}, mean over cases", ylabel="fraction of voxels", yscale="log")
     return figure_png(figure)
 

@@ -103,15 +103,15 @@ class MaskedTask(Task):
             visible_voxels = visible_at(visible, volumes.shape[2:])
             arrays = (volumes.clone(), reconstruct(volumes, output))
             images, results = (to_fractions(x[0].cpu(), maps).numpy() for x in arrays)
-            for channel in range(self.config.num_image_channels):
-                title = f"{name}, channel {self.config.image_channels[channel]}" if channel else name
+            for channel, number in enumerate(self.config.image_channels):
+                title = f"{name}, channel {number}" if channel else name
                 options: dict[str, Any] = {"title": f"{title}, epoch {epoch}", "spacing": self.config.spacing}
                 image, mask, result = images[channel], visible_voxels[0, 0].cpu().numpy(), results[channel]
                 if sampling := common.slice_sampling(self.config):
                     image, mask, result = (np.expand_dims(x, sampling.axis) for x in (image, mask, result))
                     options["slices"] = [self.config.slices]
                 figure = reconstruction_panel(image, mask, result.clip(0, 1), **options)
-                stem = f"epoch_{epoch:04d}_{name}" + (f"_channel{channel}" if channel else "")
+                stem = f"epoch_{epoch:04d}_{name}" + (f"_channel{number}" if channel else "")
                 save_figure(figure, self.config.run_folder / "pictures" / f"{stem}.png")
                 log.board.add_figure(f"reconstruction/{title}", figure, step, close=False)
 

@@ -107,7 +107,8 @@ def test_predictions_are_what_is_scored(finetuned, data, tmp_path):
     assert summary["protocol"]["intensity"] == ["mr"]
     assert summary["protocol"]["image_channels"] == [0, 1]
     assert "hu_window" not in summary["protocol"]
-    assert predict_segmentation(finetuned.run_folder, [data / "imagesTr"], tmp_path / "out", num_workers=1) == {}
+    made = predict_segmentation(finetuned.run_folder, [data / "imagesTr"], tmp_path / "out", num_workers=1)
+    assert made.failures == {}
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert written == [f"{case}.nii.gz" for case in CASES]
     rows = (tmp_path / "scores" / "cases.csv").read_text().splitlines()
@@ -236,6 +237,6 @@ def test_mr_under_the_settings_of_ct_gets_advice_that_works(data, tmp_path, caps
     assert exit_.value.code == 2
     text = capsys.readouterr().err
     assert 'names it "T1"' in text
-    assert "use --intensity mr" in text
+    assert "train with --intensity mr" in text
     main(["pretrain", *words, *small, "--intensity", "mr"])
     assert np.isfinite(json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["loss"])

@@ -26,6 +26,7 @@ from hyspark.data.datasets.list_parts import (
 from hyspark.data.datasets.nnunet import ANOTHER_CHANNEL, absolute
 from hyspark.data.datasets.words import FIRST_CHANNEL, FIRST_CHANNELS
 from hyspark.data.quality.findings import Finding
+from hyspark.data.readers.header import num_volumes
 from hyspark.utils.paths import load_json, nifti_stem
 from hyspark.utils.text import list_of, listing
 
@@ -43,7 +44,8 @@ def write_datalist(datalist: Datalist, path: Path) -> None:
         return parts.as_posix() if parts.parts[0] == ".." else f"./{parts.as_posix()}"
 
     def entry(case: Case) -> dict[str, Any]:
-        image = {"image": [relative(file) for file in case.images] if case.others else relative(case.image)}
+        files = [relative(file) for file in dict.fromkeys(case.images)]
+        image = {"image": files if len(files) > 1 else files[0]}
         return image if case.label is None else image | {"label": relative(case.label)}
 
     content: dict[str, Any] = {"training": [entry(case) for case in datalist.training]}
@@ -219,7 +221,7 @@ def read_entries(
             continue
         folder = listed.source.parent
         files = [absolute(folder, str(text)) for text in texts]
-        of_list = isinstance(image, list)
+        of_list = isinstance(image, list) and not (len(files) == 1 and num_volumes(files[0]) > 1)
         chosen = entry_channels(files, channels, listed) if of_list else named_channels(files[0], channels, listed)
         if chosen is None:
             asked = f"channels {list_of(channels)} (image_channels) among the files of its image"
@@ -245,7 +247,7 @@ def named_channels(image: Path, channels: Sequence[int], listed: ListedData) -> 
     """Return the files of channels of an image that a list names as one file, and pass over the others.
 
     case.nii.gz stands for case_0000.nii.gz and its like, as in lists of nnU-Net v1. Channels of case_0000.nii.gz lie
-    beside it.
+    beside it. A file of several volumes holds all channels, as in the decathlon.
     """
     stem = nifti_stem(image)
     whole = image.with_name(f"{stem}_{FIRST_CHANNEL}{image.name[len(stem) :]}")
@@ -255,7 +257,7 @@ def named_channels(image: Path, channels: Sequence[int], listed: ListedData) -> 
     near = whole if is_whole else image
     chosen = [beside(near, channel) for channel in channels]
     number = 0
-    while (other := beside(near, number)).exists():
+    while (other := beside(near, number)).exists() and not (number and other == near):
         if other not in chosen:
             listed.pass_over(*ANOTHER_CHANNEL, other)
         number += 1

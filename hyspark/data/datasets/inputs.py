@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hyspark.data.datasets.cases import Case
-from hyspark.data.datasets.channels import channel_text, complete_cases, further_cases
+from hyspark.data.datasets.channels import complete_cases, first_cases, further_cases
 from hyspark.data.datasets.data_folder import read_data_folder
-from hyspark.data.datasets.file_names import cases_of_stems
 from hyspark.data.datasets.found import DataSet, FoundData
 from hyspark.data.datasets.loose import read_loose, sort_files
 from hyspark.data.datasets.nnunet import ANOTHER_CHANNEL
@@ -70,7 +69,7 @@ def add_files(files: Sequence[Path], channels: Sequence[int], found: FoundData) 
 def add_images(folder: Path, files: Sequence[Path], channels: Sequence[int], found: FoundData) -> None:
     """Add the cases of named images of one folder; files of other channels are passed over."""
     stems = [nifti_stem(file) for file in files]
-    cases = cases_of_stems(stems, channel=channel_text(channels[0]))
+    cases = first_cases(files, (), channels)
     others = further_cases(stems, (), channels)
     first: dict[str, list[Path]] = {}
     further: dict[str, dict[int, Path]] = {}

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from hyspark.data.datasets.cases import Case, ignored_value
-from hyspark.data.datasets.channels import channel_text, complete_cases, further_cases
-from hyspark.data.datasets.file_names import OTHER_FORMATS, cases_of_stems, labelled_stems, pair_key, unique_names
+from hyspark.data.datasets.channels import complete_cases, first_cases, further_cases
+from hyspark.data.datasets.file_names import OTHER_FORMATS, labelled_stems, pair_key, unique_names
 from hyspark.data.datasets.found import DataSet, FoundData
 from hyspark.data.datasets.nnunet import ANOTHER_CHANNEL, NO_NIFTI, add_once, num_channels, read_declaration
 from hyspark.data.datasets.words import (
@@ -62,7 +62,7 @@ def read_loose(
     for files in images.values():
         image_stems = [nifti_stem(file) for file in files]
         known = near_stems | labelled_stems(image_stems, label_stems)
-        cases = cases_of_stems(image_stems, known, channel_text(channels[0]), num_channels(content))
+        cases = first_cases(files, known, channels, num_channels(content))
         others = further_cases(image_stems, known, channels, num_channels(content))
         taken: dict[str, Path] = {}
         further: dict[str, dict[int, Path]] = {}

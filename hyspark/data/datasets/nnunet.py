@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hyspark.data.datasets.cases import Case, ignored_value
-from hyspark.data.datasets.channels import beside, channel_text, complete_cases, further_cases
-from hyspark.data.datasets.file_names import BTCV_IMAGE, OTHER_FORMATS, cases_of_stems
+from hyspark.data.datasets.channels import beside, channel_text, complete_cases, first_cases, further_cases
+from hyspark.data.datasets.file_names import BTCV_IMAGE, OTHER_FORMATS
 from hyspark.data.datasets.found import DataSet, FoundData
 from hyspark.data.datasets.words import FIRST_CHANNEL, FIRST_CHANNELS, is_label_name
 from hyspark.data.quality.findings import Finding
@@ -112,7 +112,7 @@ def folder_pairs(folder: Path, content: dict[str, Any], channels: Sequence[int],
     images: dict[str, Path] = {}
     files = list(volumes_in(folder / "imagesTr", found))
     stems = [nifti_stem(file) for file in files]
-    cases = cases_of_stems(stems, label_stems, channel_text(channels[0]), num_channels(content))
+    cases = first_cases(files, label_stems, channels, num_channels(content))
     of_further = further_cases(stems, label_stems, channels, num_channels(content))
     further: dict[str, dict[int, Path]] = {}
     has_channels = any(case != stem for stem, case in cases.items())

@@ -56,6 +56,11 @@ def organize_by_names(
         raise FileNotFoundError(f"{source}: expected .nii.gz or .nii files in it or any folder below, found none")
     if broken := [str(file) for (of_case, *_) in files.values() for file in of_case if not file.exists()]:
         raise FileNotFoundError(f"links to files that do not exist: {listing(broken)}")
+    if whole := [str(of_case[0]) for (of_case, *_) in files.values() if len(set(of_case)) < len(of_case)]:
+        raise ValueError(
+            f"{whole[0]}: expected a file for each channel, got {len(whole)} files that hold several; they are read as "
+            f"they are: --data {source} --image_channels {' '.join(map(str, channels))}"
+        )
     twice = [f"{case} ({listing(str(of[0]) for of in same)})" for case, same in files.items() if len(same) > 1]
     if twice := [*twice, *(f"{f.file}, {f.found}" for f in found.findings if f.kind == "two files for a case")]:
         raise ValueError(f"files that would get the same name; rename them: {listing(twice)}")

@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from hyspark.data.datasets.cases import UNANNOTATED, Case
+from hyspark.data.datasets.words import FIRST_CHANNELS
 from hyspark.data.intensity import MAX_STORED, LinearMap, VolumeScale, quantise, store_key
 from hyspark.data.preprocessing.arrays import MAX_OPEN, damaged_entry, open_array, write_array
 from hyspark.data.preprocessing.entry_files import UNFINISHED_PREFIX, checksums, is_complete
@@ -76,6 +77,8 @@ def entry_folder(
             key[name] = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
     if ignore is not None:
         key["ignore"] = ignore
+    if settings.image_channels != FIRST_CHANNELS:  # which may be volumes of one file
+        key["image_channels"] = settings.image_channels
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return store_dir / digest[:32]
 

@@ -13,16 +13,18 @@ from nibabel.affines import voxel_sizes
 from nibabel.spatialimages import SpatialImage
 
 from hyspark.data.datasets.cases import Case
+from hyspark.data.datasets.words import CHANNEL, FIRST_CHANNELS
 from hyspark.data.intensity import VolumeScale, volume_scale
 from hyspark.data.quality.faults import file_fault, header_faults, label_faults
 from hyspark.data.quality.findings import Finding, missing_channel
-from hyspark.data.quality.modality import declared_modality
+from hyspark.data.quality.modality import declared_modality, num_declared
 from hyspark.data.quality.value_faults import value_faults
 from hyspark.data.readers.geometry import pair_fault, put_in_order
 from hyspark.data.readers.header import NiftiError, NiftiHeader, read_nifti_header
 from hyspark.data.readers.label_values import whole_values
 from hyspark.data.readers.nifti import read_voxels
 from hyspark.data.settings import PrepareSettings
+from hyspark.utils.paths import nifti_stem
 from hyspark.utils.text import first_line, format_bytes
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -89,7 +91,7 @@ def read_case(case: Case, settings: PrepareSettings, declared: frozenset[int] | 
         if len(case.images) < settings.num_image_channels:
             found = f"{len(case.images)} file, for {settings.num_image_channels} channels"
             files.add(case.image, iter([("missing channel", found)]))
-        image = open_volume(case.image, files)
+        image = open_volume(case.image, files, channel_in_file(case, settings, 0))
         if image is not None and fits_memory(image, settings, files):
             add_image(image, settings, files)
             for channel, path in enumerate(case.others, 1):
@@ -107,12 +109,24 @@ def failure(case: Case, error: Exception) -> Finding:
     return Finding(kind, str(case.image), f"{type(error).__name__}: {first_line(error)}")
 
 
-def open_volume(path: Path, files: CaseFiles) -> NiftiHeader | None:
+def channel_in_file(case: Case, settings: PrepareSettings, channel: int) -> int | None:
+    """Return which volume of a file of several is meant, by its index among the channels that are read.
+
+    None where a file is one channel, or where neither the settings nor dataset.json say that volumes of one file are
+    channels: they may be times.
+    """
+    stem = nifti_stem(case.image)
+    is_one = len(set(case.images)) > 1 or (CHANNEL.fullmatch(stem) and not case.name.endswith(stem))
+    is_said = settings.image_channels != FIRST_CHANNELS or num_declared(case.image) > 1
+    return settings.image_channels[channel] if is_said and not is_one else None
+
+
+def open_volume(path: Path, files: CaseFiles, channel: int | None = None) -> NiftiHeader | None:
     """Read the header of a NIfTI file; return None and add a finding if it is no readable volume."""
     fault = file_fault(path)
     if fault is None:
         try:
-            return read_nifti_header(path)
+            return read_nifti_header(path, channel)
         except NiftiError as error:
             fault = (error.kind, error.found)
     files.add(path, iter([fault]))
@@ -139,6 +153,8 @@ def fits_memory(header: NiftiHeader, settings: PrepareSettings, files: CaseFiles
 def add_image(header: NiftiHeader, settings: PrepareSettings, files: CaseFiles) -> None:
     """Read the first channel of a case, with the findings about its header and its values."""
     files.shape = header.shape
+    if header.num_volumes > settings.num_image_channels:
+        files.add(header.path, iter([("another channel", f"{header.num_volumes} channels in one file")]))
     if header.has_position:
         files.spacing = tuple(float(edge) for edge in voxel_sizes(header.affine))
     files.add(header.path, header_faults(header))
@@ -155,10 +171,11 @@ def add_channel(path: Path, channel: int, first: NiftiHeader, settings: PrepareS
     if not path.exists() and not path.is_symlink():
         files.findings.append(missing_channel(path))
         return
-    header = open_volume(path, files)
+    header = open_volume(path, files, channel_in_file(files.case, settings, channel))
     if header is None:
         return
-    files.add(path, header_faults(header))
+    if path != first.path:
+        files.add(path, header_faults(header))
     if (voxels := load_voxels(header, files)) is None:
         return
     judge_values(path, voxels, channel, settings, files)
@@ -187,7 +204,8 @@ def judge_values(
         return None
     sample, scale = sample_voxels(voxels), volume_scale(voxels, settings, channel)
     files.scales.append(scale)
-    faults = list(value_faults(low, high, sample, settings, declared_modality(path), channel))
+    modality = declared_modality(path, settings.image_channels[channel])
+    faults = list(value_faults(low, high, sample, settings, modality, channel))
     if low < high and not scale.low < scale.high:
         faults.append(("no foreground", f"values from {low:g} to {high:g}, one of them in the foreground"))
     files.add(path, iter(faults))

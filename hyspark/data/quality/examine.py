@@ -35,6 +35,7 @@ class Examined:
         findings: findings about its files.
         shape: voxels per axis of the image; None if unreadable.
         spacing: mm per voxel of the image; None if unreadable.
+        is_ct: whether the first channel is shown in HU.
         counts: sampled voxels of the first channel in the bins of HISTOGRAM, of FRACTIONS if it is no CT.
         low: least value of the first channel.
         high: largest value of the first channel.
@@ -47,6 +48,7 @@ class Examined:
     findings: list[Finding] = field(default_factory=list)
     shape: tuple[int, ...] | None = None
     spacing: tuple[float, ...] | None = None
+    is_ct: bool = True
     counts: np.ndarray | None = None
     low: float | None = None
     high: float | None = None
@@ -74,30 +76,31 @@ def examine(case: Case, settings: PrepareSettings, declared: frozenset[int] | No
         files.findings,
         files.shape,
         files.spacing,
+        intensity_of(settings, 0) in OF_CT,
         low=files.low,
         high=files.high,
         label_voxels=files.label_voxels,
     )
     try:
-        add_statistics(files, seen, is_ct=intensity_of(settings, 0) in OF_CT)
+        add_statistics(files, seen)
     except Exception as error:  # the voxels are read, but a copy of them may not fit the memory
         seen.findings.append(failure(case, error))
     return seen
 
 
-def add_statistics(files: CaseFiles, seen: Examined, *, is_ct: bool) -> None:
+def add_statistics(files: CaseFiles, seen: Examined) -> None:
     """Add digest, histogram and thumbnail of the image, if it was read."""
     if not files.images:
         return
     seen.digest = digest_of(*(np.asanyarray(image.dataobj) for image in files.images))
     first = files.images[0]
     scale = files.scales[0] if files.sample is not None else None
-    bounds = VIEWING_WINDOW if is_ct or scale is None else (scale.low, scale.high)
+    bounds = VIEWING_WINDOW if seen.is_ct or scale is None else (scale.low, scale.high)
     seen.thumbnail = thumbnail_of(np.asanyarray(first.dataobj), first.affine, bounds)
     if files.sample is None or scale is None:
         return
     values = files.sample.astype(np.float32)
-    if is_ct:
+    if seen.is_ct:
         seen.counts = np.histogram(values.clip(HISTOGRAM[0], HISTOGRAM[-1]), HISTOGRAM)[0]
     elif scale.low < scale.high:
         seen.counts = np.histogram(fractions_of(values, scale)[0], FRACTIONS)[0]

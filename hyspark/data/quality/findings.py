@@ -24,13 +24,15 @@ class FindingKind:
 
 HU = "Hounsfield units (air -1000, water 0), or values that hu_min and hu_max were set to"
 SET_WINDOW = "or set hu_min and hu_max to the range of such values for the run"
-OF_MR = "for MR, use --intensity mr"
+OF_MR = "for MR, check and train with --intensity mr"
 
 FINDING_KINDS: dict[str, FindingKind] = {
     # The file
     "missing": FindingKind("error", "the file that the list names", "restore it, or take the case off the list"),
     "missing channel": FindingKind(
-        "error", "a file for each of image_channels", "restore it, name other --image_channels, or exclude the case"
+        "error",
+        "a file for each of image_channels",
+        "restore it, exclude the case, or train with other --image_channels",
     ),
     "dangling link": FindingKind("error", "a link to a file that exists", "fix the link, or remove it"),
     "no permission": FindingKind("error", "a file that you may read", "change its permissions (chmod a+r)"),
@@ -49,7 +51,7 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "not 3D": FindingKind(
         "error",
         "one volume of three axes",
-        "take one volume out of it, or remove it; write channels as CASE_0000, CASE_0001, ...",
+        "if its volumes are channels, name those to read: --image_channels 0 1; else take one volume out of it",
     ),
     "colours": FindingKind("error", "one number a voxel", "it is a picture or a secondary capture; remove it"),
     "complex numbers": FindingKind("error", "real numbers", "it is no CT; remove it"),
@@ -94,7 +96,7 @@ FINDING_KINDS: dict[str, FindingKind] = {
         "the conversion failed, or it is a mask; for a mask, --intensity none",
     ),
     "MR as CT": FindingKind("error", HU, OF_MR),
-    "CT as MR": FindingKind("warning", "an image other than CT", "for CT, use --intensity ct"),
+    "CT as MR": FindingKind("warning", "an image other than CT", "for CT, check and train with --intensity ct"),
     "all air": FindingKind("error", "tissue in the HU window", "is it CT in Hounsfield units?"),
     "offset": FindingKind("error", HU, "subtract what was added (1024 or 1000), or convert it again"),
     "inverted": FindingKind("error", HU, "air is bright; multiply it by -1, or convert it again"),
@@ -110,7 +112,9 @@ FINDING_KINDS: dict[str, FindingKind] = {
         "convert it again, or set hu_min and hu_max inside its range for the run",
     ),
     "label map": FindingKind("error", "an image", "it looks like a label map; name the image instead"),
-    "like PET": FindingKind("error", HU, f"it looks like PET; remove it, {SET_WINDOW}"),
+    "like PET": FindingKind(
+        "error", HU, f"it looks like PET; for PET, check and train with --intensity none; else {SET_WINDOW[3:]}"
+    ),
     "no CT": FindingKind("error", HU, f"it looks like MR or another modality; {OF_MR}; else remove it, {SET_WINDOW}"),
     "another window": FindingKind(
         "error", "hu_min and hu_max around tissue, since the values are HU", "set them for HU, for example -175 and 250"

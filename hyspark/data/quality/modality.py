@@ -1,6 +1,7 @@
 """The modality of an image that the dataset.json of its folder declares."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -51,18 +52,31 @@ class Modality:
         return re.sub(r"[\W_]+", " ", self.name.lower())
 
 
-def declared_modality(image: Path) -> Modality:
-    """Return what dataset.json says of an image; it lies above the image's folder (nnU-Net, decathlon) or in it."""
+def declared_modality(image: Path, channel: int = 0) -> Modality:
+    """Return what dataset.json says of an image.
+
+    Args:
+        image: the image's file.
+        channel: its channel, unless the file's name says it.
+    """
+    found = re.search(r"_(\d{4})$", nifti_stem(image))
+    number = int(found[1]) if found else channel
+    declared = ((file, names[number]) for file, names in declarations(image) if names.get(number))
+    return next((Modality(name, str(file)) for file, name in declared), Modality())
+
+
+def num_declared(image: Path) -> int:
+    """Return the number of channels that dataset.json names for an image; 0 without any."""
+    return max((len(names) for _, names in declarations(image)), default=0)
+
+
+def declarations(image: Path) -> Iterator[tuple[Path, dict[int, str]]]:
+    """Yield the dataset.json above an image's folder (nnU-Net, decathlon) and in it, with the names of channels."""
     for file in (image.parent.parent / "dataset.json", image.parent / "dataset.json"):
         try:
-            names = channel_names(file, file.stat().st_mtime_ns)
+            yield file, channel_names(file, file.stat().st_mtime_ns)
         except (OSError, ValueError):
             continue
-        found = re.search(r"_(\d{4})$", nifti_stem(image))
-        number = int(found[1]) if found else 0
-        if name := names.get(number, ""):
-            return Modality(name, str(file))
-    return Modality()
 
 
 @lru_cache(64)

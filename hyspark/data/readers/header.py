@@ -54,14 +54,16 @@ class NiftiError(ValueError):
             else "copy or convert it again"
         )
         super().__init__(
-            f"expected one 3D volume, got {found}" if kind == "not 3D" else f"unreadable as NIfTI ({found}); {advice}"
+            f"expected one 3D volume, got {found}"
+            if kind in ("not 3D", "missing channel")
+            else f"unreadable as NIfTI ({found}); {advice}"
         )
         self.kind, self.found = kind, found
 
 
 @dataclass(frozen=True)
 class NiftiHeader:
-    """The header of a file that holds one volume.
+    """The header of one volume of a file.
 
     Attributes:
         path: the file.
@@ -69,9 +71,10 @@ class NiftiHeader:
         is_compressed: whether the file is compressed by gzip.
         shape: voxels per axis `(h, w, d)`.
         dtype: type of the stored voxels.
-        offset: position of the first voxel in the unpacked file, in bytes.
+        offset: position of the volume's first voxel in the unpacked file, in bytes.
         affine: `(4, 4)`, RAS mm.
         faults: faults of the fields, each as a kind of finding and its text.
+        num_volumes: volumes along the fourth axis of the file, such as the channels of MR.
     """
 
     path: Path
@@ -82,6 +85,7 @@ class NiftiHeader:
     offset: int
     affine: np.ndarray
     faults: tuple[tuple[str, str], ...]
+    num_volumes: int = 1
 
     @property
     def end(self) -> int:
@@ -105,8 +109,12 @@ class NiftiHeader:
         return [name for name in types.names if types[name].kind == "S" and name not in ("magic", "regular")]
 
 
-def read_nifti_header(path: Path) -> NiftiHeader:
+def read_nifti_header(path: Path, channel: int | None = None) -> NiftiHeader:
     """Read the header of a NIfTI file without its voxels.
+
+    Args:
+        path: the file.
+        channel: which volume of a file of several is meant; None to refuse such files.
 
     Raises:
         NiftiError: the file is damaged, or holds no volume of numbers. A volume without a valid position is a fault of
@@ -123,11 +131,14 @@ def read_nifti_header(path: Path) -> NiftiHeader:
         raise NiftiError("damaged", first_line(error)) from error
     raw, faults = parse_fields(start)
     dtype = voxel_type(raw)
-    shape = volume_shape(raw)
+    shape, num_volumes = volume_shape(raw, channel)
     offset, odd = voxel_offset(raw)
     faults += odd
     affine, geometry_faults = read_geometry(raw, shape)
-    header = NiftiHeader(path, raw, is_compressed, shape, dtype, offset, affine, (*geometry_faults, *faults))
+    if channel and num_volumes > 1:
+        offset += channel * math.prod(shape) * dtype.itemsize
+    found = (*geometry_faults, *faults)
+    header = NiftiHeader(path, raw, is_compressed, shape, dtype, offset, affine, found, num_volumes)
     if header.end > stored * (MAX_COMPRESSION if is_compressed else 1):
         size = " x ".join(str(n) for n in shape)
         raise NiftiError("damaged", f"a file of {stored:,} bytes, too short for {size} voxels of type {dtype}")
@@ -208,15 +219,20 @@ def voxel_type(raw: Any) -> np.dtype:
     return dtype
 
 
-def volume_shape(raw: Any) -> tuple[int, int, int]:
-    """Return voxels per axis; raise NiftiError unless the file holds one volume of three axes."""
+def volume_shape(raw: Any, channel: int | None = None) -> tuple[tuple[int, int, int], int]:
+    """Return voxels per axis and the number of volumes; raise NiftiError unless the file holds the one meant."""
     num = int(raw["dim"][0])
     if not 1 <= num <= 7:
         raise NiftiError("not 3D", f"dim[0] is {num}")
     shape = tuple(int(n) for n in raw["dim"][1 : num + 1])
-    if num < 3 or min(shape) < 1 or set(shape[3:]) > {1} or max(shape[3:], default=1) > 1:
+    if num < 3 or min(shape) < 1:
         raise NiftiError("not 3D", f"shape {shape}")
-    return shape[0], shape[1], shape[2]
+    num_volumes = math.prod(shape[3:])
+    if num_volumes > 1 and (channel is None or num_volumes != max(shape[3:])):
+        raise NiftiError("not 3D", f"shape {shape}")
+    if num_volumes > 1 and channel is not None and channel >= num_volumes:
+        raise NiftiError("missing channel", f"{num_volumes} channels in one file, without channel {channel}")
+    return (shape[0], shape[1], shape[2]), num_volumes
 
 
 def voxel_offset(raw: Any) -> tuple[int, list[tuple[str, str]]]:
@@ -226,6 +242,14 @@ def voxel_offset(raw: Any) -> tuple[int, list[tuple[str, str]]]:
     if not math.isfinite(offset) or offset < least:
         return least, [("odd field", f"vox_offset is {offset:g}, within the header; voxels are read from {least}")]
     return int(offset), []
+
+
+def num_volumes(path: Path) -> int:
+    """Return the number of volumes along the fourth axis of a NIfTI file; 1 of an unreadable one."""
+    try:
+        return read_nifti_header(path, 0).num_volumes
+    except (NiftiError, OSError):
+        return 1
 
 
 def header_extensions(header: NiftiHeader) -> Iterator[tuple[int, bytes]]:

@@ -16,9 +16,9 @@ from hyspark.data.readers.label_values import label_value_fault, whole_values
 from hyspark.utils.text import first_line
 
 
-def placed_header(path: Path) -> NiftiHeader:
+def placed_header(path: Path, channel: int | None = None) -> NiftiHeader:
     """Read the header of a NIfTI file; raise NiftiError unless it holds one volume with a position in space."""
-    header = read_nifti_header(path)
+    header = read_nifti_header(path, channel)
     for kind, found in header.faults:
         if kind in FATAL:
             raise NiftiError(kind, f"{kind}: {found}")
@@ -26,8 +26,11 @@ def placed_header(path: Path) -> NiftiHeader:
 
 
 def file_grid(path: Path) -> Grid:
-    """Read shape and affine of a NIfTI file by its header; raise NiftiError unless it is one volume in space."""
-    return placed_header(path).grid
+    """Read shape and affine of an image by its header; raise NiftiError unless it is a volume in space.
+
+    Of a file of several channels, those of each.
+    """
+    return placed_header(path, channel=0).grid
 
 
 def read_voxels(header: NiftiHeader) -> np.ndarray:
@@ -97,7 +100,7 @@ def label_file(labels: np.ndarray, source: Path) -> bytes:
     Geometry, units and codes are the source's, field by field, so that every program reads both in one position. Fields
     on intensities are reset. Free text and extensions are removed, since they may name a patient.
     """
-    header = read_nifti_header(source)
+    header = read_nifti_header(source, channel=0)
     raw = header.raw.copy()
     raw.set_data_dtype(labels.dtype)
     raw.set_data_shape(labels.shape)

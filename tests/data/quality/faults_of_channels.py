@@ -47,6 +47,7 @@ CHANNELS = [
     channel("a mask of 0 and 1000", "refused", lambda path: save(path, (1000 * (organs(0) > 0)).astype(np.int16))),
     channel("CT", "agree", lambda path: save(path, ct(0))),
     channel("two axes", "refused", lambda path: save(path, mr(0, 1)[0])),
+    channel("four axes", "refused", lambda path: save(path, np.stack([mr(0, 1), mr(1, 1)], -1))),
     Fault(
         "first channel missing",
         "set",

@@ -1,6 +1,7 @@
 """`check` judges values against the intensities of the run, and its advice works when it is typed."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def test_mr_under_ct_is_an_error_whose_advice_works(tmp_path, capsys, name):
     (folder / "dataset.json").write_text(json.dumps(content | names))
     assert exit_code(str(folder), "--out", str(tmp_path / "one")) == 1
     text = capsys.readouterr().out
-    assert "use --intensity mr" in text
+    assert "train with --intensity mr" in text
     assert ("error: MR as CT (4)" in text) == (name is not None)
     exit_code(str(folder), "--out", str(tmp_path / "two"), "--intensity", "mr")
     text = capsys.readouterr().out
@@ -45,7 +46,7 @@ def test_mr_under_ct_is_an_error_whose_advice_works(tmp_path, capsys, name):
     assert "Hounsfield" not in text
     assert not kinds(folder, intensity=("mr",)) - {"thin"}
     assert json.loads((tmp_path / "two" / "check.json").read_text())["estimate"] is not None
-    page = (tmp_path / "two" / "check.html").read_text().split("<img")[0]
+    page = re.sub(r"data:image[^\"]*", "", (tmp_path / "two" / "check.html").read_text())
     assert "HU" not in page
 
 
@@ -54,6 +55,15 @@ def test_ct_under_mr_is_a_warning(tmp_path):
     assert kinds(data.folder, intensity=("mr",)) - {"thin"} == {"CT as MR"}
     assert kinds(data.folder, intensity=("ct",)) - {"thin"} == set()
     assert kinds(data.folder, intensity=("none",)) - {"thin"} == set()
+
+
+def test_pet_under_ct_is_an_error_whose_advice_works(tmp_path):
+    values = np.random.default_rng(0).exponential(0.3, (40, 40, 40)).astype(np.float32)
+    values[10:14, 10:14, 10:14] = 12
+    save(tmp_path / "a_0000.nii.gz", values)
+    case = Case("a", "D", tmp_path / "a_0000.nii.gz")
+    assert "train with --intensity none" in str(read_case(case, PrepareSettings()).errors[0])
+    assert not read_case(case, PrepareSettings(intensity=("none",))).errors
 
 
 def test_two_channels_are_checked(tmp_path, capsys):

@@ -238,7 +238,7 @@ def centre(where: np.ndarray, affine: np.ndarray) -> np.ndarray:
         ("not 3D", {"dim": (0, *SHAPE, 1, 1, 1, 1)}),
         ("not 3D", {"dim": (2, *SHAPE, 1, 1, 1, 1)}),
         ("not 3D", {"dim": (3, 22, -20, 18, 1, 1, 1, 1)}),
-        ("not 3D", {"dim": (5, 11, 20, 18, 1, 2, 1, 1)}),
+        ("not 3D", {"dim": (6, 11, 10, 18, 2, 1, 2, 1)}),
         ("colours", {"datatype": 128}),
         ("complex numbers", {"datatype": 32}),
         ("NaN or infinite", {"scl_slope": 2, "scl_inter": np.inf}),
