@@ -237,27 +237,33 @@ def import_scans(argv: Sequence[str]) -> None:
         raise ValueError(f"--slice_spacing: expected mm above 0 on each axis, got {args.slice_spacing}")
     if args.label_names and not args.labels:
         raise ValueError("--label_names: read with --labels alone; add --labels")
-    from hyspark.data.importing import choice, import_labels, pseudonyms, summary, write
+    from hyspark.data.importing import choice, import_labels, pseudonyms, record, summary, write
     from hyspark.data.structures.class_names import read_class_names
 
     classes = read_class_names(Path(args.label_names)) if args.label_names else None
     labels = None
     salt_file = Path(args.salt_file) if args.salt_file else pseudonyms.default_salt_file()
     try:
-        imported = write.import_volumes(
-            [Path(source) for source in args.sources],
-            Path(args.out),
-            choice.Choice(
-                args.modality, args.choose, args.kernel, args.series_description, args.min_slices, args.max_thickness
-            ),
-            salt_file=salt_file,
-            slice_spacing=args.slice_spacing,
-            keep_descriptions=args.keep_descriptions,
-            private_table=Path(args.private_table) if args.private_table else None,
-            num_workers=args.prepare_workers,
-        )
-        if args.labels:
-            labels = import_labels.import_labels(imported, classes, num_workers=args.prepare_workers)
+        with record.hold_data_set(Path(args.out)):
+            imported = write.import_volumes(
+                [Path(source) for source in args.sources],
+                Path(args.out),
+                choice.Choice(
+                    args.modality,
+                    args.choose,
+                    args.kernel,
+                    args.series_description,
+                    args.min_slices,
+                    args.max_thickness,
+                ),
+                salt_file=salt_file,
+                slice_spacing=args.slice_spacing,
+                keep_descriptions=args.keep_descriptions,
+                private_table=Path(args.private_table) if args.private_table else None,
+                num_workers=args.prepare_workers,
+            )
+            if args.labels:
+                labels = import_labels.import_labels(imported, classes, num_workers=args.prepare_workers)
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         sys.exit(INTERRUPTED)

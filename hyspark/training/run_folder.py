@@ -3,11 +3,10 @@
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from torch import nn
 
 from hyspark.config.pretrain import PretrainConfig
@@ -15,10 +14,7 @@ from hyspark.config.recipes import Config, as_plain, differences
 from hyspark.training import checkpoint, distributed
 from hyspark.training.distributed import Processes
 from hyspark.training.signals import StopRequests, catch_stop_signals
-from hyspark.utils.log import LOG
-
-LOCK_TIMEOUT = 10.0
-"""Seconds that a stopped process of the same run, or the loader processes of a killed one, have to end."""
+from hyspark.utils.locks import lock_folder
 
 
 def checkpoint_file(config: Config) -> Path:
@@ -103,7 +99,8 @@ def open_run_folder(config: Config, processes: Processes, model: nn.Module) -> I
         if config.replay:
             yield requests
             return
-        with lock_run_folder(config, processes), distributed.join_process_group(processes):
+        locked = lock_folder(config.run_folder, "run folder") if processes.is_main else nullcontext()
+        with locked, distributed.join_process_group(processes):
             if processes.is_main:
                 path = checkpoint_file(config)
                 checkpoint.remove_temporary_files(config.run_folder)
@@ -111,30 +108,3 @@ def open_run_folder(config: Config, processes: Processes, model: nn.Module) -> I
                 checkpoint.check_disk_space(path, model.parameters(), config.keep_last)
             distributed.barrier(processes)
             yield requests
-
-
-@contextmanager
-def lock_run_folder(config: Config, processes: Processes) -> Iterator[None]:
-    """Lock the run folder; the system releases the lock of a process that ends, however it ends.
-
-    Raises:
-        ValueError: Another process holds it.
-    """
-    if not processes.is_main:
-        yield
-        return
-    folder = config.run_folder
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            LOG.info("another process is writing to %s; waiting up to %.0f s for its end", folder, LOCK_TIMEOUT)
-            lock.acquire(timeout=LOCK_TIMEOUT)
-    except Timeout:
-        raise ValueError(f"another process is writing to {folder}; wait for it, or name another run folder") from None
-    try:
-        yield
-    finally:
-        lock.release()

@@ -40,6 +40,8 @@ VALUE_KINDS = frozenset(
     + ("OW", "PN", "SH", "SL", "SQ", "SS", "ST", "SV", "TM", "UC", "UI", "UL", "UN", "UR", "US", "UT", "UV")
 )
 """DICOM's names of the kinds of values (PS3.5, 6.2)."""
+ARCHIVE = "archive, to unpack"
+"""Kind of a file that may hold scans which nothing reads there."""
 HEAD = 600
 """Number of first bytes by which a content is recognised."""
 

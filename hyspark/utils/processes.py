@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
-import torch
 
 from hyspark.utils.log import LOG
 
@@ -132,7 +132,9 @@ def peak_resident() -> int | None:
 
 def set_up_worker() -> None:
     """Prepare a process of the pool: one thread, no signals, an end with its parent."""
-    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # heeded by libraries that are imported later
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
     ignore_signals()
     threading.Thread(target=exit_with_parent, daemon=True).start()
 

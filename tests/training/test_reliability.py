@@ -23,10 +23,11 @@ from hyspark.tasks.masked_task import MaskedTask
 from hyspark.tasks.pretrain import find_pretraining_cases, run_pretraining
 from hyspark.tasks.segmentation import run_segmentation
 from hyspark.tasks.segmentation_task import SegmentationTask
-from hyspark.training import checkpoint, run_folder
+from hyspark.training import checkpoint
 from hyspark.training.checkpoint import list_checkpoints, older_checkpoint
 from hyspark.training.run_folder import best_encoder_file, checkpoint_file, encoder_file
 from hyspark.training.signals import STOPPED
+from hyspark.utils import locks
 from tests.training.attacks import command, end, output, results, same_weights, start, wait_for_step
 
 
@@ -204,7 +205,7 @@ def test_the_newest_checkpoints_are_kept(pretraining):
 
 
 def test_a_folder_that_another_process_writes_to_is_left_to_it(pretraining, monkeypatch):
-    monkeypatch.setattr(run_folder, "LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr(locks, "LOCK_TIMEOUT", 0.1)
     pretraining.run_folder.mkdir(parents=True)
     with FileLock(pretraining.run_folder / ".lock"), pytest.raises(ValueError, match="another process is writing to"):
         run_pretraining(pretraining)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hyspark.utils import processes
-from hyspark.utils.processes import map_unordered, peak_resident
+from hyspark.utils.processes import map_unordered, peak_resident, worker_pool
 
 
 def work(number: int, folder: Path) -> str:
@@ -53,3 +53,9 @@ def test_peak_memory_counts_what_was_held():
     ballast = bytearray(os.urandom(1000) * 30000)
     held = peak_resident()
     assert held is None or held > len(ballast)
+
+
+def test_a_worker_waits_for_no_library_and_has_one_thread():
+    with worker_pool(1) as pool:
+        assert pool.submit(eval, "'torch' in __import__('sys').modules").result() is False
+        assert pool.submit(eval, "__import__('torch').get_num_threads()").result() == 1

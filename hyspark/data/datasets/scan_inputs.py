@@ -1,5 +1,6 @@
 """DICOM series that are named on a command line -> the volumes to predict, each a NIfTI file while it is needed."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from hyspark.data.datasets.found import MAX_NAMED
 from hyspark.data.datasets.inputs import read_inputs
 from hyspark.data.importing.nifti_content import nifti_content
 from hyspark.data.readers.dicom import MODALITIES, is_dicom, read_header
-from hyspark.data.readers.find import find_volumes
+from hyspark.data.readers.find import find_volumes, volume_name
 from hyspark.data.readers.series import Series
 from hyspark.data.readers.volumes import Found, Volume, read_volume
 from hyspark.data.settings import PrepareSettings
@@ -149,14 +150,24 @@ def add_dicom_scans(searched: Found, out: Path, found: PredictInputs) -> None:
         if volume.series is None:
             searched.add_other("NIfTI files among DICOM; name them to use them", volume.source)
             continue
-        image = scan_folder(out) / f"{volume.name}.nii.gz"
-        case = ScanCase(volume.name, volume.source.name, image, volume=volume)
+        name = scan_name(volume, volume.series)
+        case = ScanCase(name, volume.source.name, scan_folder(out) / f"{name}.nii.gz", volume=volume)
         found.cases.append(case)
         found.lines += [f"{case.origin} ({case.name}): {note}" for note in volume.series.notes]
     found.failures |= {source: f"{source}: {why}" for source, why in searched.damaged}
     found.lines += [f"{source}: not used, {why}" for source, why in searched.skipped]
     for kind, files in searched.other_files.items():
         found.lines.append(f"not used, {kind}: {len(files)} files: {listing(map(str, files), MAX_NAMED)}")
+
+
+def scan_name(volume: Volume, series: Series) -> str:
+    """Name a scan by hashes of its study and its series.
+
+    The UIDs, which nobody guesses, are part of them: a hash of a PatientID alone is undone by hashing all numbers.
+    """
+    study = f"{series.study or series.uid}\0{volume.patient}"
+    digest = hashlib.sha256(study.encode("utf-8", "surrogatepass")).hexdigest()
+    return volume_name(f"study-{digest[:10]}", volume.identity)
 
 
 def scan_folder(out: Path) -> Path:

@@ -92,16 +92,22 @@ def thickness_of(volume: Volume) -> float:
 
 
 def rank_of(volume: Volume, rule: Rule) -> tuple[float | str, ...]:
-    """Return a key by which the scan to take comes first: by the rule, then by the other one, then by its UID."""
+    """Return a key by which the scan to take comes first.
+
+    Scans come before those that were made from others. Then the rule decides, then the other one, then the UID.
+    """
     assert volume.series is not None
     slices, thickness = -len(volume.series.slices), thickness_of(volume)
-    return (slices, thickness, volume.identity) if rule == "most_slices" else (thickness, slices, volume.identity)
+    ranked = (slices, thickness) if rule == "most_slices" else (thickness, slices)
+    return (volume.series.header.is_derived, *ranked, volume.identity)
 
 
 def why_behind(volume: Volume, first: Volume, rule: Rule) -> str:
     """Explain why another scan of the study is taken."""
     assert volume.series is not None
     assert first.series is not None
+    if volume.series.header.is_derived and not first.series.header.is_derived:
+        return f"--choose {rule}: made from other images (ImageType DERIVED, SECONDARY); another scan is original"
     num, num_first = len(volume.series.slices), len(first.series.slices)
     return (
         f"--choose {rule}: {num} slices of {thickness_of(volume):g} mm; another scan of the study has {num_first} of "

@@ -81,7 +81,10 @@ def convert_volume(volume: Volume, name: str, out: Path, choice: Choice) -> Conv
     elif not volume.series and (why := why_unoriented(volume.source)):
         notes.append(why)
     if volume.series and not volume.series.header.patient:
-        notes.append("no PatientID; its folder stands for the patient")
+        stand_in = "name and birth date stand" if volume.series.header.person else "its folder stands"
+        notes.append(f"no PatientID; {stand_in} for the patient")
+    if volume.series and volume.series.header.is_derived:
+        notes.append("made from other images, as reformatted scans are (ImageType DERIVED, SECONDARY)")
     if is_sheared(affine):
         notes.append("its axes are not perpendicular, which SimpleITK, and nnU-Net with it, does not read")
     return Converted(name, known, (*(volume.series.marked_notes if volume.series else ()), *notes))

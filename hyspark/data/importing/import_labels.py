@@ -60,6 +60,7 @@ class ImportedLabels:
         unmapped: names of structures without class, with their number of files.
         faults: files and structures that are unreadable, each with the reason.
         unmatched: files that belong to no imported series.
+        are_chosen: whether the user named the classes.
     """
 
     classes: ClassNames
@@ -67,6 +68,7 @@ class ImportedLabels:
     unmapped: dict[str, int]
     faults: list[str]
     unmatched: list[str]
+    are_chosen: bool
 
 
 def import_labels(imported: Imported, classes: ClassNames | None, *, num_workers: int = 0) -> ImportedLabels:
@@ -94,6 +96,7 @@ def import_labels(imported: Imported, classes: ClassNames | None, *, num_workers
             f"--labels: expected RTSTRUCT or SEG files in the sources, found none; {imported.out} holds images alone"
         )
     all_names = [name for one in objects for name in dict.fromkeys(name for _, name in one.structures)]
+    are_chosen = classes is not None
     classes = classes or class_names_found(all_names)
     unmapped = {name: all_names.count(name) for name in sorted(set(all_names)) if not classes.class_of(name)}
     by_case, notes, unmatched = match_cases(imported.cases, objects)
@@ -107,7 +110,7 @@ def import_labels(imported: Imported, classes: ClassNames | None, *, num_workers
         add_to_record(imported, done, classes)
     found = [done[case.name] for case in imported.cases]
     faults += [f"{made.name}: {shown(fault)}" for made in found for fault in made.faults]
-    return ImportedLabels(classes, found, unmapped, faults, unmatched)
+    return ImportedLabels(classes, found, unmapped, faults, unmatched, are_chosen)
 
 
 def match_cases(
@@ -220,5 +223,9 @@ def summarise_labels(labels: ImportedLabels, out: Path) -> str:
     if labels.unmatched:
         num = count_of(len(labels.unmatched), "file")
         lines.append(f"{num} of structures of no imported series: {listing(labels.unmatched, 5)}")
+    if not labels.are_chosen:
+        lines.append(
+            "classes are the names of structures, in which people write: look at them before you pass the data set on"
+        )
     lines.append(f"voxels by case and class: {os.fspath(out / TABLE)}")
     return "\n".join(lines)

@@ -24,8 +24,10 @@ def header_of(one: Volume | NotUsed) -> Header | None:
 
 
 def patient_of(one: Volume | NotUsed) -> str:
-    """Return the ID or name of the patient; empty if unknown."""
-    return one.patient if isinstance(one, Volume) else one.header.patient if one.header else ""
+    """Return the ID of the patient, else name and birth date, else what stands for them; empty if unknown."""
+    header = header_of(one)
+    known = (header.patient or header.person) if header else ""
+    return known or (one.patient if isinstance(one, Volume) else "")
 
 
 def scan_id(one: Volume | NotUsed, pseudonyms: Pseudonyms) -> str:
@@ -35,7 +37,7 @@ def scan_id(one: Volume | NotUsed, pseudonyms: Pseudonyms) -> str:
 
 def case_name(volume: Volume, pseudonyms: Pseudonyms) -> str:
     """Return the name of the case of a volume: subject and scan."""
-    return f"{pseudonyms.patient(volume.patient)}_{scan_id(volume, pseudonyms)}"
+    return f"{pseudonyms.patient(patient_of(volume))}_{scan_id(volume, pseudonyms)}"
 
 
 def entry_of(

@@ -9,14 +9,17 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from hyspark.data.datasets.file_names import SETTINGS_FILE
+from hyspark.data.importing.convert import naming_folder
 from hyspark.data.importing.lines import EXCLUDED, FAILED, IMPORTED, PRIVATE_COLUMNS, SeriesEntry
 from hyspark.utils.atomic import write_json, write_whole
+from hyspark.utils.file_content import ARCHIVE
+from hyspark.utils.locks import LOCK_FILE, lock_folder
 from hyspark.utils.paths import load_json
 from hyspark.utils.text import listing
 
@@ -25,7 +28,7 @@ LABEL_FOLDER = "labelsTr"
 ANOTHER_FOLDER = "choose another folder with --out, or delete it"
 KNOWN_KINDS = frozenset(
     ("CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", "OT", "SC", "SEG", "RTSTRUCT", "RTPLAN", "RTDOSE")
-    + ("RTIMAGE", "REG", "SR", "PR", "KO", "DOC", "DICOMDIR", "no image", "no modality", "another channel")
+    + ("RTIMAGE", "REG", "SR", "PR", "KO", "DOC", "DICOMDIR", "no image", "no modality", "another channel", ARCHIVE)
 )
 """Kinds of files that the record names; others may be any text of a header."""
 
@@ -56,6 +59,7 @@ def read_import(out: Path, chosen: Mapping[str, Any], salt: str) -> dict[str, Se
         f"{name} {before.get(name)!r}, now {chosen.get(name)!r}"
         for name in [*chosen, *(before.keys() - chosen.keys())]
         if before.get(name) != chosen.get(name)
+        and not (name == "slice_spacing" and before.get(name) is None)  # no picture was imported without it
     ]
     if different:
         raise ValueError(f"{out} was imported with other settings: {'; '.join(different)}; {ANOTHER_FOLDER}")
@@ -65,6 +69,29 @@ def read_import(out: Path, chosen: Mapping[str, Any], salt: str) -> dict[str, Se
             f"{ANOTHER_FOLDER}"
         )
     return {entry["case"]: entry for entry in read_lines(out / SERIES_FILE) if entry.get("status") == IMPORTED}
+
+
+@contextmanager
+def hold_data_set(out: Path) -> Iterator[None]:
+    """Keep other imports from writing to a data set; a folder in which nothing was written is removed again.
+
+    Raises:
+        OSError: if the folder is not writable.
+        ValueError: if another import writes to it.
+    """
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out}: expected a folder, got a file; {ANOTHER_FOLDER}")
+    is_new = not out.exists()
+    with ExitStack() as held:
+        with naming_folder(out):
+            held.enter_context(lock_folder(out, "data set"))
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                (out / LOCK_FILE).unlink()
+                if is_new:
+                    out.rmdir()
 
 
 def read_lines(path: Path) -> list[SeriesEntry]:

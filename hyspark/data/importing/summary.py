@@ -18,7 +18,7 @@ NOT_CT = "--{} mr".format("intensity")
 
 def summarise_import(result: Imported, salt_file: Path) -> str:
     """Summarise an import in a few lines."""
-    patients = {case.volume.patient for case in result.cases}
+    patients = {case.entry["patient"] for case in result.cases}
     lines = [
         f"{count_of(len(result.cases), 'scan')} of {count_of(len(patients), 'patient')} in {result.out}, channel "
         f"{result.channel!r}; excluded: {len(result.excluded)}; failed: {len(result.failed)}; every series: "

@@ -75,6 +75,8 @@ def import_volumes(
         ValueError: if sources hold several modalities, or `out` was written with other settings or from other sources.
     """
     sources, out = [Path(os.path.abspath(source)) for source in sources], Path(os.path.abspath(out))
+    if os.path.realpath(out) in map(os.path.realpath, sources):
+        raise ValueError(f"--out {out}: expected a folder of its own, got a source")
     check_outside(out, salt_file, "--salt_file")
     if private_table is not None:
         check_private_table(out, private_table)

@@ -39,7 +39,8 @@ def creator_tag(tag: int) -> int:
 
 
 TAGS = (
-    *("SOPClassUID", "SOPInstanceUID", "Modality", "PatientID", "SeriesInstanceUID", "NumberOfFrames"),
+    *("SOPClassUID", "SOPInstanceUID", "Modality", "SeriesInstanceUID", "NumberOfFrames"),
+    *("PatientID", "PatientName", "PatientBirthDate"),
     *("SamplesPerPixel", "PhotometricInterpretation", "Rows", "Columns", "PixelSpacing", "ImagePositionPatient"),
     *("ImageOrientationPatient", "InstanceNumber", "RescaleSlope", "RescaleIntercept", "RescaleType"),
     *("ModalityLUTSequence", "Units", "BurnedInAnnotation", *MARKS, *TIMES, *FRAME_GROUPS),
@@ -58,6 +59,7 @@ class Header:
         uid: SOPInstanceUID.
         series: SeriesInstanceUID.
         patient: PatientID.
+        person: PatientName and PatientBirthDate in small letters; empty unless both are given.
         localizer: whether the image is a localizer.
         fault: why the image is no grey slice; empty if it is one.
         plane: rows, columns, mm between rows and between columns, direction cosines of a row and of a column; None if
@@ -83,6 +85,7 @@ class Header:
     uid: str
     series: str
     patient: str
+    person: str
     localizer: bool
     fault: str
     plane: tuple[float, ...] | None
@@ -109,6 +112,11 @@ class Header:
         """Return the value of an element of MARKS; empty if missing."""
         return self.marks[MARKS.index(name)]
 
+    @property
+    def is_derived(self) -> bool:
+        """Whether the image was made from others after the scan, as reformatted ones are (ImageType)."""
+        return self.mark("ImageType").upper().split("\\")[:2] == ["DERIVED", "SECONDARY"]
+
 
 def as_header(path: Path, frame: int | None, modality: str, data: pydicom.Dataset, fault: str) -> Header:
     """Convert the elements of a header to plain values."""
@@ -131,6 +139,7 @@ def as_header(path: Path, frame: int | None, modality: str, data: pydicom.Datase
         uid=str(data.get("SOPInstanceUID", "")),
         series=str(data.get("SeriesInstanceUID", "")),
         patient=str(data.get("PatientID") or "").strip(" \0"),
+        person=person_of(data),
         localizer="LOCALIZER" in (data.get("ImageType") or ()),
         fault=fault,
         plane=(*sizes, *spacing, *directions) if sizes and spacing and directions else None,
@@ -148,6 +157,12 @@ def as_header(path: Path, frame: int | None, modality: str, data: pydicom.Datase
         acquired=texts["AcquisitionDateTime"] or acquired,
         created=texts["ContentTime"] and texts["ContentDate"] + texts["ContentTime"],
     )
+
+
+def person_of(data: pydicom.Dataset) -> str:
+    """Return a patient's name and birth date in small letters; empty unless both are given."""
+    name, born = (str(data.get(element) or "").strip(" ^=\0") for element in ("PatientName", "PatientBirthDate"))
+    return f"{name.casefold()}, {born}" if name and born else ""
 
 
 def private_b_value(data: pydicom.Dataset) -> str:

@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hyspark.data.datasets.file_names import OTHER_FORMATS
@@ -13,6 +14,7 @@ from hyspark.data.readers.elements import Header
 from hyspark.data.readers.series import assemble_series
 from hyspark.data.readers.source_files import SourceFiles, sort_sources, take_pictures
 from hyspark.data.readers.volumes import Found, NotUsed, Volume, pseudonym_of
+from hyspark.utils.file_content import ARCHIVE, HEAD, content_of
 from hyspark.utils.paths import NIFTI, nifti_stem
 from hyspark.utils.private_text import private
 from hyspark.utils.processes import available_cores
@@ -20,6 +22,7 @@ from hyspark.utils.text import first_line, listing
 
 MAX_TITLE_LENGTH = 80
 """Characters of a patient or case in a file name."""
+EMPTY_SLICE = "unreadable as DICOM (an empty file among those of a series)"
 
 
 def find_volumes(
@@ -62,6 +65,7 @@ def find_volumes(
     add_files_of_volumes(files, found)
     headers = read_headers(list(files.rest), num_workers or available_cores(), progress and bool(files.rest))
     add_series(zip(files.rest, headers, strict=True), files.rest, modalities, min_slices, keep_patient_id, found)
+    note_shared_ids(found)
     found.volumes.sort(key=lambda volume: volume.name)
     if not found.volumes and not found.damaged:
         kind = "CT volume" if tuple(modalities) == ("CT",) else "volume"
@@ -109,13 +113,13 @@ def add_series(
     """Add the scans of DICOM files to the result, and list the other files."""
     series: dict[tuple[str, str], list[Header]] = {}
     damaged: dict[Path, list[Path]] = {}
+    others: list[Path] = []
     for path, read in headers:
         if isinstance(read, str):
             found.damaged.append(NotUsed(str(path), read, str(path)))
             damaged.setdefault(path.parent, []).append(path)
         elif read is None:
-            ending = path.suffix.lower()
-            found.add_other(f"{ending} (convert to NIfTI)" if ending in OTHER_FORMATS else "no image", path)
+            others.append(path)
         elif read[0].modality not in modalities:
             found.add_other(read[0].modality, path)
         else:
@@ -123,10 +127,43 @@ def add_series(
             uid = read[0].series or f"folder {path.parent.name}"
             patient = read[0].patient or (below[path].parts[0] if below[path].parts[1:] else path.parent.name)
             series.setdefault((patient, uid), []).extend(read)
+    named = {(header.path.parent, ending_of(header.path)) for slices in series.values() for header in slices}
+    for path in others:
+        if (path.parent, ending_of(path)) in named and not path.stat().st_size:
+            found.damaged.append(NotUsed(str(path), EMPTY_SLICE, str(path)))
+            damaged.setdefault(path.parent, []).append(path)
+        else:
+            found.add_other(kind_of_other(path), path)
     for (patient, uid), slices in series.items():
         paths = {header.path for header in slices}
         near = [file for folder in sorted({path.parent for path in paths}) for file in damaged.get(folder, ())]
         add_scans_of_series(patient, uid, slices, near, min_slices, keep_patient_id, found)
+
+
+def ending_of(path: Path) -> str:
+    """Return the ending of a name in small letters; empty if it is a number, as the last part of a UID."""
+    return path.suffix.lower() if path.suffix[1:].isalpha() else ""
+
+
+def kind_of_other(path: Path) -> str:
+    """Return the kind of a file that is no DICOM, for the counts of other files."""
+    if (ending := path.suffix.lower()) in OTHER_FORMATS:
+        return f"{ending} (convert to NIfTI)"
+    with path.open("rb") as file:
+        return ARCHIVE if content_of(file.read(HEAD))[0] == "archive" else "no image"
+
+
+def note_shared_ids(found: Found) -> None:
+    """Add a note to DICOM volumes whose PatientID stands for several people."""
+    people: dict[str, set[str]] = {}
+    for volume in found.volumes:
+        if volume.series and volume.series.header.person:
+            people.setdefault(volume.patient, set()).add(volume.series.header.person)
+    for index, volume in enumerate(found.volumes):
+        if volume.series and volume.series.header.patient and (num := len(people.get(volume.patient, ()))) > 1:
+            note = f"its PatientID is that of {num} names or birth dates, and all are taken as one patient"
+            series = replace(volume.series, marked_notes=(*volume.series.marked_notes, note))
+            found.volumes[index] = replace(volume, series=series)
 
 
 def add_scans_of_series(

@@ -75,8 +75,10 @@ def read_other_format(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except (PrivateError, ModuleNotFoundError):
         raise
     except Exception as error:  # a damaged file may raise anything
-        lines = [line for line in str(error).strip().splitlines() if line] or [type(error).__name__]
-        raise PrivateError(f"unreadable as {path.suffix.lower()[1:]} ({private(lines[-1])})") from error
+        # ITK's "Reason:" is the last error of the system, whatever that was.
+        lines = [line for line in str(error).strip().splitlines() if line and not line.startswith("Reason:")]
+        why = re.sub(r"^ITK ERROR: \w+\(\w+\): ", "", lines[-1]) if lines else type(error).__name__
+        raise PrivateError(f"unreadable as {path.suffix.lower()[1:]}; is it cut short? ({private(why)})") from error
     if voxels.ndim != 3:
         raise PrivateError(f"expected one volume, got an array of shape {voxels.shape}")
     return voxels, affine

@@ -1,6 +1,7 @@
 """Label maps as DICOM-SEG, with a binary segment for each class."""
 
 import warnings
+from copy import copy
 from functools import cache
 from io import BytesIO
 from typing import Any
@@ -13,7 +14,7 @@ from pydicom.uid import generate_uid
 
 from hyspark.data.readers.series import Series
 from hyspark.data.readers.source_slices import SourceSlice
-from hyspark.data.writers.source_images import Segments, check_segments, read_source
+from hyspark.data.writers.source_images import COPIED, TYPE_2, Segments, check_segments, copy_identity, read_source
 
 SEG_NUMBER = 9000
 """What is added to the number of the source's series."""
@@ -41,6 +42,7 @@ def dicom_seg_file(labels: np.ndarray, series: Series, segments: Segments) -> by
     check_segments(labels, series, segments)
     slices = read_source(series)
     highdicom = import_highdicom()
+    identity = taken_identity(slices)
     unify_planes(slices, is_even=not series.uneven)
     sources, frames = as_frames(labels, slices)
     has_labels = bool(frames.any())
@@ -85,6 +87,7 @@ def dicom_seg_file(labels: np.ndarray, series: Series, segments: Segments) -> by
             series_description="HySparK segmentation",
         )
         made.ContentCreatorName = ""
+        copy_identity(identity, made)
         buffer = BytesIO()
         made.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
@@ -97,6 +100,20 @@ def import_highdicom() -> Any:
     except ImportError as error:
         raise ModuleNotFoundError(f"DICOM-SEG needs highdicom: pip install 'hyspark[dicom]' ({error})") from error
     return highdicom
+
+
+def taken_identity(slices: list[SourceSlice]) -> Dataset:
+    """Empty the elements of patient and study of all images, and return those of the first.
+
+    highdicom copies them, and refuses values that break the standard, which scanners and anonymisers write.
+    """
+    first = slices[0].data
+    identity = Dataset({first[name].tag: copy(first[name]) for name in COPIED if name in first})
+    for data in {id(part.data): part.data for part in slices}.values():
+        data.pop("SpecificCharacterSet", None)
+        for name in TYPE_2:
+            setattr(data, name, "")
+    return identity
 
 
 def unify_planes(slices: list[SourceSlice], *, is_even: bool) -> None:

@@ -13,14 +13,12 @@ from scipy.ndimage import find_objects
 from hyspark.data.readers.series import Series
 from hyspark.data.readers.source_slices import SourceSlice
 from hyspark.data.writers.outlines import mask_contours
-from hyspark.data.writers.source_images import TYPE_2, Segments, check_segments, read_source
+from hyspark.data.writers.source_images import Segments, check_segments, copy_identity, read_source
 
 RTSTRUCT_NUMBER = 9100
 """What is added to the number of the source's series."""
 STUDY_CLASS = "1.2.840.10008.3.1.2.3.1"
 """Detached Study Management, the class by which structure sets refer to a study."""
-COPIED = (*TYPE_2, "SpecificCharacterSet", "StudyInstanceUID", "StudyDescription", "PatientAge", "PatientSize")
-"""Elements of patient and study that are copied from the series."""
 
 
 def rtstruct_file(labels: np.ndarray, series: Series, segments: Segments) -> bytes:
@@ -42,9 +40,8 @@ def rtstruct_file(labels: np.ndarray, series: Series, segments: Segments) -> byt
     first = slices[0].data
     now = datetime.datetime.now()
     made = Dataset()
-    for name in COPIED:
-        if name in first:
-            made[name] = first[name]
+    copy_identity(first, made)
+    made.StudyInstanceUID = first.StudyInstanceUID
     made.SOPClassUID, made.SOPInstanceUID = RTStructureSetStorage, generate_uid()
     made.Modality, made.SeriesInstanceUID = "RTSTRUCT", generate_uid()
     made.SeriesNumber = RTSTRUCT_NUMBER + int(first.get("SeriesNumber") or 0)

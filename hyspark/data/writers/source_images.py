@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pydicom
+from pydicom.dataelem import DataElement
 
 from hyspark.data.readers.series import Series
 from hyspark.data.readers.source_slices import SourceSlice, read_slices
@@ -16,6 +18,9 @@ TYPE_2 = (
     *("ReferringPhysicianName", "StudyID"),
 )
 """Elements of patient and study that every object has, if only empty."""
+COPIED = (*TYPE_2, "StudyDescription", "PatientAge", "PatientSize")
+"""Elements of patient and study that are copied from the series, beside StudyInstanceUID."""
+UTF_8 = "ISO_IR 192"
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,14 @@ def read_source(series: Series) -> list[SourceSlice]:
             if name not in data:
                 setattr(data, name, "")
     return slices
+
+
+def copy_identity(source: pydicom.Dataset, made: pydicom.Dataset) -> None:
+    """Copy the elements of patient and study as they are, valid or not; texts become UTF-8, which has all letters."""
+    made.SpecificCharacterSet = UTF_8
+    for element in (source[name] for name in COPIED if name in source):
+        value = str(element.value) if element.VR == "PN" else element.value
+        made.add(DataElement(element.tag, element.VR, value, validation_mode=pydicom.config.IGNORE))
 
 
 def check_segments(labels: np.ndarray, series: Series, segments: Segments) -> None:

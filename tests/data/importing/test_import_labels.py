@@ -119,6 +119,7 @@ def test_without_synonyms_each_name_is_a_class(tmp_path, sources, capsys):
     out = run(tmp_path, "--labels")
     labels = json.loads((out / "dataset.json").read_text())["labels"]
     assert list(labels) == ["background", "Hidden thing", "Leber", "Spleen 1", "tumour"]
+    assert "classes are the names of structures, in which people write" in capsys.readouterr().out
 
 
 def test_faulty_structures_are_named_and_the_others_are_written(tmp_path, sources, capsys):

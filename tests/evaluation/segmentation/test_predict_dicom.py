@@ -1,6 +1,7 @@
 """DICOM in, label maps out: NIfTI, DICOM-SEG and RTSTRUCT, read back by other programs' code."""
 
 import copy
+import hashlib
 import io
 import re
 import sys
@@ -399,6 +400,53 @@ def test_series_that_nothing_can_refer_to_are_named(tmp_path, capsys, change, wh
     assert run(tmp_path, tmp_path / "in", "--format", "nifti")
 
 
+@pytest.mark.parametrize(
+    ("charset", "name"), [(None, "Doe^J"), ("ISO_IR 100", "Müller^J"), (["", "ISO 2022 IR 87"], "Yamada^T=山田^太郎")]
+)
+def test_letters_of_patients_and_classes_are_kept(tmp_path, charset, name):
+    slices = made_series(tmp_path / "made", np.zeros((4, 3, 3), np.int16))
+    for data in slices:
+        if charset:
+            data.SpecificCharacterSet = charset
+        data.PatientName = name
+    save(tmp_path / "in", slices)
+    segments = replace(SEGMENTS, names=("肝臓", "Läsion"), colours=SEGMENTS.colours[:2])
+    series = series_of(tmp_path / "in")
+    labels = np.full((4, 3, 3), 2, np.uint8)
+    labels[0] = 1
+    seg, structures = (
+        pydicom.dcmread(io.BytesIO(write(labels, series, segments))) for write in (dicom_seg_file, rtstruct_file)
+    )
+    assert str(seg.PatientName) == str(structures.PatientName) == name
+    assert [str(one.SegmentLabel) for one in seg.SegmentSequence] == list(segments.names)
+    assert [str(one.ROIName) for one in structures.StructureSetROISequence] == list(segments.names)
+
+
+@pytest.mark.filterwarnings("ignore:.*VR")
+@pytest.mark.parametrize(
+    ("element", "value"),
+    [
+        ("PatientBirthDate", "00000000"),
+        ("PatientBirthDate", "1950"),
+        ("StudyTime", "10:15:00"),
+        ("StudyDate", "2024.05.06"),
+        ("PatientSex", "FEMALE"),
+        ("AccessionNumber", "A" * 20),
+    ],
+)
+def test_values_that_break_the_standard_are_copied_as_they_are(tmp_path, element, value):
+    slices = made_series(tmp_path / "made", np.zeros((4, 3, 3), np.int16))
+    for data in slices:
+        tag = pydicom.datadict.tag_for_keyword(element)
+        raw = pydicom.dataelem.DataElement(tag, data[element].VR, value, validation_mode=pydicom.config.IGNORE)
+        data[element] = raw
+    save(tmp_path / "in", slices)
+    series = series_of(tmp_path / "in")
+    for write in (dicom_seg_file, rtstruct_file):
+        made = pydicom.dcmread(io.BytesIO(write(np.ones((4, 3, 3), np.uint8), series, SEGMENTS)))
+        assert made[element].value == value
+
+
 def test_files_of_patients_without_any_type_2_element_and_with_other_letters(tmp_path):
     slices = made_series(tmp_path / "made", np.zeros((13, 11, 9), np.int16))
     for data in slices:
@@ -453,6 +501,19 @@ def test_a_missing_extra_is_named(tmp_path, capsys, monkeypatch):
     assert caught.value.code == 2
     assert "DICOM-SEG needs highdicom: pip install 'hyspark[dicom]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_names_of_label_maps_are_not_undone_by_a_list_of_patients(tmp_path):
+    for number, patient in enumerate(("4711", "4711", "")):
+        slices = made_series(tmp_path / "made" / str(number), body()[0])
+        for data in slices:
+            data.PatientID, data.StudyInstanceUID = patient, f"1.9.{number}"
+            data.SeriesInstanceUID = f"1.8.{number}"
+        save(tmp_path / "in" / "Doe_Jane" / str(number), slices)
+    names = run(tmp_path, tmp_path / "in")
+    assert len({re.fullmatch(r"study-([0-9a-f]{10})_[0-9a-f]{8}\.nii\.gz", name)[1] for name in names}) == 3
+    digest = hashlib.sha256(b"4711").hexdigest()
+    assert not any(digest[:10] in name or digest[:8] in name for name in names)
 
 
 def test_a_single_file_and_nifti_beside_it(tmp_path):
