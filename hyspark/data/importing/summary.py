@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hyspark.data.importing.imported import Imported
-from hyspark.data.importing.record import SERIES_FILE
+from hyspark.data.importing.record import LABEL_FOLDER, SERIES_FILE
 from hyspark.utils.text import count_of
 
 MAX_LINES = 5
 """Lines of a kind that the terminal shows."""
-NOT_CT = "--{} mr".format("intensity")
-"""What CT's window is replaced by for other images."""
+INTENSITY = {"CT": "", "PT": " --intensity none"}
+"""Flag for images of a channel; the flag of MR for all others."""
 
 
 def summarise_import(result: Imported, salt_file: Path) -> str:
@@ -55,12 +55,15 @@ def grouped(title: str, items: Sequence[tuple[str, str]]) -> list[str]:
 def next_commands(result: Imported) -> list[str]:
     """Return the commands to type after an import."""
     out = shlex.quote(os_path(result.out))
-    flag = "" if result.channel == "CT" else f" {NOT_CT}"
+    flag = INTENSITY.get(result.channel, " --intensity mr")
     name = result.out.name.lower()
-    return [
+    commands = [
         f"hyspark check {out} --out {shlex.quote(f'check/{name}')}{flag}",
         f"hyspark pretrain --data {out} --out {shlex.quote(f'ckpt/{name}')}{flag}",
     ]
+    if any((result.out / LABEL_FOLDER).glob("*.nii.gz")):
+        commands.append(f"hyspark finetune --data {out} --out {shlex.quote(f'ckpt/{name}_labels')}{flag}")
+    return commands
 
 
 def os_path(path: Path) -> str:

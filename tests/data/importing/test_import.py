@@ -69,6 +69,7 @@ def test_what_is_printed_last_can_be_typed(export, capsys, monkeypatch):
         main([*check[1:], "--prepare_workers=1"])
     assert "usable       2" in capsys.readouterr().out
     assert f"  hyspark pretrain --data {out.name} --out ckpt/dataset042_mine\n" in printed
+    assert "hyspark finetune" not in printed  # there are no labels
 
 
 def test_a_modality_is_asked_for_where_there_are_several(export, capsys):

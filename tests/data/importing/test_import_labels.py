@@ -81,6 +81,7 @@ def test_labels_lie_on_their_images_and_what_is_missing_is_named(tmp_path, sourc
     expected = np.zeros(SHAPE, np.uint8)
     expected[5:9, 3:7, 2:4], expected[:, :, 4] = 2, 3
     assert np.array_equal(found["liver",], expected)
+    assert f"  hyspark finetune --data {out} --out ckpt/{out.name.lower()}_labels\n" in printed
     assert "labels: 2 of 3 scans; classes: 1 liver, 2 spleen, 3 tumour" in printed
     assert "structures without class, add their names to --label_names: 'Hidden thing' (1)" in printed
     rows = list(csv.DictReader((out / "labels.csv").read_text().splitlines()))
