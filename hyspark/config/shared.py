@@ -61,7 +61,7 @@ class RunSettings:
     keep_last: int = setting(2, "run", may_change=True, affects_results=False)
     """Checkpoints that are kept. An older one serves if the newest is damaged."""
     on_bad_case: Literal["stop", "skip"] = setting("stop", "run", may_change=True, affects_results=False)
-    """What an unreadable case does. stop: end the run before its first step, with a list of all such cases. skip:
+    """What an unreadable case does. stop: end the run before its first step, with a list of such cases. skip:
     exclude them and count them in the report.
     """
     replay: str = setting("", "run", may_change=True, affects_results=False)

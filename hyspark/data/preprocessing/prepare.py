@@ -46,6 +46,8 @@ from hyspark.utils.text import first_line
 
 MAX_LISTED = 5
 """Number of warnings that are shown in full."""
+MAX_FAILURES = 50
+"""Number of reasons that an error lists."""
 
 
 def prepare_case(case: Case, settings: PrepareSettings) -> dict[str, Any]:
@@ -183,16 +185,18 @@ def failure_reason(error: BaseException) -> str:
 
 
 def failure_message(failed: Mapping[str, Sequence[str]], num: int, alternative: str = "") -> str:
-    """Write one message for all broken cases.
+    """Write one message for all broken cases, of which the first are listed.
 
     Args:
         failed: reasons by image.
         num: number of all cases.
         alternative: further advice.
     """
-    lines = "\n  ".join(line for lines in failed.values() for line in lines)
+    lines = [line for lines in failed.values() for line in lines]
+    if len(lines) > MAX_FAILURES:
+        lines[MAX_FAILURES:] = [f"and {len(lines) - MAX_FAILURES} more, which `hyspark check` lists"]
     advice = ", ".join(filter(None, ["fix them or remove them from the data list", alternative]))
-    return f"{len(failed)} of {num} volumes are unusable; {advice}:\n  {lines}"
+    return f"{len(failed)} of {num} volumes are unusable; {advice}:\n  " + "\n  ".join(lines)
 
 
 def stored_volumes(cases: Sequence[Case], settings: PrepareSettings, store_dir: Path) -> list[StoredVolume]:

@@ -239,6 +239,14 @@ def test_a_damaged_entry_is_made_again(tmp_path, caplog, name, fault):
     assert files_below(volumes[1].folder) == sound
 
 
+def test_of_very_many_reasons_the_first_are_listed():
+    message = failure_message({f"{i}.nii.gz": (f"{i}.nii.gz: damaged",) for i in range(180)}, 200)
+    lines = message.splitlines()
+    assert lines[0].startswith("180 of 200 volumes are unusable")
+    assert len(lines) == 52
+    assert lines[50:] == ["  49.nii.gz: damaged", "  and 130 more, which `hyspark check` lists"]
+
+
 def test_two_workers_give_what_one_gives(tmp_path):
     cases = [write_phantom(tmp_path, f"case{n}", seed=n, spacing=(8.0, 8.0, 8.0)) for n in range(3)]
     single = prepare(cases, tmp_path / "single")
