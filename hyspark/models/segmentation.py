@@ -122,8 +122,8 @@ class LightHybird(Hybird):
 
     The last level is randomly initialised. Its output is fused with the encoder's map of full resolution, which
     pre-training does not use, and class scores follow. In pre-training the few channels of the last level learn to
-    reconstruct grey values, and organs are learned sooner without them (docs/reproduce.md). Levels that are narrower in
-    pre-training than `decoder_min_width` are randomly initialised too.
+    reconstruct grey values, and organs are learned sooner without them (docs/results/openkbp.md). Levels that are
+    narrower in pre-training than `decoder_min_width` are randomly initialised too.
     """
 
     def __init__(self, encoder: HybridEncoder, n_classes: int, decoder_width: int, decoder_min_width: int = 0) -> None:
