@@ -87,9 +87,10 @@ def verbs_page() -> str:
         "`hyspark VERB [flags]`. Each verb prints this with `hyspark VERB --help`. What the verbs end with: "
         "[exit codes](exit_codes.md).",
     ]
+    rows = ["| group | verb | what it does |", "|---|---|---|"]
     for group, verbs in VERB_GROUPS.items():
-        rows = [f"| [`{verb}`](#{verb}) | {escaped(text)} |" for verb, text in verbs.items()]
-        parts.append("\n".join([f"| {group} | |", "|---|---|", *rows]))
+        rows += [f"| {group} | [`{verb}`](#{verb}) | {escaped(text)} |" for verb, text in verbs.items()]
+    parts.append("\n".join(rows))
     parts += [part for verb in VERBS for part in verb_parts(verb)]
     return "\n\n".join(parts) + "\n"
 
@@ -184,31 +185,28 @@ def first_use(by_verb: Mapping[str, Use]) -> Use:
 
 
 def setting_entry(name: str, by_verb: Mapping[str, Use]) -> str:
-    """Write a setting as a term with its definition."""
+    """Write a setting as a term with its definition; what differs between verbs stands in a list of them."""
     uses = list(by_verb.values())
-    types = {type_text(use.hint) for use in uses}
+    types, defaults = {type_text(use.hint) for use in uses}, {default_of(use.default) for use in uses}
     lines = [f"[`{name}`](#{name}){{ #{name} }} <small>{' · '.join(by_verb)}</small>"]
-    if len({(use.default, use.text) for use in uses}) == 1:
-        lines.append(f":   {escaped(uses[0].text)}")
-        facts = [*types, default_of(uses[0].default)]
+    merged: dict[str, list[str]] = {}
+    for verb, use in by_verb.items():
+        own = [type_text(use.hint)] * (len(types) > 1) + [default_of(use.default)] * (len(defaults) > 1)
+        brackets = f" ({', '.join(own)})" if own else ""
+        merged.setdefault(f"{brackets}: {escaped(use.text)}", []).append(verb)
+    if len(merged) == 1:
+        lines.append(f":   {next(iter(merged)).removeprefix(': ')}")
     else:
-        merged: dict[tuple[Any, str], list[str]] = {}
-        for verb, use in by_verb.items():
-            merged.setdefault((use.default, use.text), []).append(verb)
-        first = True
-        for (default, text), verbs in merged.items():
-            lines.append(f"{':' if first else ' '}   - *{', '.join(verbs)}* ({default_of(default)}): {escaped(text)}")
-            first = False
-        facts = sorted(types)
-    info = uses[0].info
-    if methods := info.methods:
+        listed = [f"- *{', '.join(verbs)}*{text}" for text, verbs in merged.items()]
+        lines += [f"{':' if number == 0 else ' '}   {line}" for number, line in enumerate(listed)]
+    facts = [*types] * (len(types) == 1) + [*defaults] * (len(defaults) == 1)
+    if methods := uses[0].info.methods:
         facts.append(f"read by the method{'s' if len(methods) > 1 else ''} {', '.join(methods)}")
     if any(use.info.may_change for use in uses):
         facts.append("resume: may change")
-    if all(not use.info.affects_results for use in uses):
+    if not any(use.info.affects_results for use in uses):
         facts.append("changes no result by more than rounding")
-    earlier = dict.fromkeys(old for use in uses for old in (*use.info.old, *use.info.old_axes))
-    if earlier:
+    if earlier := dict.fromkeys(old for use in uses for old in (*use.info.old, *use.info.old_axes)):
         facts.append(f"earlier {', '.join(f'`{old}`' for old in earlier)}")
     return "\n".join([*lines, "", f"    <small>{' · '.join(facts)}</small>"])
 

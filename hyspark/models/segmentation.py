@@ -164,15 +164,18 @@ def build_hybird(
         in_channel: input channels.
         n_classes: number of classes, background included.
         img_size: voxels per axis, one number or one per axis, each a multiple of 16.
-        widths: channels of the encoder's five stages.
-        depths: blocks of the stages.
-        expansions: expansion ratios of the stages.
+        widths: channels of the encoder's five stages, by default 32, 64, 128, 256, 384.
+        depths: blocks of the stages, by default 1, 1, 3, 3, 1.
+        expansions: expansion ratios of the stages, by default 2, 4, 4, 4, 2.
         vit_depth: blocks of the transformer.
         num_heads: attention heads of the transformer.
         axes: number of spatial axes.
         decoder: "released", or "light" for the decoder of pre-training.
         decoder_width: channels of the light decoder's deepest level.
         decoder_min_width: minimum input channels of the light decoder's levels, for small networks.
+
+    Returns:
+        The network: volumes (b, in_channel, *size) -> class scores (b, n_classes, *size).
 
     Raises:
         ValueError: sizes or widths do not fit together, or `decoder` is unknown.

@@ -296,6 +296,9 @@ def build_spark(
         run: run(backbone, x) computes the maps, see `PyramidEncoder`.
         safe: torch functions that the network does not apply along positions, see `hidden`.
 
+    Returns:
+        The network: images (b, in_channels, *size) -> `PretrainingOutput`. The backbone in it stays the same object.
+
     Raises:
         ValueError: sizes, strides, widths and mask ratio do not fit together; the network does not run under a mask.
     """
