@@ -20,6 +20,7 @@ from hyspark.config.segmentation import SegmentationConfig
 from hyspark.models.encoder import HybridEncoder
 from hyspark.models.segmentation import build_hybird
 from hyspark.utils.atomic import write_json
+from hyspark.utils.install import install_command
 from hyspark.utils.log import LOG, set_up_log
 
 ROOT = Path(__file__).parents[2]
@@ -557,7 +558,7 @@ def test_completion_scripts(capsys, monkeypatch):
     assert (checked.returncode, checked.stderr) == (0, "")
     assert "expected one of bash, zsh, tcsh, got fish" in fails(["--completion", "fish"], capsys)
     monkeypatch.setitem(sys.modules, "shtab", None)
-    assert "pip install 'hyspark[completion]'" in fails(["--completion", "zsh"], capsys)
+    assert install_command("completion") in fails(["--completion", "zsh"], capsys)
 
 
 def test_verbs_of_earlier_versions_still_work(capsys):

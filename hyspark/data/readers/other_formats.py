@@ -12,6 +12,7 @@ from isal import igzip
 from PIL import Image
 
 from hyspark.data.datasets.file_names import BY_NIBABEL, BY_SIMPLEITK
+from hyspark.utils.install import install_command
 from hyspark.utils.private_text import PrivateError, private
 from hyspark.utils.text import first_line
 
@@ -53,7 +54,7 @@ def require_simpleitk() -> Any:
         import SimpleITK
     except ImportError as error:
         formats = ", ".join(BY_SIMPLEITK)
-        raise ModuleNotFoundError(f"{formats} need SimpleITK: pip install 'hyspark[formats]' ({error})") from error
+        raise ModuleNotFoundError(f"{formats} need SimpleITK: {install_command('formats')} ({error})") from error
     return SimpleITK
 
 
