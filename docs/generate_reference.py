@@ -1,7 +1,7 @@
 """Generate the reference of the site from the code: a hook of MkDocs, named in mkdocs.yml.
 
 The pages of verbs, settings and recipes are written when the site is built, from what `--help` prints. The changelog
-and the guide for contributors are shown from the root of the repository.
+and the guide for contributors are shown from the root of the repository. The table of formats is the changelog's.
 """
 
 import re
@@ -34,7 +34,13 @@ ARGUMENTS: dict[str, Any] = {
     "compare": arguments.CompareArguments,
 }
 """Flags of the verbs that do not train."""
-GROUP_TITLES = {"data": "Data", "network": "Network", "optimisation": "Optimisation", "run": "Run", "machine": "Machine"}
+GROUP_TITLES = {
+    "data": "Data",
+    "network": "Network",
+    "optimisation": "Optimisation",
+    "run": "Run",
+    "machine": "Machine",
+}
 FROM_ROOT = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 """Pages that are files of the root."""
 TYPES = {int: "whole number", float: "number", str: "text"}
@@ -56,6 +62,23 @@ def on_files(files: Any, config: Any) -> Any:
     for path, text in generated_pages().items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Replace <!-- changelog: TITLE --> by the newest section of this title; MkDocs calls this by its name."""
+    return re.sub(r"<!-- changelog: (.+?) -->", lambda found: changelog_section(found[1]), markdown)
+
+
+def changelog_section(title: str) -> str:
+    """Return the text of the newest section of the changelog with a title.
+
+    Raises:
+        ValueError: There is none.
+    """
+    text = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    if found := re.search(rf"^### {re.escape(title)}\n(.*?)(?=^##|\Z)", text, flags=re.DOTALL | re.MULTILINE):
+        return found[1].strip()
+    raise ValueError(f"CHANGELOG.md: expected a section '### {title}'")
 
 
 def generated_pages() -> dict[str, str]:
@@ -113,7 +136,9 @@ def verb_parts(verb: str) -> list[str]:
     known = [action for actions in parser.sections().values() for action in actions if action.dest != "help"]
     parts.append(flag_table(verb, known, {name: f"settings.md#{name}" for name in shared - own}))
     if verb == "benefit":
-        parts.append("All other flags are settings of [`finetune`](#finetune) or [`finetune-classifier`](#finetune-classifier).")
+        parts.append(
+            "All other flags are settings of [`finetune`](#finetune) or [`finetune-classifier`](#finetune-classifier)."
+        )
     return parts
 
 

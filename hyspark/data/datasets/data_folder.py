@@ -142,6 +142,6 @@ def labelled_of(found: FoundData) -> list[Case]:
     message = (
         f"{found.source}: {len(found.cases)} images but no label ({examples}); "
         "expected labelsTr/CASE.nii.gz beside imagesTr/CASE_0000.nii.gz, or a name such as CASE_seg.nii.gz beside "
-        "CASE.nii.gz (all layouts: page \"Data set\" of the documentation)"
+        'CASE.nii.gz (all layouts: page "Data set" of the documentation)'
     )
     raise FileNotFoundError("\n  ".join([message, *why]))
