@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 from hyspark.cli import arguments
 from hyspark.cli.main import VERB_GROUPS, VERBS
-from hyspark.cli.parsing import Arguments, config_parser
+from hyspark.cli.parsing import config_parser
 from hyspark.config.recipes import SETTINGS_OF, field_help
 from hyspark.config.yaml_files import recipe_files
 from hyspark.utils.settings import GROUPS, FieldInfo, field_info
@@ -178,10 +178,10 @@ def settings_page() -> str:
     parts = [
         "# Settings",
         "One name everywhere: `mask_ratio` is the flag `--mask_ratio`, the key `mask_ratio:` of a "
-        "[YAML recipe](recipes.md), and the argument `mask_ratio=` of [`hyspark.pretrain`](python.md). Flags override a "
-        "recipe, and a recipe overrides the defaults below.",
+        "[YAML recipe](recipes.md), and the argument `mask_ratio=` of [`hyspark.pretrain`](python.md). Flags override "
+        "a recipe, and a recipe overrides the defaults below.",
         "- **Verbs** that have the setting are named behind it.\n"
-        "- **Resume**: whether the same command may continue a run with another value. Where nothing is said, it may not.\n"
+        "- **Resume**: whether the command may continue a run with another value. Without the word, it may not.\n"
         "- **Earlier spellings**, those of the published command lines among them, still work as flags and keys.",
     ]
     for group in GROUPS:
@@ -262,9 +262,9 @@ def recipes_page() -> str:
     files = recipe_files()
     parts = [
         "# Recipes",
-        "A recipe is a YAML file of [settings](settings.md). `--config NAME` finds those of the package from any folder, "
-        "`--config FILE` reads your own; flags override both.",
-        "\n".join(f"- [`{name}`](#{name}): {escaped(head_of(path)[0])}" for name, path in files.items()),
+        "A recipe is a YAML file of [settings](settings.md). `--config NAME` finds those of the package from any "
+        "folder, `--config FILE` reads your own; flags override both.",
+        "\n".join(f"- [`{name}`](#{name}): {escaped(first_sentence(path))}" for name, path in files.items()),
     ]
     for name, path in files.items():
         values = [line for line in path.read_text("utf-8").splitlines() if not line.startswith("#")]
@@ -281,6 +281,11 @@ def head_of(path: Path) -> list[str]:
             break
         lines.append(line.removeprefix("#").removeprefix(" ").rstrip())
     return lines
+
+
+def first_sentence(path: Path) -> str:
+    """Return the first sentence of the comment at the head of a recipe."""
+    return re.split(r"(?<=\.) (?=[A-Z])", " ".join(head_of(path)).partition("  ")[0])[0]
 
 
 def comment_text(path: Path) -> str:

@@ -99,9 +99,7 @@ def blocks_of(page: Path) -> list[Block]:
             before = next((lines[i] for i in (start - 1, start - 2) if i >= 0 and lines[i].strip()), "")
             mark = MARK.match(before)
             if before.strip().startswith("<!--") and not mark and language in RUNS and not WORKSPACE.match(before):
-                raise ValueError(
-                    f"{name_of(page)}:{start}: {before.strip()!r}: no mark (tests/docs/blocks.py)"
-                )
+                raise ValueError(f"{name_of(page)}:{start}: {before.strip()!r}: no mark (tests/docs/blocks.py)")
             kind, argument = ((mark[1] or mark[2]), mark[3] or "") if mark else ("", "")
             found.append(Block(page, start + 2, language, text, kind, argument))
             start = -1

@@ -80,7 +80,7 @@ def test_a_page_that_is_right_passes(tmp_path, cache):
         "```sh\nhyspark phantom --out $out \\\n    --num_labelled 0 --num_unlabelled 0\npwd | grep data > seen\n```\n"
         "<!-- exit: 2 -->\n```sh\nhyspark weights none.pth\n```\n"
         "```pycon\n>>> from more import NAME\n>>> NAME\n'phantoms'\n```\n"
-        "```sh\nmake demo\npython - <<'END'\nprint('typed')\nEND\n```\n"
+        "```sh\ncd ..\nmake demo\npython - <<'END'\nprint('typed')\nEND\n```\n"
         "<!-- needs: a GPU -->\n```sh\nnvidia-smi\n```\n"
     )
     type_page(write_page(tmp_path, text), tmp_path / "run", cache)
