@@ -180,7 +180,7 @@ def settings_page() -> str:
         "One name everywhere: `mask_ratio` is the flag `--mask_ratio`, the key `mask_ratio:` of a "
         "[YAML recipe](recipes.md), and the argument `mask_ratio=` of [`hyspark.pretrain`](python.md). Flags override "
         "a recipe, and a recipe overrides the defaults below.",
-        "- **Verbs** that have the setting are named behind it.\n"
+        "- **Verbs** that have the setting come first in the line below it.\n"
         "- **Resume**: whether the command may continue a run with another value. Without the word, it may not.\n"
         "- **Earlier spellings**, those of the published command lines among them, still work as flags and keys.",
     ]
@@ -210,20 +210,18 @@ def first_use(by_verb: Mapping[str, Use]) -> Use:
 
 
 def setting_entry(name: str, by_verb: Mapping[str, Use]) -> str:
-    """Write a setting as a term with its definition; what differs between verbs stands in a list of them."""
+    """Write a setting as a section; what differs between verbs stands in a list of them."""
     uses = list(by_verb.values())
     types, defaults = {type_text(use.hint) for use in uses}, {default_of(use.default) for use in uses}
-    lines = [f"[`{name}`](#{name}){{ #{name} }} <small>{' · '.join(by_verb)}</small>"]
     merged: dict[str, list[str]] = {}
     for verb, use in by_verb.items():
         own = [type_text(use.hint)] * (len(types) > 1) + [default_of(use.default)] * (len(defaults) > 1)
         brackets = f" ({', '.join(own)})" if own else ""
         merged.setdefault(f"{brackets}: {escaped(use.text)}", []).append(verb)
     if len(merged) == 1:
-        lines.append(f":   {next(iter(merged)).removeprefix(': ')}")
+        lines = [next(iter(merged)).removeprefix(": ")]
     else:
-        listed = [f"- *{', '.join(verbs)}*{text}" for text, verbs in merged.items()]
-        lines += [f"{':' if number == 0 else ' '}   {line}" for number, line in enumerate(listed)]
+        lines = [f"- *{', '.join(verbs)}*{text}" for text, verbs in merged.items()]
     facts = [*types] * (len(types) == 1) + [*defaults] * (len(defaults) == 1)
     if methods := uses[0].info.methods:
         facts.append(f"read by the method{'s' if len(methods) > 1 else ''} {', '.join(methods)}")
@@ -233,7 +231,9 @@ def setting_entry(name: str, by_verb: Mapping[str, Use]) -> str:
         facts.append("changes no result by more than rounding")
     if earlier := dict.fromkeys(old for use in uses for old in (*use.info.old, *use.info.old_axes)):
         facts.append(f"earlier {', '.join(f'`{old}`' for old in earlier)}")
-    return "\n".join([*lines, "", f"    <small>{' · '.join(facts)}</small>"])
+    verbs_of = f"**{', '.join(by_verb)}**"
+    shown = f"<small>{' · '.join([verbs_of, *facts])}</small>"
+    return "\n".join([f"### `{name}` {{ #{name} }}", "", *lines, "", shown])
 
 
 def type_text(hint: Any) -> str:
