@@ -321,7 +321,7 @@ import torch
 import depthwise, depthwise_triton
 
 depthwise_triton.CHUNK = 1
-x, weight = torch.randn(2, 5, 6, 5, 7).requires_grad_(), torch.randn(5, 1, 3, 3, 3).requires_grad_()
+x, weight = torch.randn(2, 3, 4, 3, 5).requires_grad_(), torch.randn(3, 1, 3, 3, 3).requires_grad_()
 wanted = depthwise.by_cudnn(x, weight)
 gradient = torch.randn_like(wanted)
 gradients = torch.autograd.grad(wanted, (x, weight), gradient, retain_graph=True)
