@@ -175,6 +175,7 @@ def test_what_is_asked_wrongly_is_one_line(gpu, tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+    (tmp_path / "out").mkdir(exist_ok=True)  # which filelock makes only from 3.13 on
     with FileLock(tmp_path / "out" / ".lock"):
         assert gpu.main(["--device", "cpu", "--out", str(tmp_path / "out")]) == 2
     assert "another call" in capsys.readouterr().err
