@@ -298,6 +298,7 @@ def test_tests_are_rows_with_their_reasons(monkeypatch, tmp_path):
         "def test_bad(): assert 1 == 2, 'one is not two'\ndef test_skipped(): pytest.skip('no')\n"
     )
     monkeypatch.setattr(runs, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # which takes seconds, and the tests need none
     found = {}
 
     def collect(passed):
