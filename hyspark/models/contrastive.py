@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hyspark.models.defaults import CONTRASTIVE_METHODS
 from hyspark.models.spark import PyramidEncoder, record_outputs
 from hyspark.utils.install import install_command
 
-CONTRASTIVE_METHODS = ("moco", "byol", "swav")
-"""Methods that compare views; BYOL and SwAV do so without negative pairs."""
 PROJECTION = {"moco": 128, "byol": 256, "swav": 128}
 """Features of a projection, as published."""
 MOCO_TEMPERATURE = 0.2

@@ -13,10 +13,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from hyspark.models.defaults import DEPTHS, EXPANSIONS, WIDTHS, grid_of
 from hyspark.models.densify import Densify
-from hyspark.models.encoder import DEPTHS, EXPANSIONS, WIDTHS, HybridEncoder
+from hyspark.models.encoder import HybridEncoder
 from hyspark.models.light_decoder import LightDecoder, build_projections
-from hyspark.models.masking.mask import draw_visible, grid_of, num_visible, patchify, unpatchify
+from hyspark.models.masking.mask import draw_visible, num_visible, patchify, unpatchify
 from hyspark.models.masking.patches import Patches
 
 

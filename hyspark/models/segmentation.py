@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from hyspark.models.blocks import CONV, FusionBlock, MedNeXtBlock, MedNeXtUpBlock
-from hyspark.models.encoder import DEPTHS, EXPANSIONS, NUM_STAGES, WIDTHS, HybridEncoder, layer_indices_of
+from hyspark.models.defaults import DEPTHS, EXPANSIONS, WIDTHS, grid_of
+from hyspark.models.encoder import NUM_STAGES, HybridEncoder, layer_indices_of
 from hyspark.models.light_decoder import LightDecoder, Projection, build_projections
-from hyspark.models.masking.mask import grid_of
 
 UP_EXPANSION = 4
 

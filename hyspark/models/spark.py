@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hyspark.models.defaults import grid_of
 from hyspark.models.masked_autoencoder import MaskedAutoencoder
 from hyspark.models.masking.context import hidden, identity
-from hyspark.models.masking.mask import grid_of, visible_at
+from hyspark.models.masking.mask import visible_at
 from hyspark.models.masking.patches import Patches, build_patches
 from hyspark.models.network_faults import UnsupportedNetworkError, explain_faults, find_attention
 

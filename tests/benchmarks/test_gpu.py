@@ -299,6 +299,7 @@ def test_tests_are_rows_with_their_reasons(monkeypatch, tmp_path):
         "def test_bad(): assert 1 == 2, 'one is not two'\ndef test_skipped(): pytest.skip('no')\n"
     )
     monkeypatch.setattr(runs, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # which takes seconds, and the tests need none
     found = {}
 
     def collect(passed):
@@ -322,7 +323,7 @@ import torch
 import depthwise, depthwise_triton
 
 depthwise_triton.CHUNK = 1
-x, weight = torch.randn(2, 5, 6, 5, 7).requires_grad_(), torch.randn(5, 1, 3, 3, 3).requires_grad_()
+x, weight = torch.randn(2, 3, 4, 3, 5).requires_grad_(), torch.randn(3, 1, 3, 3, 3).requires_grad_()
 wanted = depthwise.by_cudnn(x, weight)
 gradient = torch.randn_like(wanted)
 gradients = torch.autograd.grad(wanted, (x, weight), gradient, retain_graph=True)

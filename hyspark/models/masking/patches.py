@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo import maybe_mark_dynamic
 
-from hyspark.models.masking.mask import PATCH, grid_of
+from hyspark.models.defaults import PATCH, grid_of
 from hyspark.models.recompute import recomputed
 
 PATCH_EDGES = (16, 8, 4, 2, 1)
