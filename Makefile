@@ -26,10 +26,10 @@ $(INSTALLED): pyproject.toml
 		(echo "TORCH=$(TORCH): expected TORCH=cpu, or no TORCH for PyTorch with CUDA" && false)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		(echo "$(PYTHON) is older than Python 3.10; run make PYTHON=python3.x with a newer one" && false)
-	@echo "setup: $(if $(TORCH),PyTorch without CUDA: about 0.6 GB to download and 2 GB on disk,PyTorch with CUDA: about \
-	3 GB to download and 6 GB on disk), in $(VENV)"
+	@echo "setup: PyTorch $(if $(TORCH),without CUDA: about 0.4 GB to download and 1.5,with CUDA: about 3.2 GB to download and 6)\
+ GB on disk with all it needs, in $(VENV)"
 	@test -n '$(TORCH)' || command -v nvidia-smi >/dev/null || \
-		echo "setup: no NVIDIA driver found; make setup TORCH=cpu takes PyTorch without CUDA, a fifth of the download"
+		echo "setup: no NVIDIA driver found; make setup TORCH=cpu downloads 0.4 GB"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 ifneq ($(TORCH),)
@@ -43,7 +43,7 @@ endif
 dev: $(TOOLS)
 
 $(TOOLS): $(INSTALLED)
-	@echo "dev: tools for tests, and all extras: about 0.3 GB to download"
+	@echo "dev: tools for tests, and all extras: about 0.15 GB to download"
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@
 
@@ -63,7 +63,7 @@ test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 $(LOWEST)/.installed: pyproject.toml $(CONSTRAINTS)/lowest.txt
-	@echo "test-lowest: the lowest versions: about 3 GB to download and 6 GB on disk, in $(LOWEST)"
+	@echo "test-lowest: about 3 GB to download and 6 GB on disk, in $(LOWEST)"
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/pip install --quiet --upgrade pip
 	$(LOWEST)/bin/pip install --quiet --constraint $(CONSTRAINTS)/lowest.txt --editable '.[dev]'

@@ -1,6 +1,7 @@
 """The build of a wheel takes the recipes of configs/ into the package, where `--config NAME` finds them."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import setup
@@ -14,9 +15,11 @@ BLOCK = re.compile(r"(^```.*?^```$)", flags=re.MULTILINE | re.DOTALL)
 
 
 class BuildWithRecipes(build_py):
-    """Copy the modules, and configs/*.yaml to hyspark/recipes."""
+    """Copy the modules, and configs/*.yaml to hyspark/recipes, into a folder without modules of earlier builds."""
 
     def run(self):
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
         if not self.editable_mode:
             folder = Path(self.build_lib, "hyspark", "recipes")
