@@ -77,10 +77,15 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def pretraining(phantoms: Path, tmp_path: Path) -> PretrainConfig:
     """Settings of a pre-training that takes seconds: 6 volumes, 3 steps an epoch, 2 epochs."""
+    return small_pretraining(phantoms, tmp_path / "run")
+
+
+def small_pretraining(phantoms: Path, out: Path) -> PretrainConfig:
+    """The settings of `pretraining`."""
     return PretrainConfig(
         **SMALL,
         data=str(phantoms),
-        out=str(tmp_path / "run"),
+        out=str(out),
         crop_size=(32,),
         decoder_width=16,
         batch_size=2,
