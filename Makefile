@@ -71,7 +71,7 @@ $(LOWEST)/.installed: pyproject.toml $(CONSTRAINTS)/lowest.txt
 
 # The site, in site/
 docs: $(DOCS)
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict  # with --quiet, warnings would not count
 
 $(DOCS): $(INSTALLED)
 	@echo "docs: mkdocs-material and its plugins: about 0.05 GB to download"
