@@ -9,7 +9,9 @@ import timm
 import torch
 
 from hyspark.config.shared import EncoderSettings
+from hyspark.figures.slices import views_panel
 from hyspark.planning import trial_steps
+from hyspark.tasks import contrastive_task
 from hyspark.tasks.pretrain import PretrainingExperiment, initialise_pretraining, run_pretraining, untrained_modules
 from hyspark.training.distributed import find_processes
 from hyspark.training.run_folder import checkpoint_file
@@ -45,7 +47,8 @@ def metrics(config):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_leaves_the_networks_own_keys_and_a_report(comparing, method):
+def test_a_run_leaves_the_networks_own_keys_and_a_report(comparing, method, monkeypatch):
+    monkeypatch.setattr(contrastive_task, "views_panel", views_panel)  # its picture is drawn
     folder = run_pretraining(replace(comparing(method), epochs=1))
     network = timm.create_model("resnet10t", num_classes=0, in_chans=1)
     for kind in ("1kpretrained", "best"):
