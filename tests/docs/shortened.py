@@ -1,4 +1,4 @@
-"""Commands of pages in this process: verbs as they are, but trainings take one step of a tiny network."""
+"""Commands of pages in this process: verbs as they are, but trainings take one step, and phantoms are coarse."""
 
 import contextlib
 import io
@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hyspark.cli import commands, main
 from hyspark.cli.run_verb import run_verb
 from hyspark.config.classification import ClassificationConfig
 from hyspark.config.pretrain import MASKED, PretrainConfig
+from hyspark.data.synthetic import phantom
 from hyspark.reports import run_page
 from tests.docs.blocks import ROOT, SCRIPTS
 
@@ -34,6 +36,8 @@ ENCODER = {
     "num_heads": 12,
 }
 TRAINING = {"device": "cpu", "dataloader_workers": 0, "max_steps": 1, "epochs": 1, "batch_size": 2}
+COARSE = ((6.0, 6.0, 6.0), (5.0, 5.0, 8.0))
+"""Spacings of phantoms."""
 VOLUMES = {"spacing": (8.0, 8.0, 8.0), "crops_per_volume": 1, "prepare_workers": 1, "compile": "none"}
 NARROW = {
     "moco": {"head_width": 16, "queue_size": 8},
@@ -104,6 +108,7 @@ def one_step() -> Iterator[None]:
             whole = getattr(module, name)
             for place in (module, hyspark.tasks.api):
                 patch.setattr(place, name, lambda config, whole=whole: whole(shorten(config)))
+        patch.setattr(phantom, "write_phantoms", partial(phantom.write_phantoms, spacings=COARSE))
         patch.setattr(hyspark.comparison.benefit, "run_comparison", fewer)
         patch.setattr(hyspark.comparison.benefit, "run_jobs", run_jobs_here)
         patch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)

@@ -27,9 +27,8 @@ from pydicom import dcmread
 from hyspark.data.synthetic.phantom import make_phantom, write_phantoms
 from tests.data.readers.dicom_files import write_series, write_slice
 from tests.docs.blocks import ROOT, SCRIPTS
-from tests.docs.shortened import in_folder, typed_here
+from tests.docs.shortened import COARSE, in_folder, typed_here
 
-SPACINGS = ((6.0, 6.0, 6.0), (5.0, 5.0, 8.0))
 COPIED = ("configs", "benchmarks")
 WEIGHTS = "hyspark_1kpretrained_timm_style.pth"
 
@@ -50,7 +49,7 @@ def lay_out(folder: Path) -> None:
 
 def labelled_set(folder: Path, name: str, num: int, seed: int) -> None:
     """Write labelled CTs as a data set of this name."""
-    write_phantoms(folder / "raw", num_labelled=num, num_unlabelled=0, seed=seed, spacings=SPACINGS, progress=False)
+    write_phantoms(folder / "raw", num_labelled=num, num_unlabelled=0, seed=seed, spacings=COARSE, progress=False)
     shutil.move(folder / "raw" / "Dataset900_PhantomLabelled", folder / "data" / name)
     (folder / "raw").rmdir()
 
@@ -66,7 +65,7 @@ def others(folder: Path) -> None:
 def scans(folder: Path) -> None:
     (folder / "new_scans").mkdir()
     for number in range(2):
-        phantom = make_phantom(900 + number, spacing=SPACINGS[number], orientation="LPS")
+        phantom = make_phantom(900 + number, spacing=COARSE[number], orientation="LPS")
         nib.save(nib.Nifti1Image(phantom.image, phantom.affine), folder / "new_scans" / f"scan_{number:03d}.nii.gz")
 
 
@@ -113,7 +112,7 @@ def mr(folder: Path) -> None:
     (out / "labelsTr").mkdir()
     rng = np.random.default_rng(0)
     for number in range(4):
-        phantom = make_phantom(970 + number, spacing=SPACINGS[number % 2])
+        phantom = make_phantom(970 + number, spacing=COARSE[number % 2])
         for channel in range(2):
             signal = np.clip(phantom.image + 1000.0, 0, None) * (0.4 + 0.3 * channel)
             signal += 90 * phantom.label + rng.rayleigh(20, phantom.image.shape)
