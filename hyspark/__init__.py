@@ -6,7 +6,7 @@ The public names are imported when they are used, so that `import hyspark` is fa
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
+from hyspark.utils.version import __version__
 
 if TYPE_CHECKING:
     from hyspark.config.pretrain import list_methods
@@ -37,6 +37,7 @@ MODULES = {
 """Modules of the public names."""
 __all__ = [
     "LoadReport",
+    "__version__",
     "build_hybird",
     "build_hyspark",
     "build_spark",

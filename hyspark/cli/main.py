@@ -4,10 +4,10 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from hyspark import __version__
 from hyspark.cli.run_verb import run_verb
 from hyspark.utils.exit_codes import DONE, WRONG_USE
 from hyspark.utils.text import nearest
+from hyspark.utils.version import __version__
 
 VERB_GROUPS = {
     "data": {

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from hyspark import __version__
 from hyspark.evaluation.classification.scores import class_metric_rows, confusion_rows
 from hyspark.evaluation.protocol import protocol_text, read_summary
 from hyspark.evaluation.segmentation.scores import summary_rows
@@ -25,6 +24,7 @@ from hyspark.reports.html import render_page
 from hyspark.training.metrics_log import iterate_metrics
 from hyspark.utils.atomic import write_whole
 from hyspark.utils.tables import aligned_table
+from hyspark.utils.version import __version__
 
 MAX_MEASURED = 50_000
 """Points of a curve of which each is drawn or smoothed; neighbours of longer ones are averaged."""
