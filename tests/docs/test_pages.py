@@ -86,9 +86,7 @@ def test_linked_files_exist():
     for page in PAGES:
         text = re.sub(r"^( *)(`{3,}).*?^\1\2 *$", "", page.read_text(), flags=re.M | re.S)
         for target in re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)(?:#[^)]*)?\)", text):
-            if found := re.match(
-                r"\.\./\.\./actions/workflows/([^/]+)", target
-            ):  # a page beside the repository's, of the host
+            if found := re.match(r"\.\./\.\./actions/workflows/([^/]+)", target):
                 target = f".github/workflows/{found[1]}"
             linked = (page.parent / target).resolve()
             assert linked.exists() or linked in GENERATED, f"{name_of(page)}: {target}"
