@@ -533,6 +533,14 @@ def test_a_missing_extra_or_an_unsupported_network_is_one_line(error, monkeypatc
     assert capsys.readouterr().err == "error: moco needs lightly: pip install 'hyspark[views]'\n"
 
 
+def test_a_missing_dependency_is_one_line(monkeypatch, capsys):
+    """As in a checkout that was updated without `make setup`."""
+    monkeypatch.setitem(sys.modules, "hyspark.cli.commands", None)
+    error = fails(["check", "data"], capsys)
+    assert error.startswith("error: hyspark.cli.commands: not installed, and needed by hyspark ")
+    assert error.endswith(f"install it with: {install_command()}\n")
+
+
 def test_the_example_of_every_verb_parses():
     """What the help shows can be typed."""
     for verb in main.VERBS:
