@@ -58,7 +58,7 @@ def write_page(folder: Path, text: str) -> Path:
         ("<!-- exit: 1 -->\n```sh\nhyspark --version\n```\n", "exit code 0, expected 1"),
         ("text\n\n```python\nx = 1\nraise KeyError(x)\n```\n", "page.md:4: KeyError"),
         ("```pycon\n>>> 1 + 1\n2\n>>> 2 + 2\n5\n```\n", "page.md:4: printed '4"),
-        ("```sh\necho $(hyspark nonsense)\nls\n```\n", "though it failed: hyspark nonsense"),
+        ("```sh\necho $(hyspark nonsense)\nls\n```\n", "page.md:2: exit code 2"),
         ("```sh\nif hyspark nonsense; then ls; fi\nls\n```\n", "though it failed: hyspark nonsense"),
         ("<!-- workspace: labeled -->\n```sh\nls\n```\n", "no workspace labeled"),
         ("```sh\nhyspark nonsense || ls\n```\n", "hides failures"),
