@@ -3,31 +3,80 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TOOLS := $(VENV)/.installed-dev
+DOCS := $(VENV)/.installed-docs
+LOWEST := .venv-lowest
+CONSTRAINTS := .github/constraints
 DEMO := data/demo
 RUNS := ckpt
+# make setup TORCH=cpu takes PyTorch without CUDA, from this index of PyTorch's own
+TORCH ?=
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+IS_CPU := import sys, torch; sys.exit(torch.version.cuda is not None)
 
-.PHONY: setup lint types test demo bench ready gpu gpu-study clean
+.PHONY: setup dev lint types test test-lowest docs demo bench ready gpu gpu-study clean
 
+# What pre-training, fine-tuning and the demo need
 setup: $(INSTALLED)
+	@test -z '$(TORCH)' || $(BIN)/python -c '$(IS_CPU)' || \
+		echo "setup: $(VENV) has PyTorch with CUDA; for the one without: rm -r $(VENV) && make setup TORCH=cpu"
 
 $(INSTALLED): pyproject.toml
+	@test -z '$(TORCH)' || test '$(TORCH)' = cpu || \
+		(echo "TORCH=$(TORCH): expected TORCH=cpu, or no TORCH for PyTorch with CUDA" && false)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		(echo "$(PYTHON) is older than Python 3.10; run make PYTHON=python3.x with a newer one" && false)
+	@echo "setup: PyTorch $(if $(TORCH),without CUDA: about 0.4 GB to download and 1.5,with CUDA: about 3.2 GB to download and 6)\
+ GB on disk with all it needs, in $(VENV)"
+	@test -n '$(TORCH)' || command -v nvidia-smi >/dev/null || \
+		echo "setup: no NVIDIA driver found; make setup TORCH=cpu downloads 0.4 GB"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
+ifneq ($(TORCH),)
+	@$(BIN)/pip install --quiet --timeout 15 --retries 1 --index-url $(CPU_INDEX) torch torchvision || \
+		echo "setup: $(CPU_INDEX) has no PyTorch for this machine, or does not answer; the ordinary one follows"
+endif
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+# The tools of developers beside it
+dev: $(TOOLS)
+
+$(TOOLS): $(INSTALLED)
+	@echo "dev: tools for tests, and all extras: about 0.15 GB to download"
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@
 
-lint: setup
+lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 
-types: setup
+types: dev
 	$(BIN)/mypy
 
-test: setup
+test: dev
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# make test-lowest [PYTHON=python3.10]: the same tests on the lowest versions that pyproject.toml allows
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+$(LOWEST)/.installed: pyproject.toml $(CONSTRAINTS)/lowest.txt
+	@echo "test-lowest: about 3 GB to download and 6 GB on disk, in $(LOWEST)"
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet --upgrade pip
+	$(LOWEST)/bin/pip install --quiet --constraint $(CONSTRAINTS)/lowest.txt --editable '.[dev]'
+	@touch $@
+
+# The site, in site/
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict  # with --quiet, warnings would not count
+
+$(DOCS): $(INSTALLED)
+	@echo "docs: mkdocs-material and its plugins: about 0.05 GB to download"
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	@touch $@
 
 demo: setup
 	@echo "--- phantom CTs"
@@ -57,9 +106,10 @@ bench: setup
 # On the machine with the GPU: in .venv, or without it where the machine's own Python has PyTorch and what else is needed.
 HERE = PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $$(test -f $(INSTALLED) && echo $(BIN)/python || echo $(PYTHON))
 ready:
-	@if test -f $(INSTALLED); then :; \
-	elif $(PYTHON) -c 'import torch' 2>/dev/null; then $(HERE) -c 'import hyspark.cli, pytest, psutil'; \
-	else $(MAKE) setup; fi
+	@if test -f $(TOOLS); then :; \
+	elif test ! -f $(INSTALLED) && $(PYTHON) -c 'import torch' 2>/dev/null; then \
+		$(HERE) -c 'import hyspark.cli, pytest, psutil'; \
+	else $(MAKE) dev; fi
 
 DEVICE ?= cuda
 
@@ -74,4 +124,4 @@ gpu-study: ready
 		--data $(or $(STUDY),data/gpu_study)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """Networks of others under a mask: what loads back into the original, and how well what must not change does not.
 
-    python benchmarks/backbones.py                              # the table of docs/networks.md
+    python benchmarks/backbones.py                              # the table of docs/reference/networks.md
     python benchmarks/backbones.py --names timm/resnet50 mypackage.module:factory
 
 Errors are the largest over all maps, as shares of the map's largest value, in double precision; a network in which all

@@ -1,6 +1,6 @@
 """Why masking needs more than zeros in the input: which positions a network works on, layer by layer.
 
-    python benchmarks/mask_pattern.py docs/mask_pattern.png
+    python benchmarks/mask_pattern.py docs/explanation/mask_pattern.png
 
 Convolutions of ones in place of trained ones, so that a position is not zero where it has seen anything.
 """

@@ -13,7 +13,8 @@ from measure import in_fresh_process, peak_memory, seconds
 from torch import Tensor, nn
 
 from hyspark import build_hyspark
-from hyspark.models.encoder import WIDTHS, HybridEncoder
+from hyspark.models.defaults import WIDTHS
+from hyspark.models.encoder import HybridEncoder
 from hyspark.models.masking.context import hidden
 from hyspark.models.masking.mask import draw_visible
 from hyspark.models.masking.patches import PATCH_EDGES, same_conv

@@ -1,4 +1,4 @@
-"""All measurements behind docs/performance.md: one table, and JSON. `make bench` calls it.
+"""All measurements behind docs/results/performance.md: one table, and JSON. `make bench` calls it.
 
     python benchmarks/run.py                                   # about 15 minutes on two cores
     python benchmarks/run.py --published path/to/HySparK       # also measures a checkout of the published code beside

@@ -1,4 +1,4 @@
-"""Which chunked format holds prepared volumes best: the table in docs/store.md. One thread.
+"""Which chunked format holds prepared volumes best: the table in docs/results/store.md. One thread.
 
     make bench
     python benchmarks/store.py --image some_ct.nii.gz

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from hyspark.config.classification import ClassificationConfig
@@ -15,7 +16,9 @@ from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets import build, datalist_json
 from hyspark.data.synthetic.phantom import write_phantoms
 from hyspark.evaluation.classification import evaluate
+from hyspark.evaluation.segmentation import evaluate as segmentation_evaluate
 from hyspark.reports import run_page
+from hyspark.tasks import contrastive_task, masked_task
 from hyspark.utils.processes import STOP_SIGNALS
 
 Writer = Callable[[Path, Mapping[str, int], int], None]
@@ -48,10 +51,16 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run's page without its curves, which take longer to draw than a small run; with them where `curves` says so."""
+def _no_drawings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page without curves and empty pictures in a run, since drawing takes longer than a run; `curves` draws."""
     if "curves" not in request.keywords:
         monkeypatch.setattr(run_page, "curves_figure", lambda curves, dark: None)
+        for module, name in (
+            (masked_task, "reconstruction_panel"),
+            (contrastive_task, "views_panel"),
+            (segmentation_evaluate, "segmentation_panel"),
+        ):
+            monkeypatch.setattr(module, name, lambda *args, **options: Figure(figsize=(0.1, 0.1)))
 
 
 @pytest.fixture(scope="session")
@@ -68,10 +77,15 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def pretraining(phantoms: Path, tmp_path: Path) -> PretrainConfig:
     """Settings of a pre-training that takes seconds: 6 volumes, 3 steps an epoch, 2 epochs."""
+    return small_pretraining(phantoms, tmp_path / "run")
+
+
+def small_pretraining(phantoms: Path, out: Path) -> PretrainConfig:
+    """The settings of `pretraining`."""
     return PretrainConfig(
         **SMALL,
         data=str(phantoms),
-        out=str(tmp_path / "run"),
+        out=str(out),
         crop_size=(32,),
         decoder_width=16,
         batch_size=2,

@@ -2,12 +2,14 @@
 
 import ast
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from hyspark.cli import completion, main
 from hyspark.config.yaml_files import recipe_files
+from hyspark.utils import install
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "hyspark").rglob("*.py"))
@@ -41,9 +43,13 @@ def wrong_advice(text: str) -> list[str]:
         wrong += [] if verb in main.VERBS else [f"hyspark {verb}"]
     for name in re.findall(r"--config (?:configs/)?([a-z]\w*)", text):
         wrong += [] if name in recipe_files() else [f"--config {name}"]
-    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
-    wrong += [extra for extra in re.findall(r"hyspark\[(\w+)\]", text) if extra not in extras]
-    return wrong
+    return wrong + [extra for extra in re.findall(r"hyspark\[(\w+)\]", text) if extra not in extras()]
+
+
+def extras() -> list[str]:
+    """The extras of this package."""
+    text = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]\n")[2]
+    return re.findall(r"^(\w+) = \[", text.partition("\n[")[0], flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -65,3 +71,23 @@ def test_what_messages_advise_can_be_typed(path):
 )
 def test_wrong_advice_is_found(text, wrong):
     assert wrong_advice(text) == wrong
+
+
+def asked_for() -> set[str]:
+    """Extras that the package's messages name."""
+    return {name for path in FILES for name in re.findall(r"install_command\(['\"](\w+)", path.read_text())}
+
+
+def test_extras_in_messages_exist():
+    assert {"dicom", "formats", "views"} <= asked_for() <= set(extras())
+
+
+@pytest.mark.parametrize("extra", sorted(asked_for()))
+def test_an_extra_is_installed_as_the_package_was(extra, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert install.install_command(extra) == f"pip install -e '.[{extra}]'"
+    monkeypatch.chdir(tmp_path)
+    pip, install_word, editable, where = shlex.split(install.install_command(extra))
+    assert (pip, install_word, editable, where) == ("pip", "install", "-e", f"{ROOT}[{extra}]")
+    monkeypatch.setattr(install, "PACKAGE", tmp_path / "site-packages" / "hyspark")
+    assert install.install_command(extra) == f"pip install 'hyspark[{extra}]'"

@@ -13,7 +13,7 @@ DEVICE_CHOICES = get_args(get_type_hints(RunSettings)["device"])
 
 
 class DatalistArguments(Arguments):
-    """Write the data list of a folder: nnU-Net data sets, or another layout of data/README.md.
+    """Write the data list of a folder: nnU-Net data sets, or loose files that fit by their names.
 
     Example:
         hyspark datalist --data data --labels --splits auto --out data/labelled.json

@@ -169,12 +169,12 @@ def third_party_network(args: WeightsArguments, argv: Sequence[str]) -> Any:
 
 def export(argv: Sequence[str]) -> None:
     """Write pre-trained weights as one small .safetensors file, or a ResNet for detectron2."""
+    args = parse(ExportArguments(prog="hyspark export", allow_abbrev=False), argv)
     import torch
 
     from hyspark.models.weights.detectron2 import write_detectron2
     from hyspark.models.weights.export import export_weights
 
-    args = parse(ExportArguments(prog="hyspark export", allow_abbrev=False), argv)
     if args.detectron2 and args.decoder:
         raise ValueError("--decoder: not read with --detectron2, which takes no decoder; drop it")
     dtype = {"fp16": torch.float16, "fp32": torch.float32}[args.precision]

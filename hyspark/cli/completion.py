@@ -7,6 +7,7 @@ from hyspark.cli import arguments
 from hyspark.cli.main import SHELLS, VERBS
 from hyspark.cli.parsing import Arguments, config_parser
 from hyspark.config.recipes import SETTINGS_OF
+from hyspark.utils.install import install_command
 
 
 def print_completion(argv: Sequence[str]) -> None:
@@ -21,7 +22,7 @@ def print_completion(argv: Sequence[str]) -> None:
     try:
         import shtab
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("--completion needs shtab: pip install 'hyspark[completion]'") from error
+        raise ModuleNotFoundError(f"--completion needs shtab: {install_command('completion')}") from error
     print(shtab.complete(all_verbs(), argv[0]))
 
 

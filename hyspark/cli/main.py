@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 
+from hyspark import __version__
 from hyspark.cli.run_verb import run_verb
 from hyspark.utils.exit_codes import DONE, WRONG_USE
 from hyspark.utils.text import nearest
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Call the verb that comes first, with the words behind it."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] == "--version":
-        print(f"hyspark {installed_version()}")
+        print(f"hyspark {__version__}")
         return
     if argv and argv[0] == "--completion":
         run_verb(lambda words: import_module("hyspark.cli.completion").print_completion(words), argv[1:])
@@ -77,11 +77,3 @@ def usage() -> str:
     for group, verbs in VERB_GROUPS.items():
         lines += ["", f"{group}:", *(f"  {verb:21s}{text}" for verb, text in verbs.items())]
     return "\n".join(lines)
-
-
-def installed_version() -> str:
-    """Look up the version of the installed package."""
-    try:
-        return version("hyspark")
-    except PackageNotFoundError:
-        return "(not installed: run from a folder)"

@@ -159,7 +159,7 @@ def config_parser(config_class: type, prog: str) -> Arguments:
 
     class Flags(Arguments, base):
         def configure(self) -> None:
-            text = "YAML recipe, a file or a name such as pretrain (see configs/); flags override it."
+            text = "YAML recipe, a file or a name such as openkbp; an unknown name lists all; flags override it."
             self.add_argument("--config", type=str, default="", help=text, metavar="YAML")
             add_settings(self, config_class)
 

@@ -6,8 +6,7 @@ from typing import Any, Literal
 
 from hyspark.config.checks import between, check_probabilities, not_negative, positive
 from hyspark.config.shared import EncoderSettings, VolumeSettings, check_encoder, check_run, check_volumes
-from hyspark.models.contrastive import CONTRASTIVE_METHODS
-from hyspark.models.masking.mask import grid_of
+from hyspark.models.defaults import CONTRASTIVE_METHODS, grid_of
 from hyspark.utils.settings import field_info, setting
 from hyspark.utils.text import nearest
 

@@ -81,7 +81,7 @@ def read_yaml(name: str | Path, config_class: type) -> dict[str, Any]:
     """Read a YAML recipe.
 
     Args:
-        name: File, or the name of a recipe of the package, such as pretrain.
+        name: File, or the name of a recipe of the package, such as finetune_openkbp or openkbp.
         config_class: Class of the settings.
 
     Returns:
@@ -91,7 +91,7 @@ def read_yaml(name: str | Path, config_class: type) -> dict[str, Any]:
         FileNotFoundError: There is no such file and no such recipe.
         ValueError: It is no YAML mapping, or has an unknown key or a value of another type.
     """
-    path = find_recipe(name)
+    path = find_recipe(name, next(verb for verb, one in SETTINGS_OF.items() if one is config_class))
     return typed_values(load_mapping(path), config_class, str(path))
 
 

@@ -14,8 +14,7 @@ from hyspark.config.shared import (
     check_volumes,
     encoder_options,
 )
-from hyspark.models.light_decoder import check_min_width
-from hyspark.models.masking.mask import grid_of
+from hyspark.models.defaults import check_min_width, grid_of
 from hyspark.utils.settings import setting
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from hyspark.config.checks import not_negative, one_of, positive
 from hyspark.data.intensity import check_intensity
 from hyspark.data.settings import PrepareSettings
-from hyspark.models.encoder import DEPTHS, EXPANSIONS, WIDTHS
+from hyspark.models.defaults import DEPTHS, EXPANSIONS, WIDTHS
 from hyspark.utils.settings import setting
 
 Precision = Literal["fp32", "bf16", "fp16", "auto"]

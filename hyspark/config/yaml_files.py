@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
+from hyspark.utils.install import PACKAGE
 from hyspark.utils.text import nearest
 
-PACKAGE = Path(__file__).parents[1]
 FOLDERS = (PACKAGE / "recipes", PACKAGE.parent / "configs")
 """Recipes of the package: of an installed wheel, of a checkout."""
 
@@ -54,8 +54,12 @@ def load_mapping(path: Path) -> Mapping[Any, Any]:
     return loaded
 
 
-def find_recipe(name: str | Path) -> Path:
+def find_recipe(name: str | Path, verb: str = "") -> Path:
     """Return the file that a recipe's name or path means; a file of the user comes first.
+
+    Args:
+        name: File, or the name of a recipe of the package, with or without the first word of its verb.
+        verb: The verb that reads it.
 
     Raises:
         FileNotFoundError: There is none.
@@ -64,8 +68,10 @@ def find_recipe(name: str | Path) -> Path:
     if path.is_file():
         return path
     known = recipe_files()
-    if str(name) == path.name and path.stem in known and path.suffix in ("", ".yaml"):
-        return known[path.stem]
+    if str(name) == path.name and path.suffix in ("", ".yaml"):
+        for stem in (path.stem, f"{verb.partition('-')[0]}_{path.stem}"):
+            if stem in known:
+                return known[stem]
     if path.is_dir() and str(name):
         raise FileNotFoundError(f"--config {name}: expected a YAML recipe, got a folder; name a file in it")
     suggestion = f"; --config {path.stem} is the package's own" if path.stem in known else nearest(path.stem, known)

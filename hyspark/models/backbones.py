@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import timm
 import torchvision
-from monai.networks import nets
 from torch import Tensor, nn
 
 from hyspark.models.network_faults import UnsupportedNetworkError
@@ -151,6 +150,8 @@ def build_torchvision(name: str, in_channels: int, axes: int) -> Backbone:
 def build_monai(name: str, in_channels: int, axes: int) -> Backbone:
     """Build a ResNet, or a segmentation network whose encoder is run; its decoder is unused."""
     check_name(name, MONAI_BACKBONES, "monai")
+    from monai.networks import nets  # takes seconds, and other libraries' networks need none
+
     if name == "segresnet":
         return Backbone(nets.SegResNet(axes, 16, in_channels), lambda net, x: net.encode(x))
     if name == "dynunet":
@@ -182,7 +183,7 @@ def build_from_factory(name: str, in_channels: int, axes: int) -> nn.Module:
     return network
 
 
-def run_dynunet(net: nets.DynUNet, x: Tensor) -> Tensor:
+def run_dynunet(net: Any, x: Tensor) -> Tensor:
     """Run the encoder of a DynUNet."""
     x = net.input_block(x)
     for layer in net.downsamples:
@@ -193,6 +194,8 @@ def run_dynunet(net: nets.DynUNet, x: Tensor) -> Tensor:
 
 def suggest_backbones(name: str) -> str:
     """Suggest networks that run under a mask, with names similar to one that does not."""
+    if ":" in name:  # the user's own function
+        return "use layers that run under a mask (hyspark.list_backbones() lists networks of such layers)"
     library, _, rest = name.partition("/")
     known = [known.partition("/")[2] for known in list_backbones(f"{library}/*")]
     near = [f"{library}/{found}" for found in difflib.get_close_matches(rest, known, n=2, cutoff=0.6)]

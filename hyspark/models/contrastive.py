@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hyspark.models.defaults import CONTRASTIVE_METHODS
 from hyspark.models.spark import PyramidEncoder, record_outputs
+from hyspark.utils.install import install_command
 
-CONTRASTIVE_METHODS = ("moco", "byol", "swav")
-"""Methods that compare views; BYOL and SwAV do so without negative pairs."""
 PROJECTION = {"moco": 128, "byol": 256, "swav": 128}
 """Features of a projection, as published."""
 MOCO_TEMPERATURE = 0.2
@@ -244,7 +244,7 @@ def build_siamese(
         from lightly import loss
         from lightly.models.modules import heads
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{method} needs lightly: pip install 'hyspark[views]' ({error})") from error
+        raise ModuleNotFoundError(f"{method} needs lightly: {install_command('views')} ({error})") from error
     size = (img_size,) * axes if isinstance(img_size, int) else tuple(img_size)
     encoder = PooledEncoder(backbone, size, in_channels, run)
     shape = (encoder.width, head_width, PROJECTION[method])

@@ -15,14 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyspark.models.blocks import CONV, MedNeXtBlock
+from hyspark.models.defaults import DEPTHS, EXPANSIONS, PATCH, WIDTHS, grid_of
 from hyspark.models.masking.context import hidden
-from hyspark.models.masking.mask import PATCH, grid_of, visible_at
+from hyspark.models.masking.mask import visible_at
 from hyspark.models.masking.patches import Patches, build_patches, same_conv
 from hyspark.models.vit import TokenTransformer
 
-WIDTHS = (32, 64, 128, 256, 384)
-DEPTHS = (1, 1, 3, 3, 1)
-EXPANSIONS = (2, 4, 4, 4, 2)
 NUM_STAGES = 5
 MAX_POOL = {2: F.max_pool2d, 3: F.max_pool3d}
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyspark.models.blocks import BATCH_NORM, CONV, CONV_TRANSPOSE, ChannelNorm
+from hyspark.models.defaults import check_min_width
 from hyspark.models.masking.patches import CONV_FUNCTION
 from hyspark.models.recompute import recomputed
 
@@ -61,15 +62,6 @@ def build_projections(layer: type[nn.Module], maps: Maps, decoder_width: int, ax
         layer(channels, decoder_width * stride // deepest, 1 if stride == deepest else 3, axes)
         for channels, stride in maps
     )
-
-
-def check_min_width(decoder_width: int, decoder_min_width: int) -> None:
-    """Raise ValueError if the minimum width exceeds the width of the deepest level."""
-    if decoder_min_width > decoder_width:
-        raise ValueError(
-            f"decoder_min_width: expected at most decoder_width={decoder_width}, the width of the widest level, "
-            f"got {decoder_min_width}"
-        )
 
 
 def count_levels(maps: Maps) -> int:

@@ -13,10 +13,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from hyspark.models.defaults import DEPTHS, EXPANSIONS, WIDTHS, grid_of
 from hyspark.models.densify import Densify
-from hyspark.models.encoder import DEPTHS, EXPANSIONS, WIDTHS, HybridEncoder
+from hyspark.models.encoder import HybridEncoder
 from hyspark.models.light_decoder import LightDecoder, build_projections
-from hyspark.models.masking.mask import draw_visible, grid_of, num_visible, patchify, unpatchify
+from hyspark.models.masking.mask import draw_visible, num_visible, patchify, unpatchify
 from hyspark.models.masking.patches import Patches
 
 
@@ -179,14 +180,17 @@ def build_hyspark(
         mask_ratio: fraction of hidden patches.
         compute: "packed" computes visible patches only; "masked" is the readable reference, see `HybridEncoder`.
         hide: where hidden patches are excluded, see `HybridEncoder`.
-        widths: channels of the encoder's five stages.
-        depths: blocks of the stages.
-        expansions: expansion ratios of the stages.
+        widths: channels of the encoder's five stages, by default 32, 64, 128, 256, 384.
+        depths: blocks of the stages, by default 1, 1, 3, 3, 1.
+        expansions: expansion ratios of the stages, by default 2, 4, 4, 4, 2.
         vit_depth: blocks of the transformer.
         num_heads: attention heads of the transformer.
         decoder_width: channels of the decoder's deepest level.
         axes: number of spatial axes.
         in_channels: input channels.
+
+    Returns:
+        The network: volumes (b, in_channels, *size) -> `PretrainingOutput`. Its `encoder` gives the features.
 
     Raises:
         ValueError: sizes, widths or the mask ratio do not fit together.

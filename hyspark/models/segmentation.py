@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from hyspark.models.blocks import CONV, FusionBlock, MedNeXtBlock, MedNeXtUpBlock
-from hyspark.models.encoder import DEPTHS, EXPANSIONS, NUM_STAGES, WIDTHS, HybridEncoder, layer_indices_of
+from hyspark.models.defaults import DEPTHS, EXPANSIONS, WIDTHS, grid_of
+from hyspark.models.encoder import NUM_STAGES, HybridEncoder, layer_indices_of
 from hyspark.models.light_decoder import LightDecoder, Projection, build_projections
-from hyspark.models.masking.mask import grid_of
 
 UP_EXPANSION = 4
 
@@ -122,8 +122,8 @@ class LightHybird(Hybird):
 
     The last level is randomly initialised. Its output is fused with the encoder's map of full resolution, which
     pre-training does not use, and class scores follow. In pre-training the few channels of the last level learn to
-    reconstruct grey values, and organs are learned sooner without them (docs/reproduce.md). Levels that are narrower in
-    pre-training than `decoder_min_width` are randomly initialised too.
+    reconstruct grey values, and organs are learned sooner without them (docs/results/openkbp.md). Levels that are
+    narrower in pre-training than `decoder_min_width` are randomly initialised too.
     """
 
     def __init__(self, encoder: HybridEncoder, n_classes: int, decoder_width: int, decoder_min_width: int = 0) -> None:
@@ -164,15 +164,18 @@ def build_hybird(
         in_channel: input channels.
         n_classes: number of classes, background included.
         img_size: voxels per axis, one number or one per axis, each a multiple of 16.
-        widths: channels of the encoder's five stages.
-        depths: blocks of the stages.
-        expansions: expansion ratios of the stages.
+        widths: channels of the encoder's five stages, by default 32, 64, 128, 256, 384.
+        depths: blocks of the stages, by default 1, 1, 3, 3, 1.
+        expansions: expansion ratios of the stages, by default 2, 4, 4, 4, 2.
         vit_depth: blocks of the transformer.
         num_heads: attention heads of the transformer.
         axes: number of spatial axes.
         decoder: "released", or "light" for the decoder of pre-training.
         decoder_width: channels of the light decoder's deepest level.
         decoder_min_width: minimum input channels of the light decoder's levels, for small networks.
+
+    Returns:
+        The network: volumes (b, in_channel, *size) -> class scores (b, n_classes, *size).
 
     Raises:
         ValueError: sizes or widths do not fit together, or `decoder` is unknown.

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hyspark.models.defaults import grid_of
 from hyspark.models.masked_autoencoder import MaskedAutoencoder
 from hyspark.models.masking.context import hidden, identity
-from hyspark.models.masking.mask import grid_of, visible_at
+from hyspark.models.masking.mask import visible_at
 from hyspark.models.masking.patches import Patches, build_patches
 from hyspark.models.network_faults import UnsupportedNetworkError, explain_faults, find_attention
 
@@ -295,6 +296,9 @@ def build_spark(
         taps: names of the modules whose outputs are the maps, see `PyramidEncoder`.
         run: run(backbone, x) computes the maps, see `PyramidEncoder`.
         safe: torch functions that the network does not apply along positions, see `hidden`.
+
+    Returns:
+        The network: images (b, in_channels, *size) -> `PretrainingOutput`. The backbone in it stays the same object.
 
     Raises:
         ValueError: sizes, strides, widths and mask ratio do not fit together; the network does not run under a mask.

@@ -14,10 +14,11 @@ from torch import nn
 
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.data.preprocessing.store_size import StoreSize
-from hyspark.models.contrastive import CONTRASTIVE_METHODS, Siamese
+from hyspark.models.contrastive import Siamese
+from hyspark.models.defaults import CONTRASTIVE_METHODS, grid_of
 from hyspark.models.encoder import HybridEncoder
 from hyspark.models.masked_autoencoder import MaskedAutoencoder
-from hyspark.models.masking.mask import draw_visible, grid_of
+from hyspark.models.masking.mask import draw_visible
 from hyspark.planning.flops import flops_by_layer, step_flops, sum_by_module
 from hyspark.planning.trial_steps import Trial, extrapolate
 from hyspark.training.distributed import Processes

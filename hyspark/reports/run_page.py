@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hyspark import __version__
 from hyspark.evaluation.classification.scores import class_metric_rows, confusion_rows
 from hyspark.evaluation.protocol import protocol_text, read_summary
 from hyspark.evaluation.segmentation.scores import summary_rows
@@ -81,11 +82,12 @@ def write_report(
 def environment() -> dict[str, str]:
     """Describe what this process runs on: versions of Python and libraries, platform, CPU and GPU."""
     found = {"python": platform.python_version()}
-    for package in ("torch", "monai", "timm", "numpy", "hyspark"):
+    for package in ("torch", "monai", "timm", "numpy"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
+    found["hyspark"] = __version__
     found["commit"] = code_version(Path(__file__).parents[2])
     found["platform"] = platform.platform()
     cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty on most Linux systems

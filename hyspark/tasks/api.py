@@ -118,6 +118,9 @@ def pretrain(config: StrPath | None = None, **settings: Any) -> TrainingRun:
         config: YAML recipe.
         **settings: Settings over those of the recipe, named as the flags: data="data", out="ckpt/ct", epochs=20.
 
+    Returns:
+        The finished run, whose `weights` are the encoder's.
+
     Raises:
         ValueError: A setting is unknown or does not fit.
         FileNotFoundError: Data or weights are missing.
@@ -142,6 +145,9 @@ def finetune(
         config: YAML recipe.
         task: "segmentation" of volumes, or "classification" of images.
         **settings: Settings over those of the recipe, named as the flags.
+
+    Returns:
+        The finished run, whose `weights` are those of the best validation.
 
     Raises:
         ValueError: A setting is unknown or does not fit.
@@ -170,6 +176,9 @@ def evaluate(weights: StrPath, data: StrPath, out: StrPath, *, device: str = "au
         **options: For segmentation: part, overlap, flips, largest_component, memory, tolerance, store_dir,
             prepare_workers.
 
+    Returns:
+        The scores. Cases that could not be scored are in its `failures`.
+
     Raises:
         ValueError: An option is unknown, or is not read for a classifier; the data does not fit the network.
         FileNotFoundError: Weights or data are missing.
@@ -197,6 +206,9 @@ def predict(
         device: "auto", "cpu" or "cuda".
         **options: For segmentation: overlap, flips, largest_component, memory, prepare_workers, overwrite, format
             ("nifti", "dicom-seg" or "rtstruct"), min_slices.
+
+    Returns:
+        The files written. Volumes without a prediction are in its `failures`.
 
     Raises:
         ValueError: An option is unknown, or is not read for a classifier; the inputs do not fit the network.

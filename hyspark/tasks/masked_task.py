@@ -17,8 +17,9 @@ from hyspark.data.intensity import to_fractions
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.evaluation.linear_probe import Probe
 from hyspark.figures.panels import reconstruction_panel, save_figure
+from hyspark.models.defaults import grid_of
 from hyspark.models.masked_autoencoder import reconstruct
-from hyspark.models.masking.mask import draw_visible, grid_of, visible_at
+from hyspark.models.masking.mask import draw_visible, visible_at
 from hyspark.tasks import pretrain_common as common
 from hyspark.training.loop import Task
 from hyspark.training.metrics_log import RunLog

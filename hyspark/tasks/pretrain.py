@@ -16,7 +16,8 @@ from hyspark.data.preprocessing.store_size import estimate_store_size
 from hyspark.evaluation.linear_probe import find_probe_cases, make_probe
 from hyspark.models.backbones import build_backbone, suggest_backbones
 from hyspark.models.compile import compile_blocks
-from hyspark.models.contrastive import CONTRASTIVE_METHODS, Siamese, build_siamese
+from hyspark.models.contrastive import Siamese, build_siamese
+from hyspark.models.defaults import CONTRASTIVE_METHODS
 from hyspark.models.masked_autoencoder import MaskedAutoencoder, build_hyspark
 from hyspark.models.network_faults import UnsupportedNetworkError
 from hyspark.models.spark import build_spark

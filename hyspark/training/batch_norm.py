@@ -7,8 +7,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hyspark.models.spark import PyramidEncoder
-
 
 class AllReduceSum(torch.autograd.Function):
     """Sum of a tensor over all processes; gradients flow back to each of them.
@@ -88,6 +86,8 @@ def synchronise_batch_norms(module: nn.Module, convert: Callable[[Any], nn.Modul
 
     The network of a PyramidEncoder is unchanged: there the context of the mask computes and reduces the statistics.
     """
+    from hyspark.models.spark import PyramidEncoder  # takes seconds, and processes meet before they build networks
+
     for name, child in module.named_children():
         if isinstance(child, PyramidEncoder):
             child.all_reduce = AllReduceSum.apply

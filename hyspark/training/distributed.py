@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -184,6 +183,8 @@ def wrap_model(model: nn.Module, processes: Processes) -> nn.Module:
         return model
     on_cuda = processes.device.type == "cuda"
     if on_cuda or processes.world_size > 1:  # of one process, torch's SyncBatchNorm is a plain one
+        from timm.layers import convert_sync_batchnorm  # takes seconds, and rank errors come before a model
+
         synchronise_batch_norms(model, convert_sync_batchnorm if on_cuda else global_batch_norm)
     return parallel(model, processes)
 

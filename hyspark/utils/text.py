@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable, Mapping
 
+MAX_LISTED = 5
+"""Number of warnings that are shown in full."""
+
 
 def nearest(word: str, choices: Iterable[str], renamed: Mapping[str, str] | None = None) -> str:
     """Return '; did you mean X?' for the choice nearest to a word, or an empty string if none is near.
@@ -39,6 +42,15 @@ def list_of(numbers: Iterable[float], digits: int = 6) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def failure_reason(error: BaseException) -> str:
+    """Return the reason of a failed preparation in one line."""
+    while isinstance(error, RuntimeError) and error.__cause__:  # MONAI's own message does not hold the reason
+        error = error.__cause__
+    if isinstance(error, MemoryError):
+        return f"{first_line(error)}; it needs more memory than there is: lower prepare_workers, or crop it"
+    return first_line(error)
 
 
 def format_count(number: float) -> str:

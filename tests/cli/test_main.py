@@ -20,6 +20,7 @@ from hyspark.config.segmentation import SegmentationConfig
 from hyspark.models.encoder import HybridEncoder
 from hyspark.models.segmentation import build_hybird
 from hyspark.utils.atomic import write_json
+from hyspark.utils.install import install_command
 from hyspark.utils.log import LOG, set_up_log
 
 ROOT = Path(__file__).parents[2]
@@ -557,7 +558,7 @@ def test_completion_scripts(capsys, monkeypatch):
     assert (checked.returncode, checked.stderr) == (0, "")
     assert "expected one of bash, zsh, tcsh, got fish" in fails(["--completion", "fish"], capsys)
     monkeypatch.setitem(sys.modules, "shtab", None)
-    assert "pip install 'hyspark[completion]'" in fails(["--completion", "zsh"], capsys)
+    assert install_command("completion") in fails(["--completion", "zsh"], capsys)
 
 
 def test_verbs_of_earlier_versions_still_work(capsys):
@@ -569,7 +570,7 @@ def test_verbs_of_earlier_versions_still_work(capsys):
 
 
 def test_the_scripts_show_their_help(tmp_path):
-    """From another folder, as a user would; all three in one process, since importing torch takes seconds."""
+    """From another folder, as a user would. Neither they nor the work on data files wait for torch."""
     code = (
         "import runpy, sys\n"
         "for script in sys.argv[1:]:\n"
@@ -578,11 +579,14 @@ def test_the_scripts_show_their_help(tmp_path):
         "        runpy.run_path(script, run_name='__main__')\n"
         "    except SystemExit as error:\n"
         "        print('exit code', error.code)\n"
+        "import hyspark.data.importing.write, hyspark.data.quality.check, hyspark.data.slices.write_slices\n"
+        "print('heavy:', sorted({'torch', 'torchvision', 'timm', 'monai', 'matplotlib', 'sklearn'} & set(sys.modules)))"
     )
     scripts = [str(ROOT / name) for name in ("generate_js.py", "train.py", "finetune_btcv.py")]
     done = subprocess.run([sys.executable, "-c", code, *scripts], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("exit code 0") == 3
+    assert "heavy: []" in done.stdout
     for text in ("usage: hyspark datalist", "usage: hyspark pretrain", "usage: hyspark finetune"):
         assert text in done.stdout
     assert list(tmp_path.iterdir()) == []

@@ -92,6 +92,15 @@ def test_a_recipe_of_the_package_by_its_name(tmp_path, monkeypatch, name):
     assert read_yaml(name, SegmentationConfig)["epochs"] > 0
 
 
+@pytest.mark.parametrize(
+    ("verb", "name"),
+    [("pretrain", "demo"), ("finetune", "openkbp"), ("finetune", "demo.yaml"), ("finetune-classifier", "covidct")],
+)
+def test_a_recipe_without_the_word_of_its_verb(verb, name):
+    whole = f"{verb.partition('-')[0]}_{name}"
+    assert read_yaml(name, SETTINGS_OF[verb]) == read_yaml(whole, SETTINGS_OF[verb])
+
+
 def test_a_file_of_the_user_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("pretrain").mkdir()

@@ -6,6 +6,7 @@ Each function below `MAKERS` writes into a folder that holds what its `needs` ha
     others      data/Dataset043_Others: 2 labelled CTs
     scans       new_scans: 2 CTs, scan_000.nii.gz and scan_001.nii.gz
     pacs        pacs_export: DICOM of two patients, CT with a localizer and MR
+    clinic      pacs_export: CT that can be referred to, and an RTSTRUCT of one patient
     mr          data/Dataset044_MR: 4 labelled MR of two channels
     slices      slices/train/1, slices/val/1: PNG slices of data/Dataset042_Mine
     images      data/COVID-CT: train, val and test with the classes COVID and NonCOVID
@@ -21,6 +22,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from PIL import Image
+from pydicom import dcmread
 
 from hyspark.data.synthetic.phantom import make_phantom, write_phantoms
 from tests.data.readers.dicom_files import write_series, write_slice
@@ -79,6 +81,30 @@ def pacs(folder: Path) -> None:
     write_series(out / "mr", np.abs(hu), spacing=8.0, SeriesInstanceUID="1.4", **size | mr)
 
 
+def clinic(folder: Path) -> None:
+    """CT of two patients, and contours on five slices of the first."""
+    from tests.data.structures.structure_files import write_rtstruct  # skips where highdicom is not installed
+
+    out = folder / "pacs_export"
+    for number in range(2):
+        hu = make_phantom(950 + number, spacing=(8.0, 8.0, 8.0), orientation="LPS").image
+        uids = {"SeriesInstanceUID": f"1.2.{number}", "StudyInstanceUID": f"1.3.{number}", "PatientID": f"DOE{number}"}
+        size = {"Rows": hu.shape[1], "Columns": hu.shape[0], "PixelSpacing": [8.0, 8.0]}
+        frame = {"FrameOfReferenceUID": f"1.4.{number}"}
+        write_series(out, hu, spacing=8.0, prefix=f"ct{number}_", **size, **uids, **frame)
+    slices = [dcmread(path) for path in sorted(out.glob("ct0_*"))]
+    slices.sort(key=lambda one: float(one.ImagePositionPatient[2]))
+
+    def box(row: int, column: int, edge: int) -> list[np.ndarray]:
+        corners = np.array([(column, row), (column + edge, row), (column + edge, row + edge), (column, row + edge)])
+        middle = len(slices) // 2
+        positions = [np.array(one.ImagePositionPatient, float) for one in slices[middle - 2 : middle + 3]]
+        return [np.column_stack([8.0 * corners + at[:2], np.full(4, at[2])]) for at in positions]
+
+    structures = {"Right_Lung": box(8, 6, 8), "left lung": box(8, 26, 8), "Aorta_thoracica": box(14, 18, 4)}
+    write_rtstruct(out / "structures" / "rt0", slices, structures | {"liver": box(12, 12, 4)})
+
+
 def mr(folder: Path) -> None:
     """A made-up contrast: each structure has a signal of its own, between 0 and about 2000."""
     out = folder / "data" / "Dataset044_MR"
@@ -133,6 +159,7 @@ MAKERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "others": (others, ()),
     "scans": (scans, ()),
     "pacs": (pacs, ()),
+    "clinic": (clinic, ()),
     "mr": (mr, ("labelled",)),
     "slices": (slices, ("labelled",)),
     "images": (images, ()),

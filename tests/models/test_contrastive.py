@@ -11,7 +11,8 @@ from monai.networks.nets import resnet10
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 from hyspark.models.backbones import build_backbone
-from hyspark.models.contrastive import CONTRASTIVE_METHODS, MOCO_TEMPERATURE, build_siamese
+from hyspark.models.contrastive import MOCO_TEMPERATURE, build_siamese
+from hyspark.models.defaults import CONTRASTIVE_METHODS
 
 
 def siamese_of(method, name="timm/resnet10t", **options):

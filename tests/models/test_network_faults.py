@@ -176,3 +176,7 @@ def test_memory_is_no_fault_of_the_network():
     with pytest.raises(RuntimeError, match="out of memory") as error:
         check_runs(Large(), torch.zeros(1))
     assert not isinstance(error.value, UnsupportedNetworkError)
+
+
+def test_for_a_function_of_the_user_no_network_of_its_module_is_suggested():
+    assert "my_nets" not in suggest_backbones("my_nets:small")

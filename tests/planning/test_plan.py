@@ -227,7 +227,7 @@ def test_another_error_is_not_taken_for_missing_memory(pretraining):
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(pretraining, tmp_path, phantoms, caplog):
     before, others = sorted(phantoms.rglob("*")), set(multiprocessing.active_children())  # of tests before this one
-    config = replace(pretraining, dry_run=True, max_steps=5)
+    config = replace(pretraining, dry_run=True, max_steps=5, store_dir=str(tmp_path / "store"))
     with caplog.at_level(logging.INFO, "hyspark"):
         run_pretraining(config)
     for word in (
@@ -243,6 +243,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(pretraining, tmp_path, pha
         assert word in caplog.text
     assert not set(multiprocessing.active_children()) - others
     assert not config.run_folder.exists()
+    assert not (tmp_path / "store").exists()
     assert sorted(phantoms.rglob("*")) == before
 
 

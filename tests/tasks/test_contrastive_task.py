@@ -1,6 +1,7 @@
 """Pre-training by comparing views: the same run folder, continuation and processes as for masking."""
 
 import json
+import pickle
 from dataclasses import asdict, replace
 
 import pytest
@@ -8,6 +9,9 @@ import timm
 import torch
 
 from hyspark.config.shared import EncoderSettings
+from hyspark.figures.slices import views_panel
+from hyspark.planning import trial_steps
+from hyspark.tasks import contrastive_task
 from hyspark.tasks.pretrain import PretrainingExperiment, initialise_pretraining, run_pretraining, untrained_modules
 from hyspark.training.distributed import find_processes
 from hyspark.training.run_folder import checkpoint_file
@@ -43,7 +47,8 @@ def metrics(config):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_leaves_the_networks_own_keys_and_a_report(comparing, method):
+def test_a_run_leaves_the_networks_own_keys_and_a_report(comparing, method, monkeypatch):
+    monkeypatch.setattr(contrastive_task, "views_panel", views_panel)  # its picture is drawn
     folder = run_pretraining(replace(comparing(method), epochs=1))
     network = timm.create_model("resnet10t", num_classes=0, in_chans=1)
     for kind in ("1kpretrained", "best"):
@@ -106,9 +111,14 @@ def test_what_is_not_trained_is_named(comparing, size, fixed):
     assert ("left unchanged: layer4" in text) == bool(fixed)
 
 
-def test_a_dry_run_tells_time_and_memory(comparing, caplog):
-    """Its smallest step has two images: heads normalise over them."""
+def test_a_dry_run_tells_time_and_memory(comparing, caplog, monkeypatch):
+    """Its smallest step has two images: heads normalise over them. What a process of its own would get is pickled."""
     config = replace(comparing("byol"), dry_run=True)
+
+    def run_here(*args):
+        return list(trial_steps.iterate_trials(*pickle.loads(pickle.dumps(args))))
+
+    monkeypatch.setattr(trial_steps, "run_in_subprocess", run_here)
     with caplog.at_level("INFO", "hyspark"):
         run_pretraining(config)
     for word in ("network", "per step of 4 crops", "at the peak of 4 crops", "for the run, 6 steps"):

@@ -14,6 +14,8 @@ from hyspark.config.shared import EncoderSettings
 from hyspark.data.datasets import datalist_json
 from hyspark.data.datasets.data_folder import read_data_folder
 from hyspark.evaluation.linear_probe import ProbeCases, find_probe_cases, make_probe, probe_encoder
+from hyspark.figures.panels import reconstruction_panel
+from hyspark.tasks import masked_task
 from hyspark.tasks.launch import load_state
 from hyspark.tasks.masked_task import MaskedTask
 from hyspark.tasks.pretrain import (
@@ -145,13 +147,6 @@ def test_resume_from_takes_another_runs_state_and_init_weight_only_its_weights(p
     assert losses(started) != losses(fresh)
 
 
-def test_a_dry_run_writes_nothing(pretraining, tmp_path, phantoms):
-    config = replace(pretraining, dry_run=True, store_dir=str(tmp_path / "store"))
-    run_pretraining(config)
-    assert not config.run_folder.exists()
-    assert not (tmp_path / "store").exists()
-
-
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_cases(pretraining, monkeypatch):
     original = MaskedTask.loss
     calls = []
@@ -175,7 +170,7 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights():
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_other_precisions_train_on_the_cpu(pretraining, precision):
-    config = replace(pretraining, precision=precision, epochs=1)
+    config = replace(pretraining, precision=precision, max_steps=2)
     run_pretraining(config)
     assert all(math.isfinite(v) for v in losses(config))
 
@@ -186,8 +181,9 @@ def test_non_cubic_crops_train(pretraining):
     assert len(losses(config)) == 1
 
 
-def test_a_third_party_network_is_trained_on_slices_and_continues(pretraining, tmp_path):
+def test_a_third_party_network_is_trained_on_slices_and_continues(pretraining, tmp_path, monkeypatch):
     """The files bear its name, the exported one its own keys; an interrupted run is the same run."""
+    monkeypatch.setattr(masked_task, "reconstruction_panel", reconstruction_panel)  # pictures of slices are drawn
     slices = {"model": "spark/timm/resnet10t", "slices": "coronal", "slice_stride": 2, "slice_scaling": "minmax"}
     config = replace(
         pretraining,
@@ -198,7 +194,7 @@ def test_a_third_party_network_is_trained_on_slices_and_continues(pretraining, t
         mask_ratio=0.6,
         decoder_width=32,
     )
-    whole, parts = (replace(config, out=str(tmp_path / name)) for name in ("whole", "parts"))
+    whole, parts = (replace(config, epochs=1, out=str(tmp_path / name)) for name in ("whole", "parts"))
     folder = run_pretraining(whole)
     run_pretraining(replace(parts, max_steps=1))
     run_pretraining(parts)
@@ -237,7 +233,9 @@ def test_a_third_party_network_starts_from_weights(pretraining, tmp_path, caplog
 
 def test_volumes_may_train_a_network_of_monai(pretraining):
     shape = asdict(EncoderSettings())  # of hyspark's own encoder
-    folder = run_pretraining(replace(pretraining, **shape, model="spark/monai/segresnet", decoder_width=16, epochs=1))
+    folder = run_pretraining(
+        replace(pretraining, **shape, model="spark/monai/segresnet", decoder_width=16, epochs=1, crops_per_volume=1)
+    )
     SegResNet(3, 16, 1).load_state_dict(
         torch.load(folder / "spark_monai_segresnet_best_timm_style.pth", weights_only=True), strict=True
     )

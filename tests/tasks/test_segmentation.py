@@ -38,7 +38,7 @@ def metrics(config):
 @pytest.mark.curves
 def test_from_pretraining_to_a_table(pretraining, finetuning, capsys):
     run_pretraining(replace(pretraining, epochs=1))
-    config = replace(finetuning, weights=str(encoder_file(pretraining)))
+    config = replace(finetuning, weights=str(encoder_file(pretraining)), epochs=2, val_every=1)
     folder = run_segmentation(config)
     for name in ("config.yaml", "metrics.jsonl", "best.pth", "last.pth", "report.html", "pictures"):
         assert (folder / name).exists(), name
@@ -47,12 +47,12 @@ def test_from_pretraining_to_a_table(pretraining, finetuning, capsys):
     # The one validation case is the best, the median and the worst.
     assert len(list((folder / "scores").glob("*.png"))) == 1
     summary = json.loads((folder / "scores" / "summary.json").read_text())
-    assert summary["protocol"]["weights"] == "last.pth after 4 steps"
+    assert summary["protocol"]["weights"] == "last.pth after 2 steps"
     scores = read_validations(folder)
     assert {name: row["dice"] for name, row in summary["organs"].items()} == pytest.approx(scores.last)
     assert list(scores.best) == list(scores.last) == ORGANS
-    assert [m["epoch"] for m in metrics(config) if "dice_mean" in m] == [1, 3]
-    scratch = replace(finetuning, out=str(folder.parent / "scratch"))
+    assert [m["epoch"] for m in metrics(config) if "dice_mean" in m] == [0, 1]
+    scratch = replace(finetuning, out=str(folder.parent / "scratch"), epochs=1, val_every=1)
     run_segmentation(scratch)
     first = [next(m["loss"] for m in metrics(c)) for c in (config, scratch)]
     assert first[0] != first[1]
@@ -74,6 +74,7 @@ def test_the_decoder_of_pre_training_comes_along(pretraining, finetuning, tmp_pa
         weights=str(source),
         lr=1e-9,
         weight_decay=0,
+        epochs=2,
     )
     whole, parts = (replace(light, out=str(tmp_path / name)) for name in ("whole", "parts"))
     run_segmentation(whole)
@@ -88,8 +89,8 @@ def test_the_decoder_of_pre_training_comes_along(pretraining, finetuning, tmp_pa
 
 
 def test_an_interrupted_run_continues_as_if_nothing_had_happened(finetuning, tmp_path):
-    whole = replace(finetuning, out=str(tmp_path / "whole"))
-    parts = replace(finetuning, out=str(tmp_path / "parts"))
+    whole = replace(finetuning, out=str(tmp_path / "whole"), epochs=3, val_every=3)
+    parts = replace(whole, out=str(tmp_path / "parts"))
     run_segmentation(whole)
     run_segmentation(replace(parts, max_steps=1))
     run_segmentation(replace(parts, dataloader_workers=1))
@@ -100,7 +101,8 @@ def test_an_interrupted_run_continues_as_if_nothing_had_happened(finetuning, tmp
 
 
 def test_the_organs_are_learnt(finetuning):
-    config = replace(finetuning, epochs=60, val_every=60, lr=5e-3, warmup_epochs=2, flip_prob=(0.0, 0.0, 0.0))
+    config = replace(finetuning, epochs=61, max_steps=60, val_every=61, lr=1e-2, warmup_epochs=2, flip_prob=(0.0,) * 3)
+    config = replace(config, crop_size=(16,))
     run_segmentation(config)
     values = [m["loss"] for m in metrics(config) if "loss" in m]
     assert sum(values[-5:]) < 0.8 * sum(values[:5])
@@ -157,7 +159,8 @@ def weights_of(config, name="last.pth"):
 
 @pytest.mark.parametrize("weight", [1.0, 0.2])
 def test_passes_of_a_step_add_up_to_the_step(finetuning, tmp_path, weight):
-    config = replace(finetuning, crops_per_volume=2, epochs=2, background_weight=weight)
+    small = {"crop_size": (16,), "crops_per_volume": 2, "max_steps": 2, "val_every": 4}
+    config = replace(finetuning, **small, background_weight=weight)
     whole = replace(config, out=str(tmp_path / "whole"))
     split = replace(config, out=str(tmp_path / "split"), accumulate=4)
     run_segmentation(whole)
@@ -179,8 +182,8 @@ def test_parts_of_a_batch():
 
 
 def test_a_frozen_encoder_stays_and_the_decoder_learns(finetuning):
-    start = {k: v.clone() for k, v in initialise_segmentation(finetuning, 1 + len(ORGANS)).state_dict().items()}
-    config = replace(finetuning, freeze_epochs=2, epochs=4)
+    config = replace(finetuning, freeze_epochs=2, epochs=5, val_every=5, max_steps=4, crop_size=(16,))
+    start = {k: v.clone() for k, v in initialise_segmentation(config, 1 + len(ORGANS)).state_dict().items()}
     run_segmentation(replace(config, max_steps=2))
     frozen = weights_of(config)
     moved = {key.split(".")[0] for key in start if not torch.equal(start[key], frozen[key])}
@@ -192,7 +195,7 @@ def test_a_frozen_encoder_stays_and_the_decoder_learns(finetuning):
 
 def test_lower_layers_learn_more_slowly(finetuning):
     start = initialise_segmentation(finetuning, 1 + len(ORGANS)).state_dict()
-    config = replace(finetuning, layer_decay=0.5, epochs=1, warmup_epochs=0)
+    config = replace(finetuning, layer_decay=0.5, max_steps=1, warmup_epochs=0, crop_size=(16,))
     run_segmentation(config)
     moved = {key: (value - start[key]).abs().max().item() for key, value in weights_of(config).items()}
     # The first step of AdamW moves a weight by the learning rate, whatever its gradient.
@@ -204,7 +207,8 @@ def test_lower_layers_learn_more_slowly(finetuning):
 def test_a_pretrained_encoder_has_a_rate_of_its_own(finetuning, tmp_path):
     start = initialise_segmentation(finetuning, 1 + len(ORGANS)).state_dict()
     torch.save(start, tmp_path / "start.pth")
-    config = replace(finetuning, encoder_lr_ratio=0.5, pretrained_lr_ratio=0.2, epochs=1, warmup_epochs=0)
+    first_step = replace(finetuning, max_steps=1, warmup_epochs=0, crop_size=(16,))
+    config = replace(first_step, encoder_lr_ratio=0.5, pretrained_lr_ratio=0.2)
     starts = {
         "scratch": config,
         "pretrained": replace(config, weights=str(tmp_path / "start.pth"), out=str(tmp_path / "run")),
@@ -262,7 +266,7 @@ def test_without_an_organ_in_validation_there_is_no_dice(finetuning, tmp_path, c
 
 
 def test_epochs_of_a_set_length(finetuning):
-    config = replace(finetuning, steps_per_epoch=3, epochs=2, num_labelled=1)
+    config = replace(finetuning, steps_per_epoch=3, epochs=3, val_every=3, max_steps=6, num_labelled=1, crop_size=(16,))
     run_segmentation(config)
     assert [m["epoch"] for m in metrics(config) if "loss" in m] == [0, 0, 0, 1, 1, 1]
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hyspark.models.contrastive import CONTRASTIVE_METHODS
+from hyspark.models.defaults import CONTRASTIVE_METHODS
 from hyspark.tasks.classification import run_classification
 from hyspark.tasks.masked_task import MaskedTask
 from hyspark.tasks.pretrain import initialise_pretraining, run_pretraining, task_class

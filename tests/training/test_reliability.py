@@ -15,6 +15,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from hyspark.cli.main import main
 from hyspark.config.recipes import write_yaml
 from hyspark.data.datasets import data_folder, datalist_json
 from hyspark.data.datasets.cases import Datalist
@@ -28,13 +29,15 @@ from hyspark.training.checkpoint import list_checkpoints, older_checkpoint
 from hyspark.training.run_folder import best_encoder_file, checkpoint_file, encoder_file
 from hyspark.training.signals import STOPPED
 from hyspark.utils import locks
-from tests.training.attacks import command, end, output, results, same_weights, start, wait_for_step
+from tests.conftest import small_pretraining
+from tests.training.attacks import end, output, results, same_weights, start, wait_for_step
 
 
-@pytest.fixture
-def whole(pretraining, tmp_path):
-    """An undisturbed pre-training of 6 steps with validations after 3 and 6."""
-    config = replace(pretraining, out=str(tmp_path / "whole"))
+@pytest.fixture(scope="module")
+def whole(phantoms, tmp_path_factory):
+    """An undisturbed pre-training of 6 steps with validations after 3 and 6, to compare with."""
+    torch.set_num_threads(1)  # as in the tests
+    config = small_pretraining(phantoms, tmp_path_factory.mktemp("reliability") / "whole")
     run_pretraining(config)
     return config
 
@@ -280,15 +283,18 @@ def test_a_disk_that_is_full_is_no_fault_of_a_case(pretraining, tmp_path, monkey
         run_pretraining(replace(pretraining, store_dir=str(tmp_path / "store"), on_bad_case="skip"))
 
 
-def test_broken_cases_stop_the_run_with_one_message(pretraining, with_broken, phantoms):
+def test_broken_cases_stop_the_run_with_one_message(pretraining, with_broken, phantoms, capsys):
     config = replace(pretraining, data=str(with_broken), store_dir=str(phantoms / "prepared"))
-    done = subprocess.run(command(config), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 2
-    message = done.stderr[done.stderr.index("error: ") :]
+    write_yaml(config, config.run_folder.with_suffix(".yaml"))
+    with pytest.raises(SystemExit) as exit_:
+        main(["pretrain", "--config", str(config.run_folder.with_suffix(".yaml"))])
+    assert exit_.value.code == 2
+    printed = capsys.readouterr().err
+    message = printed[printed.index("error: ") :]
     assert message.startswith("error: 2 of 9 volumes are unusable")
     assert all(f"{name}_0000.nii.gz: a file that is not compressed" in message for name in ("bad1", "bad2"))
     assert "--on_bad_case skip" in message
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in printed
     assert not checkpoint_file(config).exists()
 
 

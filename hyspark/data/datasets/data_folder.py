@@ -141,6 +141,7 @@ def labelled_of(found: FoundData) -> list[Case]:
     examples = listing([case.image.name for case in found.cases], 3)
     message = (
         f"{found.source}: {len(found.cases)} images but no label ({examples}); "
-        "expected labelsTr/CASE.nii.gz beside imagesTr/CASE_0000.nii.gz, or another layout of data/README.md"
+        "expected labelsTr/CASE.nii.gz beside imagesTr/CASE_0000.nii.gz, or a name such as CASE_seg.nii.gz beside "
+        'CASE.nii.gz (all layouts: page "Data set" of the documentation)'
     )
     raise FileNotFoundError("\n  ".join([message, *why]))

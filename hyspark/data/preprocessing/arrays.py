@@ -1,6 +1,5 @@
 """Arrays of the store: chunked, compressed files of blosc2."""
 
-import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import blosc2
 import numpy as np
 
+from hyspark.utils.install import require_version
 from hyspark.utils.text import first_line
 
 LEAST_BLOSC2 = "3.8"
@@ -23,12 +23,7 @@ CODE_MARKERS = (b"LazyArray", b"b2o", b"proxy-source")
 
 def check_blosc2() -> None:
     """Raise ImportError if blosc2 is too old to be trusted."""
-    found = tuple(int(part) for part in re.findall(r"\d+", blosc2.__version__)[:2])
-    if found < tuple(int(part) for part in LEAST_BLOSC2.split(".")):
-        raise ImportError(
-            f"blosc2: expected version {LEAST_BLOSC2} or later, found {blosc2.__version__}, which writes wrong voxels; "
-            f'install it with: pip install "blosc2>={LEAST_BLOSC2}"'
-        )
+    require_version(blosc2, LEAST_BLOSC2, "writes wrong voxels")
 
 
 def write_array(path: Path, array: np.ndarray) -> None:

@@ -42,10 +42,8 @@ from hyspark.data.quality.findings import missing_channel
 from hyspark.data.settings import PrepareSettings
 from hyspark.utils.log import LOG
 from hyspark.utils.processes import KILLED, available_cores, map_unordered
-from hyspark.utils.text import first_line
+from hyspark.utils.text import MAX_LISTED, failure_reason
 
-MAX_LISTED = 5
-"""Number of warnings that are shown in full."""
 MAX_FAILURES = 50
 """Number of reasons that an error lists."""
 
@@ -173,15 +171,6 @@ def has_room(folder: Path, num_bytes: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def failure_reason(error: BaseException) -> str:
-    """Return the reason of a failed preparation in one line."""
-    while isinstance(error, RuntimeError) and error.__cause__:  # MONAI's own message does not hold the reason
-        error = error.__cause__
-    if isinstance(error, MemoryError):
-        return f"{first_line(error)}; it needs more memory than there is: lower prepare_workers, or crop it"
-    return first_line(error)
 
 
 def failure_message(failed: Mapping[str, Sequence[str]], num: int, alternative: str = "") -> str:

@@ -13,8 +13,8 @@ where a file was touched since the last comparison.
 
 Fractions 0..1 of a range of values (see intensity.py) are stored as 0..steps. For CT, the number of steps per HU is the
 largest power of two that fits 16 bits, 128 for the usual window. CT comes in whole HU, so voxels that were not
-interpolated, or halfway, end in zero bits, which compress to nothing. The error is at most 1.6e-5. docs/store.md
-explains the choice of format and codec.
+interpolated, or halfway, end in zero bits, which compress to nothing. The error is at most 1.6e-5. The choice of format
+and codec is explained in docs/results/store.md.
 
 Foreground is indexed as counts per cell of 32^3 voxels. To draw one foreground voxel of a volume, uniformly and
 exactly, a cell is drawn by its count and only that cell is read.

@@ -87,7 +87,7 @@ def find_dataset(path: Path, channels: Sequence[int] = FIRST_CHANNELS) -> FoundD
         found = read_data_folder(path, channels)
         file = path / "dataset.json"
         try:
-            found.classes = common_labels(one.folder for one in found.sets)
+            found.classes = common_labels(one.folder for one in found.sets if any(case.label for case in one.cases))
             if file.is_file() and is_datalist(file):
                 listed = read_checked_list(file, channels)
                 add_list(found, listed)

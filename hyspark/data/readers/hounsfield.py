@@ -13,10 +13,10 @@ from pydicom.uid import UID
 
 from hyspark.data.readers.dicom import open_dicom
 from hyspark.data.readers.elements import Header
+from hyspark.utils.install import install_command
 from hyspark.utils.private_text import PrivateError, private
 from hyspark.utils.text import first_line
 
-INSTALL_DECODERS = "pip install 'hyspark[dicom]'"
 MAX_EDGE = 16384
 """Largest number of rows and of columns of a slice; more are taken for damage."""
 AIR, LEAST_AIR = (-1024, 0), 0.01
@@ -151,7 +151,7 @@ def why_undecodable(syntax: UID) -> str:
         is_available = get_decoder(syntax).is_available
     except NotImplementedError:
         return "which is a video or an unknown compression; export the series without compression"
-    return "" if is_available else f"for which no decoder is installed: {INSTALL_DECODERS}"
+    return "" if is_available else f"for which no decoder is installed: {install_command('dicom')}"
 
 
 def pixels_digest(header: Header) -> str:

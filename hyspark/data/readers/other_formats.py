@@ -12,6 +12,7 @@ from isal import igzip
 from PIL import Image
 
 from hyspark.data.datasets.file_names import BY_NIBABEL, BY_SIMPLEITK
+from hyspark.utils.install import install_command, require_version
 from hyspark.utils.private_text import PrivateError, private
 from hyspark.utils.text import first_line
 
@@ -30,6 +31,8 @@ ORIENTATION = {
 """Fields of a header that state the directions of axes, by the file's ending; empty for a format without any."""
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 """Endings of 2D slices."""
+LEAST_SIMPLEITK = "2.4"
+"""Earlier ones fill the voxels that a MetaImage file lacks."""
 GREY_MODES = ("1", "L", "LA", "I", "F", "I;16", "I;16B", "I;16L")
 """Pillow's modes of one number per pixel."""
 
@@ -53,7 +56,8 @@ def require_simpleitk() -> Any:
         import SimpleITK
     except ImportError as error:
         formats = ", ".join(BY_SIMPLEITK)
-        raise ModuleNotFoundError(f"{formats} need SimpleITK: pip install 'hyspark[formats]' ({error})") from error
+        raise ModuleNotFoundError(f"{formats} need SimpleITK: {install_command('formats')} ({error})") from error
+    require_version(SimpleITK, LEAST_SIMPLEITK, "reads MetaImage files that are cut short")
     return SimpleITK
 
 

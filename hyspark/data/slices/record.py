@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hyspark.data.preprocessing.prepare import MAX_LISTED
 from hyspark.utils.paths import load_json
-from hyspark.utils.text import listing
+from hyspark.utils.text import MAX_LISTED, listing
 
 RECORD = "slices.json"
 SLICE_SPLITS = ("train", "val")

@@ -22,7 +22,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from hyspark.data.datasets.splits import held_out_subjects
-from hyspark.data.preprocessing.prepare import failure_reason
 from hyspark.data.readers.find import find_volumes
 from hyspark.data.readers.volumes import Volume, kind_of_values, notes_on_kind, read_volume, volume_state
 from hyspark.data.settings import Axis, PictureSettings
@@ -30,6 +29,7 @@ from hyspark.data.slices.pictures import slice_axes, slice_pictures, why_skewed
 from hyspark.data.slices.record import KEEP_PATIENT_ID, RECORD, SLICE_SPLITS, check_unmoved, read_record
 from hyspark.utils.atomic import write_json, write_whole
 from hyspark.utils.processes import KILLED, available_cores, map_unordered
+from hyspark.utils.text import failure_reason
 
 CLASS = "1"
 """ImageFolder expects a folder per class; there is one class."""

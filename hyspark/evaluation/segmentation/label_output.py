@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +9,7 @@ import numpy as np
 from isal import igzip
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 
+from hyspark import __version__
 from hyspark.data.datasets.cases import Case
 from hyspark.data.datasets.scan_inputs import ScanCase
 from hyspark.data.readers.nifti import label_file
@@ -81,11 +81,7 @@ def label_output(file_format: LabelFormat, weights: Path, names: Sequence[str]) 
     if file_format == "dicom-seg":
         import_highdicom()
     LOG.info("%s: files hold the patient's name and ID, copied from the series", file_format)
-    try:
-        own_version = version("hyspark")
-    except PackageNotFoundError:  # a checkout that is not installed
-        own_version = "unknown"
     colours = np.rint(255 * class_colours(len(names))[1:, :3]).astype(int)
     file = weights / "best.pth" if weights.is_dir() else weights
     rgb = [(int(red), int(green), int(blue)) for red, green, blue in colours]
-    return LabelOutput(file_format, Segments(names[1:], rgb, own_version, content_digest(file)))
+    return LabelOutput(file_format, Segments(names[1:], rgb, __version__, content_digest(file)))

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from scipy.ndimage import find_objects
 
 from hyspark.data.datasets.cases import UNANNOTATED
@@ -120,6 +119,8 @@ def score_surfaces(
     prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float], tolerance: float
 ) -> tuple[float, float]:
     """Compute HD95 in mm and normalised surface Dice of two bool arrays (h, w, d), neither of them empty."""
+    from monai.metrics import compute_hausdorff_distance, compute_surface_dice  # takes seconds, and tables need none
+
     one, other = (torch.from_numpy(mask.astype(np.float32))[None, None] for mask in (prediction, truth))
     mm = [float(edge) for edge in spacing]
     with warnings.catch_warnings():

@@ -15,27 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-PATCH = 16
-"""Edge of a mask unit in voxels: four halvings of the resolution."""
-
-
-def grid_of(size: Sequence[int], patch: int = PATCH) -> tuple[int, ...]:
-    """Compute the number of patches per axis.
-
-    Args:
-        size: voxels per axis of a crop.
-        patch: edge of a patch in voxels.
-
-    Raises:
-        ValueError: an axis is not a positive multiple of the patch.
-    """
-    if any(s < patch or s % patch for s in size):
-        nearest = tuple(max(patch, round(s / patch) * patch) for s in size)
-        raise ValueError(
-            f"crop size: expected a positive multiple of {patch} voxels on every axis, got {tuple(size)}; "
-            f"the nearest that fits is {nearest}"
-        )
-    return tuple(s // patch for s in size)
+from hyspark.models.defaults import PATCH, grid_of
 
 
 def num_visible(grid: Sequence[int], mask_ratio: float) -> int:

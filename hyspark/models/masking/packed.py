@@ -27,7 +27,7 @@ from hyspark.models.recompute import recomputed
 class packed(hidden):  # noqa: N801 - reads as a statement: `with packed(visible, patch):`
     """Context in which a network computes visible patches only.
 
-    Use it as::
+    Use it as:
 
         with packed(visible, patch=32) as context:
             features = network(context.pack(images))  # (p, c, *edges)

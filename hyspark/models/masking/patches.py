@@ -24,14 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo import maybe_mark_dynamic
 
-from hyspark.models.masking.mask import PATCH, grid_of
+from hyspark.models.defaults import PATCH, grid_of
 from hyspark.models.recompute import recomputed
 
 PATCH_EDGES = (16, 8, 4, 2, 1)
 """Voxels per axis of a patch at the five resolutions of the encoder."""
 DENSE_EDGES = (1,)
 """Edges at which a convolution of the dense map, hidden positions included, is faster than one of patches with halo: a
-halo is 27 times a patch of one voxel. Measured by benchmarks/networks.py (`stages`), see docs/performance.md.
+halo is 27 times a patch of one voxel. Measured by benchmarks/networks.py (`stages`).
 """
 CONV_FUNCTION = {2: F.conv2d, 3: F.conv3d}
 

@@ -122,13 +122,16 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Any] | l
     - So do the last level of a light decoder from pre-training, and levels that are wider in the network.
 
     Any other network takes published files of self-supervision (SparK, MoCo, DINO, MAE, ...), this project's, and those
-    of its own library; see third_party.py.
+    of its own library.
 
     Args:
         model: the network; it is unchanged if an error is raised.
         source: path of a file, or a state dict, or what torch.load returns.
         key: key of the state dict in the file, joined by dots, prefixes of names included; by default the one that
             matches best.
+
+    Returns:
+        The report, to be printed.
 
     Raises:
         FileNotFoundError: there is no such file.

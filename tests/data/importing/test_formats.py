@@ -8,6 +8,7 @@ import pytest
 import SimpleITK
 from PIL import Image
 
+from hyspark.utils.install import install_command
 from tests.data.importing.imports import HU, images, lines, out_of, refused, run_import
 
 VOXELS = np.tile(HU, (3, 2, 1))
@@ -183,7 +184,15 @@ def test_a_missing_reader_says_what_to_install(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     message = refused(tmp_path / "in", capsys)
-    assert "need SimpleITK: pip install 'hyspark[formats]'" in message
+    assert f"need SimpleITK: {install_command('formats')}" in message
+
+
+def test_a_reader_that_fills_missing_voxels_is_refused(tmp_path, capsys, monkeypatch):
+    write_volume(tmp_path / "in" / "scan.nrrd")
+    monkeypatch.setattr(SimpleITK, "__version__", "2.3.1")
+    message = refused(tmp_path / "in", capsys)
+    assert "SimpleITK: expected version 2.4 or later, found 2.3.1" in message
+    assert 'pip install "SimpleITK>=2.4"' in message
 
 
 def test_sheared_axes_are_noted(tmp_path):

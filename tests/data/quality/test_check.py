@@ -683,6 +683,13 @@ def test_a_list_is_checked_by_its_entries(data):
         assert "unreadable list" in {f.kind for f in faults(write_list(data, wrong))}
 
 
+def test_class_names_of_a_data_set_without_labels_do_not_matter(data):
+    other = data.folder.parent / "Dataset077_Imported"
+    shutil.copytree(data.folder / "imagesTr", other / "imagesTr")
+    (other / "dataset.json").write_text(json.dumps({"labels": {"background": 0}}))
+    assert "unreadable list" not in {f.kind for f in faults(data.folder.parent)}
+
+
 def test_where_there_is_nothing_to_check(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected a JSON, or a folder with DatasetXXX_Name"):
         check_dataset(tmp_path, progress=False)

@@ -22,6 +22,7 @@ from pydicom.uid import (
 from hyspark.data.readers import dicom, hounsfield
 from hyspark.data.readers.find import find_volumes
 from hyspark.data.readers.volumes import read_volume
+from hyspark.utils.install import install_command
 from tests.data.readers.dicom_files import write_dicom, write_series, write_slice
 
 HU = np.random.default_rng(1).integers(-1024, 3000, (4, 5, 6)).astype(np.int16)
@@ -194,7 +195,7 @@ def test_compression_that_needs_nothing_installed(tmp_path):
 @pytest.mark.parametrize(
     ("syntax", "advice"),
     [
-        (JPEGLosslessSV1, r"for which no decoder is installed: pip install 'hyspark\[dicom\]'$"),
+        (JPEGLosslessSV1, f"for which no decoder is installed: {re.escape(install_command('dicom'))}$"),
         (MPEG2MPML, "which is a video or an unknown compression; export the series without compression$"),
     ],
 )

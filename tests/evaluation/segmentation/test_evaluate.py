@@ -90,6 +90,7 @@ def scored(folder, out, config=BOXES, trained_on=(), **options):
     return score_cases(Levels(), config, NAMES, volumes, cases, out, processes, source, **options)[0]
 
 
+@pytest.mark.curves
 def test_scores_of_a_network_that_is_right_but_for_known_faults(labelled, tmp_path):
     (tmp_path / "scores").mkdir()
     (tmp_path / "scores" / "best_of_other_weights.png").touch()

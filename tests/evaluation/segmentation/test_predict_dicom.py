@@ -24,6 +24,7 @@ from hyspark.evaluation.segmentation import predict
 from hyspark.evaluation.segmentation.inference import TrainedNetwork
 from hyspark.evaluation.segmentation.label_output import LABEL_ENDINGS
 from hyspark.tasks import api
+from hyspark.utils.install import install_command
 from tests.data.readers.known_series import KNOWN, made_series, save
 from tests.evaluation.segmentation.test_predict import CONFIG, NAMES, Levels
 
@@ -499,7 +500,7 @@ def test_a_missing_extra_is_named(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         run(tmp_path, tmp_path / "in", "--format", "dicom-seg")
     assert caught.value.code == 2
-    assert "DICOM-SEG needs highdicom: pip install 'hyspark[dicom]'" in capsys.readouterr().err
+    assert f"DICOM-SEG needs highdicom: {install_command('dicom')}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

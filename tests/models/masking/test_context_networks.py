@@ -20,7 +20,7 @@ TIMM = [
     "ecaresnet26t",  # convolution over channels
     "resnet50_gn",  # GroupNorm
     "resnetv2_50",  # pre-activation
-    "nfnet_f0",  # standardised weights
+    "test_nfnet",  # standardised weights
     "convnext_atto",  # LayerNorm
     "convnextv2_atto",  # GRN
     "efficientnet_b0",
@@ -85,7 +85,7 @@ def case(request):
         make, run = MONAI[request.param]
         net = Network(make(), run)
         shape, grid = (
-            ((3, 1, 64, 64, 64), (2, 2, 2)) if request.param == "resnet10" else ((3, 1, 32, 16, 32), (2, 1, 2))
+            ((3, 1, 32, 32, 32), (2, 2, 2)) if request.param == "resnet10" else ((3, 1, 32, 16, 32), (2, 1, 2))
         )
     else:
         net = Network(timm.create_model(request.param, features_only=True), lambda net, x: net(x))

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyspark.models.masking.mask import PATCH, draw_visible, grid_of, num_visible, patchify, unpatchify, visible_at
+from hyspark.models.defaults import PATCH, grid_of
+from hyspark.models.masking.mask import draw_visible, num_visible, patchify, unpatchify, visible_at
 
 GRIDS = st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple)
 SMALL_GRIDS = st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple)

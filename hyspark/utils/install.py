@@ -1,0 +1,40 @@
+"""How this package was installed, for advice that can be typed."""
+
+import re
+import shlex
+from pathlib import Path
+from types import ModuleType
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def find_checkout() -> Path | None:
+    """Return the checkout that this package lies in; None if it was installed from a wheel."""
+    folder = PACKAGE.parent
+    return folder if (folder / "pyproject.toml").is_file() and (folder / "configs").is_dir() else None
+
+
+def install_command(extra: str) -> str:
+    """Write the command that installs what an extra of this package needs."""
+    folder = find_checkout()
+    if folder is None:
+        return f"pip install 'hyspark[{extra}]'"
+    where = "." if folder == Path.cwd() else folder
+    return f"pip install -e {shlex.quote(f'{where}[{extra}]')}"
+
+
+def require_version(module: ModuleType, least: str, fault: str) -> None:
+    """Raise ImportError if a package is older than the first release without a fault.
+
+    Args:
+        module: The package, imported.
+        least: The first release without it, two numbers.
+        fault: What earlier ones do, a verb and its object.
+    """
+    found = tuple(int(part) for part in re.findall(r"\d+", module.__version__)[:2])
+    if found < tuple(int(part) for part in least.split(".")):
+        name = module.__name__
+        raise ImportError(
+            f"{name}: expected version {least} or later, found {module.__version__}, which {fault}; "
+            f'install it with: pip install "{name}>={least}"'
+        )
