@@ -6,7 +6,9 @@ The public names are imported when they are used, so that `import hyspark` is fa
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
+from hyspark.utils import version
+
+__version__ = version.VERSION
 
 if TYPE_CHECKING:
     from hyspark.config.pretrain import list_methods

@@ -60,7 +60,7 @@ def test_the_newest_versions_lie_within_the_bounds():
 def test_one_version(capsys):
     main(["--version"])
     assert capsys.readouterr().out == f"hyspark {hyspark.__version__}\n"
-    assert 'version = { attr = "hyspark.__version__" }' in PROJECT
+    assert 'version = { attr = "hyspark.utils.version.VERSION" }' in PROJECT
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == hyspark.__version__
     assert Version(version("hyspark")) <= Version(hyspark.__version__)  # an older one where it was installed before
