@@ -9,7 +9,7 @@ from hyspark.utils.install import install_command
 from hyspark.utils.log import set_up_log
 from hyspark.utils.text import first_line
 from hyspark.utils.tracebacks import damaged_file, raised_here
-from hyspark.utils.version import __version__
+from hyspark.utils.version import VERSION
 
 EXPECTED = (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError)
 """Errors that this package raises for the user. A missing extra is an ImportError."""
@@ -65,7 +65,7 @@ def user_message(error: BaseException) -> str:
     if isinstance(error, OSError):
         return text or type(error).__name__
     if isinstance(error, ModuleNotFoundError) and error.name and raised_here(error):
-        return f"{error.name}: not installed, and needed by hyspark {__version__}; install it with: {install_command()}"
+        return f"{error.name}: not installed, and needed by hyspark {VERSION}; install it with: {install_command()}"
     if isinstance(error, EXPECTED) and raised_here(error):
         return text or type(error).__name__
     if isinstance(error, MemoryError | RuntimeError):
