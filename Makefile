@@ -38,6 +38,7 @@ ifneq ($(TORCH),)
 endif
 	$(BIN)/pip install --quiet --editable .
 	@touch $@
+	@echo "setup: done; next: make demo, or source $(BIN)/activate and hyspark --help"
 
 # The tools of developers beside it
 dev: $(TOOLS)
