@@ -6,7 +6,9 @@ The public names are imported when they are used, so that `import hyspark` is fa
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hyspark.utils.version import __version__
+from hyspark.utils import version
+
+__version__ = version.VERSION
 
 if TYPE_CHECKING:
     from hyspark.config.pretrain import list_methods
@@ -37,7 +39,6 @@ MODULES = {
 """Modules of the public names."""
 __all__ = [
     "LoadReport",
-    "__version__",
     "build_hybird",
     "build_hyspark",
     "build_spark",

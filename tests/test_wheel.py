@@ -80,7 +80,21 @@ def test_a_wheel_holds_verbs_recipes_and_pages(python, tmp_path):
     pretrain = ("pretrain", "--config", "demo", "--data", "demo", "--out", "run", "--device", "cpu")
     advice = call(python, "-m", "hyspark", *pretrain, cwd=tmp_path, code=2).partition("make it by: hyspark ")[2]
     call(python, "-m", "hyspark", *advice.split(), cwd=tmp_path)
-    call(python, "-m", "hyspark", *pretrain, "--max_steps", 1, "--picture_every", 0, cwd=tmp_path)
+    call(
+        python,
+        "-m",
+        "hyspark",
+        *pretrain,
+        "--max_steps",
+        1,
+        "--picture_every",
+        0,
+        "--batch_size",
+        1,
+        "--vit_depth",
+        1,
+        cwd=tmp_path,
+    )
     assert (tmp_path / "run" / "report.html").is_file()
     moco = (*pretrain, "--method", "moco", "--model", "moco/timm/resnet18")
     block = "import sys; sys.modules['lightly'] = None; from hyspark.cli.main import main; main(sys.argv[1:])"

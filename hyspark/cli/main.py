@@ -7,7 +7,7 @@ from importlib import import_module
 from hyspark.cli.run_verb import run_verb
 from hyspark.utils.exit_codes import DONE, WRONG_USE
 from hyspark.utils.text import nearest
-from hyspark.utils.version import __version__
+from hyspark.utils.version import VERSION
 
 VERB_GROUPS = {
     "data": {
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Call the verb that comes first, with the words behind it."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] == "--version":
-        print(f"hyspark {__version__}")
+        print(f"hyspark {VERSION}")
         return
     if argv and argv[0] == "--completion":
         run_verb(lambda words: import_module("hyspark.cli.completion").print_completion(words), argv[1:])

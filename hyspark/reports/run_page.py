@@ -24,7 +24,7 @@ from hyspark.reports.html import render_page
 from hyspark.training.metrics_log import iterate_metrics
 from hyspark.utils.atomic import write_whole
 from hyspark.utils.tables import aligned_table
-from hyspark.utils.version import __version__
+from hyspark.utils.version import VERSION
 
 MAX_MEASURED = 50_000
 """Points of a curve of which each is drawn or smoothed; neighbours of longer ones are averaged."""
@@ -87,7 +87,7 @@ def environment() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
-    found["hyspark"] = __version__
+    found["hyspark"] = VERSION
     found["commit"] = code_version(Path(__file__).parents[2])
     found["platform"] = platform.platform()
     cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty on most Linux systems

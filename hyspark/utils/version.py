@@ -1,3 +1,3 @@
-"""The version of the package, which pyproject.toml and CITATION.cff share."""
+"""The version of this package, which `hyspark --version`, `hyspark.__version__` and the wheel take from here."""
 
-__version__ = "0.2.0"
+VERSION = "0.2.0"

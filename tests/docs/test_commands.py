@@ -4,14 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.blocks import OUTPUTS, ROOT, RUNS, blocks_of, name_of, pages, summary
+from tests.docs.blocks import OUTPUTS, RUNS, blocks_of, name_of, pages, summary
 from tests.docs.typing_pages import type_page
 
-LATER = {"README.md", "CONTRIBUTING.md", "data/README.md", "ckpt/README.md"} | {
-    path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")
-}
-"""Pages that are being rewritten and are not run yet."""
-PAGES = [page for page in pages() if name_of(page) not in LATER]
+PAGES = pages()
 TYPED = [page for page in PAGES if any(block.language in RUNS for block in blocks_of(page))]
 SLOW = [page for page in PAGES if any(block.mark == "slow" for block in blocks_of(page))]
 NO_REASON = ("minute", "hour", "time", "second", "slow")

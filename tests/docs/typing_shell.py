@@ -78,7 +78,10 @@ class Shell:
             os.mkfifo(own / name)
         path = [str(programs), *([str(Path(sys.executable).parent)] if as_typed else []), "/usr/bin", "/bin"]
         variables = {**os.environ, "PATH": os.pathsep.join(path), "HOME": str(home), "ASKED": str(own)}
-        variables |= {"PYTHONPATH": str(ROOT), "MAKEFLAGS": f"BIN={Path(sys.executable).parent} INSTALLED=Makefile"}
+        variables |= {
+            "PYTHONPATH": str(ROOT),
+            "MAKEFLAGS": f"BIN={Path(sys.executable).parent} INSTALLED=pyproject.toml",
+        }
         self.log = own / "log.txt"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(

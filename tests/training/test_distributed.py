@@ -143,6 +143,7 @@ def threads():
     return [name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text())]
 
 
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="torch before 2.14 gives the threads no name")
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are named in Linux's /proc")
 def test_no_thread_of_a_group_is_left_when_python_ends(tmp_path):
     """Such a thread aborted a process that had done its work."""

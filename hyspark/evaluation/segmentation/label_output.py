@@ -19,7 +19,7 @@ from hyspark.figures.panels import class_colours
 from hyspark.utils.digests import content_digest
 from hyspark.utils.log import LOG
 from hyspark.utils.text import listing
-from hyspark.utils.version import __version__
+from hyspark.utils.version import VERSION
 
 LabelFormat = Literal["nifti", "dicom-seg", "rtstruct"]
 LABEL_ENDINGS: dict[LabelFormat, str] = {"nifti": ".nii.gz", "dicom-seg": ".seg.dcm", "rtstruct": ".rtstruct.dcm"}
@@ -84,4 +84,4 @@ def label_output(file_format: LabelFormat, weights: Path, names: Sequence[str]) 
     colours = np.rint(255 * class_colours(len(names))[1:, :3]).astype(int)
     file = weights / "best.pth" if weights.is_dir() else weights
     rgb = [(int(red), int(green), int(blue)) for red, green, blue in colours]
-    return LabelOutput(file_format, Segments(names[1:], rgb, __version__, content_digest(file)))
+    return LabelOutput(file_format, Segments(names[1:], rgb, VERSION, content_digest(file)))

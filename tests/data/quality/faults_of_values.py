@@ -179,7 +179,7 @@ LABELS = [
     label_of("near whole as float", "fine", lambda v: ((v * 0.9999999).astype(np.float64),)),
     label_of("1e-2 from whole", "refused", lambda v: ((v * 1.01).astype(np.float32),)),
     label_of("negative", "refused", lambda v: (-v.astype(np.int16),)),
-    label_of("negative background", "refused", lambda v: (np.where(v, v, -1).astype(np.int16),)),
+    label_of("negative background", "refused", lambda v: (np.where(v, v.astype(np.int16), -1),)),
     label_of("tiny negative", "fine", lambda v: ((v - 1e-7 * (v == 0)).astype(np.float64),)),
     label_of("above 255", "refused", lambda v: (v.astype(np.int16) * 300,)),
     label_of("NaN", "refused", lambda v: (put(v, np.nan),)),

@@ -21,6 +21,9 @@ from hyspark.evaluation.segmentation.windows import Windows
 from tests.evaluation.segmentation.test_predict import CONFIG
 from tests.evaluation.segmentation.whole import CPU, to_grid, whole_scores
 
+# MONAI before 1.6 under torch 2.8
+pytestmark = pytest.mark.filterwarnings("ignore:Using a non-tuple sequence for multidimensional:UserWarning")
+
 
 @pytest.fixture(scope="module")
 def network():
