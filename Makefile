@@ -14,6 +14,8 @@ TORCH ?=
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 IS_CPU := import sys, torch; sys.exit(torch.version.cuda is not None)
 
+# One environment, so one pip at a time, also under make -j
+.NOTPARALLEL:
 .PHONY: setup dev lint types test test-lowest docs demo bench ready gpu gpu-study clean
 
 # What pre-training, fine-tuning and the demo need

@@ -10,6 +10,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 ELSEWHERE = r"(?!https?:|mailto:|#)"
 PICTURE = re.compile(rf'!\[[^\]]*\]\({ELSEWHERE}[^)]*\)|<img\b[^>]*\bsrc="{ELSEWHERE}[^>]*>')
+CAPTION = re.compile(rf"^!\[[^\]]*\]\({ELSEWHERE}[^)]*\)\n\n\*[^*\n](?:[^*]|\n)*?\*\n\n", flags=re.MULTILINE)
 LINK = re.compile(rf"\[((?:!\[[^\]]*\]\([^)]*\)|[^\[\]])*)\]\({ELSEWHERE}[^)]*\)")
 BLOCK = re.compile(r"(^```.*?^```$)", flags=re.MULTILINE | re.DOTALL)
 
@@ -29,9 +30,10 @@ class BuildWithRecipes(build_py):
 
 
 def describe_package(readme: str) -> str:
-    """Make a README readable without the checkout: its pictures are dropped, links into it become plain text."""
+    """Make a README readable without the checkout: pictures and captions are dropped, links become plain text."""
     parts = BLOCK.split(readme)
-    return "".join(part if BLOCK.match(part) else LINK.sub(r"\1", PICTURE.sub("", part)) for part in parts)
+    texts = (part if BLOCK.match(part) else LINK.sub(r"\1", PICTURE.sub("", CAPTION.sub("", part))) for part in parts)
+    return "".join(texts)
 
 
 if __name__ == "__main__":

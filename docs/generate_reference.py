@@ -311,9 +311,15 @@ def comment_text(path: Path) -> str:
 def escaped(text: str) -> str:
     """Keep characters of plain text from being read as Markdown or HTML, but for those in `code`."""
     pieces = re.split(r"(`[^`]*`)", text)
-    return "".join(p if p.startswith("`") else re.sub(r"([*_<>\[\]|])", r"\\\1", p) for p in pieces)
+    return "".join(p if p.startswith("`") else escaped_prose(p) for p in pieces)
+
+
+def escaped_prose(text: str) -> str:
+    """Escape what Python-Markdown reads, but for `code`; it knows no backslash before < and |."""
+    marked = re.sub(r"([\\*_\[\]])", r"\\\1", text.replace("&", "&amp;"))
+    return marked.replace("<", "&lt;").replace(">", "&gt;").replace("|", "&#124;")
 
 
 def cell(text: str) -> str:
     """Put a text on the one line of a table's cell."""
-    return re.sub(r"(?<!\\)\|", r"\\|", " ".join(text.split()))
+    return " ".join(text.split())

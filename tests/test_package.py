@@ -83,6 +83,7 @@ def test_a_page_of_the_package_has_no_links_into_the_checkout():
     setup = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup)
     readme = (
+        "![scan](docs/a.png)\n\n*A caption, of\ntwo lines.*\n\n"
         "# A\n[![tests](https://a.b/c.svg)](docs/ci.md) ![scan](docs/a.png)\n"
         '<img alt="x" src="docs/b.png" width="3"> <img src="https://a.b/c.png">\n'
         "See [the docs](docs/index.md#a), [paper](https://a.b), [below](#below).\n```python\nnets[0](docs)\n```\n"

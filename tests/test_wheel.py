@@ -96,9 +96,9 @@ def test_a_wheel_holds_verbs_recipes_and_pages(python, tmp_path):
         cwd=tmp_path,
     )
     assert (tmp_path / "run" / "report.html").is_file()
-    moco = (*pretrain, "--method", "moco", "--model", "moco/timm/resnet18")
+    moco = ("pretrain", "--model", "moco/timm/resnet18", "--slices", "axial", "--crop_size", 64, "--in_channels", 3)
     block = "import sys; sys.modules['lightly'] = None; from hyspark.cli.main import main; main(sys.argv[1:])"
-    assert "pip install 'hyspark[views]'" in call(python, "-c", block, *moco, "--out", "moco", cwd=tmp_path, code=2)
+    assert "pip install 'hyspark[views]'" in call(python, "-c", block, *moco, "--data", "demo", cwd=tmp_path, code=2)
 
 
 def contents(wheel: Path) -> dict[str, bytes]:

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         sys.exit(WRONG_USE)
     function = FUNCTIONS.get(argv[0], argv[0]).replace("-", "_")
-    run_verb(getattr(import_module("hyspark.cli.commands"), function), argv[1:])
+    run_verb(lambda words: getattr(import_module("hyspark.cli.commands"), function)(words), argv[1:])
 
 
 def usage() -> str:

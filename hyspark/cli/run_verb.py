@@ -5,9 +5,11 @@ import sys
 from collections.abc import Callable, Sequence
 
 from hyspark.utils.exit_codes import FOUND, INTERRUPTED, STOPPED, WRONG_USE
+from hyspark.utils.install import install_command
 from hyspark.utils.log import set_up_log
 from hyspark.utils.text import first_line
 from hyspark.utils.tracebacks import damaged_file, raised_here
+from hyspark.utils.version import VERSION
 
 EXPECTED = (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError)
 """Errors that this package raises for the user. A missing extra is an ImportError."""
@@ -62,6 +64,8 @@ def user_message(error: BaseException) -> str:
     text = str(error).strip()
     if isinstance(error, OSError):
         return text or type(error).__name__
+    if isinstance(error, ModuleNotFoundError) and error.name and raised_here(error):
+        return f"{error.name}: not installed, and needed by hyspark {VERSION}; install it with: {install_command()}"
     if isinstance(error, EXPECTED) and raised_here(error):
         return text or type(error).__name__
     if isinstance(error, MemoryError | RuntimeError):

@@ -14,13 +14,13 @@ def find_checkout() -> Path | None:
     return folder if (folder / "pyproject.toml").is_file() and (folder / "configs").is_dir() else None
 
 
-def install_command(extra: str) -> str:
-    """Write the command that installs what an extra of this package needs."""
-    folder = find_checkout()
+def install_command(extra: str = "") -> str:
+    """Write the command that installs what this package needs, or an extra of it."""
+    folder, brackets = find_checkout(), f"[{extra}]" * bool(extra)
     if folder is None:
-        return f"pip install 'hyspark[{extra}]'"
+        return f"pip install {shlex.quote(f'hyspark{brackets}')}"
     where = "." if folder == Path.cwd() else folder
-    return f"pip install -e {shlex.quote(f'{where}[{extra}]')}"
+    return f"pip install -e {shlex.quote(f'{where}{brackets}')}"
 
 
 def require_version(module: ModuleType, least: str, fault: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 
+from hyspark import __version__
 from hyspark.cli import commands, completion, main, parsing, run_verb
 from hyspark.config.classification import ClassificationConfig
 from hyspark.config.pretrain import PretrainConfig
@@ -531,6 +532,20 @@ def test_a_missing_extra_or_an_unsupported_network_is_one_line(error, monkeypatc
         run_verb.run_verb(failed, [])
     assert exit_.value.code == 2
     assert capsys.readouterr().err == "error: moco needs lightly: pip install 'hyspark[views]'\n"
+
+
+def test_a_missing_dependency_is_one_line(monkeypatch, capsys):
+    """As in a checkout that was updated without `make setup`."""
+
+    def failed(argv: list[str]) -> None:
+        import no_such_package  # noqa: F401
+
+    monkeypatch.setattr(run_verb, "raised_here", lambda error: True)
+    monkeypatch.setattr(commands, "check", failed)
+    assert fails(["check"], capsys) == (
+        f"error: no_such_package: not installed, and needed by hyspark {__version__}; "
+        f"install it with: {install_command()}\n"
+    )
 
 
 def test_the_example_of_every_verb_parses():

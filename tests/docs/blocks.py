@@ -6,10 +6,11 @@ on the line before a block is its mark:
     none                    the fast test runs the block, with trainings shortened to one step of a tiny network
     <!-- slow -->           `pytest -m slow` runs the page as it stands
     <!-- needs: 4 GPUs -->  not run; verbs, flags and recipes are checked
-    <!-- exit: 1 -->        the block is run, and its last command ends with this exit code
+    <!-- exit: 1 -->        the block, one command, is run and ends with this exit code
     <!-- file: my_nets.py -->  the block, in any language, is written to this file, as a user does in an editor
 
 `<!-- workspace: labelled pretrained -->`, once on a page, names what lies in its folder beforehand (workspaces.py).
+A page in any other form is an error (page_form.py): nothing is passed over.
 """
 
 import re
@@ -27,8 +28,9 @@ SCRIPTS = {"generate_js.py": "datalist", "train.py": "pretrain", "finetune_btcv.
 MARK = re.compile(r"\s*<!--\s*(?:(slow)|(needs|exit|file):\s*(.+?))\s*-->\s*$")
 WORKSPACE = re.compile(r"^\s*<!--\s*workspace:\s*(.*?)\s*-->\s*$", re.MULTILINE)
 FENCE = re.compile(r"(\s*)(`{3,}|~{3,})\s*(\S*)")
-OPERATORS = {"|", "||", "&&", ";", "&", "(", ")"}
-KEYWORDS = {"do", "then", "else", "time", "!", "done", "fi", "exec"}
+KEYWORDS = {"do", "then", "else", "time", "!", "done", "fi", "exec", "$"}
+STARTERS = ("srun", "nohup", "nice", "env", "sudo", "taskset", "numactl")
+"""Programs that start the command behind them."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def blocks_of(page: Path) -> list[Block]:
         if start < 0:
             if opened := FENCE.match(line):
                 start, (indent, fence, language) = number, opened.groups()
-        elif line.strip() == fence:
+        elif line.strip() == fence[0] * max(len(fence), len(line.strip())):
             text = "".join(f"{one.removeprefix(indent)}\n" for one in lines[start + 1 : number])
             before = next((lines[i] for i in (start - 1, start - 2) if i >= 0 and lines[i].strip()), "")
             mark = MARK.match(before)
@@ -106,6 +108,15 @@ def blocks_of(page: Path) -> list[Block]:
     if start >= 0:
         raise ValueError(f"{name_of(page)}:{start + 1}: the block has no end")
     return found
+
+
+def prose_of(page: Path) -> str:
+    """Return the text of a page with its fenced blocks blank, so that line numbers stay."""
+    lines = page.read_text().splitlines()
+    for block in blocks_of(page):
+        for number in range(block.line - 2, block.line + block.text.count("\n")):
+            lines[number] = ""
+    return "\n".join(lines) + "\n"
 
 
 def workspaces_of(page: Path) -> list[str]:
@@ -163,6 +174,14 @@ def simple_commands(text: str) -> list[list[str]]:
     return [without_redirections(words) for words in found if words and words[0] not in ("for", "while", "if", "case")]
 
 
+def operators_of(text: str) -> set[str]:
+    """Return the operators between the commands of a typed line."""
+    lexer = shlex.shlex(text, posix=True, punctuation_chars="();|&<>")
+    lexer.whitespace_split = True
+    lexer.commenters = "#"
+    return {word for word in lexer if set(word) <= set("();|&")}
+
+
 def without_redirections(words: list[str]) -> list[str]:
     """Drop `> file`, `2>&1` and the like."""
     kept, skip = [], False
@@ -177,9 +196,10 @@ def without_redirections(words: list[str]) -> list[str]:
 def verb_and_flags(words: tuple[str, ...]) -> tuple[str, list[str]] | None:
     """Find the verb that a command calls, and the words behind it; None for other programs."""
     for at, word in enumerate(words):
-        if word in SCRIPTS and at:
-            return SCRIPTS[word], list(words[at + 1 :])
-        called = word == "hyspark" and (at == 0 or words[at - 1] == "-m" or words[0] in ("srun", "nohup", "nice"))
+        name = word.rpartition("/")[2]
+        if name in SCRIPTS and at:
+            return SCRIPTS[name], list(words[at + 1 :])
+        called = name == "hyspark" and (at == 0 or words[at - 1] == "-m" or words[0] in STARTERS)
         if called and at + 1 < len(words):
             return words[at + 1], list(words[at + 2 :])
     return None
@@ -187,19 +207,22 @@ def verb_and_flags(words: tuple[str, ...]) -> tuple[str, list[str]] | None:
 
 def summary() -> str:
     """Write how many commands the pages show, and how many are run."""
-    counts = {"fast": 0, "slow": 0, "needs": 0}
+    counts = {"fast": 0, "slow": 0, "needs": 0, "make": 0}
     reasons: dict[str, int] = {}
     python = 0
     for block in (block for page in pages() for block in blocks_of(page)):
-        kind = "fast" if block.mark in ("", "exit", "file") else block.mark
         if block.language == "sh":
-            counts[kind] += len(commands_of(block))
-            if kind == "needs":
-                reasons[block.argument] = reasons.get(block.argument, 0) + len(commands_of(block))
+            for command in commands_of(block):
+                kind = "fast" if block.mark in ("", "exit") else block.mark
+                kind = "make" if kind == "fast" and command.words[0] == "make" else kind
+                counts[kind] += 1
+                if kind == "needs":
+                    reasons[block.argument] = reasons.get(block.argument, 0) + 1
         elif block.language in RUNS:
-            python += kind != "needs"
+            python += block.mark not in ("needs", "slow")
     text = f"{len(pages())} pages, {sum(counts.values())} commands: {counts['fast']} run by the fast test, "
-    text += f"{counts['slow']} by the slow one, {counts['needs']} not run; {python} blocks of Python run"
+    text += f"{counts['slow']} by the slow one, {counts['make']} of make alone have their targets checked, "
+    text += f"{counts['needs']} not run; {python} blocks of Python run"
     return "\n".join([text, *(f"  needs {reason}: {num}" for reason, num in sorted(reasons.items()))])
 
 

@@ -14,7 +14,7 @@ from hyspark.config.classification import ClassificationConfig
 from hyspark.config.recipes import SETTINGS_OF
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.config.yaml_files import find_recipe
-from tests.docs.blocks import ROOT, verb_and_flags
+from tests.docs.blocks import ROOT, prose_of, verb_and_flags
 from tests.docs.shortened import in_folder
 
 OF_OTHERS = {
@@ -175,8 +175,6 @@ def parsed(verb: str, argv: list[str]) -> Iterator[str]:
 
 def inline_code(page: Path) -> Iterator[tuple[int, str]]:
     """Yield what stands between backticks outside of fenced blocks, with its line."""
-    text = re.sub(
-        r"^( *)(`{3,}).*?^\1\2 *$", lambda found: "\n" * found[0].count("\n"), page.read_text(), flags=re.M | re.S
-    )
+    text = prose_of(page)
     for found in re.finditer(r"(`+)(?!`)(.+?)(?<!`)\1(?!`)", text, flags=re.S):
         yield text.count("\n", 0, found.start()) + 1, " ".join(found[2].split())

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.blocks import OUTPUTS, RUNS, blocks_of, name_of, pages, summary
+from tests.docs.blocks import RUNS, blocks_of, name_of, pages, summary
+from tests.docs.page_form import faults_of
 from tests.docs.typing_pages import type_page
 
 PAGES = pages()
 TYPED = [page for page in PAGES if any(block.language in RUNS for block in blocks_of(page))]
 SLOW = [page for page in PAGES if any(block.mark == "slow" for block in blocks_of(page))]
-NO_REASON = ("minute", "hour", "time", "second", "slow")
 
 
 @pytest.fixture(scope="session")
@@ -32,12 +32,8 @@ def test_slow_pages_run_as_they_stand(page, tmp_path, cache):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_blocks_say_what_they_are(page):
-    """A block has a language, and what is not run has a reason that is not its time."""
-    for block in blocks_of(page):
-        assert block.language, f"{block.name}: the fence names no language; sh is typed, {OUTPUTS} is output"
-        if block.mark == "needs":
-            assert not any(word in block.argument.lower() for word in NO_REASON), f"{block.name}: {block.argument}"
+def test_nothing_on_a_page_is_passed_over(page):
+    assert faults_of(page) == []
 
 
 def test_the_summary_counts_every_page():
@@ -61,6 +57,11 @@ def write_page(folder: Path, text: str) -> Path:
         ("```sh\nfor x in 1 2; do\n  cat none_$x\ndone\n```\n", "page.md:3: exit code 1"),
         ("<!-- exit: 1 -->\n```sh\nhyspark --version\n```\n", "exit code 0, expected 1"),
         ("text\n\n```python\nx = 1\nraise KeyError(x)\n```\n", "page.md:4: KeyError"),
+        ("```pycon\n>>> 1 + 1\n2\n>>> 2 + 2\n5\n```\n", "page.md:4: printed '4"),
+        ("```sh\necho $(hyspark nonsense)\nls\n```\n", "page.md:2: exit code 2"),
+        ("```sh\nif hyspark nonsense; then ls; fi\nls\n```\n", "though it failed: hyspark nonsense"),
+        ("<!-- workspace: labeled -->\n```sh\nls\n```\n", "no workspace labeled"),
+        ("```sh\nhyspark nonsense || ls\n```\n", "hides failures"),
     ],
 )
 def test_a_page_that_is_wrong_fails_with_its_line(tmp_path, cache, text, message):

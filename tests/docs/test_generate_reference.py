@@ -1,11 +1,14 @@
 """The generated reference: every verb, flag, setting and recipe once."""
 
+import html
 import re
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import markdown
 import pytest
 
+from hyspark.cli.completion import verb_parser
 from hyspark.cli.main import VERBS
 from hyspark.config.recipes import SETTINGS_OF, field_help, read_yaml
 from hyspark.config.yaml_files import recipe_files
@@ -113,7 +116,32 @@ def test_the_table_of_formats_is_the_changelogs(generator):
 
 @pytest.mark.parametrize(
     ("text", "kept"),
-    [("a_b and *c*", r"a\_b and \*c\*"), ("`a_b` <c>", r"`a_b` \<c\>"), ("{a|b}", r"{a\|b}")],
+    [("a_b and *c*", r"a\_b and \*c\*"), ("`a_b` <c> & \\", r"`a_b` &lt;c&gt; &amp; \\"), ("{a|b}", "{a&#124;b}")],
 )
 def test_plain_text_is_not_read_as_markdown(generator, text, kept):
     assert generator.escaped(text) == kept
+    assert read(f"| flag |\n|---|\n| {generator.cell(kept)} |\n") == letters(f"flag {text}")
+
+
+def read(page):
+    """The letters of a page as a browser shows it, without those of blocks."""
+    rendered = markdown.markdown(page, extensions=["tables", "attr_list", "fenced_code"])
+    return letters(html.unescape(re.sub(r"<pre>.*?</pre>|<[^>]+>", "", rendered, flags=re.DOTALL)))
+
+
+def letters(text):
+    return re.sub(r"[\s`]", "", text)
+
+
+def test_what_help_says_is_what_the_site_shows(generated):
+    verbs, settings = read(generated["reference/verbs.md"]), read(generated["reference/settings.md"])
+    for verb in VERBS:
+        parser = verb_parser(verb)
+        flags = [] if verb in SETTINGS_OF else [one for one in parser._actions if one.dest != "help"]
+        texts = [
+            parser.description.partition("Example:\n")[0],
+            *((flag.help or "").replace("%%", "%") for flag in flags),
+        ]
+        assert [text for text in texts if letters(text) not in verbs] == []
+    for config in SETTINGS_OF.values():
+        assert [text for text in field_help(config).values() if letters(text) not in settings] == []

@@ -5,13 +5,16 @@ import shlex
 
 import pytest
 
-from tests.docs.blocks import OUTPUTS, ROOT, SCRIPTS, blocks_of, commands_of, name_of, pages
+from tests.docs.blocks import OUTPUTS, ROOT, SCRIPTS, blocks_of, commands_of, name_of, pages, simple_commands
+from tests.docs.links import dead_links, load_generator
 from tests.docs.shown_commands import all_flags, inline_code, wrong_words
 
 PAGES = pages()
 CHANGELOG = ROOT / "CHANGELOG.md"
-GENERATED = [ROOT / f"docs/reference/{name}.md" for name in ("verbs", "settings", "recipes")]
-"""Pages that are written when the site is built (docs/generate_reference.py)."""
+NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
+INLINE = re.compile(
+    r"(\$ |\w+=\S* |(srun|nohup|nice|time|env|sudo) )*(\S*/)?(hyspark|python3?(\.\d+)?|make|torchrun|pip)(?= \S)"
+)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -24,6 +27,13 @@ def test_commands_of_blocks_can_be_typed(page):
     assert found == []
 
 
+def wrong_sentence(text):
+    """What is wrong with the commands of a text between backticks, if it begins with one."""
+    if not INLINE.match(text) or text.count("'") % 2 or text.count('"') % 2:
+        return []
+    return [wrong for words in simple_commands(text) for wrong in wrong_words(words, whole=False)]
+
+
 @pytest.mark.parametrize("page", [*PAGES, CHANGELOG], ids=name_of)
 def test_commands_of_sentences_can_be_typed(page):
     known, found = all_flags(), []
@@ -31,12 +41,8 @@ def test_commands_of_sentences_can_be_typed(page):
         if re.match(r"--[a-z]", text):
             flags = re.findall(r"(?<!\S)--[a-z][\w-]*", text)
             wrong = [flag for flag in flags if flag not in known]
-        elif (
-            re.match(r"(hyspark|python3?|make|torchrun|pip) ", text) and text.count("'") % 2 == text.count('"') % 2 == 0
-        ):
-            wrong = list(wrong_words(shlex.split(text), whole=False))
         else:
-            wrong = []
+            wrong = wrong_sentence(text)
         found += [f"{name_of(page)}:{line}: {text}: {one}" for one in wrong]
     assert found == []
 
@@ -54,10 +60,16 @@ def test_commands_of_sentences_can_be_typed(page):
         ("make dmo", "no target dmo"),
         ("pip install '.[dicomm]'", "no extra dicomm"),
         ("python benchmarks/none.py", "no script"),
+        (".venv/bin/hyspark pretrain --batchsize 4", "no flag --batchsize"),
+        ("CUDA_VISIBLE_DEVICES=0 nice hyspark finetun", "no verb finetun"),
+        ("hyspark check data && hyspark finetun", "no verb finetun"),
+        ("$ python ./train.py --batchsize 4", "no flag --batchsize"),
+        ("python3.12 -m hyspark finetun", "no verb finetun"),
     ],
 )
 def test_what_cannot_be_typed_is_found(text, message):
-    assert any(message in wrong for wrong in wrong_words(shlex.split(text)))
+    found = [wrong for words in simple_commands(text) for wrong in wrong_words(words)]
+    assert any(message in wrong for wrong in found)
 
 
 @pytest.mark.parametrize(
@@ -82,14 +94,34 @@ def test_files_that_pages_name_exist():
             assert (ROOT / name).is_file() or name in written, f"{name_of(page)}: {name}"
 
 
-def test_linked_files_exist():
-    for page in PAGES:
-        text = re.sub(r"^( *)(`{3,}).*?^\1\2 *$", "", page.read_text(), flags=re.M | re.S)
-        for target in re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)(?:#[^)]*)?\)", text):
-            if found := re.match(r"\.\./\.\./actions/workflows/([^/]+)", target):
-                target = f".github/workflows/{found[1]}"
-            linked = (page.parent / target).resolve()
-            assert linked.exists() or linked in GENERATED, f"{name_of(page)}: {target}"
+@pytest.fixture(scope="module")
+def generated():
+    return {f"docs/{path}": text for path, text in load_generator().generated_pages().items()}
+
+
+@pytest.mark.parametrize("page", [*PAGES, CHANGELOG, ROOT / "SECURITY.md", *NOTEBOOKS], ids=name_of)
+def test_links_lead_somewhere(page, generated):
+    assert list(dead_links(page, generated)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "dead"),
+    [
+        ("[a](none.md)", "none.md"),
+        ('[a](none.md "A title")', "none.md"),
+        ("![a](none.png)", "none.png"),
+        ("[a][1]\n\n[1]: none.md", "none.md"),
+        ('<a href="none.md">a</a> <img alt="b" src="none.png">', "none.md none.png"),
+        ("# One: two `three`\n[a](#one-two-three) [b](#none)", "#none"),
+        ("[a](other.md#here) [b](other.md#none)", "other.md#none"),
+        ("# Twice\n# Twice\n[a](#twice-1)", ""),
+        ("[a](https://example.org) `[b](none.md)`\n```text\n[c](none.md)\n```", ""),
+    ],
+)
+def test_dead_links_are_found(tmp_path, text, dead):
+    (tmp_path / "other.md").write_text("# Other\n\n## A { #here }\n")
+    (tmp_path / "page.md").write_text(text)
+    assert " ".join(dead_links(tmp_path / "page.md", {})) == dead
 
 
 def test_the_tree_is_the_tree():

@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock
 
 from tests.docs.blocks import RUNS, Block, blocks_of, workspaces_of
+from tests.docs.page_form import faults_of
 from tests.docs.shortened import in_folder, one_step
 from tests.docs.typing_shell import Shell
 from tests.docs.workspaces import fill
@@ -26,8 +27,9 @@ def type_page(page: Path, folder: Path, cache: Path, *, as_typed: bool = False) 
         as_typed: Run slow blocks too, and shorten no training.
 
     Raises:
-        AssertionError: A command fails.
+        AssertionError: A command fails, or the page has a form in which it would be passed over.
     """
+    assert not (faults := faults_of(page)), "\n".join(faults)
     here = folder / "checkout"
     with FileLock(f"{cache}.lock"):
         fill(here, workspaces_of(page), cache)
@@ -52,22 +54,29 @@ def run_python(block: Block, folder: Path, names: dict[str, Any], as_typed: bool
     """Run a block of Python in the namespace of its page; crops of 96 voxels become 32 where trainings are shortened.
 
     Raises:
-        AssertionError: It fails.
+        AssertionError: It fails, or an example in `pycon` prints something else.
     """
     text = block.text if as_typed else re.sub(r"\b96\b", "32", block.text)
-    parts = [(0, text)]
+    parts = [(0, text, "")]
     if block.language == "pycon":
         examples = doctest.DocTestParser().get_examples(text)
-        parts = [(example.lineno, example.source) for example in examples]
+        parts = [(example.lineno, example.source, example.want) for example in examples]
     mode = "single" if block.language == "pycon" else "exec"
     printed = io.StringIO()
     quiet = contextlib.nullcontext() if as_typed else one_step()
     with in_folder(folder), quiet, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         sys.path.insert(0, str(folder))
-        for line, source in parts:
+        for line, source, want in parts:
+            begun = len(printed.getvalue())
             code = "\n" * (block.line + line - 1) + source
             try:
                 exec(compile(code, str(block.page), mode), names)
             except (Exception, SystemExit) as error:
                 tail = "\n".join(printed.getvalue().splitlines()[-25:])
                 raise AssertionError(f"{block.name}: {type(error).__name__}: {error}\n{tail}") from error
+            got = printed.getvalue()[begun:]
+            same = doctest.OutputChecker().check_output(want, got, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+            if block.language == "pycon" and not same:
+                raise AssertionError(
+                    f"{block.name.rpartition(':')[0]}:{block.line + line}: printed {got!r}, not {want!r}"
+                )

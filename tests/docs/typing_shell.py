@@ -83,6 +83,7 @@ class Shell:
             "MAKEFLAGS": f"BIN={Path(sys.executable).parent} INSTALLED=pyproject.toml",
         }
         self.log = own / "log.txt"
+        self.failed: list[str] = []
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 ["bash", "--norc", "-c", LOOP],
@@ -105,13 +106,14 @@ class Shell:
         file = self.own / f"block_{block.line}.sh"
         file.write_text("\n" * (block.line - 1) + block.text)
         begun = self.log.stat().st_size
+        self.failed.clear()
         os.write(self.go, f"{shlex.quote(str(file))} {expected} {'1' if block.mark == 'slow' else ''}\n".encode())
-        while (event := self.next_event()) != "done":
+        while (event := self.next_event()) != "done" or (self.failed and not expected):
             kind, _, rest = event.partition(" ")
             if kind == "asked":
                 self.answer(*rest.split(" ", 1))
                 continue
-            line, code = rest.split()
+            line, code = rest.split() if rest else ("0", "0, though it failed: " + "; ".join(self.failed))
             printed = self.log.read_text(errors="replace")[begun:].splitlines()
             where = block.page.name if line == "0" else f"{block.name.rpartition(':')[0]}:{line}"
             raise AssertionError(f"{where}: exit code {code}, expected {expected}\n" + "\n".join(printed[-25:]))
@@ -136,6 +138,8 @@ class Shell:
         given = files.with_suffix(".in")
         with in_folder(Path(folder), variables):
             reply = run(words, given.read_text() if given.exists() else "")
+        if reply.code:
+            self.failed.append(" ".join(words))
         files.with_suffix(".out").write_text(reply.out)
         files.with_suffix(".err").write_text(reply.err)
         files.with_suffix(".reply").write_text(f"{reply.code}\n")

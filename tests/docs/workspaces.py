@@ -173,6 +173,7 @@ def with_needed(names: list[str]) -> list[str]:
     """List workspaces and those that they need, in the order of making."""
     found: list[str] = []
     for name in names:
+        assert name in MAKERS, f"no workspace {name}; there are {', '.join(MAKERS)}"
         found += [one for one in (*with_needed(list(MAKERS[name][1])), name) if one not in found]
     return found
 
