@@ -7,7 +7,7 @@ TOOLS := $(VENV)/.installed-dev
 DOCS := $(VENV)/.installed-docs
 LOWEST := .venv-lowest
 CONSTRAINTS := .github/constraints
-DEMO := data/demo
+DEMO := demo
 RUNS := ckpt
 # make setup TORCH=cpu takes PyTorch without CUDA, from this index of PyTorch's own
 TORCH ?=
@@ -40,6 +40,7 @@ ifneq ($(TORCH),)
 endif
 	$(BIN)/pip install --quiet --editable .
 	@touch $@
+	@echo "setup: done; next: make demo, or source $(BIN)/activate and hyspark --help"
 
 # The tools of developers beside it
 dev: $(TOOLS)

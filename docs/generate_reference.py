@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from hyspark.cli import arguments
-from hyspark.cli.main import VERB_GROUPS, VERBS
+from hyspark.cli.main import SHELLS, VERB_GROUPS, VERBS
 from hyspark.cli.parsing import config_parser
 from hyspark.config.recipes import SETTINGS_OF, field_help
 from hyspark.config.yaml_files import recipe_files
@@ -109,6 +109,8 @@ def verbs_page() -> str:
         "# Verbs",
         "`hyspark VERB [flags]`. Each verb prints this with `hyspark VERB --help`. What the verbs end with: "
         "[exit codes](exit_codes.md).",
+        "`pip install 'hyspark[completion]'` and `eval \"$(hyspark --completion bash)\"` complete verbs and flags in "
+        f"the shell. It may be {' or '.join(SHELLS)}.",
     ]
     rows = ["| group | verb | what it does |", "|---|---|---|"]
     for group, verbs in VERB_GROUPS.items():
@@ -135,6 +137,9 @@ def verb_parts(verb: str) -> list[str]:
     own = {field for cls in type(parser).__mro__ for field in vars(cls).get("__annotations__", {})}
     known = [action for actions in parser.sections().values() for action in actions if action.dest != "help"]
     parts.append(flag_table(verb, known, {name: f"settings.md#{name}" for name in shared - own}))
+    if earlier := parser.old_spellings():
+        pairs = (f"`--{old}` for `--{new}`" for old, new in earlier.items())
+        parts.append(f"Earlier spellings, which still work: {', '.join(pairs)}.")
     if verb == "benefit":
         parts.append(
             "All other flags are settings of [`finetune`](#finetune) or [`finetune-classifier`](#finetune-classifier)."

@@ -1,6 +1,7 @@
-"""The field's words: help, messages and docstrings say what engineers of the field say."""
+"""The field's words: help, messages, docstrings and pages say what engineers of the field say."""
 
 import ast
+import json
 import re
 import tokenize
 from pathlib import Path
@@ -10,6 +11,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / name for name in ("generate_js.py", "train.py", "finetune_btcv.py")]
 FILES += sorted((ROOT / "hyspark").rglob("*.py"))
+RECORDED = (ROOT / "docs/results/openkbp", ROOT / "docs/results/covidct")
+"""Reports as `hyspark benefit` wrote them, in the words of its version then."""
+PAGES = [
+    *ROOT.glob("*.md"),
+    *(ROOT / "data").glob("*.md"),
+    *(ROOT / "ckpt").glob("hyspark*.md"),
+    ROOT / "ckpt/README.md",
+]
+PAGES += [page for page in (ROOT / "docs").rglob("*.md") if page.parent not in RECORDED]
+PAGES += [*(ROOT / ".github").rglob("*.md"), *(ROOT / "docs").rglob("*.ipynb")]
+PLACEHOLDER = r"\bOUTPUT_[A-Z]+|\bTODO\b"
+"""Text that was to be replaced."""
 BANNED = {
     r"\breview(s|ed|ing)?\b": "validation",
     r"\bas a share\b|\b(the|a|its|each|this|whose|same) shares?\b|\bshares? of\b": "ratio, fraction or shard",
@@ -41,6 +54,38 @@ def texts(path: Path) -> list[tuple[int, str]]:
         comments = (token for token in tokenize.tokenize(file.readline) if token.type == tokenize.COMMENT)
         found += [(token.start[0], token.string) for token in comments]
     return found
+
+
+def sentences(page: Path) -> str:
+    """Text of a page or a notebook without blocks, code, link targets and comments; lines keep their numbers."""
+    text = page.read_text()
+    if page.suffix == ".ipynb":
+        cells = (cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown")
+        text = "\n".join("".join(cell["source"]) for cell in cells)
+    for hidden in (r"^( *)(`{3,}).*?^\1\2 *$", r"<!--.*?-->", r"`[^`\n]*`", r"\]\([^)]*\)", r"https?://\S+"):
+        text = re.sub(hidden, lambda found: "\n" * found[0].count("\n"), text, flags=re.MULTILINE | re.DOTALL)
+    return text
+
+
+def wrong_words(text: str, name: str) -> list[str]:
+    """Banned words of a text, with the line of each, and what to say."""
+    return [
+        f"{name}:{text.count(chr(10), 0, match.start()) + 1}: say {instead}: "
+        f"{text[max(0, match.start() - 30) : match.end() + 30]}"
+        for pattern, instead in {**BANNED, PLACEHOLDER: "what is printed"}.items()
+        for match in re.finditer(pattern, text, flags=0 if pattern == PLACEHOLDER else re.IGNORECASE)
+    ]
+
+
+def test_words_of_our_own_are_not_used_on_pages():
+    wrong = [line for page in PAGES for line in wrong_words(sentences(page), str(page.relative_to(ROOT)))]
+    assert wrong == []
+
+
+def test_those_of_pages_are_found_outside_of_code_alone(tmp_path):
+    (tmp_path / "a.md").write_text("# Told\n\n```sh\ntold\n```\n`told` [x](told.md) <!-- told -->\nOUTPUT_LIST\n")
+    found = wrong_words(sentences(tmp_path / "a.md"), "a.md")
+    assert [line.partition(": say")[0] for line in found] == ["a.md:1", "a.md:7"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())

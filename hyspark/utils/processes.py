@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import psutil
 
+from hyspark.utils.exit_codes import INTERRUPTED
 from hyspark.utils.log import LOG
 
 T = TypeVar("T")
@@ -32,11 +33,33 @@ def available_cores() -> int:
 
 
 @contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Hold back Control-C until the end of the block, and in processes that are started in it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class QuietPool(ProcessPoolExecutor):
+    """Processes that Control-C ends without a traceback, also while they import."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Submit a call, and start a process for it if none is idle."""
+        with interrupts_held_back():
+            return super().submit(fn, *args, **kwargs)
+
+
+@contextmanager
 def worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
     """Open a pool of processes with one thread each; on leaving the block, cancel jobs that have not begun."""
     # spawn: a forked child of a process with OpenMP threads may hang in its first parallel region.
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(num_workers, context, set_up_worker)
+    executor = QuietPool(num_workers, context, set_up_worker)
     try:
         yield executor
     finally:
@@ -136,6 +159,9 @@ def set_up_worker() -> None:
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
     ignore_signals()
+    if hasattr(signal, "pthread_sigmask"):
+        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))  # the run itself says that it was stopped
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 

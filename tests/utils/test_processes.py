@@ -2,11 +2,14 @@
 
 import os
 import signal
+import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
 
 from hyspark.utils import processes
+from hyspark.utils.exit_codes import INTERRUPTED
 from hyspark.utils.processes import map_unordered, peak_resident, worker_pool
 
 
@@ -59,3 +62,18 @@ def test_a_worker_waits_for_no_library_and_has_one_thread():
     with worker_pool(1) as pool:
         assert pool.submit(eval, "'torch' in __import__('sys').modules").result() is False
         assert pool.submit(eval, "__import__('torch').get_num_threads()").result() == 1
+
+
+@pytest.mark.parametrize("is_busy", [False, True], ids=["importing", "working"])
+def test_control_c_ends_a_worker_without_a_traceback(is_busy, capfd):
+    with worker_pool(1) as pool:
+        if is_busy:
+            pool.submit(os.getpid).result()
+        future = pool.submit(time.sleep, 60)
+        (process,) = pool._processes.values()
+        os.kill(process.pid, signal.SIGINT)
+        with pytest.raises(BrokenProcessPool):
+            future.result()
+    assert process.exitcode == INTERRUPTED
+    assert capfd.readouterr().err == ""
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
