@@ -8,6 +8,7 @@ import runpy
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from hyspark.cli import commands, main
 from hyspark.cli.run_verb import run_verb
 from hyspark.config.classification import ClassificationConfig
 from hyspark.config.pretrain import MASKED, PretrainConfig
+from hyspark.data.preprocessing import estimate
 from hyspark.data.synthetic import phantom
 from hyspark.reports import run_page
 from tests.docs.blocks import ROOT, SCRIPTS
@@ -111,6 +113,7 @@ def one_step() -> Iterator[None]:
         patch.setattr(phantom, "write_phantoms", partial(phantom.write_phantoms, spacings=COARSE))
         patch.setattr(hyspark.comparison.benefit, "run_comparison", fewer)
         patch.setattr(hyspark.comparison.benefit, "run_jobs", run_jobs_here)
+        patch.setattr(estimate, "worker_pool", ThreadPoolExecutor)
         patch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
         patch.setattr(run_page, "curves_figure", lambda curves, dark: None)
         yield
