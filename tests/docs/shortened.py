@@ -8,7 +8,6 @@ import runpy
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from hyspark.config.classification import ClassificationConfig
 from hyspark.config.pretrain import MASKED, PretrainConfig
 from hyspark.data.preprocessing import estimate
 from hyspark.data.synthetic import phantom
+from hyspark.planning import trial_steps
 from hyspark.reports import run_page
 from tests.docs.blocks import ROOT, SCRIPTS
 
@@ -93,6 +93,11 @@ def run_jobs_here(jobs: Sequence[Any], num_at_once: int, after_each: Any) -> lis
     return failed
 
 
+def measure_coarsely(seen: Any, settings: Any) -> Any:
+    """Measure the preparation of a case for `check` in this process, at a spacing that takes milliseconds."""
+    return estimate.measure_preparation(seen.case, replace(settings, spacing=VOLUMES["spacing"]))
+
+
 @contextlib.contextmanager
 def one_step() -> Iterator[None]:
     """Shorten all trainings that begin inside, and start no processes."""
@@ -113,7 +118,8 @@ def one_step() -> Iterator[None]:
         patch.setattr(phantom, "write_phantoms", partial(phantom.write_phantoms, spacings=COARSE))
         patch.setattr(hyspark.comparison.benefit, "run_comparison", fewer)
         patch.setattr(hyspark.comparison.benefit, "run_jobs", run_jobs_here)
-        patch.setattr(estimate, "worker_pool", ThreadPoolExecutor)
+        patch.setattr(estimate, "measure_in_process", measure_coarsely)
+        patch.setattr(trial_steps, "run_in_subprocess", lambda *args: list(trial_steps.iterate_trials(*args)))
         patch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
         patch.setattr(run_page, "curves_figure", lambda curves, dark: None)
         yield
