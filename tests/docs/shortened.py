@@ -24,7 +24,9 @@ from hyspark.cli import commands, main
 from hyspark.cli.run_verb import run_verb
 from hyspark.config.classification import ClassificationConfig
 from hyspark.config.pretrain import MASKED, PretrainConfig
+from hyspark.data.preprocessing import estimate
 from hyspark.data.synthetic import phantom
+from hyspark.planning import trial_steps
 from hyspark.reports import run_page
 from tests.docs.blocks import ROOT, SCRIPTS
 
@@ -91,6 +93,11 @@ def run_jobs_here(jobs: Sequence[Any], num_at_once: int, after_each: Any) -> lis
     return failed
 
 
+def measure_coarsely(seen: Any, settings: Any) -> Any:
+    """Measure the preparation of a case for `check` in this process, at a spacing that takes milliseconds."""
+    return estimate.measure_preparation(seen.case, replace(settings, spacing=VOLUMES["spacing"]))
+
+
 @contextlib.contextmanager
 def one_step() -> Iterator[None]:
     """Shorten all trainings that begin inside, and start no processes."""
@@ -111,6 +118,8 @@ def one_step() -> Iterator[None]:
         patch.setattr(phantom, "write_phantoms", partial(phantom.write_phantoms, spacings=COARSE))
         patch.setattr(hyspark.comparison.benefit, "run_comparison", fewer)
         patch.setattr(hyspark.comparison.benefit, "run_jobs", run_jobs_here)
+        patch.setattr(estimate, "measure_in_process", measure_coarsely)
+        patch.setattr(trial_steps, "run_in_subprocess", lambda *args: list(trial_steps.iterate_trials(*args)))
         patch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
         patch.setattr(run_page, "curves_figure", lambda curves, dark: None)
         yield
