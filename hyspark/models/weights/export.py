@@ -72,7 +72,9 @@ def select_weights(given: Mapping[str, Tensor], name: str, dtype: torch.dtype, d
     for part, prefixes in needed.items():
         if not any(own.startswith(prefixes) for own in weights):
             which = " or ".join(f"{prefix}*" for prefix in prefixes)
-            raise ValueError(f"{name}: no {part}; none of its {len(given)} keys is {which}")
+            other = "; weights of another network need no export (a ResNet for detectron2: --detectron2)"
+            advice = other if part == "encoder" else ""
+            raise ValueError(f"{name}: no {part}; none of its {len(given)} keys is {which}{advice}")
     return weights
 
 
