@@ -11,18 +11,7 @@ import pytest
 from hyspark.utils import processes
 from hyspark.utils.exit_codes import INTERRUPTED
 from hyspark.utils.processes import map_unordered, peak_resident, worker_pool
-
-
-def work(number: int, folder: Path) -> str:
-    """Kill this process for some numbers: 3 always, 5 the first time, as where memory is short for a while."""
-    seen = folder / str(number)
-    is_first = not seen.exists()
-    seen.touch()
-    if number == 3 or (number == 5 and is_first):
-        os.kill(os.getpid(), signal.SIGKILL)
-    if number == 7:
-        raise ValueError("7")
-    return f"{number} done"
+from tests.training.killed_jobs import work
 
 
 def named(number: int, folder: Path) -> str:

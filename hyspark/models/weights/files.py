@@ -153,7 +153,7 @@ def made_with(contents: object) -> Mapping[str, Any]:
 def explain_refusal(path: Path, error: Exception) -> str:
     """Explain that a pickle was not opened, and how to get its weights if one trusts its author."""
     reasons = [line.strip(" \t.") for line in str(error).splitlines() if REFUSED.search(line)]
-    found = f" ({reasons[-1][:160]})" if reasons else ""
+    found = f" ({reasons[-1].rpartition('WeightsUnpickler error: ')[2][:160]})" if reasons else ""
     return (
         f"{path}: not opened, because it is damaged or contains Python objects other than tensors, which could run "
         f"code{found}. Ask its author for a plain state dict or a .safetensors file{plain_file_advice(path)}"

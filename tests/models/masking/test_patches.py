@@ -195,7 +195,7 @@ def test_packed_is_as_near_to_the_exact_result_as_masked_is(grid, count, precisi
         assert 0 < packed < max(2 * masked, rounding)
 
 
-@pytest.mark.parametrize("precision", [nullcontext, lambda: torch.autocast("cpu", torch.bfloat16)])
+@pytest.mark.parametrize("precision", [torch.float64, torch.bfloat16])
 def test_the_whole_network_trains_the_same_way(precision):
     """Loss and gradients of every parameter through densify, decoder and loss; samples that keep different numbers."""
     visible = torch.ones(3, 1, 2, 1, 3, dtype=torch.bool)
@@ -205,11 +205,12 @@ def test_the_whole_network_trains_the_same_way(precision):
     for compute in ("masked", "packed"):
         torch.manual_seed(0)
         net = build_hyspark((32, 16, 48), compute=compute, widths=WIDTHS, decoder_width=16)
-        with precision():
+        if precision == torch.float64:  # in fp32, a value near the bend of an activation may lie on either side of it
+            net, volumes = net.double(), volumes.double()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
             loss = net(volumes, visible).loss
         results.append([loss, *torch.autograd.grad(loss, tuple(net.parameters()))])
-    bound = 1e-4 if precision is nullcontext else 0.1
-    assert worst(*results) < bound
+    assert worst(*results) < (1e-9 if precision == torch.float64 else 0.1)
 
 
 @pytest.mark.parametrize("count", [1, 3, 6])
