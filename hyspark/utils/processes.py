@@ -53,6 +53,13 @@ class QuietPool(ProcessPoolExecutor):
         with interrupts_held_back():
             return super().submit(fn, *args, **kwargs)
 
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Shut down; where a process was killed, kill the others, which leave SIGTERM to the run."""
+        if self._broken:  # Python 3.13 sends SIGTERM alone, and would wait for them forever
+            for process in list((self._processes or {}).values()):
+                process.kill()
+        super().shutdown(wait, cancel_futures=cancel_futures)
+
 
 @contextmanager
 def worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 
@@ -15,3 +16,17 @@ def work(number: int, folder: Path) -> str:
     if number == 7:
         raise ValueError("7")
     return f"{number} done"
+
+
+def finish_late(folder: Path) -> None:
+    """Write a file at the beginning, and one after a time that no test waits for."""
+    (folder / "begun").touch()
+    time.sleep(20)
+    (folder / "late").touch()
+
+
+def be_killed(folder: Path) -> None:
+    """Kill this process when `finish_late` has begun in another."""
+    while not (folder / "begun").exists():
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGKILL)

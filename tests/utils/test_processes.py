@@ -11,7 +11,7 @@ import pytest
 from hyspark.utils import processes
 from hyspark.utils.exit_codes import INTERRUPTED
 from hyspark.utils.processes import map_unordered, peak_resident, worker_pool
-from tests.training.killed_jobs import work
+from tests.training.killed_jobs import be_killed, finish_late, work
 
 
 def named(number: int, folder: Path) -> str:
@@ -22,6 +22,16 @@ def test_a_killed_process_costs_its_job_alone(tmp_path, caplog):
     order = (5, 0, 1, 2, 3, 4, 6)  # so that 5 is killed beside others
     results = list(map_unordered(work, [(n, tmp_path) for n in order], 2, named))
     assert sorted(results) == [f"{n} {'killed' if n == 3 else 'done'}" for n in (0, 1, 2, 3, 4, 5, 6)]
+
+
+def test_of_a_broken_pool_no_process_is_waited_for(tmp_path):
+    """The processes that are left heed no SIGTERM; the pool ends them, whatever they do."""
+    with worker_pool(3) as pool:
+        pool.submit(os.getpid).result()  # a pool notices the end of a process that it knew when it last waited
+        killed = pool.submit(be_killed, tmp_path)
+        pool.submit(finish_late, tmp_path)
+        assert isinstance(killed.exception(), BrokenProcessPool)
+    assert not (tmp_path / "late").exists()
 
 
 def test_one_process_is_this_one(tmp_path):
