@@ -12,28 +12,13 @@ from inspect import cleandoc
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from hyspark.cli import arguments
+from hyspark.cli.completion import verb_parser
 from hyspark.cli.main import SHELLS, VERB_GROUPS, VERBS
-from hyspark.cli.parsing import config_parser
 from hyspark.config.recipes import SETTINGS_OF, field_help
 from hyspark.config.yaml_files import recipe_files
 from hyspark.utils.settings import GROUPS, FieldInfo, field_info
 
 ROOT = Path(__file__).parents[1]
-ARGUMENTS: dict[str, Any] = {
-    "datalist": arguments.DatalistArguments,
-    "check": arguments.CheckArguments,
-    "phantom": arguments.PhantomArguments,
-    "import": arguments.ImportArguments,
-    "slices": arguments.SlicesArguments,
-    "predict": arguments.PredictArguments,
-    "evaluate": arguments.EvaluateArguments,
-    "weights": arguments.WeightsArguments,
-    "export": arguments.ExportArguments,
-    "benefit": arguments.BenefitArguments,
-    "compare": arguments.CompareArguments,
-}
-"""Flags of the verbs that do not train."""
 GROUP_TITLES = {
     "data": "Data",
     "network": "Network",
@@ -123,7 +108,7 @@ def verbs_page() -> str:
 def verb_parts(verb: str) -> list[str]:
     """Write the section of a verb."""
     trains = verb in SETTINGS_OF
-    parser: Any = config_parser(SETTINGS_OF[verb], verb) if trains else ARGUMENTS[verb](prog=verb, allow_abbrev=False)
+    parser: Any = verb_parser(verb)
     text, _, example = cleandoc(parser.description or "").partition("\nExample:\n")
     parts = [f"## {verb} {{ #{verb} }}", escaped(text.strip())]
     if example:
