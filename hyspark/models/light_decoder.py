@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from hyspark.models.blocks import BATCH_NORM, CONV, CONV_TRANSPOSE, ChannelNorm
 from hyspark.models.defaults import check_min_width
-from hyspark.models.masking.patches import CONV_FUNCTION
 from hyspark.models.recompute import recomputed
 
+CONV_FUNCTION = {2: F.conv2d, 3: F.conv3d}
 CONV_TRANSPOSE_FUNCTION = {2: F.conv_transpose2d, 3: F.conv_transpose3d}
 Maps = Sequence[tuple[int, int]]
 """Channels and stride of each input map of the decoder, deepest first."""
