@@ -1,6 +1,5 @@
 """One encoder in each of the ways that can compute it: dense, under `hidden`, under `packed`, and as S3D."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -65,17 +64,14 @@ class How:
     precision: str = "fp32"
     nnssl: str = ""
 
-    def begin(self) -> None:
-        """Set the threads and the seed of this process."""
-        torch.set_num_threads(self.threads)
-        torch.manual_seed(0)
 
-
-def build_encoder(case: Case) -> Any:
-    """Build the encoder of a case, with maps at several strides as in pre-training."""
+def build_encoder(case: Case, side: Side) -> Any:
+    """Build the encoder of a case, with maps at several strides as in pre-training and always the same weights."""
+    torch.manual_seed(0)
     size = (case.edge,) * case.axes
     if case.network == OWN:
-        return HybridEncoder(case.channels, size, axes=case.axes, **dict(case.options))
+        compute = "packed" if side == "packed" else "masked"
+        return HybridEncoder(case.channels, size, axes=case.axes, compute=compute, **dict(case.options))
     backbone = build_backbone(case.network, case.channels, case.axes)
     return PyramidEncoder(backbone.network, size, case.channels, run=backbone.run)
 
@@ -85,7 +81,7 @@ def possible_sides(case: Case, how: How) -> tuple[Side, ...]:
     sides: tuple[Side, ...] = ("packed", "hidden", "dense")
     if not how.nnssl or case.network == OWN or case.axes != 3:
         return sides
-    encoder = build_encoder(replace(case, edge=case.checked_edge))
+    encoder = build_encoder(replace(case, edge=case.checked_edge), "S3D")
     return (*sides, "S3D") if s3d.converts(encoder.backbone) else sides
 
 
@@ -111,7 +107,6 @@ def compute_maps(encoder: Any, side: Side, volumes: Tensor, visible: Tensor, nns
         found: list[Tensor] = encoder(volumes)
         return found
     if isinstance(encoder, HybridEncoder):
-        encoder.compute = "packed" if side == "packed" else "masked"
         return encoder.encode(volumes, encoder.patches(volumes, visible))
     visible = visible.to(volumes.device)
     if side == "packed":
@@ -128,12 +123,13 @@ def compute_maps(encoder: Any, side: Side, volumes: Tensor, visible: Tensor, nns
 class Steps:
     """Forward and backward of an encoder on one batch, with another mask each time."""
 
-    def __init__(self, encoder: Any, case: Case, side: Side, how: How) -> None:
-        self.encoder = placed(encoder, side, case.axes, how)
+    def __init__(self, case: Case, side: Side, how: How) -> None:
+        torch.set_num_threads(how.threads)
+        self.encoder = placed(build_encoder(case, side), side, case.axes, how)
         self.side, self.how = side, how
         shape = (case.batch, case.channels, *(case.edge,) * case.axes)
         self.volumes = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(how.device)
-        self.masks = cycle(draw_masks(case, encoder.patch))
+        self.masks = cycle(draw_masks(case, self.encoder.patch))
 
     def __call__(self) -> None:
         how = self.how
@@ -160,10 +156,7 @@ def times(case: Case, sides: Sequence[Side], how: How, repeats: int) -> dict[str
     Returns:
         By side, the seconds of each step and the seconds of the processor (user and system).
     """
-    how.begin()
-    first = build_encoder(case)
-    encoders = [first, *(copy.deepcopy(first) for _ in sides[1:])]
-    steps = {side: Steps(encoder, case, side, how) for side, encoder in zip(sides, encoders, strict=True)}
+    steps = {side: Steps(case, side, how) for side in sides}
     for step in steps.values():
         step()
     found: dict[str, dict[str, list[float]]] = {side: {"seconds": [], "processor": []} for side in sides}
@@ -182,8 +175,7 @@ def peak(case: Case, side: Side, how: How) -> dict[str, int]:
 
 def own_peak(case: Case, side: Side, how: How) -> dict[str, int]:
     """Measure the memory of this process before and during a step."""
-    how.begin()
-    step = Steps(build_encoder(case), case, side, how)
+    step = Steps(case, side, how)
     before = resident_memory()
     step()
     return {"before": before, "peak": peak_memory()}
@@ -196,10 +188,9 @@ def differences(case: Case, how: How, against: Side = "hidden") -> dict[str, flo
         Largest difference of the maps' values at visible positions, as a fraction of the largest of the map, and of
         the gradients of a module's weights, as a fraction of the largest of the module.
     """
-    how.begin()
+    torch.set_num_threads(how.threads)
     case = replace(case, edge=case.checked_edge, batch=2)
-    encoder = build_encoder(case)
-    other = copy.deepcopy(encoder)
+    encoder, other = build_encoder(case, "packed"), build_encoder(case, against)
     if against == "S3D":
         other.backbone = s3d.convert(other.backbone, how.nnssl)
     encoder, other = encoder.double(), other.double()
