@@ -155,7 +155,8 @@ class Border(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return add_border_gradient(gradient, *ctx.saved_tensors, ctx.widths), None, None, None, None
+        target, source = ctx.saved_tensors
+        return add_border_gradient(gradient, target, source, ctx.widths), None, None, None, None
 
 
 def add_border(patches: Tensor, target: Tensor, source: Tensor, widths: Widths, value: float = 0.0) -> Tensor:
