@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from hyspark.models.defaults import CONTRASTIVE_METHODS
-from hyspark.models.spark import PyramidEncoder, record_outputs
+from hyspark.models.feature_maps import record_outputs
+from hyspark.models.spark import PyramidEncoder
 from hyspark.utils.install import install_command
 
 PROJECTION = {"moco": 128, "byol": 256, "swav": 128}

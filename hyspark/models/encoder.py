@@ -157,13 +157,16 @@ class HybridEncoder(nn.Module):
         self.embeddings = ConvStages(in_channels, widths, depths, expansions, axes)
         self.mae = TokenTransformer(widths[-1], vit_depth, num_heads, grid_of(self.img_size))
 
-    patch = PATCH
-    """Edge of a mask unit in voxels."""
+    @property
+    def patch(self) -> tuple[int, ...]:
+        """Edge of a mask unit in voxels on each axis."""
+        return (PATCH,) * len(self.img_size)
 
     @property
-    def maps(self) -> list[tuple[int, int]]:
+    def maps(self) -> list[tuple[int, tuple[int, ...]]]:
         """Channels and stride of the light decoder's input maps, deepest first: all but the finest map."""
-        return [(self.widths[-1], 16), (self.widths[-1], 8), (self.widths[-2], 4), (self.widths[-3], 2)]
+        channels = (self.widths[-1], *self.widths[:1:-1])
+        return [(c, (stride,) * len(self.img_size)) for c, stride in zip(channels, (16, 8, 4, 2), strict=True)]
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights to export, by their released key names."""

@@ -16,6 +16,7 @@ is that of domain decomposition.
 
 import itertools
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -24,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo import maybe_mark_dynamic
 
-from hyspark.models.defaults import PATCH, grid_of
+from hyspark.models.defaults import PATCH, Edges, grid_of
+from hyspark.models.masking.mask import visible_at
 from hyspark.models.recompute import recomputed
 
 PATCH_EDGES = (16, 8, 4, 2, 1)
@@ -40,16 +42,21 @@ class Patches:
     """Geometry of the visible patches of a batch.
 
     Args:
-        visible: bool (b, 1, *grid), True where the network sees; samples may have different numbers of patches.
+        visible: bool (b, 1, *units), True where the network sees; samples may have different numbers of patches.
         device: device of the index tensors; by default that of `visible`. They are computed on the device of `visible`:
             a mask on the CPU spares CUDA a synchronisation.
+        grid: patches per axis, by default one for each mask unit. Each axis divides that of `visible`; a patch with a
+            visible unit is visible.
 
     Raises:
         ValueError: a sample has no visible patch.
     """
 
-    def __init__(self, visible: Tensor, device: torch.device | None = None) -> None:
+    def __init__(self, visible: Tensor, device: torch.device | None = None, grid: Sequence[int] | None = None) -> None:
         device = visible.device if device is None else device
+        self.visible = visible.to(device, non_blocking=True)
+        if grid is not None:
+            visible = visible_at(visible, grid)
         counts = visible.flatten(1).sum(1)
         self.counts: list[int] = counts.tolist()
         if min(self.counts) == 0:
@@ -58,7 +65,6 @@ class Patches:
         self.axes = len(self.grid)
         position = visible[:, 0].nonzero()  # (p, 1 + axes): sample, then position in the grid
         neighbours = index_neighbours(visible, position)
-        self.visible = visible.to(device, non_blocking=True)
         self.position = [column.to(device, non_blocking=True) for column in position.unbind(1)]
         self.token = visible.flatten(1).nonzero()[:, 1].to(device, non_blocking=True)
         self.halos = {
@@ -67,6 +73,11 @@ class Patches:
         }
         for index in itertools.chain(*self.halos.values()):
             maybe_mark_dynamic(index, 0)  # its length is the number of neighbours: torch.compile shall not recompile
+
+    @property
+    def are_divided(self) -> bool:
+        """Whether patches are larger than mask units, so that a visible patch may be hidden in part."""
+        return tuple(self.visible.shape[2:]) != tuple(self.grid)
 
     def pack(self, x: Tensor) -> Tensor:
         """Select the visible patches of a dense map: (b, c, *size) -> (p, c, *edges)."""
@@ -79,8 +90,7 @@ class Patches:
             patches: the visible patches.
             fill: value (1, c, 1, ...) at hidden positions; None for zero.
         """
-        edge = patches.shape[-1]
-        size = [g * edge for g in self.grid]
+        size = [g * edge for g, edge in zip(self.grid, patches.shape[2:], strict=True)]
         shape = (self.num_samples, *size, patches.shape[1])
         if fill is None:
             dense = patches.new_zeros(shape).movedim(-1, 1)
@@ -159,24 +169,26 @@ def interior(axes: int) -> tuple[slice, ...]:
     return (slice(None),) + (slice(1, -1),) * axes
 
 
-def build_patches(volumes: Tensor, visible: Tensor, patch: int) -> Patches:
+def build_patches(volumes: Tensor, visible: Tensor, patch: Edges, packed: Edges | None = None) -> Patches:
     """Compute the geometry of a mask for volumes.
 
     Args:
         volumes: (b, c, *size).
         visible: bool (b, 1, *grid).
-        patch: edge of a patch in voxels.
+        patch: edge of a mask unit in voxels, one number or one per axis.
+        packed: edge of a patch that is packed, a multiple of `patch`; by default the same.
 
     Raises:
         ValueError: the mask has another shape.
     """
-    expected = (len(volumes), 1, *grid_of(volumes.shape[2:], patch))
+    size = volumes.shape[2:]
+    expected = (len(volumes), 1, *grid_of(size, patch))
     if tuple(visible.shape) != expected:
         raise ValueError(
             f"visible: expected bool {expected} for volumes of shape {tuple(volumes.shape)}, "
             f"got shape {tuple(visible.shape)}"
         )
-    return Patches(visible, volumes.device)
+    return Patches(visible, volumes.device, None if packed is None else grid_of(size, packed))
 
 
 def index_neighbours(visible: Tensor, position: Tensor) -> Tensor:
