@@ -8,6 +8,7 @@ import timm
 import torch
 
 from hyspark.models.backbones import MONAI_BACKBONES, TIMM_FAMILIES, build_backbone, list_backbones
+from hyspark.models.defaults import grid_of
 from hyspark.models.masking.mask import visible_at
 from hyspark.models.spark import PyramidEncoder
 
@@ -29,7 +30,7 @@ def check_masked(name, size):
     backbone = build_backbone(name, 3, axes)
     encoder = PyramidEncoder(backbone.network, (size,) * axes, 3, run=backbone.run).eval()
     images = torch.randn(1, 3, *(size,) * axes)
-    visible = torch.zeros(1, 1, *(size // encoder.patch,) * axes, dtype=torch.bool)
+    visible = torch.zeros(1, 1, *grid_of(encoder.img_size, encoder.patch), dtype=torch.bool)
     visible.view(-1)[::2] = True
     changed = images.where(visible_at(visible, images.shape[2:]), torch.full_like(images, 1e3))
     with torch.no_grad():

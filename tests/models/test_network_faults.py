@@ -11,6 +11,7 @@ import torchvision
 from torch import nn
 
 from hyspark.models.backbones import build_backbone, list_backbones, suggest_backbones
+from hyspark.models.defaults import grid_of
 from hyspark.models.masking.context import hidden
 from hyspark.models.masking.mask import visible_at
 from hyspark.models.network_faults import UnsupportedNetworkError, check_runs
@@ -45,7 +46,7 @@ def test_what_does_not_run_is_refused_by_module(name):
 
 
 def assert_hidden_pixels_change_nothing(encoder, size):
-    visible = torch.zeros(2, 1, size // encoder.patch, size // encoder.patch, dtype=torch.bool)
+    visible = torch.zeros(2, 1, *grid_of((size, size), encoder.patch), dtype=torch.bool)
     visible.view(2, -1)[:, ::2] = True
     images = torch.randn(2, 3, size, size)
     changed = images.where(visible_at(visible, images.shape[2:]), torch.full_like(images, 1e3))
@@ -59,7 +60,7 @@ def assert_hidden_pixels_change_nothing(encoder, size):
 def test_networks_by_their_modules_not_by_shapes(name):
     """At 128 pixels a map has as many positions as channels, where ECA convolves over channels."""
     net = build(name, 128)
-    assert [stride for _, stride in net.encoder.maps] == [32, 16, 8, 4, 2]
+    assert [stride for _, stride in net.encoder.maps] == [(s, s) for s in (32, 16, 8, 4, 2)]
     assert_hidden_pixels_change_nothing(net.encoder, 128)
     net.train()(torch.randn(2, 3, 128, 128)).loss.backward()
     assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
