@@ -92,8 +92,8 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
     """Channels of the reconstruction decoder at its deepest level. They halve at each of its steps, 4 for hyspark, so
     there a multiple of 16.
     """
-    compute: Literal["packed", "masked"] = setting("packed", "machine", methods=("hyspark",))
-    """How hidden voxels are skipped. packed: fast, visible patches alone. masked: the readable reference."""
+    compute: Literal["packed", "masked"] = setting("packed", "machine", methods=("hyspark", "spark"))
+    """How hidden voxels are excluded. packed: fast, visible patches alone. masked: the readable reference."""
     hide: Literal["everywhere", "convolutions", "input"] = setting("everywhere", "network", methods=("hyspark",))
     """Modules that do not see hidden patches. everywhere: the method. For ablations: convolutions, so that the
     transformer sees all tokens; or input, which sets hidden voxels to zero once.

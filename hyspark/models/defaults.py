@@ -57,3 +57,9 @@ def check_min_width(decoder_width: int, decoder_min_width: int) -> None:
             f"decoder_min_width: expected at most decoder_width={decoder_width}, the width of the widest level, "
             f"got {decoder_min_width}"
         )
+
+
+def check_compute(compute: str) -> None:
+    """Raise ValueError for an unknown way to exclude hidden voxels."""
+    if compute not in ("masked", "packed"):
+        raise ValueError(f'compute: expected "masked" or "packed", got {compute!r}')

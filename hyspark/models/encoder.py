@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyspark.models.blocks import CONV, MedNeXtBlock
-from hyspark.models.defaults import DEPTHS, EXPANSIONS, PATCH, WIDTHS, edges_per_axis, grid_of
+from hyspark.models.defaults import DEPTHS, EXPANSIONS, PATCH, WIDTHS, check_compute, edges_per_axis, grid_of
 from hyspark.models.masking.context import hidden
 from hyspark.models.masking.mask import visible_at
 from hyspark.models.masking.packed import packed
@@ -140,8 +140,7 @@ class HybridEncoder(nn.Module):
         hide: str = "everywhere",
     ) -> None:
         super().__init__()
-        if compute not in ("masked", "packed"):
-            raise ValueError(f'compute: expected "masked" or "packed", got {compute!r}')
+        check_compute(compute)
         if hide not in ("everywhere", "convolutions", "input"):
             raise ValueError(f'hide: expected "everywhere", "convolutions" or "input", got {hide!r}')
         self.hide = hide

@@ -16,7 +16,6 @@ from hyspark.config.pretrain import PretrainConfig
 from hyspark.data.preprocessing.store_size import StoreSize
 from hyspark.models.contrastive import Siamese
 from hyspark.models.defaults import grid_of
-from hyspark.models.encoder import HybridEncoder
 from hyspark.models.masked_autoencoder import MaskedAutoencoder
 from hyspark.models.masking.mask import draw_visible
 from hyspark.planning.flops import flops_by_layer, step_flops, sum_by_module
@@ -119,16 +118,14 @@ def count_flops(config: PretrainConfig, model: MaskedAutoencoder | Siamese, crop
     grid = grid_of(size, model.encoder.patch)
     visible = draw_visible(grid, config.mask_ratio, [torch.Generator().manual_seed(i) for i in range(crops)])
     _, backward = step_flops(model, size, crops, visible, channels)
-    encoder = {}
-    if isinstance(model.encoder, HybridEncoder):
-        chosen = model.encoder.compute
+    encoder: dict[str, int] = {}
+    network: Any = model.encoder
+    if network.compute == "packed":
         try:
-            for model.encoder.compute in ("packed", "masked"):
-                encoder[model.encoder.compute] = sum(
-                    flops_by_layer(model.encoder, size, crops, visible, channels).values()
-                )
+            for network.compute in ("masked", "packed"):
+                encoder[network.compute] = sum(flops_by_layer(network, size, crops, visible, channels).values())
         finally:
-            model.encoder.compute = chosen
+            network.compute = "packed"
     return Flops(sum_by_module(flops_by_layer(model, size, crops, visible, channels)), encoder, backward)
 
 

@@ -208,7 +208,7 @@ def build_around_backbone(config: PretrainConfig, name: str, num_processes: int)
     backbone = build_backbone(name, config.in_channels, axes)
     shared: dict[str, Any] = {"in_channels": config.in_channels, "axes": axes, "run": backbone.run}
     if config.method == "spark":
-        shared |= {"decoder_width": config.decoder_width, "mask_unit": config.unit_shape}
+        shared |= {"decoder_width": config.decoder_width, "mask_unit": config.unit_shape, "compute": config.compute}
         return build_spark(backbone.network, config.crop_shape, config.mask_ratio, **shared)
     return build_siamese(
         config.method,
