@@ -8,6 +8,7 @@ decimal: 1 GB is 10^9 bytes. Numbers of crops are per step and process.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn

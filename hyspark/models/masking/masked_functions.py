@@ -65,7 +65,12 @@ def masked_max_pool(context: hidden, func: Function, input: Tensor, *args: Any, 
     """Take the largest of the visible positions in each window."""
     if not context.is_map(input):
         raise mixing_error(func)
-    out = context.fill(func(context.fill(input, -math.inf), *args, **kwargs))
+    is_filled = context.is_padded(input)
+
+    def pool(x: Tensor) -> Tensor:
+        return context.fill(func(x if is_filled else context.fill(x, -math.inf), *args, **kwargs))
+
+    out: Tensor = recomputed(pool, input)
     return out.masked_fill(out == -math.inf, 0.0) if context.is_divided(out) else out
 
 
@@ -77,7 +82,13 @@ def masked_avg_pool(context: hidden, func: Function, input: Tensor, *args: Any, 
     fraction = func(visible, *args, **kwargs) / func(everything, *args, **kwargs)
     if context.is_divided(fraction):
         fraction = fraction.masked_fill(fraction == 0, 1.0)
-    return context.fill(func(context.fill(input), *args, **kwargs) / fraction)
+    is_filled = context.is_padded(input)
+
+    def pool(x: Tensor) -> Tensor:
+        return context.fill(func(x if is_filled else context.fill(x), *args, **kwargs) / fraction)
+
+    out: Tensor = recomputed(pool, input)
+    return out
 
 
 def masked_pad(
