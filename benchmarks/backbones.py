@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hyspark import build_spark
 from hyspark.models.backbones import build_backbone
+from hyspark.models.defaults import grid_of
 from hyspark.models.masking.mask import visible_at
 
 NAMES = (
@@ -74,7 +75,7 @@ def row(name: str) -> list[str]:
     heads = sorted({re.sub(r"\.\w+$", "", key) for key in loaded.missing_keys})
     encoder.double().eval()
     images = torch.randn(2, channels, *(size,) * axes, dtype=torch.float64)
-    visible = torch.rand(2, 1, *(size // encoder.patch,) * axes) > 0.5
+    visible = torch.rand(2, 1, *grid_of(encoder.img_size, encoder.patch)) > 0.5
     visible.view(2, -1)[:, 0], visible.view(2, -1)[:, -1] = True, False
     found = encoder(images, visible)
     seen = visible_at(visible, images.shape[2:])
@@ -89,7 +90,7 @@ def row(name: str) -> list[str]:
         f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M",
         str(len(encoder.weights())),
         ", ".join(heads) or "none",
-        ", ".join(str(stride) for _, stride in reversed(encoder.maps)),
+        ", ".join(str(s[0] if len(set(s)) == 1 else s) for _, s in reversed(encoder.maps)),
         f"{error(changed, found):.0e}",
         f"{left:.0e}",
         f"{error(all_visible, dense):.0e}",

@@ -9,25 +9,45 @@ CONTRASTIVE_METHODS = ("moco", "byol", "swav")
 """Methods that compare views; BYOL and SwAV do so without negative pairs."""
 PATCH = 16
 """Edge of a mask unit in voxels: four halvings of the resolution."""
+Edges = int | Sequence[int]
+"""Voxels per axis: one number for all axes, or one per axis."""
 
 
-def grid_of(size: Sequence[int], patch: int = PATCH) -> tuple[int, ...]:
+def edges_per_axis(edges: Edges, axes: int, name: str) -> tuple[int, ...]:
+    """Return one number per axis.
+
+    Args:
+        edges: one number for all axes, or one per axis.
+        axes: number of spatial axes.
+        name: name of the argument in the error.
+
+    Raises:
+        ValueError: there is another number of axes.
+    """
+    numbers = (edges,) * axes if isinstance(edges, int) else tuple(edges)
+    if len(numbers) != axes:
+        raise ValueError(f"{name}: expected one number, or {axes}, one per axis, got {numbers}")
+    return numbers
+
+
+def grid_of(size: Sequence[int], patch: Edges = PATCH) -> tuple[int, ...]:
     """Compute the number of patches per axis.
 
     Args:
         size: voxels per axis of a crop.
-        patch: edge of a patch in voxels.
+        patch: edge of a patch in voxels, one number or one per axis.
 
     Raises:
         ValueError: an axis is not a positive multiple of the patch.
     """
-    if any(s < patch or s % patch for s in size):
-        nearest = tuple(max(patch, round(s / patch) * patch) for s in size)
+    edges = edges_per_axis(patch, len(size), "patch")
+    if any(s < edge or s % edge for s, edge in zip(size, edges, strict=True)):
+        nearest = tuple(max(edge, round(s / edge) * edge) for s, edge in zip(size, edges, strict=True))
+        unit = f"{edges[0]} voxels on every axis" if len(set(edges)) == 1 else f"{edges} voxels, axis by axis"
         raise ValueError(
-            f"crop size: expected a positive multiple of {patch} voxels on every axis, got {tuple(size)}; "
-            f"the nearest that fits is {nearest}"
+            f"crop size: expected a positive multiple of {unit}, got {tuple(size)}; the nearest that fits is {nearest}"
         )
-    return tuple(s // patch for s in size)
+    return tuple(s // edge for s, edge in zip(size, edges, strict=True))
 
 
 def check_min_width(decoder_width: int, decoder_min_width: int) -> None:
@@ -37,3 +57,9 @@ def check_min_width(decoder_width: int, decoder_min_width: int) -> None:
             f"decoder_min_width: expected at most decoder_width={decoder_width}, the width of the widest level, "
             f"got {decoder_min_width}"
         )
+
+
+def check_compute(compute: str) -> None:
+    """Raise ValueError for an unknown way to exclude hidden voxels."""
+    if compute not in ("masked", "packed"):
+        raise ValueError(f'compute: expected "masked" or "packed", got {compute!r}')

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hyspark.models.blocks import CONV, ChannelNorm
+from hyspark.models.masking.mask import visible_at
 from hyspark.models.masking.patches import Patches
 from hyspark.models.recompute import recomputed
 
@@ -34,5 +35,8 @@ class Densify(nn.Module):
 
     def fill(self, x: Tensor, token: Tensor, patches: Patches) -> Tensor:
         """Compute `forward` without recomputation."""
-        out: Tensor = self.project(patches.unpack(self.norm(x), token))
+        dense = patches.unpack(self.norm(x), token)
+        if patches.are_divided:
+            dense = dense.where(visible_at(patches.visible, dense.shape[2:]), token.to(dense.dtype))
+        out: Tensor = self.project(dense)
         return out

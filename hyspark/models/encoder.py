@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyspark.models.blocks import CONV, MedNeXtBlock
-from hyspark.models.defaults import DEPTHS, EXPANSIONS, PATCH, WIDTHS, grid_of
+from hyspark.models.defaults import DEPTHS, EXPANSIONS, PATCH, WIDTHS, check_compute, edges_per_axis, grid_of
 from hyspark.models.masking.context import hidden
 from hyspark.models.masking.mask import visible_at
 from hyspark.models.masking.packed import packed
@@ -140,8 +140,7 @@ class HybridEncoder(nn.Module):
         hide: str = "everywhere",
     ) -> None:
         super().__init__()
-        if compute not in ("masked", "packed"):
-            raise ValueError(f'compute: expected "masked" or "packed", got {compute!r}')
+        check_compute(compute)
         if hide not in ("everywhere", "convolutions", "input"):
             raise ValueError(f'hide: expected "everywhere", "convolutions" or "input", got {hide!r}')
         self.hide = hide
@@ -149,16 +148,16 @@ class HybridEncoder(nn.Module):
         for name, values in (("widths", widths), ("depths", depths), ("expansions", expansions)):
             if len(values) != NUM_STAGES:
                 raise ValueError(f"{name}: expected {NUM_STAGES} numbers, one per stage, got {tuple(values)}")
-        self.img_size = (img_size,) * axes if isinstance(img_size, int) else tuple(img_size)
-        if len(self.img_size) != axes:
-            raise ValueError(f"img_size: expected one number, or {axes}, one per axis, got {self.img_size}")
+        self.img_size = edges_per_axis(img_size, axes, "img_size")
         self.widths = tuple(widths)
         self.embeddings = ConvStages(in_channels, widths, depths, expansions, axes)
         self.mae = TokenTransformer(widths[-1], vit_depth, num_heads, grid_of(self.img_size))
         self.compute = compute
 
-    patch = PATCH
-    """Edge of a mask unit in voxels."""
+    @property
+    def patch(self) -> tuple[int, ...]:
+        """Edge of a mask unit in voxels on each axis."""
+        return (PATCH,) * len(self.img_size)
 
     @property
     def compute(self) -> str:
@@ -173,9 +172,10 @@ class HybridEncoder(nn.Module):
                 block.recompute = compute == "packed"
 
     @property
-    def maps(self) -> list[tuple[int, int]]:
+    def maps(self) -> list[tuple[int, tuple[int, ...]]]:
         """Channels and stride of the light decoder's input maps, deepest first: all but the finest map."""
-        return [(self.widths[-1], 16), (self.widths[-1], 8), (self.widths[-2], 4), (self.widths[-3], 2)]
+        channels = (self.widths[-1], *self.widths[:1:-1])
+        return [(c, (stride,) * len(self.img_size)) for c, stride in zip(channels, (16, 8, 4, 2), strict=True)]
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights to export, by their released key names."""
@@ -210,7 +210,7 @@ class HybridEncoder(nn.Module):
         patches = build_patches(volumes, visible, self.patch)
         ones = (1,) * patches.axes
         for stage in range(NUM_STAGES):  # now: torch.compile cannot trace the computation of indices
-            patches.border_indices(tuple(self.patch >> stage for _ in ones), (ones, ones))
+            patches.border_indices((PATCH >> stage,) * patches.axes, (ones, ones))
         return patches
 
     def encode(self, volumes: Tensor, patches: Patches) -> list[Tensor]:

@@ -8,6 +8,7 @@ Shapes: b batch, c channels, *size voxels per axis.
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 
 from hyspark.models.blocks import BATCH_NORM, CONV, CONV_TRANSPOSE, ChannelNorm
 from hyspark.models.defaults import check_min_width
+from hyspark.models.feature_maps import Stride
 from hyspark.models.recompute import recomputed
 
 CONV_FUNCTION = {2: F.conv2d, 3: F.conv3d}
 CONV_TRANSPOSE_FUNCTION = {2: F.conv_transpose2d, 3: F.conv_transpose3d}
-Maps = Sequence[tuple[int, int]]
+Maps = Sequence[tuple[int, Stride]]
 """Channels and stride of each input map of the decoder, deepest first."""
 COMPOSE_FROM = 16
 """Positions (samples times voxels of the coarse map) per channel from which one composed up-convolution is faster than
@@ -50,30 +52,48 @@ def build_projections(layer: type[nn.Module], maps: Maps, decoder_width: int, ax
         axes: number of spatial axes.
 
     Raises:
-        ValueError: the decoder width is not divisible by 2 at every doubling of the resolution.
+        ValueError: the decoder width is not divisible by 2 at every step of the decoder.
     """
-    deepest = maps[0][1]
-    if decoder_width < deepest or decoder_width % deepest:
+    steps, levels = up_steps(maps)
+    if decoder_width <= 0 or decoder_width % 2 ** len(steps):
         raise ValueError(
-            f"decoder_width: expected a multiple of {deepest}, because it halves {count_levels(maps)} times, "
-            f"got {decoder_width}"
+            f"decoder_width: expected a multiple of {2 ** len(steps)}, because it halves {len(steps)} times, at each "
+            f"step from stride {maps[0][1]} to the input, got {decoder_width}"
         )
     return nn.ModuleList(
-        layer(channels, decoder_width * stride // deepest, 1 if stride == deepest else 3, axes)
-        for channels, stride in maps
+        layer(channels, decoder_width >> level, 3 if level else 1, axes)
+        for (channels, _), level in zip(maps, levels, strict=True)
     )
 
 
-def count_levels(maps: Maps) -> int:
-    """Count the doublings of the resolution from the deepest map to the input.
+def up_steps(maps: Maps) -> tuple[list[Stride], list[int]]:
+    """List the decoder's steps from the deepest map to the input, each of ratio 1 or 2 per axis.
+
+    Between two maps, or the last one and the input, all axes that differ double in each step. So of a ratio of (2, 4)
+    both axes double first, and then the second alone. Encoders of thick slices have the same levels: they halve the
+    axes of small voxels alone, until all voxels are about cubes.
+
+    Returns:
+        The ratio of each step, and the number of steps before each map.
 
     Raises:
-        ValueError: a stride is no power of two.
+        ValueError: a stride is no power of two, or the strides do not decrease.
     """
     strides = [stride for _, stride in maps]
-    if any(s < 1 or s & (s - 1) for s in strides):
-        raise ValueError(f"strides of the light decoder's maps: expected powers of two, got {strides}")
-    return strides[0].bit_length() - 1
+    steps: list[Stride] = []
+    levels = []
+    for stride, finer in pairwise([*strides, (1,) * len(strides[0])]):
+        decreases = stride != finer and all(s >= f for s, f in zip(stride, finer, strict=True))
+        if not decreases or any(s < 1 or s & (s - 1) for s in stride):
+            raise ValueError(
+                f"strides of the light decoder's maps: expected powers of two that decrease to the input, got {strides}"
+            )
+        levels.append(len(steps))
+        ratio = [s // f for s, f in zip(stride, finer, strict=True)]
+        while max(ratio) > 1:
+            steps.append(tuple(min(r, 2) for r in ratio))
+            ratio = [max(1, r // 2) for r in ratio]
+    return steps, levels
 
 
 def double_conv(widths: Sequence[int], axes: int) -> nn.Sequential:
@@ -89,7 +109,7 @@ def double_conv(widths: Sequence[int], axes: int) -> nn.Sequential:
 
 
 class LightDecoderLevel(nn.Module):
-    """Level that fuses a skip, if any, and doubles the resolution: (b, c, *size) -> (b, c_out, *(2 * size)).
+    """Level that fuses a skip, if any, and increases the resolution: (b, c, *size) -> (b, c_out, *(ratio * size)).
 
     The last norm (and ReLU) of a level is not applied to its output, but returned with it for the next level. So each
     step ends in a convolution, and the layers before it are recomputed in the backward pass at little cost.
@@ -98,14 +118,16 @@ class LightDecoderLevel(nn.Module):
         width: channels of the input.
         out_width: channels of the output.
         skip: channels of the skip; 0 for none.
-        axes: number of spatial axes.
+        ratio: 1 or 2 for each spatial axis.
     """
 
-    def __init__(self, width: int, out_width: int, skip: int, axes: int) -> None:
+    def __init__(self, width: int, out_width: int, skip: int, ratio: Stride) -> None:
         super().__init__()
+        axes = len(ratio)
+        transposed: Any = CONV_TRANSPOSE[axes]
         self.fuse = double_conv((width + skip, width, width), axes) if skip else None
         # No bias: the BatchNorm after the next convolution cancels it, except at the border.
-        self.up = CONV_TRANSPOSE[axes](width, width, 2, stride=2, bias=False)
+        self.up = transposed(width, width, ratio, stride=ratio, bias=False)
         self.refine = double_conv((width, out_width, out_width), axes)
 
     def forward(self, x: Tensor, norm: nn.Module | None, skip: Tensor | None) -> tuple[Tensor, nn.Module]:
@@ -140,29 +162,31 @@ def apply_norm_relu(layer: Callable[[Tensor], Tensor], x: Tensor, norm: nn.Modul
 
 
 def up_convolution(x: Tensor, up: Tensor, conv: Tensor) -> Tensor:
-    """Apply a transposed convolution of kernel and stride 2, then a 3^n convolution that preserves the size.
+    """Apply a transposed convolution whose kernel is its stride, then a 3^n convolution that preserves the size.
 
-    Nothing lies between the two, so they equal one transposed convolution of kernel 4, borders included. That takes 8
-    instead of 29 multiplications per output voxel and pair of channels (3D, c_out = c / 2). Composing the kernel costs
-    as much as COMPOSE_FROM positions per channel, so small maps take the two steps. A program that is exported for any
-    batch cannot choose by the batch, and chooses by one sample.
+    Nothing lies between the two, so they equal one transposed convolution, borders included. Its kernel is 4 on axes of
+    ratio 2, and 3 on axes of ratio 1. That takes 8 instead of 29 multiplications per output voxel and pair of channels
+    (ratio (2, 2, 2), c_out = c / 2), and 12 for ratio (1, 2, 2). Composing the kernel costs as much as COMPOSE_FROM
+    positions per channel, so small maps take the two steps. A program that is exported for any batch cannot choose by
+    the batch, and chooses by one sample.
 
     Args:
         x: (b, c, *size).
-        up: weight of the transposed convolution, (c, c_mid, 2, ...).
+        up: weight of the transposed convolution, (c, c_mid, *ratio), each ratio 1 or 2.
         conv: weight of the convolution, (c_out, c_mid, 3, ...).
 
     Returns:
-        (b, c_out, *(2 * size)).
+        (b, c_out, *(ratio * size)).
     """
     axes = x.ndim - 2
+    ratio = tuple(up.shape[2:])
     transposed = CONV_TRANSPOSE_FUNCTION[axes]
     num_samples = x.shape[0] if isinstance(x.shape[0], int) else 1  # a symbol in an export for any batch
     if num_samples * math.prod(x.shape[1:]) < COMPOSE_FROM * x.shape[1] ** 2:
-        return CONV_FUNCTION[axes](transposed(x, up, stride=2), conv, padding=1)
+        return CONV_FUNCTION[axes](transposed(x, up, stride=ratio), conv, padding=1)
     with torch.autocast(x.device.type, enabled=False):  # rounds the kernel once, not the terms of its sums
-        kernel = transposed(up, conv.transpose(0, 1).flip(list(range(2, conv.ndim))))  # (c, c_out, 4, ...)
-    return transposed(x, kernel, stride=2, padding=1)
+        kernel = transposed(up, conv.transpose(0, 1).flip(list(range(2, conv.ndim))))  # (c, c_out, *(ratio + 2))
+    return transposed(x, kernel, stride=ratio, padding=1)
 
 
 class LightDecoder(nn.Module):
@@ -179,7 +203,7 @@ class LightDecoder(nn.Module):
         min_width: minimum input channels of a level.
 
     Raises:
-        ValueError: `min_width` exceeds `width`, or a stride is no power of two.
+        ValueError: `min_width` exceeds `width`, a stride is no power of two, or the strides do not decrease.
     """
 
     def __init__(
@@ -187,14 +211,13 @@ class LightDecoder(nn.Module):
     ) -> None:
         super().__init__()
         check_min_width(width, min_width)
-        num_levels = count_levels(maps)
-        widths = [max(width >> level, min_width) for level in range(num_levels)]
-        last = max(width >> num_levels, min_width // 2)
-        fused = {maps[0][1] // stride for _, stride in maps[1:]}
-        skips = [(width >> level) * (1 << level in fused) for level in range(num_levels)]
+        steps, fused = up_steps(maps)
+        widths = [max(width >> level, min_width) for level in range(len(steps))]
+        last = max(width >> len(steps), min_width // 2)
+        skips = [(width >> level) * (level in fused[1:]) for level in range(len(steps))]
         self.levels = nn.ModuleList(
-            LightDecoderLevel(w_in, w_out, skip, axes)
-            for w_in, w_out, skip in zip(widths, [*widths[1:], last], skips, strict=True)
+            LightDecoderLevel(w_in, w_out, skip, ratio)
+            for w_in, w_out, skip, ratio in zip(widths, [*widths[1:], last], skips, steps, strict=True)
         )
         self.fuse = double_conv((last + finest, 2 * last, 2 * last), axes) if finest else None
         self.out = CONV[axes](2 * last if finest else last, out_channels, 1)

@@ -1,6 +1,6 @@
 """Masked autoencoder, the network of HySparK and SparK: mask, encode, densify, decode, loss on hidden patches.
 
-Shapes: b batch, c channels, *size voxels per axis, *grid = size / 16 patches per axis, n = prod(grid).
+Shapes: b batch, c channels, *size voxels per axis, *grid = size / patch patches per axis, n = prod(grid).
 Source: Tang et al., "HySparK", MICCAI 2024, sections 2.2-2.3, and its public release, whose unused full-resolution
 densify branch is not built.
 """
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hyspark.models.defaults import DEPTHS, EXPANSIONS, WIDTHS, grid_of
 from hyspark.models.densify import Densify
 from hyspark.models.encoder import HybridEncoder
+from hyspark.models.feature_maps import Stride
 from hyspark.models.light_decoder import LightDecoder, build_projections
 from hyspark.models.masking.mask import draw_visible, num_visible, patchify, unpatchify
 from hyspark.models.masking.patches import Patches
@@ -43,16 +44,20 @@ class MaskedEncoder(Protocol):
     Attributes:
         img_size: voxels per axis of a crop.
         in_channels: channels of a crop.
-        patch: edge of a mask unit in voxels.
+        patch: edge of a mask unit in voxels on each axis.
         maps: channels and stride of the decoder's input maps, deepest first.
+        compute: how hidden voxels are excluded, "packed" or "masked".
     """
 
     img_size: tuple[int, ...]
     in_channels: int
-    patch: int
+    compute: str
 
     @property
-    def maps(self) -> list[tuple[int, int]]: ...
+    def patch(self) -> tuple[int, ...]: ...
+
+    @property
+    def maps(self) -> list[tuple[int, Stride]]: ...
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights to export."""
@@ -128,6 +133,11 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
+def patch_of(volumes: Tensor, visible: Tensor) -> tuple[int, ...]:
+    """Compute the voxels per axis of a patch, from volumes (b, c, *size) and their mask (b, 1, *grid)."""
+    return tuple(s // g for s, g in zip(volumes.shape[2:], visible.shape[2:], strict=True))
+
+
 def reconstruction_loss(volumes: Tensor, prediction: Tensor, visible: Tensor) -> Tensor:
     """Compute the mean squared error of hidden patches, each normalised by its own mean and deviation.
 
@@ -139,7 +149,7 @@ def reconstruction_loss(volumes: Tensor, prediction: Tensor, visible: Tensor) ->
     Returns:
         float32 scalar.
     """
-    patch = volumes.shape[2] // visible.shape[2]
+    patch = patch_of(volumes, visible)
     target = patchify(volumes.float(), patch)
     mean, deviation = patch_statistics(target)
     error = (patchify(prediction.float(), patch) - (target - mean) / deviation).square().mean(-1)  # (b, n)
@@ -152,10 +162,10 @@ def reconstruct(volumes: Tensor, output: PretrainingOutput) -> Tensor:
 
     These two numbers per patch come from the target, as is usual in figures of models trained on normalised patches.
     """
-    grid = tuple(output.visible.shape[2:])
-    patch = volumes.shape[2] // grid[0]
+    patch = patch_of(volumes, output.visible)
     mean, deviation = patch_statistics(patchify(volumes.float(), patch))
-    return unpatchify(patchify(output.prediction.float(), patch) * deviation + mean, grid, patch)
+    values = patchify(output.prediction.float(), patch) * deviation + mean
+    return unpatchify(values, output.visible.shape[2:], patch)
 
 
 def build_hyspark(

@@ -1,27 +1,40 @@
 """SparK: any network with a feature pyramid as the encoder of masked pre-training, without changes to the network.
 
-The network is the user's own object and runs under `hidden`. Its feature maps are recorded at the outputs of its
-modules. Source: Tian et al., "Designing BERT for Convolutional Networks: Sparse and Hierarchical Masked Modeling",
-ICLR 2023.
+The network is the user's own object and runs under `packed` or `hidden`. Its feature maps are recorded at the outputs
+of its modules.
+
+Source: Tian et al., "Designing BERT for Convolutional Networks: Sparse and Hierarchical Masked Modeling", ICLR 2023.
 
 Shapes: b batch, c channels, *size voxels per axis, *grid = size / patch patches per axis.
 """
 
-import math
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyspark.models.defaults import grid_of
+from hyspark.models.defaults import Edges, check_compute, edges_per_axis, grid_of
+from hyspark.models.feature_maps import (
+    Stride,
+    choose_pyramid,
+    find_strides,
+    freeze_unused,
+    record_outputs,
+    run_features,
+    timm_taps,
+)
+from hyspark.models.light_decoder import Maps
 from hyspark.models.masked_autoencoder import MaskedAutoencoder
 from hyspark.models.masking.context import hidden, identity
-from hyspark.models.masking.mask import visible_at
+from hyspark.models.masking.packed import packed
 from hyspark.models.masking.patches import Patches, build_patches
 from hyspark.models.network_faults import UnsupportedNetworkError, explain_faults, find_attention
+from hyspark.models.spark_checks import check_masked, packed_fault
+from hyspark.utils.log import LOG
 
 
 class PyramidEncoder(nn.Module):
@@ -35,9 +48,13 @@ class PyramidEncoder(nn.Module):
             module with an output of each size.
         run: run(backbone, x) computes the maps; by default `forward_features`, else the whole forward pass.
         safe: torch functions that the network does not apply along positions, see `hidden`.
+        mask_unit: edge of a mask unit in voxels, one number or one per axis; by default the total stride.
+        compute: how hidden voxels are excluded; both agree to rounding. "packed" computes visible patches only, unless
+            the mask unit is smaller than the total stride. "masked" computes every voxel and zeroes the hidden ones.
 
     Raises:
-        ValueError: the maps have no strides 2, 4, 8, ...
+        ValueError: the maps have no strides 2, 4, 8, ..., the same on all axes or not, or the mask unit does not fit
+            them.
     """
 
     def __init__(
@@ -48,8 +65,12 @@ class PyramidEncoder(nn.Module):
         taps: Sequence[str] | None = None,
         run: Callable[[nn.Module, Tensor], Any] | None = None,
         safe: Collection[Callable[..., Any]] = (),
+        mask_unit: Edges | None = None,
+        compute: str = "packed",
     ) -> None:
         super().__init__()
+        check_compute(compute)
+        self.compute = compute
         self.backbone = backbone
         self.img_size = tuple(img_size)
         self.in_channels = in_channels
@@ -59,10 +80,10 @@ class PyramidEncoder(nn.Module):
         found = self.find_taps(taps if taps is not None else timm_taps(backbone))
         self.taps = list(found)
         self.maps = [(channels, stride) for channels, stride in reversed(found.values())]
-        self.patch = self.maps[0][1]
+        self.patch = self.maps[0][1] if mask_unit is None else check_unit(mask_unit, self.img_size, self.maps)
         grid_of(self.img_size, self.patch)
 
-    def find_taps(self, taps: Sequence[str] | None) -> dict[str, tuple[int, int]]:
+    def find_taps(self, taps: Sequence[str] | None) -> dict[str, tuple[int, Stride]]:
         """Find the last map of each stride by a forward pass, and freeze the weights without influence on these maps.
 
         Args:
@@ -75,19 +96,11 @@ class PyramidEncoder(nn.Module):
         was_training = self.backbone.training
         self.backbone.eval()
         size = " x ".join(map(str, self.img_size))
-        with (
-            explain_faults(self.backbone, f"run on crops of {size} with {self.in_channels} channels"),
-            torch.enable_grad(),
-            record_outputs(self.backbone, names) as seen,
-        ):
-            like = next(self.backbone.parameters())
-            self.run(self.backbone, like.new_zeros(1, self.in_channels, *self.img_size))
+        with explain_faults(self.backbone, f"run on crops of {size} with {self.in_channels} channels"):
+            seen = self.outputs(names, self.img_size)
+        strides = find_strides(seen, self.img_size, partial(self.outputs_of_longer, names) if taps is None else None)
         self.backbone.train(was_training)
-        by_stride: dict[int, tuple[str, int]] = {}
-        for name, x in seen.items():
-            if stride := stride_of(x, self.img_size):
-                by_stride[stride] = (name, x.shape[1])
-        if not by_stride:
+        if not strides:
             attention = find_attention(self.backbone)
             raise UnsupportedNetworkError(
                 f"{type(self.backbone).__name__}: expected feature maps at strides 2, 4, 8, ... of a crop of "
@@ -95,44 +108,32 @@ class PyramidEncoder(nn.Module):
                 + (f"it computes tokens ({attention}); " if attention else "")
                 + "name the modules that have them (taps), or enlarge the crop"
             )
-        freeze_unused(self.backbone, [seen[name] for name, _ in by_stride.values()])
-        return {name: (channels, stride) for stride, (name, channels) in sorted(by_stride.items())}
+        try:
+            pyramid = choose_pyramid(strides, taps is not None)
+        except ValueError as error:
+            raise UnsupportedNetworkError(f"{type(self.backbone).__name__}: {error}") from error
+        freeze_unused(self.backbone, [seen[name] for name in pyramid])
+        return {name: (seen[name].shape[1], strides[name]) for name in pyramid}
 
-    def check_masked(self) -> None:
-        """Compute the maps of a crop under a mask twice, with other values at hidden voxels, and once as in training.
-
-        Weights, statistics and random numbers are unchanged.
-
-        Raises:
-            UnsupportedNetworkError: the network mixes positions in a way that has no rule under a mask, or its maps
-                depend on hidden voxels.
-        """
-        grid = grid_of(self.img_size, self.patch)
+    def outputs(self, names: Collection[str], size: Sequence[int]) -> dict[str, Tensor]:
+        """Record the outputs of modules for a crop of zeros, with their graph."""
         like = next(self.backbone.parameters())
-        cells = torch.arange(math.prod(grid), device=like.device).view(1, 1, *grid)
-        visible = cells % 2 == 0
-        crop = torch.arange(math.prod(self.img_size) * self.in_channels, device=like.device).to(like)
-        crop = crop.mul(0.7).sin().view(1, self.in_channels, *self.img_size)
-        other = crop.where(visible_at(visible, self.img_size), crop + 3)
-        was_training = self.training
-        before = [buffer.clone() for buffer in self.backbone.buffers()]
-        with explain_faults(self.backbone, "run under a mask"), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            self.eval()
-            maps, others = self(crop, visible), self(other, visible)
-            self.train()  # auxiliary heads
-            self(torch.cat([crop, other]), torch.cat([visible, visible]))
-            for buffer, value in zip(self.backbone.buffers(), before, strict=True):
-                buffer.copy_(value)
-        self.train(was_training)
-        if leaking := [
-            name
-            for name, a, b in zip(self.taps, maps, others, strict=True)
-            if not torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
-        ]:
-            raise UnsupportedNetworkError(
-                f"{type(self.backbone).__name__} does not run under a mask: the output of its module {leaking[0]} "
-                "depends on hidden voxels, by a function whose form for visible positions only is not known here"
-            )
+        with torch.enable_grad(), record_outputs(self.backbone, names) as seen:
+            self.run(self.backbone, like.new_zeros(1, self.in_channels, *size))
+        return seen
+
+    def outputs_of_longer(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Record the outputs of modules for a crop of twice the length on the first axis.
+
+        Random numbers are unchanged.
+
+        Returns:
+            Outputs by name; none if the network takes no such crop.
+        """
+        first, *others = self.img_size
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), suppress(Exception):  # third-party: any type
+            return self.outputs(names, (2 * first, *others))
+        return {}
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights to export: the network's own, by its own key names."""
@@ -162,18 +163,52 @@ class PyramidEncoder(nn.Module):
 
     def patches(self, volumes: Tensor, visible: Tensor) -> Patches:
         """Compute the geometry of a mask for these volumes; raise ValueError if the mask has another shape."""
-        return build_patches(volumes, visible, self.patch)
+        return build_patches(volumes, visible, self.patch, self.packed_patch)
+
+    @property
+    def packed_patch(self) -> Stride:
+        """Edge of a packed patch in voxels on each axis: the mask unit, or the total stride if the unit is smaller."""
+        return tuple(max(edges) for edges in zip(self.patch, self.maps[0][1], strict=True))
 
     def encode(self, volumes: Tensor, patches: Patches) -> list[Tensor]:
         """Compute the maps at visible patches only, (p, c, *edges), finest first."""
-        with hidden(patches.visible, self.safe, self.all_reduce):
-            return [patches.pack(x) for x in self.features(volumes)]
+        if self.compute == "packed" and not patches.are_divided:
+            with packed(patches, self.patch, self.safe, self.all_reduce):
+                return self.features(patches.pack(volumes))
+        with hidden(patches.visible, self.safe, self.all_reduce) as context:
+            maps = self.features(volumes)
+            return [patches.pack(context.fill(x) if patches.are_divided else x) for x in maps]
 
     def features(self, volumes: Tensor) -> list[Tensor]:
         """Compute the maps of the network without a mask, finest first."""
         with record_outputs(self.backbone, self.taps) as seen:
             self.run(self.backbone, volumes)
         return [seen[name] for name in self.taps]
+
+
+def check_unit(mask_unit: Edges, size: Sequence[int], maps: Maps) -> Stride:
+    """Return a mask unit per axis if masks of it fit the maps.
+
+    Args:
+        mask_unit: edge in voxels, one number or one per axis.
+        size: voxels per axis of a crop.
+        maps: channels and stride of each map.
+
+    Raises:
+        ValueError: an edge is neither a multiple nor a divisor of each stride on its axis, or the unit is one voxel.
+    """
+    unit = edges_per_axis(mask_unit, len(size), "mask_unit")
+    strides = [stride for _, stride in maps]
+    fits = min(unit) > 0 and all(
+        max(u, s) % min(u, s) == 0 for stride in strides for u, s in zip(unit, stride, strict=True)
+    )
+    if not fits or max(unit) == 1:
+        raise ValueError(
+            f"mask_unit: expected on each axis a multiple or a divisor of the network's strides "
+            f"{', '.join(map(str, reversed(strides)))}, and more than one voxel, got {unit}; its total stride is "
+            f"{strides[0]}"
+        )
+    return unit
 
 
 def upsamples_inside_patches(network: nn.Module) -> bool:
@@ -191,87 +226,6 @@ def scales(upsample: nn.Upsample) -> Sequence[float]:
     return factor if isinstance(factor, tuple) else (float(factor or 0.5),)
 
 
-def freeze_unused(network: nn.Module, maps: Sequence[Tensor]) -> None:
-    """Freeze the weights of a network that do not contribute to its maps, such as those of a classifier.
-
-    DistributedDataParallel waits for a gradient of every trainable weight.
-    """
-    nodes: list[Any] = [x.grad_fn for x in maps]
-    seen = set(nodes)
-    used = set()
-    while nodes:
-        node = nodes.pop()
-        used.add(id(getattr(node, "variable", None)))
-        following = {child for child, _ in getattr(node, "next_functions", ())} - seen
-        seen |= following
-        nodes += following
-    for parameter in network.parameters():
-        if id(parameter) not in used:
-            parameter.requires_grad_(False)
-
-
-def run_features(backbone: nn.Module, x: Tensor) -> Any:
-    """Run a network without its head if it has `forward_features`, else as a whole."""
-    features = getattr(backbone, "forward_features", backbone)
-    return features(x)
-
-
-def timm_taps(backbone: nn.Module) -> list[str] | None:
-    """Return the modules whose outputs are the feature maps of a timm network; None for other networks."""
-    info = getattr(backbone, "feature_info", None)
-    names = [entry.get("module", "") for entry in info] if isinstance(info, list) else []
-    modules = {name for name, _ in backbone.named_modules()}
-    return names if names and all(names) and modules.issuperset(names) else None  # HRNet names stages it does not have
-
-
-@contextmanager
-def record_outputs(network: nn.Module, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
-    """Record the last output of each named module while the network runs inside the block.
-
-    Returns:
-        Outputs by name, in the order in which the modules end.
-    """
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _args: Any, out: Any) -> None:
-            if isinstance(out, Tensor):
-                seen.pop(name, None)
-                seen[name] = out
-
-        return hook
-
-    handles = [network.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def stride_of(x: Tensor, size: Sequence[int]) -> int | None:
-    """Compute the stride of a map (b, c, *size / stride) with more than one position.
-
-    Returns:
-        A power of two above one; None if the tensor is no such map.
-
-    Raises:
-        ValueError: the size of the map was rounded, so its positions fit no grid of patches.
-    """
-    own = tuple(x.shape[2:])
-    if x.ndim != len(size) + 2 or max(own) == 1:
-        return None
-    for stride in (2**k for k in range(1, max(size).bit_length())):
-        if own == tuple(s / stride for s in size):
-            return stride
-        if all(o in (s // stride, -(-s // stride)) for o, s in zip(own, size, strict=True)):
-            raise ValueError(
-                f"crop size {tuple(size)}: this network computes a map of {own} from it, which is no integer stride; "
-                "set axes that are multiples of its total stride, usually 32"
-            )
-    return None
-
-
 def build_spark(
     backbone: nn.Module,
     img_size: int | Sequence[int] = 224,
@@ -283,6 +237,8 @@ def build_spark(
     taps: Sequence[str] | None = None,
     run: Callable[[nn.Module, Tensor], Any] | None = None,
     safe: Collection[Callable[..., Any]] = (),
+    mask_unit: Edges | None = None,
+    compute: str = "packed",
 ) -> MaskedAutoencoder:
     """Build SparK's pre-training network around any backbone; the defaults are the paper's for ResNet-50.
 
@@ -296,6 +252,10 @@ def build_spark(
         taps: names of the modules whose outputs are the maps, see `PyramidEncoder`.
         run: run(backbone, x) computes the maps, see `PyramidEncoder`.
         safe: torch functions that the network does not apply along positions, see `hidden`.
+        mask_unit: edge of a mask unit in voxels, one number or one per axis; by default the backbone's total stride. A
+            position of a map that covers several units is visible where any of them is.
+        compute: "packed" computes visible patches only; "masked" is the reference, see `PyramidEncoder`. A network that
+            does not run packed, or not as the reference, computes masked; a warning says so.
 
     Returns:
         The network: images (b, in_channels, *size) -> `PretrainingOutput`. The backbone in it stays the same object.
@@ -303,7 +263,10 @@ def build_spark(
     Raises:
         ValueError: sizes, strides, widths and mask ratio do not fit together; the network does not run under a mask.
     """
-    size = (img_size,) * axes if isinstance(img_size, int) else tuple(img_size)
-    encoder = PyramidEncoder(backbone, size, in_channels, taps, run, safe)
-    encoder.check_masked()
+    size = edges_per_axis(img_size, axes, "img_size")
+    encoder = PyramidEncoder(backbone, size, in_channels, taps, run, safe, mask_unit, compute)
+    check_masked(encoder)
+    if compute == "packed" and (fault := packed_fault(encoder)):
+        LOG.warning("%s: computes masked, not packed: %s", type(backbone).__name__, fault)
+        encoder.compute = "masked"
     return MaskedAutoencoder(encoder, mask_ratio, decoder_width)

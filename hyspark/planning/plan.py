@@ -8,6 +8,7 @@ decimal: 1 GB is 10^9 bytes. Numbers of crops are per step and process.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +16,7 @@ from torch import nn
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.data.preprocessing.store_size import StoreSize
 from hyspark.models.contrastive import Siamese
-from hyspark.models.defaults import CONTRASTIVE_METHODS, grid_of
-from hyspark.models.encoder import HybridEncoder
+from hyspark.models.defaults import grid_of
 from hyspark.models.masked_autoencoder import MaskedAutoencoder
 from hyspark.models.masking.mask import draw_visible
 from hyspark.planning.flops import flops_by_layer, step_flops, sum_by_module
@@ -119,16 +119,14 @@ def count_flops(config: PretrainConfig, model: MaskedAutoencoder | Siamese, crop
     grid = grid_of(size, model.encoder.patch)
     visible = draw_visible(grid, config.mask_ratio, [torch.Generator().manual_seed(i) for i in range(crops)])
     _, backward = step_flops(model, size, crops, visible, channels)
-    encoder = {}
-    if isinstance(model.encoder, HybridEncoder):
-        chosen = model.encoder.compute
+    encoder: dict[str, int] = {}
+    network: Any = model.encoder
+    if network.compute == "packed":
         try:
-            for model.encoder.compute in ("packed", "masked"):
-                encoder[model.encoder.compute] = sum(
-                    flops_by_layer(model.encoder, size, crops, visible, channels).values()
-                )
+            for network.compute in ("masked", "packed"):
+                encoder[network.compute] = sum(flops_by_layer(network, size, crops, visible, channels).values())
         finally:
-            model.encoder.compute = chosen
+            network.compute = "packed"
     return Flops(sum_by_module(flops_by_layer(model, size, crops, visible, channels)), encoder, backward)
 
 
@@ -201,11 +199,11 @@ def memory_lines(
     lines.append(("", f"{fits}; loader processes come on top"))
     most_crops = memory.most if len(trials) >= 2 else len(trials)
     if most_crops is not None and most_crops < crops:
-        lines.append(("WARNING", memory_advice(config, processes, int(most_crops), crops)))
+        lines.append(("WARNING", memory_advice(config, processes, model, int(most_crops), crops)))
     return lines
 
 
-def memory_advice(config: PretrainConfig, processes: Processes, most: int, crops: int) -> str:
+def memory_advice(config: PretrainConfig, processes: Processes, model: nn.Module, most: int, crops: int) -> str:
     """Describe which settings to change if a step does not fit the memory."""
     change = []
     if most >= config.crops_per_volume:
@@ -214,8 +212,10 @@ def memory_advice(config: PretrainConfig, processes: Processes, most: int, crops
         change.append(f"--batch_size {processes.world_size} --crops_per_volume {most}")
     if config.precision == "fp32":
         change.append("--precision bf16")
-    if config.method not in CONTRASTIVE_METHODS and config.decoder_width > 16:
-        change.append(f"--decoder_width {max(16, config.decoder_width // 32 * 16)}")
+    if isinstance(model, MaskedAutoencoder):
+        least = 2 ** len(model.decoder.levels)
+        if config.decoder_width > least:
+            change.append(f"--decoder_width {max(least, config.decoder_width // (2 * least) * least)}")
     if not most:
         change.append("a smaller --crop_size")
     what = f"{crops} crops in a process do not fit the memory" if most else "not even one crop fits the memory"

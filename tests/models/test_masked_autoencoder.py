@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from hyspark import build_hyspark
-from hyspark.models import light_decoder
 from hyspark.models.masked_autoencoder import PretrainingOutput, patch_statistics, reconstruct, reconstruction_loss
 from hyspark.models.masking.mask import patchify, visible_at
 from hyspark.models.masking.patches import Patches
@@ -162,27 +161,6 @@ def test_the_size_of_features_is_no_way_to_a_lower_loss(make_hyspark, make_visib
     for fill in make_hyspark().densify:
         x = torch.randn(len(patches.token), fill.norm.normalized_shape[0], 4, 4, 4)
         torch.testing.assert_close(fill(100 * x, patches), fill(x, patches), rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("size", [(3, 4), (2, 3, 4), (1, 1, 2)])
-def test_the_composed_up_convolution_equals_its_two_steps(monkeypatch, size):
-    axes = len(size)
-    x = torch.randn(2, 8, *size, dtype=torch.float64, requires_grad=True)
-    up = torch.randn(8, 8, *(2,) * axes, dtype=torch.float64, requires_grad=True)
-    conv = torch.randn(4, 8, *(3,) * axes, dtype=torch.float64, requires_grad=True)
-    results = []
-    for threshold in (0, 10**9):
-        monkeypatch.setattr(light_decoder, "COMPOSE_FROM", threshold)
-        out = light_decoder.up_convolution(x, up, conv)
-        results.append(
-            (
-                out,
-                *torch.autograd.grad((out * torch.linspace(0, 1, out[0].numel()).view_as(out[0])).sum(), (x, up, conv)),
-            )
-        )
-    assert results[0][0].shape == (2, 4, *(2 * s for s in size))
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other)
 
 
 def test_the_decoder_is_fuse_up_refine_level_by_level(make_hyspark):

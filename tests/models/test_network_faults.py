@@ -11,10 +11,12 @@ import torchvision
 from torch import nn
 
 from hyspark.models.backbones import build_backbone, list_backbones, suggest_backbones
+from hyspark.models.defaults import grid_of
 from hyspark.models.masking.context import hidden
 from hyspark.models.masking.mask import visible_at
 from hyspark.models.network_faults import UnsupportedNetworkError, check_runs
 from hyspark.models.spark import PyramidEncoder, build_spark
+from hyspark.models.spark_checks import check_masked, packed_fault
 from hyspark.tasks.classification import initialise_classifier
 from hyspark.tasks.pretrain import initialise_pretraining
 from tests.tasks.kinds import PRETRAININGS
@@ -45,7 +47,7 @@ def test_what_does_not_run_is_refused_by_module(name):
 
 
 def assert_hidden_pixels_change_nothing(encoder, size):
-    visible = torch.zeros(2, 1, size // encoder.patch, size // encoder.patch, dtype=torch.bool)
+    visible = torch.zeros(2, 1, *grid_of((size, size), encoder.patch), dtype=torch.bool)
     visible.view(2, -1)[:, ::2] = True
     images = torch.randn(2, 3, size, size)
     changed = images.where(visible_at(visible, images.shape[2:]), torch.full_like(images, 1e3))
@@ -59,7 +61,7 @@ def assert_hidden_pixels_change_nothing(encoder, size):
 def test_networks_by_their_modules_not_by_shapes(name):
     """At 128 pixels a map has as many positions as channels, where ECA convolves over channels."""
     net = build(name, 128)
-    assert [stride for _, stride in net.encoder.maps] == [32, 16, 8, 4, 2]
+    assert [stride for _, stride in net.encoder.maps] == [(s, s) for s in (32, 16, 8, 4, 2)]
     assert_hidden_pixels_change_nothing(net.encoder, 128)
     net.train()(torch.randn(2, 3, 128, 128)).loss.backward()
     assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
@@ -121,7 +123,8 @@ def test_a_trial_changes_nothing():
     network = torchvision.models.resnet18()
     before = {key: value.clone() for key, value in network.state_dict().items()}
     encoder = PyramidEncoder(network, (64, 64), 3)
-    encoder.check_masked()
+    check_masked(encoder)
+    assert not packed_fault(encoder)
     assert encoder.training
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 

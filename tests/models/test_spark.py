@@ -49,8 +49,9 @@ def named(request):
 
 def test_channels_and_strides_are_found(named):
     name, net, images, _ = named
-    assert net.encoder.maps == PYRAMIDS[name]
-    assert net.encoder.patch == PYRAMIDS[name][0][1]
+    axes = len(net.encoder.img_size)
+    assert net.encoder.maps == [(c, (stride,) * axes) for c, stride in PYRAMIDS[name]]
+    assert net.encoder.patch == (PYRAMIDS[name][0][1],) * axes
     found = net.encoder.eval()(images)
     expected = [(2, c, *(s // stride for s in images.shape[2:])) for c, stride in reversed(PYRAMIDS[name])]
     assert [tuple(x.shape) for x in found] == expected
@@ -173,9 +174,9 @@ class Plain(nn.Module):
 
 def test_a_network_of_ones_own():
     net = build_spark(Plain(1, 2), 32, in_channels=1, decoder_width=16)
-    assert net.encoder.maps == [(10, 4), (6, 2)]
+    assert net.encoder.maps == [(10, (4, 4)), (6, (2, 2))]
     chosen = build_spark(Plain(1, 2), 32, in_channels=1, decoder_width=16, taps=["one", "two"])
-    assert chosen.encoder.maps == [(8, 4), (6, 2)]
+    assert chosen.encoder.maps == [(8, (4, 4)), (6, (2, 2))]
 
 
 def test_a_factory_of_ones_own(tmp_path, monkeypatch):

@@ -1,8 +1,8 @@
 """Masks: which patches the encoder sees, and the mask at each resolution.
 
 A mask unit is one patch. Its edge is 16 voxels (`PATCH`) for HySparK, where it is also one transformer token. For other
-networks the edge is their total stride. One polarity everywhere: `visible` is True where the encoder sees. All
-functions work for any number of spatial axes.
+networks the edge is their total stride, which may differ by axis, or another one of the user's. One polarity
+everywhere: `visible` is True where the encoder sees. All functions work for any number of spatial axes.
 
 Shapes: b batch, c channels, *size voxels per axis, *grid patches per axis (grid = size / patch), n = prod(grid)
 patches.
@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from hyspark.models.defaults import PATCH, grid_of
+from hyspark.models.defaults import PATCH, Edges, edges_per_axis, grid_of
 
 
 def num_visible(grid: Sequence[int], mask_ratio: float) -> int:
@@ -44,7 +44,9 @@ def draw_visible(grid: Sequence[int], mask_ratio: float, generators: Sequence[to
 
 
 def visible_at(visible: Tensor, size: Sequence[int]) -> Tensor:
-    """Repeat each patch of a mask over its positions at a resolution.
+    """Compute a mask at a resolution: each patch is repeated over its positions.
+
+    A position that covers several patches is visible where any of them is.
 
     Args:
         visible: bool (b, 1, *grid).
@@ -54,33 +56,38 @@ def visible_at(visible: Tensor, size: Sequence[int]) -> Tensor:
         bool (b, 1, *size).
 
     Raises:
-        ValueError: an axis of `size` is not a multiple of the grid's.
+        ValueError: an axis of `size` is neither a multiple nor a divisor of the grid's.
     """
     grid = visible.shape[2:]
-    if len(grid) != len(size) or any(s % g for s, g in zip(size, grid, strict=True)):
+    if len(grid) != len(size) or any(max(s, g) % min(s, g) for s, g in zip(size, grid, strict=True)):
         raise ValueError(f"a mask over {tuple(grid)} patches does not divide a feature map of {tuple(size)}")
     for axis, (s, g) in enumerate(zip(size, grid, strict=True), start=2):
-        visible = visible.repeat_interleave(s // g, dim=axis)
+        if s < g:
+            visible = visible.unflatten(axis, (s, g // s)).any(axis + 1)
+        else:
+            visible = visible.repeat_interleave(s // g, dim=axis)
     return visible
 
 
-def patchify(volumes: Tensor, patch: int = PATCH) -> Tensor:
-    """Cut volumes into patches: (b, c, *size) -> (b, n, c * patch^axes), patches in row-major order of the grid."""
+def patchify(volumes: Tensor, patch: Edges = PATCH) -> Tensor:
+    """Cut volumes into patches: (b, c, *size) -> (b, n, c * prod(patch)), patches in row-major order of the grid."""
     axes = "hwd"[: volumes.ndim - 2] if volumes.ndim <= 5 else None
     if axes is None:
         raise ValueError(f"expected up to three spatial axes, got a tensor of shape {tuple(volumes.shape)}")
-    grid_of(volumes.shape[2:], patch)
+    edges = edges_per_axis(patch, len(axes), "patch")
+    grid_of(volumes.shape[2:], edges)
     outer = " ".join(f"({a} p{a})" for a in axes)
     inner = " ".join(f"p{a}" for a in axes)
     pattern = f"b c {outer} -> b ({' '.join(axes)}) ({inner} c)"
-    return rearrange(volumes, pattern, **{f"p{a}": patch for a in axes})
+    return rearrange(volumes, pattern, **{f"p{a}": edge for a, edge in zip(axes, edges, strict=True)})
 
 
-def unpatchify(patches: Tensor, grid: Sequence[int], patch: int = PATCH) -> Tensor:
-    """Join patches into volumes, the inverse of `patchify`: (b, n, c * patch^axes) -> (b, c, *size)."""
+def unpatchify(patches: Tensor, grid: Sequence[int], patch: Edges = PATCH) -> Tensor:
+    """Join patches into volumes, the inverse of `patchify`: (b, n, c * prod(patch)) -> (b, c, *size)."""
     axes = "hwd"[: len(grid)]
     outer = " ".join(f"({a} p{a})" for a in axes)
     inner = " ".join(f"p{a}" for a in axes)
     pattern = f"b ({' '.join(axes)}) ({inner} c) -> b c {outer}"
-    sizes = dict(zip(axes, grid, strict=True)) | {f"p{a}": patch for a in axes}
+    edges = edges_per_axis(patch, len(grid), "patch")
+    sizes = dict(zip(axes, grid, strict=True)) | {f"p{a}": edge for a, edge in zip(axes, edges, strict=True)}
     return rearrange(patches, pattern, **sizes)

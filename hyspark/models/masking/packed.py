@@ -8,12 +8,13 @@ Shapes: b batch, c channels, *size voxels per axis, *grid patches per axis, p vi
 *edges voxels per axis of a patch at a resolution.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hyspark.models.defaults import Edges
 from hyspark.models.masking.context import hidden, identity
 from hyspark.models.masking.masked_functions import Function, set_flag
 from hyspark.models.masking.packed_rules import PACKED_RULES, call_pooled
@@ -46,7 +47,7 @@ class packed(hidden):  # noqa: N801 - reads as a statement: `with packed(visible
     def __init__(
         self,
         visible: Tensor | Patches,
-        patch: int | Sequence[int],
+        patch: Edges,
         safe: Collection[Callable[..., Any]] = (),
         all_reduce: Callable[[Tensor], Tensor] = identity,
     ) -> None:

@@ -29,6 +29,7 @@ from hyspark.models.masking.packed_convolution import (
     windows,
 )
 from hyspark.models.masking.rules import RULES, SUMS, find_positions, masked_extreme, masked_mean, masked_sum_or_norm
+from hyspark.models.recompute import recomputed
 
 if TYPE_CHECKING:
     from hyspark.models.masking.packed import packed
@@ -111,8 +112,13 @@ def packed_max_pool(
     before, after, fits = windows(context, func, input, kernel_size, stride, padding, dilation, ceil_mode)
     if not fits:
         return on_dense_map(context, func, input, kernel_size, stride, padding, dilation, ceil_mode)
-    out = func(add_windows_border(context, input, before, after, -math.inf), kernel_size, stride, 0, dilation)
-    return context.register(out)
+
+    def pool(x: Tensor) -> Tensor:
+        bordered = add_windows_border(context, x, before, after, -math.inf)
+        pooled: Tensor = func(bordered, kernel_size, stride, 0, dilation)
+        return pooled
+
+    return context.register(recomputed(pool, input) if any((*before, *after)) else pool(input))
 
 
 def packed_avg_pool(

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch._dynamo import maybe_mark_dynamic
 
-from hyspark.models.defaults import grid_of
+from hyspark.models.defaults import Edges, grid_of
+from hyspark.models.masking.mask import visible_at
 
 Widths = tuple[tuple[int, ...], tuple[int, ...]]
 """Widths of a border: voxels before and after each axis."""
@@ -33,16 +34,21 @@ class Patches:
     """Geometry of the visible patches of a batch.
 
     Args:
-        visible: bool (b, 1, *grid), True where the network sees; samples may have different numbers of patches.
+        visible: bool (b, 1, *units), True where the network sees; samples may have different numbers of patches.
         device: device of the index tensors; by default that of `visible`. They are computed on the device of `visible`:
             a mask on the CPU spares CUDA a synchronisation.
+        grid: patches per axis, by default one for each mask unit. Each axis divides that of `visible`; a patch with a
+            visible unit is visible.
 
     Raises:
         ValueError: a sample has no visible patch.
     """
 
-    def __init__(self, visible: Tensor, device: torch.device | None = None) -> None:
+    def __init__(self, visible: Tensor, device: torch.device | None = None, grid: Sequence[int] | None = None) -> None:
         self.device = visible.device if device is None else device
+        self.visible = visible.to(self.device, non_blocking=True)
+        if grid is not None:
+            visible = visible_at(visible, grid)
         counts = visible.flatten(1).sum(1)
         self.counts: list[int] = counts.tolist()
         if min(self.counts) == 0:
@@ -51,7 +57,6 @@ class Patches:
         self.axes = len(self.grid)
         position = visible[:, 0].nonzero()  # (p, 1 + axes): sample, then position in the grid
         self.neighbours = index_neighbours(visible, position)
-        self.visible = visible.to(self.device, non_blocking=True)
         self.position = [column.to(self.device, non_blocking=True) for column in position.unbind(1)]
         self.token = visible.flatten(1).nonzero()[:, 1].to(self.device, non_blocking=True)
         self.borders: dict[tuple[tuple[int, ...], Widths], tuple[Tensor, Tensor]] = {}
@@ -63,6 +68,11 @@ class Patches:
     def are_equal_in_number(self) -> bool:
         """Whether all samples have the same number of visible patches."""
         return min(self.counts) == max(self.counts)
+
+    @property
+    def are_divided(self) -> bool:
+        """Whether patches are larger than mask units, so that a visible patch may be hidden in part."""
+        return tuple(self.visible.shape[2:]) != tuple(self.grid)
 
     def pack(self, x: Tensor) -> Tensor:
         """Select the visible patches of a dense map: (b, c, *size) -> (p, c, *edges)."""
@@ -155,7 +165,8 @@ class Border(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return add_border_gradient(gradient, *ctx.saved_tensors, ctx.widths), None, None, None, None
+        target, source = ctx.saved_tensors
+        return add_border_gradient(gradient, target, source, ctx.widths), None, None, None, None
 
 
 def add_border(patches: Tensor, target: Tensor, source: Tensor, widths: Widths, value: float = 0.0) -> Tensor:
@@ -184,22 +195,23 @@ def interior(edges: Sequence[int], widths: Widths) -> tuple[slice, ...]:
     return (slice(None), *(slice(b, b + edge) for b, edge in zip(widths[0], edges, strict=True)))
 
 
-def build_patches(volumes: Tensor, visible: Tensor, patch: int | Sequence[int]) -> Patches:
+def build_patches(volumes: Tensor, visible: Tensor, patch: Edges, packed: Edges | None = None) -> Patches:
     """Compute the geometry of a mask for volumes.
 
     Args:
         volumes: (b, c, *size).
         visible: bool (b, 1, *grid).
-        patch: edge of a patch in voxels, one number or one per axis.
+        patch: edge of a mask unit in voxels, one number or one per axis.
+        packed: edge of a patch that is packed, a multiple of `patch`; by default the same.
 
     Raises:
         ValueError: the mask has another shape.
     """
     check_mask_shape(volumes, visible, patch)
-    return Patches(visible, volumes.device)
+    return Patches(visible, volumes.device, None if packed is None else grid_of(volumes.shape[2:], packed))
 
 
-def check_mask_shape(volumes: Tensor, visible: Tensor, patch: int | Sequence[int]) -> None:
+def check_mask_shape(volumes: Tensor, visible: Tensor, patch: Edges) -> None:
     """Raise ValueError if a mask does not fit volumes, see `build_patches`."""
     expected = (len(volumes), 1, *grid_of(volumes.shape[2:], patch))
     if tuple(visible.shape) != expected:

@@ -109,7 +109,14 @@ def test_visible_at_may_scale_axes_differently():
     assert visible_at(visible, (3, 4)).long().tolist() == [[[[1, 1, 0, 0]] * 3]]
 
 
-@pytest.mark.parametrize("size", [(4, 5), (4,), (4, 4, 4), (1, 4)])
+def test_a_position_of_several_patches_is_visible_where_any_is():
+    visible = torch.tensor([[0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]], dtype=torch.bool).view(1, 1, 4, 4)
+    assert visible_at(visible, (2, 2)).long().tolist() == [[[[0, 1], [1, 0]]]]
+    assert visible_at(visible, (2, 8)).long().tolist() == [[[[0, 0, 0, 0, 0, 0, 1, 1], [1, 1, 1, 1, 0, 0, 0, 0]]]]
+    assert visible_at(visible, (1, 1)).all()
+
+
+@pytest.mark.parametrize("size", [(4, 5), (4,), (4, 4, 4), (3, 4)])
 def test_visible_at_refuses_a_map_that_the_grid_does_not_divide(size):
     with pytest.raises(ValueError, match="does not divide") as error:
         visible_at(torch.ones(1, 1, 2, 2, dtype=torch.bool), size)
@@ -141,6 +148,26 @@ def test_patchify_keeps_the_channels_of_a_patch_together():
     patches = patchify(volumes)
     assert patches.shape == (1, 2, 512)
     assert torch.equal(patches[0, 1].sort().values, volumes[0, :, 16:].flatten().sort().values)
+
+
+@pytest.mark.parametrize(("patch", "grid"), [((2, 4), (3, 1)), ((1, 2, 3), (2, 1, 2))])
+def test_patches_may_have_an_edge_per_axis(patch, grid):
+    size = tuple(p * g for p, g in zip(patch, grid, strict=True))
+    volume = torch.randn(2, 3, *size)
+    patches = patchify(volume, patch)
+    assert grid_of(size, patch) == grid
+    assert patches.shape == (2, math.prod(grid), 3 * math.prod(patch))
+    for number, corner in enumerate(np.ndindex(*grid)):
+        where = tuple(slice(c * p, (c + 1) * p) for c, p in zip(corner, patch, strict=True))
+        assert torch.equal(patches[0, number].sort().values, volume[(0, slice(None), *where)].flatten().sort().values)
+    assert torch.equal(unpatchify(patches, grid, patch), volume)
+
+
+def test_a_size_that_does_not_fit_a_patch_of_unequal_edges_is_refused_with_one_that_does():
+    with pytest.raises(ValueError, match=r"multiple of \(4, 16\) voxels, axis by axis, got \(6, 40\); .* is \(8, 32\)"):
+        grid_of((6, 40), (4, 16))
+    with pytest.raises(ValueError, match=r"patch: expected one number, or 3, one per axis, got \(4, 16\)"):
+        grid_of((8, 16, 16), (4, 16))
 
 
 def test_patchify_refuses_what_it_cannot_cut():
