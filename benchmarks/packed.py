@@ -20,8 +20,9 @@ from typing import Any, Literal
 
 import planned
 import s3d
+import sides
 from measure import in_fresh_process, machine
-from sides import OWN, Case, How, differences, peak, possible_sides, times
+from sides import OWN, Case, How
 from tap import Tap
 
 from hyspark.utils.atomic import write_json, write_whole
@@ -70,15 +71,15 @@ class Arguments(Tap):
 
 def measure(case: Case, how: How, repeats: int, parts: Collection[str]) -> dict[str, Any]:
     """Measure one network in fresh processes; returns numbers by part and side."""
-    sides = possible_sides(case, how)
+    compared = sides.possible_sides(case, how)
     found: dict[str, Any] = {}
     if "times" in parts:
-        found["times"] = in_fresh_process(partial(times, case, sides, how, repeats))[0]
+        found["times"] = in_fresh_process(partial(sides.times, case, compared, how, repeats))[0]
     if "memory" in parts:
-        found["memory"] = {side: peak(case, side, how) for side in sides}
+        found["memory"] = {side: sides.peak(case, side, how) for side in compared}
     if "differences" in parts:
-        against = [side for side in sides if side in ("hidden", "S3D")]
-        found["differences"] = {side: in_fresh_process(partial(differences, case, how, side))[0] for side in against}
+        against = [side for side in compared if side in ("hidden", "S3D")]
+        found["differences"] = {s: in_fresh_process(partial(sides.differences, case, how, s))[0] for s in against}
     return found
 
 
