@@ -12,7 +12,7 @@ precision. The other cells are ratios of medians of wall-clock time, and in brac
 
 import statistics
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,7 @@ TARGETS = {
     "resenc_m_128": ">= 5, <= .45",
 }
 """Against `hidden`: how many times as fast at least, and the fraction of its memory at most."""
-OTHERS = ("hidden", "dense", "S3D")
+OTHERS: tuple[sides.Side, ...] = ("hidden", "dense", "S3D")
 """Sides that packed is compared with."""
 HEADING = (
     *("network", "crops", "fraction hidden", "s packed", *(f"faster than {side}" for side in OTHERS)),
@@ -59,6 +59,7 @@ class Arguments(Tap):
     networks: tuple[str, ...] = tuple(CASES)  # Of the table, or names as after spark/ in train.py --model
     only: tuple[Literal["times", "memory", "differences"], ...] = ("times", "memory", "differences")
     # Parts to measure; all by default
+    against: tuple[sides.Side, ...] = OTHERS  # Sides that packed is compared with; S3D needs --nnssl
     nnssl: str = ""  # A checkout of nnssl, to measure its S3D beside
     threads: int = 1  # Of each process
     repeats: int = 3  # Timed steps of each side, whose median is taken
@@ -69,12 +70,13 @@ class Arguments(Tap):
     out: str = "ckpt/bench"  # Folder for packed.json and packed.md
 
 
-def measure(case: Case, how: How, repeats: int, parts: Collection[str]) -> dict[str, Any]:
+def measure(case: Case, how: How, arguments: Arguments) -> dict[str, Any]:
     """Measure one network in fresh processes; returns numbers by part and side."""
-    compared = sides.possible_sides(case, how)
+    parts, wanted = arguments.only, ("packed", *arguments.against)
+    compared = [side for side in sides.possible_sides(case, how) if side in wanted]
     found: dict[str, Any] = {}
     if "times" in parts:
-        found["times"] = in_fresh_process(partial(sides.times, case, compared, how, repeats))[0]
+        found["times"] = in_fresh_process(partial(sides.times, case, compared, how, arguments.repeats))[0]
     if "memory" in parts:
         found["memory"] = {side: sides.peak(case, side, how) for side in compared}
     if "differences" in parts:
@@ -138,7 +140,7 @@ def measure_all(arguments: Arguments) -> None:
             print(f"{name}: skipped; {lacking}", flush=True)
             continue
         print(f"measuring {name} ...", flush=True)
-        results["networks"][name] = measure(case, how, arguments.repeats, arguments.only)
+        results["networks"][name] = measure(case, how, arguments)
         lines.append(
             {"network": name, "targets (hidden)": TARGETS.get(name, ""), **cells(case, results["networks"][name])}
         )
