@@ -20,8 +20,8 @@ from hyspark.models.masking.packed import packed
 from hyspark.planning.flops import flops_by_layer, step_flops, sum_by_module
 from hyspark.training.precision import AUTOCAST_DTYPES
 
-SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
-"""Visible shares at which the encoder is timed."""
+FRACTIONS = (0.1, 0.25, 0.5, 0.75, 1.0)
+"""Visible fractions at which the encoder is timed."""
 NUM_MASKS = 5
 """Masks that repeated steps take in turn: each has its own number of neighbours, as in training."""
 
@@ -50,11 +50,11 @@ class Setting:
         """Random (b, 1, *size)."""
         return torch.rand(self.num_samples, 1, *(self.edge,) * 3, device=self.device)
 
-    def visible(self, share: float, seed: int = 0) -> Tensor:
-        """A mask with this share of patches, on the CPU."""
+    def visible(self, fraction: float, seed: int = 0) -> Tensor:
+        """A mask with this fraction of patches, on the CPU."""
         first = seed * self.num_samples
         generators = [torch.Generator().manual_seed(first + i) for i in range(self.num_samples)]
-        return draw_visible((self.edge // 16,) * 3, 1 - share, generators)
+        return draw_visible((self.edge // 16,) * 3, 1 - fraction, generators)
 
     def peak(self) -> int:
         """Largest memory of this process: of the device, or resident."""
@@ -73,7 +73,7 @@ def both_encoders(setting: Setting, **options: Any) -> dict[str, HybridEncoder]:
 
 def encoder(setting: Setting, **options: Any) -> dict[str, Any]:
     """Forward and backward of the encoder in fp32: masked against packed at a quarter of the patches, taking turns, and
-    packed at several shares. `seconds` by share, `share_ratio` of .1 to .25, `ratio` of masked to packed.
+    packed at several fractions. `seconds` by fraction, `fraction_ratio` of .1 to .25, `ratio` of masked to packed.
     """
     setting.start()
     nets = both_encoders(setting, **options)
@@ -93,17 +93,17 @@ def encoder(setting: Setting, **options: Any) -> dict[str, Any]:
     for _ in range(setting.repeats):
         for compute, taken in times.items():
             taken.append(seconds(partial(both_ways, compute, quarter)))
-    by_share = {
-        share: statistics.median(seconds(partial(both_ways, "packed", mask)) for _ in range(setting.repeats))
-        for share, mask in ((share, setting.visible(share)) for share in SHARES)
+    by_fraction = {
+        fraction: statistics.median(seconds(partial(both_ways, "packed", mask)) for _ in range(setting.repeats))
+        for fraction, mask in ((fraction, setting.visible(fraction)) for fraction in FRACTIONS)
     }
     masked, packed = (statistics.median(taken) for taken in times.values())
     return {
         "masked_seconds": masked,
         "packed_seconds": packed,
         "ratio": masked / packed,
-        "seconds": by_share,
-        "share_ratio": by_share[0.1] / by_share[0.25],
+        "seconds": by_fraction,
+        "fraction_ratio": by_fraction[0.1] / by_fraction[0.25],
     }
 
 
@@ -214,7 +214,7 @@ def flops(setting: Setting, **options: Any) -> dict[str, Any]:
     return {
         "forward": forward / b,
         "backward": backward / b,
-        "encoder_share": sum_by_module(layers)["encoder"] / forward,
+        "encoder_fraction": sum_by_module(layers)["encoder"] / forward,
         "masked_forward": sum(flops_by_layer(masked, size, b, visible).values()) / b,
         "by_layer": {name: n / b for name, n in sorted(layers.items(), key=lambda item: -item[1])},
     }

@@ -24,7 +24,7 @@ from hyspark.planning.flops import flops_by_layer
 SCOPE = "layer: "
 BACKWARD = "autograd::engine::evaluate_function: "
 LEAST = 0.005
-"""Share of the step below which a layer is summed with the others."""
+"""Fraction of the step below which a layer is summed with the others."""
 NUM_KERNELS = 25
 REST = "all else"
 
@@ -122,7 +122,7 @@ def columns(spent: Spent, total: float, flops: float, ceilings: tuple[float | No
     return {
         "forward ms": 1e3 * spent.forward,
         "backward ms": 1e3 * spent.backward,
-        "share": (spent.forward + spent.backward) / total if total else None,
+        "fraction": (spent.forward + spent.backward) / total if total else None,
         "forward TFLOP/s": rates[0],
         "forward GB/s": rates[1],
         "of the matrix product": of_ceiling[0],
@@ -146,7 +146,7 @@ def by_kernel(size: Size, batch: int, variant: Variant) -> Iterator[tuple[str, d
     total = sum(map(sum, taken.values()))
     for name, times in sorted(taken.items(), key=lambda item: -sum(item[1]))[:NUM_KERNELS]:
         shown = name.replace("|", "/")[:90]
-        yield shown, {"ms": sum(times) / 1e3, "calls": len(times), "share": sum(times) / total}
+        yield shown, {"ms": sum(times) / 1e3, "calls": len(times), "fraction": sum(times) / total}
 
 
 def profiled(device: str) -> profile:

@@ -243,7 +243,7 @@ def test_steps_at_toy_size(gpu, tmp_path, capsys, monkeypatch, in_this_process):
     assert flops["masked fp32, batch 2"] > 2 * flops["packed fp32, batch 2"]
     assert flops["packed fp32, batch 2"] == pytest.approx(flops["packed bf16, batch 1"])
     layers = rows[gpu.LAYERS]
-    assert sum(values["share"] for name, values in layers.items() if name != "the step") == pytest.approx(1)
+    assert sum(values["fraction"] for name, values in layers.items() if name != "the step") == pytest.approx(1)
     assert {"encoder.embeddings.layer1.0.conv1", "decoder.levels.3.refine.3"} <= set(layers)
     for name in ("encoder.embeddings.layer1.0.conv1", "decoder.levels.3.refine.3"):
         assert min(layers[name][column] for column in ("forward ms", "backward ms", "forward TFLOP/s")) > 0
