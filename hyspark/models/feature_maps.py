@@ -61,8 +61,8 @@ def stride_of(x: Tensor, size: Sequence[int]) -> Stride | None:
     """Compute the stride of a map (b, c, *size / stride) with more than one position.
 
     Returns:
-        The least power of two on each axis, above one on some axis, that gives the map's size, rounded up or down; None
-        if the tensor is no such map.
+        The power of two on each axis, above one on some axis, that gives the map's size; the largest that gives it
+        rounded up or down if none does. None if the tensor is no such map.
     """
     own = tuple(x.shape[2:])
     if x.ndim != len(size) + 2 or max(own) == 1:
@@ -72,7 +72,7 @@ def stride_of(x: Tensor, size: Sequence[int]) -> Stride | None:
         fits = [2**k for k in range(s.bit_length()) if o in (s // 2**k, -(-s // 2**k))]
         if not fits:
             return None
-        stride.append(fits[0])
+        stride.append(next((n for n in fits if o * n == s), fits[-1]))
     return tuple(stride) if max(stride) > 1 else None
 
 
