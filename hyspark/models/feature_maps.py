@@ -61,19 +61,24 @@ def stride_of(x: Tensor, size: Sequence[int]) -> Stride | None:
     """Compute the stride of a map (b, c, *size / stride) with more than one position.
 
     Returns:
-        The power of two on each axis, above one on some axis, that gives the map's size; the largest that gives it
-        rounded up or down if none does. None if the tensor is no such map.
+        The power of two on each axis, above one on some axis, that gives the map's size. If there is none, one that
+        gives it rounded up or down: the same on all axes, or else the largest. None if the tensor is no such map.
     """
     own = tuple(x.shape[2:])
     if x.ndim != len(size) + 2 or max(own) == 1:
         return None
-    stride = []
-    for o, s in zip(own, size, strict=True):
-        fits = [2**k for k in range(s.bit_length()) if o in (s // 2**k, -(-s // 2**k))]
-        if not fits:
-            return None
-        stride.append(next((n for n in fits if o * n == s), fits[-1]))
-    return tuple(stride) if max(stride) > 1 else None
+    fits = [
+        [2**k for k in range(s.bit_length()) if o in (s // 2**k, -(-s // 2**k))] for o, s in zip(own, size, strict=True)
+    ]
+    if not all(fits):
+        return None
+    exact = [next((n for n in near if o * n == s), 0) for near, o, s in zip(fits, own, size, strict=True)]
+    common = set.intersection(*map(set, fits))
+    if all(exact) or not common:
+        stride = tuple(one or near[-1] for one, near in zip(exact, fits, strict=True))
+    else:
+        stride = (max(common),) * len(size)
+    return stride if max(stride) > 1 else None
 
 
 def find_strides(

@@ -9,6 +9,7 @@ from torch import nn
 
 from hyspark.models.backbones import Backbone, build_backbone, run_dynunet
 from hyspark.models.contrastive import build_siamese
+from hyspark.models.feature_maps import stride_of
 from hyspark.models.masked_autoencoder import reconstruct
 from hyspark.models.masking.context import hidden
 from hyspark.models.masking.mask import draw_visible, visible_at
@@ -216,6 +217,25 @@ def test_units_that_fit_no_stride_are_refused():
         PyramidEncoder(net, (12, 24, 24), 1, run=run_dynunet, mask_unit=(4, 4))
     with pytest.raises(ValueError, match=r"mask_unit: .* a divisor of the crop \(12, 24, 24\), got \(2, 8, 16\)"):
         PyramidEncoder(net, (12, 24, 24), 1, run=run_dynunet, mask_unit=(2, 8, 16))
+
+
+@pytest.mark.parametrize(
+    ("own", "size", "stride"),
+    [
+        ((8, 16, 16), (8, 32, 64), (1, 2, 4)),
+        ((1, 2), (16, 64), (16, 32)),
+        ((3, 3), (80, 80), (32, 32)),
+        ((2, 2), (64, 80), (32, 32)),  # 80 / 32 rounded down, or 80 / 64 rounded up
+        ((4, 2), (16, 10), (4, 4)),
+        ((8, 2), (8, 5), (1, 4)),
+        ((8, 8), (8, 8), None),
+        ((1, 1), (8, 8), None),
+        ((5, 8), (16, 16), None),
+        ((8, 8, 8), (16, 16), None),
+    ],
+)
+def test_the_stride_of_a_shape(own, size, stride):
+    assert stride_of(torch.empty(1, 1, *own), size) == stride
 
 
 def test_a_crop_that_rounds_a_map_is_refused():
