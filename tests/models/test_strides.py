@@ -244,6 +244,15 @@ def test_a_crop_that_rounds_a_map_is_refused():
         PyramidEncoder(net, (6, 10, 16), 1, run=run_dynunet)
 
 
+def test_a_crop_of_one_unit_is_refused_with_advice():
+    net = dynunet((1, 1, 1), (1, 2, 2), (2, 2, 2)).network
+    with pytest.raises(
+        ValueError, match=r"on crops of 2 x 4 x 4 .*; its deepest map has one position, so enlarge the cr"
+    ):
+        PyramidEncoder(net, (2, 4, 4), 1, run=run_dynunet)
+    assert PyramidEncoder(net, (2, 4, 8), 1, run=run_dynunet).patch == (2, 4, 4)
+
+
 class Branches(nn.Module):
     """Maps of which none is the coarsest on both axes."""
 
