@@ -33,7 +33,8 @@ class Thick(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv3d(1, 8, (1, 3, 3), (1, 2, 2), (0, 1, 1)), nn.BatchNorm3d(8), nn.ReLU())
         self.last = nn.Linear(8, 8)
-        self.pool = nn.Sequential(nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)), nn.Conv3d(8, 8, 3, padding=1))
+        pool = nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))
+        self.pool = nn.Sequential(pool, nn.Conv3d(8, 8, 3, padding=1), nn.Sigmoid())  # not zero at hidden positions
         self.deep = nn.Sequential(nn.AvgPool3d(2, 2), nn.Conv3d(8, 12, 3, padding=1), nn.BatchNorm3d(12), nn.SiLU())
         self.excite = nn.Conv3d(12, 12, 1)
         self.end = nn.Identity()
