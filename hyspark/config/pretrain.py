@@ -145,8 +145,6 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
                 raise ValueError(f"{name} takes one number or {several}, but got {list(numbers)}")
         if self.mask_unit and min(self.mask_unit) < 1:
             raise ValueError(f"mask_unit must be at least 1 on every axis, but it is {list(self.mask_unit)}")
-        if self.unit_shape:
-            grid_of(self.crop_shape, self.unit_shape)
         self.check_model()
         self.check_unread()
         if self.compile != "none" and self.compute == "masked":

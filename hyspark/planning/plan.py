@@ -19,6 +19,7 @@ from hyspark.models.contrastive import Siamese
 from hyspark.models.defaults import grid_of
 from hyspark.models.masked_autoencoder import MaskedAutoencoder
 from hyspark.models.masking.mask import draw_visible
+from hyspark.models.spark import PyramidEncoder
 from hyspark.planning.flops import flops_by_layer, step_flops, sum_by_module
 from hyspark.planning.trial_steps import Trial, extrapolate
 from hyspark.training.distributed import Processes
@@ -112,8 +113,12 @@ def crops_per_process(config: PretrainConfig, processes: Processes) -> int:
 
 
 def count_flops(config: PretrainConfig, model: MaskedAutoencoder | Siamese, crops: int) -> Flops | None:
-    """Count the FLOPs of a step with the given number of crops; None for networks that compare views."""
-    if isinstance(model, Siamese):
+    """Count the FLOPs of a step with the given number of crops, by a copy of the network.
+
+    Returns:
+        The FLOPs; None for networks that compare views, and those whose copies compute with their weights.
+    """
+    if isinstance(model, Siamese) or (isinstance(model.encoder, PyramidEncoder) and not model.encoder.can_be_copied()):
         return None
     size, channels = config.crop_shape, config.in_channels
     grid = grid_of(size, model.encoder.patch)
