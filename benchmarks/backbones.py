@@ -3,8 +3,8 @@
     python benchmarks/backbones.py                              # the table of docs/reference/networks.md
     python benchmarks/backbones.py --names timm/resnet50 mypackage.module:factory
 
-Errors are the largest over all maps, as shares of the map's largest value, in double precision; a network in which all
-is visible is compared in training, with the statistics of the batch.
+Errors are the largest over all maps, as fractions of the map's largest value, in double precision; a network in which
+all is visible is compared in training, with the statistics of the batch.
 """
 
 import re

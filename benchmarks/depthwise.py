@@ -44,7 +44,7 @@ def by_triton(x: Tensor, weight: Tensor) -> Tensor:
 
 def methods(device: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """What is compared. On the CPU the compiled one is traced and not fused, and there is no Triton."""
-    backend = "inductor" if device == "cuda" else "aot_eager"
+    backend = "inductor" if device == "cuda" else "eager"
     found = {"cuDNN": by_cudnn, "27 shifts compiled": torch.compile(by_shifts, backend=backend, dynamic=False)}
     return found | ({"Triton": by_triton} if device == "cuda" else {})
 

@@ -6,7 +6,8 @@
     python benchmarks/gpu.py --out RESULTS --work /tmp/gpu      # RESULTS holds three small files and nothing else
 
 The same command continues: what is in the JSON is not measured again. Correctness comes first, then the step by
-precision and batch, its variants, a profile, whole runs and prediction. What is worth less than its time comes last.
+precision and batch, encoders packed and masked, the step by decoder and by variant, a profile, whole runs and
+prediction. What is worth less than its time comes last.
 """
 
 import math
@@ -14,13 +15,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import gpu_runs
 import gpu_steps
+import planned
 import profile_step
 import psutil
 import torch
@@ -28,15 +30,31 @@ from budget import Record, Row, measure
 from depthwise import depthwise
 from filelock import FileLock, Timeout
 from gpu_steps import Size, Variant
+from sides import OWN, Case, How, Side
 from tap import Tap
 
 ROOT = Path(__file__).parents[1]
 CEILINGS, TESTS, STEPS = "Ceilings of the card", "Tests of correctness", "A step by precision and batch"
+ENCODERS, DECODERS = "An encoder packed and masked, bf16", "A step by decoder, bf16"
 VARIANTS, DEPTHWISE = "A step by variant", "Depthwise convolution, bf16, forward and backward"
 LAYERS, KERNELS, TRAINING, PREDICTION = "A step by layer", "A step by kernel", "Training", "Prediction"
 BASE = "the default settings"
 TESTS_LIMIT, COMPILE_LIMIT, PREDICTION_LIMIT = 150.0, 90.0, 150.0
 """Seconds that a row may take."""
+
+
+Part = Literal[
+    "ceilings",
+    "tests",
+    "steps",
+    "encoders",
+    "decoders",
+    "variants",
+    "depthwise",
+    "profile",
+    "training",
+    "prediction",
+]
 
 
 class Arguments(Tap):
@@ -47,8 +65,7 @@ class Arguments(Tap):
     work: str = ""  # Folder for phantoms and runs; by default OUT/work
     published: str = ""  # A checkout of the published code, to measure beside
     device: Literal["cuda", "cpu"] = "cuda"  # cpu: the same rows at toy size
-    only: list[Literal["ceilings", "tests", "steps", "variants", "depthwise", "profile", "training", "prediction"]] = []  # noqa: RUF012
-    # Parts to measure; all by default
+    only: tuple[Part, ...] = ()  # Parts to measure; all by default
 
 
 @dataclass(frozen=True)
@@ -56,14 +73,27 @@ class Scale:
     """How large everything is; the defaults are for a GPU.
 
     ceilings: options of `gpu_steps.ceilings`. batches: crops of a step. base: crops of the step that variants are
-    compared in. stages: of the encoder, samples or patches of a crop, channels, voxels per axis. spacing: mm of the
-    phantoms. steps: of a training run. loading: seconds. window: voxels of the predicted volume.
+    compared in. encoders: computed packed, masked and dense. decoders: width, and fraction of the hidden patches that
+    is reconstructed; the first is what the others are compared with. stages: of the encoder, samples or patches of a
+    crop, channels, voxels per axis. spacing: mm of the phantoms. steps: of a training run. loading: seconds. window:
+    voxels of the predicted volume.
     """
 
     size: Size = field(default_factory=Size)
     ceilings: Mapping[str, int] = field(default_factory=dict)
     batches: tuple[int, ...] = (8, 16, 32, 2)
     base: int = 16
+    encoders: Mapping[str, Case] = field(
+        default_factory=lambda: {
+            "resnet50, 224^2": Case("timm/resnet50", 224, 0.6, 256, axes=2),
+            "ResidualEncoderUNet, 96^3": Case("planned:resenc_m", 96, 0.75, 8),
+            "HySparK-B, 96^3": Case(OWN, 96, 0.75, 16),
+        }
+    )
+    decoders: tuple[tuple[int, float], ...] = (
+        *((width, 1.0) for width in (768, 384, 192)),
+        *((768, 0.5), (768, 0.25), (192, 0.5), (192, 0.25)),
+    )
     stages: tuple[tuple[int, int, int], ...] = (
         *((54, width, edge) for width, edge in ((32, 16), (64, 8), (128, 4), (256, 2))),
         *((1, width, edge) for width, edge in ((32, 96), (64, 48), (384, 6))),
@@ -83,6 +113,12 @@ TOY = Scale(
     {"edge": 64, "megabytes": 1},
     (2, 1),
     1,
+    {
+        "resnet10t, 64^2": Case("timm/resnet10t", 64, 0.5, 1, axes=2),
+        "ResidualEncoderUNet, 8^3": Case("planned:resenc_toy", 8, 0.75, 1),
+        "HySparK, 32^3": Case(OWN, 32, 0.75, 1, options=(("vit_depth", 1), ("widths", (6, 6, 12, 12, 24)))),
+    },
+    ((16, 1.0), (32, 1.0), (16, 0.5)),
     ((1, 4, 8), (2, 4, 4)),
     (8.0, 8.0, 8.0),
     2,
@@ -112,6 +148,8 @@ def plan(arguments: Arguments, scale: Scale, record: Record) -> Iterator[Row]:
         ("ceilings", partial(ceiling_rows, scale)),
         ("tests", partial(test_rows, out, record)),
         ("steps", partial(step_rows, scale, record, arguments.published)),
+        ("encoders", partial(encoder_rows, scale, record)),
+        ("decoders", partial(decoder_rows, scale, record)),
         ("variants", partial(variant_rows, scale, record)),
         ("depthwise", partial(depthwise_rows, scale, record)),
         ("profile", partial(profile_rows, scale, record)),
@@ -176,6 +214,28 @@ def step_options(scale: Scale, record: Record, compute: str, precision: str) -> 
     """Collect what rows of one kind of step share."""
     ceiling = record.get(CEILINGS, "measured", f"{precision} TFLOP/s")
     return {"size": scale.size, "compute": compute, "precision": precision, "ceiling": ceiling}
+
+
+def encoder_rows(scale: Scale, record: Record) -> Iterator[Row]:
+    """Yield each encoder packed, under `hidden` and dense; one whose package is missing has none."""
+    how = How(scale.size.device, torch.get_num_threads(), "bf16")
+    sides: tuple[Side, ...] = ("packed", "hidden", "dense")
+    for side in sides:
+        for name, case in scale.encoders.items():
+            if not planned.missing(case.network):
+                base = record.get(ENCODERS, f"{name}, packed", "ms") if side != "packed" else None
+                options = {"case": case, "side": side, "how": how, "packed_ms": base}
+                yield Row(ENCODERS, f"{name}, {side}", gpu_steps.encoder, options)
+
+
+def decoder_rows(scale: Scale, record: Record) -> Iterator[Row]:
+    """Yield the step by width of the decoder and fraction of the hidden patches that is reconstructed."""
+    names = {decoder: f"width {decoder[0]}, fraction {decoder[1]:g}" for decoder in scale.decoders}
+    for number, ((width, fraction), name) in enumerate(names.items()):
+        chosen = {"decoder_width": width} | ({"reconstruct_fraction": fraction} if fraction < 1 else {})
+        size = replace(scale.size, network=tuple((scale.size.options | chosen).items()))
+        base = record.get(DECODERS, names[scale.decoders[0]], "ms") if number else None
+        yield Row(DECODERS, name, gpu_steps.step, {"size": size, "batch": scale.base, "base_ms": base})
 
 
 def variant_rows(scale: Scale, record: Record) -> Iterator[Row]:
@@ -292,6 +352,9 @@ def measure_all(arguments: Arguments, begun: float) -> int:
     record = Record(Path(arguments.out), "gpu")
     record.begin(gpu_steps.environment(arguments.device), gpu_steps.SAME)
     scale = Scale() if arguments.device == "cuda" else TOY
+    for name, case in scale.encoders.items():
+        if lacking := planned.missing(case.network):
+            print(f"{ENCODERS}: {name}: skipped; {lacking}")
     is_whole = measure(partial(plan, arguments, scale), record, begun + 60 * arguments.minutes - time.time())
     print(f"\n{record.as_markdown()}\n\nwritten to {record.markdown}")
     if record.failed:

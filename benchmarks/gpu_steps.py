@@ -21,6 +21,7 @@ import published
 import torch
 from measure import machine
 from networks import Setting, TrainingStep
+from sides import Case, How, Side, Steps
 from torch import nn
 
 from hyspark import build_hyspark
@@ -166,9 +167,29 @@ def step(
         "of the matrix product": counted / found.seconds / 1e12 / ceiling if ceiling else None,
         "first s": found.first,
     }
-    if not size.network:
+    if "widths" not in size.options:
         values["hours of the paper"] = PAPER_CROPS * found.seconds / batch / 3600
     return values if base_ms is None else values | {"faster by": base_ms / values["ms"]}
+
+
+def encoder(case: Case, side: Side, how: How, packed_ms: float | None = None) -> dict[str, Any]:
+    """Measure forward and backward of an encoder, with another mask each time.
+
+    Args:
+        packed_ms: of the same encoder packed.
+    """
+    if how.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with applied(Variant(), how.precision):
+        found = timed(Steps(case, side, how), how.device)
+    values: dict[str, Any] = {
+        "batch": case.batch,
+        "ms": 1e3 * found.seconds,
+        "samples/s": case.batch / found.seconds,
+        "peak GB": Setting(how.device).peak() / 1e9,
+        "first s": found.first,
+    }
+    return values if packed_ms is None else values | {"packed is faster by": values["ms"] / packed_ms}
 
 
 def make_step(size: Size, setting: Setting, compute: str, precision: str, variant: Variant) -> Callable[[], None]:

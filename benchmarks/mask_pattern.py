@@ -20,7 +20,7 @@ from hyspark.figures.slices import VIEW_INCHES
 from hyspark.models.masking.context import hidden
 from hyspark.models.masking.mask import draw_visible, visible_at
 
-PATCH, GRID, SHARE = 16, (6, 6), 0.6
+PATCH, GRID, FRACTION = 16, (6, 6), 0.6
 LAYERS = (0, 2, 4, 8, 12)
 
 
@@ -35,7 +35,7 @@ def patterns(x: Tensor, most: int) -> list[Tensor]:
 
 def mask_figure(rows: Mapping[str, Sequence[np.ndarray]], titles: Sequence[str]) -> Figure:
     """Positions at work in the layers (columns) of a network, for several ways of masking (rows): bool (h, w), with
-    their share below.
+    their fraction below.
     """
     size = (VIEW_INCHES * len(titles), (VIEW_INCHES + 0.25) * len(rows))
     figure = Figure(figsize=size, facecolor=BACKGROUND, layout="compressed")
@@ -54,7 +54,7 @@ def mask_figure(rows: Mapping[str, Sequence[np.ndarray]], titles: Sequence[str])
 
 
 if __name__ == "__main__":
-    visible = draw_visible(GRID, SHARE, [torch.Generator().manual_seed(3)])
+    visible = draw_visible(GRID, FRACTION, [torch.Generator().manual_seed(3)])
     image = visible_at(visible, tuple(PATCH * n for n in GRID)).float()
     ordinary = patterns(image, max(LAYERS))
     with hidden(visible):

@@ -1,7 +1,6 @@
 """Time and memory of the encoder and of the whole training step. HySparK-B unless told otherwise, random volumes."""
 
 import statistics
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -17,12 +16,12 @@ from hyspark.models.defaults import WIDTHS
 from hyspark.models.encoder import HybridEncoder
 from hyspark.models.masking.context import hidden
 from hyspark.models.masking.mask import draw_visible
-from hyspark.models.masking.patches import PATCH_EDGES, same_conv
+from hyspark.models.masking.packed import packed
 from hyspark.planning.flops import flops_by_layer, step_flops, sum_by_module
 from hyspark.training.precision import AUTOCAST_DTYPES
 
-SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
-"""Visible shares at which the encoder is timed."""
+FRACTIONS = (0.1, 0.25, 0.5, 0.75, 1.0)
+"""Visible fractions at which the encoder is timed."""
 NUM_MASKS = 5
 """Masks that repeated steps take in turn: each has its own number of neighbours, as in training."""
 
@@ -51,27 +50,37 @@ class Setting:
         """Random (b, 1, *size)."""
         return torch.rand(self.num_samples, 1, *(self.edge,) * 3, device=self.device)
 
-    def visible(self, share: float, seed: int = 0) -> Tensor:
-        """A mask with this share of patches, on the CPU."""
+    def visible(self, fraction: float, seed: int = 0) -> Tensor:
+        """A mask with this fraction of patches, on the CPU."""
         first = seed * self.num_samples
         generators = [torch.Generator().manual_seed(first + i) for i in range(self.num_samples)]
-        return draw_visible((self.edge // 16,) * 3, 1 - share, generators)
+        return draw_visible((self.edge // 16,) * 3, 1 - fraction, generators)
 
     def peak(self) -> int:
         """Largest memory of this process: of the device, or resident."""
         return torch.cuda.max_memory_allocated() if self.device == "cuda" else peak_memory()
 
 
+def both_encoders(setting: Setting, **options: Any) -> dict[str, HybridEncoder]:
+    """The encoder masked and packed."""
+    return {
+        compute: HybridEncoder(img_size=setting.edge, compute=compute, **options).to(
+            setting.device, memory_format=torch.channels_last_3d
+        )
+        for compute in ("masked", "packed")
+    }
+
+
 def encoder(setting: Setting, **options: Any) -> dict[str, Any]:
     """Forward and backward of the encoder in fp32: masked against packed at a quarter of the patches, taking turns, and
-    packed at several shares. `seconds` by share, `share_ratio` of .1 to .25, `ratio` of masked to packed.
+    packed at several fractions. `seconds` by fraction, `fraction_ratio` of .1 to .25, `ratio` of masked to packed.
     """
     setting.start()
-    net = HybridEncoder(img_size=setting.edge, **options).to(setting.device, memory_format=torch.channels_last_3d)
+    nets = both_encoders(setting, **options)
     volumes = setting.volumes()
 
     def both_ways(compute: str, visible: Tensor) -> None:
-        net.compute = compute
+        net = nets[compute]
         maps = net.encode(volumes, net.patches(volumes, visible))[1:]
         torch.autograd.backward(maps, [torch.ones_like(x) for x in maps])
         net.zero_grad()
@@ -84,17 +93,17 @@ def encoder(setting: Setting, **options: Any) -> dict[str, Any]:
     for _ in range(setting.repeats):
         for compute, taken in times.items():
             taken.append(seconds(partial(both_ways, compute, quarter)))
-    by_share = {
-        share: statistics.median(seconds(partial(both_ways, "packed", mask)) for _ in range(setting.repeats))
-        for share, mask in ((share, setting.visible(share)) for share in SHARES)
+    by_fraction = {
+        fraction: statistics.median(seconds(partial(both_ways, "packed", mask)) for _ in range(setting.repeats))
+        for fraction, mask in ((fraction, setting.visible(fraction)) for fraction in FRACTIONS)
     }
     masked, packed = (statistics.median(taken) for taken in times.values())
     return {
         "masked_seconds": masked,
         "packed_seconds": packed,
         "ratio": masked / packed,
-        "seconds": by_share,
-        "share_ratio": by_share[0.1] / by_share[0.25],
+        "seconds": by_fraction,
+        "fraction_ratio": by_fraction[0.1] / by_fraction[0.25],
     }
 
 
@@ -103,32 +112,28 @@ def stages(setting: Setting) -> dict[str, dict[str, float]]:
     backward at a quarter of the patches in fp32, packed and masked taking turns, by voxels per patch and axis.
     """
     setting.start()
-    net = HybridEncoder(img_size=setting.edge).to(setting.device, memory_format=torch.channels_last_3d)
-    mask = setting.visible(0.25)
-    patches = net.patches(setting.volumes(), mask)
+    nets = both_encoders(setting)
+    patches = nets["packed"].patches(setting.volumes(), setting.visible(0.25))
     results = {}
-    for number, (edge, width) in enumerate(zip(PATCH_EDGES, WIDTHS, strict=True), start=1):
-        layers = [*net.embeddings.get_submodule(f"layer{number}").children()]
-        widen = net.embeddings.get_submodule(f"expend{number}") if number < len(PATCH_EDGES) else None
-        size = [g * edge for g in patches.grid]
-        dense = torch.rand(setting.num_samples, *size, width, device=setting.device).movedim(-1, 1)
-        inputs = {
-            "masked": (dense.requires_grad_(), None),
-            "packed": (patches.pack(dense.detach()).requires_grad_(), patches),
+    for number, width in enumerate(WIDTHS, start=1):
+        edge = setting.edge // patches.grid[0] >> (number - 1)
+        names = [f"layer{number}", *([f"expend{number}"] if number < len(WIDTHS) else [])]
+        layers = {
+            compute: nn.Sequential(*(net.embeddings.get_submodule(name) for name in names))
+            for compute, net in nets.items()
         }
-        times: dict[str, list[float]] = {compute: [] for compute in inputs}
+        dense = torch.rand(setting.num_samples, *(g * edge for g in patches.grid), width, device=setting.device)
+        maps = {"masked": dense.movedim(-1, 1), "packed": patches.pack(dense.movedim(-1, 1))}
 
-        def both_ways(compute: str, inputs: Any = inputs, layers: Any = layers, widen: Any = widen) -> None:
-            x, geometry = inputs[compute]
-            with hidden(patches.visible) if geometry is None else nullcontext():
-                for layer in layers:
-                    x = layer(x, geometry)
-                x = x if widen is None else same_conv(widen, x, geometry)
-            x.backward(torch.ones_like(x))
+        def both_ways(compute: str, maps: Any = maps, layers: Any = layers) -> None:
+            with packed(patches, nets["packed"].patch) if compute == "packed" else hidden(patches.visible):
+                out = layers[compute](maps[compute].requires_grad_())
+            out.backward(torch.ones_like(out))
             setting.finish()
 
-        for compute in inputs:
+        for compute in maps:
             both_ways(compute)
+        times: dict[str, list[float]] = {compute: [] for compute in maps}
         for _ in range(setting.repeats):
             for compute, taken in times.items():
                 taken.append(seconds(partial(both_ways, compute)))
@@ -209,7 +214,7 @@ def flops(setting: Setting, **options: Any) -> dict[str, Any]:
     return {
         "forward": forward / b,
         "backward": backward / b,
-        "encoder_share": sum_by_module(layers)["encoder"] / forward,
+        "encoder_fraction": sum_by_module(layers)["encoder"] / forward,
         "masked_forward": sum(flops_by_layer(masked, size, b, visible).values()) / b,
         "by_layer": {name: n / b for name, n in sorted(layers.items(), key=lambda item: -item[1])},
     }

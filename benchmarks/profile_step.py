@@ -6,9 +6,11 @@ a backward function to its forward one. What is computed again in the backward p
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from gpu_steps import WARM_UP, Size, Variant, applied, make_step
@@ -16,12 +18,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from hyspark.models.masking import packed_convolution
 from hyspark.planning.flops import flops_by_layer
 
 SCOPE = "layer: "
 BACKWARD = "autograd::engine::evaluate_function: "
 LEAST = 0.005
-"""Share of the step below which a layer is summed with the others."""
+"""Fraction of the step below which a layer is summed with the others."""
 NUM_KERNELS = 25
 REST = "all else"
 
@@ -41,6 +44,7 @@ class Named(TorchFunctionMode):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.layers = {id(p): name.rpartition(".")[0] for name, p in network.named_parameters()}
+        self.cast: list[Tensor] = []  # kept, so that no other tensor gets their id
         self.bytes: dict[str, int] = defaultdict(int)
 
     def __torch_function__(
@@ -53,8 +57,23 @@ class Named(TorchFunctionMode):
             return func(*args, **kwargs)
         with record_function(SCOPE + layer):
             out = func(*args, **kwargs)
+        if func is Tensor.to:  # a weight in the precision of autocast
+            self.layers[id(out)] = layer
+            self.cast.append(out)
         self.bytes[layer] += sum(x.numel() * x.element_size() for x in (*given, out) if isinstance(x, Tensor))
         return out
+
+
+def named_convolution(layers: Mapping[int, str]) -> Callable[..., Tensor]:
+    """Make `convolve_with_border` that the profiler sees below the name of its layer, backward pass included."""
+    convolve = packed_convolution.convolve_with_border
+
+    def named(*args: Any) -> Tensor:
+        names = [layers[id(a)] for a in args if id(a) in layers]
+        with record_function(SCOPE + names[0]) if names else nullcontext():
+            return convolve(*args)
+
+    return named
 
 
 def by_layer(
@@ -71,7 +90,12 @@ def by_layer(
             step()
         network = step.network
         # In one thread, so that what the backward pass computes again has its names, too.
-        with torch.autograd.set_multithreading_enabled(False), Named(network) as named, profiled(size.device) as trace:
+        with (
+            torch.autograd.set_multithreading_enabled(False),
+            Named(network) as named,
+            patch.object(packed_convolution, "convolve_with_border", named_convolution(named.layers)),
+            profiled(size.device) as trace,
+        ):
             step()
     spent = attributed(trace.events(), size.device)
     for layer, moved in named.bytes.items():
@@ -98,7 +122,7 @@ def columns(spent: Spent, total: float, flops: float, ceilings: tuple[float | No
     return {
         "forward ms": 1e3 * spent.forward,
         "backward ms": 1e3 * spent.backward,
-        "share": (spent.forward + spent.backward) / total if total else None,
+        "fraction": (spent.forward + spent.backward) / total if total else None,
         "forward TFLOP/s": rates[0],
         "forward GB/s": rates[1],
         "of the matrix product": of_ceiling[0],
@@ -122,7 +146,7 @@ def by_kernel(size: Size, batch: int, variant: Variant) -> Iterator[tuple[str, d
     total = sum(map(sum, taken.values()))
     for name, times in sorted(taken.items(), key=lambda item: -sum(item[1]))[:NUM_KERNELS]:
         shown = name.replace("|", "/")[:90]
-        yield shown, {"ms": sum(times) / 1e3, "calls": len(times), "share": sum(times) / total}
+        yield shown, {"ms": sum(times) / 1e3, "calls": len(times), "fraction": sum(times) / total}
 
 
 def profiled(device: str) -> profile:

@@ -41,7 +41,7 @@ class Arguments(Tap):
     num_samples: int = 2  # Crops per step
     edge: int = 96  # Voxels per axis of a crop
     repeats: int = 3  # Timed calls, whose median is taken
-    out: str = "ckpt/bench"  # Folder for bench.json, bench.md and time_by_share.png
+    out: str = "ckpt/bench"  # Folder for bench.json, bench.md and time_by_fraction.png
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def rows(arguments: Arguments) -> list[Row]:
     against = [("published", "published fp32"), ("masked fp32", "masked fp32")]
     table = [
         Row("encoder, packed against masked, fp32", ">= 3.0x", "encoder", lambda m: f"{m['ratio']:.2f}x"),
-        Row("encoder time at .9 masked to .75", "<= .5", "encoder", lambda m: f"{m['share_ratio']:.2f}"),
+        Row("encoder time at .9 masked to .75", "<= .5", "encoder", lambda m: f"{m['fraction_ratio']:.2f}"),
     ]
     for name, other in against:
         if name == "published" and not arguments.published:
@@ -99,7 +99,7 @@ def rows(arguments: Arguments) -> list[Row]:
             "worker_memory",
             lambda m: f"{m['late_to_early_ratio']:.3f} ({m['late_bytes'] / 2**20:.0f} MiB)",
         ),
-        Row("share of a step spent waiting for data", "<= .05", "data_wait", lambda m: f"{m['data_wait']:.4f}"),
+        Row("fraction of a step spent waiting for data", "<= .05", "data_wait", lambda m: f"{m['data_wait']:.4f}"),
     ]
 
 
@@ -131,11 +131,11 @@ def measure(arguments: Arguments) -> dict[str, Any]:
 
 
 def speeds(steps: Measured, flops: Measured, gpu: str) -> dict[str, float]:
-    """FLOPs per second of the packed steps, and on a GPU that is known the bf16 one's share of its peak."""
+    """FLOPs per second of the packed steps, and on a GPU that is known the bf16 one's fraction of its peak."""
     work = flops["forward"] + flops["backward"]
     rates = {name: work / step["seconds"] for name, step in steps.items() if name.startswith("packed")}
     peak = next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), None)
-    return rates | ({"share of the peak in bf16": rates["packed bf16"] / peak} if peak else {})
+    return rates | ({"fraction of the peak in bf16": rates["packed bf16"] / peak} if peak else {})
 
 
 def as_table(arguments: Arguments, results: Measured) -> str:
@@ -145,7 +145,7 @@ def as_table(arguments: Arguments, results: Measured) -> str:
         if row.part in results:
             lines.append(f"| {row.what} | {row.target} | {row.value(results[row.part])} |")
     if "flops" in results:
-        lines += ["", "| layer | GFLOP forward, a sample | share |", "|---|---|---|"]
+        lines += ["", "| layer | GFLOP forward, a sample | fraction |", "|---|---|---|"]
         forward = results["flops"]["forward"]
         for name, count in results["flops"]["by_layer"].items():
             if count > 0.01 * forward:
@@ -161,13 +161,17 @@ def text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def draw_time_by_share(encoder: Measured, path: Path) -> None:
-    """Seconds of the encoder against the visible share, with the masked reference as a line."""
+def draw_time_by_fraction(encoder: Measured, path: Path) -> None:
+    """Seconds of the encoder against the visible fraction, with the masked reference as a line."""
     figure, axes = plt.subplots(figsize=(6, 4))
-    shares, times = zip(*encoder["seconds"].items(), strict=True)
-    axes.plot(shares, times, "o-", label="packed: visible patches only")
-    axes.axhline(encoder["masked_seconds"], color="gray", linestyle="--", label="masked: every voxel, at any share")
-    axes.set(xlabel="visible share of patches", ylabel="seconds, forward and backward", xlim=(0, 1.05), ylim=(0, None))
+    fractions, times = zip(*encoder["seconds"].items(), strict=True)
+    axes.plot(fractions, times, "o-", label="packed: visible patches only")
+    axes.axhline(
+        encoder["masked_seconds"], color="gray", linestyle="--", label="masked: every voxel, at any mask ratio"
+    )
+    axes.set(
+        xlabel="visible fraction of patches", ylabel="seconds, forward and backward", xlim=(0, 1.05), ylim=(0, None)
+    )
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110, bbox_inches="tight")
@@ -184,7 +188,7 @@ def main() -> None:
     (out / "bench.json").write_text(json.dumps(results, indent=2))
     (out / "bench.md").write_text(table + "\n")
     if "encoder" in results:
-        draw_time_by_share(results["encoder"], out / "time_by_share.png")
+        draw_time_by_fraction(results["encoder"], out / "time_by_fraction.png")
     print(f"\n{table}\n\nwritten to {out}")
 
 

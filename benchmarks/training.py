@@ -13,14 +13,14 @@ RECIPE = Path(__file__).parents[1] / "configs" / "pretrain_coarse_cpu.yaml"
 
 
 def data_wait(steps: int = 12, num_workers: int = 2) -> dict[str, float]:
-    """Mean share of a step that is spent waiting for its batch, after the first step, in which the workers start; and
-    the largest share of any of these steps.
+    """Mean fraction of a step that is spent waiting for its batch, after the first step, in which the workers start;
+    and the largest fraction of any of these steps.
     """
     with tempfile.TemporaryDirectory() as folder:
         in_fresh_process(train, folder, steps, num_workers)
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
-    shares = [line["data_wait"] for line in map(json.loads, lines) if "data_wait" in line and line["step"] > 0]
-    return {"data_wait": statistics.mean(shares), "largest": max(shares), "steps": len(shares)}
+    fractions = [line["data_wait"] for line in map(json.loads, lines) if "data_wait" in line and line["step"] > 0]
+    return {"data_wait": statistics.mean(fractions), "largest": max(fractions), "steps": len(fractions)}
 
 
 def train(folder: str, steps: int, num_workers: int) -> None:

@@ -184,14 +184,25 @@ def test_what_is_asked_wrongly_is_one_line(gpu, tmp_path, capsys):
 # The rows
 
 
-def test_everything_at_full_size_is_planned_in_the_order_of_its_worth(gpu, budget, tmp_path):
+def test_everything_at_full_size_is_planned_in_the_order_of_its_worth(gpu, budget, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.planned, "PACKAGE", "json")  # as if it were installed
     arguments = gpu.Arguments().parse_args(["--published", "checkout", "--out", str(tmp_path)])
     rows = list(gpu.plan(arguments, gpu.Scale(), budget.Record(tmp_path, "gpu")))
     sections = list(dict.fromkeys(row.section for row in rows))
-    assert sections[:5] == [gpu.CEILINGS, gpu.TESTS, gpu.STEPS, gpu.VARIANTS, gpu.DEPTHWISE]
-    assert sections[5:] == [gpu.LAYERS, f"{gpu.KERNELS} ({gpu.BASE})", gpu.TRAINING, gpu.PREDICTION]
+    assert sections[:5] == [gpu.CEILINGS, gpu.TESTS, gpu.STEPS, gpu.ENCODERS, gpu.DECODERS]
+    assert sections[5:] == [
+        gpu.VARIANTS,
+        gpu.DEPTHWISE,
+        gpu.LAYERS,
+        f"{gpu.KERNELS} ({gpu.BASE})",
+        gpu.TRAINING,
+        gpu.PREDICTION,
+    ]
     assert len({(row.section, row.name) for row in rows}) == len(rows)
     pickle.dumps([(row.function, dict(row.options)) for row in rows])
+    encoders = [row.name for row in rows if row.section == gpu.ENCODERS]
+    assert encoders[:3] == ["resnet50, 224^2, packed", "ResidualEncoderUNet, 96^3, packed", "HySparK-B, 96^3, packed"]
+    assert {"resnet50, 224^2, hidden", "HySparK-B, 96^3, dense"} < set(encoders)
     steps = [row.name for row in rows if row.section == gpu.STEPS]
     assert steps[0] == "packed bf16, batch 8"
     kinds = [f"{compute} {precision}" for compute in ("packed", "masked") for precision in ("bf16", "TF32", "fp32")]
@@ -199,15 +210,27 @@ def test_everything_at_full_size_is_planned_in_the_order_of_its_worth(gpu, budge
     wanted = {f"{kind}, {size}" for kind in kinds for size in sizes}
     assert wanted - set(steps) == {"masked TF32, largest batch", "masked fp32, largest batch"}
     assert {"published bf16, batch 8", "published fp32, batch 2"} <= set(steps)
+    decoders = [(row.options["size"].options, row.name) for row in rows if row.section == gpu.DECODERS]
+    assert decoders[0] == ({"decoder_width": 768}, "width 768, fraction 1")
+    assert ({"decoder_width": 192, "reconstruct_fraction": 0.25}, "width 192, fraction 0.25") in decoders
     tests = next(row for row in rows if row.section == gpu.TESTS)
     assert "tests/training/test_gpu.py" in tests.options["paths"]
 
 
+def timed_once(function, device):
+    """The time of a first call; bf16 is slow on a CPU."""
+    start = time.perf_counter()
+    function()
+    taken = time.perf_counter() - start
+    return SimpleNamespace(first=taken, seconds=taken)
+
+
 def test_steps_at_toy_size(gpu, tmp_path, capsys, monkeypatch, in_this_process):
-    monkeypatch.setattr(gpu.gpu_steps, "WARM_UP", 1)
-    monkeypatch.setattr(gpu.gpu_steps, "FEW", 1)
-    monkeypatch.setattr(gpu.gpu_steps, "ENOUGH", 0.0)
-    only = ["ceilings", "steps", "depthwise", "profile", "prediction"]
+    for module in map(importlib.import_module, ("gpu_steps", "depthwise")):
+        monkeypatch.setattr(module, "timed", timed_once)
+    monkeypatch.setattr(importlib.import_module("profile_step"), "WARM_UP", 0)
+    monkeypatch.setattr(gpu.planned, "PACKAGE", "package_that_is_missing")
+    only = ["ceilings", "steps", "encoders", "depthwise", "profile", "prediction"]
     assert gpu.main(["--device", "cpu", "--out", str(tmp_path), "--only", *only]) == 0
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     steps = rows[gpu.STEPS]
@@ -220,12 +243,17 @@ def test_steps_at_toy_size(gpu, tmp_path, capsys, monkeypatch, in_this_process):
     assert flops["masked fp32, batch 2"] > 2 * flops["packed fp32, batch 2"]
     assert flops["packed fp32, batch 2"] == pytest.approx(flops["packed bf16, batch 1"])
     layers = rows[gpu.LAYERS]
-    assert sum(values["share"] for name, values in layers.items() if name != "the step") == pytest.approx(1)
+    assert sum(values["fraction"] for name, values in layers.items() if name != "the step") == pytest.approx(1)
     assert {"encoder.embeddings.layer1.0.conv1", "decoder.levels.3.refine.3"} <= set(layers)
-    convolution = layers["decoder.levels.3.refine.3"]
-    assert min(convolution[column] for column in ("forward ms", "backward ms", "forward TFLOP/s")) > 0
-    assert "Halo" in layers
-    assert "written to" in capsys.readouterr().out
+    for name in ("encoder.embeddings.layer1.0.conv1", "decoder.levels.3.refine.3"):
+        assert min(layers[name][column] for column in ("forward ms", "backward ms", "forward TFLOP/s")) > 0
+    assert "BorderConvolutionBackward" not in layers
+    encoders = rows[gpu.ENCODERS]
+    assert {name.split(",")[0] for name in encoders} == {"resnet10t", "HySparK"}
+    assert encoders["HySparK, 32^3, hidden"]["packed is faster by"] > 0
+    printed = capsys.readouterr().out
+    assert "ResidualEncoderUNet, 8^3: skipped; package_that_is_missing is not installed: pip install" in printed
+    assert "written to" in printed
 
 
 def test_without_cuda_it_says_what_to_do(gpu, tmp_path, capsys):
@@ -355,7 +383,7 @@ def test_all_of_it_at_toy_size(gpu, tmp_path):
         assert known["failed"] == {}
     assert "the same command" not in finished.stdout
     assert set(known["rows"]) == {
-        *(gpu.CEILINGS, gpu.TESTS, gpu.STEPS, gpu.VARIANTS, gpu.DEPTHWISE),
+        *(gpu.CEILINGS, gpu.TESTS, gpu.STEPS, gpu.ENCODERS, gpu.DECODERS, gpu.VARIANTS, gpu.DEPTHWISE),
         *(gpu.LAYERS, gpu.TRAINING, gpu.PREDICTION),
         *(section for section in known["rows"] if section.startswith(gpu.KERNELS)),
     }
