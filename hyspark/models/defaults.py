@@ -57,3 +57,12 @@ def check_min_width(decoder_width: int, decoder_min_width: int) -> None:
             f"decoder_min_width: expected at most decoder_width={decoder_width}, the width of the widest level, "
             f"got {decoder_min_width}"
         )
+
+
+def check_reconstruct_fraction(fraction: float) -> None:
+    """Raise ValueError if the fraction of reconstructed patches is not above 0 and at most 1."""
+    if not 0 < fraction <= 1:
+        raise ValueError(
+            f"reconstruct_fraction: expected a number above 0 and at most 1, got {fraction}; 1 reconstructs all hidden "
+            "patches, as in the paper"
+        )

@@ -266,6 +266,7 @@ def build_spark(
     run: Callable[[nn.Module, Tensor], Any] | None = None,
     safe: Collection[Callable[..., Any]] = (),
     mask_unit: Edges | None = None,
+    reconstruct_fraction: float = 1.0,
 ) -> MaskedAutoencoder:
     """Build SparK's pre-training network around any backbone; the defaults are the paper's for ResNet-50.
 
@@ -281,6 +282,7 @@ def build_spark(
         safe: torch functions that the network does not apply along positions, see `hidden`.
         mask_unit: edge of a mask unit in voxels, one number or one per axis; by default the backbone's total stride. A
             position of a map that covers several units is visible where any of them is.
+        reconstruct_fraction: fraction of the hidden patches that are reconstructed and scored in training.
 
     Returns:
         The network: images (b, in_channels, *size) -> `PretrainingOutput`. The backbone in it stays the same object.
@@ -291,4 +293,4 @@ def build_spark(
     size = edges_per_axis(img_size, axes, "img_size")
     encoder = PyramidEncoder(backbone, size, in_channels, taps, run, safe, mask_unit)
     encoder.check_masked()
-    return MaskedAutoencoder(encoder, mask_ratio, decoder_width)
+    return MaskedAutoencoder(encoder, mask_ratio, decoder_width, reconstruct_fraction)
