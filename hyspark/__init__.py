@@ -12,7 +12,7 @@ __version__ = version.VERSION
 
 if TYPE_CHECKING:
     from hyspark.config.pretrain import list_methods
-    from hyspark.models.backbones import list_backbones
+    from hyspark.models.backbones import Backbone, list_backbones
     from hyspark.models.masked_autoencoder import build_hyspark
     from hyspark.models.masking.context import hidden
     from hyspark.models.masking.packed import packed
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hyspark.tasks.api import evaluate, finetune, predict, pretrain
 
 MODULES = {
+    "Backbone": "models.backbones",
     "LoadReport": "models.weights.load",
     "build_hybird": "models.segmentation",
     "build_hyspark": "models.masked_autoencoder",
@@ -38,6 +39,7 @@ MODULES = {
 }
 """Modules of the public names."""
 __all__ = [
+    "Backbone",
     "LoadReport",
     "build_hybird",
     "build_hyspark",

@@ -45,9 +45,15 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
     random initialisation. The optimizer and the projection heads of moco, byol and swav are always initialised anew.
     """
     crop_size: tuple[int, ...] = setting((96,), "data", first=True, old=("input_size",))
-    """Edge of a crop in voxels, one number or one per axis; multiples of 16."""
+    """Edge of a crop in voxels, one number or one per axis; multiples of 16, or of the total stride of another network
+    on each axis.
+    """
     mask_ratio: float = setting(0.75, "optimisation", first=True, old=("mask",), methods=MASKED)
     """Fraction of patches that are hidden."""
+    mask_unit: tuple[int, ...] = setting((), "optimisation", methods=("spark",))
+    """spark: edge of a patch that is hidden or visible, in voxels, one number or one per axis; on each axis a multiple
+    or a divisor of the network's strides. By default the network's total stride.
+    """
     batch_size: int = setting(4, "optimisation", first=True, old=("bs",))
     """Volumes per step, over all processes; each gives crops_per_volume crops."""
     epochs: int = setting(100, "optimisation", first=True, old=("ep",))
@@ -83,7 +89,9 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
     image_channels, the default stands for their number.
     """
     decoder_width: int = setting(768, "network", methods=MASKED)
-    """Channels of the reconstruction decoder at its deepest level; a multiple of 16."""
+    """Channels of the reconstruction decoder at its deepest level. They halve at each of its steps, 4 for hyspark, so
+    there a multiple of 16.
+    """
     reconstruct_fraction: float = setting(1.0, "optimisation", methods=MASKED)
     """Fraction of the hidden patches that a step reconstructs and scores, drawn anew for each crop. The two finest
     levels of the decoder, most of its cost, compute these alone. 1: all, as in the paper. Validation and pictures
@@ -137,9 +145,14 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
             raise ValueError(f"view_scale must be above 0 and at most 1, but it is {self.view_scale}")
         if self.probe_cases < 2:
             raise ValueError(f"probe_cases must be at least 2 (one to fit, one to score), but it is {self.probe_cases}")
-        if len(self.crop_size) not in (1, self.axes):
-            several = "three" if self.axes == 3 else "two"
-            raise ValueError(f"crop_size takes one number or {several}, but got {list(self.crop_size)}")
+        for name, numbers in (("crop_size", self.crop_size), ("mask_unit", self.mask_unit or (1,))):
+            if len(numbers) not in (1, self.axes):
+                several = "three" if self.axes == 3 else "two"
+                raise ValueError(f"{name} takes one number or {several}, but got {list(numbers)}")
+        if self.mask_unit and min(self.mask_unit) < 1:
+            raise ValueError(f"mask_unit must be at least 1 on every axis, but it is {list(self.mask_unit)}")
+        if self.unit_shape:
+            grid_of(self.crop_shape, self.unit_shape)
         self.check_model()
         self.check_unread()
         if self.compile != "none" and self.compute == "masked":
@@ -190,6 +203,11 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
     def crop_shape(self) -> tuple[int, ...]:
         """Voxels of a crop on each axis: three, or two for slices."""
         return self.crop_size * self.axes if len(self.crop_size) == 1 else self.crop_size
+
+    @property
+    def unit_shape(self) -> tuple[int, ...] | None:
+        """Voxels of a mask unit on each axis; None for the network's total stride."""
+        return (self.mask_unit * self.axes if len(self.mask_unit) == 1 else self.mask_unit) or None
 
     @property
     def run_folder(self) -> Path:

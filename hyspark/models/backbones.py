@@ -83,7 +83,7 @@ def build_backbone(name: str, in_channels: int, axes: int, img_size: Sequence[in
             timm/NAME: any network of timm (2D), without its classifier.
             torchvision/NAME: any classification network of torchvision (2D, three channels).
             monai/NAME: resnet10 to resnet200 as in MONAI's FlexibleUNet, segresnet or dynunet, in 2D or 3D.
-            PACKAGE.MODULE:FACTORY: the module that FACTORY(in_channels=..., axes=...) returns.
+            PACKAGE.MODULE:FACTORY: what FACTORY(in_channels=..., axes=...) returns, a module or a Backbone.
         in_channels: channels of an image.
         axes: number of spatial axes.
         img_size: edges of an image, for transformers that have one position per patch; by default their own.
@@ -93,7 +93,7 @@ def build_backbone(name: str, in_channels: int, axes: int, img_size: Sequence[in
     """
     library, slash, rest = name.partition("/")
     if ":" in name:
-        return Backbone(build_from_factory(name, in_channels, axes))
+        return build_from_factory(name, in_channels, axes)
     builders: dict[str, Callable[[str, int, int], Backbone]]
     builders = {"timm": partial(build_timm, img_size=img_size), "torchvision": build_torchvision, "monai": build_monai}
     if not slash or library not in builders:
@@ -163,7 +163,7 @@ def build_monai(name: str, in_channels: int, axes: int) -> Backbone:
     return Backbone(build(spatial_dims=axes, n_input_channels=in_channels, **options))
 
 
-def build_from_factory(name: str, in_channels: int, axes: int) -> nn.Module:
+def build_from_factory(name: str, in_channels: int, axes: int) -> Backbone:
     """Call the user's own function PACKAGE.MODULE:FACTORY."""
     module, _, factory = name.partition(":")
     try:
@@ -171,16 +171,21 @@ def build_from_factory(name: str, in_channels: int, axes: int) -> nn.Module:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"backbone {name!r}: {error}; is {module} installed, or in PYTHONPATH?") from error
     try:
-        network = make(in_channels=in_channels, axes=axes)
+        made = make(in_channels=in_channels, axes=axes)
     except Exception as error:  # the user's own code raises any type
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise UnsupportedNetworkError(
             f"backbone {name!r}: {type(error).__name__} in {frame.filename}, line {frame.lineno}: {first_line(error)}; "
-            f"expected a module from {factory}(in_channels={in_channels}, axes={axes})"
+            f"expected a module or a Backbone from {factory}(in_channels={in_channels}, axes={axes})"
         ) from error
-    if not isinstance(network, nn.Module):
-        raise ValueError(f"backbone {name!r}: expected a torch module from it, got {type(network).__name__}")
-    return network
+    backbone = made if isinstance(made, Backbone) else Backbone(made)
+    if not isinstance(backbone.network, nn.Module) or not (backbone.run is None or callable(backbone.run)):
+        got = f"Backbone({', '.join(type(x).__name__ for x in made)})" if backbone is made else type(made).__name__
+        raise ValueError(
+            f"backbone {name!r}: expected a torch module from it, or hyspark.Backbone(module, run) with a function "
+            f"run(module, x), got {got}"
+        )
+    return backbone
 
 
 def run_dynunet(net: Any, x: Tensor) -> Tensor:
@@ -195,7 +200,10 @@ def run_dynunet(net: Any, x: Tensor) -> Tensor:
 def suggest_backbones(name: str) -> str:
     """Suggest networks that run under a mask, with names similar to one that does not."""
     if ":" in name:  # the user's own function
-        return "use layers that run under a mask (hyspark.list_backbones() lists networks of such layers)"
+        return (
+            "use layers that run under a mask (hyspark.list_backbones() lists networks of such layers), or return "
+            "hyspark.Backbone(network, run) with a run(network, x) that computes the encoder alone"
+        )
     library, _, rest = name.partition("/")
     known = [known.partition("/")[2] for known in list_backbones(f"{library}/*")]
     near = [f"{library}/{found}" for found in difflib.get_close_matches(rest, known, n=2, cutoff=0.6)]

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyspark.models.defaults import CONTRASTIVE_METHODS
-from hyspark.models.feature_maps import record_outputs
+from hyspark.models.defaults import CONTRASTIVE_METHODS, edges_per_axis
+from hyspark.models.feature_maps import contributing, record_outputs
 from hyspark.models.spark import PyramidEncoder
 from hyspark.utils.install import install_command
 
@@ -65,11 +65,35 @@ class PooledEncoder(nn.Module):
         self.run = pyramid.run
         self.tap = pyramid.taps[-1]
         self.width = pyramid.maps[0][0]
+        self.crop_shape = (in_channels, *img_size)
 
     def forward(self, images: Tensor) -> Tensor:
         with record_outputs(self.backbone, [self.tap]) as seen:
             self.run(self.backbone, images)
         return seen[self.tap].flatten(2).mean(-1)
+
+    def check_copies(self) -> None:
+        """Compute the features of a copy.
+
+        Raises:
+            ValueError: they depend on the weights of this network. A function that holds the network, such as
+                `net.forward_features = lambda x: net.encoder(x)`, does so in every copy too.
+        """
+        copied = deepcopy(self).eval()
+        like = next(self.parameters())
+        with (
+            torch.enable_grad(),
+            torch.random.fork_rng(devices=[]),
+            record_outputs(copied.backbone, [self.tap]) as seen,
+        ):
+            copied.run(copied.backbone, like.new_zeros(1, *self.crop_shape))
+        used = contributing(list(seen.values()))
+        if not seen or any(id(p) in used for p in self.parameters()):
+            raise ValueError(
+                f"{type(self.backbone).__name__}: a copy of it computes with the original's weights, so it can have no "
+                "momentum encoder; define what it runs as a method, or return hyspark.Backbone(network, run) from the "
+                "factory, with a run(network, x) that uses its own argument"
+            )
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights to export: the network's own, by its own key names."""
@@ -246,10 +270,12 @@ def build_siamese(
         from lightly.models.modules import heads
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{method} needs lightly: {install_command('views')} ({error})") from error
-    size = (img_size,) * axes if isinstance(img_size, int) else tuple(img_size)
+    size = edges_per_axis(img_size, axes, "img_size")
     encoder = PooledEncoder(backbone, size, in_channels, run)
     shape = (encoder.width, head_width, PROJECTION[method])
     is_distributed = num_processes > 1
+    if method != "swav":
+        encoder.check_copies()
     if method == "moco":
         bank = (queue_size, PROJECTION[method])
         criterion = loss.NTXentLoss(MOCO_TEMPERATURE, bank, gather_distributed=is_distributed)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyspark.models.blocks import CONV, MedNeXtBlock
-from hyspark.models.defaults import DEPTHS, EXPANSIONS, PATCH, WIDTHS, grid_of
+from hyspark.models.defaults import DEPTHS, EXPANSIONS, PATCH, WIDTHS, edges_per_axis, grid_of
 from hyspark.models.masking.context import hidden
 from hyspark.models.masking.mask import visible_at
 from hyspark.models.masking.patches import Patches, build_patches, same_conv
@@ -150,9 +150,7 @@ class HybridEncoder(nn.Module):
         for name, values in (("widths", widths), ("depths", depths), ("expansions", expansions)):
             if len(values) != NUM_STAGES:
                 raise ValueError(f"{name}: expected {NUM_STAGES} numbers, one per stage, got {tuple(values)}")
-        self.img_size = (img_size,) * axes if isinstance(img_size, int) else tuple(img_size)
-        if len(self.img_size) != axes:
-            raise ValueError(f"img_size: expected one number, or {axes}, one per axis, got {self.img_size}")
+        self.img_size = edges_per_axis(img_size, axes, "img_size")
         self.widths = tuple(widths)
         self.embeddings = ConvStages(in_channels, widths, depths, expansions, axes)
         self.mae = TokenTransformer(widths[-1], vit_depth, num_heads, grid_of(self.img_size))

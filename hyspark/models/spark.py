@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyspark.models.defaults import Edges, grid_of, edges_per_axis
+from hyspark.models.defaults import Edges, edges_per_axis, grid_of
 from hyspark.models.feature_maps import (
     Stride,
     choose_pyramid,

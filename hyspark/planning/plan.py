@@ -15,7 +15,7 @@ from torch import nn
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.data.preprocessing.store_size import StoreSize
 from hyspark.models.contrastive import Siamese
-from hyspark.models.defaults import CONTRASTIVE_METHODS, grid_of
+from hyspark.models.defaults import grid_of
 from hyspark.models.encoder import HybridEncoder
 from hyspark.models.masked_autoencoder import MaskedAutoencoder
 from hyspark.models.masking.mask import draw_visible
@@ -207,11 +207,11 @@ def memory_lines(
     lines.append(("", f"{fits}; loader processes come on top"))
     most_crops = memory.most if len(trials) >= 2 else len(trials)
     if most_crops is not None and most_crops < crops:
-        lines.append(("WARNING", memory_advice(config, processes, int(most_crops), crops)))
+        lines.append(("WARNING", memory_advice(config, processes, model, int(most_crops), crops)))
     return lines
 
 
-def memory_advice(config: PretrainConfig, processes: Processes, most: int, crops: int) -> str:
+def memory_advice(config: PretrainConfig, processes: Processes, model: nn.Module, most: int, crops: int) -> str:
     """Describe which settings to change if a step does not fit the memory."""
     change = []
     if most >= config.crops_per_volume:
@@ -220,8 +220,10 @@ def memory_advice(config: PretrainConfig, processes: Processes, most: int, crops
         change.append(f"--batch_size {processes.world_size} --crops_per_volume {most}")
     if config.precision == "fp32":
         change.append("--precision bf16")
-    if config.method not in CONTRASTIVE_METHODS and config.decoder_width > 16:
-        change.append(f"--decoder_width {max(16, config.decoder_width // 32 * 16)}")
+    if isinstance(model, MaskedAutoencoder):
+        least = 2 ** len(model.decoder.levels)
+        if config.decoder_width > least:
+            change.append(f"--decoder_width {max(least, config.decoder_width // (2 * least) * least)}")
     if not most:
         change.append("a smaller --crop_size")
     what = f"{crops} crops in a process do not fit the memory" if most else "not even one crop fits the memory"

@@ -68,6 +68,7 @@ class PretrainingExperiment(Experiment[MaskedTask | ContrastiveTask]):
             "data": f"{len(self.training)} training and {len(self.validation)} validation volumes from {c.data}",
             "model": f"{c.model}, {format_num_parameters(self.model)} parameters, "
             f"crops of {' x '.join(map(str, c.crop_shape))}"
+            + (f", mask units of {' x '.join(map(str, encoder.patch))}" if c.method == "spark" else "")
             + (f"; not trained by this method, left unchanged: {', '.join(untrained)}" if untrained else ""),
             "steps": f"{c.epochs} epochs of {steps_per_epoch(c, len(self.training))}, "
             f"{c.batch_size * c.crops_per_volume} crops each",
@@ -209,6 +210,7 @@ def build_around_backbone(config: PretrainConfig, name: str, num_processes: int)
     shared: dict[str, Any] = {"in_channels": config.in_channels, "axes": axes, "run": backbone.run}
     if config.method == "spark":
         shared |= {"decoder_width": config.decoder_width, "reconstruct_fraction": config.reconstruct_fraction}
+        shared |= {"mask_unit": config.unit_shape}
         return build_spark(backbone.network, config.crop_shape, config.mask_ratio, **shared)
     return build_siamese(
         config.method,

@@ -46,14 +46,15 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
 
     Args:
         visible: bool (b, 1, *grid), True where the network sees. Maps inside are (b, ..., *size) or, channels last,
-            (b, *size, c), with each axis of `size` a multiple of the grid's.
+            (b, *size, c), with each axis of `size` a multiple or a divisor of the grid's. A position that covers
+            several patches is visible where any of them is.
         safe: functions to leave unchanged, because the network does not apply them along positions.
         all_reduce: sum of a tensor over all processes, with gradients. BatchNorm then has the statistics of the
             global batch.
 
     Raises:
         NotImplementedError: inside the block, a function without a rule mixes positions.
-        ValueError: inside the block, the grid does not divide a feature map.
+        ValueError: inside the block, the grid neither divides a feature map nor is divided by it.
     """
 
     def __init__(
@@ -93,8 +94,8 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
         """Return the mask at a resolution, bool (b, 1, *size), computed once for each.
 
         Raises:
-            ValueError: the grid does not divide `size`, or `size` is no multiple or divisor of the size of another map,
-                so that patches would begin at other positions.
+            ValueError: the grid neither divides `size` nor is divided by it, or `size` is no multiple or divisor of the
+                size of another map, so that patches would begin at other positions.
         """
         if size not in self.masks:
             for other in self.masks:
@@ -129,6 +130,10 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
             return self.padded[1]
         mask = self.mask(tuple(x.shape[2:]))
         return mask, torch.ones_like(mask)
+
+    def is_divided(self, x: Tensor) -> bool:
+        """Whether positions of a map (b, c, *size) cover several patches, so that a pool may read hidden ones alone."""
+        return any(s < g for s, g in zip(x.shape[2:], self.visible.shape[2:], strict=True))
 
     def fill(self, x: Tensor, value: float = 0.0) -> Tensor:
         """Set hidden positions of a map (b, c, *size) to a value; a padded map already has it."""

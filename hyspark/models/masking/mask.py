@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from hyspark.models.defaults import PATCH, Edges, grid_of, edges_per_axis
+from hyspark.models.defaults import PATCH, Edges, edges_per_axis, grid_of
 
 
 def num_visible(grid: Sequence[int], mask_ratio: float) -> int:

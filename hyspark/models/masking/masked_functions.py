@@ -57,7 +57,8 @@ def masked_max_pool(context: hidden, func: Function, input: Tensor, *args: Any, 
     """Take the largest of the visible positions in each window."""
     if not context.is_map(input):
         raise mixing_error(func)
-    return context.fill(func(context.fill(input, -math.inf), *args, **kwargs))
+    out = context.fill(func(context.fill(input, -math.inf), *args, **kwargs))
+    return out.masked_fill(out == -math.inf, 0.0) if context.is_divided(out) else out
 
 
 def masked_avg_pool(context: hidden, func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -66,6 +67,8 @@ def masked_avg_pool(context: hidden, func: Function, input: Tensor, *args: Any, 
         raise mixing_error(func)
     visible, everything = (x.to(input.dtype) for x in context.pooling_masks(input))
     fraction = func(visible, *args, **kwargs) / func(everything, *args, **kwargs)
+    if context.is_divided(fraction):
+        fraction = fraction.masked_fill(fraction == 0, 1.0)
     return context.fill(func(context.fill(input), *args, **kwargs) / fraction)
 
 
