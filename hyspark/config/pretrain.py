@@ -97,8 +97,8 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
     levels of the decoder, most of its cost, compute these alone. 1: all, as in the paper. Validation and pictures
     always take all.
     """
-    compute: Literal["packed", "masked"] = setting("packed", "machine", methods=("hyspark",))
-    """How hidden voxels are skipped. packed: fast, visible patches alone. masked: the readable reference."""
+    compute: Literal["packed", "masked"] = setting("packed", "machine", methods=("hyspark", "spark"))
+    """How hidden voxels are excluded. packed: fast, visible patches alone. masked: the readable reference."""
     hide: Literal["everywhere", "convolutions", "input"] = setting("everywhere", "network", methods=("hyspark",))
     """Modules that do not see hidden patches. everywhere: the method. For ablations: convolutions, so that the
     transformer sees all tokens; or input, which sets hidden voxels to zero once.

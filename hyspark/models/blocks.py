@@ -1,9 +1,9 @@
 """Building blocks of the convolutional part: MedNeXt block and up-block, residual fusion block.
 
-The same code serves two or three spatial axes, and dense, masked and packed computation. Attribute names are those of
-the released weights.
+The same code serves two or three spatial axes. The blocks know of no mask: `hidden` and `packed` exclude hidden voxels
+from outside. Attribute names are those of the released weights.
 
-Shapes: b batch, c channels, *size voxels per axis. Given `patches`, a map is packed: (p, c, *edges), see patches.py.
+Shapes: b batch, c channels, *size voxels per axis.
 Source: Roy et al., "MedNeXt", MICCAI 2023, as used by HySparK's public release.
 """
 
@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyspark.models.masking.patches import Patches, same_conv
 from hyspark.models.recompute import recomputed
 
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+CONV_FUNCTION = {2: F.conv2d, 3: F.conv3d}
 CONV_TRANSPOSE = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 INSTANCE_NORM = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
@@ -32,34 +32,46 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class MedNeXtBlock(nn.Module):
-    """Residual block: depthwise 3^n convolution, norm, pointwise expansion, GELU, projection. (b, c, *size) -> same."""
+    """Residual block: depthwise 3^n convolution, norm, pointwise expansion, GELU, projection. (b, c, *size) -> same.
+
+    Args:
+        channels: of input and output.
+        expansion: ratio of the expansion.
+        axes: number of spatial axes.
+
+    Attributes:
+        recompute: compute the layers after the depthwise convolution again in the backward pass, to save memory.
+    """
 
     def __init__(self, channels: int, expansion: int, axes: int = 3) -> None:
         super().__init__()
         conv = CONV[axes]
+        self.recompute = False
         self.conv1 = conv(channels, channels, 3, padding=1, groups=channels)
         self.norm = ChannelNorm(channels)
         self.conv2 = conv(channels, expansion * channels, 1)
         self.conv3 = conv(expansion * channels, channels, 1)
 
-    def forward(self, x: Tensor, patches: Patches | None = None) -> Tensor:
-        branch = self.depthwise(x, patches)
-        return x + (self.pointwise(branch) if patches is None else recomputed(self.pointwise, branch))
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.depthwise(x)
+        return x + (recomputed(self.pointwise, branch) if self.recompute else self.pointwise(branch))
 
     def pointwise(self, x: Tensor) -> Tensor:
         """Apply the layers after the depthwise convolution, position by position."""
         out: Tensor = self.conv3(F.gelu(self.conv2(self.norm(x))))
         return out
 
-    def depthwise(self, x: Tensor, patches: Patches | None) -> Tensor:
+    def depthwise(self, x: Tensor) -> Tensor:
         """Apply `conv1`, in fp32 on a CPU if an axis has fewer than 3 positions.
 
         For such maps torch's bf16 channels-last kernel fills weight gradients from uninitialised memory (torch 2.15).
         """
         if torch.is_autocast_enabled("cpu") and x.device.type == "cpu" and min(x.shape[2:]) < 3:
             with torch.autocast("cpu", enabled=False):
-                return same_conv(self.conv1, x.float(), patches)
-        return same_conv(self.conv1, x, patches)
+                widened: Tensor = self.conv1(x.float())
+                return widened
+        out: Tensor = self.conv1(x)
+        return out
 
 
 class MedNeXtUpBlock(nn.Module):

@@ -66,3 +66,9 @@ def check_reconstruct_fraction(fraction: float) -> None:
             f"reconstruct_fraction: expected a number above 0 and at most 1, got {fraction}; 1 reconstructs all hidden "
             "patches, as in the paper"
         )
+
+
+def check_compute(compute: str) -> None:
+    """Raise ValueError for an unknown way to exclude hidden voxels."""
+    if compute not in ("masked", "packed"):
+        raise ValueError(f'compute: expected "masked" or "packed", got {compute!r}')

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyspark.models.blocks import CONV, MedNeXtBlock
-from hyspark.models.defaults import DEPTHS, EXPANSIONS, PATCH, WIDTHS, edges_per_axis, grid_of
+from hyspark.models.defaults import DEPTHS, EXPANSIONS, PATCH, WIDTHS, check_compute, edges_per_axis, grid_of
 from hyspark.models.masking.context import hidden
 from hyspark.models.masking.mask import visible_at
-from hyspark.models.masking.patches import Patches, build_patches, same_conv
+from hyspark.models.masking.packed import packed
+from hyspark.models.masking.patches import Patches, build_patches
 from hyspark.models.vit import TokenTransformer
 
 NUM_STAGES = 5
@@ -68,7 +69,7 @@ class ConvStages(nn.Module):
     """Stem and five stages of MedNeXt blocks; a widening convolution and a 2^n max pool between stages.
 
     (b, in_channels, *size) -> five maps, finest first: the skip features x_1..x_4 at full, 1/2, 1/4 and 1/8 resolution
-    (each with the width of the next stage), and x_5 at 1/16. Given `patches`, all maps are packed.
+    (each with the width of the next stage), and x_5 at 1/16.
     """
 
     def __init__(
@@ -88,14 +89,13 @@ class ConvStages(nn.Module):
             if s < NUM_STAGES:
                 self.add_module(f"expend{s}", conv(width, widths[s], 3, padding=1))
 
-    def forward(self, x: Tensor, patches: Patches | None = None) -> list[Tensor]:
+    def forward(self, x: Tensor) -> list[Tensor]:
         features = []
-        x = same_conv(self.stem, x, patches)
+        x = self.stem(x)
         for s in range(1, NUM_STAGES + 1):
-            for block in self.get_submodule(f"layer{s}").children():
-                x = block(x, patches)
+            x = self.get_submodule(f"layer{s}")(x)
             if s < NUM_STAGES:
-                x = same_conv(self.get_submodule(f"expend{s}"), x, patches)
+                x = self.get_submodule(f"expend{s}")(x)
                 features.append(x)
                 x = max_pool_2x(x)
         return [*features, x]
@@ -140,11 +140,9 @@ class HybridEncoder(nn.Module):
         hide: str = "everywhere",
     ) -> None:
         super().__init__()
-        if compute not in ("masked", "packed"):
-            raise ValueError(f'compute: expected "masked" or "packed", got {compute!r}')
+        check_compute(compute)
         if hide not in ("everywhere", "convolutions", "input"):
             raise ValueError(f'hide: expected "everywhere", "convolutions" or "input", got {hide!r}')
-        self.compute = compute
         self.hide = hide
         self.in_channels = in_channels
         for name, values in (("widths", widths), ("depths", depths), ("expansions", expansions)):
@@ -154,11 +152,24 @@ class HybridEncoder(nn.Module):
         self.widths = tuple(widths)
         self.embeddings = ConvStages(in_channels, widths, depths, expansions, axes)
         self.mae = TokenTransformer(widths[-1], vit_depth, num_heads, grid_of(self.img_size))
+        self.compute = compute
 
     @property
     def patch(self) -> tuple[int, ...]:
         """Edge of a mask unit in voxels on each axis."""
         return (PATCH,) * len(self.img_size)
+
+    @property
+    def compute(self) -> str:
+        """How hidden voxels are excluded, "packed" or "masked"."""
+        return self._compute
+
+    @compute.setter
+    def compute(self, compute: str) -> None:
+        self._compute = compute
+        for block in self.embeddings.modules():
+            if isinstance(block, MedNeXtBlock):  # layers under `hidden` cannot be computed again outside of it
+                block.recompute = compute == "packed"
 
     @property
     def maps(self) -> list[tuple[int, tuple[int, ...]]]:
@@ -196,19 +207,24 @@ class HybridEncoder(nn.Module):
 
     def patches(self, volumes: Tensor, visible: Tensor) -> Patches:
         """Compute the geometry of a mask for these volumes; raise ValueError if the mask has another shape."""
-        return build_patches(volumes, visible, self.patch)
+        patches = build_patches(volumes, visible, self.patch)
+        ones = (1,) * patches.axes
+        for stage in range(NUM_STAGES):  # now: torch.compile cannot trace the computation of indices
+            patches.border_indices((PATCH >> stage,) * patches.axes, (ones, ones))
+        return patches
 
     def encode(self, volumes: Tensor, patches: Patches) -> list[Tensor]:
         """Compute the five maps at visible patches only, (p, c, *edges), finest first; `forward` unpacks them."""
         if self.hide == "input":
             return [patches.pack(x) for x in self(volumes.where(visible_at(patches.visible, volumes.shape[2:]), 0))]
         if self.compute == "packed":
-            *skips, deepest = self.embeddings(patches.pack(volumes), patches)
+            with packed(patches, self.patch):
+                maps = self.embeddings(patches.pack(volumes))
         else:
-            visible = patches.visible
-            with hidden(visible):
-                maps = self.embeddings(volumes.where(visible_at(visible, volumes.shape[2:]), 0))
-            *skips, deepest = (patches.pack(x) for x in maps)
+            with hidden(patches.visible):
+                dense = self.embeddings(volumes.where(visible_at(patches.visible, volumes.shape[2:]), 0))
+            maps = [patches.pack(x) for x in dense]
+        *skips, deepest = maps
         if self.hide == "convolutions":
             return [*skips, patches.pack(self.mae(patches.unpack(deepest)))]
         return [*skips, self.mae(deepest, patches)]

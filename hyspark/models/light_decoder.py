@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyspark.models.blocks import BATCH_NORM, CONV, CONV_TRANSPOSE, ChannelNorm
+from hyspark.models.blocks import BATCH_NORM, CONV, CONV_FUNCTION, CONV_TRANSPOSE, ChannelNorm
 from hyspark.models.defaults import check_min_width
 from hyspark.models.feature_maps import Stride
-from hyspark.models.masking.patches import CONV_FUNCTION, Patches
-from hyspark.models.masking.reconstructed import pack_with_border, unpadded, with_border
+from hyspark.models.masking.patches import Patches
+from hyspark.models.masking.reconstructed import pack_with_border, unpadded
 from hyspark.models.recompute import recomputed
 
 CONV_TRANSPOSE_FUNCTION = {2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -160,7 +160,9 @@ class LightDecoderLevel(nn.Module):
         """
         conv, upsample, border = as_it_is, self.upsample, None
         if patches is not None:
-            conv, upsample, border = unpadded, partial(self.upsample, border=1), partial(with_border, patches=patches)
+            one = (1,) * patches.axes
+            conv, upsample = unpadded, partial(self.upsample, border=1)
+            border = partial(patches.with_border, before=one, after=one)
         first = partial(pack_with_border, patches=patches, width=1) if patches is not None and is_first else border
         if self.fuse is not None and skip is not None:
             x = apply_norm_relu(conv(self.fuse[0]), x, norm, skip, border=first)

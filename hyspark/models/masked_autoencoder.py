@@ -53,10 +53,12 @@ class MaskedEncoder(Protocol):
         in_channels: channels of a crop.
         patch: edge of a mask unit in voxels on each axis.
         maps: channels and stride of the decoder's input maps, deepest first.
+        compute: how hidden voxels are excluded, "packed" or "masked".
     """
 
     img_size: tuple[int, ...]
     in_channels: int
+    compute: str
 
     @property
     def patch(self) -> tuple[int, ...]: ...

@@ -1,13 +1,13 @@
 """SparK: any network with a feature pyramid as the encoder of masked pre-training, without changes to the network.
 
-The network is the user's own object and runs under `hidden`. Its feature maps are recorded at the outputs of its
-modules. Source: Tian et al., "Designing BERT for Convolutional Networks: Sparse and Hierarchical Masked Modeling",
-ICLR 2023.
+The network is the user's own object and runs under `packed` or `hidden`. Its feature maps are recorded at the outputs
+of its modules.
+
+Source: Tian et al., "Designing BERT for Convolutional Networks: Sparse and Hierarchical Masked Modeling", ICLR 2023.
 
 Shapes: b batch, c channels, *size voxels per axis, *grid = size / patch patches per axis.
 """
 
-import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from functools import partial
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyspark.models.defaults import Edges, edges_per_axis, grid_of
+from hyspark.models.defaults import Edges, check_compute, edges_per_axis, grid_of
 from hyspark.models.feature_maps import (
     Stride,
     choose_pyramid,
@@ -30,9 +30,11 @@ from hyspark.models.feature_maps import (
 from hyspark.models.light_decoder import Maps
 from hyspark.models.masked_autoencoder import MaskedAutoencoder
 from hyspark.models.masking.context import hidden, identity
-from hyspark.models.masking.mask import visible_at
+from hyspark.models.masking.packed import packed
 from hyspark.models.masking.patches import Patches, build_patches
 from hyspark.models.network_faults import UnsupportedNetworkError, explain_faults, find_attention
+from hyspark.models.spark_checks import check_masked, packed_fault
+from hyspark.utils.log import LOG
 
 
 class PyramidEncoder(nn.Module):
@@ -47,6 +49,8 @@ class PyramidEncoder(nn.Module):
         run: run(backbone, x) computes the maps; by default `forward_features`, else the whole forward pass.
         safe: torch functions that the network does not apply along positions, see `hidden`.
         mask_unit: edge of a mask unit in voxels, one number or one per axis; by default the total stride.
+        compute: how hidden voxels are excluded; both agree to rounding. "packed" computes visible patches only, unless
+            the mask unit is smaller than the total stride. "masked" computes every voxel and zeroes the hidden ones.
 
     Raises:
         ValueError: the maps have no strides 2, 4, 8, ..., the same on all axes or not, or the mask unit does not fit
@@ -62,8 +66,11 @@ class PyramidEncoder(nn.Module):
         run: Callable[[nn.Module, Tensor], Any] | None = None,
         safe: Collection[Callable[..., Any]] = (),
         mask_unit: Edges | None = None,
+        compute: str = "packed",
     ) -> None:
         super().__init__()
+        check_compute(compute)
+        self.compute = compute
         self.backbone = backbone
         self.img_size = tuple(img_size)
         self.in_channels = in_channels
@@ -128,44 +135,6 @@ class PyramidEncoder(nn.Module):
             return self.outputs(names, (2 * first, *others))
         return {}
 
-    def check_masked(self) -> None:
-        """Compute the maps of a crop under a mask twice, with other values at hidden voxels, and once as in training.
-
-        Weights, statistics and random numbers are unchanged.
-
-        Raises:
-            UnsupportedNetworkError: the network mixes positions in a way that has no rule under a mask, or its maps
-                depend on hidden voxels.
-        """
-        like = next(self.backbone.parameters())
-        visible = torch.ones(1, 1, *grid_of(self.img_size, self.patch), dtype=torch.bool, device=like.device)
-        for edges in {self.patch, self.packed}:  # units, and packed patches with no visible unit
-            grid = grid_of(self.img_size, edges)
-            cells = torch.arange(math.prod(grid), device=like.device).view(1, 1, *grid)
-            visible &= visible_at(cells % 2 == 0, visible.shape[2:])
-        crop = torch.arange(math.prod(self.img_size) * self.in_channels, device=like.device).to(like)
-        crop = crop.mul(0.7).sin().view(1, self.in_channels, *self.img_size)
-        other = crop.where(visible_at(visible, self.img_size), crop + 3)
-        was_training = self.training
-        before = [buffer.clone() for buffer in self.backbone.buffers()]
-        with explain_faults(self.backbone, "run under a mask"), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            self.eval()
-            maps, others = self(crop, visible), self(other, visible)
-            self.train()  # auxiliary heads
-            self(torch.cat([crop, other]), torch.cat([visible, visible]))
-            for buffer, value in zip(self.backbone.buffers(), before, strict=True):
-                buffer.copy_(value)
-        self.train(was_training)
-        if leaking := [
-            name
-            for name, a, b in zip(self.taps, maps, others, strict=True)
-            if not torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
-        ]:
-            raise UnsupportedNetworkError(
-                f"{type(self.backbone).__name__} does not run under a mask: the output of its module {leaking[0]} "
-                "depends on hidden voxels, by a function whose form for visible positions only is not known here"
-            )
-
     def weights(self) -> dict[str, Tensor]:
         """Return the weights to export: the network's own, by its own key names."""
         return self.backbone.state_dict()
@@ -194,15 +163,18 @@ class PyramidEncoder(nn.Module):
 
     def patches(self, volumes: Tensor, visible: Tensor) -> Patches:
         """Compute the geometry of a mask for these volumes; raise ValueError if the mask has another shape."""
-        return build_patches(volumes, visible, self.patch, self.packed)
+        return build_patches(volumes, visible, self.patch, self.packed_patch)
 
     @property
-    def packed(self) -> Stride:
+    def packed_patch(self) -> Stride:
         """Edge of a packed patch in voxels on each axis: the mask unit, or the total stride if the unit is smaller."""
         return tuple(max(edges) for edges in zip(self.patch, self.maps[0][1], strict=True))
 
     def encode(self, volumes: Tensor, patches: Patches) -> list[Tensor]:
         """Compute the maps at visible patches only, (p, c, *edges), finest first."""
+        if self.compute == "packed" and not patches.are_divided:
+            with packed(patches, self.patch, self.safe, self.all_reduce):
+                return self.features(patches.pack(volumes))
         with hidden(patches.visible, self.safe, self.all_reduce) as context:
             maps = self.features(volumes)
             return [patches.pack(context.fill(x) if patches.are_divided else x) for x in maps]
@@ -267,6 +239,7 @@ def build_spark(
     safe: Collection[Callable[..., Any]] = (),
     mask_unit: Edges | None = None,
     reconstruct_fraction: float = 1.0,
+    compute: str = "packed",
 ) -> MaskedAutoencoder:
     """Build SparK's pre-training network around any backbone; the defaults are the paper's for ResNet-50.
 
@@ -283,6 +256,8 @@ def build_spark(
         mask_unit: edge of a mask unit in voxels, one number or one per axis; by default the backbone's total stride. A
             position of a map that covers several units is visible where any of them is.
         reconstruct_fraction: fraction of the hidden patches that are reconstructed and scored in training.
+        compute: "packed" computes visible patches only; "masked" is the reference, see `PyramidEncoder`. A network that
+            does not run packed, or not as the reference, computes masked; a warning says so.
 
     Returns:
         The network: images (b, in_channels, *size) -> `PretrainingOutput`. The backbone in it stays the same object.
@@ -291,6 +266,9 @@ def build_spark(
         ValueError: sizes, strides, widths and mask ratio do not fit together; the network does not run under a mask.
     """
     size = edges_per_axis(img_size, axes, "img_size")
-    encoder = PyramidEncoder(backbone, size, in_channels, taps, run, safe, mask_unit)
-    encoder.check_masked()
+    encoder = PyramidEncoder(backbone, size, in_channels, taps, run, safe, mask_unit, compute)
+    check_masked(encoder)
+    if compute == "packed" and (fault := packed_fault(encoder)):
+        LOG.warning("%s: computes masked, not packed: %s", type(backbone).__name__, fault)
+        encoder.compute = "masked"
     return MaskedAutoencoder(encoder, mask_ratio, decoder_width, reconstruct_fraction)

@@ -8,6 +8,7 @@ decimal: 1 GB is 10^9 bytes. Numbers of crops are per step and process.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,6 @@ from hyspark.config.pretrain import PretrainConfig
 from hyspark.data.preprocessing.store_size import StoreSize
 from hyspark.models.contrastive import Siamese
 from hyspark.models.defaults import grid_of
-from hyspark.models.encoder import HybridEncoder
 from hyspark.models.masked_autoencoder import MaskedAutoencoder
 from hyspark.models.masking.mask import draw_visible
 from hyspark.models.masking.reconstructed import draw_reconstructed
@@ -124,16 +124,14 @@ def count_flops(config: PretrainConfig, model: MaskedAutoencoder | Siamese, crop
     reconstructed = draw_reconstructed(visible, fraction, generators) if fraction < 1 else None
     masks = {"visible": visible, "reconstructed": reconstructed}
     _, backward = step_flops(model, size, crops, channels=channels, **masks)
-    encoder = {}
-    if isinstance(model.encoder, HybridEncoder):
-        chosen = model.encoder.compute
+    encoder: dict[str, int] = {}
+    network: Any = model.encoder
+    if network.compute == "packed":
         try:
-            for model.encoder.compute in ("packed", "masked"):
-                encoder[model.encoder.compute] = sum(
-                    flops_by_layer(model.encoder, size, crops, visible, channels).values()
-                )
+            for network.compute in ("masked", "packed"):
+                encoder[network.compute] = sum(flops_by_layer(network, size, crops, visible, channels).values())
         finally:
-            model.encoder.compute = chosen
+            network.compute = "packed"
     forward = sum_by_module(flops_by_layer(model, size, crops, channels=channels, **masks))
     return Flops(forward, encoder, backward)
 

@@ -210,7 +210,7 @@ def build_around_backbone(config: PretrainConfig, name: str, num_processes: int)
     shared: dict[str, Any] = {"in_channels": config.in_channels, "axes": axes, "run": backbone.run}
     if config.method == "spark":
         shared |= {"decoder_width": config.decoder_width, "reconstruct_fraction": config.reconstruct_fraction}
-        shared |= {"mask_unit": config.unit_shape}
+        shared |= {"mask_unit": config.unit_shape, "compute": config.compute}
         return build_spark(backbone.network, config.crop_shape, config.mask_ratio, **shared)
     return build_siamese(
         config.method,

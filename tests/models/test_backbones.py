@@ -11,6 +11,7 @@ from hyspark.models.backbones import MONAI_BACKBONES, TIMM_FAMILIES, build_backb
 from hyspark.models.defaults import grid_of
 from hyspark.models.masking.mask import visible_at
 from hyspark.models.spark import PyramidEncoder
+from hyspark.models.spark_checks import packed_fault
 
 
 def smallest(family):
@@ -25,10 +26,10 @@ def smallest(family):
 
 
 def check_masked(name, size):
-    """A forward pass under a mask, in which the values of hidden voxels change nothing."""
+    """A forward pass under a mask, in which the values of hidden voxels change nothing; packed gives the same maps."""
     axes = 3 if name.startswith("monai/") else 2
     backbone = build_backbone(name, 3, axes)
-    encoder = PyramidEncoder(backbone.network, (size,) * axes, 3, run=backbone.run).eval()
+    encoder = PyramidEncoder(backbone.network, (size,) * axes, 3, run=backbone.run, compute="masked").eval()
     images = torch.randn(1, 3, *(size,) * axes)
     visible = torch.zeros(1, 1, *grid_of(encoder.img_size, encoder.patch), dtype=torch.bool)
     visible.view(-1)[::2] = True
@@ -36,6 +37,7 @@ def check_masked(name, size):
     with torch.no_grad():
         maps, others = encoder(images, visible), encoder(changed, visible)
     assert all(torch.equal(a, b) for a, b in zip(maps, others, strict=True))
+    assert not packed_fault(encoder)
 
 
 def test_a_pattern_may_have_the_library_or_not():

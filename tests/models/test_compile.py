@@ -79,7 +79,8 @@ def test_another_mask_is_not_compiled_anew():
     for seed in range(3):
         visible = torch.rand(2, 1, 2, 2, 2, generator=torch.Generator().manual_seed(seed)).flatten(2).argsort(-1)
         visible = (visible < 4).view(2, 1, 2, 2, 2)  # four patches of each sample
-        lengths.add(len(net.encoder.patches(torch.rand(shape), visible).halos[16][0]))
+        patches = net.encoder.patches(torch.rand(shape), visible)
+        lengths.add(len(patches.border_indices((16,) * 3, ((1,) * 3, (1,) * 3))[0]))
         net(torch.rand(shape), visible).loss.backward()
         graphs.append(counters["stats"]["unique_graphs"])
     assert len(lengths) > 1
@@ -103,7 +104,7 @@ def test_a_run_compiles_its_steps_and_not_its_validations(pretraining, monkeypat
     monkeypatch.setattr(pretrain, "compile_blocks", partial(compile_blocks, backend="aot_eager"))
     shapes = []
     depthwise = MedNeXtBlock.depthwise
-    monkeypatch.setattr(MedNeXtBlock, "depthwise", lambda self, x, patches: watch(shapes, depthwise, self, x, patches))
+    monkeypatch.setattr(MedNeXtBlock, "depthwise", lambda self, x: watch(shapes, depthwise, self, x))
     plain = pretrain.run_pretraining(replace(small, out=f"{pretraining.out}_plain"))
     shapes.clear()
     folder = pretrain.run_pretraining(replace(small, compile="blocks"))
@@ -118,7 +119,7 @@ def test_a_run_compiles_its_steps_and_not_its_validations(pretraining, monkeypat
     assert not any(compiling for training, compiling in shapes if not training)
 
 
-def watch(calls, depthwise, block, x, patches):
+def watch(calls, depthwise, block, x):
     """Note whether the block trains and whether torch is compiling it; compiled code does not come here again."""
     calls.append((block.training, torch.compiler.is_compiling()))
-    return depthwise(block, x, patches)
+    return depthwise(block, x)

@@ -16,6 +16,7 @@ from hyspark.models.masking.context import hidden
 from hyspark.models.masking.mask import visible_at
 from hyspark.models.network_faults import UnsupportedNetworkError, check_runs
 from hyspark.models.spark import PyramidEncoder, build_spark
+from hyspark.models.spark_checks import check_masked, packed_fault
 from hyspark.tasks.classification import initialise_classifier
 from hyspark.tasks.pretrain import initialise_pretraining
 from tests.tasks.kinds import PRETRAININGS
@@ -122,7 +123,8 @@ def test_a_trial_changes_nothing():
     network = torchvision.models.resnet18()
     before = {key: value.clone() for key, value in network.state_dict().items()}
     encoder = PyramidEncoder(network, (64, 64), 3)
-    encoder.check_masked()
+    check_masked(encoder)
+    assert not packed_fault(encoder)
     assert encoder.training
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 

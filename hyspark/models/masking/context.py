@@ -126,10 +126,14 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
 
     def pooling_masks(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the mask of a map (b, c, *size), and the same with no patch hidden; both are zero in padding."""
-        if self.padded is not None and x is self.padded[0]:
+        if self.padded is not None and self.is_padded(x):
             return self.padded[1]
         mask = self.mask(tuple(x.shape[2:]))
         return mask, torch.ones_like(mask)
+
+    def is_padded(self, x: Tensor) -> bool:
+        """Whether a map was just padded, with its hidden positions set."""
+        return self.padded is not None and x is self.padded[0]
 
     def is_divided(self, x: Tensor) -> bool:
         """Whether positions of a map (b, c, *size) cover several patches, so that a pool may read hidden ones alone."""
@@ -137,7 +141,7 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
 
     def fill(self, x: Tensor, value: float = 0.0) -> Tensor:
         """Set hidden positions of a map (b, c, *size) to a value; a padded map already has it."""
-        if self.padded is not None and x is self.padded[0]:
+        if self.is_padded(x):
             return x
         return torch.where(self.mask(tuple(x.shape[2:])), x, value)
 

@@ -2,7 +2,7 @@
 
 A hidden position counts as one outside the map. A convolution reads zero there, a maximum ignores it, and averages and
 statistics are taken over the other positions. The output is zero at hidden positions. With all positions visible each
-rule equals the function.
+rule equals the function. For the backward pass the rules keep the function's input, not the masked copy.
 
 A rule takes the context, the function, and the function's own arguments. Shapes: b batch, c channels, *size positions
 per axis.
@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import resolve_name
+
+from hyspark.models.recompute import recomputed
 
 if TYPE_CHECKING:
     from hyspark.models.masking.context import hidden
@@ -50,14 +52,25 @@ def masked_convolution(context: hidden, func: Function, input: Tensor, *args: An
             raise mixing_error(func)
         plain: Tensor = func(input, *args, **kwargs)
         return plain
-    return context.fill(func(context.fill(input), *args, **kwargs))
+    is_filled = context.is_padded(input)
+
+    def convolve(x: Tensor, *args: Any) -> Tensor:
+        return context.fill(func(x if is_filled else context.fill(x), *args, **kwargs))
+
+    out: Tensor = recomputed(convolve, input, *args)
+    return out
 
 
 def masked_max_pool(context: hidden, func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Take the largest of the visible positions in each window."""
     if not context.is_map(input):
         raise mixing_error(func)
-    out = context.fill(func(context.fill(input, -math.inf), *args, **kwargs))
+    is_filled = context.is_padded(input)
+
+    def pool(x: Tensor) -> Tensor:
+        return context.fill(func(x if is_filled else context.fill(x, -math.inf), *args, **kwargs))
+
+    out: Tensor = recomputed(pool, input)
     return out.masked_fill(out == -math.inf, 0.0) if context.is_divided(out) else out
 
 
@@ -69,7 +82,13 @@ def masked_avg_pool(context: hidden, func: Function, input: Tensor, *args: Any, 
     fraction = func(visible, *args, **kwargs) / func(everything, *args, **kwargs)
     if context.is_divided(fraction):
         fraction = fraction.masked_fill(fraction == 0, 1.0)
-    return context.fill(func(context.fill(input), *args, **kwargs) / fraction)
+    is_filled = context.is_padded(input)
+
+    def pool(x: Tensor) -> Tensor:
+        return context.fill(func(x if is_filled else context.fill(x), *args, **kwargs) / fraction)
+
+    out: Tensor = recomputed(pool, input)
+    return out
 
 
 def masked_pad(
@@ -117,19 +136,24 @@ def masked_batch_norm(
     if not training or (not is_map and not context.is_distributed):
         out: Tensor = func(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return context.fill(out) if is_map else out
-    x = at_least_fp32(input)
-    mask = context.mask(tuple(input.shape[2:])) if is_map else torch.ones_like(x[:, :1], dtype=torch.bool)
-    over = (0, *range(2, x.ndim))
-    kept = torch.where(mask, x, 0.0)
-    sums = context.all_reduce(torch.cat([kept.sum(over), mask.sum().to(x).view(1)]))
+    mask = context.mask(tuple(input.shape[2:])) if is_map else torch.ones_like(input[:, :1], dtype=torch.bool)
+    over = (0, *range(2, input.ndim))
+    total = torch.where(mask, at_least_fp32(input), 0.0).sum(over)
+    sums = context.all_reduce(torch.cat([total, mask.sum().to(total).view(1)]))
     num = sums[-1].detach()
-    centre = per_channel(sums[:-1] / num, x)
-    centred = torch.where(mask, x - centre, 0.0)
-    variance = context.all_reduce(centred.square().sum(over)) / num
+    centre = per_channel(sums[:-1] / num, input)
+    squares = recomputed(lambda x, centre: centred_values(x, centre, mask).square().sum(over), input, centre)
+    variance = context.all_reduce(squares) / num
     if running_mean is not None and running_var is not None:
         running_mean.lerp_(centre.detach().flatten().to(running_mean), momentum)
         running_var.lerp_((variance.detach() * (num / (num - 1))).to(running_var), momentum)
-    return apply_affine(centred * per_channel((variance + eps).rsqrt(), x), weight, bias, mask).to(input.dtype)
+    inverse = per_channel((variance + eps).rsqrt(), input)
+
+    def normalise(x: Tensor, centre: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return apply_affine(centred_values(x, centre, mask) * inverse, weight, bias, mask).to(x.dtype)
+
+    normed: Tensor = recomputed(normalise, input, centre, inverse, weight, bias)
+    return normed
 
 
 def masked_group_norm(
@@ -146,8 +170,13 @@ def masked_group_norm(
         out: Tensor = func(input, num_groups, weight, bias, eps)
         return out
     mask = context.mask(tuple(input.shape[2:]))
-    centred, variance = centre_by_sample(at_least_fp32(input).unflatten(1, (num_groups, -1)), mask.unsqueeze(1))
-    return apply_affine((centred * (variance + eps).rsqrt()).flatten(1, 2), weight, bias, mask).to(input.dtype)
+
+    def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        centred, variance = centre_by_sample(at_least_fp32(x).unflatten(1, (num_groups, -1)), mask.unsqueeze(1))
+        return apply_affine((centred * (variance + eps).rsqrt()).flatten(1, 2), weight, bias, mask).to(x.dtype)
+
+    normed: Tensor = recomputed(normalise, input, weight, bias)
+    return normed
 
 
 def masked_instance_norm(
@@ -186,6 +215,11 @@ def masked_layer_norm(
 def at_least_fp32(x: Tensor) -> Tensor:
     """Convert 16-bit tensors to fp32, the lowest precision of statistics."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def centred_values(x: Tensor, centre: Tensor, mask: Tensor) -> Tensor:
+    """Subtract the means from visible positions, at least in fp32; hidden positions become zero."""
+    return torch.where(mask, at_least_fp32(x) - centre, 0.0)
 
 
 def centre_by_sample(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,16 @@
-"""Geometry of visible patches, and convolutions on them: the fast path, in which a hidden voxel costs nothing.
+"""Geometry of visible patches: pack, unpack, and the border of each patch, copied from its neighbours.
 
-A feature map with e voxels per patch and axis is stored as its p visible patches, (p, c, e, e, e), like a batch.
-Pointwise layers, norms over channels and 2^n pooling then need nothing new. A 3^n convolution first gives each patch a
-halo of one voxel from its neighbours, zero if a neighbour is hidden or outside, and then convolves without padding.
-That equals computing every voxel and zeroing the hidden ones after each layer, to rounding.
+A feature map is stored as its p visible patches, (p, c, *edges), like a batch. Pointwise layers then need nothing new.
+A convolution first gives each patch a border from its neighbours, zero where a neighbour is hidden or outside, and
+then convolves without padding. That equals computing every voxel and zeroing the hidden ones after each layer, to
+rounding.
 
-`Patches` computes the positions and neighbours of the patches once per batch.
+`Patches` computes the positions and neighbours of the patches once per batch, and each kind of border at its first use.
 
 Shapes: b batch, c channels, *size voxels per axis, *grid patches per axis, n = prod(grid), p visible patches of the
-whole batch (samples one after another, patches in row-major order), e edge of a patch at a resolution (16 voxels at
-full resolution, then 8, 4, 2, 1).
-Source of the equivalence: the rules of Tian et al., "Designing BERT for Convolutional Networks", ICLR 2023; the halo
-is that of domain decomposition.
+whole batch (samples one after another, patches in row-major order), *edges voxels per axis of a patch at a resolution.
+Source of the equivalence: the rules of Tian et al., "Designing BERT for Convolutional Networks", ICLR 2023; the border
+is the halo of domain decomposition.
 """
 
 import itertools
@@ -21,21 +20,14 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo import maybe_mark_dynamic
 
-from hyspark.models.defaults import PATCH, Edges, grid_of
+from hyspark.models.defaults import Edges, grid_of
 from hyspark.models.masking.mask import visible_at
-from hyspark.models.recompute import recomputed
 
-PATCH_EDGES = (16, 8, 4, 2, 1)
-"""Voxels per axis of a patch at the five resolutions of the encoder."""
-DENSE_EDGES = (1,)
-"""Edges at which a convolution of the dense map, hidden positions included, is faster than one of patches with halo: a
-halo is 27 times a patch of one voxel. Measured by benchmarks/networks.py (`stages`).
-"""
-CONV_FUNCTION = {2: F.conv2d, 3: F.conv3d}
+Widths = tuple[tuple[int, ...], tuple[int, ...]]
+"""Widths of a border: voxels before and after each axis."""
 
 
 class Patches:
@@ -53,8 +45,8 @@ class Patches:
     """
 
     def __init__(self, visible: Tensor, device: torch.device | None = None, grid: Sequence[int] | None = None) -> None:
-        device = visible.device if device is None else device
-        self.visible = visible.to(device, non_blocking=True)
+        self.device = visible.device if device is None else device
+        self.visible = visible.to(self.device, non_blocking=True)
         if grid is not None:
             visible = visible_at(visible, grid)
         counts = visible.flatten(1).sum(1)
@@ -64,15 +56,18 @@ class Patches:
         self.num_samples, _, *self.grid = visible.shape
         self.axes = len(self.grid)
         position = visible[:, 0].nonzero()  # (p, 1 + axes): sample, then position in the grid
-        neighbours = index_neighbours(visible, position)
-        self.position = [column.to(device, non_blocking=True) for column in position.unbind(1)]
-        self.token = visible.flatten(1).nonzero()[:, 1].to(device, non_blocking=True)
-        self.halos = {
-            edge: tuple(index.to(device, non_blocking=True) for index in halo_indices(neighbours, edge))
-            for edge in PATCH_EDGES
-        }
-        for index in itertools.chain(*self.halos.values()):
-            maybe_mark_dynamic(index, 0)  # its length is the number of neighbours: torch.compile shall not recompile
+        self.neighbours = index_neighbours(visible, position)
+        self.position = [column.to(self.device, non_blocking=True) for column in position.unbind(1)]
+        self.token = visible.flatten(1).nonzero()[:, 1].to(self.device, non_blocking=True)
+        self.borders: dict[tuple[tuple[int, ...], Widths], tuple[Tensor, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+    @property
+    def are_equal_in_number(self) -> bool:
+        """Whether all samples have the same number of visible patches."""
+        return min(self.counts) == max(self.counts)
 
     @property
     def are_divided(self) -> bool:
@@ -107,10 +102,29 @@ class Patches:
         outer, inner = range(1, 2 * self.axes, 2), range(2, 2 * self.axes + 1, 2)
         return x.permute(0, *outer, *inner, 2 * self.axes + 1)
 
-    def with_halo(self, patches: Tensor) -> Tensor:
-        """Add a border of one voxel from the neighbours, or zero: (p, c, *edges) -> (p, c, *(edges + 2))."""
-        out: Tensor = Halo.apply(patches, *self.halos[patches.shape[-1]])
+    def with_border(self, patches: Tensor, before: Sequence[int], after: Sequence[int], value: float = 0.0) -> Tensor:
+        """Add voxels of the neighbours on both sides of each axis: (p, c, *edges) -> (p, c, *(edges + before + after)).
+
+        Args:
+            patches: the visible patches.
+            before: number of voxels before each axis, at most the edge of a patch.
+            after: number of voxels after each axis, at most the edge of a patch.
+            value: value of voxels that are hidden or outside.
+        """
+        widths = (tuple(before), tuple(after))
+        target, source = self.border_indices(tuple(patches.shape[2:]), widths)
+        out: Tensor = Border.apply(patches, target, source, widths, value)
         return out
+
+    def border_indices(self, edges: tuple[int, ...], widths: Widths) -> tuple[Tensor, Tensor]:
+        """Return the target and source rows of a border, see `index_border`; computed once for each kind."""
+        key = (edges, widths)
+        if key not in self.borders:
+            indices = [index.to(self.device, non_blocking=True) for index in index_border(self.neighbours, *key)]
+            for index in indices:  # its length is the number of neighbours: torch.compile shall not recompile
+                maybe_mark_dynamic(index, 0)
+            self.borders[key] = (indices[0], indices[1])
+        return self.borders[key]
 
     def tokens(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Arrange the patches of each sample as a sequence.
@@ -122,16 +136,15 @@ class Patches:
             Sequences (b, v, c), v the largest number of patches of a sample, and a mask for attention, bool
             (b, 1, 1, v), False at the padding of shorter sequences; None if all have the same length.
         """
-        longest = max(self.counts)
-        if min(self.counts) == longest:
-            return rows.view(self.num_samples, longest, -1), None
+        if self.are_equal_in_number:
+            return rows.view(self.num_samples, self.counts[0], -1), None
         is_token = self.is_token(rows.device)
         padded = rows.new_zeros(*is_token.shape, rows.shape[-1])
         return padded.masked_scatter(is_token[..., None], rows), is_token[:, None, None]
 
     def from_tokens(self, tokens: Tensor) -> Tensor:
         """Select one vector per patch from sequences, the inverse of `tokens`: (b, v, c) -> (p, c)."""
-        if min(self.counts) == max(self.counts):
+        if self.are_equal_in_number:
             return tokens.flatten(0, 1)
         return tokens[self.is_token(tokens.device)]
 
@@ -141,32 +154,45 @@ class Patches:
         return torch.arange(max(self.counts), device=device) < counts[:, None]
 
 
-class Halo(torch.autograd.Function):
-    """`Patches.with_halo`; its gradient adds the gradient of each halo voxel to the voxel that was copied."""
+class Border(torch.autograd.Function):
+    """`Patches.with_border`; its gradient adds the gradient of each border voxel to the voxel that was copied."""
 
     @staticmethod
-    def forward(ctx: Any, patches: Tensor, target: Tensor, source: Tensor) -> Tensor:
+    def forward(ctx: Any, patches: Tensor, target: Tensor, source: Tensor, widths: Widths, value: float) -> Tensor:
         ctx.save_for_backward(target, source)
-        inside = patches.movedim(1, -1)
-        p, *edges, c = inside.shape
-        out = patches.new_zeros(p, *(edge + 2 for edge in edges), c)
-        out[interior(len(edges))] = inside
-        out.view(-1, c).index_copy_(0, target, inside.reshape(-1, c).index_select(0, source))
-        return out.movedim(-1, 1)
+        ctx.widths = widths
+        return add_border(patches, target, source, widths, value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         target, source = ctx.saved_tensors
-        padded = gradient.movedim(1, -1)
-        c = padded.shape[-1]
-        out = padded[interior(gradient.ndim - 2)].contiguous()
-        out.view(-1, c).index_add_(0, source, padded.reshape(-1, c).index_select(0, target))
-        return out.movedim(-1, 1), None, None
+        return add_border_gradient(gradient, target, source, ctx.widths), None, None, None, None
 
 
-def interior(axes: int) -> tuple[slice, ...]:
-    """Return the index of the interior within a border of one voxel; the batch axis comes first."""
-    return (slice(None),) + (slice(1, -1),) * axes
+def add_border(patches: Tensor, target: Tensor, source: Tensor, widths: Widths, value: float = 0.0) -> Tensor:
+    """Add a border to patches, see `Patches.with_border`; target and source as of `index_border`."""
+    inside = patches.movedim(1, -1)
+    p, *edges, c = inside.shape
+    size = [b + edge + a for b, edge, a in zip(widths[0], edges, widths[1], strict=True)]
+    out = patches.new_full((p, *size, c), value)
+    out[interior(edges, widths)] = inside
+    out.view(-1, c).index_copy_(0, target, inside.reshape(-1, c).index_select(0, source))
+    return out.movedim(-1, 1)
+
+
+def add_border_gradient(gradient: Tensor, target: Tensor, source: Tensor, widths: Widths) -> Tensor:
+    """Compute the gradient of the patches from that of patches with border, the adjoint of `add_border`."""
+    padded = gradient.movedim(1, -1)
+    c = padded.shape[-1]
+    edges = [size - b - a for size, b, a in zip(padded.shape[1:-1], *widths, strict=True)]
+    out = padded[interior(edges, widths)].contiguous()
+    out.view(-1, c).index_add_(0, source, padded.reshape(-1, c).index_select(0, target))
+    return out.movedim(-1, 1)
+
+
+def interior(edges: Sequence[int], widths: Widths) -> tuple[slice, ...]:
+    """Return the index of patches (p, *edges, ...) within patches with border."""
+    return (slice(None), *(slice(b, b + edge) for b, edge in zip(widths[0], edges, strict=True)))
 
 
 def build_patches(volumes: Tensor, visible: Tensor, patch: Edges, packed: Edges | None = None) -> Patches:
@@ -181,14 +207,18 @@ def build_patches(volumes: Tensor, visible: Tensor, patch: Edges, packed: Edges 
     Raises:
         ValueError: the mask has another shape.
     """
-    size = volumes.shape[2:]
-    expected = (len(volumes), 1, *grid_of(size, patch))
+    check_mask_shape(volumes, visible, patch)
+    return Patches(visible, volumes.device, None if packed is None else grid_of(volumes.shape[2:], packed))
+
+
+def check_mask_shape(volumes: Tensor, visible: Tensor, patch: Edges) -> None:
+    """Raise ValueError if a mask does not fit volumes, see `build_patches`."""
+    expected = (len(volumes), 1, *grid_of(volumes.shape[2:], patch))
     if tuple(visible.shape) != expected:
         raise ValueError(
             f"visible: expected bool {expected} for volumes of shape {tuple(volumes.shape)}, "
             f"got shape {tuple(visible.shape)}"
         )
-    return Patches(visible, volumes.device, None if packed is None else grid_of(size, packed))
 
 
 def index_neighbours(visible: Tensor, position: Tensor) -> Tensor:
@@ -205,7 +235,8 @@ def index_neighbours(visible: Tensor, position: Tensor) -> Tensor:
     axes = position.shape[1] - 1
     b, _, *grid = visible.shape
     index = torch.full((b, *(g + 2 for g in grid)), -1, device=visible.device)
-    index[interior(axes)][visible[:, 0]] = torch.arange(len(position), device=visible.device)
+    inside = index[(slice(None),) + (slice(1, -1),) * axes]
+    inside[visible[:, 0]] = torch.arange(len(position), device=visible.device)
     sample, *columns = position.unbind(1)
     directions = itertools.product((0, 1, 2), repeat=axes)
     near = [(sample, *(p + d for p, d in zip(columns, step, strict=True))) for step in directions]
@@ -213,65 +244,42 @@ def index_neighbours(visible: Tensor, position: Tensor) -> Tensor:
 
 
 @lru_cache
-def halo_shell(edge: int, axes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """List the voxels of the halo of a patch.
+def border_shell(edges: tuple[int, ...], widths: Widths) -> tuple[Tensor, Tensor, Tensor]:
+    """List the voxels of the border of a patch.
 
     Returns:
-        Three int64 (s,), s = (edge + 2)^axes - edge^axes: the row within the patch with halo, the direction of the
-        neighbour, and the row within that neighbour.
+        Three int64 (s,), one entry per voxel: the row within the patch with border, the direction of the neighbour,
+        and the row within that neighbour.
     """
-    position = torch.cartesian_prod(*[torch.arange(-1, edge + 1)] * axes).view(-1, axes)
-    step, voxel = position.div(edge, rounding_mode="floor"), position % edge
-
-    def flat(position: Tensor, base: int) -> Tensor:
-        return (position * torch.tensor([base ** (axes - 1 - a) for a in range(axes)])).sum(1)
-
+    axes = [torch.arange(-b, edge + a) for edge, b, a in zip(edges, *widths, strict=True)]
+    position = torch.cartesian_prod(*axes).view(-1, len(edges))
+    size = torch.tensor(edges)
+    step, voxel = position.div(size, rounding_mode="floor"), position % size
     outside = (step != 0).any(1).nonzero()[:, 0]
-    return outside, flat(step + 1, 3)[outside], flat(voxel, edge)[outside]
+    return outside, flat_index(step + 1, (3,) * len(edges))[outside], flat_index(voxel, edges)[outside]
 
 
-def halo_indices(neighbours: Tensor, edge: int) -> tuple[Tensor, Tensor]:
-    """List the source voxel of each halo voxel of all patches; halo voxels without a source stay zero.
+def flat_index(position: Tensor, shape: Sequence[int]) -> Tensor:
+    """Compute the row-major index of positions (k, axes) in an array of a shape: (k,)."""
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return (position * torch.tensor(strides)).sum(1)
+
+
+def index_border(neighbours: Tensor, edges: tuple[int, ...], widths: Widths) -> tuple[Tensor, Tensor]:
+    """List the source voxel of each border voxel of all patches; border voxels without a source are absent.
 
     Args:
         neighbours: int64 (p, 3^axes), see `index_neighbours`.
-        edge: voxels per axis of a patch.
+        edges: voxels per axis of a patch.
+        widths: of the border, each at most the edge.
 
     Returns:
-        Two int64 (k,): target rows among the p * (edge + 2)^axes voxels with halo, and source rows among the
-        p * edge^axes voxels without.
+        Two int64 (k,): target rows among the voxels of the p patches with border, and source rows among those of the
+        patches without.
     """
-    axes = round(math.log(neighbours.shape[1], 3))
-    row, direction, voxel = (index.to(neighbours.device) for index in halo_shell(edge, axes))
+    row, direction, voxel = (index.to(neighbours.device) for index in border_shell(edges, widths))
     owner = neighbours[:, direction]  # (p, s)
     exists = owner >= 0
-    target = torch.arange(len(owner), device=owner.device)[:, None] * (edge + 2) ** axes + row
-    return target[exists], (owner * edge**axes + voxel)[exists]
-
-
-def same_conv(layer: nn.Module, x: Tensor, patches: Patches | None) -> Tensor:
-    """Apply a 3^n convolution that preserves the size.
-
-    Of packed patches only x is kept for the backward pass, not the larger patches with halo.
-
-    Args:
-        layer: the convolution.
-        x: a dense map (b, c, *size), or packed patches (p, c, *edges).
-        patches: geometry of packed patches; None for a dense map.
-    """
-    if patches is None:
-        out: Tensor = layer(x)
-        return out
-    if x.shape[-1] in DENSE_EDGES:
-        return patches.pack(layer(patches.unpack(x)))
-
-    def convolve(x: Tensor) -> Tensor:
-        conv: Any = CONV_FUNCTION[patches.axes]
-        result: Tensor = conv(patches.with_halo(x), layer.weight, layer.bias, groups=layer.groups)
-        return result
-
-    out = recomputed(convolve, x)
-    return out
-
-
-assert PATCH_EDGES[0] == PATCH
+    with_border = math.prod(edge + b + a for edge, b, a in zip(edges, *widths, strict=True))
+    target = torch.arange(len(owner), device=owner.device)[:, None] * with_border + row
+    return target[exists], (owner * math.prod(edges) + voxel)[exists]

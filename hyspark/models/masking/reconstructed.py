@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyspark.models.masking.patches import CONV_FUNCTION, Patches
+from hyspark.models.blocks import CONV_FUNCTION
+from hyspark.models.masking.patches import Patches
 
 
 def draw_reconstructed(visible: Tensor, fraction: float, generators: Sequence[torch.Generator]) -> Tensor:
@@ -57,11 +58,6 @@ def pack_with_border(x: Tensor, patches: Patches, width: int) -> Tensor:
         rows = rows[..., None] + torch.arange(count, device=rows.device) * step
     picked = padded.reshape(-1, x.shape[1]).index_select(0, rows.flatten())
     return picked.view(len(sample), *outer, x.shape[1]).movedim(-1, 1)
-
-
-def with_border(x: Tensor, patches: Patches) -> Tensor:
-    """Add a border of one voxel from reconstructed neighbours, or zero: (p, c, *edges) -> (p, c, *(edges + 2))."""
-    return pack_with_border(patches.unpack(x), patches, 1)
 
 
 def unpadded(conv: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -185,6 +185,7 @@ SUMS: set[Function] = {torch.sum, Tensor.sum}
 
 RULES: dict[Function, Function] = {
     **dict.fromkeys([torch.conv1d, torch.conv2d, torch.conv3d], masked_convolution),
+    **dict.fromkeys([F.conv_transpose2d, F.conv_transpose3d], masked_convolution),
     **dict.fromkeys([F.max_pool1d, F.max_pool2d, F.max_pool3d], masked_max_pool),
     **dict.fromkeys([torch.max_pool1d, torch.max_pool2d, torch.max_pool3d], masked_max_pool),
     **dict.fromkeys([F.avg_pool1d, F.avg_pool2d, F.avg_pool3d], masked_avg_pool),
@@ -230,8 +231,6 @@ MIXES_POSITIONS: frozenset[Function] = frozenset(
         F.lp_pool2d,
         F.lp_pool3d,
         F.conv_transpose1d,
-        F.conv_transpose2d,
-        F.conv_transpose3d,
         F.unfold,
         F.fold,
         F.pixel_shuffle,

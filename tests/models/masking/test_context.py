@@ -131,8 +131,6 @@ REFUSED = {
     "flatten": lambda x: x.flatten(1),
     "view": lambda x: x.view(2, -1),
     "conv1d": lambda x: nn.Conv1d(2, 2, 3, padding=1)(x.flatten(2)),
-    "conv_transpose2d": lambda x: nn.ConvTranspose2d(2, 2, 2, stride=2)(x),
-    "conv_transpose3d": lambda x: nn.ConvTranspose3d(2, 2, 2, stride=2)(x[..., None]),
     "adaptive_avg_pool2d": lambda x: nn.AdaptiveAvgPool2d(2)(x),
     "adaptive_max_pool2d": lambda x: nn.AdaptiveMaxPool2d(2)(x),
     "max_pool2d_with_indices": lambda x: nn.MaxPool2d(2, return_indices=True)(x),

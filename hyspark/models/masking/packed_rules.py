@@ -1,0 +1,310 @@
+"""Rules of torch functions on packed patches: pools, norms, reductions, random numbers, padding.
+
+Convolutions are in packed_convolution.py. A rule takes the context, the function, and the function's own arguments.
+
+Functions along all positions of a sample need no formula of their own: the patches of a sample, one below the other
+along the first spatial axis, are a map of its visible positions alone.
+
+Shapes: b batch, c channels, p visible patches of the whole batch, *edges voxels per axis of a patch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hyspark.models.masking.masked_functions import Function, masked_batch_norm, mixing_error, set_flag
+from hyspark.models.masking.packed_convolution import (
+    add_windows_border,
+    check_no_padding,
+    on_dense_map,
+    packed_convolution,
+    packed_transposed_convolution,
+    per_axis,
+    windows,
+)
+from hyspark.models.masking.rules import RULES, SUMS, find_positions, masked_extreme, masked_mean, masked_sum_or_norm
+from hyspark.models.recompute import recomputed
+
+if TYPE_CHECKING:
+    from hyspark.models.masking.packed import packed
+
+
+# --- samples
+
+
+def view_samples(context: packed, x: Tensor, spatial: range) -> list[Tensor]:
+    """View patches as maps of the visible positions of samples, one map of all samples if these have equal numbers.
+
+    Args:
+        context: the context.
+        x: patches, (p, ...) with spatial axes.
+        spatial: the spatial axes of x.
+
+    Returns:
+        Maps (b', ..., v * edge, *edges, ...) in the order of the samples; v patches of each of its b' samples.
+    """
+    patches = context.patches
+    parts = [x] if patches.are_equal_in_number else list(x.split(patches.counts))
+    num_samples = patches.num_samples // len(parts)
+    maps = []
+    for part in parts:
+        by_sample = part.unflatten(0, (num_samples, -1)).movedim(1, spatial.start)
+        maps.append(by_sample.flatten(spatial.start, spatial.start + 1))
+    return maps
+
+
+def view_patches(maps: Sequence[Tensor], edges: Sequence[int], spatial: range) -> Tensor:
+    """View maps of samples as patches, the inverse of `view_samples`."""
+    parts = [x.unflatten(spatial.start, (-1, edges[0])).movedim(spatial.start, 1).flatten(0, 1) for x in maps]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def expand_samples(context: packed, values: Tensor) -> Tensor:
+    """Repeat values of samples (b, ...) for each patch: (p, ...), marked as without positions."""
+    out: Tensor = set_flag(values[context.sample], "is_pooled")
+    return out
+
+
+def call_pooled(context: packed, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function of values that are equal for all patches of a sample.
+
+    BatchNorm counts each sample once, and random numbers are drawn once for each sample.
+    """
+    if func not in ONCE_PER_SAMPLE:
+        return func(*args, **kwargs)
+    out = RULES.get(func, call)(context.dense, func, args[0][context.first], *args[1:], **kwargs)
+    return out[context.sample]
+
+
+def call(_context: Any, func: Function, *args: Any, **kwargs: Any) -> Any:
+    """Call a function without a rule."""
+    return func(*args, **kwargs)
+
+
+# --- pools and padding
+
+
+def packed_max_pool(
+    context: packed,
+    func: Function,
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor:
+    """Take the largest of the visible positions in each window."""
+    if not context.is_map(input) or return_indices:
+        raise mixing_error(func)
+    stride = stride or kernel_size
+    if hasattr(input, "has_border"):
+        check_no_padding(context, func, padding)
+        out: Tensor = func(input, kernel_size, stride, 0, dilation)
+        return context.register(out)
+    before, after, fits = windows(context, func, input, kernel_size, stride, padding, dilation, ceil_mode)
+    if not fits:
+        return on_dense_map(context, func, input, kernel_size, stride, padding, dilation, ceil_mode)
+
+    def pool(x: Tensor) -> Tensor:
+        bordered = add_windows_border(context, x, before, after, -math.inf)
+        pooled: Tensor = func(bordered, kernel_size, stride, 0, dilation)
+        return pooled
+
+    return context.register(recomputed(pool, input) if any((*before, *after)) else pool(input))
+
+
+def packed_avg_pool(
+    context: packed,
+    func: Function,
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """Average the visible positions in each window; windows beyond a patch are computed on the dense map."""
+    if not context.is_map(input) or hasattr(input, "has_border"):
+        raise mixing_error(func)
+    stride = stride or kernel_size
+    before, after, _ = windows(context, func, input, kernel_size, stride, padding, 1, ceil_mode)
+    if any((*before, *after)):
+        return on_dense_map(context, func, input, kernel_size, stride, padding, ceil_mode, *args, **kwargs)
+    out: Tensor = func(input, kernel_size, stride)
+    return context.register(out)
+
+
+def packed_global_pool(
+    context: packed, func: Function, input: Tensor, output_size: Any, return_indices: bool = False
+) -> Tensor:
+    """Pool each sample to one position, or to its own size."""
+    if not context.is_map(input) or return_indices or hasattr(input, "has_border"):
+        raise mixing_error(func)
+    context.register(input)
+    if all(size == 1 for size in per_axis(output_size, context.axes)):
+        pooled = [func(x, output_size) for x in view_samples(context, input, range(2, input.ndim))]
+        return expand_samples(context, torch.cat(pooled))
+    return on_dense_map(context, func, input, output_size)
+
+
+def packed_pad(
+    context: packed, func: Function, input: Tensor, pad: Sequence[int], mode: str = "constant", value: Any = None
+) -> Tensor:
+    """Pad a map by a border of its neighbours, with a constant at hidden positions."""
+    spatial = list(pad)[: 2 * context.axes]
+    if not any(spatial) or not context.is_map(input):
+        plain: Tensor = RULES[func](context, func, input, pad, mode, value)
+        return plain
+    if mode != "constant" or min(spatial) < 0 or len(spatial) < len(pad) or hasattr(input, "has_border"):
+        raise mixing_error(func)
+    spatial += [0] * (2 * context.axes - len(spatial))
+    before, after = spatial[::2][::-1], spatial[1::2][::-1]
+    out = add_windows_border(context, context.register(input), before, after, value or 0.0)
+    marked: Tensor = set_flag(out, "has_border")
+    return marked
+
+
+# --- norms
+
+
+def packed_batch_norm(context: packed, func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Normalise by statistics of all patches, which are the visible positions of the batch."""
+    if hasattr(input, "has_border"):
+        raise mixing_error(func)
+    if context.is_distributed:
+        return masked_batch_norm(context, func, input, *args, **kwargs)
+    out: Tensor = func(input, *args, **kwargs)
+    return out
+
+
+def packed_instance_norm(
+    context: packed,
+    func: Function,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalise by statistics of each sample and channel: BatchNorm of the patches of one sample."""
+    if not context.is_map(input) or hasattr(input, "has_border") or (use_input_stats and running_mean is not None):
+        raise mixing_error(func)
+    if not use_input_stats:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    parts = input.split(context.patches.counts)
+    normed = [F.batch_norm(part, None, None, weight, bias, True, momentum, eps) for part in parts]
+    return normed[0] if len(normed) == 1 else torch.cat(normed)
+
+
+def packed_group_norm(context: packed, func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Normalise by statistics of each sample and group."""
+    if not context.is_map(input):
+        out: Tensor = func(input, *args, **kwargs)
+        return out
+    if hasattr(input, "has_border"):
+        raise mixing_error(func)
+    spatial = range(2, input.ndim)
+    normed = [func(x, *args, **kwargs) for x in view_samples(context, input, spatial)]
+    return view_patches(normed, input.shape[2:], spatial)
+
+
+def packed_layer_norm(
+    context: packed, func: Function, input: Tensor, normalized_shape: Sequence[int], *args: Any, **kwargs: Any
+) -> Tensor:
+    """Normalise over channels, position by position."""
+    if len(normalized_shape) > 1 and context.spatial_axes(input):
+        raise mixing_error(func)
+    out: Tensor = func(input, normalized_shape, *args, **kwargs)
+    return out
+
+
+# --- reductions and random numbers
+
+
+def packed_reduction(context: packed, func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Reduce the visible positions of each sample; other reductions are unchanged."""
+    index = 0 if func in SUMS or RULES[func] is not masked_sum_or_norm else 1
+    dims = kwargs.get("dim", args[index] if len(args) > index else None)
+    where = find_positions(context, func, input, dims)
+    if where is None:
+        return func(input, *args, **kwargs)
+    if not context.has_patches(input):
+        raise mixing_error(func)
+    if dims is None or 0 in {d % input.ndim for d in ([dims] if isinstance(dims, int) else dims)}:
+        return func(input, *args, **kwargs)
+    return expand_samples(context, torch.cat([func(x, *args, **kwargs) for x in view_samples(context, input, where)]))
+
+
+def packed_feature_dropout(
+    context: packed, func: Function, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
+    """Drop whole channels of samples, not of patches."""
+    if not context.is_map(input):
+        out: Tensor = func(input, p, training, inplace)
+        return out
+    ones = input.new_ones(context.patches.num_samples, *input.shape[1:2], *(1,) * context.axes)
+    return input * func(ones, p, training)[context.sample]
+
+
+def packed_random(context: packed, func: Function, *args: Any, **kwargs: Any) -> Tensor:
+    """Draw one number per sample where one per patch is asked for, as stochastic depth does."""
+    first = args[0] if args else kwargs.get("size", kwargs.get("input"))
+    if isinstance(first, Tensor):
+        if not is_one_per_patch(context, first.shape):
+            out: Tensor = func(*args, **kwargs)
+            return out
+        drawn = func(first[: context.patches.num_samples].clone(), *args[1:], **kwargs)[context.sample]
+        return first.copy_(drawn) if func is Tensor.bernoulli_ else drawn
+    size = args if isinstance(first, int) else first
+    if size is None or not is_one_per_patch(context, tuple(size)):
+        plain: Tensor = func(*args, **kwargs)
+        return plain
+    options = {key: value for key, value in kwargs.items() if key != "size"}
+    sampled: Tensor = func((context.patches.num_samples, *tuple(size)[1:]), **options)[context.sample]
+    return sampled
+
+
+def is_one_per_patch(context: packed, shape: Sequence[int]) -> bool:
+    """Whether a shape is (p, 1, ..., 1), one number per patch."""
+    return len(shape) > 0 and shape[0] == len(context.sample) and math.prod(shape) == shape[0]
+
+
+PACKED_RULES: dict[Function, Function] = {
+    **dict.fromkeys([torch.conv1d, torch.conv2d, torch.conv3d], packed_convolution),
+    **dict.fromkeys([F.conv_transpose2d, F.conv_transpose3d], packed_transposed_convolution),
+    **dict.fromkeys([F.max_pool1d, F.max_pool2d, F.max_pool3d], packed_max_pool),
+    **dict.fromkeys([torch.max_pool1d, torch.max_pool2d, torch.max_pool3d], packed_max_pool),
+    F.pad: packed_pad,
+    **dict.fromkeys([F.batch_norm, torch.batch_norm], packed_batch_norm),
+    **dict.fromkeys([F.group_norm, torch.group_norm], packed_group_norm),
+    F.instance_norm: packed_instance_norm,
+    **dict.fromkeys([F.layer_norm, torch.layer_norm], packed_layer_norm),
+    **dict.fromkeys([F.avg_pool1d, F.avg_pool2d, F.avg_pool3d], packed_avg_pool),
+    **dict.fromkeys([F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d], packed_global_pool),
+    **dict.fromkeys([F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d], packed_global_pool),
+    **dict.fromkeys([F.dropout1d, F.dropout2d, F.dropout3d], packed_feature_dropout),
+    **dict.fromkeys([Tensor.bernoulli_, torch.bernoulli, torch.rand, torch.rand_like], packed_random),
+    **{
+        func: packed_reduction
+        for func, rule in RULES.items()
+        if rule in (masked_mean, masked_sum_or_norm, masked_extreme)
+    },
+}
+"""Rules that differ from those of `hidden`."""
+
+ONCE_PER_SAMPLE: frozenset[Function] = frozenset(
+    {F.batch_norm, torch.batch_norm, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.bernoulli}
+)
+"""Functions of pooled values that are computed once for each sample."""
