@@ -1,15 +1,24 @@
 """Networks without knowledge of masks compute the same under `packed` as under `hidden`, gradients included."""
 
+import itertools
 import math
+from functools import partial
 
+import monai
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
+from timm.layers import DropPath
+from timm.layers.grn import GlobalResponseNorm
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from hyspark.models.blocks import ChannelNorm
 from hyspark.models.masking.context import hidden
+from hyspark.models.masking.mask import visible_at
 from hyspark.models.masking.packed import packed
 from tests.models.masking.test_context_networks import MONAI, TIMM
 
@@ -64,6 +73,13 @@ def test_maps_gradients_and_statistics_equal_those_under_hidden(case, training):
     check_close([x.double() for x in net.buffers()], [x.double() for x in statistics])
 
 
+class ChannelsLast(nn.Sequential):
+    """Layers of a map with channels last."""
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
 @pytest.mark.parametrize("layer", [
     nn.Conv2d(2, 4, 7, padding=3),
     nn.Conv2d(2, 4, 7, 4, padding=3),
@@ -71,8 +87,19 @@ def test_maps_gradients_and_statistics_equal_those_under_hidden(case, training):
     nn.Conv2d(2, 4, 5, padding="same"),
     nn.Conv2d(2, 4, 1, 2),
     nn.Conv2d(2, 4, (1, 3), padding=(0, 1)),
+    nn.Conv2d(2, 4, 9, padding=4),
+    nn.Conv2d(2, 4, 19, padding=9),
+    nn.Conv2d(2, 2, 3, padding=1, groups=2),
+    nn.Conv2d(2, 4, 4, 2, padding=1),
+    nn.Sequential(nn.Conv2d(2, 4, 8, 8), nn.Conv2d(4, 4, 3, padding=1)),
+    nn.Sequential(nn.MaxPool2d(4), nn.Conv2d(2, 64, 3, padding=1), nn.Conv2d(64, 4, 3, 2, padding=1)),
+    nn.ConvTranspose2d(2, 4, 2, 2),
+    nn.ConvTranspose2d(2, 4, 4, 2, 1),
+    nn.ConvTranspose2d(2, 4, 3, 2, 1, output_padding=1, groups=2),
+    nn.Sequential(nn.Conv2d(2, 4, (1, 2), (1, 2)), nn.Conv2d(4, 4, 3, padding=1), nn.ConvTranspose2d(4, 2, 2, 2)),
     nn.MaxPool2d(3, 2, 1),
     nn.MaxPool2d(3, 2, ceil_mode=True),
+    nn.AvgPool2d(2),
     nn.AvgPool2d(3, 2, 1),
     nn.AvgPool2d(3, 1, 1, count_include_pad=False),
     nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(2, 4, 3, 2)),
@@ -81,19 +108,42 @@ def test_maps_gradients_and_statistics_equal_those_under_hidden(case, training):
     nn.AdaptiveMaxPool2d(1),
     nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)),
     nn.InstanceNorm2d(2),
+    nn.InstanceNorm2d(2, affine=True),
+    nn.GroupNorm(1, 2),
+    nn.Sequential(nn.Conv2d(2, 6, 1), nn.GroupNorm(3, 6), nn.Conv2d(6, 6, 3, padding=1), nn.InstanceNorm2d(6)),
+    ChannelNorm(2),
+    GlobalResponseNorm(2, channels_last=False),
+    ChannelsLast(nn.LayerNorm(2), GlobalResponseNorm(2), nn.Linear(2, 4)),
+    nn.Dropout2d(0.5),
+    nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Dropout(0.5), nn.Conv2d(2, 2, 1)),
+    DropPath(0.5),
+    torchvision.ops.StochasticDepth(0.5, "row"),
+    monai.networks.layers.DropPath(0.5),
 ], ids=str)  # fmt: skip
-def test_layers_with_windows_across_patches(layer):
+def test_layers_compute_what_they_compute_under_hidden(layer):
     visible, images = some_visible(2, (3, 2)), torch.randn(2, 2, 24, 16, dtype=torch.float64)
     layer = layer.double()
-    with hidden(visible):
-        expected = layer(images)
-    with packed(visible, 8) as context:
-        out = layer(context.pack(images))
-    dense = context.unpack(out)
-    if expected.shape[2:] == (1, 1):
-        first = [int(i) for i in context.first]
-        dense = out[first]
+    torch.manual_seed(3)
+    images.requires_grad_()
+    weights = list(layer.parameters())
+    context = packed(visible, 8)
+    found = []
+    for of_images in (
+        lambda: hidden(visible),
+        lambda: context,
+    ):
+        torch.manual_seed(4)
+        with of_images():
+            found.append(layer(context.pack(images) if found else F.max_pool2d(images, 1)))  # its size becomes known
+    expected, out = found
+    if max(expected.shape[2:]) == 1:
+        dense = out[context.first]
+    else:  # pointwise layers may leave anything at hidden positions
+        dense, expected = context.unpack(out), expected.where(visible_at(visible, expected.shape[2:]), 0)
     torch.testing.assert_close(dense, expected)
+    wanted = [images, *weights]
+    of_expected, of_dense = (torch.autograd.grad(x.square().sum(), wanted) for x in (expected, dense))
+    torch.testing.assert_close(of_dense, of_expected)
 
 
 def test_pooled_values_with_as_many_channels_as_there_are_patches():
@@ -172,3 +222,85 @@ def test_functions_declared_safe_are_left_alone():
     visible, images = some_visible(2, (2, 2)), torch.randn(2, 3, 32, 32)
     with packed(visible, 16, safe=[F.interpolate]) as context:
         assert F.interpolate(context.pack(images), scale_factor=2).shape[2:] == (32, 32)
+
+
+@pytest.mark.parametrize("stride", [(1, 2, 2), (2, 1, 1)])
+def test_patches_with_an_edge_per_axis(stride):
+    net = nn.Sequential(
+        nn.Conv3d(1, 4, (1, 3, 3), stride, padding=(0, 1, 1)),
+        nn.InstanceNorm3d(4, affine=True),
+        nn.Conv3d(4, 4, 3, 2, padding=1),
+        nn.LeakyReLU(inplace=True),
+        nn.Conv3d(4, 4, 5, padding=2),
+    ).double()
+    patch = tuple(2 * s for s in stride)
+    visible = some_visible(2, (3, 2, 2))
+    images = torch.randn(2, 1, *(g * p for g, p in zip((3, 2, 2), patch, strict=True)), dtype=torch.float64)
+    with hidden(visible):
+        expected = net(images)
+    with packed(visible, patch) as context:
+        out = context.unpack(net(context.pack(images)))
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_the_precision_of_dense_convolutions_with_statistics_in_fp32(dtype):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 16, 3, padding=1), nn.InstanceNorm2d(16, affine=True), nn.Conv2d(16, 4, 3, padding=1)]
+    net, visible, images = nn.Sequential(*layers), some_visible(2, (3, 2)), 100 * torch.randn(2, 2, 24, 16)
+    with hidden(visible):
+        exact = net(images)
+    context = packed(visible, 8)
+    with torch.autocast("cpu", dtype), context:
+        out = net(context.pack(images))
+    assert out.dtype == dtype
+    torch.testing.assert_close(context.unpack(out).float(), exact, rtol=0.1, atol=0.1)
+    out.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_batch_norm_has_the_statistics_of_all_processes():
+    """Two processes with the same batch have its statistics; the variance for the running one is of twice as many."""
+    visible, images = some_visible(2, (3, 2)), torch.randn(2, 2, 24, 16, dtype=torch.float64)
+    norm, alone = nn.BatchNorm2d(2).double(), nn.BatchNorm2d(2).double()
+    calls = []
+
+    def all_reduce(x):
+        calls.append(x)
+        return 2 * x
+
+    with packed(visible, 8, all_reduce=all_reduce) as context:
+        out = norm(context.pack(images))
+    with packed(visible, 8) as context:
+        expected = alone(context.pack(images))
+    assert len(calls) == 2
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(norm.running_mean, alone.running_mean)
+
+
+def kept_bytes(call):
+    """Memory that remains allocated after a call whose result is kept."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        out = call()
+    del out
+    return sum(event.self_cpu_memory_usage for event in profiler.key_averages())
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm3d, nn.InstanceNorm3d, partial(nn.GroupNorm, 2)])
+def test_what_is_kept_for_the_backward_pass(norm):
+    """Masked as much as dense, packed the visible fraction of it: no masked or bordered copy."""
+    layers = [(nn.Conv3d(8, 8, 3, padding=1), norm(8), nn.LeakyReLU(inplace=True)) for _ in range(4)]
+    net = nn.Sequential(*itertools.chain(*layers), nn.MaxPool3d(3, 2, 1))
+    visible = torch.zeros(1, 1, 2, 2, 2, dtype=torch.bool)
+    visible[..., 0] = True
+    images = torch.rand(1, 8, 32, 32, 32)
+
+    def under(context, x):
+        with context:
+            return net(x)
+
+    context = packed(visible, 16)
+    patches = context.pack(images)
+    dense = kept_bytes(lambda: net(images))
+    assert kept_bytes(lambda: under(hidden(visible), images)) < 1.05 * dense
+    assert kept_bytes(lambda: under(context, patches)) < 0.55 * dense
