@@ -55,7 +55,8 @@ class Densify(nn.Module):
             out: Tensor = self.project(dense)
             return out
         outer = [s // g + 2 for s, g in zip(dense.shape[2:], reconstructed.grid, strict=True)]
-        if len(dense) * math.prod(dense.shape[2:]) <= len(reconstructed.token) * math.prod(outer):
+        if len(dense) * math.prod(dense.shape[2:]) <= len(reconstructed) * math.prod(outer):
             return pack_with_border(self.project(dense), reconstructed, 1)
+        out = unpadded(self.project)(pack_with_border(dense, reconstructed, 2))
         inside = pack_with_border(torch.ones_like(dense[:, :1]), reconstructed, 1)
-        return unpadded(self.project)(pack_with_border(dense, reconstructed, 2)) * inside
+        return out * inside.to(out.dtype)  # the dense convolutions pad with zeros

@@ -56,6 +56,10 @@ NETWORKS = {
         lambda **o: around(Thick(), (8, 16, 32), 3, mask_unit=(8, 8, 16), **o),
         (8, 16, 32),
     ),
+    "a mask unit below the stride": (
+        lambda **o: around(Thick(), (8, 12, 16), 3, mask_unit=(2, 4, 4), **o),
+        (8, 12, 16),
+    ),
     "one map": (lambda **o: around(Coarse(), (8, 6), 2, **o), (8, 6)),
 }
 
