@@ -38,15 +38,13 @@ class MedNeXtBlock(nn.Module):
         channels: of input and output.
         expansion: ratio of the expansion.
         axes: number of spatial axes.
-
-    Attributes:
         recompute: compute the layers after the depthwise convolution again in the backward pass, to save memory.
     """
 
-    def __init__(self, channels: int, expansion: int, axes: int = 3) -> None:
+    def __init__(self, channels: int, expansion: int, axes: int = 3, recompute: bool = False) -> None:
         super().__init__()
         conv = CONV[axes]
-        self.recompute = False
+        self.recompute = recompute
         self.conv1 = conv(channels, channels, 3, padding=1, groups=channels)
         self.norm = ChannelNorm(channels)
         self.conv2 = conv(channels, expansion * channels, 1)

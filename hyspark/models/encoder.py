@@ -69,7 +69,7 @@ class ConvStages(nn.Module):
     """Stem and five stages of MedNeXt blocks; a widening convolution and a 2^n max pool between stages.
 
     (b, in_channels, *size) -> five maps, finest first: the skip features x_1..x_4 at full, 1/2, 1/4 and 1/8 resolution
-    (each with the width of the next stage), and x_5 at 1/16.
+    (each with the width of the next stage), and x_5 at 1/16. `recompute` is that of the blocks.
     """
 
     def __init__(
@@ -79,12 +79,13 @@ class ConvStages(nn.Module):
         depths: Sequence[int],
         expansions: Sequence[int],
         axes: int,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         conv = CONV[axes]
         self.stem = conv(in_channels, widths[0], 3, padding=1)
         for s, (width, depth, expansion) in enumerate(zip(widths, depths, expansions, strict=True), start=1):
-            blocks = [MedNeXtBlock(width, expansion, axes) for _ in range(depth)]
+            blocks = [MedNeXtBlock(width, expansion, axes, recompute) for _ in range(depth)]
             self.add_module(f"layer{s}", nn.Sequential(*blocks))
             if s < NUM_STAGES:
                 self.add_module(f"expend{s}", conv(width, widths[s], 3, padding=1))
@@ -141,6 +142,7 @@ class HybridEncoder(nn.Module):
     ) -> None:
         super().__init__()
         check_compute(compute)
+        self.compute = compute
         if hide not in ("everywhere", "convolutions", "input"):
             raise ValueError(f'hide: expected "everywhere", "convolutions" or "input", got {hide!r}')
         self.hide = hide
@@ -150,26 +152,13 @@ class HybridEncoder(nn.Module):
                 raise ValueError(f"{name}: expected {NUM_STAGES} numbers, one per stage, got {tuple(values)}")
         self.img_size = edges_per_axis(img_size, axes, "img_size")
         self.widths = tuple(widths)
-        self.embeddings = ConvStages(in_channels, widths, depths, expansions, axes)
+        self.embeddings = ConvStages(in_channels, widths, depths, expansions, axes, recompute=True)
         self.mae = TokenTransformer(widths[-1], vit_depth, num_heads, grid_of(self.img_size))
-        self.compute = compute
 
     @property
     def patch(self) -> tuple[int, ...]:
         """Edge of a mask unit in voxels on each axis."""
         return (PATCH,) * len(self.img_size)
-
-    @property
-    def compute(self) -> str:
-        """How hidden voxels are excluded, "packed" or "masked"."""
-        return self._compute
-
-    @compute.setter
-    def compute(self, compute: str) -> None:
-        self._compute = compute
-        for block in self.embeddings.modules():
-            if isinstance(block, MedNeXtBlock):  # layers under `hidden` cannot be computed again outside of it
-                block.recompute = compute == "packed"
 
     @property
     def maps(self) -> list[tuple[int, tuple[int, ...]]]:

@@ -5,8 +5,9 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.checkpoint import checkpoint
 
 
@@ -24,6 +25,9 @@ def recomputed(function: Callable[..., Any], *args: Any, batch_norm: nn.Module |
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return function(*args)
+    tensors = tuple(x for x in args if isinstance(x, Tensor))
+    if has_torch_function(tensors):  # a context, inside which the layers shall be computed again, too
+        return handle_torch_function(recomputed, tensors, function, *args, batch_norm=batch_norm)
 
     def contexts() -> tuple[Any, Any]:
         return nullcontext(), freeze_statistics(batch_norm) if isinstance(batch_norm, _BatchNorm) else nullcontext()

@@ -173,8 +173,8 @@ class PyramidEncoder(nn.Module):
     def encode(self, volumes: Tensor, patches: Patches) -> list[Tensor]:
         """Compute the maps at visible patches only, (p, c, *edges), finest first."""
         if self.compute == "packed" and not patches.are_divided:
-            with packed(patches, self.patch, self.safe, self.all_reduce):
-                return self.features(patches.pack(volumes))
+            with packed(patches, self.patch, self.safe, self.all_reduce) as packing:
+                return self.features(packing.pack(volumes))
         with hidden(patches.visible, self.safe, self.all_reduce) as context:
             maps = self.features(volumes)
             return [patches.pack(context.fill(x) if patches.are_divided else x) for x in maps]

@@ -89,10 +89,11 @@ def test_some_listed_backbones_compute_masked(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", TIMM_FAMILIES)
 def test_the_smallest_of_each_family_of_timm_computes_masked(family):
-    check_masked(smallest(family), 224)
+    check_masked(smallest(family), 256 if family == "selecsls" else 224)  # its total stride is 64
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning")
 @pytest.mark.parametrize("name", list_backbones("torchvision/*"))
 def test_every_listed_backbone_of_torchvision_computes_masked(name):
     check_masked(name, 224)

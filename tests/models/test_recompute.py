@@ -62,7 +62,7 @@ def test_no_convolution_of_a_training_step_is_computed_twice(make_hyspark, make_
     with CountConvolutions() as backward:
         loss.backward()
     pointwise = 2 * sum(encoder_depth for encoder_depth in (1, 1, 3, 3, 1))
-    assert forward.count > 40
+    assert forward.count > 30
     assert backward.count <= pointwise  # these are recomputed, being cheap
 
 

@@ -4,9 +4,10 @@ The context intercepts torch functions, so the network inside needs no special l
 rules.py defines each function under a mask. Pointwise functions need no rule: every rule ignores hidden positions of
 its input. A function that mixes positions and has no rule is refused by name, unless it is declared safe.
 
-The mask belongs to the context object, and nothing remains after the block. Activation checkpointing is correct if the
-block lies inside the checkpointed function. (In the other order torch raises in the backward pass, because other
-tensors are saved without the block.)
+The mask belongs to the context object, and nothing remains after the block. Activation checkpointing of a part of the
+network inside the block is correct by `recomputed` of recompute.py, which enters the context again. With torch's own
+`checkpoint` the block has to lie inside the checkpointed function. (In the other order torch raises in the backward
+pass, because other tensors are saved without the block.)
 
 Source: the rules of Tian et al., "Designing BERT for Convolutional Networks", ICLR 2023, and of HySparK, MICCAI
 2024, section 2.1.
@@ -24,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from hyspark.models.masking.mask import visible_at
 from hyspark.models.masking.masked_functions import mixing_error, set_flag
 from hyspark.models.masking.rules import MIXES_POSITIONS, RULES
+from hyspark.models.recompute import recomputed
 
 BATCH_NORMS = (F.batch_norm, torch.batch_norm)
 """Functions whose statistics are of all processes, for pooled values too."""
@@ -80,6 +82,8 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is recomputed:
+            return self.recompute_inside(*args, **kwargs)
         if func in self.safe:
             return func(*args, **kwargs)
         if func not in BATCH_NORMS and are_pooled(args, kwargs):  # ECA's convolution over channels
@@ -89,6 +93,15 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
             raise mixing_error(func)
         rule = RULES.get(func)
         return func(*args, **kwargs) if rule is None else rule(self, func, *args, **kwargs)
+
+    def recompute_inside(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function that is called again in the backward pass, both times inside this context."""
+
+        def inside(*args: Any) -> Any:
+            with self:
+                return function(*args)
+
+        return recomputed(inside, *args, **kwargs)
 
     def mask(self, size: tuple[int, ...]) -> Tensor:
         """Return the mask at a resolution, bool (b, 1, *size), computed once for each.

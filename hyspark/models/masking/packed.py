@@ -20,6 +20,7 @@ from hyspark.models.masking.masked_functions import Function, set_flag
 from hyspark.models.masking.packed_rules import PACKED_RULES, call_pooled
 from hyspark.models.masking.patches import Patches, check_mask_shape
 from hyspark.models.masking.rules import RULES
+from hyspark.models.recompute import recomputed
 
 
 class packed(hidden):  # noqa: N801 - reads as a statement: `with packed(visible, patch):`
@@ -63,7 +64,7 @@ class packed(hidden):  # noqa: N801 - reads as a statement: `with packed(visible
     def pack(self, volumes: Tensor) -> Tensor:
         """Select the visible patches of volumes (b, c, *size): (p, c, *edges); ValueError for another grid."""
         check_mask_shape(volumes, self.patches.visible, self.patch)
-        return self.patches.pack(volumes)
+        return self.register(self.patches.pack(volumes))
 
     def unpack(self, features: Tensor) -> Tensor:
         """Scatter features (p, c, *edges) into a dense map (b, c, *size), zero at hidden positions."""
@@ -73,6 +74,8 @@ class packed(hidden):  # noqa: N801 - reads as a statement: `with packed(visible
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is recomputed:
+            return self.recompute_inside(*args, **kwargs)
         values = [x for arg in (*args, *kwargs.values()) for x in (arg if isinstance(arg, list | tuple) else [arg])]
         tensors = [x for x in values if isinstance(x, Tensor) and not isinstance(x, nn.Parameter)]
         inputs = tensors[:1] if func in RULES else [x for x in tensors if x.ndim > 1]  # not weights or statistics

@@ -25,9 +25,15 @@ from hyspark.models.recompute import recomputed
 if TYPE_CHECKING:
     from hyspark.models.masking.packed import packed
 
+Options = tuple[list[int], list[int], list[int]]
+"""Stride, padding and dilation of a convolution, each with one number per axis."""
 MAX_ROWS = 2
 """Output voxels (of all patches) per input channel up to which a convolution is one matrix product. Measured at 256 to
 512 channels: the product takes half of the time at .4 rows per channel, and the same at 2.
+"""
+MAX_PIXELS = 64
+"""Output voxels of a patch up to which a convolution of kernel 1 is one matrix product. Measured: a tenth of the time
+for patches of one voxel, .7 of it for 8^2, nearly the same for 4^3, and 1.4 times as long for 8^3.
 """
 MAX_BORDER = 2.2
 """Voxels with border to those without, times the visible fraction, up to which a grouped convolution is of patches.
@@ -126,26 +132,29 @@ def packed_convolution(
     if not context.is_map(input):
         return masked_convolution(context, func, input, weight, bias, stride, padding, dilation, groups)
     before, after, fits = windows(context, func, input, weight.shape[2:], stride, padding, dilation, False)
-    if not any((*before, *after)):
-        return context.register(func(input, weight, bias, stride, 0, dilation, groups))
     strides, dilations = per_axis(stride, context.axes), per_axis(dilation, context.axes)
     if not fits or (groups > 1 and is_dense_faster(context, input, before, after)):
         dense = func(context.unpack(input), weight, bias, stride, padding, dilation, groups)
         return context.register(context.patches.pack(dense))
-    if groups == 1 and set(dilations) == {1} and is_product_faster(input, strides):
+    if groups == 1 and set(dilations) == {1} and is_product_faster(input, weight, strides):
 
         def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return multiply_windows(context.patches.with_border(x, before, after), weight, bias, strides)
+            return multiply_windows(add_windows_border(context, x, before, after), weight, bias, strides)
 
+        if math.prod(weight.shape[2:]) == math.prod(strides) == 1:  # its windows are the patches themselves
+            return context.register(multiply(input, weight, bias))
         return context.register(recomputed(multiply, input, weight, bias))
-    return context.register(
-        convolve_with_border(context, func, input, weight, bias, strides, before, after, dilations, groups)
-    )
+    if not any((*before, *after)):
+        return context.register(func(input, weight, bias, stride, 0, dilation, groups))
+    widths, options = (tuple(before), tuple(after)), (strides, [0] * context.axes, dilations)
+    return context.register(convolve_with_border(context, func, input, weight, bias, widths, options, groups))
 
 
-def is_product_faster(x: Tensor, strides: Sequence[int]) -> bool:
-    """Whether a convolution of patches has so few windows that one matrix product is faster."""
+def is_product_faster(x: Tensor, weight: Tensor, strides: Sequence[int]) -> bool:
+    """Whether a convolution of patches has so few windows, or so small ones, that one matrix product is faster."""
     per_patch = math.prod([edge // s for edge, s in zip(x.shape[2:], strides, strict=True)])
+    if math.prod(weight.shape[2:]) == 1:
+        return per_patch <= MAX_PIXELS
     return per_patch == 1 or per_patch * len(x) <= MAX_ROWS * x.shape[1]
 
 
@@ -173,23 +182,20 @@ def convolve_with_border(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    strides: Sequence[int],
-    before: Sequence[int],
-    after: Sequence[int],
-    dilations: Sequence[int],
+    widths: Widths,
+    options: Options,
     groups: int,
 ) -> Tensor:
     """Convolve patches with border; torch.compile decides by itself what to keep for the backward pass."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        plain: Tensor = func(context.patches.with_border(x, before, after), weight, bias, strides, 0, dilations, groups)
+        plain: Tensor = func(context.patches.with_border(x, *widths), weight, bias, *options, groups)
         return plain
-    widths = (tuple(before), tuple(after))
-    indices = context.patches.border_indices(tuple(x.shape[2:]), widths)
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    out: Tensor = BorderConvolution.apply(x, weight, bias, *indices, widths, list(strides), list(dilations), groups)
+    indices = context.patches.border_indices(tuple(x.shape[2:]), widths)
+    out: Tensor = BorderConvolution.apply(x, weight, bias, *indices, widths, options, groups)
     return out
 
 
@@ -205,41 +211,28 @@ class BorderConvolution(torch.autograd.Function):
         target: Tensor,
         source: Tensor,
         widths: Widths,
-        strides: list[int],
-        dilations: list[int],
+        options: Options,
         groups: int,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, target, source)
-        ctx.widths, ctx.options = widths, (strides, dilations, groups)
+        ctx.widths, ctx.options = widths, (*options, False, [0] * len(options[0]), groups)
         ctx.bias_sizes = None if bias is None else list(bias.shape)
-        axes = x.ndim - 2
         with torch.autocast(x.device.type, enabled=False):
-            return torch.convolution(
-                add_border(x, target, source, widths),
-                weight,
-                bias,
-                strides,
-                [0] * axes,
-                dilations,
-                False,
-                [0] * axes,
-                groups,
-            )
+            return torch.convolution(add_border(x, target, source, widths), weight, bias, *ctx.options)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         x, weight, target, source = ctx.saved_tensors
-        strides, dilations, groups = ctx.options
-        zeros, wanted = [0] * len(strides), list(ctx.needs_input_grad[:3])
+        wanted = list(ctx.needs_input_grad[:3])
         padded = add_border(x, target, source, ctx.widths)
         with torch.autocast(x.device.type, enabled=False):
             of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(
-                gradient, padded, weight, ctx.bias_sizes, strides, zeros, dilations, False, zeros, groups, wanted
+                gradient, padded, weight, ctx.bias_sizes, *ctx.options, wanted
             )
         if wanted[0]:
             of_x = add_border_gradient(of_x, target, source, ctx.widths)
-        return of_x, of_weight, of_bias, *(None,) * 6
+        return of_x, of_weight, of_bias, *(None,) * 5
 
 
 def packed_transposed_convolution(

@@ -78,13 +78,10 @@ def call_pooled(context: packed, func: Function, args: tuple[Any, ...], kwargs: 
     """
     if func not in ONCE_PER_SAMPLE:
         return func(*args, **kwargs)
-    out = RULES.get(func, call)(context.dense, func, args[0][context.first], *args[1:], **kwargs)
+    values = args[0][context.first]
+    rule = RULES.get(func)
+    out = func(values, *args[1:], **kwargs) if rule is None else rule(context.dense, func, values, *args[1:], **kwargs)
     return out[context.sample]
-
-
-def call(_context: Any, func: Function, *args: Any, **kwargs: Any) -> Any:
-    """Call a function without a rule."""
-    return func(*args, **kwargs)
 
 
 # --- pools and padding

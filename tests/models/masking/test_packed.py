@@ -124,6 +124,8 @@ def test_layers_compute_what_they_compute_under_hidden(layer):
     visible, images = some_visible(2, (3, 2)), torch.randn(2, 2, 24, 16, dtype=torch.float64)
     layer = layer.double()
     torch.manual_seed(3)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
     images.requires_grad_()
     weights = list(layer.parameters())
     context = packed(visible, 8)
