@@ -64,6 +64,15 @@ def check_min_width(decoder_width: int, decoder_min_width: int) -> None:
         )
 
 
+def check_reconstruct_fraction(fraction: float) -> None:
+    """Raise ValueError if the fraction of reconstructed patches is not above 0 and at most 1."""
+    if not 0 < fraction <= 1:
+        raise ValueError(
+            f"reconstruct_fraction: expected a number above 0 and at most 1, got {fraction}; 1 reconstructs all hidden "
+            "patches, as in the paper"
+        )
+
+
 def check_compute(compute: str) -> None:
     """Raise ValueError for an unknown way to exclude hidden voxels."""
     if compute not in ("masked", "packed"):

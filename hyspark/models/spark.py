@@ -222,6 +222,7 @@ def build_spark(
     run: Callable[[nn.Module, Tensor], Any] | None = None,
     safe: Collection[Callable[..., Any]] = (),
     mask_unit: Edges | None = None,
+    reconstruct_fraction: float = 1.0,
     compute: str = "packed",
 ) -> MaskedAutoencoder:
     """Build SparK's pre-training network around any backbone; the defaults are the paper's for ResNet-50.
@@ -238,6 +239,7 @@ def build_spark(
         safe: torch functions that the network does not apply along positions, see `hidden`.
         mask_unit: edge of a mask unit in voxels, one number or one per axis; by default the backbone's total stride. A
             position of a map that covers several units is visible where any of them is.
+        reconstruct_fraction: fraction of the hidden patches that are reconstructed and scored in training.
         compute: "packed" computes visible patches only; "masked" is the reference, see `PyramidEncoder`. A network that
             does not run packed, or not as the reference, computes masked; a warning says so.
 
@@ -253,4 +255,4 @@ def build_spark(
     if compute == "packed" and (fault := packed_fault(encoder)):
         LOG.warning("%s: computes masked, not packed: %s", type(backbone).__name__, fault)
         encoder.compute = "masked"
-    return MaskedAutoencoder(encoder, mask_ratio, decoder_width)
+    return MaskedAutoencoder(encoder, mask_ratio, decoder_width, reconstruct_fraction)

@@ -151,6 +151,9 @@ def test_flops_are_those_of_the_run(pretraining):
     assert flops.forward.keys() == {"encoder", "densify", "decoder"}
     assert flops.encoder["packed"] == flops.forward["encoder"] < flops.encoder["masked"] / 3
     assert 1.9 < flops.backward / sum(flops.forward.values()) < 2.6
+    fewer = plan.count_flops(replace(pretraining, reconstruct_fraction=0.5), model, 4)
+    assert fewer.forward["encoder"] == flops.forward["encoder"]
+    assert fewer.forward["decoder"] < 0.8 * flops.forward["decoder"]
 
 
 # The store

@@ -79,9 +79,10 @@ def test_the_loss_falls(pretraining):
     assert sum(values[-6:]) / 6 < 0.95 * sum(values[:3]) / 3
 
 
-def test_an_interrupted_run_continues_as_if_nothing_had_happened(pretraining, tmp_path):
-    whole = replace(pretraining, out=str(tmp_path / "whole"))
-    parts = replace(pretraining, out=str(tmp_path / "parts"))
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_an_interrupted_run_continues_as_if_nothing_had_happened(pretraining, tmp_path, fraction):
+    whole = replace(pretraining, out=str(tmp_path / "whole"), reconstruct_fraction=fraction)
+    parts = replace(whole, out=str(tmp_path / "parts"))
     run_pretraining(whole)
     run_pretraining(replace(parts, max_steps=2))
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:  # what a killed run may leave behind
