@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from hyspark.config.checks import between, check_probabilities, not_negative, positive
 from hyspark.config.shared import EncoderSettings, VolumeSettings, check_encoder, check_run, check_volumes
-from hyspark.models.defaults import CONTRASTIVE_METHODS, grid_of
+from hyspark.models.defaults import CONTRASTIVE_METHODS, check_reconstruct_fraction, grid_of
 from hyspark.utils.settings import field_info, setting
 from hyspark.utils.text import nearest
 
@@ -92,6 +92,11 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
     """Channels of the reconstruction decoder at its deepest level. They halve at each of its steps, 4 for hyspark, so
     there a multiple of 16.
     """
+    reconstruct_fraction: float = setting(1.0, "optimisation", methods=MASKED)
+    """Fraction of the hidden patches that a step reconstructs and scores, drawn anew for each crop. The two finest
+    levels of the decoder, most of its cost, compute these alone. 1: all, as in the paper. Validation and pictures
+    always take all.
+    """
     compute: Literal["packed", "masked"] = setting("packed", "machine", methods=("hyspark", "spark"))
     """How hidden voxels are excluded. packed: fast, visible patches alone. masked: the readable reference."""
     hide: Literal["everywhere", "convolutions", "input"] = setting("everywhere", "network", methods=("hyspark",))
@@ -135,6 +140,7 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
         check_probabilities("flip_prob", self.flip_prob)
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must lie between 0 and 1, but it is {self.mask_ratio}")
+        check_reconstruct_fraction(self.reconstruct_fraction)
         if not 0 < self.view_scale <= 1:
             raise ValueError(f"view_scale must be above 0 and at most 1, but it is {self.view_scale}")
         if self.probe_cases < 2:
@@ -145,8 +151,6 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
                 raise ValueError(f"{name} takes one number or {several}, but got {list(numbers)}")
         if self.mask_unit and min(self.mask_unit) < 1:
             raise ValueError(f"mask_unit must be at least 1 on every axis, but it is {list(self.mask_unit)}")
-        if self.unit_shape:
-            grid_of(self.crop_shape, self.unit_shape)
         self.check_model()
         self.check_unread()
         if self.compile != "none" and self.compute == "masked":

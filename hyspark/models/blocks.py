@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hyspark.models.recompute import recomputed
 
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+CONV_FUNCTION = {2: F.conv2d, 3: F.conv3d}
 CONV_TRANSPOSE = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 INSTANCE_NORM = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hyspark.models.defaults import CONTRASTIVE_METHODS, edges_per_axis
-from hyspark.models.feature_maps import contributing, record_outputs
+from hyspark.models.feature_maps import record_outputs, uses_only_itself
 from hyspark.models.spark import PyramidEncoder
 from hyspark.utils.install import install_command
 
@@ -73,22 +73,9 @@ class PooledEncoder(nn.Module):
         return seen[self.tap].flatten(2).mean(-1)
 
     def check_copies(self) -> None:
-        """Compute the features of a copy.
-
-        Raises:
-            ValueError: they depend on the weights of this network. A function that holds the network, such as
-                `net.forward_features = lambda x: net.encoder(x)`, does so in every copy too.
-        """
-        copied = deepcopy(self).eval()
-        like = next(self.parameters())
-        with (
-            torch.enable_grad(),
-            torch.random.fork_rng(devices=[]),
-            record_outputs(copied.backbone, [self.tap]) as seen,
-        ):
-            copied.run(copied.backbone, like.new_zeros(1, *self.crop_shape))
-        used = contributing(list(seen.values()))
-        if not seen or any(id(p) in used for p in self.parameters()):
+        """Raise ValueError if a copy of the network computes with the network's own weights."""
+        crop = next(self.parameters()).new_zeros(1, *self.crop_shape)
+        if not uses_only_itself(self.backbone, self.run, self.tap, crop):
             raise ValueError(
                 f"{type(self.backbone).__name__}: a copy of it computes with the original's weights, so it can have no "
                 "momentum encoder; define what it runs as a method, or return hyspark.Backbone(network, run) from the "

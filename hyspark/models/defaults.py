@@ -42,12 +42,17 @@ def grid_of(size: Sequence[int], patch: Edges = PATCH) -> tuple[int, ...]:
     """
     edges = edges_per_axis(patch, len(size), "patch")
     if any(s < edge or s % edge for s, edge in zip(size, edges, strict=True)):
-        nearest = tuple(max(edge, round(s / edge) * edge) for s, edge in zip(size, edges, strict=True))
         unit = f"{edges[0]} voxels on every axis" if len(set(edges)) == 1 else f"{edges} voxels, axis by axis"
         raise ValueError(
-            f"crop size: expected a positive multiple of {unit}, got {tuple(size)}; the nearest that fits is {nearest}"
+            f"crop size: expected a positive multiple of {unit}, got {tuple(size)}; the nearest that fits is "
+            f"{nearest_multiple(size, edges)}"
         )
     return tuple(s // edge for s, edge in zip(size, edges, strict=True))
+
+
+def nearest_multiple(size: Sequence[int], edges: Sequence[int]) -> tuple[int, ...]:
+    """Return the positive multiple of each edge that is nearest to the size of its axis."""
+    return tuple(max(edge, round(s / edge) * edge) for s, edge in zip(size, edges, strict=True))
 
 
 def check_min_width(decoder_width: int, decoder_min_width: int) -> None:
@@ -56,6 +61,15 @@ def check_min_width(decoder_width: int, decoder_min_width: int) -> None:
         raise ValueError(
             f"decoder_min_width: expected at most decoder_width={decoder_width}, the width of the widest level, "
             f"got {decoder_min_width}"
+        )
+
+
+def check_reconstruct_fraction(fraction: float) -> None:
+    """Raise ValueError if the fraction of reconstructed patches is not above 0 and at most 1."""
+    if not 0 < fraction <= 1:
+        raise ValueError(
+            f"reconstruct_fraction: expected a number above 0 and at most 1, got {fraction}; 1 reconstructs all hidden "
+            "patches, as in the paper"
         )
 
 

@@ -3,12 +3,15 @@
 Shapes: b batch, c channels, p visible patches, *edges voxels of a patch, *size voxels per axis.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from hyspark.models.blocks import CONV, ChannelNorm
 from hyspark.models.masking.mask import visible_at
 from hyspark.models.masking.patches import Patches
+from hyspark.models.masking.reconstructed import pack_with_border, unpadded
 from hyspark.models.recompute import recomputed
 
 
@@ -29,14 +32,31 @@ class Densify(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.project = CONV[axes](in_channels, out_channels, kernel, padding=kernel // 2)
 
-    def forward(self, x: Tensor, patches: Patches) -> Tensor:
-        out: Tensor = recomputed(self.fill, x, self.mask_token, patches)
+    def forward(self, x: Tensor, patches: Patches, reconstructed: Patches | None = None) -> Tensor:
+        """Densify the map of visible patches.
+
+        Args:
+            x: (p, c_in, *edges).
+            patches: visible patches.
+            reconstructed: patches to return; None for all, as a dense map.
+
+        Returns:
+            (b, c_out, *size), or reconstructed patches with a border of one voxel, zero outside of the crop.
+        """
+        out: Tensor = recomputed(self.fill, x, self.mask_token, patches, reconstructed)
         return out
 
-    def fill(self, x: Tensor, token: Tensor, patches: Patches) -> Tensor:
+    def fill(self, x: Tensor, token: Tensor, patches: Patches, reconstructed: Patches | None) -> Tensor:
         """Compute `forward` without recomputation."""
         dense = patches.unpack(self.norm(x), token)
         if patches.are_divided:
             dense = dense.where(visible_at(patches.visible, dense.shape[2:]), token.to(dense.dtype))
-        out: Tensor = self.project(dense)
-        return out
+        if reconstructed is None:
+            out: Tensor = self.project(dense)
+            return out
+        outer = [s // g + 2 for s, g in zip(dense.shape[2:], reconstructed.grid, strict=True)]
+        if len(dense) * math.prod(dense.shape[2:]) <= len(reconstructed) * math.prod(outer):
+            return pack_with_border(self.project(dense), reconstructed, 1)
+        out = unpadded(self.project)(pack_with_border(dense, reconstructed, 2))
+        inside = pack_with_border(torch.ones_like(dense[:, :1]), reconstructed, 1)
+        return out * inside.to(out.dtype)  # the dense convolutions pad with zeros

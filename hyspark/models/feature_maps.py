@@ -6,9 +6,13 @@ Shapes: b batch, c channels, *size positions per axis.
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from hyspark.models.defaults import Edges, edges_per_axis, nearest_multiple
 
 Stride = tuple[int, ...]
 """Voxels of a crop per position of a map, for each axis a power of two."""
@@ -57,19 +61,24 @@ def stride_of(x: Tensor, size: Sequence[int]) -> Stride | None:
     """Compute the stride of a map (b, c, *size / stride) with more than one position.
 
     Returns:
-        The least power of two on each axis, above one on some axis, that gives the map's size, rounded up or down; None
-        if the tensor is no such map.
+        The power of two on each axis, above one on some axis, that gives the map's size. If there is none, one that
+        gives it rounded up or down: the same on all axes, or else the largest. None if the tensor is no such map.
     """
     own = tuple(x.shape[2:])
     if x.ndim != len(size) + 2 or max(own) == 1:
         return None
-    stride = []
-    for o, s in zip(own, size, strict=True):
-        fits = [2**k for k in range(s.bit_length()) if o in (s // 2**k, -(-s // 2**k))]
-        if not fits:
-            return None
-        stride.append(fits[0])
-    return tuple(stride) if max(stride) > 1 else None
+    fits = [
+        [2**k for k in range(s.bit_length()) if o in (s // 2**k, -(-s // 2**k))] for o, s in zip(own, size, strict=True)
+    ]
+    if not all(fits):
+        return None
+    exact = [next((n for n in near if o * n == s), 0) for near, o, s in zip(fits, own, size, strict=True)]
+    common = set.intersection(*map(set, fits))
+    if all(exact) or not common:
+        stride = tuple(one or near[-1] for one, near in zip(exact, fits, strict=True))
+    else:
+        stride = (max(common),) * len(size)
+    return stride if max(stride) > 1 else None
 
 
 def find_strides(
@@ -99,13 +108,13 @@ def find_strides(
         for name in doubtful:
             if name not in longer or not are_channels_first(seen[name], longer[name]):
                 del found[name]
-    for name, stride in found.items():
-        if name in rounded:
-            raise ValueError(
-                f"crop size {tuple(size)}: this network computes a map of {tuple(seen[name].shape[2:])} from it, "
-                f"{'which is no integer stride' if len(set(stride)) == 1 else f'near stride {stride}'}; set axes that "
-                "are multiples of its total stride, usually 32"
-            )
+    if broken := [name for name in found if name in rounded]:
+        total = tuple(map(max, *found.values())) if len(found) > 1 else found[broken[0]]
+        raise ValueError(
+            f"crop size {tuple(size)}: this network computes a map of {tuple(seen[broken[0]].shape[2:])} from it, "
+            f"which is no integer stride; set axes that are multiples of its total stride {total}, the nearest are "
+            f"{nearest_multiple(size, total)}"
+        )
     return found
 
 
@@ -151,6 +160,33 @@ def is_finer(stride: Stride, other: Stride) -> bool:
     return all(s <= o for s, o in zip(stride, other, strict=True))
 
 
+def check_unit(mask_unit: Edges, size: Sequence[int], strides: Sequence[Stride]) -> Stride:
+    """Return a mask unit per axis if masks of it fit the maps.
+
+    Args:
+        mask_unit: edge in voxels, one number or one per axis.
+        size: voxels per axis of a crop.
+        strides: stride of each map, deepest first.
+
+    Raises:
+        ValueError: an edge is neither a multiple nor a divisor of each stride on its axis, or no divisor of the crop,
+            or the unit is one voxel.
+    """
+    unit = edges_per_axis(mask_unit, len(size), "mask_unit")
+    fits = min(unit) > 0 and all(
+        max(u, s) % min(u, s) == 0 for stride in strides for u, s in zip(unit, stride, strict=True)
+    )
+    if fits and any(full % u for full, u in zip(size, unit, strict=True)):
+        raise ValueError(f"mask_unit: expected on each axis a divisor of the crop {tuple(size)}, got {unit}")
+    if not fits or max(unit) == 1:
+        raise ValueError(
+            f"mask_unit: expected on each axis a multiple or a divisor of the network's strides "
+            f"{', '.join(map(str, reversed(strides)))}, and more than one voxel, got {unit}; its total stride is "
+            f"{strides[0]}"
+        )
+    return unit
+
+
 def freeze_unused(network: nn.Module, maps: Sequence[Tensor]) -> None:
     """Freeze the weights of a network that do not contribute to its maps, such as those of a classifier.
 
@@ -160,6 +196,25 @@ def freeze_unused(network: nn.Module, maps: Sequence[Tensor]) -> None:
     for parameter in network.parameters():
         if id(parameter) not in used:
             parameter.requires_grad_(False)
+
+
+def uses_only_itself(network: nn.Module, run: Callable[[nn.Module, Tensor], Any], tap: str, crop: Tensor) -> bool:
+    """Whether a copy of a network computes a map by its own weights alone.
+
+    A function that holds the network, such as `net.forward_features = lambda x: net.encoder(x)`, is the same in every
+    copy, and computes with the weights of the network.
+
+    Args:
+        network: the network.
+        run: run(network, crop) computes the map.
+        tap: name of the module whose output is the map.
+        crop: (1, channels, *size).
+    """
+    copied = deepcopy(network).eval()
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]), record_outputs(copied, [tap]) as seen:
+        run(copied, crop)
+    used = contributing(list(seen.values()))
+    return bool(seen) and not any(id(p) in used for p in network.parameters())
 
 
 def contributing(maps: Sequence[Tensor]) -> set[int]:

@@ -1,12 +1,15 @@
 """Light decoder (SparK's U-Net), and the projections of the encoder's maps to its widths.
 
-Both serve pre-training, and segmentation networks that reuse their weights.
+Both serve pre-training, and segmentation networks that reuse their weights. In pre-training the finest levels may
+compute reconstructed patches alone, see masking/reconstructed.py.
 
-Shapes: b batch, c channels, *size voxels per axis.
+Shapes: b batch, c channels, *size voxels per axis, p reconstructed patches of the whole batch, *edges voxels per axis
+of a patch at a resolution.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -14,15 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyspark.models.blocks import BATCH_NORM, CONV, CONV_TRANSPOSE, ChannelNorm
+from hyspark.models.blocks import BATCH_NORM, CONV, CONV_FUNCTION, CONV_TRANSPOSE, ChannelNorm
 from hyspark.models.defaults import check_min_width
 from hyspark.models.feature_maps import Stride
+from hyspark.models.masking.patches import Patches
+from hyspark.models.masking.reconstructed import pack_with_border, unpadded
 from hyspark.models.recompute import recomputed
 
-CONV_FUNCTION = {2: F.conv2d, 3: F.conv3d}
 CONV_TRANSPOSE_FUNCTION = {2: F.conv_transpose2d, 3: F.conv_transpose3d}
 Maps = Sequence[tuple[int, Stride]]
 """Channels and stride of each input map of the decoder, deepest first."""
+Layer = Callable[[Tensor], Tensor]
 COMPOSE_FROM = 16
 """Positions (samples times voxels of the coarse map) per channel from which one composed up-convolution is faster than
 two steps. Measured at 384 channels: both take about as long at 9 positions per channel.
@@ -130,24 +135,59 @@ class LightDecoderLevel(nn.Module):
         self.up = transposed(width, width, ratio, stride=ratio, bias=False)
         self.refine = double_conv((width, out_width, out_width), axes)
 
-    def forward(self, x: Tensor, norm: nn.Module | None, skip: Tensor | None) -> tuple[Tensor, nn.Module]:
+    def forward(
+        self,
+        x: Tensor,
+        norm: nn.Module | None,
+        skip: Tensor | None,
+        patches: Patches | None = None,
+        is_first: bool = False,
+    ) -> tuple[Tensor, nn.Module]:
+        """Compute a dense map, or reconstructed patches alone.
+
+        The first convolution on patches takes their borders from the dense map, so it is exact. Later ones take borders
+        from reconstructed neighbours, and zeros elsewhere.
+
+        Args:
+            x: (b, c, *size), or patches of the level before (p, c, *edges).
+            norm: norm that is applied to x, with a ReLU; None for none.
+            skip: (b, c, *size), or patches with a border of one voxel; None for none.
+            patches: reconstructed patches; None for a dense map.
+            is_first: whether x is a dense map where the output is patches.
+
+        Returns:
+            The output, and the norm to be applied to it.
+        """
+        conv, upsample, border = as_it_is, self.upsample, None
+        if patches is not None:
+            one = (1,) * patches.axes
+            conv, upsample = unpadded, partial(self.upsample, border=1)
+            border = partial(patches.with_border, before=one, after=one)
+        first = partial(pack_with_border, patches=patches, width=1) if patches is not None and is_first else border
         if self.fuse is not None and skip is not None:
-            x = apply_norm_relu(self.fuse[0], x, norm, skip)
-            x = apply_norm_relu(self.fuse[3], x, self.fuse[1])
-            norm = self.fuse[4]
-        x = apply_norm_relu(self.upsample, x, norm)
-        x = apply_norm_relu(self.refine[3], x, self.refine[1])
+            x = apply_norm_relu(conv(self.fuse[0]), x, norm, skip, border=first)
+            x = apply_norm_relu(conv(self.fuse[3]), x, self.fuse[1], border=border)
+            norm, first = self.fuse[4], border
+        x = apply_norm_relu(upsample, x, norm, border=first)
+        x = apply_norm_relu(conv(self.refine[3]), x, self.refine[1], border=border)
         return x, self.refine[4]
 
-    def upsample(self, x: Tensor) -> Tensor:
-        """Apply `up`, then the first convolution of `refine`."""
+    def upsample(self, x: Tensor, border: int = 0) -> Tensor:
+        """Apply `up`, then the first convolution of `refine`; `border` as in `up_convolution`."""
         conv = self.refine[0].weight
         assert isinstance(conv, Tensor)
-        return up_convolution(x, self.up.weight, conv)
+        return up_convolution(x, self.up.weight, conv, border)
 
 
-def apply_norm_relu(layer: Callable[[Tensor], Tensor], x: Tensor, norm: nn.Module | None, *skips: Tensor) -> Tensor:
-    """Compute layer(concatenate(ReLU(norm(x)), *skips)), or layer(concatenate(x, *skips)) without a norm.
+def as_it_is(conv: nn.Module) -> Layer:
+    """Return the convolution, which pads a dense map by itself."""
+    return conv
+
+
+def apply_norm_relu(
+    layer: Layer, x: Tensor, norm: nn.Module | None, *skips: Tensor, border: Layer | None = None
+) -> Tensor:
+    """Compute layer(concatenate(border(ReLU(norm(x))), *skips)), without the norm or border that is None.
 
     Only x and the skips are kept for the backward pass.
     """
@@ -155,13 +195,15 @@ def apply_norm_relu(layer: Callable[[Tensor], Tensor], x: Tensor, norm: nn.Modul
     def run(x: Tensor, *skips: Tensor) -> Tensor:
         if norm is not None:
             x = F.relu(norm(x), inplace=True)
+        if border is not None:
+            x = border(x)
         return layer(torch.cat([x, *skips], dim=1) if skips else x)
 
     out: Tensor = recomputed(run, x, *skips, batch_norm=norm)
     return out
 
 
-def up_convolution(x: Tensor, up: Tensor, conv: Tensor) -> Tensor:
+def up_convolution(x: Tensor, up: Tensor, conv: Tensor, border: int = 0) -> Tensor:
     """Apply a transposed convolution whose kernel is its stride, then a 3^n convolution that preserves the size.
 
     Nothing lies between the two, so they equal one transposed convolution, borders included. Its kernel is 4 on axes of
@@ -174,19 +216,21 @@ def up_convolution(x: Tensor, up: Tensor, conv: Tensor) -> Tensor:
         x: (b, c, *size).
         up: weight of the transposed convolution, (c, c_mid, *ratio), each ratio 1 or 2.
         conv: weight of the convolution, (c_out, c_mid, 3, ...).
+        border: 1 for patches with a border of one voxel, to which no output belongs; 0 for a dense map.
 
     Returns:
-        (b, c_out, *(ratio * size)).
+        (b, c_out, *(ratio * size)), size without the border.
     """
     axes = x.ndim - 2
     ratio = tuple(up.shape[2:])
     transposed = CONV_TRANSPOSE_FUNCTION[axes]
     num_samples = x.shape[0] if isinstance(x.shape[0], int) else 1  # a symbol in an export for any batch
     if num_samples * math.prod(x.shape[1:]) < COMPOSE_FROM * x.shape[1] ** 2:
-        return CONV_FUNCTION[axes](transposed(x, up, stride=ratio), conv, padding=1)
+        inner = [(r - 1) * border for r in ratio]
+        return CONV_FUNCTION[axes](transposed(x, up, stride=ratio, padding=inner), conv, padding=1 - border)
     with torch.autocast(x.device.type, enabled=False):  # rounds the kernel once, not the terms of its sums
         kernel = transposed(up, conv.transpose(0, 1).flip(list(range(2, conv.ndim))))  # (c, c_out, *(ratio + 2))
-    return transposed(x, kernel, stride=ratio, padding=1)
+    return transposed(x, kernel, stride=ratio, padding=[1 + r * border for r in ratio])
 
 
 class LightDecoder(nn.Module):
@@ -229,12 +273,24 @@ class LightDecoder(nn.Module):
                     nn.init.zeros_(layer.bias)
         nn.init.trunc_normal_(self.out.weight, std=0.02)  # at first the prediction is about 0, the mean of a patch
 
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+    def forward(self, maps: Sequence[Tensor], patches: Patches | None = None, first_packed: int = 0) -> Tensor:
+        """Decode maps, deepest first.
+
+        Args:
+            maps: (b, c, *size); those of packed levels as patches with a border of one voxel.
+            patches: reconstructed patches; None for all.
+            first_packed: index of the first level that computes reconstructed patches alone.
+
+        Returns:
+            (b, out_channels, *size), or reconstructed patches (p, out_channels, *edges).
+        """
         deepest, *skips = maps
         finest = [skips.pop()] if self.fuse is not None else []
         x, norm = deepest, None
-        for level in self.levels:
-            x, norm = level(x, norm, skips.pop(0) if level.fuse is not None else None)
+        for index, level in enumerate(self.levels):
+            skip = skips.pop(0) if level.fuse is not None else None
+            packed = patches if index >= first_packed else None
+            x, norm = level(x, norm, skip, packed, index == first_packed)
         if self.fuse is not None:
             x = apply_norm_relu(self.fuse[0], x, norm, *finest)
             x = apply_norm_relu(self.fuse[3], x, self.fuse[1])

@@ -8,18 +8,23 @@ densify branch is not built.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from hyspark.models.defaults import DEPTHS, EXPANSIONS, WIDTHS, grid_of
+from hyspark.models.defaults import DEPTHS, EXPANSIONS, WIDTHS, check_reconstruct_fraction, grid_of
 from hyspark.models.densify import Densify
 from hyspark.models.encoder import HybridEncoder
 from hyspark.models.feature_maps import Stride
-from hyspark.models.light_decoder import LightDecoder, build_projections
+from hyspark.models.light_decoder import LightDecoder, Maps, build_projections, up_steps
 from hyspark.models.masking.mask import draw_visible, num_visible, patchify, unpatchify
 from hyspark.models.masking.patches import Patches
+from hyspark.models.masking.reconstructed import draw_reconstructed
+
+PACKED_LEVELS = 2
+"""Finest levels of a decoder that compute reconstructed patches alone: four fifths of its operations."""
 
 
 @dataclass
@@ -30,12 +35,14 @@ class PretrainingOutput:
         loss: scalar.
         visible: bool (b, 1, *grid), the mask used.
         prediction: (b, c, *size), normalised by the mean and standard deviation of each target patch; `reconstruct`
-            converts it to intensities.
+            converts it to intensities. Zero at patches that are not reconstructed.
+        reconstructed: bool (b, 1, *grid), the hidden patches that are scored if they are not all; else None.
     """
 
     loss: Tensor
     visible: Tensor
     prediction: Tensor
+    reconstructed: Tensor | None = None
 
 
 class MaskedEncoder(Protocol):
@@ -81,13 +88,18 @@ class MaskedAutoencoder(nn.Module):
         encoder: the encoder.
         mask_ratio: fraction of hidden patches.
         decoder_width: channels of the decoder's deepest level.
+        reconstruct_fraction: fraction of the hidden patches that are reconstructed and scored in training.
 
     Raises:
-        ValueError: the mask ratio hides no patch, or the decoder width does not fit the encoder's strides.
+        ValueError: the mask ratio hides no patch, the decoder width does not fit the encoder's strides, or the fraction
+            is not above 0 and at most 1.
     """
 
-    def __init__(self, encoder: MaskedEncoder, mask_ratio: float, decoder_width: int) -> None:
+    def __init__(
+        self, encoder: MaskedEncoder, mask_ratio: float, decoder_width: int, reconstruct_fraction: float = 1.0
+    ) -> None:
         super().__init__()
+        check_reconstruct_fraction(reconstruct_fraction)
         grid = grid_of(encoder.img_size, encoder.patch)
         if num_visible(grid, mask_ratio) == math.prod(grid):
             raise ValueError(
@@ -99,30 +111,88 @@ class MaskedAutoencoder(nn.Module):
         self.encoder = encoder
         self.densify = build_projections(Densify, encoder.maps, decoder_width, axes)
         self.decoder = LightDecoder(encoder.maps, decoder_width, axes, encoder.in_channels)
+        self.reconstruct_fraction = reconstruct_fraction
+        if reconstruct_fraction < 1:
+            first_packed_level(encoder.maps, encoder.patch)  # raises where patches have no whole positions
 
     def encoder_layers(self) -> dict[str, int | None]:
         """Return the index of the layer of each parameter of the encoder, None for one of no layer."""
         return {f"encoder.{name}": layer for name, layer in self.encoder.encoder_layers().items()}
 
-    def forward(self, volumes: Tensor, visible: Tensor | None = None) -> PretrainingOutput:
+    def forward(
+        self, volumes: Tensor, visible: Tensor | None = None, reconstructed: Tensor | None = None
+    ) -> PretrainingOutput:
         """Reconstruct masked volumes.
 
         Args:
             volumes: (b, c, *size) in [0, 1].
             visible: bool (b, 1, *grid); None: drawn from torch's global generator.
+            reconstructed: bool (b, 1, *grid), the hidden patches to reconstruct and score; None: all in evaluation
+                mode, and in training mode those of `reconstruct_fraction`, drawn from torch's global generator.
         """
         if visible is None:
             visible = self.draw_visible(len(volumes), volumes.shape[2:])
+        if reconstructed is None and self.training and self.reconstruct_fraction < 1:
+            reconstructed = draw_reconstructed(visible, self.reconstruct_fraction, draw_generators(len(visible)))
         patches = self.encoder.patches(volumes, visible)
         features = self.encoder.encode(volumes, patches)[: -len(self.densify) - 1 : -1]
+        if reconstructed is not None:
+            if reconstructed.shape != visible.shape:
+                raise ValueError(
+                    f"reconstructed: expected bool {tuple(visible.shape)}, got shape {tuple(reconstructed.shape)}"
+                )
+            return self.reconstruct_some(volumes, features, patches, Patches(reconstructed, volumes.device))
         prediction = self.decoder([fill(x, patches) for fill, x in zip(self.densify, features, strict=True)])
         return PretrainingOutput(reconstruction_loss(volumes, prediction, patches.visible), patches.visible, prediction)
 
+    def reconstruct_some(
+        self, volumes: Tensor, features: Sequence[Tensor], visible: Patches, reconstructed: Patches
+    ) -> PretrainingOutput:
+        """Compute the output for some of the hidden patches, from the encoder's maps, deepest first."""
+        _, levels = up_steps(self.encoder.maps)
+        first = first_packed_level(self.encoder.maps, self.encoder.patch)
+        maps = [
+            fill(x, visible, reconstructed if level and level >= first else None)
+            for fill, x, level in zip(self.densify, features, levels, strict=True)
+        ]
+        prediction = reconstructed.unpack(self.decoder(maps, reconstructed, first))
+        loss = reconstruction_loss(volumes, prediction, ~reconstructed.visible)
+        return PretrainingOutput(loss, visible.visible, prediction, reconstructed.visible)
+
     def draw_visible(self, num_samples: int, size: Sequence[int]) -> Tensor:
         """Draw a mask (num_samples, 1, *grid) seeded from torch's global generator."""
-        seeds = torch.randint(2**62, (num_samples,)).tolist()
-        generators = [torch.Generator().manual_seed(s) for s in seeds]
-        return draw_visible(grid_of(size, self.encoder.patch), self.mask_ratio, generators)
+        return draw_visible(grid_of(size, self.encoder.patch), self.mask_ratio, draw_generators(num_samples))
+
+
+def first_packed_level(maps: Maps, patch: Stride) -> int:
+    """Find the first of the PACKED_LEVELS finest levels whose input has whole positions in each patch.
+
+    Args:
+        maps: channels and stride of each map, deepest first.
+        patch: edge of a mask unit in voxels on each axis.
+
+    Raises:
+        ValueError: there is none.
+    """
+    steps, _ = up_steps(maps)
+
+    def finer(stride: Stride, ratio: Stride) -> Stride:
+        return tuple(s // r for s, r in zip(stride, ratio, strict=True))
+
+    strides = list(accumulate(steps[:-1], finer, initial=maps[0][1]))
+    for level in range(max(0, len(steps) - PACKED_LEVELS), len(steps)):
+        if all(p % s == 0 for p, s in zip(patch, strides[level], strict=True)):
+            return level
+    raise ValueError(
+        f"reconstruct_fraction: expected mask units of a multiple of {strides[-1]} voxels, the stride of the decoder's "
+        f"last level, got {patch}; set 1, or larger mask units"
+    )
+
+
+def draw_generators(num_samples: int) -> list[torch.Generator]:
+    """Make a generator for each sample, seeded from torch's global generator."""
+    seeds = torch.randint(2**62, (num_samples,)).tolist()
+    return [torch.Generator().manual_seed(s) for s in seeds]
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,6 +252,7 @@ def build_hyspark(
     decoder_width: int = 768,
     axes: int = 3,
     in_channels: int = 1,
+    reconstruct_fraction: float = 1.0,
 ) -> MaskedAutoencoder:
     """Build HySparK's pre-training network; the defaults are HySparK-B of the paper.
 
@@ -198,6 +269,7 @@ def build_hyspark(
         decoder_width: channels of the decoder's deepest level.
         axes: number of spatial axes.
         in_channels: input channels.
+        reconstruct_fraction: fraction of the hidden patches that are reconstructed and scored in training.
 
     Returns:
         The network: volumes (b, in_channels, *size) -> `PretrainingOutput`. Its `encoder` gives the features.
@@ -208,4 +280,4 @@ def build_hyspark(
     encoder = HybridEncoder(
         in_channels, img_size, widths, depths, expansions, vit_depth, num_heads, axes, compute, hide
     )
-    return MaskedAutoencoder(encoder, mask_ratio, decoder_width)
+    return MaskedAutoencoder(encoder, mask_ratio, decoder_width, reconstruct_fraction)

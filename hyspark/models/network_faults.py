@@ -15,6 +15,8 @@ ATTENTION = re.compile(r"Attention|Attn|MultiQuery|Transformer|Mixer")
 """Names of the classes of modules that mix all positions."""
 CHANNEL_ATTENTION = re.compile(r"Channel|Spatial|Split|Kernel|Radix|Cbam|Squeeze|Eca|Gather|Pool")
 """Names of classes with attention over channels, which runs under a mask."""
+SINGLE_POSITION = "Expected more than 1 spatial element"
+"""Part of torch's message on an InstanceNorm of one position."""
 
 
 class UnsupportedNetworkError(ValueError, NotImplementedError):
@@ -50,6 +52,8 @@ def describe_fault(network: nn.Module, error: Exception, task: str) -> str:
     reason = text if is_plain else f"{type(error).__name__}: {text}" if text else type(error).__name__
     attention = find_attention(network)
     hint = f"; it has attention ({attention}), which mixes all positions" if attention else ""
+    if SINGLE_POSITION in text:
+        hint += "; its deepest map has one position, so enlarge the crop"
     return f"{type(network).__name__} does not {task}: {where}{reason}{hint}"
 
 

@@ -17,17 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyspark.models.defaults import Edges, check_compute, edges_per_axis, grid_of
+from hyspark.models.defaults import Edges, check_compute, edges_per_axis
 from hyspark.models.feature_maps import (
     Stride,
+    check_unit,
     choose_pyramid,
     find_strides,
     freeze_unused,
     record_outputs,
     run_features,
     timm_taps,
+    uses_only_itself,
 )
-from hyspark.models.light_decoder import Maps
 from hyspark.models.masked_autoencoder import MaskedAutoencoder
 from hyspark.models.masking.context import hidden, identity
 from hyspark.models.masking.packed import packed
@@ -80,8 +81,11 @@ class PyramidEncoder(nn.Module):
         found = self.find_taps(taps if taps is not None else timm_taps(backbone))
         self.taps = list(found)
         self.maps = [(channels, stride) for channels, stride in reversed(found.values())]
-        self.patch = self.maps[0][1] if mask_unit is None else check_unit(mask_unit, self.img_size, self.maps)
-        grid_of(self.img_size, self.patch)
+        self.patch = (
+            self.maps[0][1]
+            if mask_unit is None
+            else check_unit(mask_unit, self.img_size, [stride for _, stride in self.maps])
+        )
 
     def find_taps(self, taps: Sequence[str] | None) -> dict[str, tuple[int, Stride]]:
         """Find the last map of each stride by a forward pass, and freeze the weights without influence on these maps.
@@ -135,6 +139,11 @@ class PyramidEncoder(nn.Module):
             return self.outputs(names, (2 * first, *others))
         return {}
 
+    def can_be_copied(self) -> bool:
+        """Whether a copy of the network computes by its own weights alone."""
+        crop = next(self.backbone.parameters()).new_zeros(1, self.in_channels, *self.img_size)
+        return uses_only_itself(self.backbone, self.run, self.taps[-1], crop)
+
     def weights(self) -> dict[str, Tensor]:
         """Return the weights to export: the network's own, by its own key names."""
         return self.backbone.state_dict()
@@ -186,31 +195,6 @@ class PyramidEncoder(nn.Module):
         return [seen[name] for name in self.taps]
 
 
-def check_unit(mask_unit: Edges, size: Sequence[int], maps: Maps) -> Stride:
-    """Return a mask unit per axis if masks of it fit the maps.
-
-    Args:
-        mask_unit: edge in voxels, one number or one per axis.
-        size: voxels per axis of a crop.
-        maps: channels and stride of each map.
-
-    Raises:
-        ValueError: an edge is neither a multiple nor a divisor of each stride on its axis, or the unit is one voxel.
-    """
-    unit = edges_per_axis(mask_unit, len(size), "mask_unit")
-    strides = [stride for _, stride in maps]
-    fits = min(unit) > 0 and all(
-        max(u, s) % min(u, s) == 0 for stride in strides for u, s in zip(unit, stride, strict=True)
-    )
-    if not fits or max(unit) == 1:
-        raise ValueError(
-            f"mask_unit: expected on each axis a multiple or a divisor of the network's strides "
-            f"{', '.join(map(str, reversed(strides)))}, and more than one voxel, got {unit}; its total stride is "
-            f"{strides[0]}"
-        )
-    return unit
-
-
 def upsamples_inside_patches(network: nn.Module) -> bool:
     """Whether a network has upsampling, and all of it copies each position to a block, which never mixes patches."""
     found = [module for module in network.modules() if isinstance(module, nn.Upsample)]
@@ -238,6 +222,7 @@ def build_spark(
     run: Callable[[nn.Module, Tensor], Any] | None = None,
     safe: Collection[Callable[..., Any]] = (),
     mask_unit: Edges | None = None,
+    reconstruct_fraction: float = 1.0,
     compute: str = "packed",
 ) -> MaskedAutoencoder:
     """Build SparK's pre-training network around any backbone; the defaults are the paper's for ResNet-50.
@@ -254,6 +239,7 @@ def build_spark(
         safe: torch functions that the network does not apply along positions, see `hidden`.
         mask_unit: edge of a mask unit in voxels, one number or one per axis; by default the backbone's total stride. A
             position of a map that covers several units is visible where any of them is.
+        reconstruct_fraction: fraction of the hidden patches that are reconstructed and scored in training.
         compute: "packed" computes visible patches only; "masked" is the reference, see `PyramidEncoder`. A network that
             does not run packed, or not as the reference, computes masked; a warning says so.
 
@@ -269,4 +255,4 @@ def build_spark(
     if compute == "packed" and (fault := packed_fault(encoder)):
         LOG.warning("%s: computes masked, not packed: %s", type(backbone).__name__, fault)
         encoder.compute = "masked"
-    return MaskedAutoencoder(encoder, mask_ratio, decoder_width)
+    return MaskedAutoencoder(encoder, mask_ratio, decoder_width, reconstruct_fraction)

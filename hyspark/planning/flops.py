@@ -20,7 +20,12 @@ from torch.utils.module_tracker import ModuleTracker
 
 
 def flops_by_layer(
-    net: nn.Module, size: Sequence[int], num_crops: int, visible: Tensor | None, channels: int = 1
+    net: nn.Module,
+    size: Sequence[int],
+    num_crops: int,
+    visible: Tensor | None,
+    channels: int = 1,
+    reconstructed: Tensor | None = None,
 ) -> dict[str, int]:
     """Count the FLOPs of one forward pass by layer.
 
@@ -33,18 +38,24 @@ def flops_by_layer(
         num_crops: number of crops.
         visible: bool (num_crops, 1, *grid) on the CPU; None for a network without a mask.
         channels: channels of a crop.
+        reconstructed: bool (num_crops, 1, *grid) on the CPU, see `MaskedAutoencoder`; None for all hidden patches.
 
     Returns:
         FLOPs by name of the submodule, in the order of the pass; their sum is the whole pass.
     """
     twin, volumes = fake_copy(net, (num_crops, channels, *size))
     with torch.no_grad(), flop_counter() as counter, LayerCounter(twin, counter) as layers:
-        run_forward(twin, volumes, visible)
+        run_forward(twin, volumes, visible, reconstructed)
     return layers.flops
 
 
 def step_flops(
-    net: nn.Module, size: Sequence[int], num_crops: int, visible: Tensor | None = None, channels: int = 1
+    net: nn.Module,
+    size: Sequence[int],
+    num_crops: int,
+    visible: Tensor | None = None,
+    channels: int = 1,
+    reconstructed: Tensor | None = None,
 ) -> tuple[int, int]:
     """Count the FLOPs of the forward and of the backward pass of a network whose output has a `loss`.
 
@@ -52,7 +63,7 @@ def step_flops(
     """
     twin, volumes = fake_copy(net, (num_crops, channels, *size))
     with flop_counter() as forward:
-        loss = run_forward(twin, volumes, visible).loss
+        loss = run_forward(twin, volumes, visible, reconstructed).loss
     with flop_counter() as backward:
         loss.backward()
     return forward.get_total_flops(), backward.get_total_flops()
@@ -67,10 +78,10 @@ def sum_by_module(layers: dict[str, int]) -> dict[str, int]:
     return sums
 
 
-def run_forward(net: nn.Module, volumes: Tensor, visible: Tensor | None) -> Any:
+def run_forward(net: nn.Module, volumes: Tensor, *masks: Tensor | None) -> Any:
     """Run a network with attention as matrix products, which torch counts on every device."""
     with sdpa_kernel(SDPBackend.MATH):
-        return net(volumes) if visible is None else net(volumes, visible)
+        return net(volumes, *(mask for mask in masks if mask is not None))
 
 
 def fake_copy(net: nn.Module, shape: Sequence[int]) -> tuple[nn.Module, Tensor]:

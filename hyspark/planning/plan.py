@@ -19,6 +19,8 @@ from hyspark.models.contrastive import Siamese
 from hyspark.models.defaults import grid_of
 from hyspark.models.masked_autoencoder import MaskedAutoencoder
 from hyspark.models.masking.mask import draw_visible
+from hyspark.models.masking.reconstructed import draw_reconstructed
+from hyspark.models.spark import PyramidEncoder
 from hyspark.planning.flops import flops_by_layer, step_flops, sum_by_module
 from hyspark.planning.trial_steps import Trial, extrapolate
 from hyspark.training.distributed import Processes
@@ -112,13 +114,21 @@ def crops_per_process(config: PretrainConfig, processes: Processes) -> int:
 
 
 def count_flops(config: PretrainConfig, model: MaskedAutoencoder | Siamese, crops: int) -> Flops | None:
-    """Count the FLOPs of a step with the given number of crops; None for networks that compare views."""
-    if isinstance(model, Siamese):
+    """Count the FLOPs of a step with the given number of crops, by a copy of the network.
+
+    Returns:
+        The FLOPs; None for networks that compare views, and those whose copies compute with their weights.
+    """
+    if isinstance(model, Siamese) or (isinstance(model.encoder, PyramidEncoder) and not model.encoder.can_be_copied()):
         return None
     size, channels = config.crop_shape, config.in_channels
     grid = grid_of(size, model.encoder.patch)
-    visible = draw_visible(grid, config.mask_ratio, [torch.Generator().manual_seed(i) for i in range(crops)])
-    _, backward = step_flops(model, size, crops, visible, channels)
+    generators = [torch.Generator().manual_seed(i) for i in range(crops)]
+    visible = draw_visible(grid, config.mask_ratio, generators)
+    fraction = config.reconstruct_fraction
+    reconstructed = draw_reconstructed(visible, fraction, generators) if fraction < 1 else None
+    masks = {"visible": visible, "reconstructed": reconstructed}
+    _, backward = step_flops(model, size, crops, channels=channels, **masks)
     encoder: dict[str, int] = {}
     network: Any = model.encoder
     if network.compute == "packed":
@@ -127,7 +137,8 @@ def count_flops(config: PretrainConfig, model: MaskedAutoencoder | Siamese, crop
                 encoder[network.compute] = sum(flops_by_layer(network, size, crops, visible, channels).values())
         finally:
             network.compute = "packed"
-    return Flops(sum_by_module(flops_by_layer(model, size, crops, visible, channels)), encoder, backward)
+    forward = sum_by_module(flops_by_layer(model, size, crops, channels=channels, **masks))
+    return Flops(forward, encoder, backward)
 
 
 def estimate_memory(trials: Sequence[Trial], free: int | None) -> Memory:

@@ -20,6 +20,7 @@ from hyspark.figures.panels import reconstruction_panel, save_figure
 from hyspark.models.defaults import grid_of
 from hyspark.models.masked_autoencoder import reconstruct
 from hyspark.models.masking.mask import draw_visible, visible_at
+from hyspark.models.masking.reconstructed import draw_reconstructed
 from hyspark.tasks import pretrain_common as common
 from hyspark.training.loop import Task
 from hyspark.training.metrics_log import RunLog
@@ -55,14 +56,22 @@ class MaskedTask(Task):
 
         What follows from the mask is computed on the CPU, so that nothing waits for CUDA.
         """
+        volumes, visible, _ = self.masked_inputs(run, batch)
+        return volumes, visible
+
+    def masked_inputs(self, run: Run, batch: Batch) -> tuple[Tensor, Tensor, list[torch.Generator]]:
+        """Return what `inputs` does, and the generators of the samples after the draw of their masks."""
         generators = [torch.Generator().manual_seed(seed) for seed in batch["mask_seeds"]]
         grid = grid_of(self.config.crop_shape, run.network.encoder.patch)
         volumes = common.to_network_input(batch["volumes"], self.config, run.processes.device)
-        return volumes, draw_visible(grid, self.config.mask_ratio, generators)
+        return volumes, draw_visible(grid, self.config.mask_ratio, generators), generators
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
-        """Return the error on the hidden patches."""
-        loss: Tensor = run.model(*self.inputs(run, batch)).loss
+        """Return the error on the hidden patches, or on the reconstructed ones among them."""
+        volumes, visible, generators = self.masked_inputs(run, batch)
+        fraction = self.config.reconstruct_fraction
+        reconstructed = draw_reconstructed(visible, fraction, generators) if fraction < 1 else None
+        loss: Tensor = run.model(volumes, visible, reconstructed).loss
         return loss
 
     def schedule(self, run: Run, step: int) -> dict[str, float]:

@@ -194,6 +194,7 @@ def build_pretraining_network(config: PretrainConfig, num_processes: int) -> Mas
             decoder_width=config.decoder_width,
             axes=axes,
             in_channels=config.in_channels,
+            reconstruct_fraction=config.reconstruct_fraction,
         )
     name = config.model.partition("/")[2]
     try:
@@ -208,7 +209,8 @@ def build_around_backbone(config: PretrainConfig, name: str, num_processes: int)
     backbone = build_backbone(name, config.in_channels, axes)
     shared: dict[str, Any] = {"in_channels": config.in_channels, "axes": axes, "run": backbone.run}
     if config.method == "spark":
-        shared |= {"decoder_width": config.decoder_width, "mask_unit": config.unit_shape, "compute": config.compute}
+        shared |= {"decoder_width": config.decoder_width, "reconstruct_fraction": config.reconstruct_fraction}
+        shared |= {"mask_unit": config.unit_shape, "compute": config.compute}
         return build_spark(backbone.network, config.crop_shape, config.mask_ratio, **shared)
     return build_siamese(
         config.method,

@@ -295,6 +295,8 @@ WRONG_PRETRAIN = [
     ({"batch_size": 0}, "batch_size must be above 0"),
     ({"epochs": 0}, "epochs must be above 0"),
     ({"decoder_width": 0}, "decoder_width must be above 0"),
+    ({"reconstruct_fraction": 0.0}, "reconstruct_fraction: expected a number above 0 and at most 1, got 0.0"),
+    ({"reconstruct_fraction": 1.1}, "reconstruct_fraction: expected a number above 0 and at most 1, got 1.1"),
     ({"warmup_epochs": -1}, "warmup_epochs must not be negative"),
     ({"weight_decay": -0.1}, "weight_decay must not be negative"),
     ({"weight_decay_end": -0.1}, "weight_decay_end must not be negative"),

@@ -9,6 +9,7 @@ from torch import nn
 
 from hyspark.models.backbones import Backbone, build_backbone, run_dynunet
 from hyspark.models.contrastive import build_siamese
+from hyspark.models.feature_maps import stride_of
 from hyspark.models.masked_autoencoder import reconstruct
 from hyspark.models.masking.context import hidden
 from hyspark.models.masking.mask import draw_visible, visible_at
@@ -32,7 +33,8 @@ class Thick(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv3d(1, 8, (1, 3, 3), (1, 2, 2), (0, 1, 1)), nn.BatchNorm3d(8), nn.ReLU())
         self.last = nn.Linear(8, 8)
-        self.pool = nn.Sequential(nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)), nn.Conv3d(8, 8, 3, padding=1))
+        pool = nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))
+        self.pool = nn.Sequential(pool, nn.Conv3d(8, 8, 3, padding=1), nn.Sigmoid())  # not zero at hidden positions
         self.deep = nn.Sequential(nn.AvgPool3d(2, 2), nn.Conv3d(8, 12, 3, padding=1), nn.BatchNorm3d(12), nn.SiLU())
         self.excite = nn.Conv3d(12, 12, 1)
         self.end = nn.Identity()
@@ -214,16 +216,42 @@ def test_units_that_fit_no_stride_are_refused():
             PyramidEncoder(net, (12, 24, 24), 1, run=run_dynunet, mask_unit=unit)
     with pytest.raises(ValueError, match="mask_unit: expected one number, or 3"):
         PyramidEncoder(net, (12, 24, 24), 1, run=run_dynunet, mask_unit=(4, 4))
-    with pytest.raises(ValueError, match=r"multiple of \(2, 8, 16\) voxels, axis by axis, got \(12, 24, 24\)"):
+    with pytest.raises(ValueError, match=r"mask_unit: .* a divisor of the crop \(12, 24, 24\), got \(2, 8, 16\)"):
         PyramidEncoder(net, (12, 24, 24), 1, run=run_dynunet, mask_unit=(2, 8, 16))
+
+
+@pytest.mark.parametrize(
+    ("own", "size", "stride"),
+    [
+        ((8, 16, 16), (8, 32, 64), (1, 2, 4)),
+        ((1, 2), (16, 64), (16, 32)),
+        ((3, 3), (80, 80), (32, 32)),
+        ((2, 2), (64, 80), (32, 32)),  # 80 / 32 rounded down, or 80 / 64 rounded up
+        ((4, 2), (16, 10), (4, 4)),
+        ((8, 2), (8, 5), (1, 4)),
+        ((8, 8), (8, 8), None),
+        ((1, 1), (8, 8), None),
+        ((5, 8), (16, 16), None),
+        ((8, 8, 8), (16, 16), None),
+    ],
+)
+def test_the_stride_of_a_shape(own, size, stride):
+    assert stride_of(torch.empty(1, 1, *own), size) == stride
 
 
 def test_a_crop_that_rounds_a_map_is_refused():
     net = dynunet((1, 1, 1), (1, 2, 2), (2, 2, 2)).network
-    with pytest.raises(
-        ValueError, match=r"a map of \(3, 3, 4\) from it, near stride \(2, 4, 4\); set axes that are mult"
-    ):
+    with pytest.raises(ValueError, match=r"a map of \(3, 3, 4\) .* stride \(2, 4, 4\), the nearest are \(6, 8, 16\)"):
         PyramidEncoder(net, (6, 10, 16), 1, run=run_dynunet)
+
+
+def test_a_crop_of_one_unit_is_refused_with_advice():
+    net = dynunet((1, 1, 1), (1, 2, 2), (2, 2, 2)).network
+    with pytest.raises(
+        ValueError, match=r"on crops of 2 x 4 x 4 .*; its deepest map has one position, so enlarge the cr"
+    ):
+        PyramidEncoder(net, (2, 4, 4), 1, run=run_dynunet)
+    assert PyramidEncoder(net, (2, 4, 8), 1, run=run_dynunet).patch == (2, 4, 4)
 
 
 class Branches(nn.Module):

@@ -4,15 +4,18 @@ import logging
 import multiprocessing
 import re
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
+from hyspark.config.shared import EncoderSettings
 from hyspark.data.batches.loader import Shard
 from hyspark.data.preprocessing import store_size
 from hyspark.data.preprocessing.prepare import prepare_missing
+from hyspark.models.spark import build_spark
 from hyspark.planning import plan, trial_steps
 from hyspark.planning.trial_steps import Trial
 from hyspark.tasks.masked_task import MaskedTask
@@ -100,6 +103,22 @@ def test_warns_where_the_memory_is_too_small(pretraining, store, settings, trial
     assert re.search(f"WARNING  {advice}", plan, flags=re.MULTILINE), plan
 
 
+def test_advises_a_width_that_the_decoder_of_the_network_can_halve(pretraining):
+    config = replace(pretraining, **asdict(EncoderSettings()), model="spark/timm/resnet10t", decoder_width=96)
+    config = replace(config, slices="axial", crop_size=(64,))
+    advice = plan.memory_advice(config, CPU, initialise_pretraining(config), most=4, crops=8)
+    assert advice.endswith("--decoder_width 32")
+
+
+def test_a_network_whose_copies_compute_with_its_weights_has_no_count(pretraining):
+    twin = nn.Sequential(nn.Conv3d(1, 4, 2, 2), nn.Conv3d(4, 4, 2, 2))
+    options = {"in_channels": 1, "axes": 3, "decoder_width": 16}
+    model = build_spark(twin, (32, 32, 32), **options)
+    assert plan.count_flops(pretraining, model, 4).forward["encoder"] > 0
+    model.encoder.run = lambda _, x: twin(x)
+    assert plan.count_flops(pretraining, model, 4) is None
+
+
 def test_says_what_is_not_known(pretraining, store):
     plan = text(pretraining, store, [replace(t, peak=None) for t in TRIALS], None)
     assert "free memory is unknown" in plan
@@ -132,6 +151,9 @@ def test_flops_are_those_of_the_run(pretraining):
     assert flops.forward.keys() == {"encoder", "densify", "decoder"}
     assert flops.encoder["packed"] == flops.forward["encoder"] < flops.encoder["masked"] / 3
     assert 1.9 < flops.backward / sum(flops.forward.values()) < 2.6
+    fewer = plan.count_flops(replace(pretraining, reconstruct_fraction=0.5), model, 4)
+    assert fewer.forward["encoder"] == flops.forward["encoder"]
+    assert fewer.forward["decoder"] < 0.8 * flops.forward["decoder"]
 
 
 # The store

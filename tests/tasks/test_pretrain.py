@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -78,9 +79,10 @@ def test_the_loss_falls(pretraining):
     assert sum(values[-6:]) / 6 < 0.95 * sum(values[:3]) / 3
 
 
-def test_an_interrupted_run_continues_as_if_nothing_had_happened(pretraining, tmp_path):
-    whole = replace(pretraining, out=str(tmp_path / "whole"))
-    parts = replace(pretraining, out=str(tmp_path / "parts"))
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_an_interrupted_run_continues_as_if_nothing_had_happened(pretraining, tmp_path, fraction):
+    whole = replace(pretraining, out=str(tmp_path / "whole"), reconstruct_fraction=fraction)
+    parts = replace(whole, out=str(tmp_path / "parts"))
     run_pretraining(whole)
     run_pretraining(replace(parts, max_steps=2))
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:  # what a killed run may leave behind
@@ -239,6 +241,42 @@ def test_volumes_may_train_a_network_of_monai(pretraining):
     SegResNet(3, 16, 1).load_state_dict(
         torch.load(folder / "spark_monai_segresnet_best_timm_style.pth", weights_only=True), strict=True
     )
+
+
+THICK_NETWORK = """
+import hyspark
+from monai.networks.nets import DynUNet
+
+
+def run(net, x):
+    x = net.input_block(x)
+    for layer in net.downsamples:
+        x = layer(x)
+    return net.bottleneck(x)
+
+
+def make(in_channels, axes):
+    strides = [(1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 1)]
+    net = DynUNet(axes, in_channels, 2, [3] * 4, strides, strides[1:], filters=[4, 6, 8, 10])
+    return hyspark.Backbone(net, run)
+"""
+
+
+def test_a_network_of_unequal_strides_is_trained_and_continues(pretraining, tmp_path, monkeypatch):
+    """That of a factory: an interrupted run is the same run, and the file loads into the network."""
+    monkeypatch.setattr(masked_task, "reconstruction_panel", reconstruction_panel)
+    (tmp_path / "thick_factory.py").write_text(THICK_NETWORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = {"model": "spark/thick_factory:make", "mask_unit": (4, 4, 2), "crop_size": (16, 32, 8)}
+    config = replace(pretraining, **asdict(EncoderSettings()), **options, epochs=1)
+    whole, parts = (replace(config, out=str(tmp_path / name)) for name in ("whole", "parts"))
+    folder = run_pretraining(whole)
+    run_pretraining(replace(parts, max_steps=1))
+    run_pretraining(parts)
+    assert losses(whole) == losses(parts)
+    network = sys.modules["thick_factory"].make(1, 3).network
+    network.load_state_dict(torch.load(encoder_file(whole), weights_only=True), strict=True)
+    assert list((folder / "pictures").glob("*.png"))
 
 
 def test_no_data_list_says_how_to_make_one(pretraining, tmp_path):

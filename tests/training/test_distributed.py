@@ -62,6 +62,7 @@ def test_two_processes_equal_one_in_pretraining(pretraining, phantoms, tmp_path)
     ("model", "options"),
     [
         ("spark/timm/resnet10t", {"mask_ratio": 0.5, "decoder_width": 32}),
+        ("spark/timm/resnet10t", {"mask_ratio": 0.5, "decoder_width": 32, "reconstruct_fraction": 0.5}),
         ("moco/timm/resnet10t", {"queue_size": 8}),
         ("swav/timm/resnet10t", {"prototypes": 6, "local_views": 1}),
     ],

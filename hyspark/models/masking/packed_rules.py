@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyspark.models.masking.masked_functions import Function, masked_batch_norm, mixing_error, set_flag
+from hyspark.models.masking.masked_functions import Function, mixing_error, set_flag
+from hyspark.models.masking.masked_norms import masked_batch_norm
 from hyspark.models.masking.packed_convolution import (
     add_windows_border,
     check_no_padding,

@@ -1,8 +1,8 @@
 """The rule of each torch function under a mask: `RULES`, and `MIXES_POSITIONS` for functions that are refused.
 
-Convolutions, pools and norms are in masked_functions.py. Here are reductions over positions, and functions that are
-allowed along channels only. A rule takes the context, the function, and the function's own arguments.
-Shapes: b batch, c channels, *size positions per axis.
+Convolutions and pools are in masked_functions.py, norms in masked_norms.py. Here are reductions over positions, and
+functions that are allowed along channels only. A rule takes the context, the function, and the function's own
+arguments. Shapes: b batch, c channels, *size positions per axis.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from torch.overrides import resolve_name
 from hyspark.models.masking.masked_functions import (
     Function,
     masked_avg_pool,
-    masked_batch_norm,
     masked_convolution,
-    masked_group_norm,
-    masked_instance_norm,
-    masked_layer_norm,
     masked_max_pool,
     masked_pad,
     mixing_error,
     set_flag,
+)
+from hyspark.models.masking.masked_norms import (
+    masked_batch_norm,
+    masked_group_norm,
+    masked_instance_norm,
+    masked_layer_norm,
 )
 
 if TYPE_CHECKING:
