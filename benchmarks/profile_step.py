@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from hyspark.models import recompute
 from hyspark.models.masking import packed_convolution
 from hyspark.planning.flops import flops_by_layer
 
@@ -51,6 +52,15 @@ class Named(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is recompute.recomputed:
+            function, *inputs = args
+            modes = iter([self])  # in the backward pass the block is entered already
+
+            def inside(*inputs: Any) -> Any:
+                with next(modes, nullcontext()):
+                    return function(*inputs)
+
+            return func(inside, *inputs, **kwargs)
         given = (*args, *kwargs.values())
         layer = next((self.layers[id(a)] for a in given if id(a) in self.layers), None)
         if layer is None:
