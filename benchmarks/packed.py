@@ -32,8 +32,8 @@ CASES = {
     "convnext_tiny": Case("timm/convnext_tiny", 224, 0.6, 8, axes=2, checked_edge=128),
     "resnet18": Case("monai/resnet18", 96, 0.75, 2),
     "segresnet": Case("monai/segresnet", 96, 0.75, 2),
-    "resenc_m": Case("planned:resenc_m", 96, 0.75, 1),
-    "resenc_m_128": Case("planned:resenc_m", 128, 0.75, 1),
+    "resenc_m": Case("planned:resenc_m", 96, 0.75, 1, checked_edge=96),
+    "resenc_m_128": Case("planned:resenc_m", 128, 0.75, 1, checked_edge=96),
     "hyspark_b": Case(OWN, 96, 0.75, 2),
 }
 TARGETS = {

@@ -189,13 +189,13 @@ def differences(case: Case, how: How, against: Side = "hidden") -> dict[str, flo
         the gradients of a module's weights, as a fraction of the largest of the module.
     """
     torch.set_num_threads(how.threads)
-    case = replace(case, edge=case.checked_edge, batch=2)
+    case = replace(case, edge=case.checked_edge, batch=min(case.batch, 2))
     encoder, other = build_encoder(case, "packed"), build_encoder(case, against)
     if against == "S3D":
         other.backbone = s3d.convert(other.backbone, how.nnssl)
     encoder, other = encoder.double(), other.double()
     visible = draw_masks(case, encoder.patch)[0]
-    volumes = torch.randn(2, case.channels, *(case.edge,) * case.axes, dtype=torch.float64)
+    volumes = torch.randn(case.batch, case.channels, *(case.edge,) * case.axes, dtype=torch.float64)
     geometry = encoder.patches(volumes, visible)
     torch.manual_seed(1)  # of stochastic depth and dropout
     maps = compute_maps(encoder, "packed", volumes, visible)
