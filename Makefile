@@ -16,7 +16,7 @@ IS_CPU := import sys, torch; sys.exit(torch.version.cuda is not None)
 
 # One environment, so one pip at a time, also under make -j
 .NOTPARALLEL:
-.PHONY: setup dev lint types test test-lowest docs demo bench ready gpu gpu-study clean
+.PHONY: setup dev lint types test test-lowest docs demo bench bench-packed ready gpu gpu-study clean
 
 # What pre-training, fine-tuning and the demo need
 setup: $(INSTALLED)
@@ -105,6 +105,10 @@ bench: setup
 	$(BIN)/python benchmarks/store.py $(if $(CT),--image $(CT))
 	$(BIN)/python benchmarks/run.py $(if $(CT),--prepared_ct $(CT)) $(if $(NATIVE),--native_ct $(NATIVE)) \
 		$(if $(PUBLISHED),--published $(PUBLISHED))
+
+# make bench-packed [NNSSL=checkout]: any network packed against masked and dense
+bench-packed: setup
+	$(BIN)/python benchmarks/packed.py $(if $(NNSSL),--nnssl $(NNSSL))
 
 # On the machine with the GPU: in .venv, or without it where the machine's own Python has PyTorch and what else is needed.
 HERE = PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $$(test -f $(INSTALLED) && echo $(BIN)/python || echo $(PYTHON))

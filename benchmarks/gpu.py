@@ -109,7 +109,7 @@ class Scale:
 
 TOY_NETWORK = (("decoder_width", 16), ("depths", (1,) * 5), ("vit_depth", 1), ("widths", (6, 6, 12, 12, 24)))
 TOY = Scale(
-    Size("cpu", 32, TOY_NETWORK, 2),
+    Size("cpu", 32, TOY_NETWORK, 1),
     {"edge": 64, "megabytes": 1},
     (2, 1),
     1,

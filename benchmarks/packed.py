@@ -1,4 +1,4 @@
-"""Packed against masked, network by network: time, peak memory and numerical difference. `make bench` calls it.
+"""Packed against masked, network by network: time, peak memory and numerical difference. `make bench-packed`.
 
     python benchmarks/packed.py                                          # about 40 minutes of one core
     python benchmarks/packed.py --networks resnet50 segresnet --threads 2 --only times

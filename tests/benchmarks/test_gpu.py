@@ -228,7 +228,7 @@ def timed_once(function, device):
 def test_steps_at_toy_size(gpu, tmp_path, capsys, monkeypatch, in_this_process):
     for module in map(importlib.import_module, ("gpu_steps", "depthwise")):
         monkeypatch.setattr(module, "timed", timed_once)
-    monkeypatch.setattr(importlib.import_module("profile_step"), "WARM_UP", 0)
+    monkeypatch.setattr(importlib.import_module("profile_step"), "WARM_UP", 1)
     monkeypatch.setattr(gpu.planned, "PACKAGE", "package_that_is_missing")
     only = ["ceilings", "steps", "encoders", "depthwise", "profile", "prediction"]
     assert gpu.main(["--device", "cpu", "--out", str(tmp_path), "--only", *only]) == 0
