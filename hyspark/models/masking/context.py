@@ -31,6 +31,12 @@ BATCH_NORMS = (F.batch_norm, torch.batch_norm)
 """Functions whose statistics are of all processes, for pooled values too."""
 
 
+REPEATS: frozenset[Callable[..., Any]] = frozenset(
+    {Tensor.expand, Tensor.expand_as, Tensor.repeat, Tensor.repeat_interleave, torch.broadcast_to, F.interpolate}
+)
+"""Functions that make a map of pooled values."""
+
+
 def identity(x: Tensor) -> Tensor:
     """Return a tensor unchanged: its sum over one process."""
     return x
@@ -39,15 +45,20 @@ def identity(x: Tensor) -> Tensor:
 def are_pooled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether all tensors among a function's arguments, weights aside, are without positions."""
     values = [x for arg in (*args, *kwargs.values()) for x in (arg if isinstance(arg, list | tuple) else (arg,))]
-    tensors = [x for x in values if isinstance(x, Tensor) and not isinstance(x, nn.Parameter)]
+    tensors = [x for x in values if isinstance(x, Tensor) and not is_weight(x)]
     return bool(tensors) and all(hasattr(x, "is_pooled") for x in tensors)
 
 
+def is_weight(x: Tensor) -> bool:
+    """Whether a tensor is a weight, or was computed from weights alone."""
+    return isinstance(x, nn.Parameter) or hasattr(x, "is_weight")
+
+
 def are_weights(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether all tensors among a function's arguments are weights, or were computed from weights alone."""
+    """Whether all tensors among a function's arguments are weights."""
     values = [x for arg in (*args, *kwargs.values()) for x in (arg if isinstance(arg, list | tuple) else (arg,))]
     tensors = [x for x in values if isinstance(x, Tensor)]
-    return bool(tensors) and all(isinstance(x, nn.Parameter) or hasattr(x, "is_weight") for x in tensors)
+    return bool(tensors) and all(map(is_weight, tensors))
 
 
 class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hidden(visible):`
@@ -100,11 +111,12 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
             return set_flag(func(*args, **kwargs), "is_weight")
         if func not in BATCH_NORMS and are_pooled(args, kwargs):  # ECA's convolution over channels
             out = func(*args, **kwargs)
-            return out if isinstance(out, Tensor) and self.is_map(out) else set_flag(out, "is_pooled")
+            return out if self.is_repeated(func, out) else set_flag(out, "is_pooled")
         if func in MIXES_POSITIONS:
             raise mixing_error(func)
         rule = RULES.get(func)
-        return self.learn_size(func(*args, **kwargs) if rule is None else rule(self, func, *args, **kwargs), args)
+        out = func(*args, **kwargs) if rule is None else rule(self, func, *args, **kwargs)
+        return self.learn_size(out, args) if rule is None or func is Tensor.__getitem__ else out
 
     def recompute_inside(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a function that is called again in the backward pass, both times inside this context."""
@@ -122,6 +134,8 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
             ValueError: the grid neither divides `size` nor is divided by it, or `size` is no multiple or divisor of the
                 size of another map, so that patches would begin at other positions.
         """
+        if size == self.input_size:
+            self.input_size = ()  # not the size of an input that is resized first: other maps have to fit it
         if size not in self.masks:
             for other in self.masks.keys() - {self.input_size}:
                 if len(other) != len(size) or any(max(a, b) % min(a, b) for a, b in zip(size, other, strict=True)):
@@ -135,7 +149,7 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
     def find_input(self, args: tuple[Any, ...]) -> None:
         """Make the size of the network's input known: that of the first map (b, c, *size) among arguments."""
         for x in args:
-            if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) and self.is_map(x) and self.has_batch(x):
+            if isinstance(x, Tensor) and not is_weight(x) and self.is_map(x) and self.has_batch(x):
                 size = tuple(x.shape[2:])
                 if not any(s % g for s, g in zip(size, self.visible.shape[2:], strict=True)):
                     self.masks.setdefault(size, visible_at(self.visible, size))
@@ -160,6 +174,11 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
                 self.mask(size)
         return out
 
+    def is_repeated(self, func: Callable[..., Any], out: Any) -> bool:
+        """Whether a result of pooled values is a map; in 1D vectors of channels have the shape of one."""
+        is_map = isinstance(out, Tensor) and self.is_map(out) and (self.axes > 1 or func in REPEATS)
+        return is_map and (func in REPEATS or max(out.shape[2:]) > 1)
+
     def has_batch(self, x: Tensor) -> bool:
         """Whether the first axis of a tensor may be that of the mask."""
         return x.ndim > 0 and len(x) == len(self.visible)
@@ -169,7 +188,7 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
 
         A tensor that is no map of a known size has none, and no weight has.
         """
-        if isinstance(x, nn.Parameter) or hasattr(x, "is_weight"):
+        if is_weight(x):
             return []
         stops = [stop for stop in (x.ndim, x.ndim - 1) if stop > self.axes]
         return [

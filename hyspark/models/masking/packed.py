@@ -12,10 +12,10 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hyspark.models.defaults import Edges
-from hyspark.models.masking.context import hidden, identity
+from hyspark.models.masking.context import hidden, identity, is_weight
 from hyspark.models.masking.masked_functions import Function, mixing_error, set_flag
 from hyspark.models.masking.packed_rules import PACKED_RULES, call_pooled
 from hyspark.models.masking.patches import Patches, check_mask_shape
@@ -84,7 +84,7 @@ class packed(hidden):  # noqa: N801 - reads as a statement: `with packed(visible
         if func is recomputed:
             return self.recompute_inside(*args, **kwargs)
         values = [x for arg in (*args, *kwargs.values()) for x in (arg if isinstance(arg, list | tuple) else [arg])]
-        tensors = [x for x in values if isinstance(x, Tensor) and not isinstance(x, nn.Parameter)]
+        tensors = [x for x in values if isinstance(x, Tensor) and not is_weight(x)]
         inputs = tensors[:1] if func in RULES else [x for x in tensors if x.ndim > 1]  # not weights or statistics
         pooled = [hasattr(x, "is_pooled") for x in inputs if hasattr(x, "is_pooled") or self.has_patches(x)]
         if func not in self.safe:
@@ -92,7 +92,8 @@ class packed(hidden):  # noqa: N801 - reads as a statement: `with packed(visible
         if pooled and all(pooled):
             return call_pooled(self, func, args, kwargs)
         if func in PACKED_RULES and func not in self.safe:
-            return self.learn_size(PACKED_RULES[func](self, func, *args, **kwargs), args)
+            out = PACKED_RULES[func](self, func, *args, **kwargs)
+            return self.learn_size(out, args) if func is Tensor.__getitem__ else out
         out = super().__torch_function__(func, types, args, kwargs)
         padded = [x for x in tensors if hasattr(x, "has_border")]
         results = out if isinstance(out, list | tuple) else (out,)

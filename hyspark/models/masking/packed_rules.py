@@ -93,8 +93,7 @@ def call_pooled(context: packed, func: Function, args: tuple[Any, ...], kwargs: 
         return func(args[0][context.first], *args[1:], **kwargs)
     if func not in ONCE_PER_SAMPLE:
         out = func(*args, **kwargs)
-        is_map = isinstance(out, Tensor) and context.is_map(out) and (func in REPEATS or max(out.shape[2:]) > 1)
-        return out if is_map else set_flag(out, "is_pooled")
+        return out if context.is_repeated(func, out) else set_flag(out, "is_pooled")
     values = args[0][context.first]
     rule = RULES.get(func)
     out = func(values, *args[1:], **kwargs) if rule is None else rule(context.dense, func, values, *args[1:], **kwargs)
@@ -363,9 +362,6 @@ ALONG_SAMPLES: frozenset[Function] = frozenset(
     | {F.softmax, torch.softmax, Tensor.softmax, torch.var, Tensor.var, torch.std, Tensor.std, torch.var_mean}
 )
 """Functions of pooled values that may work along samples."""
-REPEATS: frozenset[Function] = frozenset({Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to})
-"""Functions that make a map of pooled values."""
-
 ONCE_PER_SAMPLE: frozenset[Function] = frozenset(
     {F.batch_norm, torch.batch_norm, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.bernoulli}
 )

@@ -134,3 +134,29 @@ def test_batch_norm_of_one_position_is_refused():
     visible, images = torch.tensor([[[[True, False]]]]), torch.ones(1, 2, 1, 2)
     with hidden(visible), pytest.raises(ValueError, match="more than one visible position"):
         torch.nn.BatchNorm2d(2)(images)
+
+
+def test_a_pad_before_the_first_convolution_is_no_resolution(visible, images):
+    """The size with a border is not that of a map, even where the grid divides it."""
+    net = torch.nn.Sequential(torch.nn.ZeroPad2d(1), torch.nn.Conv2d(4, 4, 3), torch.nn.MaxPool2d(2)).double()
+    grid = torch.ones(2, 1, 2, 2, dtype=torch.bool)
+    with hidden(grid):
+        out = net(images)
+    torch.testing.assert_close(out, net(images))
+
+
+def test_channel_attention_in_one_dimension():
+    """A vector of channels has the shape of a 1D map, here with as many channels as positions."""
+    visible = torch.tensor([[[True, False]], [[False, True]]])
+    images, kernel = torch.randn(2, 4, 8, dtype=DOUBLE), torch.nn.Parameter(torch.ones(1, 1, 3, dtype=DOUBLE))
+
+    def attend(x):
+        return x * F.conv1d(x.mean(2).unsqueeze(1), kernel, padding=1).view(len(x), 4, 1)
+
+    with hidden(visible):
+        expected = attend(images).where(visible_at(visible, (8,)), 0)
+    kept = torch.stack([images[0, :, :4], images[1, :, 4:]])
+    with packed(visible, 4) as context:
+        out = context.unpack(attend(context.pack(images)))
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(torch.stack([out[0, :, :4], out[1, :, 4:]]), attend(kept))
