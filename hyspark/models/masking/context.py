@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
 from hyspark.models.masking.mask import visible_at
@@ -101,6 +102,8 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, OpOverload):  # torch.compile traces the network below torch functions
+            return func(*args, **kwargs)
         if self.input_size is None:
             self.find_input(args)
         if func is recomputed:

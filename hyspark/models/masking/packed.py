@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from hyspark.models.defaults import Edges
 from hyspark.models.masking.context import hidden, identity, is_weight
@@ -23,7 +24,7 @@ from hyspark.models.masking.rules import RULES
 from hyspark.models.recompute import recomputed
 
 JOINS = (torch.cat, torch.concat)
-EXPANSIONS = (Tensor.expand, Tensor.expand_as, torch.broadcast_to)
+EXPANDS = (Tensor.expand, Tensor.expand_as, torch.broadcast_to)
 """Functions that take values by position to the batch."""
 
 
@@ -81,6 +82,8 @@ class packed(hidden):  # noqa: N801 - reads as a statement: `with packed(visible
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, OpOverload):  # torch.compile traces the network below torch functions
+            return func(*args, **kwargs)
         if func is recomputed:
             return self.recompute_inside(*args, **kwargs)
         values = [x for arg in (*args, *kwargs.values()) for x in (arg if isinstance(arg, list | tuple) else [arg])]
@@ -109,7 +112,7 @@ class packed(hidden):  # noqa: N801 - reads as a statement: `with packed(visible
         if len(self.sample) == 1 or func in PACKED_RULES or (func in RULES and func not in JOINS):
             return
         shapes = [tuple(x.shape) for x in tensors if self.has_patches(x) and self.spatial_axes(x)]
-        if func in EXPANSIONS and tensors and not hasattr(tensors[0], "is_pooled"):
+        if func in EXPANDS and tensors and not hasattr(tensors[0], "is_pooled"):
             shapes += [tuple(func(*args, **kwargs).shape)]
         for shape in shapes:
             spatial = [range(i, i + self.axes) for i in (len(shape) - self.axes, len(shape) - self.axes - 1) if i > 0]

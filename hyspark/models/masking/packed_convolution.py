@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Options = tuple[list[int], list[int], list[int]]
 """Stride, padding and dilation of a convolution, each with one number per axis."""
-MAX_ROWS = 2
+MAX_PRODUCT_ROWS = 2
 """Output voxels (of all patches) per input channel up to which a convolution is one matrix product. Measured at 256 to
 512 channels: the product takes half of the time at .4 rows per channel, and the same at 2.
 """
@@ -165,7 +165,7 @@ def is_product_faster(x: Tensor, weight: Tensor, strides: Sequence[int]) -> bool
     per_patch = math.prod([edge // s for edge, s in zip(x.shape[2:], strides, strict=True)])
     if math.prod(weight.shape[2:]) == 1:
         return per_patch <= MAX_PIXELS
-    return per_patch == 1 or per_patch * len(x) <= MAX_ROWS * x.shape[1]
+    return per_patch == 1 or per_patch * len(x) <= MAX_PRODUCT_ROWS * x.shape[1]
 
 
 def is_dense_faster(context: packed, x: Tensor, before: Sequence[int], after: Sequence[int]) -> bool:
