@@ -186,7 +186,7 @@ class PyramidEncoder(nn.Module):
                 return self.features(packing.pack(volumes))
         with hidden(patches.visible, self.safe, self.all_reduce) as context:
             maps = self.features(volumes)
-            return [patches.pack(context.fill(x) if patches.are_divided else x) for x in maps]
+        return [patches.pack(context.fill(x) if patches.are_divided else x) for x in maps]
 
     def features(self, volumes: Tensor) -> list[Tensor]:
         """Compute the maps of the network without a mask, finest first."""

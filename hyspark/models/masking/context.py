@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
 from hyspark.models.masking.mask import visible_at
@@ -31,6 +32,12 @@ BATCH_NORMS = (F.batch_norm, torch.batch_norm)
 """Functions whose statistics are of all processes, for pooled values too."""
 
 
+REPEATS: frozenset[Callable[..., Any]] = frozenset(
+    {Tensor.expand, Tensor.expand_as, Tensor.repeat, Tensor.repeat_interleave, torch.broadcast_to, F.interpolate}
+)
+"""Functions that make a map of pooled values."""
+
+
 def identity(x: Tensor) -> Tensor:
     """Return a tensor unchanged: its sum over one process."""
     return x
@@ -39,8 +46,20 @@ def identity(x: Tensor) -> Tensor:
 def are_pooled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether all tensors among a function's arguments, weights aside, are without positions."""
     values = [x for arg in (*args, *kwargs.values()) for x in (arg if isinstance(arg, list | tuple) else (arg,))]
-    tensors = [x for x in values if isinstance(x, Tensor) and not isinstance(x, nn.Parameter)]
+    tensors = [x for x in values if isinstance(x, Tensor) and not is_weight(x)]
     return bool(tensors) and all(hasattr(x, "is_pooled") for x in tensors)
+
+
+def is_weight(x: Tensor) -> bool:
+    """Whether a tensor is a weight, or was computed from weights alone."""
+    return isinstance(x, nn.Parameter) or hasattr(x, "is_weight")
+
+
+def are_weights(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether all tensors among a function's arguments are weights."""
+    values = [x for arg in (*args, *kwargs.values()) for x in (arg if isinstance(arg, list | tuple) else (arg,))]
+    tensors = [x for x in values if isinstance(x, Tensor)]
+    return bool(tensors) and all(map(is_weight, tensors))
 
 
 class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hidden(visible):`
@@ -73,6 +92,7 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
         self.axes = visible.ndim - 2
         self.masks: dict[tuple[int, ...], Tensor] = {}
         self.padded: tuple[Tensor, tuple[Tensor, ...]] | None = None
+        self.input_size: tuple[int, ...] | None = None
 
     def __torch_function__(
         self,
@@ -82,17 +102,24 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, OpOverload):  # torch.compile traces the network below torch functions
+            return func(*args, **kwargs)
+        if self.input_size is None:
+            self.find_input(args)
         if func is recomputed:
             return self.recompute_inside(*args, **kwargs)
         if func in self.safe:
-            return func(*args, **kwargs)
+            return self.learn_size(func(*args, **kwargs), args)
+        if are_weights(args, kwargs):
+            return set_flag(func(*args, **kwargs), "is_weight")
         if func not in BATCH_NORMS and are_pooled(args, kwargs):  # ECA's convolution over channels
             out = func(*args, **kwargs)
-            return out if isinstance(out, Tensor) and self.is_map(out) else set_flag(out, "is_pooled")
+            return out if self.is_repeated(func, out) else set_flag(out, "is_pooled")
         if func in MIXES_POSITIONS:
             raise mixing_error(func)
         rule = RULES.get(func)
-        return func(*args, **kwargs) if rule is None else rule(self, func, *args, **kwargs)
+        out = func(*args, **kwargs) if rule is None else rule(self, func, *args, **kwargs)
+        return self.learn_size(out, args) if rule is None or func is Tensor.__getitem__ else out
 
     def recompute_inside(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a function that is called again in the backward pass, both times inside this context."""
@@ -110,8 +137,10 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
             ValueError: the grid neither divides `size` nor is divided by it, or `size` is no multiple or divisor of the
                 size of another map, so that patches would begin at other positions.
         """
+        if size == self.input_size:
+            self.input_size = ()  # not the size of an input that is resized first: other maps have to fit it
         if size not in self.masks:
-            for other in self.masks:
+            for other in self.masks.keys() - {self.input_size}:
                 if len(other) != len(size) or any(max(a, b) % min(a, b) for a, b in zip(size, other, strict=True)):
                     raise ValueError(
                         f"the mask of maps of {other} does not divide a feature map of {size}: is there a convolution "
@@ -120,11 +149,50 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
             self.masks[size] = visible_at(self.visible, size)
         return self.masks[size]
 
+    def find_input(self, args: tuple[Any, ...]) -> None:
+        """Make the size of the network's input known: that of the first map (b, c, *size) among arguments."""
+        for x in args:
+            if isinstance(x, Tensor) and not is_weight(x) and self.is_map(x) and self.has_batch(x):
+                size = tuple(x.shape[2:])
+                if not any(s % g for s, g in zip(size, self.visible.shape[2:], strict=True)):
+                    self.masks.setdefault(size, visible_at(self.visible, size))
+                    self.input_size = size
+                    return
+
+    def learn_size(self, out: Any, args: tuple[Any, ...]) -> Any:
+        """Make the size of a map known that was enlarged or strided by a function without a rule; return the map."""
+        x = args[0] if args else None
+        if isinstance(x, Tensor) and isinstance(out, Tensor) and x.ndim == out.ndim == self.axes + 2:
+            size, before = tuple(out.shape[2:]), tuple(x.shape[2:])
+            is_resized = size not in self.masks and before in self.masks and x.shape[:2] == out.shape[:2]
+            if (
+                is_resized
+                and self.is_map(out)
+                and not any(
+                    max(a, b) % min(a, b)
+                    for other in (*self.masks.keys() - {self.input_size}, tuple(self.visible.shape[2:]))
+                    for a, b in zip(size, other, strict=True)
+                )
+            ):
+                self.mask(size)
+        return out
+
+    def is_repeated(self, func: Callable[..., Any], out: Any) -> bool:
+        """Whether a result of pooled values is a map; in 1D vectors of channels have the shape of one."""
+        is_map = isinstance(out, Tensor) and self.is_map(out) and (self.axes > 1 or func in REPEATS)
+        return is_map and (func in REPEATS or max(out.shape[2:]) > 1)
+
+    def has_batch(self, x: Tensor) -> bool:
+        """Whether the first axis of a tensor may be that of the mask."""
+        return x.ndim > 0 and len(x) == len(self.visible)
+
     def spatial_axes(self, x: Tensor) -> list[range]:
         """List the candidates for the spatial axes of a tensor: the last axes, or those before a last channel axis.
 
-        A tensor that is no map of a known size has none.
+        A tensor that is no map of a known size has none, and no weight has.
         """
+        if is_weight(x):
+            return []
         stops = [stop for stop in (x.ndim, x.ndim - 1) if stop > self.axes]
         return [
             range(stop - self.axes, stop) for stop in stops if tuple(x.shape[stop - self.axes : stop]) in self.masks

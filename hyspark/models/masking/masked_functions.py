@@ -33,10 +33,11 @@ def mixing_error(func: Function) -> NotImplementedError:
     )
 
 
-def set_flag(out: Any, flag: str) -> Any:
-    """Set a flag of a tensor: `is_pooled`, without positions, or `has_border`, padded."""
-    if isinstance(out, Tensor):
-        setattr(out, flag, True)
+def set_flag(out: Any, flag: str, value: Any = True) -> Any:
+    """Set a flag of a tensor, or of each in a sequence: `is_pooled`, without positions, or `has_border`, padded."""
+    for x in out if isinstance(out, list | tuple) else (out,):
+        if isinstance(x, Tensor):
+            setattr(x, flag, value)
     return out
 
 
@@ -44,9 +45,15 @@ def set_flag(out: Any, flag: str) -> Any:
 
 
 def masked_convolution(context: hidden, func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Convolve a map; a convolution along fewer axes works on something else, such as channels, and is unchanged."""
-    if not context.is_map(input):
-        if context.is_flat_map(input, -1):
+    """Convolve a map; a convolution along other axes works on something else, such as channels, and is unchanged.
+
+    A tensor with another number of samples holds positions or channels there.
+    """
+    if not context.is_map(input) or not (len(context.visible) == 1 or context.has_batch(input)):
+        weight = kwargs["weight"] if "weight" in kwargs else args[0]
+        kernels = weight.shape[2:]
+        is_along = bool(context.spatial_axes(input)) and max(kernels[-context.axes :]) > 1
+        if is_along or context.is_flat_map(input, -1) or (max(kernels) > 1 and not context.has_batch(input)):
             raise mixing_error(func)
         plain: Tensor = func(input, *args, **kwargs)
         return plain

@@ -106,6 +106,8 @@ def masked_batch_norm(
         out: Tensor = func(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return context.fill(out) if is_map else out
     mask = context.mask(tuple(input.shape[2:])) if is_map else torch.ones_like(input[:, :1], dtype=torch.bool)
+    if not context.is_distributed and mask.numel() <= context.visible.numel() and int(mask.sum()) == 1:
+        raise ValueError("batch_norm: expected more than one visible position per channel in training, got one")
     affine = (None if x is None else per_channel(x, input) for x in (weight, bias))
     over = (0, *range(2, input.ndim))
     normed, mean, variance, num = MaskedNorm.apply(input, *affine, mask, mask.sum(), over, eps, context.all_reduce)

@@ -12,15 +12,20 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch._ops import OpOverload
 
 from hyspark.models.defaults import Edges
-from hyspark.models.masking.context import hidden, identity
-from hyspark.models.masking.masked_functions import Function, set_flag
+from hyspark.models.masking.context import hidden, identity, is_weight
+from hyspark.models.masking.masked_functions import Function, mixing_error, set_flag
 from hyspark.models.masking.packed_rules import PACKED_RULES, call_pooled
 from hyspark.models.masking.patches import Patches, check_mask_shape
 from hyspark.models.masking.rules import RULES
 from hyspark.models.recompute import recomputed
+
+JOINS = (torch.cat, torch.concat)
+EXPANDS = (Tensor.expand, Tensor.expand_as, torch.broadcast_to)
+"""Functions that take values by position to the batch."""
 
 
 class packed(hidden):  # noqa: N801 - reads as a statement: `with packed(visible, patch):`
@@ -60,38 +65,66 @@ class packed(hidden):  # noqa: N801 - reads as a statement: `with packed(visible
         self.first = counts.cumsum(0) - counts  # first patch of each sample
         ones = self.sample.new_ones(len(self.patches), *(1,) * (self.patches.axes + 1), dtype=torch.bool)
         super().__init__(ones, safe, all_reduce)
+        self.input_size = ()  # `pack` knows it
 
     def pack(self, volumes: Tensor) -> Tensor:
         """Select the visible patches of volumes (b, c, *size): (p, c, *edges); ValueError for another grid."""
         check_mask_shape(volumes, self.patches.visible, self.patch)
-        return self.register(self.patches.pack(volumes))
+        with torch._C.DisableTorchFunction():  # inside the block, too
+            return self.register(self.patches.pack(volumes))
 
     def unpack(self, features: Tensor) -> Tensor:
         """Scatter features (p, c, *edges) into a dense map (b, c, *size), zero at hidden positions."""
-        return self.patches.unpack(features)
+        with torch._C.DisableTorchFunction():
+            return self.patches.unpack(features)
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, OpOverload):  # torch.compile traces the network below torch functions
+            return func(*args, **kwargs)
         if func is recomputed:
             return self.recompute_inside(*args, **kwargs)
         values = [x for arg in (*args, *kwargs.values()) for x in (arg if isinstance(arg, list | tuple) else [arg])]
-        tensors = [x for x in values if isinstance(x, Tensor) and not isinstance(x, nn.Parameter)]
+        tensors = [x for x in values if isinstance(x, Tensor) and not is_weight(x)]
         inputs = tensors[:1] if func in RULES else [x for x in tensors if x.ndim > 1]  # not weights or statistics
         pooled = [hasattr(x, "is_pooled") for x in inputs if hasattr(x, "is_pooled") or self.has_patches(x)]
+        if func not in self.safe:
+            self.check_positions(func, args, kwargs)
         if pooled and all(pooled):
-            return set_flag(call_pooled(self, func, args, kwargs), "is_pooled")
+            return call_pooled(self, func, args, kwargs)
         if func in PACKED_RULES and func not in self.safe:
-            return PACKED_RULES[func](self, func, *args, **kwargs)
+            out = PACKED_RULES[func](self, func, *args, **kwargs)
+            return self.learn_size(out, args) if func is Tensor.__getitem__ else out
         out = super().__torch_function__(func, types, args, kwargs)
         padded = [x for x in tensors if hasattr(x, "has_border")]
-        has_border = padded and isinstance(out, Tensor) and out.shape[2:] == padded[0].shape[2:]
-        return set_flag(out, "has_border") if has_border else out
+        results = out if isinstance(out, list | tuple) else (out,)
+        for x in results if padded else ():
+            if isinstance(x, Tensor) and x.shape[2:] == padded[0].shape[2:]:
+                set_flag(x, "has_border", padded[0].has_border)
+        return out
+
+    def check_positions(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise NotImplementedError for values by position, such as coordinates, which are the same for all patches."""
+        values = [x for arg in (*args, *kwargs.values()) for x in (arg if isinstance(arg, list | tuple) else [arg])]
+        tensors = [x for x in values if isinstance(x, Tensor)]
+        if len(self.sample) == 1 or func in PACKED_RULES or (func in RULES and func not in JOINS):
+            return
+        shapes = [tuple(x.shape) for x in tensors if self.has_patches(x) and self.spatial_axes(x)]
+        if func in EXPANDS and tensors and not hasattr(tensors[0], "is_pooled"):
+            shapes += [tuple(func(*args, **kwargs).shape)]
+        for shape in shapes:
+            spatial = [range(i, i + self.axes) for i in (len(shape) - self.axes, len(shape) - self.axes - 1) if i > 0]
+            known = [axes for axes in spatial if shape[axes.start : axes.stop] in self.masks]
+            for x in tensors if shape[0] == len(self.sample) else ():
+                own = (1,) * (len(shape) - x.ndim) + tuple(x.shape)
+                if known and own[0] == 1 and all(max(own[axes.start : axes.stop]) > 1 for axes in known):
+                    raise mixing_error(func)
 
     def has_patches(self, x: Tensor) -> bool:
         """Whether the first axis of a tensor may be that of the patches."""
-        return x.ndim > 0 and len(x) == len(self.sample)
+        return self.has_batch(x)
 
     def is_map(self, x: Tensor) -> bool:
         """Whether a tensor has the axes of packed patches (p, c, *edges)."""

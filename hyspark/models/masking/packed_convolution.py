@@ -104,6 +104,17 @@ def check_no_padding(context: packed, func: Function, padding: Any) -> None:
         raise mixing_error(func)
 
 
+def check_outputs(context: packed, func: Function, x: Tensor, out: Tensor, stride: Any) -> Tensor:
+    """Register the output for patches that were padded before; ValueError if its size is not edge / stride."""
+    expected = [edge / s for edge, s in zip(x.has_border, per_axis(stride, context.axes), strict=True)]  # type: ignore[attr-defined]
+    if list(out.shape[2:]) != expected:
+        raise ValueError(
+            f"{func.__name__}: expected padding that gives size / stride outputs, got patches of "
+            f"{tuple(out.shape[2:])} from {x.has_border}"  # type: ignore[attr-defined]
+        )
+    return context.register(out)
+
+
 def on_dense_map(context: packed, func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Compute a function of a map on the dense map, by the rule of `hidden`."""
     out: Tensor = RULES[func](context.dense, func, context.unpack(input), *args, **kwargs)
@@ -127,8 +138,7 @@ def packed_convolution(
     """Convolve patches with a border from their neighbours."""
     if hasattr(input, "has_border"):
         check_no_padding(context, func, padding)
-        out: Tensor = func(input, weight, bias, stride, 0, dilation, groups)
-        return context.register(out)
+        return check_outputs(context, func, input, func(input, weight, bias, stride, 0, dilation, groups), stride)
     if not context.is_map(input):
         return masked_convolution(context, func, input, weight, bias, stride, padding, dilation, groups)
     before, after, fits = windows(context, func, input, weight.shape[2:], stride, padding, dilation, False)

@@ -23,13 +23,22 @@ from hyspark.models.masking.masked_norms import masked_batch_norm
 from hyspark.models.masking.packed_convolution import (
     add_windows_border,
     check_no_padding,
+    check_outputs,
     on_dense_map,
     packed_convolution,
     packed_transposed_convolution,
     per_axis,
     windows,
 )
-from hyspark.models.masking.rules import RULES, SUMS, find_positions, masked_extreme, masked_mean, masked_sum_or_norm
+from hyspark.models.masking.rules import (
+    RULES,
+    axes_along,
+    find_dims,
+    find_positions,
+    masked_extreme,
+    masked_mean,
+    masked_sum_or_norm,
+)
 from hyspark.models.recompute import recomputed
 
 if TYPE_CHECKING:
@@ -75,14 +84,30 @@ def expand_samples(context: packed, values: Tensor) -> Tensor:
 def call_pooled(context: packed, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a function of values that are equal for all patches of a sample.
 
-    BatchNorm counts each sample once, and random numbers are drawn once for each sample.
+    BatchNorm and reductions along samples count each sample once. Random numbers are drawn once for each sample.
+
+    Returns:
+        The result, marked as without positions unless it has those of a map.
     """
+    if func in ALONG_SAMPLES and is_along_samples(func, args, kwargs):
+        return func(args[0][context.first], *args[1:], **kwargs)
     if func not in ONCE_PER_SAMPLE:
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        return out if context.is_repeated(func, out) else set_flag(out, "is_pooled")
     values = args[0][context.first]
     rule = RULES.get(func)
     out = func(values, *args[1:], **kwargs) if rule is None else rule(context.dense, func, values, *args[1:], **kwargs)
-    return out[context.sample]
+    return set_flag(out[context.sample], "is_pooled")
+
+
+def is_along_samples(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a reduction works along the first axis; NotImplementedError if its result has that axis still."""
+    dims = find_dims(func, args[1:], kwargs)
+    if not args or isinstance(dims, Tensor) or "other" in kwargs or 0 not in axes_along(args[0], dims):
+        return False
+    if func not in PACKED_RULES:
+        raise mixing_error(func)
+    return True
 
 
 # --- pools and padding
@@ -105,8 +130,7 @@ def packed_max_pool(
     stride = stride or kernel_size
     if hasattr(input, "has_border"):
         check_no_padding(context, func, padding)
-        out: Tensor = func(input, kernel_size, stride, 0, dilation)
-        return context.register(out)
+        return check_outputs(context, func, input, func(input, kernel_size, stride, 0, dilation, ceil_mode), stride)
     before, after, fits = windows(context, func, input, kernel_size, stride, padding, dilation, ceil_mode)
     if not fits:
         return on_dense_map(context, func, input, kernel_size, stride, padding, dilation, ceil_mode)
@@ -127,17 +151,23 @@ def packed_avg_pool(
     stride: Any = None,
     padding: Any = 0,
     ceil_mode: bool = False,
-    *args: Any,
-    **kwargs: Any,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
 ) -> Tensor:
-    """Average the visible positions in each window; windows beyond a patch are computed on the dense map."""
+    """Average the visible positions in each window; windows beyond a patch are computed on the dense map.
+
+    As under `hidden`, a divisor given by the caller is for windows without a hidden position.
+    """
     if not context.is_map(input) or hasattr(input, "has_border"):
         raise mixing_error(func)
     stride = stride or kernel_size
     before, after, _ = windows(context, func, input, kernel_size, stride, padding, 1, ceil_mode)
     if any((*before, *after)):
-        return on_dense_map(context, func, input, kernel_size, stride, padding, ceil_mode, *args, **kwargs)
+        options = () if divisor_override is None else (divisor_override,)
+        return on_dense_map(context, func, input, kernel_size, stride, padding, ceil_mode, count_include_pad, *options)
     out: Tensor = func(input, kernel_size, stride)
+    if divisor_override is not None:
+        out = out * (math.prod(per_axis(kernel_size, context.axes)) / divisor_override)
     return context.register(out)
 
 
@@ -164,10 +194,11 @@ def packed_pad(
         return plain
     if mode != "constant" or min(spatial) < 0 or len(spatial) < len(pad) or hasattr(input, "has_border"):
         raise mixing_error(func)
+    edges = tuple(input.shape[2:])
     spatial += [0] * (2 * context.axes - len(spatial))
     before, after = spatial[::2][::-1], spatial[1::2][::-1]
     out = add_windows_border(context, context.register(input), before, after, value or 0.0)
-    marked: Tensor = set_flag(out, "has_border")
+    marked: Tensor = set_flag(out, "has_border", edges)
     return marked
 
 
@@ -176,7 +207,7 @@ def packed_pad(
 
 def packed_batch_norm(context: packed, func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Normalise by statistics of all patches, which are the visible positions of the batch."""
-    if hasattr(input, "has_border"):
+    if hasattr(input, "has_border") or (context.spatial_axes(input) and not context.has_patches(input)):
         raise mixing_error(func)
     if context.is_distributed:
         return masked_batch_norm(context, func, input, *args, **kwargs)
@@ -201,18 +232,19 @@ def packed_instance_norm(
         raise mixing_error(func)
     if not use_input_stats:
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    parts = input.split(context.patches.counts)
-    normed = [F.batch_norm(part, None, None, weight, bias, True, momentum, eps) for part in parts]
+    parts = input.split(context.patches.counts)  # F.batch_norm refuses a single position, torch.batch_norm does not
+    cudnn = torch.backends.cudnn.enabled
+    normed = [torch.batch_norm(part, weight, bias, None, None, True, momentum, eps, cudnn) for part in parts]
     return normed[0] if len(normed) == 1 else torch.cat(normed)
 
 
 def packed_group_norm(context: packed, func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Normalise by statistics of each sample and group."""
+    if hasattr(input, "has_border") or (context.spatial_axes(input) and not context.is_map(input)):
+        raise mixing_error(func)
     if not context.is_map(input):
         out: Tensor = func(input, *args, **kwargs)
         return out
-    if hasattr(input, "has_border"):
-        raise mixing_error(func)
     spatial = range(2, input.ndim)
     normed = [func(x, *args, **kwargs) for x in view_samples(context, input, spatial)]
     return view_patches(normed, input.shape[2:], spatial)
@@ -233,16 +265,37 @@ def packed_layer_norm(
 
 def packed_reduction(context: packed, func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Reduce the visible positions of each sample; other reductions are unchanged."""
-    index = 0 if func in SUMS or RULES[func] is not masked_sum_or_norm else 1
-    dims = kwargs.get("dim", args[index] if len(args) > index else None)
+    dims = find_dims(func, args, kwargs)
+    if isinstance(dims, Tensor) or "other" in kwargs:  # the larger of two maps
+        return func(input, *args, **kwargs)
+    if hasattr(input, "has_border"):
+        raise mixing_error(func)
     where = find_positions(context, func, input, dims)
     if where is None:
         return func(input, *args, **kwargs)
     if not context.has_patches(input):
         raise mixing_error(func)
-    if dims is None or 0 in {d % input.ndim for d in ([dims] if isinstance(dims, int) else dims)}:
+    if 0 in axes_along(input, dims):
         return func(input, *args, **kwargs)
     return expand_samples(context, torch.cat([func(x, *args, **kwargs) for x in view_samples(context, input, where)]))
+
+
+def packed_index(context: packed, func: Function, input: Tensor, index: Any, *args: Any) -> Any:
+    """Index a map, unless patches are chosen; each n-th position of a patch is one of the map."""
+    first = index[0] if isinstance(index, tuple) and index else index
+    is_all = first is None or first is ... or (isinstance(first, slice) and first == slice(None))
+    if context.spatial_axes(input) and not is_all:
+        raise mixing_error(func)
+    return RULES[func](context, func, input, index, *args)
+
+
+def packed_repeat(context: packed, func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Repeat a map along channels only; values by position are refused."""
+    out: Tensor = RULES[func](context, func, input, *args, **kwargs)
+    is_map = context.is_map(out) and not context.has_patches(input)
+    if is_map and tuple(out.shape[2:]) in context.masks and max(input.shape[-context.axes :]) > 1:
+        raise mixing_error(func)
+    return out
 
 
 def packed_feature_dropout(
@@ -294,6 +347,8 @@ PACKED_RULES: dict[Function, Function] = {
     **dict.fromkeys([F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d], packed_global_pool),
     **dict.fromkeys([F.dropout1d, F.dropout2d, F.dropout3d], packed_feature_dropout),
     **dict.fromkeys([Tensor.bernoulli_, torch.bernoulli, torch.rand, torch.rand_like], packed_random),
+    **dict.fromkeys([Tensor.__getitem__, Tensor.__setitem__], packed_index),
+    **dict.fromkeys([Tensor.repeat, Tensor.tile, torch.tile], packed_repeat),
     **{
         func: packed_reduction
         for func, rule in RULES.items()
@@ -302,6 +357,11 @@ PACKED_RULES: dict[Function, Function] = {
 }
 """Rules that differ from those of `hidden`."""
 
+ALONG_SAMPLES: frozenset[Function] = frozenset(
+    {func for func, rule in PACKED_RULES.items() if rule is packed_reduction}
+    | {F.softmax, torch.softmax, Tensor.softmax, torch.var, Tensor.var, torch.std, Tensor.std, torch.var_mean}
+)
+"""Functions of pooled values that may work along samples."""
 ONCE_PER_SAMPLE: frozenset[Function] = frozenset(
     {F.batch_norm, torch.batch_norm, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.bernoulli}
 )

@@ -41,6 +41,20 @@ Dims = int | Sequence[int] | None
 # --- reductions
 
 
+def axes_along(x: Tensor, dims: Dims) -> set[int]:
+    """Return the axes along which a function works, of its argument; None, or a bool (`unbiased`), for all."""
+    is_all = dims is None or dims == () or isinstance(dims, bool)
+    chosen = range(x.ndim) if is_all else [dims] if isinstance(dims, int) else dims
+    return {d % x.ndim for d in chosen or ()} if x.ndim else set()
+
+
+def find_dims(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dims:
+    """Find the axes among the arguments of a reduction after its input."""
+    index = 1 if RULES[func] is masked_sum_or_norm and func not in SUMS else 0
+    dims: Dims = kwargs.get("dim", kwargs.get("axis", args[index] if len(args) > index else None))
+    return dims
+
+
 def find_positions(context: hidden, func: Function, x: Tensor, dims: Dims) -> range | None:
     """Find the spatial axes of a map if a function works along all of them.
 
@@ -48,15 +62,16 @@ def find_positions(context: hidden, func: Function, x: Tensor, dims: Dims) -> ra
         The axes, or None if x is no map or the function works along none of them.
 
     Raises:
-        NotImplementedError: the function works along some of them.
+        NotImplementedError: the function works along some of them, or along samples alone.
     """
-    chosen = range(x.ndim) if dims is None or dims == () else [dims] if isinstance(dims, int) else dims
-    along = {d % x.ndim for d in chosen} if x.ndim else set()
+    if context.is_padded(x):
+        raise mixing_error(func)
+    along = axes_along(x, dims)
     candidates = context.spatial_axes(x)
     for spatial in candidates:
         if along >= set(spatial):
             return spatial
-    if candidates and all(along & set(spatial) for spatial in candidates):
+    if candidates and (0 in along or all(along & set(spatial) for spatial in candidates)):
         raise mixing_error(func)
     if not candidates and x.ndim == 3 and any(context.is_flat_map(x, d) for d in along - {0}):
         raise mixing_error(func)
@@ -67,6 +82,7 @@ def masked_mean(
     context: hidden, func: Function, input: Tensor, dim: Dims = None, keepdim: bool = False, **kwargs: Any
 ) -> Tensor:
     """Average over the visible positions."""
+    dim = kwargs.pop("axis", dim)
     where = find_positions(context, func, input, dim)
     if where is None:
         return call_plain(func, input, dim, keepdim, kwargs)
@@ -78,8 +94,7 @@ def masked_mean(
 
 def masked_sum_or_norm(context: hidden, func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Compute a sum or a norm over the visible positions."""
-    dims = kwargs.get("dim", args[0] if args else None) if func in SUMS else kwargs.get("dim", (args + (None,) * 2)[1])
-    where = find_positions(context, func, input, dims)
+    where = find_positions(context, func, input, find_dims(func, args, kwargs))
     if where is not None:
         input = torch.where(context.broadcast_mask(input, where), input, 0.0)
     out: Tensor = func(input, *args, **kwargs)
@@ -91,7 +106,10 @@ def masked_sum_or_norm(context: hidden, func: Function, input: Tensor, *args: An
 def masked_extreme(
     context: hidden, func: Function, input: Tensor, dim: Dims = None, keepdim: bool = False, **kwargs: Any
 ) -> Any:
-    """Take the largest or smallest of the visible positions."""
+    """Take the largest or smallest of the visible positions; of two maps it is a pointwise function."""
+    dim = kwargs.pop("axis", dim)
+    if isinstance(dim, Tensor) or "other" in kwargs:
+        return func(input, *(() if dim is None else (dim,)), **kwargs)
     where = find_positions(context, func, input, dim)
     if where is not None:
         worst = math.inf if "min" in (resolve_name(func) or "") else -math.inf
@@ -140,12 +158,13 @@ def refuse_along(argument: str, index: int, default: Dims = None) -> Function:
         default: axes if the argument is absent.
     """
 
-    def rule(context: hidden, func: Function, input: Any, *args: Any, **kwargs: Any) -> Any:
-        dims = kwargs.get(argument, args[index] if len(args) > index else default)
-        first = input if isinstance(input, Tensor) else input[0]
+    def rule(context: hidden, func: Function, *args: Any, **kwargs: Any) -> Any:
+        given = args or next(((kwargs[key],) for key in ("input", "tensors") if key in kwargs), args)
+        dims = kwargs.get(argument, given[index + 1] if len(given) > index + 1 else default)
+        first = given[0] if isinstance(given[0], Tensor) else given[0][0]
         if find_positions(context, func, first, dims) is not None:
             raise mixing_error(func)
-        return func(input, *args, **kwargs)
+        return func(*args, **kwargs)
 
     return rule
 
@@ -172,18 +191,93 @@ def weight_product(context: hidden, func: Function, *args: Any, **kwargs: Any) -
         raise mixing_error(func)
     if tensors and tensors[0].ndim >= 3:
         refuse_rows(context, func, tensors[0])
+    if len(tensors) > 1 and tensors[1].ndim >= 3:  # its columns, one axis earlier
+        x = tensors[1]
+        spatial = context.spatial_axes(x)
+        is_mixer = x.ndim == 3 and context.is_flat_map(x, 1) and not context.is_flat_map(x, 2)
+        if is_mixer or (spatial and all(x.ndim - 2 in axes for axes in spatial)):
+            raise mixing_error(func)
     return func(*args, **kwargs)
 
 
 def checked_reshape(context: hidden, func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Reshape, unless the result is one vector per sample that holds all positions."""
+    """Reshape a map, unless an axis of the result holds channels and positions."""
     out: Tensor = func(input, *args, **kwargs)
-    if out.ndim == 2 and input.ndim > 2 and context.spatial_axes(input) and out.shape[1] != input.shape[1]:
+    candidates = context.spatial_axes(input) if isinstance(out, Tensor) else []
+    if candidates and not any(keeps_positions(input, out, spatial) for spatial in candidates):
         raise mixing_error(func)
     return out
 
 
+def keeps_positions(x: Tensor, out: Tensor, spatial: range) -> bool:
+    """Whether axes of a reshaped map hold all of its spatial axes and nothing else."""
+    before, along = math.prod(x.shape[: spatial.start]), math.prod(x.shape[spatial.start : spatial.stop])
+    starts = [axis for axis in range(out.ndim) if math.prod(out.shape[:axis]) == before]
+    stops = [axis for axis in range(1, out.ndim + 1) if math.prod(out.shape[:axis]) == before * along]
+    return any(start < stop for start in starts for stop in stops)
+
+
+def checked_repeat(context: hidden, func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Repeat a map along channels only."""
+    out: Tensor = func(input, *args, **kwargs)
+    candidates = context.spatial_axes(input)
+    if candidates and (out.ndim != input.ndim or all(moves(input, out, spatial) for spatial in candidates)):
+        raise mixing_error(func)
+    return out
+
+
+def moves(x: Tensor, out: Tensor, spatial: range) -> bool:
+    """Whether the spatial axes of a map have other sizes in the result."""
+    return x.shape[spatial.start : spatial.stop] != out.shape[spatial.start : spatial.stop]
+
+
+def checked_permute(context: hidden, func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Permute axes of a map, unless its spatial axes are separated or in another order."""
+    out: Tensor = func(input, *args, **kwargs)
+    candidates = context.spatial_axes(input)
+    if candidates:  # read the new order off a tensor whose sizes are its axes
+        order = func(torch.empty([axis + 2 for axis in range(input.ndim)], device="meta"), *args, **kwargs).shape
+        if not any(str([axis + 2 for axis in spatial])[1:-1] in str(list(order)) for spatial in candidates):
+            raise mixing_error(func)
+    return out
+
+
+def checked_index(context: hidden, func: Function, input: Tensor, index: Any, *args: Any) -> Any:
+    """Index a map, unless positions are moved or excluded; each n-th position of the first n is a stride."""
+    candidates = context.spatial_axes(input)
+    if candidates and not any(is_strided(input, index, spatial) for spatial in candidates):
+        raise mixing_error(func)
+    return func(input, index, *args)
+
+
+def is_strided(x: Tensor, index: Any, spatial: range) -> bool:
+    """Whether an index takes all positions, or each n-th on an axis that n divides."""
+    entries = [entry for entry in (index if isinstance(index, tuple) else (index,)) if entry is not None]
+    if any(isinstance(entry, Tensor) and entry.dtype == torch.bool and entry.ndim > 1 for entry in entries):
+        return False
+    where = next((i for i, entry in enumerate(entries) if entry is ...), len(entries))
+    after = len(entries) - where - 1
+    by_axis = dict(enumerate(entries[:where]))
+    by_axis |= {x.ndim - after + i: entry for i, entry in enumerate(entries[where + 1 :])}
+    for axis in spatial:
+        entry, size = by_axis.get(axis, slice(None)), x.shape[axis]
+        if not isinstance(entry, slice):
+            return False
+        start, stop, step = entry.indices(size)
+        if start >= step or size % step or stop <= size - step + start:
+            return False
+    return True
+
+
 SUMS: set[Function] = {torch.sum, Tensor.sum}
+PERMUTATIONS = ("transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims")
+OTHER_REDUCTIONS = ("prod", "logsumexp", "nanmean", "nansum", "median", "nanmedian", "aminmax")
+"""Functions without a form for visible positions only; their first argument is the axis, by default all."""
+ALONG_LAST_AXIS = (
+    *("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort", "mode"),
+    *("gather", "scatter", "index_select", "take_along_dim", "narrow", "select"),
+)
+"""Functions along one axis, which is their first argument or, of some, the last axis by default."""
 
 RULES: dict[Function, Function] = {
     **dict.fromkeys([torch.conv1d, torch.conv2d, torch.conv3d], masked_convolution),
@@ -208,7 +302,26 @@ RULES: dict[Function, Function] = {
     **dict.fromkeys(
         [F.softmax, torch.softmax, Tensor.softmax, F.log_softmax, torch.log_softmax], refuse_along("dim", 0)
     ),
-    **dict.fromkeys([torch.cumsum, Tensor.cumsum, torch.sort, Tensor.sort], refuse_along("dim", 0, -1)),
+    **dict.fromkeys(
+        [getattr(owner, name) for owner in (torch, Tensor) for name in OTHER_REDUCTIONS], refuse_along("dim", 0)
+    ),
+    **dict.fromkeys(
+        [getattr(owner, name) for owner in (torch, Tensor) for name in ALONG_LAST_AXIS], refuse_along("dim", 0, -1)
+    ),
+    **dict.fromkeys(
+        [torch.quantile, Tensor.quantile, torch.nanquantile, Tensor.nanquantile, torch.renorm, Tensor.renorm],
+        refuse_along("dim", 1),
+    ),
+    **dict.fromkeys(
+        [torch.split, Tensor.split, torch.chunk, Tensor.chunk, torch.tensor_split, Tensor.tensor_split],
+        refuse_along("dim", 1, 0),
+    ),
+    **dict.fromkeys([torch.unbind, Tensor.unbind], refuse_along("dim", 0, 0)),
+    **dict.fromkeys([torch.rot90, Tensor.rot90], refuse_along("dims", 1, (0, 1))),
+    **dict.fromkeys([torch.diff, Tensor.diff, torch.kthvalue, Tensor.kthvalue], refuse_along("dim", 1, -1)),
+    **dict.fromkeys([getattr(owner, name) for owner in (torch, Tensor) for name in PERMUTATIONS], checked_permute),
+    **dict.fromkeys([Tensor.repeat, Tensor.tile, torch.tile], checked_repeat),
+    **dict.fromkeys([Tensor.__getitem__, Tensor.__setitem__], checked_index),
     **dict.fromkeys([torch.argmax, Tensor.argmax, torch.argmin, Tensor.argmin], refuse_along("dim", 0)),
     **dict.fromkeys([torch.topk, Tensor.topk], refuse_along("dim", 1, -1)),
     **dict.fromkeys([torch.cat, torch.concat], refuse_along("dim", 0, 0)),
@@ -233,15 +346,16 @@ MIXES_POSITIONS: frozenset[Function] = frozenset(
         F.lp_pool2d,
         F.lp_pool3d,
         F.conv_transpose1d,
+        torch.instance_norm,
+        torch.convolution,
+        F.feature_alpha_dropout,
+        torch.tensordot,
         F.unfold,
         F.fold,
         F.pixel_shuffle,
         F.pixel_unshuffle,
         torch.einsum,
-        torch.fft.fft2,
-        torch.fft.fftn,
-        torch.fft.rfft2,
-        torch.fft.rfftn,
+        *(getattr(torch.fft, name) for name in ("fft", "rfft", "fft2", "rfft2", "fftn", "rfftn")),
     }
 )
 """Functions that mix positions and have no rule."""
