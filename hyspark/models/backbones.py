@@ -31,7 +31,7 @@ UNSUPPORTED = (
     *("timm/hgnetv2_*", "torchvision/inception_v3"),  # convolutions without padding
     *("torchvision/maxvit_t", "torchvision/swin_*", "torchvision/vit_*"),  # attention
     *("torchvision/alexnet", "torchvision/squeezenet*"),  # no strides 2, 4, 8, ...
-    "torchvision/vgg*",  # a classifier of all positions
+    *("torchvision/googlenet", "torchvision/vgg*"),  # classifiers of all positions
 )
 """Patterns of networks in the listed families and in torchvision that do not run under a mask, see `hidden`."""
 

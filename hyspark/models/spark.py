@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyspark.models.defaults import Edges, check_compute, edges_per_axis
+from hyspark.models.defaults import Edges, check_compute
 from hyspark.models.feature_maps import (
     Stride,
     check_unit,
@@ -232,7 +232,7 @@ def build_spark(
         img_size: voxels per axis, one number or one per axis, a multiple of the backbone's total stride.
         mask_ratio: fraction of hidden patches.
         in_channels: channels of a crop.
-        axes: number of spatial axes.
+        axes: number of spatial axes, if `img_size` is one number.
         decoder_width: channels of the decoder's deepest level.
         taps: names of the modules whose outputs are the maps, see `PyramidEncoder`.
         run: run(backbone, x) computes the maps, see `PyramidEncoder`.
@@ -249,7 +249,7 @@ def build_spark(
     Raises:
         ValueError: sizes, strides, widths and mask ratio do not fit together; the network does not run under a mask.
     """
-    size = edges_per_axis(img_size, axes, "img_size")
+    size = (img_size,) * axes if isinstance(img_size, int) else tuple(img_size)
     encoder = PyramidEncoder(backbone, size, in_channels, taps, run, safe, mask_unit, compute)
     check_masked(encoder)
     if compute == "packed" and (fault := packed_fault(encoder)):

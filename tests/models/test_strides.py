@@ -199,7 +199,7 @@ def test_the_mask_token_lies_at_hidden_units_of_visible_patches(unit):
     fill = net.densify[2]
     token = torch.full_like(fill.mask_token, 7.0)
     fill.project = nn.Identity()
-    dense = fill.fill(finest, token, patches)
+    dense = fill.fill(finest, token, patches, None)
     at = visible_at(visible, dense.shape[2:]).expand_as(dense)
     assert (dense[~at] == 7).all()
     assert (dense[at] != 7).all()

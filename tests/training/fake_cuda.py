@@ -16,7 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from hyspark.models.recompute import recomputed
+
 DEVICE = torch.device("cuda:0")
+
 READ = ("num_batches_tracked", "bank_ptr", "class_weight")
 """Buffers that libraries read as numbers: batches that a norm has seen, keys in lightly's queue, MONAI's weights of
 classes. They stay real.
@@ -34,6 +37,14 @@ class OnFakeDevice(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.__deepcopy__:  # its other argument holds what was copied before
             return again(args[0], args[0].clone())
+        if func is recomputed:  # its layers one by one: masks stay real
+            function, *values = args
+
+            def inside(*values):
+                with self:
+                    return function(*values)
+
+            return func(inside, *values, **kwargs)
         if any(is_cuda(value) for value in tree_leaves((args, kwargs))):
             with self.fake:
                 return func(*args, **kwargs)

@@ -114,7 +114,7 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
             return set_flag(func(*args, **kwargs), "is_weight")
         if func not in BATCH_NORMS and are_pooled(args, kwargs):  # ECA's convolution over channels
             out = func(*args, **kwargs)
-            return out if self.is_repeated(func, out) else set_flag(out, "is_pooled")
+            return out if self.is_repeated(func, args, out) else set_flag(out, "is_pooled")
         if func in MIXES_POSITIONS:
             raise mixing_error(func)
         rule = RULES.get(func)
@@ -177,10 +177,12 @@ class hidden(TorchFunctionMode):  # noqa: N801 - reads as a statement: `with hid
                 self.mask(size)
         return out
 
-    def is_repeated(self, func: Callable[..., Any], out: Any) -> bool:
+    def is_repeated(self, func: Callable[..., Any], args: tuple[Any, ...], out: Any) -> bool:
         """Whether a result of pooled values is a map; in 1D vectors of channels have the shape of one."""
         is_map = isinstance(out, Tensor) and self.is_map(out) and (self.axes > 1 or func in REPEATS)
-        return is_map and (func in REPEATS or max(out.shape[2:]) > 1)
+        if not is_map or func in REPEATS:
+            return bool(is_map)
+        return max(out.shape[2:]) > 1 and all(out.numel() > x.numel() for x in args if isinstance(x, Tensor))
 
     def has_batch(self, x: Tensor) -> bool:
         """Whether the first axis of a tensor may be that of the mask."""

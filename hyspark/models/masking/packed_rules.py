@@ -93,7 +93,7 @@ def call_pooled(context: packed, func: Function, args: tuple[Any, ...], kwargs: 
         return func(args[0][context.first], *args[1:], **kwargs)
     if func not in ONCE_PER_SAMPLE:
         out = func(*args, **kwargs)
-        return out if context.is_repeated(func, out) else set_flag(out, "is_pooled")
+        return out if context.is_repeated(func, args, out) else set_flag(out, "is_pooled")
     values = args[0][context.first]
     rule = RULES.get(func)
     out = func(values, *args[1:], **kwargs) if rule is None else rule(context.dense, func, values, *args[1:], **kwargs)
