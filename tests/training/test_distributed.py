@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 
 from hyspark.config.shared import EncoderSettings
@@ -30,12 +31,12 @@ def measured(config, name):
     return [line[name] for line in lines if name in line]
 
 
-def check_same_training(one, two, fresh, weights, rel=1e-4, limit=0.05):
-    """The same losses and gradients, and weights that differ by a small part of their movement at most.
+def check_same_training(one, two, fresh, weights, rel=1e-4):
+    """The same losses and gradients, and weights that differ by a few per cent of their movement at most.
 
     Two steps only: Adam amplifies rounding where a gradient is about zero. Unshared gradients would show in the norm.
     """
-    assert measured(two, "loss")[0] == pytest.approx(measured(one, "loss")[0], rel=min(rel / 10, 1e-4))
+    assert measured(two, "loss")[0] == pytest.approx(measured(one, "loss")[0], rel=rel / 10)
     assert measured(two, "grad_norm")[0] == pytest.approx(measured(one, "grad_norm")[0], rel=rel)
     assert measured(two, "loss") == pytest.approx(measured(one, "loss"), rel=1e-3)
     a, b = (torch.load(weights(c), weights_only=True)["model"] for c in (one, two))
@@ -43,7 +44,17 @@ def check_same_training(one, two, fresh, weights, rel=1e-4, limit=0.05):
     moved = sum(float((a[key] - start.detach()).abs().sum()) for key, start in fresh.items())
     apart = sum(float((a[key] - b[key]).abs().sum()) for key in fresh)
     assert moved > 0
-    assert apart < limit * moved
+    assert apart < 0.05 * moved
+
+
+def smooth(x, inplace=False):
+    """An activation without a kink, in place of ReLU."""
+    return F.silu(x, inplace)
+
+
+def smooth_activations():
+    """Replace ReLU in this process."""
+    F.relu = smooth
 
 
 def test_two_processes_equal_one_in_pretraining(pretraining, phantoms, tmp_path):
@@ -67,23 +78,27 @@ def test_two_processes_equal_one_in_pretraining(pretraining, phantoms, tmp_path)
         ("swav/timm/resnet10t", {"prototypes": 6, "local_views": 1}),
     ],
 )
-def test_two_processes_equal_one_around_a_third_party_network(pretraining, tmp_path, model, options):
-    """Its BatchNorms take the statistics of the global batch, of masked ones over visible positions."""
+def test_two_processes_equal_one_around_a_third_party_network(pretraining, tmp_path, monkeypatch, model, options):
+    """Its BatchNorms take the statistics of the global batch, of masked ones over visible positions.
+
+    Those of packed patches are torch's own in one process and by sums in two. They differ by rounding, which takes a
+    voxel to the other side of a ReLU, and one voxel changes the gradient by half a per cent. So SparK's ReLUs are
+    smooth here.
+    """
     is_masked = model.startswith("spark")
     plain = asdict(EncoderSettings()) | ({} if is_masked else {"decoder_width": 768, "head_width": 16})
     pretraining = replace(pretraining, **(plain | options), model=model)
     slices = {"slices": "axial", "in_channels": 3, "crop_size": (64,)}
     one = replace(pretraining, out=str(tmp_path / "one"), max_steps=2, **slices)
     two = replace(one, out=str(tmp_path / "two"))
+    if is_masked:
+        monkeypatch.setattr(F, "relu", smooth)
     run_pretraining(one)
-    train_in_ranks(two)
+    train_in_ranks(two, prepare=smooth_activations if is_masked else None)
     # Assignments are of exp(20 x), and rounding with them. Four crops that are much alike come apart in MoCo's
     # BatchNorm, and rounding with them: their order alone changes the gradient by 4e-4.
-    # Packed, BatchNorm is torch's own in one process and by sums in two. In this small network rounding takes voxels of
-    # the background, which are equal, all to the other side of a ReLU. In double precision the gradients are equal:
-    # tests/models/masking/test_processes.py.
-    rel, apart = {"swav": (1e-3, 0.05), "moco": (2e-3, 0.05), "spark": (1e-2, 0.3)}[model.split("/")[0]]
-    check_same_training(one, two, dict(build_pretraining(one).named_parameters()), checkpoint_file, rel, apart)
+    rel = {"swav": 1e-3, "moco": 2e-3}.get(model.split("/")[0], 1e-4)
+    check_same_training(one, two, dict(build_pretraining(one).named_parameters()), checkpoint_file, rel)
 
 
 def test_two_processes_equal_one_in_finetuning(finetuning, tmp_path):
