@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyspark.models.defaults import CONTRASTIVE_METHODS, edges_per_axis
+from hyspark.models.defaults import CONTRASTIVE_METHODS
 from hyspark.models.feature_maps import record_outputs, uses_only_itself
 from hyspark.models.spark import PyramidEncoder
 from hyspark.utils.install import install_command
@@ -257,7 +257,7 @@ def build_siamese(
         from lightly.models.modules import heads
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{method} needs lightly: {install_command('views')} ({error})") from error
-    size = edges_per_axis(img_size, axes, "img_size")
+    size = (img_size,) * axes if isinstance(img_size, int) else tuple(img_size)
     encoder = PooledEncoder(backbone, size, in_channels, run)
     shape = (encoder.width, head_width, PROJECTION[method])
     is_distributed = num_processes > 1

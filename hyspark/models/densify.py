@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hyspark.models.blocks import CONV, ChannelNorm
+from hyspark.models.masking.borders import pack_with_border
 from hyspark.models.masking.mask import visible_at
 from hyspark.models.masking.patches import Patches
-from hyspark.models.masking.reconstructed import pack_with_border, unpadded
+from hyspark.models.masking.reconstructed import unpadded
 from hyspark.models.recompute import recomputed
 
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from hyspark.models.blocks import BATCH_NORM, CONV, CONV_FUNCTION, CONV_TRANSPOSE, ChannelNorm
 from hyspark.models.defaults import check_min_width
 from hyspark.models.feature_maps import Stride
+from hyspark.models.masking.borders import pack_with_border
 from hyspark.models.masking.patches import Patches
-from hyspark.models.masking.reconstructed import pack_with_border, unpadded
+from hyspark.models.masking.reconstructed import unpadded
 from hyspark.models.recompute import recomputed
 
 CONV_TRANSPOSE_FUNCTION = {2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -163,7 +164,7 @@ class LightDecoderLevel(nn.Module):
             one = (1,) * patches.axes
             conv, upsample = unpadded, partial(self.upsample, border=1)
             border = partial(patches.with_border, before=one, after=one)
-        first = partial(pack_with_border, patches=patches, width=1) if patches is not None and is_first else border
+        first = partial(pack_with_border, patches=patches, widths=1) if patches is not None and is_first else border
         if self.fuse is not None and skip is not None:
             x = apply_norm_relu(conv(self.fuse[0]), x, norm, skip, border=first)
             x = apply_norm_relu(conv(self.fuse[3]), x, self.fuse[1], border=border)

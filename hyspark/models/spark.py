@@ -30,7 +30,8 @@ from hyspark.models.feature_maps import (
     uses_only_itself,
 )
 from hyspark.models.masked_autoencoder import MaskedAutoencoder
-from hyspark.models.masking.context import hidden, identity
+from hyspark.models.masking.context import hidden
+from hyspark.models.masking.masked_functions import identity
 from hyspark.models.masking.packed import packed
 from hyspark.models.masking.patches import Patches, build_patches
 from hyspark.models.network_faults import UnsupportedNetworkError, explain_faults, find_attention

@@ -8,9 +8,9 @@ from torch import nn
 
 from hyspark import build_hyspark
 from hyspark.models.masked_autoencoder import first_packed_level, reconstruction_loss
+from hyspark.models.masking.borders import pack_with_border
 from hyspark.models.masking.mask import visible_at
 from hyspark.models.masking.patches import Patches
-from hyspark.models.masking.reconstructed import pack_with_border
 from hyspark.models.spark import build_spark
 from hyspark.planning.flops import flops_by_layer
 from tests.models.conftest import WIDTHS, randomise

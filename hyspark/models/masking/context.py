@@ -24,29 +24,21 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
 from hyspark.models.masking.mask import visible_at
-from hyspark.models.masking.masked_functions import mixing_error, set_flag
+from hyspark.models.masking.masked_functions import identity, mixing_error, set_flag, tensors_among
 from hyspark.models.masking.rules import MIXES_POSITIONS, RULES
 from hyspark.models.recompute import recomputed
 
 BATCH_NORMS = (F.batch_norm, torch.batch_norm)
 """Functions whose statistics are of all processes, for pooled values too."""
-
-
 REPEATS: frozenset[Callable[..., Any]] = frozenset(
     {Tensor.expand, Tensor.expand_as, Tensor.repeat, Tensor.repeat_interleave, torch.broadcast_to, F.interpolate}
 )
 """Functions that make a map of pooled values."""
 
 
-def identity(x: Tensor) -> Tensor:
-    """Return a tensor unchanged: its sum over one process."""
-    return x
-
-
 def are_pooled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether all tensors among a function's arguments, weights aside, are without positions."""
-    values = [x for arg in (*args, *kwargs.values()) for x in (arg if isinstance(arg, list | tuple) else (arg,))]
-    tensors = [x for x in values if isinstance(x, Tensor) and not is_weight(x)]
+    tensors = [x for x in tensors_among(args, kwargs) if not is_weight(x)]
     return bool(tensors) and all(hasattr(x, "is_pooled") for x in tensors)
 
 
@@ -57,8 +49,7 @@ def is_weight(x: Tensor) -> bool:
 
 def are_weights(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether all tensors among a function's arguments are weights."""
-    values = [x for arg in (*args, *kwargs.values()) for x in (arg if isinstance(arg, list | tuple) else (arg,))]
-    tensors = [x for x in values if isinstance(x, Tensor)]
+    tensors = tensors_among(args, kwargs)
     return bool(tensors) and all(map(is_weight, tensors))
 
 

@@ -1,8 +1,8 @@
 """Convolutions and pools under a mask.
 
 A hidden position counts as one outside the map. A convolution reads zero there, a maximum ignores it, and averages are
-taken over the other positions. The output is zero at hidden positions. With all positions visible each
-rule equals the function. For the backward pass the rules keep the function's input, and mask it again.
+taken over the other positions. The output is zero at hidden positions. With all positions visible each rule equals the
+function. For the backward pass the rules keep the function's input, and mask it again.
 
 A rule takes the context, the function, and the function's own arguments. Shapes: b batch, c channels, *size positions
 per axis.
@@ -31,6 +31,17 @@ def mixing_error(func: Function) -> NotImplementedError:
         f"{resolve_name(func) or func} mixes positions, and its form for visible positions only is not known here; if "
         "this network does not apply it along positions, declare it safe: hidden(visible, safe=[...])"
     )
+
+
+def tensors_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """List the tensors among a function's arguments, and in lists and tuples among them."""
+    values = [x for arg in (*args, *kwargs.values()) for x in (arg if isinstance(arg, list | tuple) else (arg,))]
+    return [x for x in values if isinstance(x, Tensor)]
+
+
+def identity(x: Tensor) -> Tensor:
+    """Return a tensor unchanged: its sum over one process."""
+    return x
 
 
 def set_flag(out: Any, flag: str, value: Any = True) -> Any:

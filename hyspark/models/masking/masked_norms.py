@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hyspark.models.masking.masked_functions import Function, mixing_error
+from hyspark.models.masking.masked_functions import Function, identity, mixing_error
 
 if TYPE_CHECKING:
     from hyspark.models.masking.context import hidden
@@ -106,11 +106,12 @@ def masked_batch_norm(
         out: Tensor = func(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return context.fill(out) if is_map else out
     mask = context.mask(tuple(input.shape[2:])) if is_map else torch.ones_like(input[:, :1], dtype=torch.bool)
-    if not context.is_distributed and mask.numel() <= context.visible.numel() and int(mask.sum()) == 1:
+    visible = mask.sum()
+    if not context.is_distributed and mask.numel() <= context.visible.numel() and int(visible) == 1:
         raise ValueError("batch_norm: expected more than one visible position per channel in training, got one")
     affine = (None if x is None else per_channel(x, input) for x in (weight, bias))
     over = (0, *range(2, input.ndim))
-    normed, mean, variance, num = MaskedNorm.apply(input, *affine, mask, mask.sum(), over, eps, context.all_reduce)
+    normed, mean, variance, num = MaskedNorm.apply(input, *affine, mask, visible, over, eps, context.all_reduce)
     if running_mean is not None and running_var is not None:
         running_mean.lerp_(mean.flatten().to(running_mean), momentum)
         running_var.lerp_((variance.flatten() * (num / (num - 1))).to(running_var), momentum)
@@ -135,7 +136,7 @@ def masked_group_norm(
     mask, over = context.mask(tuple(input.shape[2:])).unsqueeze(1), tuple(range(2, groups.ndim))
     num = mask.sum(over, keepdim=True) * groups.shape[2]
     affine = (None if x is None else per_channel(x, input).unflatten(1, (num_groups, -1)) for x in (weight, bias))
-    normed, *_ = MaskedNorm.apply(groups, *affine, mask, num, over, eps, lambda x: x)
+    normed, *_ = MaskedNorm.apply(groups, *affine, mask, num, over, eps, identity)
     return normed.flatten(1, 2)
 
 

@@ -9,6 +9,7 @@ Shapes: b batch, c channels, *size voxels per axis, *grid patches per axis, p vi
 """
 
 from collections.abc import Callable, Collection
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from hyspark.models.defaults import Edges
-from hyspark.models.masking.context import hidden, identity, is_weight
-from hyspark.models.masking.masked_functions import Function, mixing_error, set_flag
+from hyspark.models.masking.context import hidden, is_weight
+from hyspark.models.masking.masked_functions import Function, identity, mixing_error, set_flag, tensors_among
 from hyspark.models.masking.packed_rules import PACKED_RULES, call_pooled
 from hyspark.models.masking.patches import Patches, check_mask_shape
 from hyspark.models.masking.rules import RULES
@@ -61,11 +62,15 @@ class packed(hidden):  # noqa: N801 - reads as a statement: `with packed(visible
         self.dense = hidden(self.patches.visible, safe, all_reduce)
         self.patch = patch
         self.sample = self.patches.position[0]
-        counts = torch.tensor(self.patches.counts, device=self.sample.device)
-        self.first = counts.cumsum(0) - counts  # first patch of each sample
         ones = self.sample.new_ones(len(self.patches), *(1,) * (self.patches.axes + 1), dtype=torch.bool)
         super().__init__(ones, safe, all_reduce)
         self.input_size = ()  # `pack` knows it
+
+    @cached_property
+    def first(self) -> Tensor:
+        """Index of the first patch of each sample, (b,)."""
+        counts = torch.tensor(self.patches.counts, device=self.sample.device)
+        return counts.cumsum(0) - counts
 
     def pack(self, volumes: Tensor) -> Tensor:
         """Select the visible patches of volumes (b, c, *size): (p, c, *edges); ValueError for another grid."""
@@ -86,12 +91,12 @@ class packed(hidden):  # noqa: N801 - reads as a statement: `with packed(visible
             return func(*args, **kwargs)
         if func is recomputed:
             return self.recompute_inside(*args, **kwargs)
-        values = [x for arg in (*args, *kwargs.values()) for x in (arg if isinstance(arg, list | tuple) else [arg])]
-        tensors = [x for x in values if isinstance(x, Tensor) and not is_weight(x)]
+        given = tensors_among(args, kwargs)
+        tensors = [x for x in given if not is_weight(x)]
         inputs = tensors[:1] if func in RULES else [x for x in tensors if x.ndim > 1]  # not weights or statistics
-        pooled = [hasattr(x, "is_pooled") for x in inputs if hasattr(x, "is_pooled") or self.has_patches(x)]
+        pooled = [hasattr(x, "is_pooled") for x in inputs if hasattr(x, "is_pooled") or self.has_batch(x)]
         if func not in self.safe:
-            self.check_positions(func, args, kwargs)
+            self.check_positions(func, args, kwargs, given)
         if pooled and all(pooled):
             return call_pooled(self, func, args, kwargs)
         if func in PACKED_RULES and func not in self.safe:
@@ -105,13 +110,13 @@ class packed(hidden):  # noqa: N801 - reads as a statement: `with packed(visible
                 set_flag(x, "has_border", padded[0].has_border)
         return out
 
-    def check_positions(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def check_positions(
+        self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
+    ) -> None:
         """Raise NotImplementedError for values by position, such as coordinates, which are the same for all patches."""
-        values = [x for arg in (*args, *kwargs.values()) for x in (arg if isinstance(arg, list | tuple) else [arg])]
-        tensors = [x for x in values if isinstance(x, Tensor)]
         if len(self.sample) == 1 or func in PACKED_RULES or (func in RULES and func not in JOINS):
             return
-        shapes = [tuple(x.shape) for x in tensors if self.has_patches(x) and self.spatial_axes(x)]
+        shapes = [tuple(x.shape) for x in tensors if self.has_batch(x) and self.spatial_axes(x)]
         if func in EXPANDS and tensors and not hasattr(tensors[0], "is_pooled"):
             shapes += [tuple(func(*args, **kwargs).shape)]
         for shape in shapes:
@@ -122,13 +127,9 @@ class packed(hidden):  # noqa: N801 - reads as a statement: `with packed(visible
                 if known and own[0] == 1 and all(max(own[axes.start : axes.stop]) > 1 for axes in known):
                     raise mixing_error(func)
 
-    def has_patches(self, x: Tensor) -> bool:
-        """Whether the first axis of a tensor may be that of the patches."""
-        return self.has_batch(x)
-
     def is_map(self, x: Tensor) -> bool:
         """Whether a tensor has the axes of packed patches (p, c, *edges)."""
-        return x.ndim == self.axes + 2 and self.has_patches(x)
+        return x.ndim == self.axes + 2 and self.has_batch(x)
 
     def register(self, x: Tensor) -> Tensor:
         """Make the size of packed patches known to the reductions; ValueError if other patches do not divide it."""

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hyspark.models.masking.borders import Widths, add_border, add_border_gradient, pack_with_border
 from hyspark.models.masking.masked_functions import Function, masked_convolution, mixing_error
-from hyspark.models.masking.patches import Widths, add_border, add_border_gradient
 from hyspark.models.masking.rules import RULES
 from hyspark.models.recompute import recomputed
 
@@ -91,11 +91,7 @@ def add_windows_border(
     if all(max(b, a) <= edge for b, a, edge in zip(before, after, edges, strict=True)):
         return context.patches.with_border(x, before, after, value)
     dense = context.patches.unpack(x, x.new_full((1, x.shape[1], *(1,) * context.axes), value))
-    pairs = [width for pair in zip(reversed(before), reversed(after), strict=True) for width in pair]
-    dense = F.pad(dense, pairs, value=value)
-    for axis, (b, edge, a) in enumerate(zip(before, edges, after, strict=True), start=2):
-        dense = dense.unfold(axis, edge + b + a, edge)
-    return dense.movedim(1, -1)[tuple(context.patches.position)].movedim(-1, 1)
+    return pack_with_border(dense, context.patches, (tuple(before), tuple(after)), value)
 
 
 def check_no_padding(context: packed, func: Function, padding: Any) -> None:

@@ -5,16 +5,13 @@ Shapes: b batch, c channels, *size voxels per axis, *grid patches per axis, p re
 Source of the idea, for transformers: Fu et al., "Rethinking Patch Dependence for Masked Autoencoders", 2024.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyspark.models.blocks import CONV_FUNCTION
-from hyspark.models.masking.patches import Patches
 
 
 def draw_reconstructed(visible: Tensor, fraction: float, generators: Sequence[torch.Generator]) -> Tensor:
@@ -39,25 +36,6 @@ def draw_reconstructed(visible: Tensor, fraction: float, generators: Sequence[to
         num = max(1, round(fraction * len(hidden)))
         row[hidden[torch.randperm(len(hidden), generator=generator)[:num]]] = True
     return reconstructed
-
-
-def pack_with_border(x: Tensor, patches: Patches, width: int) -> Tensor:
-    """Select patches of a dense map with the voxels around them: (b, c, *size) -> (p, c, *(edges + 2 * width)).
-
-    Voxels outside of the map are zero.
-    """
-    edges = [s // g for s, g in zip(x.shape[2:], patches.grid, strict=True)]
-    padded = F.pad(x, (width, width) * patches.axes).movedim(1, -1)
-    size, outer = padded.shape[1:-1], [edge + 2 * width for edge in edges]
-    steps = [math.prod(size[axis + 1 :]) for axis in range(patches.axes)]
-    sample, *corner = patches.position
-    rows = sample * math.prod(size)
-    for at, edge, step in zip(corner, edges, steps, strict=True):
-        rows = rows + at * (edge * step)
-    for count, step in zip(outer, steps, strict=True):
-        rows = rows[..., None] + torch.arange(count, device=rows.device) * step
-    picked = padded.reshape(-1, x.shape[1]).index_select(0, rows.flatten())
-    return picked.view(len(sample), *outer, x.shape[1]).movedim(-1, 1)
 
 
 def unpadded(conv: nn.Module) -> Callable[[Tensor], Tensor]:

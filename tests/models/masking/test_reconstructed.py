@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from hyspark.models.masking.borders import pack_with_border
 from hyspark.models.masking.patches import Patches
-from hyspark.models.masking.reconstructed import draw_reconstructed, pack_with_border
+from hyspark.models.masking.reconstructed import draw_reconstructed
 
 
 def generators(num, first=0):
