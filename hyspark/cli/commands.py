@@ -168,22 +168,11 @@ def third_party_network(args: WeightsArguments, argv: Sequence[str]) -> Any:
 
 
 def export(argv: Sequence[str]) -> None:
-    """Write pre-trained weights as one small .safetensors file, or a ResNet for detectron2."""
+    """Write pre-trained weights as one small .safetensors file, or in the form of another program."""
     args = parse(ExportArguments(prog="hyspark export", allow_abbrev=False), argv)
-    import torch
+    from hyspark.cli.export_forms import write_form
 
-    from hyspark.models.weights.detectron2 import write_detectron2
-    from hyspark.models.weights.export import export_weights
-
-    if args.detectron2 and args.decoder:
-        raise ValueError("--decoder: not read with --detectron2, which takes no decoder; drop it")
-    dtype = {"fp16": torch.float16, "fp32": torch.float32}[args.precision]
-    if args.detectron2:
-        weights = write_detectron2(args.source, Path(args.out), dtype, key=args.weights_key)
-    else:
-        weights = export_weights(args.source, Path(args.out), dtype, decoder=args.decoder, key=args.weights_key)
-    millions = sum(value.numel() for value in weights.values()) / 1e6
-    print(f"{args.out}: {len(weights)} tensors, {millions:.2f} M numbers, {Path(args.out).stat().st_size / 1e6:.2f} MB")
+    print(write_form(args))
 
 
 def phantom(argv: Sequence[str]) -> None:

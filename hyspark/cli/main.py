@@ -28,7 +28,7 @@ VERB_GROUPS = {
     },
     "weights": {
         "weights": "Print which keys of a weights file fit a network.",
-        "export": "Write pre-trained weights as one small .safetensors file, or a ResNet for detectron2.",
+        "export": "Write pre-trained weights as one small .safetensors file, or in the form of another program.",
     },
     "study": {
         "benefit": "Fine-tune from several initial weights on several numbers of labels, and report the differences.",

@@ -1,0 +1,78 @@
+"""The forms of `hyspark export`: a flag chooses one, and a function writes it."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hyspark.cli.arguments import ExportArguments
+
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+"""Types of the numbers in a file, by their flag."""
+
+
+class Form(NamedTuple):
+    """A form of export.
+
+    Attributes:
+        write: Writes it, and returns the lines to print.
+        reads: Flags that it reads, beside the source and the file to write.
+    """
+
+    write: Callable[[ExportArguments], str]
+    reads: tuple[str, ...]
+
+
+def write_form(args: ExportArguments) -> str:
+    """Write the form that the flags choose.
+
+    Args:
+        args: The flags.
+
+    Returns:
+        The lines to print.
+
+    Raises:
+        ValueError: Two forms are chosen, or a flag is given that the form does not read; further errors as of the form.
+    """
+    chosen = [name for name in FORMS if name and getattr(args, name)]
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(f'--{name}' for name in chosen)}: expected one form; give one of them")
+    name = chosen[0] if chosen else ""
+    flags = {flag for form in FORMS.values() for flag in form.reads} - set(FORMS[name].reads)
+    if unread := sorted(flag for flag in flags if getattr(args, flag) != getattr(ExportArguments, flag)):
+        form = f"with --{name}" if name else "without a flag of the form that reads it"
+        raise ValueError(f"{', '.join(f'--{flag}' for flag in unread)}: not read {form}; drop it")
+    return FORMS[name].write(args)
+
+
+def write_safetensors(args: ExportArguments) -> str:
+    """Write the encoder, or all of a pre-training network, as a .safetensors file."""
+    from hyspark.models.weights.export import export_weights
+
+    out = Path(args.out)
+    weights = export_weights(args.source, out, DTYPES[args.precision], decoder=args.decoder, key=args.weights_key)
+    return count_numbers(out, weights)
+
+
+def write_resnet(args: ExportArguments) -> str:
+    """Write a ResNet in detectron2's names."""
+    from hyspark.models.weights.detectron2 import write_detectron2
+
+    out = Path(args.out)
+    return count_numbers(out, write_detectron2(args.source, out, DTYPES[args.precision], key=args.weights_key))
+
+
+def count_numbers(file: Path, weights: Mapping[str, Tensor]) -> str:
+    """Write the name of a file with its tensors, numbers and size."""
+    millions = sum(value.numel() for value in weights.values()) / 1e6
+    return f"{file}: {len(weights)} tensors, {millions:.2f} M numbers, {file.stat().st_size / 1e6:.2f} MB"
+
+
+FORMS: Mapping[str, Form] = {
+    "": Form(write_safetensors, ("weights_key", "precision", "decoder")),
+    "detectron2": Form(write_resnet, ("weights_key", "precision")),
+}
+"""The forms by their flag; the first one needs none."""

@@ -1,0 +1,1 @@
+"""Trained networks in the forms of other programs, each compared with the original before it is called done."""
