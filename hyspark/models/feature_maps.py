@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from hyspark.models.defaults import Edges, edges_per_axis, nearest_multiple
 
@@ -116,6 +117,29 @@ def find_strides(
             f"{nearest_multiple(size, total)}"
         )
     return found
+
+
+def check_positions(network: nn.Module, seen: Mapping[str, Tensor], size: Sequence[int]) -> None:
+    """Check that the deepest maps of a network have more than one position, or no part of them can be masked.
+
+    Values of a whole image, as in squeeze-and-excite, have one position too, and no convolution with padding.
+
+    Args:
+        network: the network.
+        seen: outputs of its modules, by name.
+        size: voxels per axis of the crop.
+
+    Raises:
+        ValueError: a map has one position.
+    """
+    for name, x in seen.items():
+        module = network.get_submodule(name)
+        is_padded = isinstance(module, _ConvNd) and module.padding != "valid" and any(module.padding)
+        if is_padded and x.ndim == len(size) + 2 and max(x.shape[2:]) == 1:
+            raise ValueError(
+                f"crop size {tuple(size)}: this network computes a map of one position from it ({name}), of which no "
+                f"part can be masked; take crops of twice the edge, {tuple(2 * edge for edge in size)}"
+            )
 
 
 def is_rounded(x: Tensor, stride: Stride, size: Sequence[int]) -> bool:

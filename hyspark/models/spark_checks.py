@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hyspark.models.defaults import grid_of
+from hyspark.models.feature_maps import check_positions
 from hyspark.models.masking.mask import visible_at
 from hyspark.models.network_faults import UnsupportedNetworkError, describe_fault, explain_faults
 from hyspark.utils.free_memory import is_out_of_memory
@@ -30,7 +31,11 @@ def check_masked(encoder: PyramidEncoder) -> None:
     Raises:
         UnsupportedNetworkError: the network mixes positions in a way that has no rule under a mask, or its maps
             depend on hidden voxels.
+        ValueError: a map of the network has one position.
     """
+    names = [name for name, _ in encoder.backbone.named_modules() if name]
+    with unchanged(encoder, encoder.compute):
+        check_positions(encoder.backbone, encoder.outputs(names, encoder.img_size), encoder.img_size)
     crop, visible = trial_crop(encoder)
     other = crop.where(visible_at(visible, encoder.img_size), crop + 3)
     with explain_faults(encoder.backbone, "run under a mask"), unchanged(encoder, "masked"):

@@ -254,6 +254,13 @@ def test_a_crop_of_one_unit_is_refused_with_advice():
     assert PyramidEncoder(net, (2, 4, 8), 1, run=run_dynunet).patch == (2, 4, 4)
 
 
+@pytest.mark.parametrize("name", ["timm/resnet18", "torchvision/resnet18", "timm/efficientnet_b0"])
+def test_a_deepest_map_of_one_position_cannot_be_masked(name):
+    with pytest.raises(ValueError, match=r"a map of one position from it \(.*\), .* twice the edge, \(64, 64\)"):
+        build_spark(build_backbone(name, 3, 2).network, (32, 32))
+    assert build_spark(build_backbone(name, 3, 2).network, (64, 32)).encoder.patch == (32, 32)
+
+
 class Branches(nn.Module):
     """Maps of which none is the coarsest on both axes."""
 
