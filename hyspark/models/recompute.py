@@ -1,7 +1,7 @@
 """Activation checkpointing of cheap layers: their outputs are recomputed in the backward pass instead of kept."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -30,20 +30,23 @@ def recomputed(function: Callable[..., Any], *args: Any, batch_norm: nn.Module |
         return handle_torch_function(recomputed, tensors, function, *args, batch_norm=batch_norm)
 
     def contexts() -> tuple[Any, Any]:
-        return nullcontext(), freeze_statistics(batch_norm) if isinstance(batch_norm, _BatchNorm) else nullcontext()
+        return nullcontext(), FrozenStatistics(batch_norm) if isinstance(batch_norm, _BatchNorm) else nullcontext()
 
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
-@contextmanager
-def freeze_statistics(norm: _BatchNorm) -> Iterator[None]:
-    """Keep the running statistics of a BatchNorm unchanged inside the block."""
-    momentum, count = norm.momentum, norm.num_batches_tracked
-    before = None if count is None else count.clone()
-    norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        norm.momentum = momentum
-        if count is not None and before is not None:
-            count.copy_(before)
+class FrozenStatistics:
+    """Context in which the running statistics of a BatchNorm are unchanged; each backward pass enters it anew."""
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        self.norm = norm
+
+    def __enter__(self) -> None:
+        self.momentum, count = self.norm.momentum, self.norm.num_batches_tracked
+        self.count = None if count is None else count.clone()
+        self.norm.momentum = 0.0
+
+    def __exit__(self, *_: object) -> None:
+        self.norm.momentum = self.momentum
+        if self.count is not None and self.norm.num_batches_tracked is not None:
+            self.norm.num_batches_tracked.copy_(self.count)

@@ -45,6 +45,15 @@ def test_values_gradients_and_statistics_are_those_of_the_plain_call(training):
         assert torch.equal(one, other)
 
 
+def test_a_graph_that_is_retained_is_recomputed_for_each_backward_pass():
+    norm, conv = make_step()
+    x = torch.randn(2, 4, 5, 5, 5, requires_grad=True)
+    total = recomputed(lambda x: conv(norm(x).relu_()), x, batch_norm=norm).square().sum()
+    first, second = (torch.autograd.grad(total, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert norm.num_batches_tracked == 1
+
+
 def test_only_the_arguments_are_kept():
     norm, conv = make_step()
     x = torch.randn(2, 4, 5, 5, 5, requires_grad=True)
