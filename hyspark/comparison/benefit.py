@@ -196,7 +196,9 @@ def plan_runs(
     defaults = type(base)()
     for name, flag in SET_BY_COMPARISON.items():
         if getattr(base, name) != getattr(defaults, name):
-            raise ValueError(f"{name}: set for each run of a comparison by --{flag}; take it out of the recipe")
+            raise ValueError(
+                f"{name}: set for each run of a comparison by --{flag}; drop it from the flags or the recipe"
+            )
     if base.label_fraction != defaults.label_fraction:
         raise ValueError("label_fraction: a comparison takes --num_labelled or --label_fractions; drop label_fraction")
     lists = {"num_labelled": num_labelled, "seeds": seeds, "initial_weights": list(initial_weights)}

@@ -53,11 +53,20 @@ def find_run_cases(config: SegmentationConfig) -> RunCases:
 
 
 def read_labelled_datalist(config: SegmentationConfig) -> Datalist:
-    """Read the JSON that the settings name; else DATA/dataset.json if it is a data list; else the folders of data."""
+    """Read the JSON that the settings name; else DATA/dataset.json if it is a data list; else the folders of data.
+
+    Raises:
+        FileNotFoundError: The settings name a JSON that does not exist.
+    """
     path = Path(config.data)
     if config.json_list:
-        inside = path / config.json_list
-        path = inside if inside.is_file() else Path(config.json_list)
+        inside, outside = path / config.json_list, Path(config.json_list)
+        if not inside.is_file() and not outside.is_file():
+            raise FileNotFoundError(
+                f"json_list: no such file: {inside}{'' if inside == outside else f', and no {outside}'}; give the path "
+                f"of a data list, or write one: hyspark datalist --labels --data {path} --out {inside}"
+            )
+        path = inside if inside.is_file() else outside
     return read_data(
         path,
         labels=True,

@@ -93,3 +93,9 @@ def test_pairs_of_left_and_right_classes():
         left_right_pairs(SegmentationConfig(left_right=("0=3",)), names)
     assert unpaired_sides(names) == ["left kidney", "right kidney"]
     assert unpaired_sides([*names, "left lung", "right lung"], [(3, 2)]) == ["left lung", "right lung"]
+
+
+def test_a_data_list_that_is_missing_is_named_with_the_command_that_writes_it(tmp_path):
+    config = SegmentationConfig(data=str(tmp_path), json_list="labelled.json")
+    with pytest.raises(FileNotFoundError, match=r"json_list: .*/labelled.json, and no labelled.json; .* --labels"):
+        find_labelled_cases(config)
