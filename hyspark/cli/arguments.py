@@ -80,18 +80,24 @@ class WeightsArguments(Arguments):
 
 
 class ExportArguments(Arguments):
-    """Write the encoder of a checkpoint, or all of it, as one small .safetensors file; or a ResNet for detectron2.
+    """Write the encoder of a checkpoint, or all of it, as one small .safetensors file; or other forms by a flag.
 
     Example:
         hyspark export ckpt/pretrain/hyspark_1kpretrained_timm_style.pth encoder.safetensors
     """
 
-    source: str  # A pre-training checkpoint or encoder file, or a fine-tuned network
-    out: str  # The .safetensors file to write; for detectron2, a .pkl
+    source: str  # A pre-training checkpoint or encoder file, or a fine-tuned network; with --hf, a run folder too
+    out: str  # The .safetensors file to write; for detectron2, a .pkl; with --hf, a folder
     weights_key: str = ""  # Key of the state dict in the source, if it holds several: model_ema, student
     precision: Literal["fp16", "fp32"] = "fp16"  # Precision of the numbers in the file
     decoder: bool = False  # Also the light decoder of pre-training, for fine-tuning with --decoder light
     detectron2: bool = False  # A ResNet in detectron2's names, for its MODEL.WEIGHTS
+    hf: bool = False  # A folder for the Hugging Face Hub: config.json, model.safetensors and a model card
+    license: str = ""  # With --hf: licence of the weights, as the Hub spells it: apache-2.0, cc-by-nc-4.0, other
+    datasets: tuple[str, ...] = ()  # With --hf: data sets on the Hub that the network was trained on
+    scores: tuple[str, ...] = ()  # With --hf: folders of `hyspark evaluate` for the network, for its model card
+    about: str = ""  # With --hf: Markdown file with what the model card says on data, limits and use
+    repo: str = ""  # With --hf: OWNER/NAME on the Hub, for the commands in the model card
 
     def configure(self) -> None:
         self.add_argument("source")

@@ -232,7 +232,7 @@ def evaluate_segmentation(
     """Score a fine-tuned network on labelled cases; writes the folder of scores.
 
     Args:
-        weights: best.pth of a fine-tuning run, or the run folder.
+        weights: The network's file or folder, see `fine_tuned_file`.
         data: Labelled data (see `find_labelled`).
         out: Folder to write to.
         part: Part of a data list (see `find_labelled`).
