@@ -95,12 +95,19 @@ def model_card(config: Mapping[str, Any], facts: CardFacts) -> str:
         "## Input",
         preprocessing_text(config),
         *(["## Scores", *map(scores_text, facts.scores)] if facts.scores else []),
-        *(["## About", facts.about.strip()] if facts.about.strip() else []),
+        *(["## About", fit_text(facts.about)] if facts.about.strip() else []),
         "## Limits",
         "Not a medical device, and not for diagnosis. Scores on other scanners, protocols and patients may be lower."
         + ("" if facts.license else " The author states no licence of the weights."),
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"))
+
+
+def fit_text(about: str) -> str:
+    """Fit a page into a section: its title goes, headings sink by one level, links to files beside it become text."""
+    lines = [line for line in about.strip().splitlines() if not line.startswith("# ")]
+    text = re.sub(r"^(##+ )", r"#\1", "\n".join(lines), flags=re.MULTILINE)
+    return re.sub(r"(?<!!)\[([^\]]+)\]\((?![a-z]+://|#)[^)]*\)", r"\1", text).strip()
 
 
 def eval_results(scores: MeasuredScores, pipeline: str) -> list[EvalResult]:

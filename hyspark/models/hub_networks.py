@@ -228,7 +228,7 @@ class Segmenter(Hybird, HubNetwork, pipeline_tag="image-segmentation"):
         preprocessing: Mapping[str, Any] | None = None,
         prediction: Mapping[str, Any] | None = None,
     ) -> None:
-        if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
+        if not isinstance(classes, list | tuple) or not all(isinstance(name, str) for name in classes):
             raise TypeError(f"classes: expected a list of names, background first, got {classes!r}")
         built = build_hybird(
             in_channels,

@@ -10,9 +10,11 @@ ADDRESS = re.compile(
     r"hf:/{1,2}(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/@]+))?(?:/(?P<file>[^@]+))?"
 )
 """One slash will do, since a Path has lost the other."""
-FIRST_READ = ("config.json", "*.safetensors", "*.safetensors.index.json")
+FIRST_READ = ("README.md", "config.json", "*.safetensors", "*.safetensors.index.json")
 THEN_READ = ("*.bin", "*.bin.index.json", "*.pth", "*.pt", "*.ckpt")
-"""Names of files to download: first those that cannot execute anything, others where there are none."""
+"""Names of files to download: first those that cannot execute anything, with the model card, which states the licence;
+others where the first ones hold no weights.
+"""
 IN_FOLDERS = "*/*"
 """Files in folders of a repository: parts of other programs, copies in other precisions."""
 
@@ -99,9 +101,10 @@ def download(repo: str, shown: str, patterns: tuple[str, ...], ignored: tuple[st
     except errors.LocalEntryNotFoundError as error:
         offline = huggingface_hub.constants.HF_HUB_OFFLINE or options.get("local_files_only")
         why = "downloads are off (HF_HUB_OFFLINE or local_files_only)" if offline else "the Hub cannot be reached"
+        revision = f" (revision {options['revision']})" if options.get("revision") else ""
         raise FileNotFoundError(
-            f"{shown}: not in the cache of huggingface_hub, and {why}; run `hf download {repo}` where there is a "
-            "network, or give a folder with its files"
+            f"{shown}: not in the cache of huggingface_hub, and {why}; run `hf download {repo}`{revision} where there "
+            "is a network, or give a folder with its files"
         ) from error
     except OSError as error:  # the server's answer, a full disk
         raise OSError(f"{shown}: the download failed: {first_line(error)}") from error
