@@ -61,7 +61,7 @@ class WeightsArguments(Arguments):
         hyspark weights ckpt/encoder.pth
     """
 
-    path: str  # A file of weights: .pth, .pt, .ckpt, .safetensors or its index, .npz, .pkl
+    path: str  # Weights: .pth, .pt, .ckpt, .safetensors or its index, .npz, .pkl; a folder of these, or hf://OWNER/NAME
     weights_key: str = ""  # Key of the state dict in the file, if it holds several: model_ema, student
     model: str = ""  # Third-party network, as in pre-training: timm/resnet50, torchvision/resnet50, monai/segresnet
     in_channels: int = 0  # Input channels; 0 uses 1, or 3 for a network of timm or torchvision
@@ -132,7 +132,7 @@ class EvaluateArguments(NetworkArguments):
         hyspark evaluate ckpt/btcv data/Dataset015_BTCV --out ckpt/btcv_scores
     """
 
-    weights: str  # best.pth of a fine-tuning run, or its run folder
+    weights: str  # best.pth of a fine-tuning run, or its run folder; or a folder of export --hf, or hf://OWNER/NAME
     data: str  # nnU-Net data set (imagesTr, labelsTr), or a decathlon JSON; for a classifier, a folder CLASS/IMAGE
     part: Part = ""  # Segmentation: part of a JSON; by default validation if the JSON has one, else all
     tolerance: float = 2.0  # Segmentation: tolerance of the normalised surface Dice, in mm
@@ -156,7 +156,7 @@ class PredictArguments(NetworkArguments):
         hyspark predict ckpt/btcv scans/*.nii.gz --out ckpt/btcv_labels
     """
 
-    weights: str  # best.pth of a fine-tuning run, or its run folder
+    weights: str  # best.pth of a fine-tuning run, or its run folder; or a folder of export --hf, or hf://OWNER/NAME
     inputs: list[str]  # NIfTI files, and folders that hold some or DICOM series; for a classifier, one folder of images
     overwrite: bool = False  # Segmentation: replace existing label maps
     format: Literal["nifti", "dicom-seg", "rtstruct"] = "nifti"  # Segmentation: format; the last two are of DICOM

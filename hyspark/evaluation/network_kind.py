@@ -15,7 +15,7 @@ from hyspark.models.weights.model_folder import CONFIG, find_weights, read_own_c
 from hyspark.models.weights.search import choose_state_dict
 from hyspark.utils.settings import field_info
 
-PREDICTION = ("precision", "infer_overlap", "sw_batch_size", "left_right", "flip_prob")
+PREDICTION_SETTINGS = ("precision", "infer_overlap", "sw_batch_size", "left_right", "flip_prob")
 """Settings of a fine-tuning run that its predictions depend on, beside those of network and preparation."""
 UNREAD = {"rot90_prob": 0.0}
 """Settings of training that would be checked against those of a network."""
@@ -132,7 +132,7 @@ def prediction_settings(config: SegmentationConfig) -> dict[str, dict[str, Any]]
     unread = () if reads_window(config) else ("hu_min", "hu_max")
     return {
         "preprocessing": {name: getattr(config, name) for name in field_info(PrepareSettings) if name not in unread},
-        "prediction": {name: getattr(config, name) for name in PREDICTION},
+        "prediction": {name: getattr(config, name) for name in PREDICTION_SETTINGS},
     }
 
 

@@ -42,8 +42,8 @@ from hyspark.training.run_folder import checkpoint_file, encoder_file
 from hyspark.utils.atomic import write_whole
 from hyspark.utils.settings import field_info
 
-CARD = "README.md"
-LIBRARIES = ("timm/", "torchvision/", "monai/")
+CARD_FILE = "README.md"
+NAMED_LIBRARIES = ("timm/", "torchvision/", "monai/")
 """Networks that are named; a network of the user's own has a name of the user's own."""
 OWN_PREFIX = "encoder.backbone."
 """Where a checkpoint of pre-training holds a third-party network."""
@@ -93,8 +93,8 @@ def export_to_hub(
         RuntimeError: The folder computes something else than the source.
     """
     check_facts(facts)
-    if (out / CARD).exists():
-        raise ValueError(f"{out / CARD}: exists, and may have been edited; remove it, or name another folder")
+    if (out / CARD_FILE).exists():
+        raise ValueError(f"{out / CARD_FILE}: exists, and may have been edited; remove it, or name another folder")
     path = find_source(source)
     if is_segmentation(path):
         if decoder or key:
@@ -109,7 +109,7 @@ def export_to_hub(
         folder = pretrained_folder(path, decoder, key)
     write_model(out, folder.weights, folder.config, export_metadata(settings_of(folder.config)))
     compare_written(out, folder, path)
-    write_whole(out / CARD, model_card(folder.config, facts).encode())
+    write_whole(out / CARD_FILE, model_card(folder.config, facts).encode())
     return folder
 
 
@@ -197,7 +197,7 @@ def third_party_folder(
     weights = own or dict(tensors)
     axes = 2 if known.get("slices", "none") != "none" else 3
     config = {
-        "network": name if name.startswith(LIBRARIES) else "of its author's own",
+        "network": name if name.startswith(NAMED_LIBRARIES) else "of its author's own",
         "method": method,
         "in_channels": known["in_channels"],
         "crop_size": edges(known, axes),

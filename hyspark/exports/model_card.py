@@ -14,7 +14,7 @@ from hyspark.utils.tables import markdown_table
 PIPELINE_TAGS = {"Segmenter": "image-segmentation"}
 """Task of a network on the Hub; that of all others computes features."""
 FEATURES = "image-feature-extraction"
-TAGS = ("hyspark", "medical-imaging", "pytorch")
+CARD_TAGS = ("hyspark", "medical-imaging", "pytorch")
 PLACEHOLDER = "OWNER/NAME"
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
@@ -80,7 +80,7 @@ def model_card(config: Mapping[str, Any], facts: CardFacts) -> str:
         license=facts.license or None,
         library_name="hyspark",
         pipeline_tag=pipeline,
-        tags=[*TAGS],
+        tags=[*CARD_TAGS],
         datasets=[*facts.datasets] or None,
         model_name=facts.name if facts.scores else None,
         eval_results=[result for one in facts.scores for result in eval_results(one, pipeline)] or None,
@@ -135,7 +135,7 @@ def preprocessing_text(config: Mapping[str, Any]) -> str:
     """Write what the input of a network is made of, as a table."""
     rows = {name: value for name, value in config.get("preprocessing", {}).items() if value not in ([], None)}
     rows["crop_size"] = config["crop_size"]
-    table = [["setting", "value"], *([name, shown(value)] for name, value in rows.items())]
+    table = [["setting", "value"], *([name, flag_text(value)] for name, value in rows.items())]
     return (
         "Volumes in RAS orientation, resampled to `spacing` (mm), cropped to the foreground. `intensity` says which "
         "values the network sees: `ct` is `hu_min` to `hu_max` as 0 to 1, `ct-zscore` the same window less "
@@ -143,7 +143,7 @@ def preprocessing_text(config: Mapping[str, Any]) -> str:
     )
 
 
-def shown(value: Any) -> str:
+def flag_text(value: Any) -> str:
     """Write a setting as its flag takes it."""
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
@@ -162,30 +162,37 @@ def describe_usage(config: Mapping[str, Any], facts: CardFacts) -> Usage:
             f"hyspark predict {facts.source} scans --out labels",
         )
     if config["network"] == "Encoder":
-        flags = ("encoder_widths", "encoder_depths", "expansions", "vit_depth", "num_heads")
-        given = " ".join(f"--{name} {shown(config[name])}" for name in flags)
-        decoder = f" --decoder light --decoder_width {config['decoder_width']}" if config["decoder_width"] else ""
         return Usage(
             "Encoder that was pre-trained on unlabelled images by masking, to be fine-tuned.",
             "import torch\n\nimport hyspark\n\n"
             f'network = hyspark.Encoder.from_pretrained("{facts.source}")\n'
             f"print(network.preprocessing)\n\n{crop}\n"
             "features = network(crop)  # five maps, finest first",
-            f"hyspark finetune --data DATA --weights {facts.source} --out RUN --crop_size {shown(config['crop_size'])} "
-            f"{input_flags(config)} {given}{decoder}",
+            training_command(config, facts.source),
         )
     return Usage(
         f"Weights of the network {config['network']}, pre-trained on unlabelled images, by its own key names.",
         f'import hyspark\n\n{building_text(config)}\nprint(hyspark.load_pretrained(network, "{facts.source}"))',
         f"hyspark weights {facts.source} --model {config['network']} --in_channels {config['in_channels']} "
-        f"--crop_size {shown(config['crop_size'])}",
+        f"--crop_size {flag_text(config['crop_size'])}",
     )
 
 
-def input_flags(config: Mapping[str, Any]) -> str:
-    """Write the preprocessing as flags."""
-    rows = config.get("preprocessing", {})
-    return " ".join(f"--{name} {shown(value)}" for name, value in rows.items() if value not in ([], None))
+def training_command(config: Mapping[str, Any], source: str) -> str:
+    """Write the command that trains on from an encoder: a fine-tuning, or of 2D images a pre-training."""
+    edges, rows = config["crop_size"], config.get("preprocessing", {})
+    verb = "finetune" if len(edges) == 3 else "pretrain"
+    shape = ("crop_size", "encoder_widths", "encoder_depths", "expansions", "vit_depth", "num_heads")
+    given = {name: config[name] for name in shape} | rows
+    if config["in_channels"] != len(rows.get("image_channels", [0])):
+        given["in_channels"] = config["in_channels"]
+    if verb == "finetune":
+        given |= {"decoder": "light", "decoder_width": config["decoder_width"]} if config["decoder_width"] else {}
+        given |= {"rot90_prob": 0} if edges[0] != edges[1] else {}
+    else:
+        given["crop_size"] = edges[0] if len(set(edges)) == 1 else edges
+    flags = [f"--{name} {flag_text(value)}" for name, value in given.items() if value not in ([], None)]
+    return " ".join([f"hyspark {verb} --data DATA --weights {source} --out RUN", *flags])
 
 
 def building_text(config: Mapping[str, Any]) -> str:

@@ -22,8 +22,8 @@ from hyspark.models.weights.load import load_pretrained
 from hyspark.models.weights.model_folder import CONFIG, LIBRARY, read_own_config, settings_of, write_model
 
 HubT = TypeVar("HubT", bound="HubNetwork")
-TAGS = ("medical-imaging", "3d", "hyspark")
-CARD = """---
+HUB_TAGS = ("medical-imaging", "3d", "hyspark")
+CARD_TEMPLATE = """---
 {{ card_data }}
 ---
 
@@ -39,7 +39,7 @@ print(network.preprocessing)
 """Model card of `save_pretrained` where the folder has none, a template of Jinja."""
 
 
-class HubNetwork(PyTorchModelHubMixin, library_name="hyspark", tags=[*TAGS], model_card_template=CARD):
+class HubNetwork(PyTorchModelHubMixin, library_name="hyspark", tags=[*HUB_TAGS], model_card_template=CARD_TEMPLATE):
     """Loading and saving of the networks in this module; `push_to_hub` is that of huggingface_hub.
 
     Attributes:

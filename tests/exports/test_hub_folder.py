@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import hyspark
-from hyspark.cli import main
+from hyspark.cli import main, parsing
 from hyspark.config.classification import ClassificationConfig
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import as_plain, write_yaml
@@ -164,8 +164,14 @@ def test_the_example_of_the_card_works(run, tmp_path, kind):
     values: dict[str, object] = {}
     exec(code, values)
     assert len(values["features"]) == 5 if kind == "encoder" else values["scores"].shape == (1, 4, 32, 32, 16)
-    (command,) = re.findall(r"```sh\nhyspark (\w+) (.+?)\n```", text)
-    assert command[0] == ("finetune" if kind == "encoder" else "predict")
+    ((verb, flags),) = re.findall(r"```sh\nhyspark (\w+) (.+?)\n```", text)
+    if kind == "segmenter":
+        assert (verb, flags) == ("predict", "net scans --out labels")
+        return
+    config = parsing.read_config(SegmentationConfig, f"hyspark {verb}", flags.split())
+    assert (config.decoder, config.spacing, config.crop_shape) == ("light", (4.0, 4.0, 3.0), (48, 48, 48))
+    report = hyspark.load_pretrained(hybird_from_config(config, 9), config.weights)
+    assert report.coverage > 0.9
 
 
 def test_the_weights_of_the_repository_load_as_from_their_file(tmp_path):

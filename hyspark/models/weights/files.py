@@ -49,7 +49,7 @@ def read_contents(path: str | Path) -> object:
     """
     shown, path = str(path), local_path(path)
     if path.is_dir() and (file := find_weights(path)):
-        return add_settings(read_contents(file), read_model_config(path))
+        return with_config(read_contents(file), read_model_config(path))
     if path.is_dir():
         raise FileNotFoundError(f"{path}: expected a file of weights, got {describe_folder(path)}")
     if not path.is_file():
@@ -62,7 +62,7 @@ def read_contents(path: str | Path) -> object:
     return read_file(path)
 
 
-def add_settings(contents: object, config: Mapping[str, Any]) -> object:
+def with_config(contents: object, config: Mapping[str, Any]) -> object:
     """Add the settings in a config.json of this package to the contents of the file of weights beside it."""
     if not is_own_config(config) or not (isinstance(contents, Mapping) and isinstance(contents.get("model"), Mapping)):
         return contents

@@ -69,7 +69,7 @@ def download(repo: str, shown: str, patterns: tuple[str, ...], ignored: tuple[st
         repo: OWNER/NAME.
         shown: what messages call it.
         patterns: names of the files.
-        ignored: names of others among them.
+        ignored: names of files among them that are not read.
         **options: see `local_path`.
 
     Returns:

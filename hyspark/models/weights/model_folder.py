@@ -13,12 +13,12 @@ from hyspark.utils.atomic import write_json, write_whole
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-NAMED = (
+USUAL_NAMES = (
     *(WEIGHTS, f"{WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
     *("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"),
 )
 """Usual names of the weights, the first that is present."""
-ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 LIBRARY = {"library_name": "hyspark"}
 """Entry of config.json by which a folder is known."""
 NESTED = ("preprocessing", "prediction")
@@ -34,10 +34,10 @@ def weights_file(source: str | Path) -> Path:
 
 def find_weights(folder: Path) -> Path | None:
     """Find the file of weights in a folder: one of the usual names, or the only one; None if that is undecided."""
-    for name in NAMED:
+    for name in USUAL_NAMES:
         if (folder / name).is_file():
             return folder / name
-    found = [path for path in folder.iterdir() if path.suffix in ENDINGS and path.is_file()]
+    found = [path for path in folder.iterdir() if path.suffix in WEIGHT_ENDINGS and path.is_file()]
     return found[0] if len(found) == 1 else None
 
 
