@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import file_download
 from safetensors.torch import save_file
 from torch import nn
 
@@ -128,23 +129,37 @@ class Hub(BaseHTTPRequestHandler):
         """Print nothing."""
 
 
+def forget_sessions() -> None:
+    """Close the connections of huggingface_hub; before version 1, those of offline tests would stay offline."""
+    from huggingface_hub.utils import _http
+
+    getattr(_http, "close_session", getattr(_http, "reset_sessions", None))()
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A server in the stead of the Hub, with an empty cache; the class of its answers."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    for name, value in (("HF_HUB_CACHE", str(tmp_path / "cache")), ("HF_HUB_OFFLINE", False), ("ENDPOINT", address)):
+    values = {
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": False,
+        "ENDPOINT": address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
+    }
+    for name, value in values.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
-    monkeypatch.setattr(
-        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
-    )
+        if hasattr(file_download, name):  # before version 1
+            monkeypatch.setattr(file_download, name, value)
+    forget_sessions()
     monkeypatch.setattr(Hub, "files", {})
     monkeypatch.setattr(Hub, "asked", [])
     monkeypatch.setattr(Hub, "refusal", "")
     yield Hub
     server.shutdown()
     server.server_close()
+    forget_sessions()
 
 
 def test_weights_are_downloaded_without_what_is_not_read(hub, tmp_path):
