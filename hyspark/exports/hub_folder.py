@@ -20,7 +20,7 @@ from hyspark.data.settings import PrepareSettings
 from hyspark.evaluation.network_kind import fine_tuned_file, kind_of_contents, prediction_settings
 from hyspark.evaluation.segmentation.inference import load_network
 from hyspark.exports.measured_scores import read_scores, run_scores
-from hyspark.exports.model_card import CardFacts, check_facts, model_card
+from hyspark.exports.model_card import OF_THE_AUTHOR, CardFacts, check_facts, model_card
 from hyspark.models.defaults import edges_per_axis
 from hyspark.models.encoder import HybridEncoder
 from hyspark.models.hub_networks import Encoder, Segmenter, to_plain
@@ -44,7 +44,7 @@ from hyspark.utils.settings import field_info
 
 CARD_FILE = "README.md"
 NAMED_LIBRARIES = ("timm/", "torchvision/", "monai/")
-"""Networks that are named; a network of the user's own has a name of the user's own."""
+"""Networks that are named; the name of another one, PACKAGE.MODULE:FACTORY, is the author's business."""
 OWN_PREFIX = "encoder.backbone."
 """Where a checkpoint of pre-training holds a third-party network."""
 SHAPE = tuple(field_info(EncoderSettings))
@@ -188,8 +188,8 @@ def third_party_folder(
     Raises:
         ValueError: Its name is unknown.
     """
-    method, slash, name = str(known.get("model", "")).partition("/")
-    if not slash:
+    method, _, name = str(known.get("model", "")).partition("/")
+    if not (name and {"in_channels", "crop_size"} <= known.keys()):
         raise ValueError(f"{path}: its network is unknown; give the run folder of the pre-training, or the file in it")
     if decoder:
         raise ValueError(f"{path}: --decoder is of HySparK's own encoder, and this is {name}; drop it")
@@ -197,7 +197,7 @@ def third_party_folder(
     weights = own or dict(tensors)
     axes = 2 if known.get("slices", "none") != "none" else 3
     config = {
-        "network": name if name.startswith(NAMED_LIBRARIES) else "of its author's own",
+        "network": name if name.startswith(NAMED_LIBRARIES) else OF_THE_AUTHOR,
         "method": method,
         "in_channels": known["in_channels"],
         "crop_size": edges(known, axes),

@@ -16,6 +16,8 @@ PIPELINE_TAGS = {"Segmenter": "image-segmentation"}
 FEATURES = "image-feature-extraction"
 CARD_TAGS = ("hyspark", "medical-imaging", "pytorch")
 PLACEHOLDER = "OWNER/NAME"
+OF_THE_AUTHOR = "PACKAGE.MODULE:FACTORY"
+"""Name of a network that its author wrote."""
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
@@ -90,6 +92,7 @@ def model_card(config: Mapping[str, Any], facts: CardFacts) -> str:
         f"# {facts.name}",
         usage.summary,
         "## Use",
+        "With the Python package `hyspark`:",
         f"```python\n{usage.python}\n```",
         f"```sh\n{usage.command}\n```",
         "## Input",
@@ -170,8 +173,9 @@ def describe_usage(config: Mapping[str, Any], facts: CardFacts) -> Usage:
             "features = network(crop)  # five maps, finest first",
             training_command(config, facts.source),
         )
+    name = "a network of the author's own" if config["network"] == OF_THE_AUTHOR else f"`{config['network']}`"
     return Usage(
-        f"Weights of the network {config['network']}, pre-trained on unlabelled images, by its own key names.",
+        f"Weights of {name}, pre-trained on unlabelled images, by its own key names.",
         f'import hyspark\n\n{building_text(config)}\nprint(hyspark.load_pretrained(network, "{facts.source}"))',
         f"hyspark weights {facts.source} --model {config['network']} --in_channels {config['in_channels']} "
         f"--crop_size {flag_text(config['crop_size'])}",
@@ -202,4 +206,4 @@ def building_text(config: Mapping[str, Any]) -> str:
         return f'import timm\n\nnetwork = timm.create_model("{name}", in_chans={config["in_channels"]}, num_classes=0)'
     if library == "torchvision":
         return f"import torchvision\n\nnetwork = torchvision.models.{name}()"
-    return "network = ...  # the network, built by its library"
+    return "network = ...  # the network, built by its own package"

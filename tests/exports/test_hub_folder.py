@@ -261,6 +261,7 @@ def test_tensors_under_two_names_are_written_once(tmp_path):
     )
     export_to_hub(tmp_path / "own.pth", tmp_path / "net", CardFacts("net"))
     assert len(load_file(tmp_path / "net/model.safetensors")) == 10
+    assert "--model PACKAGE.MODULE:FACTORY --in_channels 2" in (tmp_path / "net/README.md").read_text()
     assert all(SECRET.encode() not in file.read_bytes() for file in (tmp_path / "net").iterdir())
     other = Twice()
     report = hyspark.load_pretrained(other, tmp_path / "net")
