@@ -13,6 +13,7 @@ __version__ = version.VERSION
 if TYPE_CHECKING:
     from hyspark.config.pretrain import list_methods
     from hyspark.models.backbones import Backbone, list_backbones
+    from hyspark.models.hub_networks import Encoder, Segmenter
     from hyspark.models.masked_autoencoder import build_hyspark
     from hyspark.models.masking.context import hidden
     from hyspark.models.masking.packed import packed
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
 MODULES = {
     "Backbone": "models.backbones",
+    "Encoder": "models.hub_networks",
     "LoadReport": "models.weights.load",
+    "Segmenter": "models.hub_networks",
     "build_hybird": "models.segmentation",
     "build_hyspark": "models.masked_autoencoder",
     "build_spark": "models.spark",
@@ -40,7 +43,9 @@ MODULES = {
 """Modules of the public names."""
 __all__ = [
     "Backbone",
+    "Encoder",
     "LoadReport",
+    "Segmenter",
     "build_hybird",
     "build_hyspark",
     "build_spark",

@@ -61,7 +61,7 @@ class WeightsArguments(Arguments):
         hyspark weights ckpt/encoder.pth
     """
 
-    path: str  # A file of weights: .pth, .pt, .ckpt, .safetensors or its index, .npz, .pkl
+    path: str  # Weights: .pth, .pt, .ckpt, .safetensors or its index, .npz, .pkl; a folder of these, or hf://OWNER/NAME
     weights_key: str = ""  # Key of the state dict in the file, if it holds several: model_ema, student
     model: str = ""  # Third-party network, as in pre-training: timm/resnet50, torchvision/resnet50, monai/segresnet
     in_channels: int = 0  # Input channels; 0 uses 1, or 3 for a network of timm or torchvision
@@ -80,18 +80,24 @@ class WeightsArguments(Arguments):
 
 
 class ExportArguments(Arguments):
-    """Write the encoder of a checkpoint, or all of it, as one small .safetensors file; or a ResNet for detectron2.
+    """Write the encoder of a checkpoint, or all of it, as one small .safetensors file; or other forms by a flag.
 
     Example:
         hyspark export ckpt/pretrain/hyspark_1kpretrained_timm_style.pth encoder.safetensors
     """
 
-    source: str  # A pre-training checkpoint or encoder file, or a fine-tuned network
-    out: str  # The .safetensors file to write; for detectron2, a .pkl
+    source: str  # A pre-training checkpoint or encoder file, or a fine-tuned network; with --hf, a run folder too
+    out: str  # The .safetensors file to write; for detectron2, a .pkl; with --hf, a folder
     weights_key: str = ""  # Key of the state dict in the source, if it holds several: model_ema, student
     precision: Literal["fp16", "fp32"] = "fp16"  # Precision of the numbers in the file
     decoder: bool = False  # Also the light decoder of pre-training, for fine-tuning with --decoder light
     detectron2: bool = False  # A ResNet in detectron2's names, for its MODEL.WEIGHTS
+    hf: bool = False  # A folder for the Hugging Face Hub: config.json, model.safetensors and a model card
+    license: str = ""  # With --hf: licence of the weights, as the Hub spells it: apache-2.0, cc-by-nc-4.0, other
+    datasets: tuple[str, ...] = ()  # With --hf: data sets on the Hub that the network was trained on
+    scores: tuple[str, ...] = ()  # With --hf: folders of `hyspark evaluate` for the network, for its model card
+    about: str = ""  # With --hf: Markdown file with what the model card says on data, limits and use
+    repo: str = ""  # With --hf: OWNER/NAME on the Hub, for the commands in the model card
 
     def configure(self) -> None:
         self.add_argument("source")
@@ -126,7 +132,7 @@ class EvaluateArguments(NetworkArguments):
         hyspark evaluate ckpt/btcv data/Dataset015_BTCV --out ckpt/btcv_scores
     """
 
-    weights: str  # best.pth of a fine-tuning run, or its run folder
+    weights: str  # best.pth of a fine-tuning run, or its run folder; or a folder of export --hf, or hf://OWNER/NAME
     data: str  # nnU-Net data set (imagesTr, labelsTr), or a decathlon JSON; for a classifier, a folder CLASS/IMAGE
     part: Part = ""  # Segmentation: part of a JSON; by default validation if the JSON has one, else all
     tolerance: float = 2.0  # Segmentation: tolerance of the normalised surface Dice, in mm
@@ -150,7 +156,7 @@ class PredictArguments(NetworkArguments):
         hyspark predict ckpt/btcv scans/*.nii.gz --out ckpt/btcv_labels
     """
 
-    weights: str  # best.pth of a fine-tuning run, or its run folder
+    weights: str  # best.pth of a fine-tuning run, or its run folder; or a folder of export --hf, or hf://OWNER/NAME
     inputs: list[str]  # NIfTI files, and folders that hold some or DICOM series; for a classifier, one folder of images
     overwrite: bool = False  # Segmentation: replace existing label maps
     format: Literal["nifti", "dicom-seg", "rtstruct"] = "nifti"  # Segmentation: format; the last two are of DICOM

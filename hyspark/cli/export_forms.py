@@ -65,6 +65,25 @@ def write_resnet(args: ExportArguments) -> str:
     return count_numbers(out, write_detectron2(args.source, out, DTYPES[args.precision], key=args.weights_key))
 
 
+def write_hub_folder(args: ExportArguments) -> str:
+    """Write a folder for the Hugging Face Hub."""
+    from hyspark.exports.hub_folder import export_to_hub
+    from hyspark.exports.model_card import CardFacts
+
+    out = Path(args.out)
+    about = Path(args.about).read_text(encoding="utf-8") if args.about else ""
+    name = args.repo.rpartition("/")[2] or out.resolve().name
+    facts = CardFacts(name, args.license, args.datasets, about, args.repo)
+    scores = [Path(folder) for folder in args.scores]
+    folder = export_to_hub(args.source, out, facts, scores=scores, decoder=args.decoder, key=args.weights_key)
+    lines = [
+        count_numbers(out / "model.safetensors", folder.weights),
+        f"{out}: {folder.config['network']}, the same as {args.source}; read README.md, then: "
+        f"hf upload {args.repo or 'OWNER/NAME'} {out}",
+    ]
+    return "\n".join(lines + ([] if args.license else ["README.md states no licence; --license NAME adds it"]))
+
+
 def count_numbers(file: Path, weights: Mapping[str, Tensor]) -> str:
     """Write the name of a file with its tensors, numbers and size."""
     millions = sum(value.numel() for value in weights.values()) / 1e6
@@ -74,5 +93,6 @@ def count_numbers(file: Path, weights: Mapping[str, Tensor]) -> str:
 FORMS: Mapping[str, Form] = {
     "": Form(write_safetensors, ("weights_key", "precision", "decoder")),
     "detectron2": Form(write_resnet, ("weights_key", "precision")),
+    "hf": Form(write_hub_folder, ("weights_key", "decoder", "license", "datasets", "scores", "about", "repo")),
 }
 """The forms by their flag; the first one needs none."""

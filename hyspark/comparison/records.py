@@ -5,6 +5,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from hyspark.models.weights.model_folder import weights_file
+
 
 def check_weights(out: Path, initial_weights: Mapping[str, str]) -> dict[str, str]:
     """Compute the digests of the initial weights, and add those that earlier calls recorded in `out`.
@@ -18,9 +20,10 @@ def check_weights(out: Path, initial_weights: Mapping[str, str]) -> dict[str, st
     for name, weights in initial_weights.items():
         if weights == "none":
             continue
-        if not Path(weights).is_file():
+        file = weights_file(weights)
+        if not file.is_file():
             raise FileNotFoundError(f"--initial_weights {name}={weights}: no such file")
-        digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
         if digests.setdefault(name, digest) != digest:
             raise ValueError(
                 f"{weights} is not the file that runs of {name!r} in {out} were started from: its content has changed; "

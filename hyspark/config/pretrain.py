@@ -41,8 +41,9 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
     spark masks patches; moco, byol and swav compare two views of a crop.
     """
     weights: str = setting("none", "network", first=True, old=("init_weight",))
-    """Initial weights: an encoder, a pre-training checkpoint, or published weights of a third-party network. none:
-    random initialisation. The optimizer and the projection heads of moco, byol and swav are always initialised anew.
+    """Initial weights: an encoder, a pre-training checkpoint, or published weights of a third-party network; a file, or
+    hf://OWNER/NAME of the Hugging Face Hub. none: random initialisation. The optimizer and the projection heads of
+    moco, byol and swav are always initialised anew.
     """
     crop_size: tuple[int, ...] = setting((96,), "data", first=True, old=("input_size",))
     """Edge of a crop in voxels, one number or one per axis; multiples of 16, or of the total stride of another network

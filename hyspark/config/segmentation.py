@@ -37,7 +37,9 @@ class SegmentationConfig(VolumeSettings, EncoderSettings):
     out: str = setting("ckpt/finetune", "run", first=True, old=("logdir",), may_change=True, affects_results=False)
     """Run folder. The same command on it continues the run."""
     weights: str = setting("none", "network", first=True, old=("pretrained",))
-    """Initial weights: the path of a checkpoint or of exported weights. none: random initialisation."""
+    """Initial weights: the path of a checkpoint or of exported weights, or hf://OWNER/NAME of the Hugging Face Hub.
+    none: random initialisation.
+    """
     decoder: Literal["released", "light"] = setting("released", "network", first=True)
     """Decoder. released: that of the published network, always randomly initialised. light: that of pre-training, twice
     as fast a step. It is initialised from the weights file too, if that holds it (hyspark export --decoder); its last

@@ -6,8 +6,19 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from torch import nn
 
+from hyspark.config.segmentation import SegmentationConfig
+from hyspark.data.intensity import reads_window
+from hyspark.data.settings import PrepareSettings
 from hyspark.models.weights.files import read_contents
+from hyspark.models.weights.hub_address import local_path
+from hyspark.models.weights.model_folder import CONFIG, find_weights, read_own_config, settings_of
+from hyspark.models.weights.search import choose_state_dict
+from hyspark.utils.settings import field_info
 
+PREDICTION_SETTINGS = ("precision", "infer_overlap", "sw_batch_size", "left_right", "flip_prob")
+"""Settings of a fine-tuning run that its predictions depend on, beside those of network and preparation."""
+UNREAD = {"rot90_prob": 0.0}
+"""Settings of training that would be checked against those of a network."""
 NetworkKind = Literal["segmentation", "classification"]
 
 
@@ -39,41 +50,90 @@ class FineTunedFile(NamedTuple):
 
 
 def kind_of_network(path: Path) -> NetworkKind:
-    """Return what a fine-tuned network is for.
+    """Return what a fine-tuned network is for; arguments and errors as for `read_fine_tuned`."""
+    return read_fine_tuned(path).kind
+
+
+def fine_tuned_file(path: Path) -> Path:
+    """Return the file of a fine-tuned network's weights.
 
     Args:
-        path: best.pth of a fine-tuning run, or the run folder.
+        path: best.pth of a fine-tuning run, or the run folder, or a folder of `hyspark export --hf`, or its address
+            hf://OWNER/NAME[@REVISION].
 
     Raises:
-        FileNotFoundError: There is no such file, or the folder holds no best.pth.
-        ValueError: The file is damaged, or holds no fine-tuned network.
+        FileNotFoundError: There is no such file or repository, or the folder holds no network.
+        OSError: A download failed.
     """
-    return read_fine_tuned(path).kind
+    path = local_path(path)
+    if not path.is_dir() or (path / "best.pth").is_file():
+        return path / "best.pth" if path.is_dir() else path
+    if (path / CONFIG).is_file() and (file := find_weights(path)):
+        return file
+    raise FileNotFoundError(
+        f"{path} holds no best.pth; expected a fine-tuning run that was validated, or a folder of `hyspark export --hf`"
+    )
 
 
 def read_fine_tuned(path: Path, kind: NetworkKind | None = None) -> FineTunedFile:
     """Read the file of a fine-tuned network. Nothing stored in it is executed.
 
     Args:
-        path: best.pth of a fine-tuning run, or the run folder.
+        path: See `fine_tuned_file`.
         kind: The kind expected; None accepts both.
 
     Raises:
-        FileNotFoundError: There is no such file, or the folder holds no best.pth.
+        FileNotFoundError, OSError: As `fine_tuned_file`.
         ValueError: The file is damaged, or holds no fine-tuned network of this kind.
     """
-    if path.is_dir() and not (path / "best.pth").is_file():
-        raise FileNotFoundError(f"{path} holds no best.pth; expected a fine-tuning run that was validated")
-    path = path / "best.pth" if path.is_dir() else path
-    contents = read_contents(path)
+    path = local_path(path)
+    file = fine_tuned_file(path)
+    if path.is_dir() and file.name != "best.pth":
+        contents: object = read_model_folder(path, file)
+    else:
+        contents = read_contents(file)
     found = kind_of_contents(contents)
     if found not in get_args(NetworkKind) or (kind and found != kind):
         wanted = f"a fine-tuned network for {kind}" if kind else "a fine-tuned network"
         raise ValueError(
-            f"{path}: expected {wanted}, got {found}; give the best.pth that fine-tuning wrote, or its run folder"
+            f"{file}: expected {wanted}, got {found}; give the best.pth that fine-tuning wrote, or its run folder"
         )
     assert isinstance(contents, Mapping)
-    return FineTunedFile(path, "classification" if found == "classification" else "segmentation", contents)
+    return FineTunedFile(file, "classification" if found == "classification" else "segmentation", contents)
+
+
+def read_model_folder(folder: Path, file: Path) -> Mapping[str, Any]:
+    """Read a folder of `hyspark export --hf` as the content of best.pth, see `FineTunedFile`.
+
+    Raises:
+        ValueError: config.json is damaged, of another network, or without a setting that predictions need.
+    """
+    config = read_own_config(folder, "Segmenter")
+    settings = settings_of(config)
+    needed = ["spacing", "intensity", "image_channels"]
+    needed += ["hu_min", "hu_max"] if "ct" in str(settings.get("intensity")) else []
+    if missing := [name for name in needed if name not in settings]:
+        raise ValueError(
+            f"{folder / CONFIG}: expected {', '.join(needed)} in preprocessing, which predictions need; "
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+        )
+    classes = config.get("classes")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"{folder / CONFIG}: expected a list of names as classes, got {classes!r}")
+    weights, _ = choose_state_dict(read_contents(file), str(file))
+    return {"model": weights.tensors, "config": {**settings, **UNREAD}, "classes": classes}
+
+
+def prediction_settings(config: SegmentationConfig) -> dict[str, dict[str, Any]]:
+    """Return the settings of a network beside its shape, as config.json of a folder nests them.
+
+    The window is omitted where the intensities do not read it.
+    """
+    unread = () if reads_window(config) else ("hu_min", "hu_max")
+    return {
+        "preprocessing": {name: getattr(config, name) for name in field_info(PrepareSettings) if name not in unread},
+        "prediction": {name: getattr(config, name) for name in PREDICTION_SETTINGS},
+    }
 
 
 def kind_of_contents(contents: object) -> str:

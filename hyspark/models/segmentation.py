@@ -6,7 +6,7 @@ Attribute names, and the spelling `build_hybird`, are those of the public releas
 Shapes: b batch, c channels, *size voxels per axis.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
@@ -68,13 +68,19 @@ class SegmentationDecoder(nn.Module):
 class Hybird(nn.Module):
     """Segmentation network; a subclass has the decoder.
 
+    Args:
+        encoder: the encoder, or another network with one, whose modules become this one's.
+
     Attributes:
         reinitialised: prefixes of keys that stay randomly initialised even if pre-trained weights have them.
     """
 
     reinitialised: tuple[str, ...] = ()
+    img_size: tuple[int, ...]
+    embeddings: nn.Module
+    mae: nn.Module
 
-    def __init__(self, encoder: HybridEncoder) -> None:
+    def __init__(self, encoder: "HybridEncoder | Hybird") -> None:
         super().__init__()
         # The released names put the encoder's two parts at the top level.
         self.img_size = encoder.img_size
@@ -137,10 +143,15 @@ class LightHybird(Hybird):
         self.reinitialised = tuple(f"decoder.levels.{level}." for level in (*narrow, last))
 
     def decode(self, features: list[Tensor]) -> Tensor:
-        finest, *deeper = features
-        maps = [project(x) for project, x in zip(self.densify, reversed(deeper), strict=True)]
-        out: Tensor = self.decoder([*maps, finest])
-        return out
+        return decode_light(self.densify, self.decoder, features)
+
+
+def decode_light(projections: Iterable[nn.Module], decoder: nn.Module, features: list[Tensor]) -> Tensor:
+    """Decode five maps, finest first, by a light decoder; `projections` convert the others to its widths."""
+    finest, *deeper = features
+    maps = [project(x) for project, x in zip(projections, reversed(deeper), strict=True)]
+    out: Tensor = decoder([*maps, finest])
+    return out
 
 
 def build_hybird(

@@ -27,6 +27,7 @@ from hyspark.evaluation.score_table import read_score_table
 from hyspark.evaluation.segmentation.evaluate import evaluate_segmentation
 from hyspark.evaluation.segmentation.predict import predict_segmentation
 from hyspark.evaluation.segmentation.scoring_protocol import Scoring
+from hyspark.models.weights.hub_address import local_path
 from hyspark.tasks.classification import run_classification
 from hyspark.tasks.pretrain import run_pretraining
 from hyspark.tasks.python_words import in_python_words
@@ -169,7 +170,8 @@ def evaluate(weights: StrPath, data: StrPath, out: StrPath, *, device: str = "au
     """Score a fine-tuned network on labelled cases, as `hyspark evaluate` does.
 
     Args:
-        weights: best.pth of a fine-tuning run, or its run folder. It knows whether it segments or classifies.
+        weights: best.pth of a fine-tuning run, or its run folder, which knows whether it segments or classifies; or a
+            folder of `hyspark export --hf`, or hf://OWNER/NAME[@REVISION] on the Hugging Face Hub.
         data: Labelled volumes: an nnU-Net data set, or a decathlon JSON. For a classifier, a folder CLASS/IMAGE.
         out: Folder to write to.
         device: "auto", "cpu" or "cuda".
@@ -182,14 +184,16 @@ def evaluate(weights: StrPath, data: StrPath, out: StrPath, *, device: str = "au
     Raises:
         ValueError: An option is unknown, or is not read for a classifier; the data does not fit the network.
         FileNotFoundError: Weights or data are missing.
+        OSError: The download of weights failed.
     """
     check_caller(device)
-    kind = kind_of_network(Path(weights))
+    path = local_path(os.fspath(weights))
+    kind = kind_of_network(path)
     check_options(options, (*SCORING, "part", "store_dir", "prepare_workers"), kind)
     if kind == "classification":
-        return Evaluation(Path(out), evaluate_classification(Path(weights), Path(data), Path(out), device))
+        return Evaluation(Path(out), evaluate_classification(path, Path(data), Path(out), device))
     scoring = Scoring(**{name: options.pop(name) for name in SCORING if name in options})
-    summary = evaluate_segmentation(Path(weights), Path(data), Path(out), scoring=scoring, device=device, **options)
+    summary = evaluate_segmentation(path, Path(data), Path(out), scoring=scoring, device=device, **options)
     return Evaluation(Path(out), summary)
 
 
@@ -200,7 +204,8 @@ def predict(
     """Predict with a fine-tuned network, as `hyspark predict` does.
 
     Args:
-        weights: best.pth of a fine-tuning run, or its run folder. It knows whether it segments or classifies.
+        weights: best.pth of a fine-tuning run, or its run folder, which knows whether it segments or classifies; or a
+            folder of `hyspark export --hf`, or hf://OWNER/NAME[@REVISION] on the Hugging Face Hub.
         inputs: NIfTI files, and folders that hold some or DICOM series. For a classifier, one folder of images.
         out: Folder to write to.
         device: "auto", "cpu" or "cuda".
@@ -216,21 +221,22 @@ def predict(
         ModuleNotFoundError: The format needs a package that is not installed.
     """
     check_caller(device)
-    paths = [Path(path) for path in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
-    if not paths:
+    sources = [Path(source) for source in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
+    if not sources:
         raise ValueError("inputs: expected one path or more, got none")
-    kind = kind_of_network(Path(weights))
+    path = local_path(os.fspath(weights))
+    kind = kind_of_network(path)
     check_options(options, (*WINDOWING, "prepare_workers", "overwrite", "format", "min_slices"), kind)
     if kind == "classification":
-        if len(paths) != 1:
-            raise ValueError(f"inputs: a classifier takes one folder of images, got {len(paths)} paths")
-        written, failures = predict_classification(Path(weights), paths[0], Path(out), device)
+        if len(sources) != 1:
+            raise ValueError(f"inputs: a classifier takes one folder of images, got {len(sources)} paths")
+        written, failures = predict_classification(path, sources[0], Path(out), device)
         return Predictions([written], failures)
     scoring = Scoring(**{name: options.pop(name) for name in WINDOWING if name in options})
     options["num_workers"] = options.pop("prepare_workers", 0)
     if "format" in options:
         options["file_format"] = options.pop("format")
-    made = predict_segmentation(Path(weights), paths, Path(out), scoring=scoring, device=device, **options)
+    made = predict_segmentation(path, sources, Path(out), scoring=scoring, device=device, **options)
     return Predictions(*made)
 
 

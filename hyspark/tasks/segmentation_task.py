@@ -25,7 +25,7 @@ from hyspark.evaluation.segmentation.evaluate import (
 from hyspark.evaluation.segmentation.inference import windows_from_config
 from hyspark.evaluation.segmentation.metrics import dice
 from hyspark.evaluation.segmentation.scores import mean_dice, mean_of
-from hyspark.evaluation.segmentation.segmenter import Segmenter
+from hyspark.evaluation.segmentation.segmenter import VolumeSegmenter
 from hyspark.evaluation.validations import read_validations
 from hyspark.figures.panels import save_figure
 from hyspark.reports import run_page
@@ -159,7 +159,7 @@ class SegmentationTask(Task):
         """
         c, processes, cases = self.config, run.processes, self.volumes.validation_cases
         windows = windows_from_config(c, self.names, c.infer_overlap)
-        segmenter = Segmenter(run.network, len(self.names), windows, processes, c.precision, c.run_folder)
+        segmenter = VolumeSegmenter(run.network, len(self.names), windows, processes, c.precision, c.run_folder)
         pictures: list[np.ndarray] = []
 
         def score(index: int) -> list[float]:

@@ -3,6 +3,7 @@
 Fine-tuning itself is a stand-in here, a script that leaves scores, but for the last test.
 """
 
+import hashlib
 import json
 import shutil
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from hyspark.cli import main, parsing
-from hyspark.comparison import benefit, jobs, report
+from hyspark.comparison import benefit, jobs, records, report
 from hyspark.config.recipes import read_yaml, write_yaml
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.tasks.segmentation import initialise_segmentation
@@ -317,6 +318,14 @@ def test_weights_and_data_that_do_not_fit_stop_before_the_first_run(base, tmp_pa
     with pytest.raises(ValueError, match="num_labelled: expected at most the 2 labelled training cases, got 50"):
         benefit.run_comparison(base, out, {"scratch": "none"}, [1, 50], [0])
     assert not out.exists()
+
+
+def test_weights_may_be_a_folder_as_on_the_hub(tmp_path):
+    folder = tmp_path / "net"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert records.check_weights(tmp_path, {"own": str(folder), "scratch": "none"}) == {"own": digest}
 
 
 # The command

@@ -43,7 +43,7 @@ def lay_out(folder: Path) -> None:
     for name in ("data", "ckpt", ".venv/bin"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / ".venv/bin/activate").touch()
-    for path in (ROOT / "ckpt").glob("*.safetensors"):
+    for path in (ROOT / "ckpt").glob("hyspark_*"):
         (folder / "ckpt" / path.name).symlink_to(path)
 
 
@@ -191,5 +191,5 @@ def fill(folder: Path, names: list[str], cache: Path) -> None:
         shutil.copytree(made, folder, dirs_exist_ok=True, symlinks=True, ignore=shutil.ignore_patterns(*KEPT))
 
 
-KEPT = (*COPIED, "made", "*.safetensors")
+KEPT = (*COPIED, "made", "hyspark_openkbp.*")
 """What `lay_out` has written already."""

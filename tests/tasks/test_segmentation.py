@@ -310,7 +310,7 @@ def test_further_cases_are_scored_once_by_the_last_weights(finetuning, tmp_path,
 def fail_at(monkeypatch, *numbers):
     """Let the n-th segmentations of a run fail, counted from 1."""
     calls = []
-    right = segmenter.Segmenter.segment
+    right = segmenter.VolumeSegmenter.segment
 
     def segment(self, *args):
         calls.append(args)
@@ -318,7 +318,7 @@ def fail_at(monkeypatch, *numbers):
             raise MemoryError("Unable to allocate 9 GiB")
         return right(self, *args)
 
-    monkeypatch.setattr(segmenter.Segmenter, "segment", segment)
+    monkeypatch.setattr(segmenter.VolumeSegmenter, "segment", segment)
 
 
 def test_a_case_that_is_not_scored_ends_no_training(finetuning, monkeypatch, caplog, capsys, tmp_path):

@@ -37,7 +37,7 @@ from hyspark.evaluation.segmentation.scores import (
     write_segmentation_scores,
 )
 from hyspark.evaluation.segmentation.scoring_protocol import Scoring, Source
-from hyspark.evaluation.segmentation.segmenter import Segmenter
+from hyspark.evaluation.segmentation.segmenter import VolumeSegmenter
 from hyspark.figures.panels import save_figure, segmentation_panel
 from hyspark.training import distributed
 from hyspark.training import precision as training_precision
@@ -75,7 +75,7 @@ class CaseScore(NamedTuple):
 
 
 def score_volume(
-    segmenter: Segmenter, volume: StoredVolume, case: Case, num_classes: int, tolerance: float
+    segmenter: VolumeSegmenter, volume: StoredVolume, case: Case, num_classes: int, tolerance: float
 ) -> CaseScore:
     """Segment a prepared volume, and score it on the grid of its label.
 
@@ -93,7 +93,7 @@ def score_volume(
     return CaseScore(organs, found.prepared)
 
 
-def segment_stored(segmenter: Segmenter, volume: StoredVolume, case: Case) -> LabelMaps:
+def segment_stored(segmenter: VolumeSegmenter, volume: StoredVolume, case: Case) -> LabelMaps:
     """Segment a case whose volume is prepared."""
     return segmenter.segment(volume.read_whole(), volume.maps, np.asarray(volume.entry.affine), case.image)
 
@@ -155,7 +155,7 @@ def score_cases(
         )
     windows, precision = scoring.windows(config, names), training_precision.inference_precision(processes, config)
     options = (scoring.largest_component, scoring.memory)
-    segmenter = Segmenter(network, len(names), windows, processes, precision, out, *options)
+    segmenter = VolumeSegmenter(network, len(names), windows, processes, precision, out, *options)
     packed: dict[int, bytes] = {}
 
     def score(index: int) -> list[OrganScores]:
@@ -232,7 +232,7 @@ def evaluate_segmentation(
     """Score a fine-tuned network on labelled cases; writes the folder of scores.
 
     Args:
-        weights: best.pth of a fine-tuning run, or the run folder.
+        weights: The network's file or folder, see `fine_tuned_file`.
         data: Labelled data (see `find_labelled`).
         out: Folder to write to.
         part: Part of a data list (see `find_labelled`).

@@ -32,7 +32,7 @@ def load_network(path: Path) -> TrainedNetwork:
     """Load the segmentation network that fine-tuning left in a file. Nothing stored in it is executed.
 
     Args:
-        path: best.pth of a fine-tuning run, or the run folder.
+        path: The network's file or folder, see `fine_tuned_file`.
 
     Raises:
         FileNotFoundError: There is no such file, or the folder holds no best.pth.

@@ -15,6 +15,7 @@ from hyspark.data.readers.nifti import label_file
 from hyspark.data.writers.dicom_seg import dicom_seg_file, import_highdicom
 from hyspark.data.writers.rtstruct import rtstruct_file
 from hyspark.data.writers.source_images import Segments
+from hyspark.evaluation.network_kind import fine_tuned_file
 from hyspark.figures.panels import class_colours
 from hyspark.utils.digests import content_digest
 from hyspark.utils.log import LOG
@@ -67,7 +68,7 @@ def label_output(file_format: LabelFormat, weights: Path, names: Sequence[str]) 
 
     Args:
         file_format: The format.
-        weights: best.pth of a fine-tuning run, or the run folder.
+        weights: The network's file or folder, see `fine_tuned_file`.
         names: Classes of the network, background first.
 
     Raises:
@@ -82,6 +83,6 @@ def label_output(file_format: LabelFormat, weights: Path, names: Sequence[str]) 
         import_highdicom()
     LOG.info("%s: files hold the patient's name and ID, copied from the series", file_format)
     colours = np.rint(255 * class_colours(len(names))[1:, :3]).astype(int)
-    file = weights / "best.pth" if weights.is_dir() else weights
+    file = fine_tuned_file(weights)
     rgb = [(int(red), int(green), int(blue)) for red, green, blue in colours]
     return LabelOutput(file_format, Segments(names[1:], rgb, VERSION, content_digest(file)))

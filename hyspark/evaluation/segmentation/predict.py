@@ -24,7 +24,7 @@ from hyspark.evaluation.segmentation.inference import load_network
 from hyspark.evaluation.segmentation.label_output import LABEL_ENDINGS, LabelFormat, LabelOutput, label_output
 from hyspark.evaluation.segmentation.prepare_ahead import MAX_PREPARE_WORKERS, prepare_ahead
 from hyspark.evaluation.segmentation.scoring_protocol import Scoring
-from hyspark.evaluation.segmentation.segmenter import Segmenter
+from hyspark.evaluation.segmentation.segmenter import VolumeSegmenter
 from hyspark.evaluation.segmentation.slab_stream import NumberedSlab, SlabStream
 from hyspark.training import distributed
 from hyspark.training.precision import inference_precision
@@ -65,7 +65,7 @@ def predict_segmentation(
     The processes that torchrun started divide the volumes among themselves.
 
     Args:
-        weights: best.pth of a fine-tuning run, or the run folder.
+        weights: The network's file or folder, see `fine_tuned_file`.
         inputs: NIfTI files, and folders of such files or of DICOM series.
         out: Folder to write to.
         scoring: How to segment.
@@ -105,7 +105,7 @@ def predict_segmentation(
     check_targets(cases, targets, overwrite)
     precision = inference_precision(processes, config)
     LOG.info("%d volumes, %d classes, on %s", len(cases), len(names) - 1, processes.describe(precision))
-    segmenter = Segmenter(
+    segmenter = VolumeSegmenter(
         network.to(processes.device),
         len(names),
         windows,
@@ -134,7 +134,7 @@ def predict_segmentation(
 def predict_cases(
     cases: Sequence[Case],
     settings: PrepareSettings,
-    segmenter: Segmenter,
+    segmenter: VolumeSegmenter,
     targets: Mapping[str, Path],
     output: LabelOutput,
     num_workers: int,
@@ -180,7 +180,7 @@ def predict_cases(
 
 def start_writing(
     writer: Executor,
-    segmenter: Segmenter,
+    segmenter: VolumeSegmenter,
     case: Case,
     prepared: dict[str, Any],
     target: Path,
@@ -231,7 +231,7 @@ def check_targets(cases: Sequence[Case], targets: dict[str, Path], overwrite: bo
 
 
 def write_label_map(
-    segmenter: Segmenter,
+    segmenter: VolumeSegmenter,
     slabs: Iterable[NumberedSlab],
     shape: tuple[int, int, int],
     affine: np.ndarray,

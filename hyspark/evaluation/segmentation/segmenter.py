@@ -23,7 +23,7 @@ from hyspark.utils.free_memory import free_main_memory
 
 
 @dataclass(frozen=True)
-class Segmenter:
+class VolumeSegmenter:
     """A network with all that segmenting volumes depends on.
 
     Attributes:

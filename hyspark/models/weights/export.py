@@ -60,14 +60,26 @@ def count_encoder(given: Mapping[str, Tensor]) -> int:
     return sum(strip_wrappers(key).removeprefix("encoder.").startswith(ENCODER) for key in given)
 
 
-def select_weights(given: Mapping[str, Tensor], name: str, dtype: torch.dtype, decoder: bool) -> dict[str, Tensor]:
-    """Select the encoder's tensors by their released names, and those of the light decoder if `decoder`."""
+def select_weights(
+    given: Mapping[str, Tensor], name: str, dtype: torch.dtype | None, decoder: bool
+) -> dict[str, Tensor]:
+    """Select the encoder's tensors by their released names, and those of the light decoder if `decoder`.
+
+    Args:
+        given: the state dict.
+        name: name of the file, for messages.
+        dtype: precision of the result; None keeps that of each tensor.
+        decoder: whether to select the light decoder too.
+
+    Raises:
+        ValueError: there is no encoder or light decoder; values exceed the range of `dtype`.
+    """
     wanted = ENCODER + (LIGHT_DECODER if decoder else ())
     weights = {}
     for key, value in given.items():
         own = strip_wrappers(key).removeprefix("encoder.")
         if own.startswith(wanted) and not own.startswith((MASK_TOKEN, *RELEASED_DECODER)):
-            weights[own] = cast_tensor(value, dtype, f"{name}: {key}")
+            weights[own] = value if dtype is None else cast_tensor(value, dtype, f"{name}: {key}")
     needed = {"encoder": ENCODER} | ({"light decoder": ("decoder.levels.",)} if decoder else {})
     for part, prefixes in needed.items():
         if not any(own.startswith(prefixes) for own in weights):

@@ -13,6 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hyspark.models.weights.formats import describe_folder, describe_foreign, describe_zip, format_of
+from hyspark.models.weights.hub_address import local_path
+from hyspark.models.weights.model_folder import (
+    find_weights,
+    is_own_config,
+    read_model_config,
+    settings_of,
+    with_copies,
+)
 from hyspark.models.weights.objects import load_pickle, load_torch
 from hyspark.models.weights.search import CONTAINERS, choose_state_dict, find_candidates
 
@@ -27,6 +35,9 @@ WRAPPERS = ("module.", "_orig_mod.", "_forward_module.", "_fsdp_wrapped_module."
 def read_contents(path: str | Path) -> object:
     """Read all contents of a file of weights, on the CPU.
 
+    Args:
+        path: the file, a folder as on the Hugging Face Hub, or an address there (see `local_path`).
+
     Returns:
         What torch.load returns, with dicts for unknown objects. For .safetensors, a dict of its tensors ("model") and
         metadata ("config"); for the index of several files, the tensors of all.
@@ -34,8 +45,11 @@ def read_contents(path: str | Path) -> object:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, calls functions, or is of another format.
+        OSError: a download failed.
     """
-    shown, path = str(path), Path(path)
+    shown, path = str(path), local_path(path)
+    if path.is_dir() and (file := find_weights(path)):
+        return with_config(read_contents(file), read_model_config(path))
     if path.is_dir():
         raise FileNotFoundError(f"{path}: expected a file of weights, got {describe_folder(path)}")
     if not path.is_file():
@@ -46,6 +60,13 @@ def read_contents(path: str | Path) -> object:
         )
     check_is_whole(path)
     return read_file(path)
+
+
+def with_config(contents: object, config: Mapping[str, Any]) -> object:
+    """Add the settings in a config.json of this package to the contents of the file of weights beside it."""
+    if not is_own_config(config) or not (isinstance(contents, Mapping) and isinstance(contents.get("model"), Mapping)):
+        return contents
+    return {**contents, "config": {**made_with(contents), **settings_of(config)}}
 
 
 def read_file(path: Path) -> object:
@@ -76,7 +97,10 @@ def read_safetensors(path: Path) -> object:
     """Read a .safetensors file with its metadata."""
     with safe_open(path, "pt") as file:
         about = file.metadata() or {}
-    return {"model": load_file(path), "config": {name: parse_json(text) for name, text in about.items()}}
+    return {
+        "model": with_copies(load_file(path), about),
+        "config": {name: parse_json(text) for name, text in about.items()},
+    }
 
 
 def read_parts(path: Path) -> object:

@@ -126,7 +126,8 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Any] | l
 
     Args:
         model: the network; it is unchanged if an error is raised.
-        source: path of a file, or a state dict, or what torch.load returns.
+        source: path of a file, or of a folder as on the Hugging Face Hub, or an address there, hf://OWNER/NAME[@REVISION];
+            or a state dict, or what torch.load returns.
         key: key of the state dict in the file, joined by dots, prefixes of names included; by default the one that
             matches best.
 
@@ -134,7 +135,8 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Any] | l
         The report, to be printed.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file or repository.
+        OSError: the download failed.
         ValueError: nothing matches; a key is unexplained; shapes differ; part of the encoder is missing; a value is not
             finite; the file was made with another number of attention heads, which no shape shows.
     """

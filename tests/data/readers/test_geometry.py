@@ -23,7 +23,7 @@ from hyspark.data.readers.volumes import Volume, read_volume
 from hyspark.data.settings import PrepareSettings
 from hyspark.evaluation.segmentation.label_output import LabelOutput
 from hyspark.evaluation.segmentation.predict import write_label_map
-from hyspark.evaluation.segmentation.segmenter import Segmenter
+from hyspark.evaluation.segmentation.segmenter import VolumeSegmenter
 from hyspark.evaluation.segmentation.windows import Windows
 from hyspark.training.distributed import find_processes
 from tests.data.readers.nifti_files import CUBE, SHAPE, nifti_bytes, voxels, write_bytes
@@ -200,7 +200,7 @@ def test_every_verb_has_the_geometry_of_an_independent_reader(tmp_path, name):
     edge = prepared["image"].max() / 2
     scores = torch.from_numpy(np.concatenate([edge - prepared["image"], prepared["image"] - edge]))
     target = tmp_path / "label.nii.gz"
-    segmenter = Segmenter(torch.nn.Identity(), 2, Windows((32, 32, 32)), find_processes("cpu"), "fp32", tmp_path)
+    segmenter = VolumeSegmenter(torch.nn.Identity(), 2, Windows((32, 32, 32)), find_processes("cpu"), "fp32", tmp_path)
     write_label_map(
         segmenter, [(0, scores)], scores.shape[1:], prepared["affine"], Case("a", "a", path), target, LabelOutput()
     )

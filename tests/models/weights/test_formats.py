@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 from hyspark import load_pretrained
@@ -292,7 +292,8 @@ def test_the_advice_for_programs_works(folder):
 
 
 FOLDERS = {
-    "hf": (("config.json", "model.safetensors"), "give one of its files: model.safetensors"),
+    "hf": (("README.md", "model.safetensors"), "hf/model.safetensors: unreadable as weights; the file is empty"),
+    "several": (("best.pth", "last.pth"), "a folder; give one of its files: best.pth, last.pth"),
     "unpacked": (("data.pkl", "data"), "an unpacked file of torch.save"),
     "distributed": ((".metadata", "__0_0.distcp"), "format_utils dcp_to_torch distributed plain.pth"),
     "deepspeed": (("zero_to_fp32.py", "latest"), "python zero_to_fp32.py"),
@@ -308,6 +309,40 @@ def test_folders_are_named(folder, name):
     for file in files:
         Path(name, file).touch()
     assert says in message(name)
+
+
+HUB_FOLDERS = {
+    "usual name": ("pytorch_model.bin", "training_args.bin", "optimizer.pt"),
+    "the safer one of two": ("model.safetensors", "pytorch_model.bin"),
+    "the only one": ("checkpoint_final.pth", "adaptation_plan.json", "vocab.txt"),
+}
+
+
+@pytest.mark.parametrize("name", HUB_FOLDERS)
+def test_a_folder_as_on_the_hub_is_read(folder, name):
+    used, *others = HUB_FOLDERS[name]
+    Path("net").mkdir()
+    for other in others:
+        Path("net", other).write_bytes(b"no weights")
+    Path("net/config.json").write_text('{"model_type": "resnet"}')
+    save_file(OWN, f"net/{used}") if used.endswith("safetensors") else torch.save(OWN, f"net/{used}")
+    model = Tiny()
+    load_pretrained(model, "net")
+    assert has_loaded(model, OWN)
+    Path("net/config.json").write_text('{"model_type": ')
+    assert "net/config.json: damaged; expected JSON" in message("net")
+
+
+def test_a_tensor_that_save_model_writes_once_is_found_under_all_names(folder):
+    """By safetensors' own writer."""
+    network = nn.ModuleDict({"first": nn.Linear(2, 3), "second": nn.Linear(2, 3)})
+    network["second"].weight = network["first"].weight
+    save_model(network, "tied.safetensors")
+    stored = load_file("tied.safetensors")
+    read = read_contents("tied.safetensors")["model"]
+    assert len(stored) == 3
+    assert read.keys() == network.state_dict().keys()
+    assert torch.equal(read["first.weight"], read["second.weight"])
 
 
 def test_the_advice_for_a_folder_of_parts_works(folder, monkeypatch):
