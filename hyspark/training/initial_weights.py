@@ -19,6 +19,8 @@ from hyspark.utils.log import LOG
 InitialisedT = TypeVar("InitialisedT", bound=nn.Module)
 INPUT_SETTINGS = tuple(setting.name for setting in fields(PrepareSettings))
 """Settings that determine a network's input from a volume."""
+RUN_AXES = ("x", "y", "z")
+"""Order of the axes of a volume's array."""
 
 
 def initialise(build: Callable[[], InitialisedT], seed: int) -> InitialisedT:
@@ -35,16 +37,45 @@ def load_volume_weights(model: nn.Module, path: str | Path, config: VolumeSettin
         FileNotFoundError, ValueError: As `load_pretrained`.
     """
     report = load_pretrained(model, path, config.weights_key)
-    made_with = report.made_with or settings_beside(Path(path))
-    for name, own, other in differing_inputs(config, made_with):
-        shown, wanted = (" ".join(map(str, values)) for values in (other, own))
-        LOG.warning("%s was made with %s %s, this run has %s", path, name, shown, wanted)
-    if not made_with and is_own_network(model) and set(config.intensity) != {"ct"}:
-        LOG.warning(
-            "%s does not say for which intensity it was made (the released weights: ct), this run has %s",
-            *(path, " ".join(config.intensity)),
-        )
+    for line in describe_differences(model, path, report, config):
+        LOG.warning("%s", line)
     return report
+
+
+def describe_differences(
+    model: nn.Module, path: str | Path, report: LoadReport, settings: PrepareSettings
+) -> list[str]:
+    """Describe in what a network's input differs from what its loaded weights were made with, one line for each.
+
+    Args:
+        model: The network.
+        path: File of the weights.
+        report: What was loaded.
+        settings: Preparation of the volumes that the network will see.
+    """
+    made_with = report.made_with or settings_beside(Path(path))
+    lines = []
+    for name, own, other in differing_inputs(settings, made_with):
+        shown, wanted = (" ".join(map(str, values)) for values in (other, own))
+        lines.append(f"{path} was made with {name} {shown}, this run has {wanted}")
+    if not made_with and is_own_network(model) and set(settings.intensity) != {"ct"}:
+        lines.append(
+            f"{path} does not say for which intensity it was made (the released weights: ct), this run has "
+            + " ".join(settings.intensity)
+        )
+    order = as_values(made_with.get("axis_order", ()), True)
+    if order not in ((), RUN_AXES) and order != axis_order_of(model):
+        lines.append(
+            f"{path} was made with arrays in the order of axes {' '.join(order)}, this run has {' '.join(RUN_AXES)}; "
+            "its kernels fit only a network that turns its input to that order"
+        )
+    return lines
+
+
+def axis_order_of(model: nn.Module) -> tuple[str, ...]:
+    """Return the order of axes to which a network turns its input (attribute `axis_order` of one of its modules)."""
+    found = (getattr(part, "axis_order", None) for part in model.modules())
+    return next((tuple(order) for order in found if order is not None), RUN_AXES)
 
 
 def settings_beside(path: Path) -> Mapping[str, Any]:
@@ -59,7 +90,7 @@ def settings_beside(path: Path) -> Mapping[str, Any]:
 
 
 def differing_inputs(
-    config: VolumeSettings, made_with: Mapping[str, Any]
+    config: PrepareSettings, made_with: Mapping[str, Any]
 ) -> Iterator[tuple[str, tuple[Any, ...], tuple[Any, ...]]]:
     """Yield the settings of a network's input that are others than those that weights were made with.
 

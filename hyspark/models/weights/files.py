@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hyspark.models.weights.formats import describe_folder, describe_foreign, describe_zip, format_of
+from hyspark.models.weights.nnunet_settings import nnunet_settings
 from hyspark.models.weights.objects import load_pickle, load_torch
 from hyspark.models.weights.search import CONTAINERS, choose_state_dict, find_candidates
 
@@ -146,6 +147,8 @@ def made_with(contents: object) -> Mapping[str, Any]:
     while isinstance(contents, Mapping):
         if isinstance(config := contents.get("config"), Mapping):
             return config
+        if found := nnunet_settings(contents):
+            return found
         contents = next((contents[c] for c in CONTAINERS if c in contents), None)
     return {}
 

@@ -218,6 +218,14 @@ def test_one_shared_encoder_under_two_names_is_loaded():
     """BYOL of byol-pytorch stores the network and the online encoder's reference to it."""
     weights = tiny("resnet").state_dict()
     given = below("net.", weights) | below("online_encoder.net.", weights)
+    report = load_pretrained(tiny("resnet"), given)
+    assert report.coverage == 1
+    assert set(report.unexpected.values()) == {"another name of a tensor that is loaded"}
+
+
+def test_two_encoders_under_two_names_are_the_users_choice():
+    weights = tiny("resnet").state_dict()
+    given = below("net.", weights) | below("online_encoder.net.", {key: x + 1 for key, x in weights.items()})
     with pytest.raises(ValueError, match=r"2 ways .*--weights_key net") as error:
         load_pretrained(tiny("resnet"), given)
     key = re.search(r"--weights_key (\S+)", str(error.value))[1]
