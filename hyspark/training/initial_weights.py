@@ -19,8 +19,8 @@ from hyspark.utils.log import LOG
 InitialisedT = TypeVar("InitialisedT", bound=nn.Module)
 INPUT_SETTINGS = tuple(setting.name for setting in fields(PrepareSettings))
 """Settings that determine a network's input from a volume."""
-RUN_AXES = ("x", "y", "z")
-"""Order of the axes of a volume's array."""
+VOLUME_AXES = (0, 1, 2)
+"""Axes x, y, z of a volume, in the order of its array."""
 
 
 def initialise(build: Callable[[], InitialisedT], seed: int) -> InitialisedT:
@@ -63,19 +63,17 @@ def describe_differences(
             f"{path} does not say for which intensity it was made (the released weights: ct), this run has "
             + " ".join(settings.intensity)
         )
-    order = as_values(made_with.get("axis_order", ()), True)
-    if order not in ((), RUN_AXES) and order != axis_order_of(model):
-        lines.append(
-            f"{path} was made with arrays in the order of axes {' '.join(order)}, this run has {' '.join(RUN_AXES)}; "
-            "its kernels fit only a network that turns its input to that order"
-        )
+    own, other = (axis_order_of(given) for given in (vars(settings), made_with))
+    if own != other and any(name in made_with for name in INPUT_SETTINGS):
+        shown, wanted = (" ".join("xyz"[axis] for axis in order) for order in (other, own))
+        lines.append(f"{path} was made with arrays of axes {shown}, this run has {wanted}: its kernels lie otherwise")
     return lines
 
 
-def axis_order_of(model: nn.Module) -> tuple[str, ...]:
-    """Return the order of axes to which a network turns its input (attribute `axis_order` of one of its modules)."""
-    found = (getattr(part, "axis_order", None) for part in model.modules())
-    return next((tuple(order) for order in found if order is not None), RUN_AXES)
+def axis_order_of(settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the axis of x, y, z (0, 1, 2) that is each axis of a network, by the setting axis_order."""
+    order = as_values(settings.get("axis_order", ()), False)
+    return order if sorted(order) == list(VOLUME_AXES) else VOLUME_AXES
 
 
 def settings_beside(path: Path) -> Mapping[str, Any]:

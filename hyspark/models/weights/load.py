@@ -108,12 +108,17 @@ def count_by_module(keys: tuple[str, ...]) -> str:
 
 def model_key(key: str, wanted: Mapping[str, Tensor]) -> str:
     """Convert a source key to the model's: without wrappers and holders, and with `encoder.` if the model has it."""
-    key = strip_wrappers(key)
-    key = strip_wrappers(key.removeprefix(next((p for p in HOLDERS if key.startswith(p)), "")))
+    key = strip_holder(key)
     for candidate in (key, key.removeprefix("encoder."), f"encoder.{key}"):
         if candidate in wanted:
             return candidate
     return key
+
+
+def strip_holder(key: str) -> str:
+    """Remove wrappers from a key, and the name by which a training program's module holds the network."""
+    key = strip_wrappers(key)
+    return strip_wrappers(key.removeprefix(next((p for p in HOLDERS if key.startswith(p)), "")))
 
 
 def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Any] | list[Any], key: str = "") -> LoadReport:

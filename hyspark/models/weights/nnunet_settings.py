@@ -16,7 +16,8 @@ from hyspark.models.weights.objects import load_pickle
 CT_SCHEMES = ("CTNormalization", "CT", "CT2")
 """Normalisations of CT: clipped to percentiles, less the mean, by the deviation; of the foreground of the data set."""
 NO_SCHEMES = ("NoNormalization",)
-OWN_AXES = ("x", "y", "z")
+VOLUME_AXES = (0, 1, 2)
+"""Axes x, y, z of a volume."""
 WRAPPED = "network.embeddings."
 """Begin of the keys of this package's network in a checkpoint of nnU-Net; its wrapper turns arrays to x y z."""
 STAGE_ARGUMENT = 5
@@ -29,7 +30,7 @@ def nnunet_settings(contents: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         Those of these that it names: `spacing` in mm and `crop_size` in x y z order; `intensity`, which is a name of
         nnU-Net where this package has no equal; for CT `hu_min`, `hu_max`, `input_mean`, `input_std`; `axis_order`,
-        the names of the axes of the network's arrays.
+        the axis of x, y, z (0, 1, 2) that is each axis of the network.
     """
     try:
         plans, configuration = find_plans(contents)
@@ -78,15 +79,15 @@ def plan_settings(plans: Mapping[str, Any], configuration: Mapping[str, Any]) ->
     found: dict[str, Any] = {}
     spacing = configuration.get("spacing", configuration.get("current_spacing"))
     patch = configuration.get("patch_size")
-    # Transposing forward lists, for each axis of the network, the axis of the file's array (z, y, x).
-    order = numbers(plans.get("transpose_forward", range(3)))
-    axes = [OWN_AXES[::-1][int(axis)] for axis in order] if len(order) == 3 else []
-    if axes:
-        found["axis_order"] = tuple(axes)
+    # transpose_forward names, for each axis of the network, that of the array z, y, x which is read from a file.
+    order = tuple(2 - int(axis) for axis in numbers(plans.get("transpose_forward", VOLUME_AXES)))
+    if sorted(order) != list(VOLUME_AXES):
+        return intensity_settings(plans, configuration)
+    found["axis_order"] = order
     for name, values, kind in (("spacing", spacing, float), ("crop_size", patch, int)):
-        if axes and values is not None and len(values) == 3:
-            by_axis = dict(zip(axes, numbers(values), strict=True))
-            found[name] = tuple(kind(by_axis[axis]) for axis in OWN_AXES)
+        if values is not None and len(values) == len(order):
+            by_axis = dict(zip(order, numbers(values), strict=True))
+            found[name] = tuple(kind(by_axis[axis]) for axis in VOLUME_AXES)
     return found | intensity_settings(plans, configuration)
 
 
