@@ -16,6 +16,8 @@ from hyspark.models.weights.objects import load_pickle
 CT_SCHEMES = ("CTNormalization", "CT", "CT2")
 """Normalisations of CT: clipped to percentiles, less the mean, by the deviation; of the foreground of the data set."""
 NO_SCHEMES = ("NoNormalization",)
+ALIAS = "another name of a tensor that is loaded"
+"""Reason to ignore a key whose tensor has several: nnU-Net's decoders refer to their encoders."""
 VOLUME_AXES = (0, 1, 2)
 """Axes x, y, z of a volume."""
 WRAPPED = "network.embeddings."
@@ -154,4 +156,9 @@ def split_decoder(contents: object, tensors: Mapping[str, Tensor]) -> tuple[Mapp
     used = {key: value for key, value in tensors.items() if key.startswith(kept)}
     if not used:
         return tensors, {}
-    return used, dict.fromkeys(tensors.keys() - used.keys(), "decoder of pre-training")
+    addresses = {value.data_ptr() for value in used.values()}
+    return used, {
+        key: ALIAS if value.data_ptr() in addresses else "decoder of pre-training"
+        for key, value in tensors.items()
+        if key not in used
+    }

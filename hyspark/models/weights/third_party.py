@@ -23,6 +23,7 @@ from hyspark.models.weights.leftovers import (
     reason_to_ignore,
 )
 from hyspark.models.weights.mismatch import few_match_error, no_match_error
+from hyspark.models.weights.nnunet_settings import ALIAS
 from hyspark.models.weights.prefixes import (
     COUNTER,
     FILE_PREFIXES,
@@ -196,7 +197,7 @@ def pair_keys(
     used = {address_of(given[key]) for key in pairs.values()}
     names = set(pairs.values())
     aliases = {key for key in given if key not in names and given[key].numel() and address_of(given[key]) in used}
-    unexpected |= dict.fromkeys(aliases, "another name of a tensor that is loaded")
+    unexpected |= dict.fromkeys(aliases, ALIAS)
     return pairs, unexpected, [key for key in unexplained if key not in aliases]
 
 
