@@ -14,13 +14,12 @@ from hyspark.data.intensity import OF_CT
 from hyspark.data.seeds import seed_at
 from hyspark.data.settings import PrepareSettings
 from hyspark.models.weights.load import LoadReport, is_own_network, load_pretrained
+from hyspark.models.weights.nnunet_settings import VOLUME_AXES
 from hyspark.utils.log import LOG
 
 InitialisedT = TypeVar("InitialisedT", bound=nn.Module)
 INPUT_SETTINGS = tuple(setting.name for setting in fields(PrepareSettings))
 """Settings that determine a network's input from a volume."""
-VOLUME_AXES = (0, 1, 2)
-"""Axes x, y, z of a volume, in the order of its array."""
 
 
 def initialise(build: Callable[[], InitialisedT], seed: int) -> InitialisedT:

@@ -77,7 +77,9 @@ def plan_run(plans: dict[str, Any], configuration: str, environment: Mapping[str
     notes = []
     if patch != fitting:
         known[configuration]["patch_size"] = found["patch_size"] = fitting
-        notes.append(f"patch_size {shown(patch)} of the plan: trained with {shown(fitting)}, multiples of {PATCH}")
+        notes.append(
+            f"patch_size {flag_value(patch)} of the plan: trained with {flag_value(fitting)}, multiples of {PATCH}"
+        )
     given = DEFAULTS | (read_yaml(environment[RECIPE], SegmentationConfig) if environment.get(RECIPE) else {})
     if unread := sorted(set(given) - set(READ)):
         notes.append(f"{environment[RECIPE]}: not read here, since nnU-Net and its plan decide: {', '.join(unread)}")
@@ -90,7 +92,7 @@ def plan_run(plans: dict[str, Any], configuration: str, environment: Mapping[str
     of_plan = plan_settings(plans, found)
     plans[KEY] = {name: value for name, value in as_plain(config).items() if name in READ}
     plans[KEY] |= {name: as_list(of_plan[name]) for name in (*INPUT_SETTINGS, "crop_size") if name in of_plan}
-    notes.append("HySparK: " + ", ".join(f"{name} {shown(value)}" for name, value in plans[KEY].items()))
+    notes.append("HySparK: " + ", ".join(f"{name} {flag_value(value)}" for name, value in plans[KEY].items()))
     return NnunetRun(config, notes)
 
 
@@ -104,7 +106,7 @@ def as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def shown(value: Any) -> str:
+def flag_value(value: Any) -> str:
     """Write a setting as on the command line."""
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
@@ -154,14 +156,14 @@ def load_initial_weights(network: Hybird, config: SegmentationConfig, plans: Map
     differing = describe_differences(network, config.weights, report, prepared)
     lines = [f"initial weights {config.weights}", *str(report).splitlines()]
     if differing:
-        flags = " ".join(f"--{name} {shown(value)}" for name, value in own.items() if value not in ([], ""))
+        flags = " ".join(f"--{name} {flag_value(value)}" for name, value in own.items() if value not in ([], ""))
         lines += [f"WARNING: {line}" for line in differing]
-        lines.append(f"pre-train for this plan with: {flags} --crop_size {shown(plans[KEY]['crop_size'])}")
+        lines.append(f"pre-train for this plan with: {flags} --crop_size {flag_value(plans[KEY]['crop_size'])}")
     return lines
 
 
 def check_same_settings(folder: str | None, plans: Mapping[str, Any]) -> None:
-    """Check that a training has the settings of others that its folder holds, whose plans.json predictions read.
+    """Check that a training has the settings of the other folds in its folder, whose plans.json predictions read.
 
     Args:
         folder: folder of all folds of a configuration.

@@ -82,13 +82,13 @@ def plan_settings(plans: Mapping[str, Any], configuration: Mapping[str, Any]) ->
     spacing = configuration.get("spacing", configuration.get("current_spacing"))
     patch = configuration.get("patch_size")
     # transpose_forward names, for each axis of the network, that of the array z, y, x which is read from a file.
-    order = tuple(2 - int(axis) for axis in numbers(plans.get("transpose_forward", VOLUME_AXES)))
+    order = tuple(2 - int(axis) for axis in plain_numbers(plans.get("transpose_forward", VOLUME_AXES)))
     if sorted(order) != list(VOLUME_AXES):
         return intensity_settings(plans, configuration)
     found["axis_order"] = order
     for name, values, kind in (("spacing", spacing, float), ("crop_size", patch, int)):
         if values is not None and len(values) == len(order):
-            by_axis = dict(zip(order, numbers(values), strict=True))
+            by_axis = dict(zip(order, plain_numbers(values), strict=True))
             found[name] = tuple(kind(by_axis[axis]) for axis in VOLUME_AXES)
     return found | intensity_settings(plans, configuration)
 
@@ -114,7 +114,7 @@ def intensity_settings(plans: Mapping[str, Any], configuration: Mapping[str, Any
     return found
 
 
-def numbers(values: Any) -> list[float]:
+def plain_numbers(values: Any) -> list[float]:
     """Return the numbers of a list, an array or a tensor."""
     return [float(value) for value in (values.tolist() if hasattr(values, "tolist") else values)]
 

@@ -221,13 +221,13 @@ def drop_copies(
     for source, own in pairs:
         rests = (key.removeprefix(source) for key in values if key.startswith(source))
         found = {wanted[own + rest].data_ptr(): values[source + rest] for rest in rests if own + rest in wanted}
-        if not any(are_equal(found, other) for other in assigned):
+        if not any(assign_equally(found, other) for other in assigned):
             kept.append((source, own))
             assigned.append(found)
     return kept
 
 
-def are_equal(one: Mapping[int, Tensor], other: Mapping[int, Tensor]) -> bool:
+def assign_equally(one: Mapping[int, Tensor], other: Mapping[int, Tensor]) -> bool:
     """Whether two assignments give the same tensors the same numbers."""
     return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
 
