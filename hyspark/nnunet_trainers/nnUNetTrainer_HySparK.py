@@ -80,13 +80,14 @@ class nnUNetTrainer_HySparK(nnUNetTrainer):
 
     def on_train_start(self) -> None:
         """Hold the settings against those of other folds, and load the initial weights of a new training."""
-        nnunet_run.check_same_settings(self.output_folder_base, self.plans_manager.plans)
-        super().on_train_start()
+        if not self.was_initialized:
+            self.initialize()
+        plans = self.plans_manager.plans
+        nnunet_run.check_same_settings(self.output_folder_base, plans)
         if self.current_epoch == 0 and self.hyspark.weights != "none":
-            for line in nnunet_run.load_initial_weights(
-                self.plain_network().network, self.hyspark, self.plans_manager.plans
-            ):
+            for line in nnunet_run.load_initial_weights(self.plain_network().network, self.hyspark, plans):
                 self.print_to_log_file(line)
+        super().on_train_start()
 
     def on_train_epoch_start(self) -> None:
         """Begin an epoch."""

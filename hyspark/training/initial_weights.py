@@ -20,6 +20,8 @@ from hyspark.utils.log import LOG
 InitialisedT = TypeVar("InitialisedT", bound=nn.Module)
 INPUT_SETTINGS = tuple(setting.name for setting in fields(PrepareSettings))
 """Settings that determine a network's input from a volume."""
+SHOWN_SETTINGS = (*INPUT_SETTINGS, "crop_size", "axis_order")
+"""Settings of weights that are printed."""
 
 
 def initialise(build: Callable[[], InitialisedT], seed: int) -> InitialisedT:
@@ -65,8 +67,19 @@ def describe_differences(
     own, other = (axis_order_of(given) for given in (vars(settings), made_with))
     if own != other and any(name in made_with for name in INPUT_SETTINGS):
         shown, wanted = (" ".join("xyz"[axis] for axis in order) for order in (other, own))
-        lines.append(f"{path} was made with arrays of axes {shown}, this run has {wanted}: its kernels lie otherwise")
+        lines.append(f"{path} was made with arrays of axes {shown}, this run has {wanted}: its kernels are turned")
     return lines
+
+
+def describe_inputs(made_with: Mapping[str, Any]) -> list[str]:
+    """Describe the input of the network that weights were made with, in a line; none if they do not say it."""
+    given = {name: as_values(made_with.get(name, ()), name == "intensity") for name in SHOWN_SETTINGS}
+    found = [
+        f"{name} {' '.join(f'{x:g}' if isinstance(x, float) else str(x) for x in xs)}"
+        for name, xs in given.items()
+        if xs
+    ]
+    return [f"made with  {', '.join(found)}"] if found else []
 
 
 def axis_order_of(settings: Mapping[str, Any]) -> tuple[int, ...]:

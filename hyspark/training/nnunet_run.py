@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from hyspark.config.recipes import as_plain, read_yaml, typed_values
 from hyspark.config.segmentation import SegmentationConfig, check_decoder, network_options
@@ -19,17 +20,15 @@ from hyspark.config.shared import EncoderSettings
 from hyspark.data.settings import PrepareSettings
 from hyspark.models.axis_order import PermutedAxes
 from hyspark.models.defaults import PATCH, nearest_multiple
-from hyspark.models.segmentation import Hybird, build_hybird
+from hyspark.models.segmentation import build_hybird
 from hyspark.models.weights.load import load_pretrained
-from hyspark.models.weights.nnunet_settings import inherited, plan_settings
+from hyspark.models.weights.nnunet_settings import OWN_SETTINGS, inherited, plan_settings
 from hyspark.training.initial_weights import INPUT_SETTINGS, describe_differences, initialise
 from hyspark.training.optim import finetuning_schedule, set_lr_and_decay
 from hyspark.utils.settings import field_info
 
 RECIPE, WEIGHTS = "HYSPARK_RECIPE", "HYSPARK_WEIGHTS"
 """Environment variables: a recipe of fine-tuning, by path or name; a file of initial weights."""
-KEY = "hyspark"
-"""Key of the settings in the plans."""
 READ = (
     *field_info(EncoderSettings),
     *("decoder", "decoder_width", "decoder_min_width", "weights", "weights_key", "seed"),
@@ -90,9 +89,9 @@ def plan_run(plans: dict[str, Any], configuration: str, environment: Mapping[str
     config = SegmentationConfig(**{name: value for name, value in given.items() if name in READ})
     check_decoder(config)
     of_plan = plan_settings(plans, found)
-    plans[KEY] = {name: value for name, value in as_plain(config).items() if name in READ}
-    plans[KEY] |= {name: as_list(of_plan[name]) for name in (*INPUT_SETTINGS, "crop_size") if name in of_plan}
-    notes.append("HySparK: " + ", ".join(f"{name} {flag_value(value)}" for name, value in plans[KEY].items()))
+    plans[OWN_SETTINGS] = {name: value for name, value in as_plain(config).items() if name in READ}
+    plans[OWN_SETTINGS] |= {name: as_list(of_plan[name]) for name in (*INPUT_SETTINGS, "crop_size") if name in of_plan}
+    notes.append("HySparK: " + ", ".join(f"{name} {flag_value(value)}" for name, value in plans[OWN_SETTINGS].items()))
     return NnunetRun(config, notes)
 
 
@@ -123,9 +122,9 @@ def build_network(plans: Mapping[str, Any], patch: Sequence[int], num_channels: 
     Raises:
         ValueError: The plans hold no settings of this network.
     """
-    if KEY not in plans:
+    if OWN_SETTINGS not in plans:
         raise ValueError("plans: expected the settings of HySparK's network under 'hyspark', got none; was it trained?")
-    values = {name: value for name, value in plans[KEY].items() if name in READ}
+    values = {name: value for name, value in plans[OWN_SETTINGS].items() if name in READ}
     config = SegmentationConfig(**typed_values(values, SegmentationConfig, "plans"))
     order = volume_order(plans["transpose_forward"], len(patch))
     edges = [patch[order.index(axis)] for axis in range(len(patch))]
@@ -140,7 +139,7 @@ def volume_order(transpose_forward: Sequence[int], axes: int) -> list[int]:
     return [sorted(order).index(axis) for axis in order]
 
 
-def load_initial_weights(network: Hybird, config: SegmentationConfig, plans: Mapping[str, Any]) -> list[str]:
+def load_initial_weights(network: nn.Module, config: SegmentationConfig, plans: Mapping[str, Any]) -> list[str]:
     """Load the initial weights.
 
     Returns:
@@ -151,14 +150,16 @@ def load_initial_weights(network: Hybird, config: SegmentationConfig, plans: Map
         FileNotFoundError, ValueError: As `load_pretrained`.
     """
     report = load_pretrained(network, config.weights, config.weights_key)
-    own = {name: value for name, value in plans[KEY].items() if name in INPUT_SETTINGS}
+    own = {name: value for name, value in plans[OWN_SETTINGS].items() if name in INPUT_SETTINGS}
     prepared = PrepareSettings(**{name: tuple(x) if isinstance(x, list) else x for name, x in own.items()})
     differing = describe_differences(network, config.weights, report, prepared)
     lines = [f"initial weights {config.weights}", *str(report).splitlines()]
     if differing:
         flags = " ".join(f"--{name} {flag_value(value)}" for name, value in own.items() if value not in ([], ""))
         lines += [f"WARNING: {line}" for line in differing]
-        lines.append(f"pre-train for this plan with: {flags} --crop_size {flag_value(plans[KEY]['crop_size'])}")
+        lines.append(
+            f"pre-train for this plan with: {flags} --crop_size {flag_value(plans[OWN_SETTINGS]['crop_size'])}"
+        )
     return lines
 
 
@@ -175,8 +176,8 @@ def check_same_settings(folder: str | None, plans: Mapping[str, Any]) -> None:
     file = Path(folder or ".") / "plans.json"
     if not folder or not file.is_file():
         return
-    before = json.loads(file.read_text()).get(KEY, {})
-    own = json.loads(json.dumps(plans[KEY]))
+    before = json.loads(file.read_text()).get(OWN_SETTINGS, {})
+    own = json.loads(json.dumps(plans[OWN_SETTINGS]))
     changed = [
         f"{name}: was {before.get(name)}, is {value}" for name, value in own.items() if before.get(name) != value
     ]

@@ -20,8 +20,10 @@ ALIAS = "another name of a tensor that is loaded"
 """Reason to ignore a key whose tensor has several: nnU-Net's decoders refer to their encoders."""
 VOLUME_AXES = (0, 1, 2)
 """Axes x, y, z of a volume."""
-WRAPPED = "network.embeddings."
-"""Begin of the keys of this package's network in a checkpoint of nnU-Net; its wrapper turns arrays to x y z."""
+OWN_SETTINGS = "hyspark"
+"""Key of the settings that `nnUNetTrainer_HySparK` keeps in the plans; its network turns arrays to x y z."""
+PLANS_UNKNOWN = (AttributeError, KeyError, IndexError, RecursionError, TypeError, ValueError)
+"""Errors of reading plans of another form."""
 STAGE_ARGUMENT = 5
 """Position of the stage among the arguments of a trainer of nnU-Net v1."""
 
@@ -36,14 +38,11 @@ def nnunet_settings(contents: Mapping[str, Any]) -> dict[str, Any]:
     """
     try:
         plans, configuration = find_plans(contents)
-        if isinstance(own := plans.get("hyspark"), Mapping):
+        if isinstance(own := plans.get(OWN_SETTINGS), Mapping):
             return dict(own)
-        found = plan_settings(plans, configuration) if configuration else {}
-    except (KeyError, IndexError, TypeError, ValueError):  # plans of a version that is not known here
+        return plan_settings(plans, configuration) if configuration else {}
+    except PLANS_UNKNOWN:
         return {}
-    if any(str(key).startswith(WRAPPED) for key in contents.get("network_weights", ())):
-        found.pop("axis_order", None)
-    return found
 
 
 def find_plans(contents: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

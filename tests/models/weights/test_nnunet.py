@@ -177,7 +177,16 @@ def test_the_normalisation_is_the_intensity(source, schemes, expected):
     assert {name: made[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("broken", [{"configurations": {}}, {"transpose_forward": "?"}, {"configurations": 3}])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"configurations": {}},
+        {"transpose_forward": "?"},
+        {"configurations": 3},
+        {"configurations": {"3d_fullres": "?"}},
+        {"configurations": {"3d_fullres": {"inherits_from": "3d_fullres"}}},
+    ],
+)
 def test_plans_of_another_form_say_nothing(source, broken):
     assert load_pretrained(UNet(), checkpoint(source, **broken)).made_with == {}
 
