@@ -151,7 +151,8 @@ def load_initial_weights(network: nn.Module, config: SegmentationConfig, plans: 
     """
     report = load_pretrained(network, config.weights, config.weights_key)
     own = {name: value for name, value in plans[OWN_SETTINGS].items() if name in INPUT_SETTINGS}
-    prepared = PrepareSettings(**{name: tuple(x) if isinstance(x, list) else x for name, x in own.items()})
+    values: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in own.items()}
+    prepared = PrepareSettings(**values)
     differing = describe_differences(network, config.weights, report, prepared)
     lines = [f"initial weights {config.weights}", *str(report).splitlines()]
     if differing:
