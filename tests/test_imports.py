@@ -18,6 +18,7 @@ CUDA_ALLOWED = {
     "training/precision.py": {"cuda"},  # which formats a GPU has
     "comparison/jobs.py": {"cuda", "CUDA_VISIBLE_DEVICES"},  # which GPU a job gets
     "config/shared.py": {"cuda"},  # a choice of the setting `device`
+    "nnunet_trainers/nnUNetTrainer_HySparK.py": {"cuda"},  # the default of nnU-Net
     "reports/run_page.py": {"cuda"},  # the environment table names the GPU
 }
 """Files that may say cuda in code, and the words they may use (None: any)."""

@@ -9,6 +9,8 @@ import hyspark
 ROOT = Path(hyspark.__file__).parents[1]
 MEASURES_MEMORY = {"hyspark.data.preprocessing.estimate", "hyspark.reports.data_check_page"}
 """Modules that still need `resource`."""
+OF_NNUNET = {"hyspark.nnunet_trainers.nnUNetTrainer_HySparK"}
+"""Modules that nnU-Net alone imports."""
 CODE = """
 import importlib, os, pkgutil, signal, sys
 import torch, torch.distributed, torch.utils.tensorboard, matplotlib.figure, monai, timm, nibabel, pydicom, PIL.Image
@@ -38,4 +40,4 @@ def test_every_module_is_imported_without_posix():
     done = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     failed = {line.split()[0] for line in done.stdout.splitlines()}
-    assert failed <= MEASURES_MEMORY, done.stdout
+    assert failed <= MEASURES_MEMORY | OF_NNUNET, done.stdout

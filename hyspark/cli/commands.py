@@ -135,9 +135,11 @@ def weights(argv: Sequence[str]) -> None:
     not_negative(args, "in_channels")
     positive(args, "out_channels")
     from hyspark.models.weights.load import load_pretrained
+    from hyspark.training.initial_weights import describe_inputs
 
     network = third_party_network(args, argv) if args.model else segmentation_network(args)
-    print(load_pretrained(network, args.path, args.weights_key))
+    report = load_pretrained(network, args.path, args.weights_key)
+    print("\n".join([str(report), *describe_inputs(report.made_with)]))
 
 
 def segmentation_network(args: WeightsArguments) -> Any:

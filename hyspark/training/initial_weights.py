@@ -14,11 +14,14 @@ from hyspark.data.intensity import OF_CT
 from hyspark.data.seeds import seed_at
 from hyspark.data.settings import PrepareSettings
 from hyspark.models.weights.load import LoadReport, is_own_network, load_pretrained
+from hyspark.models.weights.nnunet_settings import VOLUME_AXES
 from hyspark.utils.log import LOG
 
 InitialisedT = TypeVar("InitialisedT", bound=nn.Module)
 INPUT_SETTINGS = tuple(setting.name for setting in fields(PrepareSettings))
 """Settings that determine a network's input from a volume."""
+SHOWN_SETTINGS = (*INPUT_SETTINGS, "crop_size", "axis_order")
+"""Settings of weights that are printed."""
 
 
 def initialise(build: Callable[[], InitialisedT], seed: int) -> InitialisedT:
@@ -35,16 +38,54 @@ def load_volume_weights(model: nn.Module, path: str | Path, config: VolumeSettin
         FileNotFoundError, ValueError: As `load_pretrained`.
     """
     report = load_pretrained(model, path, config.weights_key)
-    made_with = report.made_with or settings_beside(Path(path))
-    for name, own, other in differing_inputs(config, made_with):
-        shown, wanted = (" ".join(map(str, values)) for values in (other, own))
-        LOG.warning("%s was made with %s %s, this run has %s", path, name, shown, wanted)
-    if not made_with and is_own_network(model) and set(config.intensity) != {"ct"}:
-        LOG.warning(
-            "%s does not say for which intensity it was made (the released weights: ct), this run has %s",
-            *(path, " ".join(config.intensity)),
-        )
+    for line in describe_differences(model, path, report, config):
+        LOG.warning("%s", line)
     return report
+
+
+def describe_differences(
+    model: nn.Module, path: str | Path, report: LoadReport, settings: PrepareSettings
+) -> list[str]:
+    """Describe in what a network's input differs from what its loaded weights were made with, one line for each.
+
+    Args:
+        model: The network.
+        path: File of the weights.
+        report: What was loaded.
+        settings: Preparation of the volumes that the network will see.
+    """
+    made_with = report.made_with or settings_beside(Path(path))
+    lines = []
+    for name, own, other in differing_inputs(settings, made_with):
+        shown, wanted = (" ".join(map(str, values)) for values in (other, own))
+        lines.append(f"{path} was made with {name} {shown}, this run has {wanted}")
+    if not made_with and is_own_network(model) and set(settings.intensity) != {"ct"}:
+        lines.append(
+            f"{path} does not say for which intensity it was made (the released weights: ct), this run has "
+            + " ".join(settings.intensity)
+        )
+    own, other = (axis_order_of(given) for given in (vars(settings), made_with))
+    if own != other and any(name in made_with for name in INPUT_SETTINGS):
+        shown, wanted = (" ".join("xyz"[axis] for axis in order) for order in (other, own))
+        lines.append(f"{path} was made with arrays of axes {shown}, this run has {wanted}: its kernels are turned")
+    return lines
+
+
+def describe_inputs(made_with: Mapping[str, Any]) -> list[str]:
+    """Describe the input of the network that weights were made with, in a line; none if they do not say it."""
+    given = {name: as_values(made_with.get(name, ()), name == "intensity") for name in SHOWN_SETTINGS}
+    found = [
+        f"{name} {' '.join(f'{x:g}' if isinstance(x, float) else str(x) for x in xs)}"
+        for name, xs in given.items()
+        if xs
+    ]
+    return [f"made with  {', '.join(found)}"] if found else []
+
+
+def axis_order_of(settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the axis of x, y, z (0, 1, 2) that is each axis of a network, by the setting axis_order."""
+    order = as_values(settings.get("axis_order", ()), False)
+    return order if sorted(order) == list(VOLUME_AXES) else VOLUME_AXES
 
 
 def settings_beside(path: Path) -> Mapping[str, Any]:
@@ -59,7 +100,7 @@ def settings_beside(path: Path) -> Mapping[str, Any]:
 
 
 def differing_inputs(
-    config: VolumeSettings, made_with: Mapping[str, Any]
+    config: PrepareSettings, made_with: Mapping[str, Any]
 ) -> Iterator[tuple[str, tuple[Any, ...], tuple[Any, ...]]]:
     """Yield the settings of a network's input that are others than those that weights were made with.
 

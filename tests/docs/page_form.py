@@ -30,7 +30,8 @@ INDENTED_COMMAND = re.compile(
     r"(?: {4,}|\t)\s*(?:\$ |\w+=\S* |(?:\S*/)?bin/)*(?:hyspark|python3?|make|torchrun|pip|git|cd) \S"
 )
 NEEDED = re.compile(
-    r"GPU|SLURM|network access|git checkout|weights|torchrun|BTCV|OpenKBP|TotalSegmentator|Dataset\d|COVID-CT|\ba CT\b"
+    r"GPU|SLURM|nnU-Net|network access|git checkout|weights|torchrun|BTCV|OpenKBP|TotalSegmentator|Dataset\d|COVID-CT|"
+    r"\ba CT\b"
 )
 """What a block that is not run may need. A new reason is a decision, and joins these."""
 NO_REASON = re.compile(r"minute|hour|time|second|slow", re.IGNORECASE)

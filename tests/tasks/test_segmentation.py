@@ -240,6 +240,20 @@ def test_weights_that_have_seen_other_volumes_are_pointed_out(finetuning, tmp_pa
     ]
 
 
+def test_weights_of_another_order_of_axes_are_pointed_out(finetuning, tmp_path, caplog):
+    """As those that nnU-Net trained on arrays z, y, x."""
+    model = initialise_segmentation(finetuning, 9)
+    made = {"spacing": list(finetuning.spacing), "axis_order": [2, 1, 0]}
+    torch.save({"model": model.state_dict(), "config": made}, tmp_path / "a.pth")
+    load_volume_weights(model, tmp_path / "a.pth", finetuning)
+    (record,) = caplog.records
+    assert record.getMessage().endswith("made with arrays of axes z y x, this run has x y z: its kernels are turned")
+    for order in ([], [0, 1, 2], "?", [0, 0, 1]):
+        torch.save({"model": model.state_dict(), "config": made | {"axis_order": order}}, tmp_path / "a.pth")
+        load_volume_weights(model, tmp_path / "a.pth", finetuning)
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize("setting", ["decoder_width", "decoder_min_width"])
 def test_settings_of_the_other_decoder_are_refused_in_a_new_run(finetuning, setting, monkeypatch):
     """In an old one, which had them for nothing, they change nothing."""

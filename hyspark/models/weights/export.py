@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from hyspark.models.weights.files import made_with, read_contents, strip_wrappers
-from hyspark.models.weights.load import ENCODER, LIGHT_DECODER, MASK_TOKEN, RELEASED_DECODER
+from hyspark.models.weights.files import made_with, read_contents
+from hyspark.models.weights.load import ENCODER, LIGHT_DECODER, MASK_TOKEN, RELEASED_DECODER, strip_holder
 from hyspark.models.weights.search import choose_state_dict
 from hyspark.utils.atomic import write_whole
 
@@ -57,7 +57,7 @@ def export_weights(
 
 def count_encoder(given: Mapping[str, Tensor]) -> int:
     """Count the tensors of the encoder in a state dict."""
-    return sum(strip_wrappers(key).removeprefix("encoder.").startswith(ENCODER) for key in given)
+    return sum(strip_holder(key).removeprefix("encoder.").startswith(ENCODER) for key in given)
 
 
 def select_weights(
@@ -77,7 +77,7 @@ def select_weights(
     wanted = ENCODER + (LIGHT_DECODER if decoder else ())
     weights = {}
     for key, value in given.items():
-        own = strip_wrappers(key).removeprefix("encoder.")
+        own = strip_holder(key).removeprefix("encoder.")
         if own.startswith(wanted) and not own.startswith((MASK_TOKEN, *RELEASED_DECODER)):
             weights[own] = value if dtype is None else cast_tensor(value, dtype, f"{name}: {key}")
     needed = {"encoder": ENCODER} | ({"light decoder": ("decoder.levels.",)} if decoder else {})

@@ -21,6 +21,7 @@ from hyspark.models.weights.model_folder import (
     settings_of,
     with_copies,
 )
+from hyspark.models.weights.nnunet_settings import nnunet_settings
 from hyspark.models.weights.objects import load_pickle, load_torch
 from hyspark.models.weights.search import CONTAINERS, choose_state_dict, find_candidates
 
@@ -170,6 +171,8 @@ def made_with(contents: object) -> Mapping[str, Any]:
     while isinstance(contents, Mapping):
         if isinstance(config := contents.get("config"), Mapping):
             return config
+        if found := nnunet_settings(contents):
+            return found
         contents = next((contents[c] for c in CONTAINERS if c in contents), None)
     return {}
 

@@ -14,6 +14,8 @@ LAYOUTS = (
     (r"(\bdenselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2"),  # DenseNet of early torchvision, as in CheXNet
     (r"\bmlp\.fc([12]\.)", r"mlp.linear\1"),  # Swin UNETR in pre-training
     (r"(\blayers\d\.0\.)0\.", r"\1"),  # the same, of later authors
+    (r"\bencoder\.(patch_embed\.|layers\d\.0\.)(?:0\.)?", r"swinViT.\1"),  # the same, with its decoder
+    (r"\bswin_vit\.", "swinViT."),  # the same, of early MONAI
 )
 """Patterns of names and what they are in the network's file, each tried on its own."""
 SHARED_POSITIONS = "rel_pos_bias.relative_position_bias_table"

@@ -11,10 +11,16 @@ from hyspark.utils.text import count_of
 HEAD_MODULES = (
     *("fc", "_fc", "classifier", "head", "heads", "head_dist", "class_layers", "last_linear", "classification_head"),
     *("aux1", "aux2", "AuxLogits", "segmentation_head", "conv_final", "output_block", "deep_supervision_heads"),
+    *("out", "out_tr", "final_conv", "seg_outputs", "seg_layers", "decoder.seg_layers"),
 )
-"""Modules that give class scores in networks of torchvision and MONAI; networks of timm declare theirs."""
-DECODER_MODULES = ("decoder", "up_layers", "up_samples", "upsamples")
-"""Modules behind the encoder in MONAI's FlexibleUNet, SegResNet and DynUNet."""
+"""Modules that give class scores in networks of torchvision, MONAI, nnU-Net and Models Genesis; those of timm declare
+theirs.
+"""
+DECODER_MODULES = (
+    *("decoder", "up_layers", "up_samples", "upsamples", "up_projection"),
+    *(f"decoder{level}" for level in range(1, 6)),
+)
+"""Modules behind the encoder in nnU-Net's networks, and in MONAI's FlexibleUNet, SegResNet, DynUNet and Swin UNETR."""
 IGNORED_KEYS = {
     r"encoder_k\.": "momentum encoder of MoCo, encoder_q is used",
     r"(val_)?queue\d*(_ptr)?$": "queue of MoCo",
@@ -33,12 +39,13 @@ IGNORED_KEYS = {
     r"decoder_(embed|blocks|norm|pred)\.|decoder_pos_embed$": "decoder of MAE",
     r"(.*\.)?mask_token$": "token of hidden patches in pre-training",
     r"(lm_head|rotation_head|reconstruction_head)\.": "head of pre-training",
+    r"encoder\.norm\.": "norm behind the encoder of pre-training",
     r"(dense_decoder|densify_norms|densify_projs|mask_tokens|densify)\.": "decoder of pre-training",
     r"n_averaged$": "number of averaged steps",
     r"(imn_m|imn_s|norm_black)$": "stored by SparK, not used",
     r"((pixel|image)_)?(mean|std)$|normali[sz]\w*\.(mean|std)$": "normalisation of images, no weights",
     r"(.*\.)?(relative_position_index|relative_coords_table|attn_mask|freqs_cis)$": "table, which the network computes",
-    rf"({'|'.join(HEAD_MODULES)})\.": "head of the file's network, not part of this model",
+    rf"({'|'.join(map(re.escape, HEAD_MODULES))})\.": "head of the file's network, not part of this model",
     rf"({'|'.join(DECODER_MODULES)})\.": "decoder, not part of this model",
 }
 """Patterns of keys that a file may have beside those of the network, with the reasons."""

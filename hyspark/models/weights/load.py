@@ -21,6 +21,7 @@ from hyspark.models.vit import TokenTransformer
 from hyspark.models.weights.adapt import adapt_channels
 from hyspark.models.weights.files import made_with, read_contents, strip_wrappers
 from hyspark.models.weights.mismatch import OWN_ALONE, no_match_error
+from hyspark.models.weights.nnunet_settings import check_no_plans, settings_beside_model, split_decoder
 from hyspark.models.weights.prefixes import find_fit
 from hyspark.models.weights.search import choose_state_dict
 from hyspark.models.weights.third_party import (
@@ -53,6 +54,8 @@ class LoadReport:
         made_with: settings of the run that made the weights, as far as the file has them.
         source: key of the state dict in the file; empty if the file is one.
         alternatives: keys of further state dicts in the file that match equally well.
+        num_tensors: number of the model's tensors, those of several names counted once.
+        num_missing: number of these that keep their random initialisation.
     """
 
     matched: tuple[str, ...]
@@ -63,13 +66,15 @@ class LoadReport:
     made_with: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
     alternatives: tuple[str, ...] = ()
+    num_tensors: int = 0
+    num_missing: int = 0
 
     def __str__(self) -> str:
-        total = len(self.matched) + len(self.adapted) + len(self.missing)
+        total = self.num_tensors
         lines = [
             f"matched    {len(self.matched):4d} {'key' if len(self.matched) == 1 else 'keys'}, covering "
             f"{self.coverage:.1%} of the model's parameters"
-            + f" ({(total - len(self.missing)) / max(1, total):.0%} of its {total} tensors)",
+            + f" ({(total - self.num_missing) / max(1, total):.0%} of its {total} tensors)",
             f"adapted    {len(self.adapted):4d}" + join_reasons(self.adapted),
             f"missing    {len(self.missing):4d}"
             + (f" (randomly initialised: {count_by_module(self.missing)})" if self.missing else ""),
@@ -103,12 +108,17 @@ def count_by_module(keys: tuple[str, ...]) -> str:
 
 def model_key(key: str, wanted: Mapping[str, Tensor]) -> str:
     """Convert a source key to the model's: without wrappers and holders, and with `encoder.` if the model has it."""
-    key = strip_wrappers(key)
-    key = strip_wrappers(key.removeprefix(next((p for p in HOLDERS if key.startswith(p)), "")))
+    key = strip_holder(key)
     for candidate in (key, key.removeprefix("encoder."), f"encoder.{key}"):
         if candidate in wanted:
             return candidate
     return key
+
+
+def strip_holder(key: str) -> str:
+    """Remove wrappers from a key, and the name by which a training program's module holds the network."""
+    key = strip_wrappers(key)
+    return strip_wrappers(key.removeprefix(next((p for p in HOLDERS if key.startswith(p)), "")))
 
 
 def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Any] | list[Any], key: str = "") -> LoadReport:
@@ -144,26 +154,31 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Any] | l
     own = is_own_network(model)
     settings = () if own else SPARK_SETTINGS
     contents = read_contents(source) if isinstance(source, str | Path) else source
+    check_no_plans(contents, name)
     score = partial(count_own if own else count_third_party, model)
     chosen, alternatives = choose_state_dict(contents, name, score, settings=settings, key=key)
-    given = chosen.tensors
-    check_num_heads(model, made_with(contents), name)
+    given, aside = split_decoder(contents, chosen.tensors)
+    settings_of_file = made_with(contents) or settings_beside_model(Path(name))
+    check_num_heads(model, settings_of_file, name)
     found = match_own(model, given, name) if own else match_third_party(model, given, name)
     check_loaded(found.loaded, model.state_dict(), name)
     state = model.state_dict()  # its own, for the versions that some networks keep beside the values
     state.update(found.loaded)
     model.load_state_dict(state)
     numbers = {key: p.numel() for key, p in model.named_parameters()}
+    addresses = {key: (value.data_ptr() if value.numel() else key) for key, value in model.state_dict().items()}
     coverage = 1 - sum(n for key, n in numbers.items() if key in found.missing) / sum(numbers.values())
     return LoadReport(
         found.matched,
         found.adapted,
         found.missing,
-        found.unexpected,
+        found.unexpected | aside,
         coverage,
-        made_with(contents),
+        settings_of_file,
         chosen.key,
         alternatives,
+        len(set(addresses.values())),
+        len({addresses[key] for key in found.missing}),
     )
 
 

@@ -14,6 +14,7 @@ LIKELY_REASONS = {
     r"(^|\.)embeddings\.(layer\d|stem)\.": (
         "they are those of HySparK's own network; drop --model, and give a prefix of the names by --weights_key"
     ),
+    r"(^|\.)conv_blocks_context\.\d+\.\d+\.(conv|norm)\d\.": f"they are those of STU-Net; {BY_FACTORY}",
     r"(^|\.)(conv_blocks_context|encoder\.stages\.\d+\.(\d+\.convs|blocks\.\d+\.conv\d)|stages\.\d+\.\d+\.convs)\.": (
         f"they are those of nnU-Net; {BY_FACTORY} (from its plans)"
     ),
@@ -87,4 +88,7 @@ def likely_reason(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
             same += 1
     if same >= 0.8 * len(wanted):
         return f"{same} tensors have the shapes of the model's: it may be this network by names of another library"
-    return "is it from another network?"
+    return (
+        "they are those of no network that is known here; load it into its own network: load_pretrained(network, ...), "
+        "or --model PACKAGE.MODULE:FACTORY by a function that builds it"
+    )

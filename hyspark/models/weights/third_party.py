@@ -9,6 +9,7 @@ outside the network's prefix stays randomly initialised.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from hyspark.models.weights.adapt import POSITIONS, adapt_channels, is_stem, resample_positions, stem_channels
@@ -22,6 +23,7 @@ from hyspark.models.weights.leftovers import (
     reason_to_ignore,
 )
 from hyspark.models.weights.mismatch import few_match_error, no_match_error
+from hyspark.models.weights.nnunet_settings import ALIAS
 from hyspark.models.weights.prefixes import (
     COUNTER,
     FILE_PREFIXES,
@@ -96,6 +98,9 @@ def match_third_party(model: nn.Module, given: Mapping[str, Tensor], name: str) 
             adapted[target] = f"positions resampled, {tuple(value.shape)} -> {tuple(want.shape)}"
         else:
             raise shape_error(names.get(key, key), value, want, given, name)
+    for target in [key for key in find_missing(wanted, loaded) if is_unused_bias(key, loaded)]:
+        loaded[target] = torch.zeros_like(wanted[target])
+        adapted[target] = "0, since the file's shortcuts have no bias"
     missing = find_missing(wanted, loaded)
     tops = (*heads, *module_prefixes(model, own, DECODER_MODULES))
     check_backbone_complete([key for key in missing if key.startswith(own)], pairs, tops, wanted, name)
@@ -140,7 +145,8 @@ def find_prefixes(
         if not wanted.keys() & set(plain):  # a few match by chance, under some prefix
             raise no_match_error(given, wanted, name)
         raise few_match_error(num, given, wanted, name)
-    if len(fit.pairs) > 1:
+    if len(fit.pairs) > 1 and len(distinct := drop_copies(fit.pairs, given, wanted)) > 1:
+        fit = fit._replace(pairs=tuple(distinct))
         if fit.names <= FEW_TENSORS and fit.names < len(
             plain
         ):  # a convolution and its norm are in many places of any network
@@ -188,7 +194,42 @@ def pair_keys(
             unexpected[key] = f"outside of {source}*, which is used"
         else:
             unexplained.append(key)
-    return pairs, unexpected, unexplained
+    used = {address_of(given[key]) for key in pairs.values()}
+    names = set(pairs.values())
+    aliases = {key for key in given if key not in names and given[key].numel() and address_of(given[key]) in used}
+    unexpected |= dict.fromkeys(aliases, ALIAS)
+    return pairs, unexpected, [key for key in unexplained if key not in aliases]
+
+
+def address_of(value: Tensor) -> tuple[int, torch.Size]:
+    """Return what a tensor shares with its other names in a file: the address of its first number, and its shape."""
+    return value.data_ptr() if value.layout is torch.strided else id(value), value.shape
+
+
+def is_unused_bias(key: str, loaded: Iterable[str]) -> bool:
+    """Whether a key is the bias of a ResNet's shortcut whose weight is loaded; without it, it is 0."""
+    return key.endswith(".downsample.0.bias") and key.removesuffix("bias") + "weight" in loaded
+
+
+def drop_copies(
+    pairs: Iterable[tuple[str, str]], given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> list[tuple[str, str]]:
+    """Drop pairs of prefixes that assign the same numbers as an earlier pair: a file has them under several names."""
+    values = {strip_wrappers(key): value for key, value in given.items()}
+    kept: list[tuple[str, str]] = []
+    assigned: list[dict[int, Tensor]] = []
+    for source, own in pairs:
+        rests = (key.removeprefix(source) for key in values if key.startswith(source))
+        found = {wanted[own + rest].data_ptr(): values[source + rest] for rest in rests if own + rest in wanted}
+        if not any(assign_equally(found, other) for other in assigned):
+            kept.append((source, own))
+            assigned.append(found)
+    return kept
+
+
+def assign_equally(one: Mapping[int, Tensor], other: Mapping[int, Tensor]) -> bool:
+    """Whether two assignments give the same tensors the same numbers."""
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
 
 
 def module_prefixes(model: nn.Module, own: str, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from monai.networks import nets
 
-from hyspark import load_pretrained
+from hyspark import build_spark, load_pretrained
 from hyspark.models.backbones import build_backbone
 
 TINY = {
@@ -218,6 +218,14 @@ def test_one_shared_encoder_under_two_names_is_loaded():
     """BYOL of byol-pytorch stores the network and the online encoder's reference to it."""
     weights = tiny("resnet").state_dict()
     given = below("net.", weights) | below("online_encoder.net.", weights)
+    report = load_pretrained(tiny("resnet"), given)
+    assert report.coverage == 1
+    assert set(report.unexpected.values()) == {"another name of a tensor that is loaded"}
+
+
+def test_two_encoders_under_two_names_are_the_users_choice():
+    weights = tiny("resnet").state_dict()
+    given = below("net.", weights) | below("online_encoder.net.", {key: x + 1 for key, x in weights.items()})
     with pytest.raises(ValueError, match=r"2 ways .*--weights_key net") as error:
         load_pretrained(tiny("resnet"), given)
     key = re.search(r"--weights_key (\S+)", str(error.value))[1]
@@ -263,6 +271,90 @@ def test_swin_unetr_of_self_supervision_into_a_function_that_builds_it():
         load_pretrained(build_backbone("monai/segresnet", 1, 3).network, {"state_dict": below("module.", given)})
 
 
+def small_swin(classes=2, use_v2=False):
+    return nets.SwinUNETR(1, classes, feature_size=12, depths=(1, 1, 1, 1), spatial_dims=3, use_v2=use_v2)
+
+
+def of_student(classes):
+    """VoCo's network in pre-training: no decoder, a projection head."""
+    kept = ("swinViT.", "encoder")
+    weights = {
+        key: value for key, value in small_swin(classes, use_v2=True).state_dict().items() if key.startswith(kept)
+    }
+    return weights | zeros("proj_head.layer1.0.weight", "proj_head.layer3.0.bias")
+
+
+def suprem(w):
+    """Its universal model: the network as a backbone, heads driven by text."""
+    heads = zeros("organ_embedding", "precls_conv.0.weight", "GAP.3.bias", "controller.weight", "text_to_vision.bias")
+    return {"net": below("module.backbone.", w) | below("module.", heads), "scheduler": {"last_epoch": 3}, "epoch": 3}
+
+
+def simmim(w):
+    """Self-supervision of 50,000 CTs: the transformer below `encoder.`, in a list of a list."""
+    w = renamed(w, (r"^swinViT\.layers(\d)\.0\.", r"encoder.layers\1.0.0."), (r"^swinViT\.", "encoder."))
+    return {"model": w | zeros("encoder.mask_token", "encoder.norm.weight", "encoder.norm.bias")}
+
+
+@pytest.mark.parametrize(
+    ("layout", "use_v2"),
+    [
+        (suprem, False),
+        (simmim, False),
+        (lambda w: {"state_dict": renamed(below("module.", w), ("swinViT", "swin_vit"))}, False),
+        (lambda w: {"state_dict": below("module.", w)}, True),
+    ],
+    ids=["SuPreM", "SimMIM", "early MONAI", "VoComni"],
+)
+def test_all_of_swin_unetr_but_its_head(layout, use_v2):
+    torch.manual_seed(0)
+    source, model = small_swin(25, use_v2), small_swin(2, use_v2)
+    weights = {key: value + 1 for key, value in source.state_dict().items()}
+    report = load_pretrained(model, layout(weights))
+    assert report.missing == ("out.conv.conv.weight", "out.conv.conv.bias")
+    state = model.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in weights.items() if key not in report.missing)
+    assert report.coverage > 0.99
+
+
+def test_voco_of_self_supervision_by_its_teacher():
+    teacher = {key: value + 1 for key, value in of_student(2).items()}
+    given = {"state_dict": below("student.", of_student(2)) | below("teacher.", teacher), "global_step": 3}
+    model = small_swin(use_v2=True)
+    report = load_pretrained(model, given)
+    assert torch.equal(
+        model.state_dict()["encoder10.layer.conv1.conv.weight"], teacher["encoder10.layer.conv1.conv.weight"]
+    )
+    assert {key.partition(".")[0] for key in report.missing} == {"out", *(f"decoder{level}" for level in range(1, 6))}
+    with pytest.raises(ValueError, match=r"further keys in its stages \(swinViT\.layers1c"):
+        load_pretrained(small_swin(), of_student(2))
+
+
+def test_suprems_segresnet_continues_in_pre_training():
+    """Its keys are those of the whole model, without `backbone.`."""
+    source = nets.SegResNet(3, 16, 1, 25, blocks_down=(1, 2, 2, 4), blocks_up=(1, 1, 1))
+    backbone = build_backbone("monai/segresnet", 1, 3)
+    model = build_spark(backbone.network, (32, 32, 32), run=backbone.run, in_channels=1, decoder_width=32)
+    report = load_pretrained(model, {"net": below("module.", source.state_dict()), "epoch": 3})
+    key = "down_layers.3.4.conv2.conv.weight"
+    assert torch.equal(model.encoder.backbone.state_dict()[key], source.state_dict()[key])
+    assert not any(key.startswith("encoder.backbone.down_layers") for key in report.missing)
+
+
+def test_medicalnets_shortcuts_without_bias():
+    """MONAI's own have one by default; without it, it is 0."""
+    options = {"conv1_t_stride": 2, "feed_forward": False}
+    source = nets.ResNet("basic", [1] * 4, [4, 4, 8, 8], 3, 1, bias_downsample=False, **options)
+    model = nets.ResNet("basic", [1] * 4, [4, 4, 8, 8], 3, 1, **options)
+    report = load_pretrained(model, {"state_dict": below("module.", source.state_dict())})
+    zeroed = {key for key in model.state_dict() if key.endswith("downsample.0.bias")}
+    assert report.adapted == dict.fromkeys(zeroed, "0, since the file's shortcuts have no bias")
+    assert zeroed
+    x = torch.rand(1, 1, 32, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), source.eval()(x))
+
+
 def test_medicalnets_shortcuts_without_weights():
     given = below("module.", build_backbone(f"{__name__}:resnet_without_shortcut_weights", 1, 3).network.state_dict())
     with_weights = nets.ResNet("basic", [1] * 4, [4, 4, 8, 8], 3, 1, conv1_t_stride=2, feed_forward=False)
@@ -278,6 +370,8 @@ def test_medicalnets_shortcuts_without_weights():
         ("encoder.stages.0.0.convs.0.conv.weight", "nnU-Net"),
         ("encoder.stages.0.blocks.0.conv1.conv.weight", "nnU-Net"),
         ("conv_blocks_context.0.blocks.0.conv.weight", "nnU-Net"),
+        ("conv_blocks_context.0.0.conv1.weight", "STU-Net"),
+        ("offset1", "of no network that is known here; load it into its own network"),
         ("module.backbone.down_tr64.ops.0.conv1.weight", "Models Genesis and SuPreM"),
         ("image_encoder.encoder.layers.0.blocks.0.conv1.weight", "VISTA3D"),
         ("model.1.submodule.0.conv.unit0.conv.weight", "MONAI's UNet"),

@@ -1,0 +1,163 @@
+"""Read the settings of a training from the checkpoints of nnU-Net (v1 and v2) and nnssl.
+
+Their arrays are (z, y, x), turned by a permutation of the plans (`transpose_forward`); spacings and patches of a
+configuration are in the turned order. The settings here are in the order of this package, x y z.
+"""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hyspark.models.weights.objects import load_pickle
+
+CT_SCHEMES = ("CTNormalization", "CT", "CT2")
+"""Normalisations of CT: clipped to percentiles, less the mean, by the deviation; of the foreground of the data set."""
+NO_SCHEMES = ("NoNormalization",)
+ALIAS = "another name of a tensor that is loaded"
+"""Reason to ignore a key whose tensor has several: nnU-Net's decoders refer to their encoders."""
+VOLUME_AXES = (0, 1, 2)
+"""Axes x, y, z of a volume."""
+OWN_SETTINGS = "hyspark"
+"""Key of the settings that `nnUNetTrainer_HySparK` keeps in the plans; its network turns arrays to x y z."""
+PLANS_UNKNOWN = (AttributeError, KeyError, IndexError, RecursionError, TypeError, ValueError)
+"""Errors of reading plans of another form."""
+STAGE_ARGUMENT = 5
+"""Position of the stage among the arguments of a trainer of nnU-Net v1."""
+
+
+def nnunet_settings(contents: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a checkpoint of nnU-Net or nnssl names; empty for contents of other programs.
+
+    Returns:
+        Those of these that it names: `spacing` in mm and `crop_size` in x y z order; `intensity`, which is a name of
+        nnU-Net where this package has no equal; for CT `hu_min`, `hu_max`, `input_mean`, `input_std`; `axis_order`,
+        the axis of x, y, z (0, 1, 2) that is each axis of the network.
+    """
+    try:
+        plans, configuration = find_plans(contents)
+        if isinstance(own := plans.get(OWN_SETTINGS), Mapping):
+            return dict(own)
+        return plan_settings(plans, configuration) if configuration else {}
+    except PLANS_UNKNOWN:
+        return {}
+
+
+def find_plans(contents: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Find the plans in the contents of a checkpoint, and the configuration that was trained; empty if it has none."""
+    arguments = contents.get("init_args")
+    arguments = arguments if isinstance(arguments, Mapping) else {}
+    if isinstance(adaptation := contents.get("nnssl_adaptation_plan"), Mapping):
+        plans = adaptation["pretrain_plan"]
+        name = arguments.get("configuration_name", arguments.get("configuration"))
+        known = plans["configurations"]
+        return plans, known[name] if name in known else only_value(known)
+    if isinstance(plans := arguments.get("plans"), Mapping):
+        return plans, inherited(plans["configurations"], arguments["configuration"])
+    if isinstance(plans := contents.get("plans"), Mapping) and "plans_per_stage" in plans:
+        stages, given = plans["plans_per_stage"], contents.get("init", ())
+        stage = given[STAGE_ARGUMENT] if len(given) > STAGE_ARGUMENT else None
+        return plans, stages[stage] if stage in stages else only_value(stages)
+    return {}, {}
+
+
+def only_value(items: Mapping[Any, Any]) -> Mapping[str, Any]:
+    """Return the value of a mapping with one item; an empty mapping for others."""
+    return next(iter(items.values())) if len(items) == 1 else {}
+
+
+def inherited(configurations: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a configuration with the values that it inherits from others (`inherits_from`)."""
+    own = configurations[name]
+    parent = own.get("inherits_from")
+    return (inherited(configurations, parent) if parent else {}) | dict(own)
+
+
+def plan_settings(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert plans and one of their configurations to settings, see `nnunet_settings`."""
+    found: dict[str, Any] = {}
+    spacing = configuration.get("spacing", configuration.get("current_spacing"))
+    patch = configuration.get("patch_size")
+    # transpose_forward names, for each axis of the network, that of the array z, y, x which is read from a file.
+    order = tuple(2 - int(axis) for axis in plain_numbers(plans.get("transpose_forward", VOLUME_AXES)))
+    if sorted(order) != list(VOLUME_AXES):
+        return intensity_settings(plans, configuration)
+    found["axis_order"] = order
+    for name, values, kind in (("spacing", spacing, float), ("crop_size", patch, int)):
+        if values is not None and len(values) == len(order):
+            by_axis = dict(zip(order, plain_numbers(values), strict=True))
+            found[name] = tuple(kind(by_axis[axis]) for axis in VOLUME_AXES)
+    return found | intensity_settings(plans, configuration)
+
+
+def intensity_settings(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert the normalisation of each channel to settings; see `nnunet_settings`."""
+    schemes = configuration.get("normalization_schemes", plans.get("normalization_schemes", ()))
+    schemes = [str(scheme) for scheme in (schemes.values() if isinstance(schemes, Mapping) else schemes)]
+    if not schemes:
+        return {}
+    names = ["ct-zscore" if s in CT_SCHEMES else "none" if s in NO_SCHEMES else s for s in schemes]
+    found: dict[str, Any] = {"intensity": tuple(names), "image_channels": tuple(range(len(names)))}
+    dataset = plans.get("dataset_properties")
+    values = plans.get("foreground_intensity_properties_per_channel")
+    values = values or (dataset.get("intensityproperties") if isinstance(dataset, Mapping) else None) or {}
+    of_ct: list[Any] = [values.get(str(i), values.get(i)) for i, name in enumerate(names) if name == "ct-zscore"]
+    if of_ct and all(isinstance(one, Mapping) for one in of_ct):
+        windows = {(float(one["percentile_00_5"]), float(one["percentile_99_5"])) for one in of_ct}
+        if len(windows) == 1:  # a run has one window for all channels
+            found["hu_min"], found["hu_max"] = windows.pop()
+        found["input_mean"] = tuple(float(one["mean"]) for one in of_ct)
+        found["input_std"] = tuple(float(one["sd" if "sd" in one else "std"]) for one in of_ct)
+    return found
+
+
+def plain_numbers(values: Any) -> list[float]:
+    """Return the numbers of a list, an array or a tensor."""
+    return [float(value) for value in (values.tolist() if hasattr(values, "tolist") else values)]
+
+
+def settings_beside_model(path: Path) -> dict[str, Any]:
+    """Return the settings in the `.model.pkl` that nnU-Net v1 writes beside its weights; empty if there is none."""
+    beside = path.with_name(f"{path.name}.pkl")
+    if path.suffix != ".model" or not beside.is_file():
+        return {}
+    try:
+        contents = load_pickle(beside)
+    except (pickle.UnpicklingError, EOFError):
+        return {}
+    return nnunet_settings(contents) if isinstance(contents, Mapping) else {}
+
+
+def check_no_plans(contents: object, name: str) -> None:
+    """Raise ValueError if the contents of a file are the plans of nnU-Net v1, which hold no weights."""
+    if not isinstance(contents, Mapping) or "state_dict" in contents:
+        return
+    plans = contents.get("plans", contents)
+    if isinstance(plans, Mapping) and "plans_per_stage" in plans:
+        shown = name.removesuffix(".pkl") if name.endswith(".model.pkl") else "the .model file"
+        raise ValueError(
+            f"{name}: no weights, but the plans of nnU-Net v1; give the weights that they belong to: {shown}"
+        )
+
+
+def split_decoder(contents: object, tensors: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    """Split off what nnssl does not transfer to another network: all but the stem, the encoder and the positions.
+
+    Returns:
+        The tensors that are transferred; the reason by the key of each of the others.
+    """
+    plan = contents.get("nnssl_adaptation_plan") if isinstance(contents, Mapping) else None
+    if not isinstance(plan, Mapping):
+        return tensors, {}
+    kept = tuple(str(plan[key]) for key in ("key_to_encoder", "key_to_stem", "key_to_lpe") if plan.get(key))
+    used = {key: value for key, value in tensors.items() if key.startswith(kept)}
+    if not used:
+        return tensors, {}
+    addresses = {value.data_ptr() for value in used.values()}
+    return used, {
+        key: ALIAS if value.data_ptr() in addresses else "decoder of pre-training"
+        for key, value in tensors.items()
+        if key not in used
+    }

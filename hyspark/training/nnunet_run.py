@@ -1,0 +1,214 @@
+"""What nnU-Net's training of HySparK's network takes from the plans, the recipe and the environment.
+
+The plans give spacing, intensity and crop. A recipe of `hyspark finetune` gives the network and its learning rates.
+Both are kept in the plans under "hyspark", which checkpoints and the plans.json of a trained model hold. So predictions
+build the same network, and the weights say what they were made with.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from hyspark.config.recipes import as_plain, read_yaml, typed_values
+from hyspark.config.segmentation import SegmentationConfig, check_decoder, network_options
+from hyspark.config.shared import EncoderSettings
+from hyspark.data.settings import PrepareSettings
+from hyspark.models.axis_order import PermutedAxes
+from hyspark.models.defaults import PATCH, nearest_multiple
+from hyspark.models.segmentation import build_hybird
+from hyspark.models.weights.load import load_pretrained
+from hyspark.models.weights.nnunet_settings import OWN_SETTINGS, inherited, plan_settings
+from hyspark.training.initial_weights import INPUT_SETTINGS, describe_differences, initialise
+from hyspark.training.optim import finetuning_schedule, set_lr_and_decay
+from hyspark.utils.settings import field_info
+
+RECIPE, WEIGHTS = "HYSPARK_RECIPE", "HYSPARK_WEIGHTS"
+"""Environment variables: a recipe of fine-tuning, by path or name; a file of initial weights."""
+READ = (
+    *field_info(EncoderSettings),
+    *("decoder", "decoder_width", "decoder_min_width", "weights", "weights_key", "seed"),
+    *("epochs", "steps_per_epoch", "lr", "warmup_epochs", "lrschedule", "weight_decay"),
+    *("layer_decay", "encoder_lr_ratio", "pretrained_lr_ratio"),
+)
+"""Settings that a recipe gives; all others are nnU-Net's own, or the plan's."""
+DEFAULTS = {"epochs": 1000, "steps_per_epoch": 250}
+"""Length of nnU-Net's own training."""
+
+
+class NnunetRun(NamedTuple):
+    """Settings of a training by nnU-Net.
+
+    Attributes:
+        config: the settings that are read of fine-tuning's.
+        notes: lines for the log.
+    """
+
+    config: SegmentationConfig
+    notes: list[str]
+
+
+def plan_run(plans: dict[str, Any], configuration: str, environment: Mapping[str, str]) -> NnunetRun:
+    """Resolve the settings of a training, and enter them into the plans, with a patch size that the network takes.
+
+    Args:
+        plans: plans of nnU-Net; changed.
+        configuration: name of the configuration.
+        environment: environment variables, of which RECIPE and WEIGHTS are read.
+
+    Raises:
+        FileNotFoundError: There is no such recipe.
+        ValueError: The recipe is wrong, or the configuration takes labels of an earlier stage.
+    """
+    known = plans["configurations"]
+    found = inherited(known, configuration)
+    if found.get("previous_stage"):
+        raise ValueError(
+            f"{configuration}: expected a configuration of images alone, got one that also takes labels of "
+            f"{found['previous_stage']}; train 3d_fullres or 3d_lowres"
+        )
+    patch = [int(edge) for edge in found["patch_size"]]
+    fitting = list(nearest_multiple(patch, [PATCH] * len(patch)))
+    notes = []
+    if patch != fitting:
+        known[configuration]["patch_size"] = found["patch_size"] = fitting
+        notes.append(
+            f"patch_size {flag_value(patch)} of the plan: trained with {flag_value(fitting)}, multiples of {PATCH}"
+        )
+    given = DEFAULTS | (read_yaml(environment[RECIPE], SegmentationConfig) if environment.get(RECIPE) else {})
+    if unread := sorted(set(given) - set(READ)):
+        notes.append(f"{environment[RECIPE]}: not read here, since nnU-Net and its plan decide: {', '.join(unread)}")
+    if not given["steps_per_epoch"]:  # a pass over the cases, which nnU-Net draws at random
+        given["steps_per_epoch"] = DEFAULTS["steps_per_epoch"]
+    if weights := environment.get(WEIGHTS):
+        given["weights"] = weights
+    config = SegmentationConfig(**{name: value for name, value in given.items() if name in READ})
+    check_decoder(config)
+    of_plan = plan_settings(plans, found)
+    plans[OWN_SETTINGS] = {name: value for name, value in as_plain(config).items() if name in READ}
+    plans[OWN_SETTINGS] |= {name: as_list(of_plan[name]) for name in (*INPUT_SETTINGS, "crop_size") if name in of_plan}
+    notes.append("HySparK: " + ", ".join(f"{name} {flag_value(value)}" for name, value in plans[OWN_SETTINGS].items()))
+    return NnunetRun(config, notes)
+
+
+def validation_steps(config: SegmentationConfig) -> int:
+    """Return the validation batches of an epoch, in nnU-Net's ratio: 50 of 250 steps."""
+    return max(1, round(config.steps_per_epoch / 5))
+
+
+def as_list(value: Any) -> Any:
+    """Return a tuple as a list, as JSON has it; other values as they are."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def flag_value(value: Any) -> str:
+    """Write a setting as on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def build_network(plans: Mapping[str, Any], patch: Sequence[int], num_channels: int, num_classes: int) -> PermutedAxes:
+    """Build the segmentation network for arrays in the order of axes of the plans.
+
+    Args:
+        plans: plans with the settings of `plan_run`.
+        patch: voxels of a crop, in the plans' order of axes.
+        num_channels: input channels.
+        num_classes: number of classes, background included.
+
+    Raises:
+        ValueError: The plans hold no settings of this network.
+    """
+    if OWN_SETTINGS not in plans:
+        raise ValueError("plans: expected the settings of HySparK's network under 'hyspark', got none; was it trained?")
+    values = {name: value for name, value in plans[OWN_SETTINGS].items() if name in READ}
+    config = SegmentationConfig(**typed_values(values, SegmentationConfig, "plans"))
+    order = volume_order(plans["transpose_forward"], len(patch))
+    edges = [patch[order.index(axis)] for axis in range(len(patch))]
+    options = network_options(config) | {"axes": len(patch)}
+    network = initialise(partial(build_hybird, num_channels, num_classes, edges, **options), config.seed)
+    return PermutedAxes(network, order)
+
+
+def volume_order(transpose_forward: Sequence[int], axes: int) -> list[int]:
+    """Return the axis, of x, y, z or of the two of a slice, that is each axis of nnU-Net's arrays."""
+    order = [2 - int(axis) for axis in transpose_forward][-axes:]
+    return [sorted(order).index(axis) for axis in order]
+
+
+def load_initial_weights(network: nn.Module, config: SegmentationConfig, plans: Mapping[str, Any]) -> list[str]:
+    """Load the initial weights.
+
+    Returns:
+        The report, in lines; then what the weights were made with that differs from the plan, and how to pre-train
+        weights as the plan wants them.
+
+    Raises:
+        FileNotFoundError, ValueError: As `load_pretrained`.
+    """
+    report = load_pretrained(network, config.weights, config.weights_key)
+    own = {name: value for name, value in plans[OWN_SETTINGS].items() if name in INPUT_SETTINGS}
+    values: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in own.items()}
+    prepared = PrepareSettings(**values)
+    differing = describe_differences(network, config.weights, report, prepared)
+    lines = [f"initial weights {config.weights}", *str(report).splitlines()]
+    if differing:
+        flags = " ".join(f"--{name} {flag_value(value)}" for name, value in own.items() if value not in ([], ""))
+        lines += [f"WARNING: {line}" for line in differing]
+        lines.append(
+            f"pre-train for this plan with: {flags} --crop_size {flag_value(plans[OWN_SETTINGS]['crop_size'])}"
+        )
+    return lines
+
+
+def check_same_settings(folder: str | None, plans: Mapping[str, Any]) -> None:
+    """Check that a training has the settings of the other folds in its folder, whose plans.json predictions read.
+
+    Args:
+        folder: folder of all folds of a configuration.
+        plans: plans with the settings of `plan_run`.
+
+    Raises:
+        ValueError: A setting differs.
+    """
+    file = Path(folder or ".") / "plans.json"
+    if not folder or not file.is_file():
+        return
+    before = json.loads(file.read_text()).get(OWN_SETTINGS, {})
+    own = json.loads(json.dumps(plans[OWN_SETTINGS]))
+    changed = [
+        f"{name}: was {before.get(name)}, is {value}" for name, value in own.items() if before.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{file}: folds of one model have one recipe and one file of weights ({'; '.join(changed)}); set {RECIPE} "
+            f"and {WEIGHTS} as before, or another folder nnUNet_results"
+        )
+
+
+class EpochSchedule:
+    """Learning rate and weight decay of steps, by the calls of nnU-Net's scheduler.
+
+    Args:
+        optimizer: optimizer of `make_adamw`.
+        config: settings.
+        num_epochs: epochs of the training.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: SegmentationConfig, num_epochs: int) -> None:
+        self.optimizer, self.config = optimizer, config
+        self.total = num_epochs * config.steps_per_epoch
+        self.set_step(0)
+
+    def step(self, epoch: int) -> None:
+        """Set the rates of the first step of an epoch."""
+        self.set_step(epoch * self.config.steps_per_epoch)
+
+    def set_step(self, step: int) -> None:
+        """Set the rates of a step, counted from 0."""
+        set_lr_and_decay(
+            self.optimizer, **finetuning_schedule(self.config, step, self.config.steps_per_epoch, self.total)
+        )
