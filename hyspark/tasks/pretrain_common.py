@@ -85,9 +85,27 @@ def format_num_parameters(model: torch.nn.Module) -> str:
 
 
 def to_network_input(images: Tensor, config: PretrainConfig, device: torch.device) -> Tensor:
-    """Move images to the device, and repeat the channel of those with one: (b, c, *size) -> (b, in_channels, *size)."""
+    """Move images to the device, in the channels and axes of the network.
+
+    Args:
+        images: (b, c, *size), axes x, y, z.
+        config: Settings. With one channel, it is repeated.
+        device: The device.
+
+    Returns:
+        (b, in_channels, *size), axes in `axis_order`.
+    """
     images = images.to(device, non_blocking=True)
-    return images.expand(-1, config.in_channels, *(-1,) * (images.ndim - 2))
+    images = images.expand(-1, config.in_channels, *(-1,) * (images.ndim - 2))
+    return images.permute(0, 1, *(2 + a for a in config.axis_order)).contiguous() if config.axis_order else images
+
+
+def to_volume(values: Tensor, config: PretrainConfig) -> Tensor:
+    """Permute values (..., *size) from the axes of the network to x, y, z."""
+    if not config.axis_order:
+        return values
+    first = values.ndim - len(config.axis_order)
+    return values.permute(*range(first), *(first + config.axis_order.index(axis) for axis in range(3)))
 
 
 def pretraining_schedule(config: PretrainConfig, run: Run, step: int) -> dict[str, float]:
