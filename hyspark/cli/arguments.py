@@ -80,18 +80,20 @@ class WeightsArguments(Arguments):
 
 
 class ExportArguments(Arguments):
-    """Write the encoder of a checkpoint, or all of it, as one small .safetensors file; or a ResNet for detectron2.
+    """Write the encoder of a checkpoint, or all of it, as one small .safetensors file; or for another program.
 
     Example:
         hyspark export ckpt/pretrain/hyspark_1kpretrained_timm_style.pth encoder.safetensors
     """
 
     source: str  # A pre-training checkpoint or encoder file, or a fine-tuned network
-    out: str  # The .safetensors file to write; for detectron2, a .pkl
+    out: str  # The .safetensors file to write; for detectron2, a .pkl; for nnU-Net, a .pth
     weights_key: str = ""  # Key of the state dict in the source, if it holds several: model_ema, student
     precision: Literal["fp16", "fp32"] = "fp16"  # Precision of the numbers in the file
     decoder: bool = False  # Also the light decoder of pre-training, for fine-tuning with --decoder light
     detectron2: bool = False  # A ResNet in detectron2's names, for its MODEL.WEIGHTS
+    nnunet: bool = False  # The network of an nnU-Net plan, for nnUNetv2_train -pretrained_weights; needs --plans
+    plans: str = ""  # With --nnunet: the plan to train, PLANS.json or PLANS.json:CONFIGURATION (3d_fullres)
 
     def configure(self) -> None:
         self.add_argument("source")

@@ -15,6 +15,8 @@ from hyspark.utils.atomic import write_whole
 
 PLAN_FILE = "plans.json"
 """Copy of the plan in a run folder, and beside exported weights."""
+PLANS_KEY = "nnunet_plans"
+"""Key of the plan in checkpoints and files of weights."""
 CT_SCHEME = "CTNormalization"
 SCHEMES = {CT_SCHEME: "ct-zscore", "ZScoreNormalization": "mr", "NoNormalization": "none"}
 """Intensities by nnU-Net's normalisation."""
@@ -27,16 +29,32 @@ def names_plan(model: object) -> bool:
     return isinstance(model, str) and is_plan(model.partition("/")[2])
 
 
-def find_plan(model: str, run_folder: Path) -> NnunetPlan:
+def find_plan(model: str, run_folder: Path, resume_from: str = "") -> NnunetPlan:
     """Read the plan of a run: its own copy if the run has begun, else the file that the model names.
+
+    Args:
+        model: METHOD/nnunet/PLANS.json:CONFIGURATION.
+        run_folder: Run folder.
+        resume_from: Checkpoint of another run, whose copy is read if the file is missing.
 
     Raises:
         FileNotFoundError, ValueError: As `read_plan`.
     """
     file, configuration = split_plan_name(model.partition("/")[2])
-    copy = run_folder / PLAN_FILE
-    has_begun = copy.is_file() and any(run_folder.glob("*.pth"))
-    return read_plan(copy if has_begun else file, configuration)
+    copy, earlier = run_folder / PLAN_FILE, Path(resume_from).with_name(PLAN_FILE) if resume_from else None
+    if copy.is_file() and any(run_folder.glob("*.pth")):
+        file = copy
+    elif earlier and earlier.is_file() and not file.is_file():
+        file = earlier
+    return read_plan(file, configuration)
+
+
+def plan_state(config: PretrainConfig) -> dict[str, Any]:
+    """Return the plan of a run by its key in checkpoints, from its copy; empty without a plan."""
+    if not names_plan(config.model):
+        return {}
+    configuration = split_plan_name(config.model.partition("/")[2])[1]
+    return {PLANS_KEY: read_plan(config.run_folder / PLAN_FILE, configuration).content}
 
 
 def keep_plan(plan: NnunetPlan, run_folder: Path) -> None:
@@ -61,7 +79,7 @@ def plan_defaults(values: Mapping[str, Any], given: Collection[str]) -> dict[str
     if not names_plan(values.get("model")):
         return {}
     folder = Path(values.get("out") or f"ckpt/{values.get('exp_name') or PretrainConfig.exp_name}")
-    plan = find_plan(values["model"], folder)
+    plan = find_plan(values["model"], folder, values.get("resume_from", ""))
     known = {name: values[name] for name in ("image_channels", "intensity") if name in given}
     return {name: value for name, value in settings_of_plan(plan, known).items() if name not in given}
 
@@ -132,8 +150,10 @@ def differing_settings(plan: NnunetPlan, config: PretrainConfig) -> dict[str, tu
     """Return the settings of a run that are others than its plan's, each with its value and the plan's."""
     known = {"intensity": config.intensity} if set(plan.schemes) - set(SCHEMES) else {}
     wanted = settings_of_plan(plan, known)  # of all its channels
-    found = {name: (getattr(config, name), value) for name, value in wanted.items()}
-    return {name: pair for name, pair in found.items() if full(pair[0], config.axes) != full(pair[1], config.axes)}
+    pairs = {name: (getattr(config, name), value) for name, value in wanted.items()}
+    found = {name: pair for name, pair in pairs.items() if full(pair[0], config.axes) != full(pair[1], config.axes)}
+    unread = OF_INTENSITY if "intensity" in found else ()
+    return {name: pair for name, pair in found.items() if name not in unread}
 
 
 def full(value: Any, axes: int) -> Any:

@@ -60,7 +60,7 @@ class PretrainingExperiment(Experiment[MaskedTask | ContrastiveTask]):
         self.data = describe_cases(self.training, self.validation)
         if config.dry_run:
             check_files_exist(config, [*self.training, *self.validation])
-        self.plan = find_plan(config.model, config.run_folder) if names_plan(config.model) else None
+        self.plan = find_plan(config.model, config.run_folder, config.resume_from) if names_plan(config.model) else None
         for line in warnings_of_plan(self.plan, config) if self.plan else ():
             LOG.warning("%s", line)
         self.model = initialise_pretraining(config, processes.world_size)
@@ -121,7 +121,7 @@ class PretrainingExperiment(Experiment[MaskedTask | ContrastiveTask]):
     def set_up(self, state: dict[str, Any] | None) -> tuple[Run, MaskedTask | ContrastiveTask]:
         """Prepare the volumes, and make run and task."""
         config, processes = self.config, self.processes
-        if self.plan and processes.is_main and not state:
+        if self.plan and processes.is_main:
             keep_plan(self.plan, config.run_folder)
         volumes = prepare_run_volumes(config, processes, Path(config.data), self.training, self.validation)
         probe = make_probe(config, processes, self.probe_cases) if self.probe_cases else None
@@ -223,7 +223,7 @@ def build_around_backbone(config: PretrainConfig, name: str, num_processes: int)
     """Build the pre-training network around a third-party one."""
     axes = len(config.crop_shape)
     if names_plan(config.model):
-        backbone = build_from_plan(find_plan(config.model, config.run_folder), config.in_channels)
+        backbone = build_from_plan(find_plan(config.model, config.run_folder, config.resume_from), config.in_channels)
     else:
         backbone = build_backbone(name, config.in_channels, axes)
     shared: dict[str, Any] = {"in_channels": config.in_channels, "axes": axes, "run": backbone.run}
