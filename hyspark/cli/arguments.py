@@ -63,8 +63,8 @@ class WeightsArguments(Arguments):
 
     path: str  # A file of weights: .pth, .pt, .ckpt, .safetensors or its index, .npz, .pkl
     weights_key: str = ""  # Key of the state dict in the file, if it holds several: model_ema, student
-    model: str = ""  # Third-party network, as in pre-training: timm/resnet50, torchvision/resnet50, monai/segresnet
-    in_channels: int = 0  # Input channels; 0 uses 1, or 3 for a network of timm or torchvision
+    model: str = ""  # Third-party network, as in pre-training: timm/resnet50, monai/segresnet, nnunet/PLANS.json
+    in_channels: int = 0  # Input channels; 0 uses 1, the plan's of nnunet/, or 3 for timm/ and torchvision/
     out_channels: int = 14  # Classes, background included
     crop_size: tuple[int, ...] = (96,)  # Crop size in voxels, one number or one per axis
     decoder: Literal["released", "light"] = "released"  # Decoder of the segmentation network

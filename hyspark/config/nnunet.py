@@ -175,11 +175,11 @@ def warnings_of_plan(plan: NnunetPlan, config: PretrainConfig) -> list[str]:
             lines.append(f"{file}: changed since the run began, which continues with its own copy, {copy}")
     if (rounded := nearest_multiple(plan.patch_size, plan.stride)) != plan.patch_size:
         lines.append(
-            f"patch_size {shown(plan.patch_size)} of the plan: no multiple of the total stride {shown(plan.stride)}; "
-            f"crop_size is {shown(rounded)} by default"
+            f"patch_size {as_words(plan.patch_size)} of the plan: no multiple of the total stride {as_words(plan.stride)}; "
+            f"crop_size is {as_words(rounded)} by default"
         )
     for name, (own, planned) in differing_settings(plan, config).items():
-        lines.append(f"--{name} {shown(own)}: overrides {shown(planned)} of the plan {plan.name}")
+        lines.append(f"--{name} {as_words(own)}: overrides {as_words(planned)} of the plan {plan.name}")
     schemes = [plan.schemes[channel] for channel in config.image_channels if channel < len(plan.schemes)]
     if "ZScoreNormalization" in schemes and "mr" in config.intensity:
         lines.append(
@@ -203,11 +203,11 @@ def describe_plan(plan: NnunetPlan, config: PretrainConfig) -> str:
     """Describe a plan in one line, with the settings of a run that are the plan's."""
     differing = differing_settings(plan, config)
     names = settings_of_plan(plan, {"intensity": config.intensity, "image_channels": config.image_channels})
-    same = [f"{name} {shown(getattr(config, name))}" for name in names if name not in differing]
+    same = [f"{name} {as_words(getattr(config, name))}" for name in names if name not in differing]
     return f"{plan.name}, {plan.configuration} of {plan.dataset}; from it: {', '.join(same) or 'no setting'}"
 
 
-def shown(value: Any) -> str:
+def as_words(value: Any) -> str:
     """Write the value of a setting as on a command line."""
     values = value if isinstance(value, tuple) else (value,)
     return " ".join(f"{x:g}" if isinstance(x, float) else str(x) for x in values)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyspark.exports.nnunet_fit import ADVICE, Fit, fit_weights
+from hyspark.exports.nnunet_fit import ADVICE, PlanFit, fit_weights
 from hyspark.models.nnunet_network import build_network, run_encoder, turn_kernels, turned_architecture
 from hyspark.models.nnunet_plans import NnunetPlan, read_plan, split_plan_name, to_network_axes
 from hyspark.models.weights.files import read_contents
@@ -24,7 +24,7 @@ from hyspark.utils.version import VERSION
 
 SEGMENTATION = ".seg_layers."
 """Part of the names of layers that nnU-Net never loads."""
-TOLERANCE = 1e-3
+FEATURE_TOLERANCE = 1e-3
 """Largest difference of features, as a fraction of the largest value, that counts as rounding."""
 CITATIONS = {
     "spark": (
@@ -80,7 +80,7 @@ def write_nnunet(source: str | Path, plans: str, out: Path, key: str = "") -> st
         name: turn_kernels(value, axes) for name, value in pretrained.state_dict().items() if is_of_encoder(name)
     }
     target.load_state_dict(target.state_dict() | encoder)
-    content = file_content(target, plan, fit)
+    content = nnunet_content(target, plan, fit)
     temporary = out.with_name(f".{out.name}.unchecked")
     checkpoint.save(content, temporary)
     try:
@@ -106,7 +106,7 @@ def is_of_encoder(name: str) -> bool:
     return name.startswith("encoder.")
 
 
-def build_pretrained(source: str | Path, plan: NnunetPlan, fit: Fit, key: str) -> nn.Module:
+def build_pretrained(source: str | Path, plan: NnunetPlan, fit: PlanFit, key: str) -> nn.Module:
     """Build the plan's network in the axes that the weights were made with, and load them.
 
     Raises:
@@ -125,7 +125,7 @@ def build_pretrained(source: str | Path, plan: NnunetPlan, fit: Fit, key: str) -
     return network
 
 
-def file_content(network: nn.Module, plan: NnunetPlan, fit: Fit) -> dict[str, Any]:
+def nnunet_content(network: nn.Module, plan: NnunetPlan, fit: PlanFit) -> dict[str, Any]:
     """Make the content of the file, of plain data and tensors alone.
 
     Args:
@@ -166,7 +166,7 @@ def file_content(network: nn.Module, plan: NnunetPlan, fit: Fit) -> dict[str, An
     }
 
 
-def largest_difference(pretrained: nn.Module, file: Path, plan: NnunetPlan, fit: Fit) -> float:
+def largest_difference(pretrained: nn.Module, file: Path, plan: NnunetPlan, fit: PlanFit) -> float:
     """Compare the features of a file, loaded as nnU-Net does, with those of the pre-trained network.
 
     Args:
@@ -193,7 +193,7 @@ def largest_difference(pretrained: nn.Module, file: Path, plan: NnunetPlan, fit:
         float((one - to_axes(other, axes)).abs().max() / other.abs().max())
         for one, other in zip(found, expected, strict=True)
     ]
-    if not max(differences) < TOLERANCE:
+    if not max(differences) < FEATURE_TOLERANCE:
         raise RuntimeError(
             f"{file}: its features differ from those of the weights by {max(differences):.2g} of the largest, expected "
             "rounding; the file was removed"

@@ -25,7 +25,7 @@ ADVICE = "pre-train with --model spark/nnunet/PLANS.json and this plan"
 
 
 @dataclass(frozen=True)
-class Fit:
+class PlanFit:
     """What weights were made with, per axis x, y, z, and how it differs from a plan.
 
     Attributes:
@@ -45,7 +45,7 @@ class Fit:
     notes: list[str]
 
 
-def fit_weights(contents: object, source: Path, plan: NnunetPlan) -> Fit:
+def fit_weights(contents: object, source: Path, plan: NnunetPlan) -> PlanFit:
     """Hold what weights were made with against a plan.
 
     Args:
@@ -72,11 +72,11 @@ def fit_weights(contents: object, source: Path, plan: NnunetPlan) -> Fit:
         notes.append(
             f"differs: spacing {list_of(spacing)} mm (x, y, z) in pre-training, {list_of(plan.spacing)} in the plan"
         )
-    check_channels(known, plan, source)
+    check_plan_channels(known, plan, source)
     for channel in range(len(plan.schemes)):
         notes += compare_intensity(known, plan, channel, source)
     notes += compare_architecture(own_plan(contents, source, known), plan, order, source)
-    return Fit(
+    return PlanFit(
         axis_order=order,
         spacing=spacing,
         crop_size=crop * 3 if len(crop) == 1 else crop,
@@ -91,7 +91,7 @@ def name_axes(order: tuple[int, ...]) -> str:
     return " ".join("xyz"[axis] for axis in order)
 
 
-def check_channels(known: Mapping[str, Any], plan: NnunetPlan, source: Path) -> None:
+def check_plan_channels(known: Mapping[str, Any], plan: NnunetPlan, source: Path) -> None:
     """Raise ValueError if weights were made with another number of channels than the plan's."""
     num = len(known.get("image_channels", [0]))
     if num != len(plan.schemes):

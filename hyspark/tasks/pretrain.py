@@ -2,6 +2,7 @@
 
 import math
 import shlex
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hyspark.config.shared import encoder_options
 from hyspark.data.batches.loader import Shard
 from hyspark.data.datasets.build import read_data
 from hyspark.data.datasets.cases import Case
+from hyspark.data.datasets.stored_axes import find_permuted
 from hyspark.data.datasets.subjects import warn_of_split
 from hyspark.data.preprocessing.store_size import estimate_store_size
 from hyspark.evaluation.linear_probe import find_probe_cases, make_probe
@@ -38,6 +40,7 @@ from hyspark.training.run import Run, make_run
 from hyspark.training.run_folder import encoder_file, steps_per_epoch
 from hyspark.training.run_volumes import check_files_exist, describe_cases, prepare_run_volumes, store_folder
 from hyspark.utils.log import LOG
+from hyspark.utils.text import listing
 
 
 def run_pretraining(config: PretrainConfig) -> Path:
@@ -61,8 +64,9 @@ class PretrainingExperiment(Experiment[MaskedTask | ContrastiveTask]):
         if config.dry_run:
             check_files_exist(config, [*self.training, *self.validation])
         self.plan = find_plan(config.model, config.run_folder, config.resume_from) if names_plan(config.model) else None
-        for line in warnings_of_plan(self.plan, config) if self.plan else ():
-            LOG.warning("%s", line)
+        if self.plan:
+            for line in (*warnings_of_plan(self.plan, config), *warnings_of_axes([*self.training, *self.validation])):
+                LOG.warning("%s", line)
         self.model = initialise_pretraining(config, processes.world_size)
 
     def describe(self) -> dict[str, str]:
@@ -137,6 +141,17 @@ class PretrainingExperiment(Experiment[MaskedTask | ContrastiveTask]):
             LOG.info("encoder  %s", encoder_file(self.config))
             LOG.info("report   %s", write_pretraining_report(task, run))
             LOG.info("pictures %s", self.config.run_folder / "pictures")
+
+
+def warnings_of_axes(cases: Sequence[Case]) -> list[str]:
+    """Return a line if nnU-Net would read volumes in other axes than this package."""
+    permuted, num = find_permuted(cases)
+    if not permuted:
+        return []
+    return [
+        f"{len(permuted)} of {num} files store their axes in another order than x, y, z ({listing(permuted, 3)}); "
+        "nnU-Net takes the axes of the file, and here volumes are turned to x, y, z; save these files in that order"
+    ]
 
 
 def task_class(config: PretrainConfig) -> type[MaskedTask] | type[ContrastiveTask]:

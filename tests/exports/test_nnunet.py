@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from hyspark.cli import main
 from hyspark.exports.nnunet import write_nnunet
 from hyspark.models.backbones import build_backbone
 from tests.nnunet_stand_in import ARCHITECTURE, PLANS, made_in_volume_axes, stand_in, with_strides, write_plans
@@ -174,3 +175,18 @@ def test_files_that_do_not_say_what_they_are_are_refused(plans, pretrained, tmp_
     with pytest.raises(ValueError, match=r"part\.pth: "):
         write_nnunet(tmp_path / "part.pth", str(plans), tmp_path / "nn.pth")
     assert not (tmp_path / "nn.pth").exists()
+
+
+def test_the_command_line(plans, pretrained, tmp_path, capsys):
+    source = str(save(tmp_path / "e.pth", pretrained))
+    words = ["export", "--nnunet", source, str(tmp_path / "nn.pth")]
+    with pytest.raises(SystemExit):
+        main.main(words)
+    assert "--nnunet: expected --plans PLANS.json, the plan to train" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main.main([*words, "--plans", str(plans), "--decoder"])
+    assert "--decoder: not read with --nnunet; drop it" in capsys.readouterr().err
+    main.main([*words, "--plans", f"{plans}:3d_fullres"])
+    assert "nnUNetv2_train 42 3d_fullres 0" in capsys.readouterr().out
+    main.main(["weights", source, "--model", f"nnunet/{plans}"])
+    assert "covering 100.0% of the model's parameters" in capsys.readouterr().out

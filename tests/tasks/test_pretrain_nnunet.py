@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -9,13 +10,20 @@ from matplotlib.figure import Figure
 
 import hyspark
 from hyspark.config.nnunet import plan_defaults
+from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import as_plain
 from hyspark.data.batches.volumes import ValidationCrops
 from hyspark.models.weights.files import made_with
 from hyspark.tasks import masked_task
-from hyspark.tasks.pretrain import PretrainingExperiment, run_pretraining
+from hyspark.tasks.pretrain import (
+    PretrainingExperiment,
+    find_pretraining_cases,
+    run_pretraining,
+    warnings_of_axes,
+)
 from hyspark.tasks.pretrain_common import to_network_input, to_volume
 from hyspark.training.distributed import Processes
+from hyspark.training.metrics_log import read_metrics
 from hyspark.training.run_folder import checkpoint_file, encoder_file
 from tests.nnunet_stand_in import ARCHITECTURE, stand_in, with_strides, write_plans
 
@@ -35,13 +43,7 @@ def planned(pretraining, tmp_path, stand_in):
 
 
 def losses(config):
-    return [line["loss"] for line in hyspark_metrics(config) if "loss" in line]
-
-
-def hyspark_metrics(config):
-    from hyspark.tasks.api import read_metrics
-
-    return read_metrics(config.run_folder / "metrics.jsonl")
+    return [line["loss"] for line in read_metrics(config.run_folder / "metrics.jsonl") if "loss" in line]
 
 
 def test_axes_into_the_network_and_back(planned):
@@ -98,6 +100,20 @@ def test_a_run_continues_when_its_plan_is_gone_or_another(planned, tmp_path, cap
     assert len(losses(planned)) == 4
 
 
+def test_files_in_another_order_of_axes_are_named(phantoms, tmp_path):
+    case = find_pretraining_cases(PretrainConfig(data=str(phantoms)))[0][0]
+    image = nib.load(case.image)
+    found = []
+    for name, turned in (("a", image), ("b", image.as_reoriented([[1, 1], [0, -1], [2, 1]]))):
+        nib.save(turned, tmp_path / f"{name}.nii.gz")
+        found.append(replace(case, name=name, image=tmp_path / f"{name}.nii.gz"))
+    plain = [np.argmax(np.abs(nib.load(one.image).affine[:3, :3]), axis=0).tolist() == [0, 1, 2] for one in found]
+    assert plain.count(True) == 1
+    (line,) = warnings_of_axes(found)
+    assert line.startswith(f"1 of 2 files store their axes in another order than x, y, z ({'ab'[plain.index(False)]});")
+    assert warnings_of_axes([found[plain.index(True)]]) == []
+
+
 def test_files_say_what_they_were_made_with(planned):
     run_pretraining(planned)
     for file in (encoder_file(planned), checkpoint_file(planned)):
@@ -114,7 +130,7 @@ def test_weights_of_a_run_begin_another(planned, tmp_path, caplog):
     following = replace(planned, out=str(tmp_path / "next"), weights=str(encoder_file(planned)))
     model = PretrainingExperiment(following, Processes(device=torch.device("cpu")))
     report = model.load_weights()
-    assert report.coverage > 0.5
+    assert report.matched
     assert "was made with" not in caplog.text
     wanted = torch.load(encoder_file(planned), weights_only=True)["model"]
     assert all(torch.equal(x, wanted[name]) for name, x in model.model.encoder.backbone.state_dict().items())
