@@ -18,8 +18,9 @@ PLAN_FILE = "plans.json"
 PLANS_KEY = "nnunet_plans"
 """Key of the plan in checkpoints and files of weights."""
 CT_SCHEME = "CTNormalization"
-SCHEMES = {CT_SCHEME: "ct-zscore", "ZScoreNormalization": "mr", "NoNormalization": "none"}
-"""Intensities by nnU-Net's normalisation."""
+IMAGE_SCHEME = "ZScoreNormalization"
+SCHEMES = {CT_SCHEME: "ct-zscore", IMAGE_SCHEME: "zscore", "NoNormalization": "none"}
+"""Intensities by nnU-Net's normalisation, without a mask."""
 OF_INTENSITY = ("hu_min", "hu_max", "input_mean", "input_std")
 """Settings that depend on the intensity."""
 
@@ -106,14 +107,16 @@ def settings_of_plan(plan: NnunetPlan, known: Mapping[str, Any]) -> dict[str, An
         "axis_order": plan.axis_order,
         "image_channels": channels,
     }
-    if set(known.get("intensity", ())) - {intensity_of_scheme(plan.schemes[channel]) for channel in channels}:
+    if set(known.get("intensity", ())) - {intensity_of_plan(plan, channel) for channel in channels}:
         return settings
     return settings | intensity_settings(plan, channels)
 
 
-def intensity_of_scheme(scheme: str) -> str:
-    """Return the intensity that stands for a normalisation of nnU-Net; empty if there is none."""
-    return SCHEMES.get(scheme, "")
+def intensity_of_plan(plan: NnunetPlan, channel: int) -> str:
+    """Return the intensity that stands for the normalisation of a channel; empty if there is none."""
+    if plan.schemes[channel] == IMAGE_SCHEME and plan.are_masked[channel]:
+        return "mr"
+    return SCHEMES.get(plan.schemes[channel], "")
 
 
 def intensity_settings(plan: NnunetPlan, channels: Collection[int]) -> dict[str, Any]:
@@ -124,7 +127,7 @@ def intensity_settings(plan: NnunetPlan, channels: Collection[int]) -> dict[str,
             f"normalization_schemes: expected {', '.join(SCHEMES)}, got {', '.join(unknown)}, which has no counterpart "
             "here; choose an --intensity, and expect other features in nnU-Net"
         )
-    settings: dict[str, Any] = {"intensity": shorten([SCHEMES[scheme] for scheme in schemes])}
+    settings: dict[str, Any] = {"intensity": shorten([intensity_of_plan(plan, channel) for channel in channels])}
     known = [plan.intensities(channel) if plan.schemes[channel] == CT_SCHEME else {} for channel in channels]
     if CT_SCHEME in schemes:
         of_ct = [one for one, scheme in zip(known, schemes, strict=True) if scheme == CT_SCHEME]
@@ -175,16 +178,17 @@ def warnings_of_plan(plan: NnunetPlan, config: PretrainConfig) -> list[str]:
             lines.append(f"{file}: changed since the run began, which continues with its own copy, {copy}")
     if (rounded := nearest_multiple(plan.patch_size, plan.stride)) != plan.patch_size:
         lines.append(
-            f"patch_size {as_words(plan.patch_size)} of the plan: no multiple of the total stride {as_words(plan.stride)}; "
-            f"crop_size is {as_words(rounded)} by default"
+            f"patch_size {as_words(plan.patch_size)} of the plan: no multiple of the total stride "
+            f"{as_words(plan.stride)}; crop_size is {as_words(rounded)} by default"
         )
     for name, (own, planned) in differing_settings(plan, config).items():
         lines.append(f"--{name} {as_words(own)}: overrides {as_words(planned)} of the plan {plan.name}")
-    schemes = [plan.schemes[channel] for channel in config.image_channels if channel < len(plan.schemes)]
-    if "ZScoreNormalization" in schemes and "mr" in config.intensity:
+    if any(plan.schemes[i] == IMAGE_SCHEME and plan.are_masked[i] for i in range(len(plan.schemes))) and (
+        "mr" in config.intensity
+    ):
         lines.append(
-            "intensity mr: mean and deviation are those of the clipped foreground; nnU-Net's ZScoreNormalization takes "
-            "those of the whole image, or of its nonzero part, so the network sees other values there"
+            f"intensity mr: z-scores by the clipped foreground, and background is the lowest value; nnU-Net's "
+            f"{IMAGE_SCHEME} with a mask is by nonzero voxels, and background is 0, so the network sees other values there"
         )
     windows = {
         (one.get("percentile_00_5"), one.get("percentile_99_5"))

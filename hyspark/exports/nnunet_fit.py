@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hyspark.config.nnunet import CT_SCHEME, PLAN_FILE, PLANS_KEY, SCHEMES, names_plan
+from hyspark.config.nnunet import CT_SCHEME, PLAN_FILE, PLANS_KEY, intensity_of_plan, names_plan
 from hyspark.data.intensity import OF_CT, of_channel
 from hyspark.models.nnunet_network import turned_architecture
 from hyspark.models.nnunet_plans import NnunetPlan, parse_plan, read_plan, split_plan_name
@@ -117,11 +117,11 @@ def compare_intensity(known: Mapping[str, Any], plan: NnunetPlan, channel: int, 
                 f"{ADVICE}, or give the data set the pre-training's plan (nnUNetv2_move_plans_between_datasets)"
             )
         return [f"differs: {text}"] if difference > SAME_VALUES else []
-    if SCHEMES.get(scheme) != own:
+    if intensity_of_plan(plan, channel) != own:
         raise ValueError(f"{source}: channel {channel}: expected weights for {scheme}, got intensity {own}; {ADVICE}")
     if own == "mr":
         return [
-            f"differs: channel {channel}: {scheme} takes mean and deviation of the image, mr those of the foreground"
+            f"differs: channel {channel}: {scheme} is by nonzero voxels and background is 0, mr is by the foreground"
         ]
     return []
 

@@ -43,6 +43,7 @@ class NnunetPlan:
         patch_size: voxels of a crop.
         stride: voxels per position of the deepest map.
         schemes: names of the normalisation, one per channel.
+        are_masked: whether mean and deviation are those of nonzero voxels alone, one per channel.
         architecture: network_class_name, arch_kwargs, _kw_requires_import.
     """
 
@@ -53,6 +54,7 @@ class NnunetPlan:
     patch_size: tuple[int, ...]
     stride: tuple[int, ...]
     schemes: tuple[str, ...]
+    are_masked: tuple[bool, ...]
     architecture: dict[str, Any]
 
     @property
@@ -159,6 +161,7 @@ def parse_plan(content: Any, configuration: str, source: str) -> NnunetPlan:
         patch_size=to_volume_axes([int(x) for x in found["patch_size"]], order),
         stride=to_volume_axes(total, order),
         schemes=tuple(found["normalization_schemes"]),
+        are_masked=tuple(found["use_mask_for_norm"]),
         architecture=architecture,
     )
 

@@ -77,24 +77,26 @@ def test_other_intensities_take_nothing_of_the_window(tmp_path):
 
 
 def test_normalisations(tmp_path):
-    def found(*schemes, **known):
+    def found(*schemes, masked=False, **known):
         properties = {"0": CT, "1": CT | {"mean": 10.0, "percentile_00_5": -300.0}, "2": {}}
         plan = read_plan(
             write_plans(
                 tmp_path,
                 normalization_schemes=list(schemes),
+                use_mask_for_norm=[masked] * len(schemes),
                 foreground_intensity_properties_per_channel=properties,
             )
         )
         return settings_of_plan(plan, known)
 
     assert found("NoNormalization")["intensity"] == ("none",)
+    assert found("ZScoreNormalization", masked=True)["intensity"] == ("mr",)
     mixed = found("CTNormalization", "CTNormalization", "ZScoreNormalization")
-    assert mixed["intensity"] == ("ct-zscore", "ct-zscore", "mr")
+    assert mixed["intensity"] == ("ct-zscore", "ct-zscore", "zscore")
     assert (mixed["image_channels"], mixed["hu_min"]) == ((0, 1, 2), -300)
     assert (mixed["input_mean"], mixed["input_std"]) == ((60.0, 10.0, 0.0), (90.0, 90.0, 1.0))
     second = found("CTNormalization", "ZScoreNormalization", image_channels=(1,))
-    assert (second["image_channels"], second["intensity"]) == ((1,), ("mr",))
+    assert (second["image_channels"], second["intensity"]) == ((1,), ("zscore",))
     with pytest.raises(
         ValueError, match=r"normalization_schemes: expected .*, got RescaleTo01Normalization, which has no"
     ):
@@ -108,11 +110,17 @@ def test_normalisations(tmp_path):
 
 def test_what_differs_from_nnunets_own_normalisation_is_said(tmp_path):
     path = write_plans(tmp_path, normalization_schemes=["ZScoreNormalization"])
+    assert warned(config_of(path, "--out", str(tmp_path / "run"))) == []
+    path = write_plans(tmp_path, normalization_schemes=["ZScoreNormalization"], use_mask_for_norm=[True])
     (line,) = warned(config_of(path, "--out", str(tmp_path / "run")))
-    assert line.startswith("intensity mr: mean and deviation are those of the clipped foreground; nnU-Net's ZScore")
+    assert line.startswith(
+        "intensity mr: z-scores by the clipped foreground, and background is the lowest value; nnU-N"
+    )
     two = {"0": CT, "1": CT | {"percentile_99_5": 90.0}}
     changes = {"foreground_intensity_properties_per_channel": two}
-    path = write_plans(tmp_path, normalization_schemes=["CTNormalization"] * 2, **changes)
+    path = write_plans(
+        tmp_path, normalization_schemes=["CTNormalization"] * 2, use_mask_for_norm=[False] * 2, **changes
+    )
     config = config_of(path, "--out", str(tmp_path / "run"))
     assert config.in_channels == 2
     assert warned(config)[0].startswith("--hu_min -120 --hu_max 380: one window for all channels of CT")

@@ -134,9 +134,10 @@ def test_harmless_differences_are_said(plans, pretrained, tmp_path):
     text = write_nnunet(source, str(plans), tmp_path / "nn.pth")
     assert "differs: spacing 2, 2, 2 mm (x, y, z) in pre-training, 7, 8, 9 in the plan" in text
     assert "differs: channel 0: its values differ by up to 0.022 deviations from those under CTNormalization" in text
-    other = write_plans(tmp_path / "mr", normalization_schemes=["ZScoreNormalization"])
+    masked = {"normalization_schemes": ["ZScoreNormalization"], "use_mask_for_norm": [True]}
+    other = write_plans(tmp_path / "mr", **masked)
     text = write_nnunet(save(tmp_path / "m.pth", pretrained, intensity=["mr"]), str(other), tmp_path / "nn.pth")
-    assert "ZScoreNormalization takes mean and deviation of the image, mr those of the foreground" in text
+    assert "ZScoreNormalization is by nonzero voxels and background is 0, mr is by the foreground" in text
 
 
 @pytest.mark.parametrize(
