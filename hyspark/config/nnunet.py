@@ -188,7 +188,7 @@ def warnings_of_plan(plan: NnunetPlan, config: PretrainConfig) -> list[str]:
     ):
         lines.append(
             f"intensity mr: z-scores by the clipped foreground, and background is the lowest value; nnU-Net's "
-            f"{IMAGE_SCHEME} with a mask is by nonzero voxels, and background is 0, so the network sees other values there"
+            f"{IMAGE_SCHEME} with a mask is by nonzero voxels, and background is 0, so the network sees other values"
         )
     windows = {
         (one.get("percentile_00_5"), one.get("percentile_99_5"))

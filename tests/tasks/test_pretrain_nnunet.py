@@ -100,6 +100,24 @@ def test_a_run_continues_when_its_plan_is_gone_or_another(planned, tmp_path, cap
     assert len(losses(planned)) == 4
 
 
+def test_views_are_in_the_axes_of_the_plan_and_the_momentum_encoder_is_its_own(planned):
+    pytest.importorskip("lightly")
+    default = PretrainConfig.decoder_width
+    model = planned.model.replace("spark", "byol")
+    views = replace(planned, model=model, decoder_width=default, head_width=16, max_steps=1)
+    experiment = PretrainingExperiment(views, Processes(device=torch.device("cpu")))
+    siamese = experiment.model
+    crop = torch.randn(2, 1, 16, 24, 20)
+    before = siamese.teacher.eval()(crop)
+    with torch.no_grad():
+        for parameter in siamese.encoder.parameters():
+            parameter.mul_(3)
+    assert torch.equal(siamese.teacher(crop), before)
+    run_pretraining(views)
+    assert encoder_file(views).name == "byol_nnunet_3d_fullres_1kpretrained_timm_style.pth"
+    assert len(losses(views)) == 1
+
+
 def test_files_in_another_order_of_axes_are_named(phantoms, tmp_path):
     case = find_pretraining_cases(PretrainConfig(data=str(phantoms)))[0][0]
     image = nib.load(case.image)
