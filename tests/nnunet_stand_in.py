@@ -116,10 +116,6 @@ class Decoder(nn.Module):
 
 
 class ResidualEncoderUNet(nn.Module):
-    key_to_encoder = "encoder.stages"
-    key_to_stem = "encoder.stem"
-    keys_to_in_proj = ("encoder.stem.convs.0.conv", "encoder.stem.convs.0.all_modules.0")
-
     def __init__(self, input_channels: int, num_classes: int, **options: Any):
         super().__init__()
         self.encoder = Encoder(input_channels, options)

@@ -138,7 +138,7 @@ def nnunet_content(network: nn.Module, plan: NnunetPlan, fit: PlanFit) -> dict[s
         "spacing": list(to_network_axes(fit.spacing, plan.axis_order)),
         "patch_size": list(to_network_axes(fit.crop_size, plan.axis_order)),
     }
-    described: Any = network
+    stem, projections = stem_of(network)
     adaptation = {
         "architecture_plans": {
             "arch_class_name": architecture["network_class_name"].rpartition(".")[2],
@@ -149,9 +149,9 @@ def nnunet_content(network: nn.Module, plan: NnunetPlan, fit: PlanFit) -> dict[s
         "pretrain_plan": {"configurations": {plan.configuration: configuration}},
         "pretrain_num_input_channels": len(plan.schemes),
         "recommended_downstream_patchsize": list(to_network_axes(plan.patch_size, plan.axis_order)),
-        "key_to_encoder": described.key_to_encoder,
-        "key_to_stem": described.key_to_stem,
-        "keys_to_in_proj": list(described.keys_to_in_proj),
+        "key_to_encoder": "encoder.stages",
+        "key_to_stem": stem,
+        "keys_to_in_proj": projections,
         "key_to_lpe": None,
     }
     papers = [("Pre-training method", fit.method, CITATIONS[fit.method])] if fit.method in CITATIONS else []
@@ -164,6 +164,18 @@ def nnunet_content(network: nn.Module, plan: NnunetPlan, fit: PlanFit) -> dict[s
         ],
         "hyspark": {"version": VERSION, "made_with": fit.settings, "plan": plan.content},
     }
+
+
+def stem_of(network: nn.Module) -> tuple[str, list[str]]:
+    """Find the stem of a U-Net's encoder, and the names of its first convolution, which has an alias.
+
+    A plain encoder has no stem, but a first stage.
+    """
+    names = [name for name, _ in network.named_modules(remove_duplicate=False)]
+    stem = next(name for name in ("encoder.stem", "encoder.stages.0") if name in names)
+    weights = {name: value for name, value in network.state_dict().items() if name.startswith(f"{stem}.")}
+    first = next(iter(weights.values())).data_ptr()
+    return stem, [name.removesuffix(".weight") for name, value in weights.items() if value.data_ptr() == first]
 
 
 def largest_difference(pretrained: nn.Module, file: Path, plan: NnunetPlan, fit: PlanFit) -> float:

@@ -1,13 +1,15 @@
 """The file for nnU-Net's own training: its keys as nnU-Net asserts them, what it computes, and what is refused."""
 
 import json
+import sys
 
 import pytest
 import torch
 
 from hyspark.cli import main
-from hyspark.exports.nnunet import write_nnunet
+from hyspark.exports.nnunet import stem_of, write_nnunet
 from hyspark.models.backbones import build_backbone
+from hyspark.models.nnunet_network import build_network
 from tests.nnunet_stand_in import ARCHITECTURE, PLANS, made_in_volume_axes, stand_in, with_strides, write_plans
 
 __all__ = ["stand_in"]
@@ -98,7 +100,8 @@ def test_the_adaptation_plan_is_what_nnssl_writes(plans, pretrained, tmp_path):
     assert found["recommended_downstream_patchsize"] == [16, 24, 20]
     assert (found["pretrain_num_input_channels"], found["key_to_lpe"]) == (1, None)
     weights = content["network_weights"]
-    assert all(any(key.startswith(f"{found[name]}.") for key in weights) for name in ("key_to_encoder", "key_to_stem"))
+    assert (found["key_to_encoder"], found["key_to_stem"]) == ("encoder.stages", "encoder.stem")
+    assert sorted(found["keys_to_in_proj"]) == ["encoder.stem.convs.0.all_modules.0", "encoder.stem.convs.0.conv"]
     assert all(f"{key}.weight" in weights for key in found["keys_to_in_proj"])
     assert not any(".seg_layers." in key for key in weights)
     assert [one["name"] for one in content["citations"]] == ["spark", "HySparK"]
@@ -191,3 +194,19 @@ def test_the_command_line(plans, pretrained, tmp_path, capsys):
     assert "nnUNetv2_train 42 3d_fullres 0" in capsys.readouterr().out
     main.main(["weights", source, "--model", f"nnunet/{plans}"])
     assert "covering 100.0% of the model's parameters" in capsys.readouterr().out
+
+
+def test_names_of_stem_and_encoder_are_those_of_nnunet_itself(monkeypatch):
+    """Where dynamic_network_architectures is installed: as its networks describe themselves."""
+    for name in [name for name in sys.modules if name.startswith("dynamic_network_architectures")]:
+        monkeypatch.delitem(sys.modules, name)
+    unet = pytest.importorskip("dynamic_network_architectures.architectures.unet")
+    options = ARCHITECTURE["arch_kwargs"]
+    plain = {name: value for name, value in options.items() if name != "n_blocks_per_stage"} | {"n_conv_per_stage": 2}
+    for kind, kwargs in (("ResidualEncoderUNet", options), ("PlainConvUNet", plain)):
+        named = f"{unet.__name__}.{kind}"
+        network = build_network(ARCHITECTURE | {"network_class_name": named, "arch_kwargs": kwargs}, 1)
+        stem, projections = stem_of(network)
+        assert stem == network.key_to_stem
+        assert sorted(projections) == sorted(network.keys_to_in_proj)
+        assert network.key_to_encoder == "encoder.stages"
