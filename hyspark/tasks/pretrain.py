@@ -125,7 +125,7 @@ class PretrainingExperiment(Experiment[MaskedTask | ContrastiveTask]):
     def set_up(self, state: dict[str, Any] | None) -> tuple[Run, MaskedTask | ContrastiveTask]:
         """Prepare the volumes, and make run and task."""
         config, processes = self.config, self.processes
-        if self.plan and processes.is_main:
+        if self.plan and processes.is_main and not config.replay:
             keep_plan(self.plan, config.run_folder)
         volumes = prepare_run_volumes(config, processes, Path(config.data), self.training, self.validation)
         probe = make_probe(config, processes, self.probe_cases) if self.probe_cases else None
