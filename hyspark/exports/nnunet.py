@@ -73,8 +73,10 @@ def write_nnunet(source: str | Path, plans: str, out: Path, key: str = "") -> st
     plan = read_plan(*split_plan_name(plans))
     contents = read_contents(source)
     fit = fit_weights(contents, Path(source), plan)
-    pretrained = build_pretrained(source, plan, fit, key)
-    target = build_network(plan.architecture, len(plan.schemes))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same decoder in every export
+        pretrained = build_pretrained(source, plan, fit, key)
+        target = build_network(plan.architecture, len(plan.schemes))
     axes = [fit.axis_order.index(axis) for axis in plan.axis_order]
     encoder = {
         name: turn_kernels(value, axes) for name, value in pretrained.state_dict().items() if is_of_encoder(name)
@@ -112,10 +114,8 @@ def build_pretrained(source: str | Path, plan: NnunetPlan, fit: PlanFit, key: st
     Raises:
         ValueError: as `load_pretrained`; or weights of the encoder are missing or were adapted.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        axes = [plan.axis_order.index(axis) for axis in fit.axis_order]
-        network = build_network(turned_architecture(plan.architecture, axes), len(plan.schemes))
+    axes = [plan.axis_order.index(axis) for axis in fit.axis_order]
+    network = build_network(turned_architecture(plan.architecture, axes), len(plan.schemes))
     report = load_pretrained(network, source, key)
     if wrong := [name for name in (*report.missing, *report.adapted) if is_of_encoder(name)]:
         raise ValueError(
