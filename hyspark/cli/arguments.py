@@ -63,8 +63,8 @@ class WeightsArguments(Arguments):
 
     path: str  # Weights: .pth, .pt, .ckpt, .safetensors or its index, .npz, .pkl; a folder of these, or hf://OWNER/NAME
     weights_key: str = ""  # Key of the state dict in the file, if it holds several: model_ema, student
-    model: str = ""  # Third-party network, as in pre-training: timm/resnet50, torchvision/resnet50, monai/segresnet
-    in_channels: int = 0  # Input channels; 0 uses 1, or 3 for a network of timm or torchvision
+    model: str = ""  # Third-party network, as in pre-training: timm/resnet50, monai/segresnet, nnunet/PLANS.json
+    in_channels: int = 0  # Input channels; 0 uses 1, the plan's of nnunet/, or 3 for timm/ and torchvision/
     out_channels: int = 14  # Classes, background included
     crop_size: tuple[int, ...] = (96,)  # Crop size in voxels, one number or one per axis
     decoder: Literal["released", "light"] = "released"  # Decoder of the segmentation network
@@ -80,14 +80,14 @@ class WeightsArguments(Arguments):
 
 
 class ExportArguments(Arguments):
-    """Write the encoder of a checkpoint, or all of it, as one small .safetensors file; or other forms by a flag.
+    """Write the encoder of a checkpoint, or all of it, as one small .safetensors file; or the form of another program.
 
     Example:
         hyspark export ckpt/pretrain/hyspark_1kpretrained_timm_style.pth encoder.safetensors
     """
 
     source: str  # A pre-training checkpoint or encoder file, or a fine-tuned network; with --hf, a run folder too
-    out: str  # The .safetensors file to write; for detectron2, a .pkl; with --hf, a folder
+    out: str  # The .safetensors file to write; for detectron2 a .pkl, for nnU-Net a .pth; with --hf, a folder
     weights_key: str = ""  # Key of the state dict in the source, if it holds several: model_ema, student
     precision: Literal["fp16", "fp32"] = "fp16"  # Precision of the numbers in the file
     decoder: bool = False  # Also the light decoder of pre-training, for fine-tuning with --decoder light
@@ -98,6 +98,8 @@ class ExportArguments(Arguments):
     scores: tuple[str, ...] = ()  # With --hf: folders of `hyspark evaluate` for the network, for its model card
     about: str = ""  # With --hf: Markdown file with what the model card says on data, limits and use
     repo: str = ""  # With --hf: OWNER/NAME on the Hub, for the commands in the model card
+    nnunet: bool = False  # The network of an nnU-Net plan, for nnUNetv2_train -pretrained_weights; needs --plans
+    plans: str = ""  # With --nnunet: the plan to train, PLANS.json or PLANS.json:CONFIGURATION (3d_fullres)
 
     def configure(self) -> None:
         self.add_argument("source")

@@ -157,16 +157,18 @@ def segmentation_network(args: WeightsArguments) -> Any:
 def third_party_network(args: WeightsArguments, argv: Sequence[str]) -> Any:
     """Build the third-party network that the flags name; raise ValueError for flags of the segmentation network."""
     from hyspark.models.backbones import build_backbone
+    from hyspark.models.nnunet_plans import is_plan, read_plan, split_plan_name
 
     own = ("out_channels", *field_info(EncoderSettings), "decoder", "decoder_width", "decoder_min_width")
     if given := [name for name in own if name in given_flags(args, argv)]:
         raise ValueError(f"{', '.join(given)}: not read for {args.model}, but for the segmentation network; drop them")
     of_images = args.model.startswith(("timm/", "torchvision/"))
+    planned = len(read_plan(*split_plan_name(args.model)).schemes) if is_plan(args.model) else 1
     axes = len(args.crop_size) if len(args.crop_size) > 1 else 2 if of_images else 3
     edges: tuple[int, ...] = ()
     if "crop_size" in given_flags(args, argv):
         edges = args.crop_size * (axes if len(args.crop_size) == 1 else 1)
-    return build_backbone(args.model, args.in_channels or (3 if of_images else 1), axes, edges).network
+    return build_backbone(args.model, args.in_channels or (3 if of_images else planned), axes, edges).network
 
 
 def export(argv: Sequence[str]) -> None:

@@ -84,6 +84,15 @@ def write_hub_folder(args: ExportArguments) -> str:
     return "\n".join(lines + ([] if args.license else ["README.md states no licence; --license NAME adds it"]))
 
 
+def write_nnunet_weights(args: ExportArguments) -> str:
+    """Write the network of an nnU-Net plan, for nnU-Net's own training."""
+    from hyspark.exports.nnunet import write_nnunet
+
+    if not args.plans:
+        raise ValueError("--nnunet: expected --plans PLANS.json, the plan to train")
+    return write_nnunet(args.source, args.plans, Path(args.out), args.weights_key)
+
+
 def count_numbers(file: Path, weights: Mapping[str, Tensor]) -> str:
     """Write the name of a file with its tensors, numbers and size."""
     millions = sum(value.numel() for value in weights.values()) / 1e6
@@ -94,5 +103,6 @@ FORMS: Mapping[str, Form] = {
     "": Form(write_safetensors, ("weights_key", "precision", "decoder")),
     "detectron2": Form(write_resnet, ("weights_key", "precision")),
     "hf": Form(write_hub_folder, ("weights_key", "decoder", "license", "datasets", "scores", "about", "repo")),
+    "nnunet": Form(write_nnunet_weights, ("weights_key", "plans")),
 }
 """The forms by their flag; the first one needs none."""

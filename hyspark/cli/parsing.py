@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tap import Tap, to_tap_class
 
+from hyspark.config.nnunet import plan_defaults
+from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import Config, ConfigT, axis_values, field_help, old_spellings, read_yaml
 from hyspark.utils.settings import GROUPS, FieldInfo, field_info
 from hyspark.utils.text import nearest
@@ -179,7 +181,7 @@ def config_parser(config_class: type, prog: str) -> Arguments:
 
 
 def read_config(config_class: type[ConfigT], prog: str, argv: Sequence[str], also: Sequence[str] = ()) -> ConfigT:
-    """Read settings: defaults, over them the YAML that --config names, over these the flags.
+    """Read settings: defaults, over them nnU-Net's plan, the YAML that --config names, and the flags.
 
     Args:
         config_class: Class of the settings; every field is a flag.
@@ -189,14 +191,19 @@ def read_config(config_class: type[ConfigT], prog: str, argv: Sequence[str], als
 
     Raises:
         ValueError: There is an unknown key or flag, or a value that does not fit.
+        FileNotFoundError: There is no such recipe, or no such plan.
     """
     parser = config_parser(config_class, prog)
     recipe: dict[str, Any] = {}
     if (path := recipe_path(argv)) is not None:
         recipe = read_yaml(path, config_class)
         parser.set_defaults(**recipe)
-    args = parse(parser, gathered_axes(argv, config_class, recipe), also)
-    return config_class(**{f.name: getattr(args, f.name) for f in fields(config_class)})
+    words = gathered_axes(argv, config_class, recipe)
+    args = parse(parser, words, also)
+    values = {f.name: getattr(args, f.name) for f in fields(config_class)}
+    if config_class is PretrainConfig:
+        values |= plan_defaults(values, given_flags(parser, words) | recipe.keys())
+    return config_class(**values)
 
 
 def add_settings(parser: Arguments, config_class: Any) -> None:

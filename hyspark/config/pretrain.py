@@ -7,6 +7,7 @@ from typing import Any, Literal
 from hyspark.config.checks import between, check_probabilities, not_negative, positive
 from hyspark.config.shared import EncoderSettings, VolumeSettings, check_encoder, check_run, check_volumes
 from hyspark.models.defaults import CONTRASTIVE_METHODS, check_reconstruct_fraction, grid_of
+from hyspark.models.nnunet_plans import to_network_axes
 from hyspark.utils.settings import field_info, setting
 from hyspark.utils.text import nearest
 
@@ -37,8 +38,9 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
     """Name of the run in its report."""
     model: str = setting("hyspark", "network", first=True)
     """Method and network. hyspark: the hybrid network of the paper. METHOD/BACKBONE: spark, moco, byol or swav with
-    timm/NAME, torchvision/NAME, monai/NAME (in 3D too), or PACKAGE.MODULE:FACTORY; for example spark/timm/resnet50.
-    spark masks patches; moco, byol and swav compare two views of a crop.
+    timm/NAME, torchvision/NAME, monai/NAME (in 3D too), nnunet/PLANS.json:CONFIGURATION, or PACKAGE.MODULE:FACTORY;
+    for example spark/timm/resnet50. spark masks patches; moco, byol and swav compare two views of a crop. A plan of
+    nnU-Net sets spacing, crop_size, axis_order, intensity and image_channels too, where these are not given.
     """
     weights: str = setting("none", "network", first=True, old=("init_weight",))
     """Initial weights: an encoder, a pre-training checkpoint, or published weights of a third-party network; a file, or
@@ -48,6 +50,10 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
     crop_size: tuple[int, ...] = setting((96,), "data", first=True, old=("input_size",))
     """Edge of a crop in voxels, one number or one per axis; multiples of 16, or of the total stride of another network
     on each axis.
+    """
+    axis_order: tuple[int, ...] = setting((), "data", methods=METHODS[1:])
+    """Axes of a crop in the order in which a third-party network takes them: 0 x, 1 y, 2 z. 2 1 0 is that of arrays
+    read by SimpleITK. By default x, y, z. Other settings per axis stay in the order x, y, z.
     """
     mask_ratio: float = setting(0.75, "optimisation", first=True, old=("mask",), methods=MASKED)
     """Fraction of patches that are hidden."""
@@ -150,6 +156,11 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
             if len(numbers) not in (1, self.axes):
                 several = "three" if self.axes == 3 else "two"
                 raise ValueError(f"{name} takes one number or {several}, but got {list(numbers)}")
+        if self.axis_order and (self.axes != 3 or sorted(self.axis_order) != [0, 1, 2]):
+            raise ValueError(
+                f"axis_order: expected 0, 1, 2 in any order, for crops of volumes (slices none), got "
+                f"{' '.join(map(str, self.axis_order))}" + ("" if self.axes == 3 else f" with slices {self.slices}")
+            )
         if self.mask_unit and min(self.mask_unit) < 1:
             raise ValueError(f"mask_unit must be at least 1 on every axis, but it is {list(self.mask_unit)}")
         self.check_model()
@@ -207,6 +218,16 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
     def unit_shape(self) -> tuple[int, ...] | None:
         """Voxels of a mask unit on each axis; None for the network's total stride."""
         return (self.mask_unit * self.axes if len(self.mask_unit) == 1 else self.mask_unit) or None
+
+    @property
+    def network_crop(self) -> tuple[int, ...]:
+        """Voxels of a crop on each axis of the network."""
+        return to_network_axes(self.crop_shape, self.axis_order)
+
+    @property
+    def network_unit(self) -> tuple[int, ...] | None:
+        """Voxels of a mask unit on each axis of the network; None for its total stride."""
+        return to_network_axes(self.unit_shape, self.axis_order) if self.unit_shape else None
 
     @property
     def run_folder(self) -> Path:

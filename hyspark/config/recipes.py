@@ -16,6 +16,7 @@ from hyspark.config.segmentation import SegmentationConfig
 from hyspark.config.yaml_files import find_recipe, load_mapping
 from hyspark.data.intensity import reads_window
 from hyspark.data.settings import PrepareSettings
+from hyspark.models.nnunet_plans import without_plan_folder
 from hyspark.utils.atomic import write_whole
 from hyspark.utils.settings import field_info
 from hyspark.utils.text import nearest
@@ -205,6 +206,8 @@ def differences(old: Mapping[str, Any], config: Config) -> list[str]:
         before = known[name]
         if infos[name].old_axes:
             before, value = (axis_values(v, infos[name].old_axes) for v in (before, value))
+        if name == "model":
+            before, value = (without_plan_folder(v) for v in (before, value))
         if not infos[name].may_change and (name, value) != ("precision", "auto") and before != value:
             lines.append(f"{name}: was {before}, is {value}")
     return lines

@@ -76,6 +76,27 @@ def foreground_scale(voxels: np.ndarray, settings: PrepareSettings) -> VolumeSca
     return VolumeScale(low, high, threshold, MAX_STORED, LinearMap((high - low) / deviation, (low - mean) / deviation))
 
 
+def image_scale(voxels: np.ndarray, settings: PrepareSettings) -> VolumeScale:
+    """Return the range of an image within its border of zeros, for z-scores by the mean and deviation of the same.
+
+    These are the values of nnU-Net's ZScoreNormalization without a mask, which follows its crop to nonzero voxels.
+    """
+    inner = within_zeros(voxels)
+    low, high = float(inner.min()), float(inner.max())
+    mean, deviation = float(inner.mean(dtype=np.float64)), float(inner.std(dtype=np.float64)) or 1.0
+    return VolumeScale(low, high, low, MAX_STORED, LinearMap((high - low) / deviation, (low - mean) / deviation))
+
+
+def within_zeros(voxels: np.ndarray) -> np.ndarray:
+    """Return the box of voxels that are not 0, border of zeros excluded; all of an image of zeros."""
+    box = []
+    for axis in range(voxels.ndim):
+        others = tuple(other for other in range(voxels.ndim) if other != axis)
+        (filled,) = np.nonzero((voxels != 0).any(axis=others))
+        box.append(slice(filled[0], filled[-1] + 1) if filled.size else slice(None))
+    return voxels[tuple(box)]
+
+
 def whole_scale(voxels: np.ndarray, settings: PrepareSettings) -> VolumeScale:
     """Return the range of all values, for these values themselves; whole numbers are stored exactly."""
     low, high = float(voxels.min()), float(voxels.max())
@@ -87,6 +108,7 @@ SCALES: Mapping[str, Callable[[np.ndarray, PrepareSettings], VolumeScale]] = {
     "ct": window_scale,
     "ct-zscore": window_scale,
     "mr": foreground_scale,
+    "zscore": image_scale,
     "none": whole_scale,
 }
 """The range of a volume by intensity; the keys are the intensities."""

@@ -23,7 +23,7 @@ class PrepareSettings:
     intensity: tuple[str, ...] = setting(("ct",), "data")
     """Values that a network sees, one name for all channels or one per channel. ct: hu_min to hu_max become 0 to 1.
     ct-zscore: the same window, less input_mean, divided by input_std. mr: z-scores by the foreground of each volume.
-    none: the values of the files.
+    zscore: z-scores by all voxels of each volume, its border of zeros excluded. none: the values of the files.
     """
     image_channels: tuple[int, ...] = setting((0,), "data")
     """Channels of the images that are read, numbered as in nnU-Net: 0 1 reads CASE_0000 and CASE_0001."""

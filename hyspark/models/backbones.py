@@ -1,4 +1,4 @@
-"""Backbones by name: `timm/resnet50`, `torchvision/resnet50`, `monai/segresnet`, `mypackage.module:factory`."""
+"""Backbones by name: `timm/resnet50`, `monai/segresnet`, `nnunet/plans.json:3d_fullres`, `mypackage.module:factory`."""
 
 import difflib
 import importlib
@@ -14,6 +14,7 @@ import torchvision
 from torch import Tensor, nn
 
 from hyspark.models.network_faults import UnsupportedNetworkError
+from hyspark.models.nnunet_plans import is_plan, read_plan, split_plan_name
 from hyspark.utils.log import LOG
 from hyspark.utils.text import first_line
 
@@ -83,6 +84,7 @@ def build_backbone(name: str, in_channels: int, axes: int, img_size: Sequence[in
             timm/NAME: any network of timm (2D), without its classifier.
             torchvision/NAME: any classification network of torchvision (2D, three channels).
             monai/NAME: resnet10 to resnet200 as in MONAI's FlexibleUNet, segresnet or dynunet, in 2D or 3D.
+            nnunet/PLANS.json:CONFIGURATION: the network that nnU-Net planned, in the plan's axis order (3D).
             PACKAGE.MODULE:FACTORY: what FACTORY(in_channels=..., axes=...) returns, a module or a Backbone.
         in_channels: channels of an image.
         axes: number of spatial axes.
@@ -90,15 +92,20 @@ def build_backbone(name: str, in_channels: int, axes: int, img_size: Sequence[in
 
     Raises:
         ValueError: the name is unknown, or the network does not support the axes, channels or size.
+        FileNotFoundError: there is no such plan.
+        ModuleNotFoundError: the library of the network is not installed.
     """
     library, slash, rest = name.partition("/")
+    if is_plan(name):
+        return build_planned(name, in_channels, axes)
     if ":" in name:
         return build_from_factory(name, in_channels, axes)
     builders: dict[str, Callable[[str, int, int], Backbone]]
     builders = {"timm": partial(build_timm, img_size=img_size), "torchvision": build_torchvision, "monai": build_monai}
     if not slash or library not in builders:
         raise ValueError(
-            f"backbone: expected timm/NAME, torchvision/NAME, monai/NAME or PACKAGE.MODULE:FACTORY, got {name!r}"
+            "backbone: expected timm/NAME, torchvision/NAME, monai/NAME, nnunet/PLANS.json or PACKAGE.MODULE:FACTORY, "
+            f"got {name!r}"
         )
     return builders[library](rest, in_channels, axes)
 
@@ -163,6 +170,15 @@ def build_monai(name: str, in_channels: int, axes: int) -> Backbone:
     return Backbone(build(spatial_dims=axes, n_input_channels=in_channels, **options))
 
 
+def build_planned(name: str, in_channels: int, axes: int) -> Backbone:
+    """Build the network of an nnU-Net plan."""
+    from hyspark.models.nnunet_network import build_from_plan  # imports Backbone from here
+
+    if axes != 3:
+        raise ValueError(f"{name}: expected volumes with 3 axes, got data with {axes}")
+    return build_from_plan(read_plan(*split_plan_name(name)), in_channels)
+
+
 def build_from_factory(name: str, in_channels: int, axes: int) -> Backbone:
     """Call the user's own function PACKAGE.MODULE:FACTORY."""
     module, _, factory = name.partition(":")
@@ -199,6 +215,8 @@ def run_dynunet(net: Any, x: Tensor) -> Tensor:
 
 def suggest_backbones(name: str) -> str:
     """Suggest networks that run under a mask, with names similar to one that does not."""
+    if is_plan(name):
+        return "name the plan of a ResidualEncoderUNet or PlainConvUNet"
     if ":" in name:  # the user's own function
         return (
             "use layers that run under a mask (hyspark.list_backbones() lists networks of such layers), or return "

@@ -121,7 +121,7 @@ def count_flops(config: PretrainConfig, model: MaskedAutoencoder | Siamese, crop
     """
     if isinstance(model, Siamese) or (isinstance(model.encoder, PyramidEncoder) and not model.encoder.can_be_copied()):
         return None
-    size, channels = config.crop_shape, config.in_channels
+    size, channels = model.encoder.img_size, config.in_channels
     grid = grid_of(size, model.encoder.patch)
     generators = [torch.Generator().manual_seed(i) for i in range(crops)]
     visible = draw_visible(grid, config.mask_ratio, generators)

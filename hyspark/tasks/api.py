@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from hyspark.config.checks import one_of
 from hyspark.config.classification import ClassificationConfig
+from hyspark.config.nnunet import plan_defaults
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import read_yaml, typed_values
 from hyspark.config.segmentation import SegmentationConfig
@@ -128,7 +129,8 @@ def pretrain(config: StrPath | None = None, **settings: Any) -> TrainingRun:
         FloatingPointError: The loss is not finite.
     """
     check_caller()
-    values = PretrainConfig(**merge_settings(PretrainConfig, config, settings))
+    given = merge_settings(PretrainConfig, config, settings)
+    values = PretrainConfig(**plan_defaults(given, given) | given)
     folder = run_pretraining(values)
     return TrainingRun(folder, encoder_file(values), folder / "report.html")
 

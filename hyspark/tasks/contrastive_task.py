@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyspark.config.nnunet import plan_state
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.data.batches.crops import crop_maps
 from hyspark.data.batches.loader import Batch, Shard
@@ -123,9 +124,9 @@ class ContrastiveTask(Task):
         save_figure(figure, path)
         log.board.add_figure("views", figure, step, close=False)
 
-    def extra_state(self) -> dict[str, float]:
-        """Return the lowest validation loss."""
-        return {"best": self.best}
+    def extra_state(self) -> dict[str, Any]:
+        """Return the lowest validation loss, and nnU-Net's plan if there is one."""
+        return {"best": self.best} | plan_state(self.config)
 
     def export(self, run: Run) -> None:
         """Export the encoder."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hyspark.config.nnunet import plan_state
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.data.batches.crops import crop_maps
 from hyspark.data.batches.loader import Batch, Shard
@@ -52,7 +53,7 @@ class MaskedTask(Task):
         return {"volumes": volumes, "mask_seeds": range(num_crops), "cases": ["noise"] * num_crops}
 
     def inputs(self, run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return volumes (b, channels, *size) on the device, and visible (b, 1, *grid) on the CPU.
+        """Return volumes (b, channels, *size) on the device, and visible (b, 1, *grid) on the CPU, in network axes.
 
         What follows from the mask is computed on the CPU, so that nothing waits for CUDA.
         """
@@ -62,8 +63,8 @@ class MaskedTask(Task):
     def masked_inputs(self, run: Run, batch: Batch) -> tuple[Tensor, Tensor, list[torch.Generator]]:
         """Return what `inputs` does, and the generators of the samples after the draw of their masks."""
         generators = [torch.Generator().manual_seed(seed) for seed in batch["mask_seeds"]]
-        grid = grid_of(self.config.crop_shape, run.network.encoder.patch)
         volumes = common.to_network_input(batch["volumes"], self.config, run.processes.device)
+        grid = grid_of(volumes.shape[2:], run.network.encoder.patch)
         return volumes, draw_visible(grid, self.config.mask_ratio, generators), generators
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
@@ -110,13 +111,13 @@ class MaskedTask(Task):
             volumes, visible = (x[:1] for x in self.inputs(run, crops[index]))
             with autocast(run.processes, self.config.precision):
                 output = run.network(volumes, visible)
-            visible_voxels = visible_at(visible, volumes.shape[2:])
-            arrays = (volumes.clone(), reconstruct(volumes, output))
-            images, results = (to_fractions(x[0].cpu(), maps).numpy() for x in arrays)
+            visible_voxels = common.to_volume(visible_at(visible, volumes.shape[2:])[0, 0].cpu(), self.config)
+            arrays = (common.to_volume(x[0].cpu(), self.config) for x in (volumes, reconstruct(volumes, output)))
+            images, results = (to_fractions(x.clone(), maps).numpy() for x in arrays)
             for channel, number in enumerate(self.config.image_channels):
                 title = f"{name}, channel {number}" if channel else name
                 options: dict[str, Any] = {"title": f"{title}, epoch {epoch}", "spacing": self.config.spacing}
-                image, mask, result = images[channel], visible_voxels[0, 0].cpu().numpy(), results[channel]
+                image, mask, result = images[channel], visible_voxels.numpy(), results[channel]
                 if sampling := common.slice_sampling(self.config):
                     image, mask, result = (np.expand_dims(x, sampling.axis) for x in (image, mask, result))
                     options["slices"] = [self.config.slices]
@@ -125,9 +126,9 @@ class MaskedTask(Task):
                 save_figure(figure, self.config.run_folder / "pictures" / f"{stem}.png")
                 log.board.add_figure(f"reconstruction/{title}", figure, step, close=False)
 
-    def extra_state(self) -> dict[str, float]:
-        """Return the lowest validation loss."""
-        return {"best": self.best}
+    def extra_state(self) -> dict[str, Any]:
+        """Return the lowest validation loss, and nnU-Net's plan if there is one."""
+        return {"best": self.best} | plan_state(self.config)
 
     def export(self, run: Run) -> None:
         """Export the encoder."""

@@ -2,15 +2,18 @@
 
 import math
 import shlex
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hyspark.config.nnunet import describe_plan, find_plan, keep_plan, names_plan, warnings_of_plan
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.shared import encoder_options
 from hyspark.data.batches.loader import Shard
 from hyspark.data.datasets.build import read_data
 from hyspark.data.datasets.cases import Case
+from hyspark.data.datasets.stored_axes import find_permuted
 from hyspark.data.datasets.subjects import warn_of_split
 from hyspark.data.preprocessing.store_size import estimate_store_size
 from hyspark.evaluation.linear_probe import find_probe_cases, make_probe
@@ -20,6 +23,8 @@ from hyspark.models.contrastive import Siamese, build_siamese
 from hyspark.models.defaults import CONTRASTIVE_METHODS
 from hyspark.models.masked_autoencoder import MaskedAutoencoder, build_hyspark
 from hyspark.models.network_faults import UnsupportedNetworkError
+from hyspark.models.nnunet_network import build_from_plan
+from hyspark.models.nnunet_plans import to_volume_axes
 from hyspark.models.spark import build_spark
 from hyspark.models.weights.load import LoadReport
 from hyspark.planning.plan import count_flops, crops_per_process, format_plan
@@ -35,6 +40,7 @@ from hyspark.training.run import Run, make_run
 from hyspark.training.run_folder import encoder_file, steps_per_epoch
 from hyspark.training.run_volumes import check_files_exist, describe_cases, prepare_run_volumes, store_folder
 from hyspark.utils.log import LOG
+from hyspark.utils.text import listing
 
 
 def run_pretraining(config: PretrainConfig) -> Path:
@@ -57,6 +63,10 @@ class PretrainingExperiment(Experiment[MaskedTask | ContrastiveTask]):
         self.data = describe_cases(self.training, self.validation)
         if config.dry_run:
             check_files_exist(config, [*self.training, *self.validation])
+        self.plan = find_plan(config.model, config.run_folder, config.resume_from) if names_plan(config.model) else None
+        if self.plan:
+            for line in (*warnings_of_plan(self.plan, config), *warnings_of_axes([*self.training, *self.validation])):
+                LOG.warning("%s", line)
         self.model = initialise_pretraining(config, processes.world_size)
 
     def describe(self) -> dict[str, str]:
@@ -64,11 +74,16 @@ class PretrainingExperiment(Experiment[MaskedTask | ContrastiveTask]):
         c = self.config
         encoder: Any = self.model.encoder
         untrained = [] if c.method == "hyspark" else untrained_modules(encoder.backbone)
-        return {
+        plan = {"plan": describe_plan(self.plan, c)} if self.plan else {}
+        return plan | {
             "data": f"{len(self.training)} training and {len(self.validation)} validation volumes from {c.data}",
             "model": f"{c.model}, {format_num_parameters(self.model)} parameters, "
             f"crops of {' x '.join(map(str, c.crop_shape))}"
-            + (f", mask units of {' x '.join(map(str, encoder.patch))}" if c.method == "spark" else "")
+            + (
+                f", mask units of {' x '.join(map(str, to_volume_axes(encoder.patch, c.axis_order)))}"
+                if c.method == "spark"
+                else ""
+            )
             + (f"; not trained by this method, left unchanged: {', '.join(untrained)}" if untrained else ""),
             "steps": f"{c.epochs} epochs of {steps_per_epoch(c, len(self.training))}, "
             f"{c.batch_size * c.crops_per_volume} crops each",
@@ -83,6 +98,9 @@ class PretrainingExperiment(Experiment[MaskedTask | ContrastiveTask]):
             return None
         network = self.model.encoder if isinstance(self.model, Siamese) else self.model
         report = load_volume_weights(network, self.config.weights, self.config)
+        made, own = (list(order or (0, 1, 2)) for order in (report.made_with.get("axis_order"), self.config.axis_order))
+        if report.made_with and made != own:
+            LOG.warning("%s was made with axis_order %s, this run has %s", self.config.weights, made, own)
         if isinstance(self.model, Siamese):
             self.model.prepare_step(0.0)
         return report
@@ -107,6 +125,8 @@ class PretrainingExperiment(Experiment[MaskedTask | ContrastiveTask]):
     def set_up(self, state: dict[str, Any] | None) -> tuple[Run, MaskedTask | ContrastiveTask]:
         """Prepare the volumes, and make run and task."""
         config, processes = self.config, self.processes
+        if self.plan and processes.is_main and not config.replay:
+            keep_plan(self.plan, config.run_folder)
         volumes = prepare_run_volumes(config, processes, Path(config.data), self.training, self.validation)
         probe = make_probe(config, processes, self.probe_cases) if self.probe_cases else None
         best = state["best"] if state else math.inf
@@ -121,6 +141,17 @@ class PretrainingExperiment(Experiment[MaskedTask | ContrastiveTask]):
             LOG.info("encoder  %s", encoder_file(self.config))
             LOG.info("report   %s", write_pretraining_report(task, run))
             LOG.info("pictures %s", self.config.run_folder / "pictures")
+
+
+def warnings_of_axes(cases: Sequence[Case]) -> list[str]:
+    """Return a line if nnU-Net would read volumes in other axes than this package."""
+    permuted, num = find_permuted(cases)
+    if not permuted:
+        return []
+    return [
+        f"{len(permuted)} of {num} files store their axes in another order than x, y, z ({listing(permuted, 3)}); "
+        "nnU-Net takes the axes of the file, and here volumes are turned to x, y, z; save these files in that order"
+    ]
 
 
 def task_class(config: PretrainConfig) -> type[MaskedTask] | type[ContrastiveTask]:
@@ -206,16 +237,19 @@ def build_pretraining_network(config: PretrainConfig, num_processes: int) -> Mas
 def build_around_backbone(config: PretrainConfig, name: str, num_processes: int) -> MaskedAutoencoder | Siamese:
     """Build the pre-training network around a third-party one."""
     axes = len(config.crop_shape)
-    backbone = build_backbone(name, config.in_channels, axes)
+    if names_plan(config.model):
+        backbone = build_from_plan(find_plan(config.model, config.run_folder, config.resume_from), config.in_channels)
+    else:
+        backbone = build_backbone(name, config.in_channels, axes)
     shared: dict[str, Any] = {"in_channels": config.in_channels, "axes": axes, "run": backbone.run}
     if config.method == "spark":
         shared |= {"decoder_width": config.decoder_width, "reconstruct_fraction": config.reconstruct_fraction}
-        shared |= {"mask_unit": config.unit_shape, "compute": config.compute}
-        return build_spark(backbone.network, config.crop_shape, config.mask_ratio, **shared)
+        shared |= {"mask_unit": config.network_unit, "compute": config.compute}
+        return build_spark(backbone.network, config.network_crop, config.mask_ratio, **shared)
     return build_siamese(
         config.method,
         backbone.network,
-        config.crop_shape,
+        config.network_crop,
         head_width=config.head_width,
         queue_size=config.queue_size,
         num_prototypes=config.prototypes,

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hyspark.config.nnunet import plan_state
 from hyspark.config.pretrain import PretrainConfig
-from hyspark.config.recipes import shown_settings
+from hyspark.config.recipes import as_plain, shown_settings
 from hyspark.data.batches.crops import SliceSampling
 from hyspark.data.batches.loader import Batch, make_loader
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.evaluation.linear_probe import Probe, take_probe
+from hyspark.models.weights.export import MADE_WITH
 from hyspark.reports import run_page
 from hyspark.training import checkpoint, distributed, optim
 from hyspark.training.loop import Task
@@ -85,9 +87,27 @@ def format_num_parameters(model: torch.nn.Module) -> str:
 
 
 def to_network_input(images: Tensor, config: PretrainConfig, device: torch.device) -> Tensor:
-    """Move images to the device, and repeat the channel of those with one: (b, c, *size) -> (b, in_channels, *size)."""
+    """Move images to the device, in the channels and axes of the network.
+
+    Args:
+        images: (b, c, *size), axes x, y, z.
+        config: Settings. With one channel, it is repeated.
+        device: The device.
+
+    Returns:
+        (b, in_channels, *size), axes in `axis_order`.
+    """
     images = images.to(device, non_blocking=True)
-    return images.expand(-1, config.in_channels, *(-1,) * (images.ndim - 2))
+    images = images.expand(-1, config.in_channels, *(-1,) * (images.ndim - 2))
+    return images.permute(0, 1, *(2 + a for a in config.axis_order)).contiguous() if config.axis_order else images
+
+
+def to_volume(values: Tensor, config: PretrainConfig) -> Tensor:
+    """Permute values (..., *size) from the axes of the network to x, y, z."""
+    if not config.axis_order:
+        return values
+    first = values.ndim - len(config.axis_order)
+    return values.permute(*range(first), *(first + config.axis_order.index(axis) for axis in range(3)))
 
 
 def pretraining_schedule(config: PretrainConfig, run: Run, step: int) -> dict[str, float]:
@@ -119,7 +139,7 @@ def validate_pretraining(task: PretrainingTask, run: Run, log: RunLog | None, st
         LOG.info("epoch %d: %s after %d steps%s", epoch, text, step + 1, " (best)" if is_best else "")
         if is_best:
             task.best = metrics["val_loss"]
-            checkpoint.save(run.network.encoder.weights(), best_encoder_file(config))
+            checkpoint.save(encoder_content(config, run), best_encoder_file(config))
     is_last = step + 1 == run.last_step
     if task.probe and (epoch % config.probe_every == 0 or is_last):
         take_probe(run.network.encoder, task.probe, log, step, epoch)
@@ -142,9 +162,24 @@ def compute_validation_metrics(task: PretrainingTask, run: Run) -> dict[str, flo
     return task.validation_metrics(distributed.gather_lists(outputs, processes))
 
 
+def encoder_content(config: PretrainConfig, run: Run) -> dict[str, Any]:
+    """Return the content of a file of the encoder's weights: the weights, or with a plan of nnU-Net also this plan.
+
+    nnU-Net compares shapes alone, so such a file says what it was made with.
+    """
+    weights: dict[str, Any] = run.network.encoder.weights()
+    if not (plan := plan_state(config)):
+        return weights
+    settings = as_plain(config)
+    return {
+        "model": weights,
+        "config": {n: settings[n] for n in MADE_WITH if n in settings} | {"method": config.method},
+    } | plan
+
+
 def export_encoder(config: PretrainConfig, run: Run) -> None:
     """Export the encoder's weights in the published format."""
-    checkpoint.save(run.network.encoder.weights(), encoder_file(config))
+    checkpoint.save(encoder_content(config, run), encoder_file(config))
 
 
 def write_pretraining_report(task: PretrainingTask, run: Run) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hyspark.config.nnunet import names_plan
 from hyspark.config.recipes import ConfigT, typed_values
 from hyspark.data.batches.loader import Batch
 from hyspark.training import checkpoint
@@ -38,7 +39,7 @@ def read_replay(config: ConfigT, processes: Processes) -> tuple[ConfigT, dict[st
         raise ValueError("--replay: one process repeats the step of all; start it without torchrun")
     settings = type(config)(**typed_values(state["config"], type(config), str(path)))
     factory = getattr(settings, "model", "")
-    if ":" in factory and factory != getattr(config, "model", ""):
+    if ":" in factory and not names_plan(factory) and factory != getattr(config, "model", ""):
         raise ValueError(f"{path} builds its network by {factory!r}; if you trust it, name it: --model {factory}")
     return replace(settings, device="cpu", precision="fp32", dataloader_workers=0, replay=config.replay), state
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import Config, as_plain, differences
+from hyspark.models.nnunet_plans import without_plan_folder
 from hyspark.training import checkpoint, distributed
 from hyspark.training.distributed import Processes
 from hyspark.training.signals import StopRequests, catch_stop_signals
@@ -35,8 +36,11 @@ def best_encoder_file(config: PretrainConfig) -> Path:
 
 
 def model_file_stem(config: PretrainConfig) -> str:
-    """Return the model's name for file names: spark/timm/resnet50 becomes spark_timm_resnet50."""
-    return re.sub(r"\W+", "_", config.model)
+    """Return the model's name for file names: spark/timm/resnet50 becomes spark_timm_resnet50.
+
+    Of a plan of nnU-Net the configuration counts: spark_nnunet_3d_fullres.
+    """
+    return re.sub(r"\W+", "_", without_plan_folder(config.model))
 
 
 def steps_per_epoch(config: Config, num_training: int) -> int:

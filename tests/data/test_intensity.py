@@ -90,6 +90,19 @@ def test_mr_is_the_z_score_of_its_clipped_foreground(tmp_path):
     assert counts[0].sum() == foreground.sum()
 
 
+def test_zscores_of_an_image_are_those_within_its_border_of_zeros(tmp_path):
+    values = head().astype(np.int16) + 5
+    values[:4], values[:, -3:], values[..., :2] = 0, 0, 0
+    inner = values[4:, :-3, 2:].astype(np.float64)
+    expected = (inner - inner.mean()) / inner.std()
+    volume = store(
+        save_case(tmp_path / "data", values), PrepareSettings(spacing=MM, intensity=("zscore",)), tmp_path / "s"
+    )
+    assert volume.entry.shape == inner.shape
+    found = to_input(volume.read_channels([0, 0, 0], inner.shape), volume.maps)[0]
+    np.testing.assert_allclose(found, expected, atol=1.1 * (expected.max() - expected.min()) / 65535)
+
+
 def test_mr_that_is_resampled_has_the_range_of_its_file(tmp_path):
     settings = PrepareSettings(spacing=(2.0, 2.0, 2.0), intensity=("mr",))
     prepared = prepare_case(save_case(tmp_path, head()), settings)
@@ -212,7 +225,7 @@ def test_a_slice_in_its_own_range_is_not_mapped_again(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"intensity": ("MR",)}, r"intensity: expected ct, ct-zscore, mr, none, got 'MR'"),
+        ({"intensity": ("MR",)}, r"intensity: expected ct, ct-zscore, mr, zscore, none, got 'MR'"),
         ({"intensity": ()}, "intensity: expected ct"),
         ({"intensity": ("mr", "ct")}, r"intensity: expected one value, or one for each of the 1 image_channels, got 2"),
         ({"image_channels": ()}, "image_channels: expected different numbers"),

@@ -12,7 +12,7 @@ from pathlib import Path
 from hyspark.data.datasets.cases import Case
 from hyspark.data.datasets.channels import channel_text
 from hyspark.data.datasets.found import UNREADABLE, FoundData
-from hyspark.data.datasets.import_advice import refuse_scans
+from hyspark.data.datasets.import_advice import refuse_prepared, refuse_scans
 from hyspark.data.datasets.loose import read_loose, sort_files
 from hyspark.data.datasets.nnunet import USED_FOLDERS, is_data_set, read_data_set
 from hyspark.data.datasets.words import FIRST_CHANNELS
@@ -40,12 +40,14 @@ def read_data_folder(
 
     Raises:
         FileNotFoundError: if there is no such folder.
+        ValueError: if it holds what nnU-Net has prepared.
     """
     path = Path(os.path.abspath(path))
     if not path.is_dir():
         refuse_scans(path)
         there = "expected a folder, got a file" if path.exists() else "no such file or folder"
         raise FileNotFoundError(f"{path}: {there}")
+    refuse_prepared(path)
     found = FoundData(path)
     folders = [path] if is_data_set(path) else data_sets_below(path, found, skip)
     for folder in folders:

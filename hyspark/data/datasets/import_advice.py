@@ -25,6 +25,16 @@ def refuse_scans(path: Path) -> None:
             )
 
 
+def refuse_prepared(path: Path) -> None:
+    """Raise ValueError for a folder of volumes that nnU-Net has prepared: a data set's, or that of a configuration."""
+    is_data_set = (path / "dataset_fingerprint.json").is_file() and not (path / "imagesTr").is_dir()
+    if is_data_set or (any(path.glob("*.b2nd")) and any(path.glob("*.pkl"))):
+        raise ValueError(
+            f"{path}: expected scans, found what nnU-Net has prepared, which is not read; name the data set in "
+            "nnUNet_raw, or unlabelled scans"
+        )
+
+
 def files_below(path: Path) -> Iterator[Path]:
     """Yield a file, or the files of a folder, without hidden ones."""
     if path.is_file():

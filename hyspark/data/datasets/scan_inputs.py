@@ -21,7 +21,9 @@ from hyspark.utils.atomic import write_whole
 from hyspark.utils.paths import NIFTI, walk_folders
 from hyspark.utils.text import listing
 
-MODALITIES_OF = {"ct": ("CT",), "ct-zscore": ("CT",), "mr": ("MR",), "none": tuple(MODALITIES)}
+MODALITIES_OF = {"ct": ("CT",), "ct-zscore": ("CT",), "mr": ("MR",)} | {
+    name: tuple(MODALITIES) for name in ("zscore", "none")
+}
 """Modalities of the DICOM series that a network reads, by its intensity."""
 
 

@@ -17,7 +17,7 @@ from hyspark.utils.atomic import write_whole
 MADE_WITH = (
     *("encoder_widths", "encoder_depths", "expansions", "vit_depth", "num_heads"),
     *("decoder_width", "decoder_min_width"),
-    *("spacing", "intensity", "image_channels", "hu_min", "hu_max", "input_mean", "input_std"),
+    *("spacing", "intensity", "image_channels", "hu_min", "hu_max", "input_mean", "input_std", "axis_order"),
     *("crop_size", "input_size", "mask_ratio", "mask", "hide"),
 )
 """Settings stored as the file's metadata if the source has them: shapes that a network needs for the weights, and the
