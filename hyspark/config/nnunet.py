@@ -10,17 +10,22 @@ from typing import Any
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.data.intensity import OF_CT
 from hyspark.models.defaults import nearest_multiple
-from hyspark.models.nnunet_plans import NnunetPlan, is_plan, read_plan, split_plan_name
+from hyspark.models.nnunet_plans import (
+    CT_SCHEME,
+    IMAGE_SCHEME,
+    SCHEMES,
+    NnunetPlan,
+    intensity_of_scheme,
+    is_plan,
+    read_plan,
+    split_plan_name,
+)
 from hyspark.utils.atomic import write_whole
 
 PLAN_FILE = "plans.json"
 """Copy of the plan in a run folder, and beside exported weights."""
 PLANS_KEY = "nnunet_plans"
 """Key of the plan in checkpoints and files of weights."""
-CT_SCHEME = "CTNormalization"
-IMAGE_SCHEME = "ZScoreNormalization"
-SCHEMES = {CT_SCHEME: "ct-zscore", IMAGE_SCHEME: "zscore", "NoNormalization": "none"}
-"""Intensities by nnU-Net's normalisation, without a mask."""
 OF_INTENSITY = ("hu_min", "hu_max", "input_mean", "input_std")
 """Settings that depend on the intensity."""
 
@@ -114,9 +119,7 @@ def settings_of_plan(plan: NnunetPlan, known: Mapping[str, Any]) -> dict[str, An
 
 def intensity_of_plan(plan: NnunetPlan, channel: int) -> str:
     """Return the intensity that stands for the normalisation of a channel; empty if there is none."""
-    if plan.schemes[channel] == IMAGE_SCHEME and plan.are_masked[channel]:
-        return "mr"
-    return SCHEMES.get(plan.schemes[channel], "")
+    return intensity_of_scheme(plan.schemes[channel], plan.are_masked[channel])
 
 
 def intensity_settings(plan: NnunetPlan, channels: Collection[int]) -> dict[str, Any]:

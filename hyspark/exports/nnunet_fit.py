@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from hyspark.config.nnunet import CT_SCHEME, PLAN_FILE, PLANS_KEY, intensity_of_plan, names_plan
+from hyspark.config.nnunet import PLAN_FILE, PLANS_KEY, intensity_of_plan, names_plan
 from hyspark.data.intensity import OF_CT, of_channel
 from hyspark.models.nnunet_network import turned_architecture
-from hyspark.models.nnunet_plans import NnunetPlan, parse_plan, read_plan, split_plan_name
+from hyspark.models.nnunet_plans import CT_SCHEME, NnunetPlan, parse_plan, read_plan, split_plan_name
 from hyspark.models.weights.export import MADE_WITH
 from hyspark.models.weights.files import made_with
 from hyspark.training.initial_weights import settings_beside

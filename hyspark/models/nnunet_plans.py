@@ -18,6 +18,10 @@ from hyspark.utils.text import nearest
 PREFIX = "nnunet/"
 """Start of the names of backbones that a plan describes."""
 DEFAULT_CONFIGURATION = "3d_fullres"
+CT_SCHEME = "CTNormalization"
+IMAGE_SCHEME = "ZScoreNormalization"
+SCHEMES = {CT_SCHEME: "ct-zscore", IMAGE_SCHEME: "zscore", "NoNormalization": "none"}
+"""Intensities by nnU-Net's normalisation, without a mask."""
 READ_KEYS = ("spacing", "patch_size", "normalization_schemes", "use_mask_for_norm", "architecture")
 """Keys of a configuration that are read here, and kept."""
 UNETS = "dynamic_network_architectures.architectures.unet"
@@ -75,6 +79,16 @@ class NnunetPlan:
     def text(self) -> str:
         """Write what was read as JSON, which `read_plan` reads."""
         return json.dumps(self.content, indent=1, sort_keys=True)
+
+
+def intensity_of_scheme(scheme: str, is_masked: bool) -> str:
+    """Return the intensity that stands for a normalisation of nnU-Net; empty if there is none.
+
+    Args:
+        scheme: name of the normalisation.
+        is_masked: whether it is by nonzero voxels alone (`use_mask_for_norm`).
+    """
+    return "mr" if scheme == IMAGE_SCHEME and is_masked else SCHEMES.get(scheme, "")
 
 
 def is_plan(backbone: str) -> bool:

@@ -98,9 +98,6 @@ class PretrainingExperiment(Experiment[MaskedTask | ContrastiveTask]):
             return None
         network = self.model.encoder if isinstance(self.model, Siamese) else self.model
         report = load_volume_weights(network, self.config.weights, self.config)
-        made, own = (list(order or (0, 1, 2)) for order in (report.made_with.get("axis_order"), self.config.axis_order))
-        if report.made_with and made != own:
-            LOG.warning("%s was made with axis_order %s, this run has %s", self.config.weights, made, own)
         if isinstance(self.model, Siamese):
             self.model.prepare_step(0.0)
         return report

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from hyspark.models.nnunet_plans import CT_SCHEME, IMAGE_SCHEME, intensity_of_scheme
 from hyspark.models.weights.objects import load_pickle
 
-CT_SCHEMES = ("CTNormalization", "CT", "CT2")
-"""Normalisations of CT: clipped to percentiles, less the mean, by the deviation; of the foreground of the data set."""
-NO_SCHEMES = ("NoNormalization",)
+EARLIER_SCHEMES = {"CT": CT_SCHEME, "CT2": CT_SCHEME, "nonCT": IMAGE_SCHEME}
+"""Names of nnU-Net v1, with the present ones."""
 ALIAS = "another name of a tensor that is loaded"
 """Reason to ignore a key whose tensor has several: nnU-Net's decoders refer to their encoders."""
 VOLUME_AXES = (0, 1, 2)
@@ -98,7 +98,11 @@ def intensity_settings(plans: Mapping[str, Any], configuration: Mapping[str, Any
     schemes = [str(scheme) for scheme in (schemes.values() if isinstance(schemes, Mapping) else schemes)]
     if not schemes:
         return {}
-    names = ["ct-zscore" if s in CT_SCHEMES else "none" if s in NO_SCHEMES else s for s in schemes]
+    schemes = [EARLIER_SCHEMES.get(scheme, scheme) for scheme in schemes]
+    masked = configuration.get("use_mask_for_norm", plans.get("use_mask_per_channel", ()))
+    masked = [bool(one) for one in (masked.values() if isinstance(masked, Mapping) else masked)]
+    masked = masked if len(masked) == len(schemes) else [False] * len(schemes)
+    names = [intensity_of_scheme(scheme, one) or scheme for scheme, one in zip(schemes, masked, strict=True)]
     found: dict[str, Any] = {"intensity": tuple(names), "image_channels": tuple(range(len(names)))}
     dataset = plans.get("dataset_properties")
     values = plans.get("foreground_intensity_properties_per_channel")

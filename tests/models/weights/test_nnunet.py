@@ -163,11 +163,12 @@ def test_a_configuration_has_what_it_inherits(source):
 @pytest.mark.parametrize(
     ("schemes", "expected"),
     [
-        (["ZScoreNormalization"], {"intensity": ("ZScoreNormalization",)}),
+        (["ZScoreNormalization"], {"intensity": ("zscore",)}),
+        (["RescaleTo01Normalization"], {"intensity": ("RescaleTo01Normalization",)}),
         (["NoNormalization"], {"intensity": ("none",)}),
         (
             ["CTNormalization", "ZScoreNormalization"],
-            {"intensity": ("ct-zscore", "ZScoreNormalization"), "image_channels": (0, 1), "input_mean": (80.0,)},
+            {"intensity": ("ct-zscore", "zscore"), "image_channels": (0, 1), "input_mean": (80.0,)},
         ),
     ],
 )
