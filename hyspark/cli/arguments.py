@@ -80,18 +80,26 @@ class WeightsArguments(Arguments):
 
 
 class ExportArguments(Arguments):
-    """Write the encoder of a checkpoint, or all of it, as one small .safetensors file; or a ResNet for detectron2.
+    """Write the encoder of a checkpoint, or all of it, as one small .safetensors file; or a form of another program.
+
+    A fine-tuned segmentation network is written as ONNX, TorchScript or a MONAI bundle, after its label map of an image
+    was compared with that of `hyspark predict`.
 
     Example:
         hyspark export ckpt/pretrain/hyspark_1kpretrained_timm_style.pth encoder.safetensors
+        hyspark export --onnx ckpt/btcv btcv.onnx
     """
 
-    source: str  # A pre-training checkpoint or encoder file, or a fine-tuned network
-    out: str  # The .safetensors file to write; for detectron2, a .pkl
+    source: str  # A pre-training checkpoint or encoder file, or a fine-tuned network (best.pth, or its run folder)
+    out: str  # File to write: .safetensors, .pkl (detectron2), .onnx, .pt (TorchScript); for a bundle, a new folder
     weights_key: str = ""  # Key of the state dict in the source, if it holds several: model_ema, student
     precision: Literal["fp16", "fp32"] = "fp16"  # Precision of the numbers in the file
     decoder: bool = False  # Also the light decoder of pre-training, for fine-tuning with --decoder light
     detectron2: bool = False  # A ResNet in detectron2's names, for its MODEL.WEIGHTS
+    onnx: bool = False  # The segmentation network as ONNX, for any batch and size
+    torchscript: bool = False  # The segmentation network as TorchScript, for crops of its training's size
+    bundle: bool = False  # The segmentation network as a MONAI bundle, with the recipe that predict follows
+    check: str = ""  # NIfTI file to compare predictions on; by default a region of a validation case, or a phantom
 
     def configure(self) -> None:
         self.add_argument("source")

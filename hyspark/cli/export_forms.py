@@ -65,6 +65,27 @@ def write_resnet(args: ExportArguments) -> str:
     return count_numbers(out, write_detectron2(args.source, out, DTYPES[args.precision], key=args.weights_key))
 
 
+def write_onnx_file(args: ExportArguments) -> str:
+    """Write a fine-tuned segmentation network as ONNX."""
+    from hyspark.exports.deploy import export_onnx
+
+    return export_onnx(Path(args.source), Path(args.out), args.check)
+
+
+def write_torchscript_file(args: ExportArguments) -> str:
+    """Write a fine-tuned segmentation network as TorchScript."""
+    from hyspark.exports.deploy import export_torchscript
+
+    return export_torchscript(Path(args.source), Path(args.out), args.check)
+
+
+def write_bundle_folder(args: ExportArguments) -> str:
+    """Write a fine-tuned segmentation network as a MONAI bundle."""
+    from hyspark.exports.deploy import export_bundle
+
+    return export_bundle(Path(args.source), Path(args.out), args.check)
+
+
 def count_numbers(file: Path, weights: Mapping[str, Tensor]) -> str:
     """Write the name of a file with its tensors, numbers and size."""
     millions = sum(value.numel() for value in weights.values()) / 1e6
@@ -74,5 +95,8 @@ def count_numbers(file: Path, weights: Mapping[str, Tensor]) -> str:
 FORMS: Mapping[str, Form] = {
     "": Form(write_safetensors, ("weights_key", "precision", "decoder")),
     "detectron2": Form(write_resnet, ("weights_key", "precision")),
+    "onnx": Form(write_onnx_file, ("check",)),
+    "torchscript": Form(write_torchscript_file, ("check",)),
+    "bundle": Form(write_bundle_folder, ("check",)),
 }
 """The forms by their flag; the first one needs none."""

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from torch import nn
 
+from hyspark.evaluation.segmentation.deployed import deployed_form
 from hyspark.models.weights.files import read_contents
 
 NetworkKind = Literal["segmentation", "classification"]
@@ -42,13 +43,13 @@ def kind_of_network(path: Path) -> NetworkKind:
     """Return what a fine-tuned network is for.
 
     Args:
-        path: best.pth of a fine-tuning run, or the run folder.
+        path: best.pth of a fine-tuning run, the run folder, or an exported network, which segments.
 
     Raises:
         FileNotFoundError: There is no such file, or the folder holds no best.pth.
         ValueError: The file is damaged, or holds no fine-tuned network.
     """
-    return read_fine_tuned(path).kind
+    return "segmentation" if deployed_form(path) else read_fine_tuned(path).kind
 
 
 def read_fine_tuned(path: Path, kind: NetworkKind | None = None) -> FineTunedFile:
