@@ -12,6 +12,7 @@ names `hyspark.exports.bundle_transforms`.
 from typing import Any
 
 from hyspark.config.segmentation import SegmentationConfig, network_options
+from hyspark.data.datasets.words import FIRST_CHANNELS
 from hyspark.data.intensity import hu_maps, intensities_of
 from hyspark.evaluation.segmentation.description import PREPARATION
 from hyspark.evaluation.segmentation.inference import TrainedNetwork
@@ -44,7 +45,7 @@ def inference_config(trained: TrainedNetwork) -> dict[str, Any]:
         "network_def": network_config(trained),
         "network": "$@network_def.to(@device)",
         "preprocessing": compose(preprocessing(config)),
-        "dataset": {"_target_": "Dataset", "data": "$[{'image': i} for i in @datalist]", "transform": "@preprocessing"},
+        "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
         "dataloader": {
             "_target_": "DataLoader",
             "dataset": "@dataset",
@@ -90,12 +91,11 @@ def evaluation_config(trained: TrainedNetwork) -> dict[str, Any]:
         "keys": ["pred", "label"],
         "to_onehot": len(trained.names),
     }
-    load_label = {"_target_": "LoadImaged", "keys": "label", "ensure_channel_first": True}
     return {
         "labels_dir": "$@bundle_root + '/labels'",
         "labels": "$sorted(glob.glob(@labels_dir + '/*.nii.gz'))",
-        "with_label": compose([load_label, "@preprocessing"]),
-        "dataset#data": "$[{'image': i, 'label': l} for i, l in zip(@datalist, @labels, strict=True)]",
+        "with_label": compose([load(["label"]), "@preprocessing"]),
+        "dataset#data": "$[{**image, 'label': label} for image, label in zip(@datalist, @labels, strict=True)]",
         "dataset#transform": "@with_label",
         "postprocessing": compose([*labels_on_file(), one_hot]),
         "key_metric": {
@@ -120,6 +120,11 @@ def evaluation_config(trained: TrainedNetwork) -> dict[str, Any]:
     }
 
 
+def load(keys: list[str]) -> dict[str, Any]:
+    """Return the transform that loads NIfTI files, (1, h, w, d) each."""
+    return {"_target_": "LoadImaged", "keys": keys, "reader": "NibabelReader", "ensure_channel_first": True}
+
+
 def compose(transforms: list[Any]) -> dict[str, Any]:
     """Return the config of transforms in order."""
     return {"_target_": "Compose", "transforms": transforms}
@@ -139,16 +144,24 @@ def network_config(trained: TrainedNetwork) -> dict[str, Any]:
 
 
 def images_expression(config: SegmentationConfig) -> str:
-    """Return the expression of the images in dataset_dir, sorted: paths, or lists of paths of the channels.
+    """Return the expression of the images in dataset_dir, sorted: a dict for each, of the file of each channel by key.
 
     The only channel of a network that reads the first one may have any name.
     """
-    first, *others = (f"{channel:04d}.nii.gz" for channel in config.image_channels)
-    if not others:
-        pattern = "*.nii.gz" if first.startswith("0000") else f"*_{first}"
-        return f"$sorted(glob.glob(@dataset_dir + '/{pattern}'))"
-    files = f"[path[:-{len(first)}] + end for end in {(first, *others)}]"
+    ends = {
+        key: f"{channel:04d}.nii.gz" for key, channel in zip(channel_keys(config), config.image_channels, strict=True)
+    }
+    first = next(iter(ends.values()))
+    if config.image_channels == FIRST_CHANNELS:
+        return "$[{'image': path} for path in sorted(glob.glob(@dataset_dir + '/*.nii.gz'))]"
+    files = f"{{key: path[:-{len(first)}] + end for key, end in {ends}.items()}}"
     return f"$[{files} for path in sorted(glob.glob(@dataset_dir + '/*_{first}'))]"
+
+
+def channel_keys(config: SegmentationConfig) -> list[str]:
+    """Return the keys that the channels are loaded by. MONAI takes a key such as image_0 for metadata of image."""
+    channels = config.image_channels
+    return ["image"] if len(channels) == 1 else [f"channel_{channel:04d}" for channel in channels]
 
 
 def preprocessing(config: SegmentationConfig) -> list[dict[str, Any]]:
@@ -163,7 +176,13 @@ def preprocessing(config: SegmentationConfig) -> list[dict[str, Any]]:
         {"_target_": "Orientationd", **key, "axcodes": "RAS", "labels": RAS_LABELS},
         {"_target_": "Spacingd", **key, "pixdim": list(config.spacing), "mode": "bilinear"},
     ]
-    steps: list[dict[str, Any]] = [{"_target_": "LoadImaged", **key, "ensure_channel_first": True}]
+    keys = channel_keys(config)
+    steps: list[dict[str, Any]] = [load(keys)]
+    if len(keys) > 1:  # loaded as a list, MONAI would take them for one file with channels, and save no label map
+        steps += [
+            {"_target_": "ConcatItemsd", "keys": keys, "name": "image"},
+            {"_target_": "DeleteItemsd", "keys": keys},
+        ]
     if intensities <= {"ct"} or intensities <= {"ct-zscore"}:
         window = {"a_min": config.hu_min, "a_max": config.hu_max, "b_min": 0.0, "b_max": 1.0, "clip": True}
         steps += [*grid, {"_target_": "ScaleIntensityRanged", **key, **window}, *crop, *zscores(config)]

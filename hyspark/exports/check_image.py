@@ -116,7 +116,9 @@ def middle_of(mask: np.ndarray) -> list[float]:
 def write_phantom(config: SegmentationConfig, folder: Path) -> None:
     """Write a small phantom CT, the same in all channels, at a spacing and orientation that are not the network's."""
     spacing = tuple(1.25 * edge for edge in config.spacing)
-    phantom = make_phantom(0, spacing=(spacing[0], spacing[1], spacing[2]), orientation="LPS", extent_scale=PHANTOM_SCALE)
+    phantom = make_phantom(
+        0, spacing=(spacing[0], spacing[1], spacing[2]), orientation="LPS", extent_scale=PHANTOM_SCALE
+    )
     for channel in config.image_channels:
         write_channel(folder, channel, SpatialImage(phantom.image, phantom.affine))
 

@@ -10,9 +10,7 @@ from torch import nn
 from hyspark.evaluation.segmentation.description import KEY
 
 
-def write_torchscript(
-    network: nn.Module, in_channels: int, crop: Sequence[int], description: str, path: Path
-) -> None:
+def write_torchscript(network: nn.Module, in_channels: int, crop: Sequence[int], description: str, path: Path) -> None:
     """Write a network as TorchScript of fp32: (b, c, *crop) -> class scores (b, n, *crop).
 
     Args:
