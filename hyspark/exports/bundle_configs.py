@@ -148,9 +148,8 @@ def images_expression(config: SegmentationConfig) -> str:
 
     The only channel of a network that reads the first one may have any name.
     """
-    ends = {
-        key: f"{channel:04d}.nii.gz" for key, channel in zip(channel_keys(config), config.image_channels, strict=True)
-    }
+    pairs = zip(channel_keys(config), config.image_channels, strict=True)
+    ends = {key: f"{channel:04d}.nii.gz" for key, channel in pairs}
     first = next(iter(ends.values()))
     if config.image_channels == FIRST_CHANNELS:
         return "$[{'image': path} for path in sorted(glob.glob(@dataset_dir + '/*.nii.gz'))]"
@@ -168,7 +167,7 @@ def preprocessing(config: SegmentationConfig) -> list[dict[str, Any]]:
     """Return the transforms from a file to the network's input."""
     key = {"keys": "image"}
     intensities = set(intensities_of(config))
-    crop = [
+    crop: list[dict[str, Any]] = [
         {"_target_": "CropForegroundd", **key, "source_key": "image", "allow_smaller": True},
         {"_target_": "SpatialPadd", **key, "spatial_size": list(config.crop_shape)},
     ]
@@ -179,10 +178,8 @@ def preprocessing(config: SegmentationConfig) -> list[dict[str, Any]]:
     keys = channel_keys(config)
     steps: list[dict[str, Any]] = [load(keys)]
     if len(keys) > 1:  # loaded as a list, MONAI would take them for one file with channels, and save no label map
-        steps += [
-            {"_target_": "ConcatItemsd", "keys": keys, "name": "image"},
-            {"_target_": "DeleteItemsd", "keys": keys},
-        ]
+        steps.append({"_target_": "ConcatItemsd", "keys": keys, "name": "image"})
+        steps.append({"_target_": "DeleteItemsd", "keys": keys})
     if intensities <= {"ct"} or intensities <= {"ct-zscore"}:
         window = {"a_min": config.hu_min, "a_max": config.hu_max, "b_min": 0.0, "b_max": 1.0, "clip": True}
         steps += [*grid, {"_target_": "ScaleIntensityRanged", **key, **window}, *crop, *zscores(config)]

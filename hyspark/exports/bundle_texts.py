@@ -14,7 +14,7 @@ from hyspark.utils.version import VERSION
 
 SCHEMA = "https://project-monai.github.io/schema/meta_schema_20240725.json"
 """Address of the schema of metadata.json, which names its version; nothing is loaded from it here."""
-LICENSE_TEXT = """The author of this bundle has not stated yet under which licence its weights may be used. Replace this text.
+LICENSE_TEXT = """The author of this bundle has not stated under which licence its weights may be used: replace this.
 
 The code that it calls, hyspark, is under the Apache License 2.0; MONAI and PyTorch have licences of their own.
 """
@@ -30,7 +30,7 @@ def bundle_metadata(trained: TrainedNetwork, name: str) -> dict[str, Any]:
         name: Name of the bundle.
     """
     config, names = trained.config, trained.names
-    modality = modality_of(config)
+    modality = modality_text(config)
     channels = {str(i): f"{intensity}, channel {number}" for i, (intensity, number) in enumerate(channels_of(config))}
     is_window = set(intensities_of(config)) == {"ct"}
     return {
@@ -91,7 +91,7 @@ def plain_version(package: str) -> str:
     return version(package).partition("+")[0]
 
 
-def modality_of(config: SegmentationConfig) -> str:
+def modality_text(config: SegmentationConfig) -> str:
     """Return the modality that the intensities are of, in words."""
     kinds = set(intensities_of(config))
     if kinds <= {"ct", "ct-zscore"}:
@@ -119,7 +119,8 @@ def bundle_readme(trained: TrainedNetwork, source: Path, name: str) -> str:
     one = files if config.image_channels != (0,) else "CASE.nii.gz, or CASE_0000.nii.gz"
     return f"""# {name}
 
-HySparK, fine-tuned for segmentation of {modality_of(config)}: {", ".join(trained.names[1:])}. Research use, not for diagnosis.
+HySparK, fine-tuned for segmentation of {modality_text(config)}: {", ".join(trained.names[1:])}.
+Research use, not for diagnosis.
 
 | value | class |
 |---|---|
@@ -141,7 +142,8 @@ scores of the whole image are in memory at once, 4 to 8 bytes per voxel and clas
 ```sh
 pip install "hyspark[bundle]"
 python -m monai.bundle run --config_file configs/inference.json --dataset_dir IMAGES --output_dir OUT
-python -m monai.bundle run --config_file "['configs/inference.json', 'configs/evaluate.json']" --dataset_dir IMAGES --labels_dir LABELS
+python -m monai.bundle run --config_file "['configs/inference.json', 'configs/evaluate.json']" \\
+    --dataset_dir IMAGES --labels_dir LABELS --output_dir OUT
 ```
 
 Evaluation pairs images and labels in the order of their names; a label lies on the grid of its image.

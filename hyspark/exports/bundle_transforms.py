@@ -1,4 +1,4 @@
-"""Transforms that MONAI lacks, for the recipe of a bundle: intensities by the values of a volume, or one per channel."""
+"""Transforms of a bundle that MONAI lacks: intensities by the values of a volume, or one per channel."""
 
 from collections.abc import Hashable, Mapping
 from typing import Any

@@ -115,10 +115,8 @@ def middle_of(mask: np.ndarray) -> list[float]:
 
 def write_phantom(config: SegmentationConfig, folder: Path) -> None:
     """Write a small phantom CT, the same in all channels, at a spacing and orientation that are not the network's."""
-    spacing = tuple(1.25 * edge for edge in config.spacing)
-    phantom = make_phantom(
-        0, spacing=(spacing[0], spacing[1], spacing[2]), orientation="LPS", extent_scale=PHANTOM_SCALE
-    )
+    x, y, z = (1.25 * edge for edge in config.spacing)
+    phantom = make_phantom(0, spacing=(x, y, z), orientation="LPS", extent_scale=PHANTOM_SCALE)
     for channel in config.image_channels:
         write_channel(folder, channel, SpatialImage(phantom.image, phantom.affine))
 
@@ -127,6 +125,6 @@ def write_channel(folder: Path, channel: int, image: SpatialImage) -> None:
     """Write a channel of the image as NIfTI, of fp32 unless its voxels are integers of 16 bits or fewer."""
     voxels = np.asanyarray(image.dataobj)
     keeps = voxels.dtype in (np.uint8, np.int16, np.uint16)
-    nifti = nib.Nifti1Image(voxels if keeps else voxels.astype(np.float32), image.affine)  # type: ignore[no-untyped-call]
-    nifti.header.set_xyzt_units("mm")  # type: ignore[no-untyped-call]
-    nib.save(nifti, folder / f"check_{channel:04d}.nii.gz")  # type: ignore[attr-defined]
+    nifti = nib.Nifti1Image(voxels if keeps else voxels.astype(np.float32), image.affine)
+    nifti.header.set_xyzt_units("mm")
+    nib.save(nifti, folder / f"check_{channel:04d}.nii.gz")

@@ -82,9 +82,7 @@ def test_a_region_of_a_validation_case_lies_where_it_was(tmp_path):
     assert np.allclose(at, at.round(), atol=1e-4)
     values = np.asanyarray(whole.dataobj)[tuple(at.round().astype(int).T)]
     assert np.array_equal(values, np.asanyarray(region.dataobj).ravel())
-    labels = np.asanyarray(
-        nib.load(data / "labelsTr" / path.name.replace("check_0000", found.text.split()[-1])).dataobj
-    )
+    labels = np.asanyarray(nib.load(data / "labelsTr" / f"{found.text.split()[-1]}.nii.gz").dataobj)
     assert labels[tuple(at.round().astype(int).T)].any()
 
 

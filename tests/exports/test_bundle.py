@@ -173,7 +173,7 @@ def test_a_bundle_that_computes_something_else_is_refused(tmp_path, monkeypatch)
         write_bundle(trained._replace(config=config), source, folder)
 
     monkeypatch.setattr(deploy, "write_bundle", write_other)
-    with pytest.raises(ValueError, match="expected the label map of `hyspark predict`.*Dice (liver|aorta) 0"):
+    with pytest.raises(ValueError, match=r"expected the label map of `hyspark predict`.*Dice (liver|aorta) 0"):
         deploy.export_bundle(run, tmp_path / "net", str(image))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "run"]
 

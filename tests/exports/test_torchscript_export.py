@@ -21,9 +21,8 @@ JIT = "ignore:.torch.jit.*is deprecated"
 def exported(request, tmp_path_factory):
     """A run and its TorchScript file."""
     folder = tmp_path_factory.mktemp("torchscript")
-    run = write_run(
-        folder / "run", decoder=request.param, **({"decoder_width": 64} if request.param == "light" else {})
-    )
+    width = {"decoder_width": 64} if request.param == "light" else {}
+    run = write_run(folder / "run", decoder=request.param, **width)
     text = deploy.export_torchscript(run, folder / "net.pt", str(write_ct(folder / "images")))
     assert "Dice liver 1.0000, aorta 1.0000; 0 of" in text
     assert "crops of 32 x 16 x 16 voxels alone" in text
