@@ -134,7 +134,7 @@ class EvaluateArguments(NetworkArguments):
         hyspark evaluate ckpt/btcv data/Dataset015_BTCV --out ckpt/btcv_scores
     """
 
-    weights: str  # best.pth of a fine-tuning run, or its run folder
+    weights: str  # best.pth of a fine-tuning run, its run folder, or an exported .onnx or TorchScript file
     data: str  # nnU-Net data set (imagesTr, labelsTr), or a decathlon JSON; for a classifier, a folder CLASS/IMAGE
     part: Part = ""  # Segmentation: part of a JSON; by default validation if the JSON has one, else all
     tolerance: float = 2.0  # Segmentation: tolerance of the normalised surface Dice, in mm
@@ -158,7 +158,7 @@ class PredictArguments(NetworkArguments):
         hyspark predict ckpt/btcv scans/*.nii.gz --out ckpt/btcv_labels
     """
 
-    weights: str  # best.pth of a fine-tuning run, or its run folder
+    weights: str  # best.pth of a fine-tuning run, its run folder, or an exported .onnx or TorchScript file
     inputs: list[str]  # NIfTI files, and folders that hold some or DICOM series; for a classifier, one folder of images
     overwrite: bool = False  # Segmentation: replace existing label maps
     format: Literal["nifti", "dicom-seg", "rtstruct"] = "nifti"  # Segmentation: format; the last two are of DICOM

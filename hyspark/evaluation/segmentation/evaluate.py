@@ -232,7 +232,7 @@ def evaluate_segmentation(
     """Score a fine-tuned network on labelled cases; writes the folder of scores.
 
     Args:
-        weights: best.pth of a fine-tuning run, or the run folder.
+        weights: best.pth of a fine-tuning run, the run folder, or an exported network, see `load_network`.
         data: Labelled data (see `find_labelled`).
         out: Folder to write to.
         part: Part of a data list (see `find_labelled`).

@@ -65,7 +65,7 @@ def predict_segmentation(
     The processes that torchrun started divide the volumes among themselves.
 
     Args:
-        weights: best.pth of a fine-tuning run, or the run folder.
+        weights: best.pth of a fine-tuning run, the run folder, or an exported network, see `load_network`.
         inputs: NIfTI files, and folders of such files or of DICOM series.
         out: Folder to write to.
         scoring: How to segment.
