@@ -1,7 +1,6 @@
 """A fine-tuned segmentation network as a MONAI bundle, and predicting with one."""
 
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from hyspark.evaluation.segmentation.inference import TrainedNetwork
 from hyspark.exports.agreement import Predict
 from hyspark.exports.bundle_configs import evaluation_config, inference_config
 from hyspark.exports.bundle_texts import LICENSE_TEXT, bundle_metadata, bundle_readme
-from hyspark.exports.onnx_export import silence
 from hyspark.utils.install import install_command
+from hyspark.utils.log import silence
 
 
 def import_bundle_packages() -> None:
@@ -59,7 +58,7 @@ def predict_by_bundle(folder: Path) -> Predict:
     def predict(images: Path, out: Path) -> Path:
         from monai.bundle import ConfigWorkflow
 
-        with silence(), warnings.catch_warnings():
+        with silence():
             workflow = ConfigWorkflow(
                 str(folder / "configs" / "inference.json"),
                 str(folder / "configs" / "metadata.json"),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
+from isal import igzip
 from nibabel.affines import voxel_sizes
 from nibabel.orientations import io_orientation
 from nibabel.spatialimages import SpatialImage
@@ -18,7 +19,6 @@ from hyspark.data.datasets.inputs import read_inputs
 from hyspark.data.readers.nifti import read_label, read_nifti
 from hyspark.data.synthetic.phantom import make_phantom
 from hyspark.training.labelled_cases import find_labelled_cases
-from hyspark.utils.paths import NIFTI
 from hyspark.utils.text import first_line
 
 REGION = 1.5
@@ -54,10 +54,13 @@ def make_check_image(config: SegmentationConfig, given: str, folder: Path) -> Ch
     folder.mkdir(parents=True)
     if given:
         (case, *_) = read_inputs([Path(given)], config.image_channels).cases
+        if len(set(case.images)) < len(case.images):
+            raise ValueError(f"--check {given}: expected a file per channel, got one file; write its channels apart")
         for path, channel in zip(case.images, config.image_channels, strict=True):
-            match = NIFTI.fullmatch(path.name)
-            assert match
-            shutil.copy(path, folder / f"check_{channel:04d}{path.name[match.end('stem') :].lower()}")
+            content = path.read_bytes()
+            is_compressed = path.name.lower().endswith(".gz")
+            target = folder / f"check_{channel:04d}.nii.gz"
+            target.write_bytes(content if is_compressed else igzip.compress(content))
         return CheckImage(folder, given)
     try:
         case = first_readable(find_labelled_cases(config)[1])

@@ -108,7 +108,6 @@ def export_bundle(source: Path, out: Path, check: str = "") -> str:
         write_bundle(trained, source, folder)
         LOG.info("%s: predicting %s with the run and with the bundle", out, image.text)
         compared = compare_predictions(source, image.folder, predict_by_bundle(folder), trained.names, str(out))
-        folder.chmod(0o755)
     return (
         f"{summarise_export(out, trained.network, image, compared.text())}\n"
         f"run it: cd {out}; python -m monai.bundle run --config_file configs/inference.json --dataset_dir IMAGES\n"

@@ -1,10 +1,5 @@
 """A segmentation network as an ONNX file, for any batch and any size of 16 voxels times a number per axis."""
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +10,7 @@ from hyspark.evaluation.segmentation.deployed import INPUT, OUTPUT, import_onnxr
 from hyspark.evaluation.segmentation.description import KEY
 from hyspark.models.defaults import PATCH
 from hyspark.utils.install import install_command
+from hyspark.utils.log import silence
 
 LARGEST_BYTES = 2 * 10**9
 """Bytes of weights that an ONNX file holds, below the 2 GiB of protobuf."""
@@ -71,16 +67,3 @@ def write_onnx(network: nn.Module, in_channels: int, description: str, path: Pat
         assert program is not None
         program.model.metadata_props[KEY] = description
         program.save(path, external_data=False)
-
-
-@contextmanager
-def silence() -> Iterator[None]:
-    """Hide what torch and onnxscript print, log and warn of in an export; errors are raised as always."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

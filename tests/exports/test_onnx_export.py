@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from hyspark.cli.main import main
-from hyspark.evaluation.segmentation.deployed import load_deployed
+from hyspark.evaluation.segmentation.deployed import OnnxNetwork, load_deployed
 from hyspark.evaluation.segmentation.inference import load_network
+from hyspark.evaluation.segmentation.windows import passes
 from hyspark.exports import deploy, onnx_export
 from tests.exports.tiny_runs import NAMES, least_dice, write_ct, write_run
 
@@ -90,6 +91,21 @@ def test_a_foreign_file_is_refused(exported, tmp_path, capsys):
     (tmp_path / "damaged.onnx").write_bytes((folder / "net.onnx").read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"damaged.onnx: unreadable ONNX"):
         load_deployed(tmp_path / "damaged.onnx", "onnx")
+
+
+def test_memory_that_does_not_suffice_splits_the_pass(tmp_path):
+    """ONNX Runtime raises errors of types of its own."""
+
+    class Session:
+        def run(self, names, given):
+            if len(given["image"]) > 1:
+                raise Exception("Failed to allocate memory for requested buffer of size 9000000000")
+            return [2 * given["image"]]
+
+    network = OnnxNetwork(tmp_path / "net.onnx", Session())
+    crops = torch.randn(3, 1, 2, 2, 2)
+    found = torch.cat(list(passes(network, crops, torch.device("cpu"))))
+    assert torch.equal(found, 2 * crops)
 
 
 def test_a_network_beyond_the_limit_of_onnx_is_refused(exported, tmp_path, monkeypatch):

@@ -52,7 +52,10 @@ class OnnxNetwork(nn.Module):
         if kind not in self.sessions:
             self.sessions[kind] = self.session_for(volumes.device)
         given = {INPUT: np.ascontiguousarray(volumes.float().cpu().numpy())}
-        (scores,) = self.sessions[kind].run([OUTPUT], given)
+        try:
+            (scores,) = self.sessions[kind].run([OUTPUT], given)
+        except Exception as error:  # of types of its own, also where memory ran out
+            raise RuntimeError(f"{self.path}: ONNX Runtime failed ({first_line(error)})") from error
         return torch.from_numpy(scores).to(volumes.device)
 
     def session_for(self, device: torch.device) -> Any:
