@@ -33,6 +33,8 @@ INTENSITIES = {
     "none, of the second channel": {"intensity": ("none",), "image_channels": (1,)},
     "flips of sides": {"left_right": ("liver=aorta",), "infer_overlap": 0.25, "sw_batch_size": 1},
 }
+SLOW = ("ct", "ct, larger than the volume", "flips of sides", "none, of the second channel")
+"""Settings of which each step is among the others, too."""
 REQUIRED = (
     *("schema", "version", "monai_version", "pytorch_version", "numpy_version", "required_packages_version", "task"),
     *("description", "authors", "copyright", "network_data_format"),
@@ -96,7 +98,11 @@ def bundle(tmp_path):
     return tmp_path / "net"
 
 
-@pytest.mark.parametrize("changes", INTENSITIES.values(), ids=INTENSITIES)
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param(one, marks=pytest.mark.slow if name in SLOW else ()) for name, one in INTENSITIES.items()],
+    ids=INTENSITIES,
+)
 def test_monai_computes_the_label_map_of_predict(changes, tmp_path, offline):
     run = write_run(tmp_path / "run", **changes)
     trained = load_network(run)

@@ -17,7 +17,7 @@ from tests.exports.tiny_runs import NAMES, least_dice, write_ct, write_labelled,
 JIT = "ignore:.torch.jit.*is deprecated"
 
 
-@pytest.fixture(scope="module", params=["released", "light"])
+@pytest.fixture(scope="module", params=["released", pytest.param("light", marks=pytest.mark.slow)])
 def exported(request, tmp_path_factory):
     """A run and its TorchScript file."""
     folder = tmp_path_factory.mktemp("torchscript")
