@@ -5,8 +5,8 @@ Differences to a recipe without these steps, each of which moves labels:
 - windows are cut from the foreground, and a smaller volume is padded with the lowest value before the last linear map;
 - scores are brought to the file's grid before the likeliest class is taken, and beyond the foreground is background.
 
-MONAI has no transform for intensities by the values of a volume (mr, none), or one per channel. For these the recipe
-names `hyspark.exports.bundle_transforms`.
+MONAI has no transform for the last, as its nearest neighbour of a voxel halfway is one or the other; and none for
+intensities by the values of a volume (mr, none), or one per channel. The recipe names those of `bundle_transforms`.
 """
 
 from typing import Any
@@ -169,6 +169,7 @@ def preprocessing(config: SegmentationConfig) -> list[dict[str, Any]]:
     intensities = set(intensities_of(config))
     crop: list[dict[str, Any]] = [
         {"_target_": "CropForegroundd", **key, "source_key": "image", "allow_smaller": True},
+        {"_target_": f"{OWN}.MarkRegiond", **key, "name": "inside"},
         {"_target_": "SpatialPadd", **key, "spatial_size": list(config.crop_shape)},
     ]
     grid: list[dict[str, Any]] = [
@@ -209,22 +210,16 @@ def zscores(config: SegmentationConfig) -> list[dict[str, Any]]:
 
 
 def labels_on_file() -> list[dict[str, Any]]:
-    """Return the transforms from class scores to a label map on the grid of the image's file.
-
-    `inside` marks the voxels of the file whose centre lies in the region that was segmented.
-    """
+    """Return the transforms from class scores to a label map on the grid of the image's file."""
     return [
-        {"_target_": "CopyItemsd", "keys": "pred", "names": "inside"},
-        {"_target_": "Lambdad", "keys": "inside", "func": "$lambda scores: torch.ones_like(scores[:1])"},
         {
             "_target_": "Invertd",
-            "keys": ["pred", "inside"],
+            "keys": "pred",
             "transform": "@preprocessing",
             "orig_keys": "image",
-            "nearest_interp": [False, True],
+            "nearest_interp": False,
             "to_tensor": True,
         },
         {"_target_": "AsDiscreted", "keys": "pred", "argmax": True},
         {"_target_": "MaskIntensityd", "keys": "pred", "mask_key": "inside"},
-        {"_target_": "DeleteItemsd", "keys": "inside"},
     ]

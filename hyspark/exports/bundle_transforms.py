@@ -1,4 +1,8 @@
-"""Transforms of a bundle that MONAI lacks: intensities by the values of a volume, or one per channel."""
+"""Transforms of a bundle that MONAI lacks.
+
+- the voxels of a file that lie in the segmented region, those on its edge included;
+- intensities by the values of a volume, or one per channel.
+"""
 
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -10,10 +14,48 @@ from monai.transforms import MapTransform
 
 from hyspark.config.recipes import typed_values
 from hyspark.data.intensity import fractions_of, hu_maps, to_input, volume_scale
+from hyspark.data.readers.geometry import Grid
 from hyspark.data.settings import PrepareSettings
+from hyspark.evaluation.segmentation.label_grids import MAX_DRIFT, ON_VOXEL
 
 SCALES_KEY = "hyspark_scales"
 """Key of the channels' scales between these transforms."""
+
+
+class MarkRegiond(MapTransform):
+    """Mark the voxels of the file whose centre lies in a voxel of the region that an image is, for its label map.
+
+    Args:
+        keys: The image, (c, h, w, d), cropped to its foreground.
+        name: Key of the mark, bool (1, *shape of the file).
+    """
+
+    def __init__(self, keys: KeysCollection, name: str) -> None:
+        super().__init__(keys)
+        self.name = name
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        found = dict(data)
+        for key in self.key_iterator(found):
+            image = found[key]
+            region = Grid(tuple(image.shape[1:]), np.asarray(image.affine, dtype=np.float64))
+            shape = tuple(int(length) for length in image.meta["spatial_shape"])
+            file = Grid(shape, np.asarray(image.meta["original_affine"], dtype=np.float64))
+            found[self.name] = torch.from_numpy(mark_inside(region, file)[None])
+        return found
+
+
+def mark_inside(region: Grid, file: Grid) -> np.ndarray:
+    """Mark the voxels of a file (h, w, d) whose centre lies in a voxel of a region, or on the border of one."""
+    to_region = np.linalg.solve(region.affine, file.affine)
+    inside = np.ones(file.shape, bool)
+    indices = np.ogrid[tuple(slice(length) for length in file.shape)]
+    for steps, offset, length in zip(to_region[:3, :3], to_region[:3, 3], region.shape, strict=True):
+        # Axes that run along each other have one step; what others add over their whole length is rounding.
+        moving = [i for i in range(3) if abs(steps[i]) * (file.shape[i] - 1) > MAX_DRIFT]
+        at = sum((np.float32(steps[i]) * indices[i] for i in moving), np.full((1, 1, 1), offset, np.float32))
+        inside &= (at > -0.5 - ON_VOXEL) & (at < length - 0.5 + ON_VOXEL)
+    return inside
 
 
 class MeasureScalesd(MapTransform):
