@@ -12,6 +12,7 @@ import pytest
 from monai import bundle as monai_bundle
 
 from hyspark.cli.main import main
+from hyspark.data.synthetic.phantom import make_phantom
 from hyspark.evaluation.segmentation.inference import load_network
 from hyspark.evaluation.segmentation.predict import predict_segmentation
 from hyspark.exports import deploy
@@ -111,6 +112,22 @@ def test_monai_computes_the_label_map_of_predict(changes, tmp_path, offline):
     by_bundle = predict_by_bundle(tmp_path / "net")(tmp_path / "images", tmp_path / "by_bundle")
     (by_run,) = predict_segmentation(run, [tmp_path / "images"], tmp_path / "out", device="cpu", num_workers=1).files
     assert least_dice(by_run, by_bundle) > 0.9995
+
+
+def test_voxels_on_the_border_of_the_region_belong_to_it(tmp_path):
+    """At half the network's spacing every second voxel of the file is one; the CT fills the file."""
+    run = write_run(tmp_path / "run", spacing=(8.0, 8.0, 8.0))
+    phantom = make_phantom(0, spacing=(4.0, 4.0, 4.0), orientation="LPI", extent_scale=0.6)
+    image = nib.Nifti1Image(np.maximum(phantom.image, -150)[6:-7, 8:-6, 3:-4], phantom.affine)
+    (tmp_path / "images").mkdir()
+    image.dataobj[:3], image.dataobj[:, -2:] = -1000, -1000
+    nib.save(image, tmp_path / "images" / "ct_0000.nii.gz")
+    write_bundle(load_network(run), run, tmp_path / "net")
+    by_bundle = predict_by_bundle(tmp_path / "net")(tmp_path / "images", tmp_path / "by_bundle")
+    (by_run,) = predict_segmentation(run, [tmp_path / "images"], tmp_path / "out", device="cpu", num_workers=1).files
+    one, other = (np.asanyarray(nib.load(path).dataobj).squeeze() for path in (by_run, by_bundle))
+    assert len(np.unique(one)) > 1
+    assert (one != other).sum() <= 1
 
 
 @pytest.mark.filterwarnings(OF_MONAI)
