@@ -38,9 +38,10 @@ class MarkRegiond(MapTransform):
         found = dict(data)
         for key in self.key_iterator(found):
             image = found[key]
-            region = Grid(tuple(image.shape[1:]), np.asarray(image.affine, dtype=np.float64))
-            shape = tuple(int(length) for length in image.meta["spatial_shape"])
-            file = Grid(shape, np.asarray(image.meta["original_affine"], dtype=np.float64))
+            _, h, w, d = image.shape
+            region = Grid((h, w, d), np.asarray(image.affine, dtype=np.float64))
+            x, y, z = (int(length) for length in image.meta["spatial_shape"])
+            file = Grid((x, y, z), np.asarray(image.meta["original_affine"], dtype=np.float64))
             found[self.name] = torch.from_numpy(mark_inside(region, file)[None])
         return found
 
