@@ -14,7 +14,8 @@ from hyspark.utils import install
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "hyspark").rglob("*.py"))
 OF_OTHERS = {"--nproc_per_node", "--porcelain", "--untracked", "--ml", "python zero_to_fp32.py"}
-"""Flags of torchrun, git and TotalSegmentator, and DeepSpeed's script beside its weights."""
+OF_OTHERS |= {"--config_file", "--dataset_dir", "--labels_dir", "--output_dir"}
+"""Flags of torchrun, git, TotalSegmentator and MONAI's bundles, and DeepSpeed's script beside its weights."""
 FLAGS = {
     flag for verb in main.VERBS for action in completion.verb_parser(verb)._actions for flag in action.option_strings
 } | {"--version", "--completion"}

@@ -12,6 +12,8 @@ import hyspark
 PACKAGE = Path(hyspark.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = [PACKAGE.parent / name for name in ("generate_js.py", "train.py", "finetune_btcv.py")]
+DEVICE_OF_MONAI = "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')"
+"""The device in the configs of MONAI bundles."""
 CUDA_ALLOWED = {
     "training/distributed.py": None,  # which device a process has
     "training/memory.py": None,
@@ -20,6 +22,8 @@ CUDA_ALLOWED = {
     "config/shared.py": {"cuda"},  # a choice of the setting `device`
     "nnunet_trainers/nnUNetTrainer_HySparK.py": {"cuda"},  # the default of nnU-Net
     "reports/run_page.py": {"cuda"},  # the environment table names the GPU
+    "evaluation/segmentation/deployed.py": {"cuda", "CUDAExecutionProvider"},  # what ONNX Runtime calls a GPU
+    "exports/bundle_configs.py": {DEVICE_OF_MONAI},
 }
 """Files that may say cuda in code, and the words they may use (None: any)."""
 

@@ -82,12 +82,16 @@ class WeightsArguments(Arguments):
 class ExportArguments(Arguments):
     """Write the encoder of a checkpoint, or all of it, as one small .safetensors file; or the form of another program.
 
+    A fine-tuned segmentation network is written as ONNX, TorchScript or a MONAI bundle, after its label map of an image
+    was compared with that of `hyspark predict`.
+
     Example:
         hyspark export ckpt/pretrain/hyspark_1kpretrained_timm_style.pth encoder.safetensors
+        hyspark export --onnx ckpt/btcv btcv.onnx
     """
 
-    source: str  # A pre-training checkpoint or encoder file, or a fine-tuned network; with --hf, a run folder too
-    out: str  # The .safetensors file to write; for detectron2 a .pkl, for nnU-Net a .pth; with --hf, a folder
+    source: str  # A pre-training checkpoint or encoder file, or a fine-tuned network (best.pth, or its run folder)
+    out: str  # File to write: .safetensors, .pkl (detectron2), .pth (nnU-Net), .onnx, .pt; a folder for hf and bundle
     weights_key: str = ""  # Key of the state dict in the source, if it holds several: model_ema, student
     precision: Literal["fp16", "fp32"] = "fp16"  # Precision of the numbers in the file
     decoder: bool = False  # Also the light decoder of pre-training, for fine-tuning with --decoder light
@@ -100,6 +104,10 @@ class ExportArguments(Arguments):
     repo: str = ""  # With --hf: OWNER/NAME on the Hub, for the commands in the model card
     nnunet: bool = False  # The network of an nnU-Net plan, for nnUNetv2_train -pretrained_weights; needs --plans
     plans: str = ""  # With --nnunet: the plan to train, PLANS.json or PLANS.json:CONFIGURATION (3d_fullres)
+    onnx: bool = False  # The segmentation network as ONNX, for any batch and size
+    torchscript: bool = False  # The segmentation network as TorchScript, for crops of its training's size
+    bundle: bool = False  # The segmentation network as a MONAI bundle, with the recipe that predict follows
+    check: str = ""  # NIfTI file to compare predictions on; by default a region of a validation case, or a phantom
 
     def configure(self) -> None:
         self.add_argument("source")
@@ -134,7 +142,7 @@ class EvaluateArguments(NetworkArguments):
         hyspark evaluate ckpt/btcv data/Dataset015_BTCV --out ckpt/btcv_scores
     """
 
-    weights: str  # best.pth of a fine-tuning run, or its run folder; or a folder of export --hf, or hf://OWNER/NAME
+    weights: str  # Fine-tuned network: best.pth, its run folder, a folder of export --hf, hf://OWNER/NAME, .onnx, .pt
     data: str  # nnU-Net data set (imagesTr, labelsTr), or a decathlon JSON; for a classifier, a folder CLASS/IMAGE
     part: Part = ""  # Segmentation: part of a JSON; by default validation if the JSON has one, else all
     tolerance: float = 2.0  # Segmentation: tolerance of the normalised surface Dice, in mm
@@ -158,7 +166,7 @@ class PredictArguments(NetworkArguments):
         hyspark predict ckpt/btcv scans/*.nii.gz --out ckpt/btcv_labels
     """
 
-    weights: str  # best.pth of a fine-tuning run, or its run folder; or a folder of export --hf, or hf://OWNER/NAME
+    weights: str  # Fine-tuned network: best.pth, its run folder, a folder of export --hf, hf://OWNER/NAME, .onnx, .pt
     inputs: list[str]  # NIfTI files, and folders that hold some or DICOM series; for a classifier, one folder of images
     overwrite: bool = False  # Segmentation: replace existing label maps
     format: Literal["nifti", "dicom-seg", "rtstruct"] = "nifti"  # Segmentation: format; the last two are of DICOM

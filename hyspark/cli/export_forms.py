@@ -93,6 +93,27 @@ def write_nnunet_weights(args: ExportArguments) -> str:
     return write_nnunet(args.source, args.plans, Path(args.out), args.weights_key)
 
 
+def write_onnx_file(args: ExportArguments) -> str:
+    """Write a fine-tuned segmentation network as ONNX."""
+    from hyspark.exports.deploy import export_onnx
+
+    return export_onnx(Path(args.source), Path(args.out), args.check)
+
+
+def write_torchscript_file(args: ExportArguments) -> str:
+    """Write a fine-tuned segmentation network as TorchScript."""
+    from hyspark.exports.deploy import export_torchscript
+
+    return export_torchscript(Path(args.source), Path(args.out), args.check)
+
+
+def write_bundle_folder(args: ExportArguments) -> str:
+    """Write a fine-tuned segmentation network as a MONAI bundle."""
+    from hyspark.exports.deploy import export_bundle
+
+    return export_bundle(Path(args.source), Path(args.out), args.check)
+
+
 def count_numbers(file: Path, weights: Mapping[str, Tensor]) -> str:
     """Write the name of a file with its tensors, numbers and size."""
     millions = sum(value.numel() for value in weights.values()) / 1e6
@@ -104,5 +125,8 @@ FORMS: Mapping[str, Form] = {
     "detectron2": Form(write_resnet, ("weights_key", "precision")),
     "hf": Form(write_hub_folder, ("weights_key", "decoder", "license", "datasets", "scores", "about", "repo")),
     "nnunet": Form(write_nnunet_weights, ("weights_key", "plans")),
+    "onnx": Form(write_onnx_file, ("check",)),
+    "torchscript": Form(write_torchscript_file, ("check",)),
+    "bundle": Form(write_bundle_folder, ("check",)),
 }
 """The forms by their flag; the first one needs none."""

@@ -9,6 +9,7 @@ from torch import nn
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.intensity import reads_window
 from hyspark.data.settings import PrepareSettings
+from hyspark.evaluation.segmentation.deployed import deployed_form
 from hyspark.models.weights.files import read_contents
 from hyspark.models.weights.hub_address import local_path
 from hyspark.models.weights.model_folder import CONFIG, find_weights, read_own_config, settings_of
@@ -50,8 +51,13 @@ class FineTunedFile(NamedTuple):
 
 
 def kind_of_network(path: Path) -> NetworkKind:
-    """Return what a fine-tuned network is for; arguments and errors as for `read_fine_tuned`."""
-    return read_fine_tuned(path).kind
+    """Return what a fine-tuned network is for.
+
+    Args:
+        path: See `fine_tuned_file`, or an exported network, which segments; errors as for `read_fine_tuned`.
+    """
+    path = local_path(path)
+    return "segmentation" if deployed_form(path) else read_fine_tuned(path).kind
 
 
 def fine_tuned_file(path: Path) -> Path:

@@ -210,8 +210,8 @@ def up_convolution(x: Tensor, up: Tensor, conv: Tensor, border: int = 0) -> Tens
     Nothing lies between the two, so they equal one transposed convolution, borders included. Its kernel is 4 on axes of
     ratio 2, and 3 on axes of ratio 1. That takes 8 instead of 29 multiplications per output voxel and pair of channels
     (ratio (2, 2, 2), c_out = c / 2), and 12 for ratio (1, 2, 2). Composing the kernel costs as much as COMPOSE_FROM
-    positions per channel, so small maps take the two steps. A program that is exported for any batch cannot choose by
-    the batch, and chooses by one sample.
+    positions per channel, so small maps take the two steps. A program that is exported for any batch chooses by one
+    sample. One for any size composes the kernel, which its runtime does once.
 
     Args:
         x: (b, c, *size).
@@ -226,7 +226,8 @@ def up_convolution(x: Tensor, up: Tensor, conv: Tensor, border: int = 0) -> Tens
     ratio = tuple(up.shape[2:])
     transposed = CONV_TRANSPOSE_FUNCTION[axes]
     num_samples = x.shape[0] if isinstance(x.shape[0], int) else 1  # a symbol in an export for any batch
-    if num_samples * math.prod(x.shape[1:]) < COMPOSE_FROM * x.shape[1] ** 2:
+    has_any_size = any(isinstance(length, torch.SymInt) for length in x.shape[2:])
+    if not has_any_size and num_samples * math.prod(x.shape[1:]) < COMPOSE_FROM * x.shape[1] ** 2:
         inner = [(r - 1) * border for r in ratio]
         return CONV_FUNCTION[axes](transposed(x, up, stride=ratio, padding=inner), conv, padding=1 - border)
     with torch.autocast(x.device.type, enabled=False):  # rounds the kernel once, not the terms of its sums

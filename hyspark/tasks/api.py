@@ -172,8 +172,9 @@ def evaluate(weights: StrPath, data: StrPath, out: StrPath, *, device: str = "au
     """Score a fine-tuned network on labelled cases, as `hyspark evaluate` does.
 
     Args:
-        weights: best.pth of a fine-tuning run, or its run folder, which knows whether it segments or classifies; or a
-            folder of `hyspark export --hf`, or hf://OWNER/NAME[@REVISION] on the Hugging Face Hub.
+        weights: best.pth of a fine-tuning run, or its run folder, which knows whether it segments or classifies; a
+            folder of `hyspark export --hf`, or hf://OWNER/NAME[@REVISION] on the Hugging Face Hub; or an ONNX or
+            TorchScript file of `hyspark export`.
         data: Labelled volumes: an nnU-Net data set, or a decathlon JSON. For a classifier, a folder CLASS/IMAGE.
         out: Folder to write to.
         device: "auto", "cpu" or "cuda".
@@ -206,8 +207,9 @@ def predict(
     """Predict with a fine-tuned network, as `hyspark predict` does.
 
     Args:
-        weights: best.pth of a fine-tuning run, or its run folder, which knows whether it segments or classifies; or a
-            folder of `hyspark export --hf`, or hf://OWNER/NAME[@REVISION] on the Hugging Face Hub.
+        weights: best.pth of a fine-tuning run, or its run folder, which knows whether it segments or classifies; a
+            folder of `hyspark export --hf`, or hf://OWNER/NAME[@REVISION] on the Hugging Face Hub; or an ONNX or
+            TorchScript file of `hyspark export`.
         inputs: NIfTI files, and folders that hold some or DICOM series. For a classifier, one folder of images.
         out: Folder to write to.
         device: "auto", "cpu" or "cuda".

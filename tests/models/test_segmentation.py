@@ -179,3 +179,19 @@ def test_an_export_does_not_fix_the_batch():
         for batch in (1, 5, 64):
             x = torch.randn(batch, 4, size, size)
             torch.testing.assert_close(program(x, *weights), up_convolution(x, *weights), rtol=1e-4, atol=1e-4)
+
+
+def test_an_export_does_not_fix_the_size():
+    """Sizes on both sides of the choice between the two ways."""
+
+    class Up(torch.nn.Module):
+        def forward(self, x, up, conv):
+            return up_convolution(x, up, conv)
+
+    weights = torch.randn(4, 4, 2, 2), torch.randn(2, 4, 3, 3)
+    sizes = {2 + i: torch.export.Dim(name, min=2, max=64) for i, name in enumerate("xy")}
+    shapes = ({0: torch.export.Dim("batch", min=1, max=64), **sizes}, None, None)
+    program = torch.export.export(Up(), (torch.randn(3, 4, 5, 6), *weights), dynamic_shapes=shapes).module()
+    for shape in ((1, 4, 2, 3), (2, 4, 16, 12), (1, 4, 64, 64)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(program(x, *weights), up_convolution(x, *weights), rtol=1e-4, atol=1e-4)

@@ -232,7 +232,7 @@ def evaluate_segmentation(
     """Score a fine-tuned network on labelled cases; writes the folder of scores.
 
     Args:
-        weights: The network's file or folder, see `fine_tuned_file`.
+        weights: The network's file or folder, see `load_network`.
         data: Labelled data (see `find_labelled`).
         out: Folder to write to.
         part: Part of a data list (see `find_labelled`).

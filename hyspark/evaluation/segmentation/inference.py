@@ -4,11 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import nn
+
 from hyspark.config.recipes import typed_values
 from hyspark.config.segmentation import SegmentationConfig, network_options
 from hyspark.evaluation.network_kind import read_fine_tuned
+from hyspark.evaluation.segmentation.deployed import deployed_form, load_deployed
 from hyspark.evaluation.segmentation.windows import Windows
 from hyspark.models.segmentation import Hybird, build_hybird
+from hyspark.models.weights.hub_address import local_path
 from hyspark.training.labelled_cases import left_right_pairs, unpaired_sides
 
 
@@ -16,19 +20,38 @@ class TrainedNetwork(NamedTuple):
     """A network fine-tuned for segmentation, on the CPU, in evaluation mode.
 
     Attributes:
-        network: The network.
+        network: The network; a `Hybird` if its file is of fine-tuning.
         config: Its settings.
         names: Names of its classes, background first.
         trained_on: Digests (`content_digest`) of the images that it was trained on; empty if its file names none.
     """
 
-    network: Hybird
+    network: nn.Module
     config: SegmentationConfig
     names: list[str]
     trained_on: list[str]
 
 
 def load_network(path: Path) -> TrainedNetwork:
+    """Load a segmentation network from the file of a fine-tuning run, or from an exported one.
+
+    Args:
+        path: best.pth of a fine-tuning run, the run folder, a folder of `hyspark export --hf`, an ONNX or TorchScript
+            file of `hyspark export`; or an address hf://OWNER/NAME[@REVISION][/FILE] of one of these.
+
+    Raises:
+        FileNotFoundError: There is no such file, or the folder holds no best.pth.
+        ModuleNotFoundError: The file needs a package that is not installed.
+        ValueError: The file is damaged, or holds no network fine-tuned for segmentation.
+    """
+    path = local_path(path)
+    if form := deployed_form(path):
+        network, description = load_deployed(path, form)
+        return TrainedNetwork(network, *description)
+    return load_fine_tuned(path)
+
+
+def load_fine_tuned(path: Path) -> TrainedNetwork:
     """Load the segmentation network that fine-tuning left in a file. Nothing stored in it is executed.
 
     Args:

@@ -65,7 +65,7 @@ def predict_segmentation(
     The processes that torchrun started divide the volumes among themselves.
 
     Args:
-        weights: The network's file or folder, see `fine_tuned_file`.
+        weights: The network's file or folder, see `load_network`.
         inputs: NIfTI files, and folders of such files or of DICOM series.
         out: Folder to write to.
         scoring: How to segment.

@@ -1,0 +1,169 @@
+"""Exported segmentation networks as modules: ONNX, by ONNX Runtime, and TorchScript.
+
+The description of a file is read first, so that a foreign file is refused before anything of it runs.
+"""
+
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hyspark.evaluation.segmentation.description import KEY, Description, read_description
+from hyspark.utils.install import install_command
+from hyspark.utils.log import LOG
+from hyspark.utils.text import first_line
+
+DeployedForm = Literal["onnx", "torchscript"]
+INPUT, OUTPUT = "image", "scores"
+"""Names of an ONNX network's input (b, c, h, w, d) and output (b, n, h, w, d)."""
+
+
+class DeployedNetwork(NamedTuple):
+    """An exported network.
+
+    Attributes:
+        network: Computes class scores.
+        description: Its settings and classes.
+    """
+
+    network: nn.Module
+    description: Description
+
+
+class OnnxNetwork(nn.Module):
+    """A network that ONNX Runtime computes: (b, c, *size) -> class scores (b, n, *size), float32.
+
+    Args:
+        path: The ONNX file.
+        session: A session of it on the CPU. Another one is made for CUDA where ONNX Runtime has it.
+    """
+
+    def __init__(self, path: Path, session: Any) -> None:
+        super().__init__()
+        self.path, self.sessions = path, {"cpu": session}
+
+    def forward(self, volumes: Tensor) -> Tensor:
+        """Compute class scores on the device of the volumes, or on the CPU where ONNX Runtime has no other."""
+        kind = volumes.device.type
+        if kind not in self.sessions:
+            self.sessions[kind] = self.session_for(volumes.device)
+        given = {INPUT: np.ascontiguousarray(volumes.float().cpu().numpy())}
+        try:
+            (scores,) = self.sessions[kind].run([OUTPUT], given)
+        except Exception as error:  # of types of its own, also where memory ran out
+            raise RuntimeError(f"{self.path}: ONNX Runtime failed ({first_line(error)})") from error
+        return torch.from_numpy(scores).to(volumes.device)
+
+    def session_for(self, device: torch.device) -> Any:
+        """Make a session for a GPU, or return that of the CPU with a warning."""
+        runtime = import_onnxruntime()
+        if device.type != "cuda" or "CUDAExecutionProvider" not in runtime.get_available_providers():
+            LOG.warning("%s: this ONNX Runtime has no %s and computes on the CPU", self.path, device.type)
+            return self.sessions["cpu"]
+        return open_session(self.path, [("CUDAExecutionProvider", {"device_id": device.index or 0})])
+
+
+def deployed_form(path: Path) -> DeployedForm | None:
+    """Return the form of an exported network by its file; None for any other file."""
+    if path.suffix.lower() == ".onnx":
+        return "onnx"
+    return "torchscript" if torchscript_folder(path) else None
+
+
+def torchscript_folder(path: Path) -> str:
+    """Return the folder that all files of a TorchScript archive lie in; empty for any other file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return ""
+    folder = names[0].partition("/")[0] if names else ""
+    has_code = any(name.startswith(f"{folder}/code/") for name in names)
+    return folder if has_code and f"{folder}/constants.pkl" in names else ""
+
+
+def load_deployed(path: Path, form: DeployedForm) -> DeployedNetwork:
+    """Load an exported network on the CPU.
+
+    Args:
+        path: The file.
+        form: Its form, see `deployed_form`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ModuleNotFoundError: ONNX Runtime is needed, and not installed.
+        ValueError: The file is damaged, or not of `hyspark export`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a network that `hyspark export` wrote")
+    return load_onnx(path) if form == "onnx" else load_torchscript(path)
+
+
+def load_onnx(path: Path) -> DeployedNetwork:
+    """Load an ONNX file of `hyspark export --onnx`; errors as for `load_deployed`."""
+    session = open_session(path, ["CPUExecutionProvider"])
+    description = read_description(known_text(session.get_modelmeta().custom_metadata_map.get(KEY, ""), path), path)
+    return DeployedNetwork(OnnxNetwork(path, session), description)
+
+
+def load_torchscript(path: Path) -> DeployedNetwork:
+    """Load a TorchScript file of `hyspark export --torchscript`; errors as for `load_deployed`."""
+    with zipfile.ZipFile(path) as archive:
+        name = f"{torchscript_folder(path)}/extra/{KEY}"
+        text = archive.read(name).decode(errors="replace") if name in archive.namelist() else ""
+    description = read_description(known_text(text, path), path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch advises its own successor of TorchScript
+        try:
+            network: nn.Module = torch.jit.load(path, map_location="cpu")
+        except RuntimeError as error:
+            raise ValueError(f"{path}: unreadable TorchScript ({first_line(error)}); export it again") from error
+    return DeployedNetwork(network, description)
+
+
+def known_text(text: str, path: Path) -> str:
+    """Return the text of a description.
+
+    Raises:
+        ValueError: It is empty, since another program wrote the file.
+    """
+    if not text:
+        raise ValueError(
+            f"{path}: expected a network of `hyspark export`, got one of another program: it holds no {KEY} with "
+            "spacing, intensities and classes, so its scores cannot be brought onto an image; export a fine-tuned run"
+        )
+    return text
+
+
+def open_session(path: Path, providers: list[Any]) -> Any:
+    """Open an ONNX file with as many threads as torch uses.
+
+    Raises:
+        ModuleNotFoundError: ONNX Runtime is not installed.
+        ValueError: The file is unreadable.
+    """
+    runtime = import_onnxruntime()
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors
+    try:
+        return runtime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # of many types, for a damaged file
+        raise ValueError(f"{path}: unreadable ONNX ({first_line(error)}); is it damaged or truncated?") from error
+
+
+def import_onnxruntime() -> Any:
+    """Import ONNX Runtime.
+
+    Raises:
+        ModuleNotFoundError: It is not installed.
+    """
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"ONNX needs onnxruntime: {install_command('onnx')} ({error})") from error
+    return onnxruntime
