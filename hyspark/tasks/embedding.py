@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 
 from hyspark.data.settings import PrepareSettings
 from hyspark.evaluation.embedding.embed import EmbedOptions, embed_volumes
@@ -52,9 +51,7 @@ class Embeddings:
     @property
     def vectors(self) -> np.ndarray:
         """The vectors, float32 (n, c)."""
-        with safe_open(self.files[0], "np") as file:
-            vectors: np.ndarray = file.get_tensor("embeddings")
-        return vectors
+        return self.table.vectors
 
 
 @in_python_words

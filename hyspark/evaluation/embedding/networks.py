@@ -160,7 +160,10 @@ def of_third_party(path: Path, choice: NetworkChoice, made: Mapping[str, Any], m
         backbone = build_backbone(model, settings.num_image_channels, 3)
         return PyramidEncoder(backbone.network, window, settings.num_image_channels, run=backbone.run)
 
-    encoder = build()
+    try:
+        encoder = build()
+    except ValueError as error:
+        raise ValueError(f"--window: {error}" if str(error).startswith("crop size") else str(error)) from error
     LOG.info("%s\n%s", path, load_pretrained(encoder.backbone, path, choice.weights_key))
     return finished_network(encoder, build, settings, window, model, path)
 

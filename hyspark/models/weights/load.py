@@ -234,7 +234,7 @@ def match_own(model: nn.Module, given: Mapping[str, Tensor], name: str) -> Weigh
     return WeightMatch(loaded, tuple(matched), adapted, missing, unexpected)
 
 
-def encoder_shape(weights: Mapping[str, Tensor]) -> dict[str, list[int]]:
+def encoder_shape(weights: Mapping[str, Tensor]) -> dict[str, int | list[int]]:
     """Find the settings of the encoder in the shapes of its weights, by name; empty if the weights hold no whole one.
 
     The number of attention heads is in no shape.
@@ -254,13 +254,14 @@ def encoder_shape(weights: Mapping[str, Tensor]) -> dict[str, list[int]]:
         "encoder_widths": [sizes["conv1"] for sizes in first],
         "encoder_depths": [sum(s == stage for s, _ in layers) for stage in range(1, NUM_STAGES + 1)],
         "expansions": [sizes["conv3"] // sizes["conv1"] for sizes in first],
-        "vit_depth": [len(blocks)],
+        "vit_depth": len(blocks),
     }
 
 
 def build_advice(weights: Mapping[str, Tensor]) -> str:
     """Describe how to build a model for these weights, with the flags for their shapes."""
-    numbers = encoder_shape(weights)
+    shape = encoder_shape(weights)
+    numbers = {name: value if isinstance(value, list) else [value] for name, value in shape.items()}
     if not numbers:
         return "build the model like the weights (--encoder_widths, --encoder_depths, --expansions, --vit_depth)"
     if (deepest := find_decoder_width(weights)) is not None:
