@@ -7,7 +7,6 @@ In a cross-validation the probabilities of all folds are scored together. An int
 scored patients, and over the seeds of random weights. It takes the fitted classifiers as they are.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -15,11 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from hyspark.evaluation.bootstrap import bootstrap_mean, num_resamples
-from hyspark.evaluation.classification.metrics import classification_scores, resampled_metric
+from hyspark.evaluation.classification.metrics import resampled_metric
 from hyspark.evaluation.embedding.probe_data import ProbeData, grouped_folds, patients_per_class
 
 INNER_FOLDS = 5
@@ -114,7 +112,7 @@ def fitted_probabilities(x: np.ndarray, data: ProbeData, head: Head) -> tuple[np
     parts, chosen = [], []
     for fit, score in data.folds:
         best = choose_value(x[fit], data.truth[fit], data.patients[fit], head, len(data.classes))
-        parts.append(class_probabilities(head.make(best), x[fit], data.truth[fit], x[score], len(data.classes)))
+        parts += class_probabilities([head.make(best)], x[fit], data.truth[fit], x[score], len(data.classes))
         chosen.append(best)
     return np.concatenate(parts), chosen
 
@@ -131,32 +129,35 @@ def choose_value(x: np.ndarray, truth: np.ndarray, patients: np.ndarray, head: H
     folds = grouped_folds(truth, patients, [str(n) for n in range(num_classes)], num_folds)
     scored = np.concatenate([score for _, score in folds])
     least = min(len(fit) for fit, _ in folds)
-    found = {}
-    for value in head.values:
-        if head.make is neighbours and value > least:
-            continue
-        parts = [class_probabilities(head.make(value), x[f], truth[f], x[s], num_classes) for f, s in folds]
-        found[value] = classification_scores(truth[scored], np.concatenate(parts))["auc"]
-    return max(found, key=lambda value: found[value]) if found else max(1, least // 2)
+    values = [value for value in head.values if head.make is not neighbours or value <= least]
+    made = [head.make(value) for value in values]
+    by_fold = [class_probabilities(made, x[fit], truth[fit], x[score], num_classes) for fit, score in folds]
+    once = np.ones((1, len(scored)))
+    aucs = [
+        resampled_metric("auc", truth[scored], np.concatenate(parts), once)[0] for parts in zip(*by_fold, strict=True)
+    ]
+    return values[int(np.argmax(aucs))] if values else max(1, least // 2)
 
 
 def class_probabilities(
-    classifier: Any, x: np.ndarray, truth: np.ndarray, scored: np.ndarray, num_classes: int
-) -> np.ndarray:
-    """Fit a classifier on standardised rows, and compute the probabilities of others.
+    classifiers: Sequence[Any], x: np.ndarray, truth: np.ndarray, scored: np.ndarray, num_classes: int
+) -> list[np.ndarray]:
+    """Fit classifiers on standardised rows, and compute the probabilities of others.
 
     Returns:
-        (n, classes), 0 for a class that the fit has not seen.
+        (n, classes) of each classifier, 0 for a class that the fit has not seen.
     """
-    found = np.zeros((len(scored), num_classes))
+    several = [np.zeros((len(scored), num_classes)) for _ in classifiers]
     if len(seen := np.unique(truth)) == 1:
-        found[:, seen] = 1
-        return found
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a constant number has no deviation
-        fitted = make_pipeline(StandardScaler(), classifier).fit(x, truth)
-    found[:, fitted.classes_] = fitted.predict_proba(scored)
-    return found
+        for found in several:
+            found[:, seen] = 1
+        return several
+    scaler = StandardScaler().fit(x)
+    x, scored = scaler.transform(x), scaler.transform(scored)
+    for classifier, found in zip(classifiers, several, strict=True):
+        fitted = classifier.fit(x, truth)
+        found[:, fitted.classes_] = fitted.predict_proba(scored)
+    return several
 
 
 def score_of(
