@@ -14,12 +14,13 @@ from tqdm import tqdm
 
 from hyspark.data.datasets.cases import Case
 from hyspark.data.datasets.found import log_unused
+from hyspark.data.datasets.inputs import OWN_LABELS
 from hyspark.data.datasets.scan_inputs import ScanCase, find_inputs, scan_folder
 from hyspark.evaluation.embedding.networks import EmbeddingNetwork
 from hyspark.evaluation.embedding.pooling import Pooling, plan_windows, pool_regions
 from hyspark.evaluation.embedding.regions import (
-    Box,
     Region,
+    WorldBox,
     box_region,
     grid_regions,
     label_regions,
@@ -142,7 +143,7 @@ def embed_volumes(
         min_slices=options.min_slices,
         progress=processes.is_main,
     )
-    log_unused(found.lines)
+    log_unused([line for line in found.lines if not (options.labels and OWN_LABELS in line)])
     cases, failures = found.cases, dict(found.failures)
     if options.labels:
         cases = labelled_cases(cases, options.labels)
@@ -229,7 +230,7 @@ class Embedder:
     network: EmbeddingNetwork
     stages: tuple[int, ...]
     options: EmbedOptions
-    boxes: Mapping[str, list[Box]]
+    boxes: Mapping[str, list[WorldBox]]
     settings: Mapping[str, Any]
     out: Path
     encoders: dict[str, nn.Module] = field(default_factory=dict)
@@ -355,7 +356,7 @@ def labelled_cases(cases: Sequence[Case], folder: Path) -> list[Case]:
     return found
 
 
-def boxed_cases(cases: Sequence[Case], boxes: Mapping[str, list[Box]], path: Path) -> list[Case]:
+def boxed_cases(cases: Sequence[Case], boxes: Mapping[str, list[WorldBox]], path: Path) -> list[Case]:
     """Return the cases with boxes.
 
     Raises:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -12,7 +12,8 @@ from torch import nn
 from hyspark.config.pretrain import METHODS, PretrainConfig
 from hyspark.config.recipes import present_spelling, typed_values
 from hyspark.config.shared import EncoderSettings, check_preparation, encoder_options
-from hyspark.data.settings import PrepareSettings
+from hyspark.data.settings import Axis, PrepareSettings
+from hyspark.evaluation.embedding.slice_encoder import SLICES_PER_WINDOW, SliceEncoder, drop_axis, insert_axis
 from hyspark.evaluation.network_kind import kind_of_contents
 from hyspark.evaluation.segmentation.inference import load_network
 from hyspark.models.backbones import build_backbone
@@ -150,15 +151,19 @@ def of_segmentation(path: Path, choice: NetworkChoice) -> EmbeddingNetwork:
 
 
 def of_third_party(path: Path, choice: NetworkChoice, made: Mapping[str, Any], model: str) -> EmbeddingNetwork:
-    """Load a third-party network of volumes."""
-    if made.get("slices", "none") != "none":
-        raise ValueError(f"{path}: expected a network of volumes, got one of 2D slices ({model})")
+    """Load a third-party network of volumes, or of their 2D slices."""
+    of_images = model.startswith(("timm/", "torchvision/"))
+    slices = made.get("slices", "axial" if of_images else "none")
+    axis = None if slices == "none" else get_args(Axis).index(slices)
     settings = settings_for(path, made, choice.inputs)
-    window = window_of(choice.window, made)
+    window = window_of(choice.window, made, axis)
+    channels = made.get("in_channels", 3 if of_images else settings.num_image_channels)
 
-    def build() -> PyramidEncoder:
-        backbone = build_backbone(model, settings.num_image_channels, 3)
-        return PyramidEncoder(backbone.network, window, settings.num_image_channels, run=backbone.run)
+    def build() -> PyramidEncoder | SliceEncoder:
+        backbone = build_backbone(model, channels, 3 if axis is None else 2)
+        crop = window if axis is None else drop_axis(window, axis)
+        encoder = PyramidEncoder(backbone.network, crop, channels, run=backbone.run)
+        return encoder if axis is None else SliceEncoder(encoder, axis, made.get("slice_scaling") == "minmax")
 
     try:
         encoder = build()
@@ -220,11 +225,19 @@ def settings_for(path: Path, made: Mapping[str, Any], given: Mapping[str, Any]) 
     return settings
 
 
-def window_of(given: tuple[int, ...], made: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the voxels per axis of a window: what is given, else the crop size of the weights, else 96."""
+def window_of(given: tuple[int, ...], made: Mapping[str, Any], axis: int | None = None) -> tuple[int, ...]:
+    """Return the voxels per axis of a window: what is given, else the crop size of the weights, else 96.
+
+    Args:
+        given: One number, or three.
+        made: Settings that the weights were made with.
+        axis: Axis that slices are perpendicular to; a window that is given by the size of a slice has several.
+    """
     edges = given or tuple(made.get("crop_size", DEFAULT_WINDOW))
-    if len(edges) not in (1, 3) or min(edges) < 1:
+    if len(edges) not in (1, 3, *(() if given or axis is None else (2,))) or min(edges) < 1:
         raise ValueError(f"--window: expected one number of voxels or three, got {' '.join(map(str, edges))}")
+    if axis is not None and len(edges) < 3:
+        return insert_axis(edges * 2 if len(edges) == 1 else edges, axis, SLICES_PER_WINDOW)
     return edges * 3 if len(edges) == 1 else edges
 
 

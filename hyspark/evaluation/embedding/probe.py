@@ -112,7 +112,7 @@ def fitted_probabilities(x: np.ndarray, data: ProbeData, head: Head) -> tuple[np
     parts, chosen = [], []
     for fit, score in data.folds:
         best = choose_value(x[fit], data.truth[fit], data.patients[fit], head, len(data.classes))
-        parts += class_probabilities([head.make(best)], x[fit], data.truth[fit], x[score], len(data.classes))
+        parts += fit_and_classify([head.make(best)], x[fit], data.truth[fit], x[score], len(data.classes))
         chosen.append(best)
     return np.concatenate(parts), chosen
 
@@ -131,7 +131,7 @@ def choose_value(x: np.ndarray, truth: np.ndarray, patients: np.ndarray, head: H
     least = min(len(fit) for fit, _ in folds)
     values = [value for value in head.values if head.make is not neighbours or value <= least]
     made = [head.make(value) for value in values]
-    by_fold = [class_probabilities(made, x[fit], truth[fit], x[score], num_classes) for fit, score in folds]
+    by_fold = [fit_and_classify(made, x[fit], truth[fit], x[score], num_classes) for fit, score in folds]
     once = np.ones((1, len(scored)))
     aucs = [
         resampled_metric("auc", truth[scored], np.concatenate(parts), once)[0] for parts in zip(*by_fold, strict=True)
@@ -139,10 +139,10 @@ def choose_value(x: np.ndarray, truth: np.ndarray, patients: np.ndarray, head: H
     return values[int(np.argmax(aucs))] if values else max(1, least // 2)
 
 
-def class_probabilities(
+def fit_and_classify(
     classifiers: Sequence[Any], x: np.ndarray, truth: np.ndarray, scored: np.ndarray, num_classes: int
 ) -> list[np.ndarray]:
-    """Fit classifiers on standardised rows, and compute the probabilities of others.
+    """Fit classifiers on standardised rows, and compute the probabilities of scored ones.
 
     Returns:
         (n, classes) of each classifier, 0 for a class that the fit has not seen.

@@ -110,8 +110,8 @@ def read_probe_data(options: ProbeOptions, table: VectorTable, cases: Mapping[st
     positions = np.array(sorted(found), int)
     used = [found[i] for i in positions]
     names = [row[options.target].strip() for row in used]
-    classes = in_order(set(names))
-    check_classes(path, options.target, classes)
+    classes = sorted_classes(set(names))
+    check_num_classes(path, options.target, classes)
     truth = np.array([classes.index(name) for name in names])
     patients = np.array(patients_of([table.cases[i] for i in positions], used, columns, cases))
     features = np.array([numbers_of(path, row, options.features) for row in used]).reshape(len(used), -1)
@@ -149,7 +149,7 @@ def keyed_rows(path: Path, rows: "csv.DictReader[str]", table: VectorTable) -> d
     return found
 
 
-def in_order(names: set[str]) -> list[str]:
+def sorted_classes(names: set[str]) -> list[str]:
     """Sort names of classes, as numbers if all are."""
     try:
         return sorted(names, key=float)
@@ -157,7 +157,7 @@ def in_order(names: set[str]) -> list[str]:
         return sorted(names)
 
 
-def check_classes(path: Path, target: str, classes: Sequence[str]) -> None:
+def check_num_classes(path: Path, target: str, classes: Sequence[str]) -> None:
     """Raise ValueError if a column does not hold a few classes."""
     if not 2 <= len(classes) <= MAX_CLASSES:
         raise ValueError(

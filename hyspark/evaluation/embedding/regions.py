@@ -19,7 +19,7 @@ EDGES = ("x_min", "x_max", "y_min", "y_max", "z_min", "z_max")
 """Columns of a file of boxes, beside `case` and, optionally, `region`."""
 
 
-class Box(NamedTuple):
+class WorldBox(NamedTuple):
     """A box in world coordinates.
 
     Attributes:
@@ -58,7 +58,7 @@ class Region(NamedTuple):
         return found
 
 
-def read_boxes(path: Path) -> dict[str, list[Box]]:
+def read_boxes(path: Path) -> dict[str, list[WorldBox]]:
     """Read boxes by case from a CSV file with the columns case, `EDGES` and, optionally, region.
 
     Raises:
@@ -70,7 +70,7 @@ def read_boxes(path: Path) -> dict[str, list[Box]]:
     rows = csv.DictReader(read_text(path).splitlines())
     if missing := [name for name in ("case", *EDGES) if name not in (rows.fieldnames or ())]:
         raise ValueError(f"{path}: expected the columns case, {', '.join(EDGES)}; missing: {', '.join(missing)}")
-    boxes: dict[str, list[Box]] = {}
+    boxes: dict[str, list[WorldBox]] = {}
     for number, row in enumerate(rows, 2):
         try:
             edges = np.array([float(row[name]) for name in EDGES]).reshape(3, 2).T
@@ -83,7 +83,7 @@ def read_boxes(path: Path) -> dict[str, list[Box]]:
         name = row.get("region") or f"box_{len(of_case)}"
         if name in [box.name for box in of_case]:
             raise ValueError(f"{path}, line {number}: two boxes of {row['case']} are named {name}; rename one")
-        of_case.append(Box(name, *edges))
+        of_case.append(WorldBox(name, *edges))
     return boxes
 
 
@@ -135,7 +135,7 @@ def label_regions(label: np.ndarray) -> Iterator[Region]:
             yield Region(f"label_{value}", tuple(along.start for along in box), label[box] == value)
 
 
-def box_region(box: Box, shape: Sequence[int], affine: np.ndarray) -> Region:
+def box_region(box: WorldBox, shape: Sequence[int], affine: np.ndarray) -> Region:
     """Find the voxels of a grid whose centres lie in a box; of a smaller box, the voxel that its centre lies in.
 
     Args:

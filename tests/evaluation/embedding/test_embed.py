@@ -241,7 +241,7 @@ def test_dicom_is_read_as_predict_reads_it(weights, tmp_path):
         ({"labels": "no"}, "labels no: no such folder"),
         ({"boxes": "no.csv"}, r"boxes no\.csv: no such file"),
         ({"probe": "no.csv", "target": "a"}, r"probe no\.csv: no such file"),
-        ({"model": "timm/resnet18"}, "expected images with 2 axes, got data with 3"),
+        ({"model": "timm/resnet18", "window": (32,)}, "those of HySparK.s own network; drop model"),
     ],
 )
 def test_wrong_options_are_refused_by_name(weights, scans, tmp_path, options, message):

@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import timm
 import torch
 from monai.networks.nets import SegResNet
 
@@ -114,3 +115,29 @@ def test_a_classifier_of_images_is_refused(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(FileNotFoundError, match=r"expected a run folder with best\.pth"):
         load_embedding_network(NetworkChoice(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("scaling", ["window", "minmax"])
+def test_a_network_of_slices_sees_every_slice_by_itself(scaling, tmp_path):
+    torch.manual_seed(2)
+    trained = timm.create_model("test_resnet", in_chans=3, num_classes=0).eval()
+    path = tmp_path / "spark_timm_test_resnet_1kpretrained_timm_style.pth"
+    torch.save(trained.state_dict(), path)
+    (tmp_path / "config.yaml").write_text(
+        f"model: spark/timm/test_resnet\nslices: coronal\nin_channels: 3\ncrop_size: [64]\nslice_scaling: {scaling}\n"
+        "spacing: [4.0, 4.0, 4.0]\n"
+    )
+    network = load_embedding_network(NetworkChoice(tmp_path))
+    assert network.window == (64, 8, 64)
+    assert network.unit[1] == 1
+    volumes = torch.rand(2, 1, 64, 3, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = network.encoder(volumes)
+        for number in range(2):
+            for at in range(3):
+                image = volumes[number : number + 1, :, :, at]
+                if scaling == "minmax":
+                    image = (image - image.min()) / (image.max() - image.min())
+                expected = trained.forward_features(image.repeat(1, 3, 1, 1))
+                torch.testing.assert_close(found[-1][number : number + 1, :, :, at], expected)
+    assert [stride[1] for _, stride in network.stages] == [1] * len(network.stages)

@@ -105,13 +105,13 @@ def test_a_patient_is_never_on_both_sides(tmp_path, monkeypatch):
     data = read_probe_data(ProbeOptions(tmp_path / "labels.csv", "side"), *given)
     assert np.array_equal(np.sort(data.scored), np.arange(len(truth)))
     fits = []
-    real = probe.class_probabilities
+    real = probe.fit_and_classify
 
     def record(classifiers, x, truth, scored, num_classes):
         fits.append([{owner[value] for value in rows[:, 0]} for rows in (x, scored)])
         return real(classifiers, x, truth, scored, num_classes)
 
-    monkeypatch.setattr(probe, "class_probabilities", record)
+    monkeypatch.setattr(probe, "fit_and_classify", record)
     owner = dict(zip(x[:, 0], patients, strict=True))
     found = probe_vectors(x, {}, data)
     assert len(fits) == 2 * 5 * (1 + 5)  # heads, folds, inner folds

@@ -9,7 +9,7 @@ from hyspark.data.datasets.cases import Case
 from hyspark.data.preprocessing.prepare import prepare_case
 from hyspark.data.settings import PrepareSettings
 from hyspark.evaluation.embedding.regions import (
-    Box,
+    WorldBox,
     box_region,
     foreground_box,
     label_regions,
@@ -38,7 +38,7 @@ def test_a_box_is_where_nibabel_says(name, tmp_path):
     high = np.quantile(world.reshape(-1, 3), 0.7, axis=0) + 0.3
     inside = ((world >= low) & (world < high)).all(-1)
     expected = np.sort((hu[inside].clip(-175, 250) + 175) / 425)
-    region = box_region(Box("b", low, high), prepared["image"].shape[1:], prepared["affine"])
+    region = box_region(WorldBox("b", low, high), prepared["image"].shape[1:], prepared["affine"])
     box = tuple(slice(a, b) for a, b in zip(region.start, region.stop, strict=True))
     found = prepared["image"][0][box][region.mask]
     np.testing.assert_allclose(np.sort(found), expected, atol=1e-6)
@@ -49,7 +49,7 @@ def test_a_box_is_where_nibabel_says(name, tmp_path):
 def test_a_box_in_a_rotated_volume_is_no_box_of_its_voxels():
     turn = np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]]) @ np.diag([2.0, 2, 4])
     affine = nib.affines.from_matvec(turn, [10, -5, 0])
-    box = Box("b", np.array([0.0, 5, 8]), np.array([30.0, 40, 33]))
+    box = WorldBox("b", np.array([0.0, 5, 8]), np.array([30.0, 40, 33]))
     shape = (30, 28, 20)
     world = apply_affine(affine, np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1))
     expected = ((world >= box.low) & (world < box.high)).all(-1)
@@ -62,13 +62,13 @@ def test_a_box_in_a_rotated_volume_is_no_box_of_its_voxels():
 
 def test_a_box_smaller_than_a_voxel_is_its_voxel_and_one_outside_is_refused():
     affine = np.diag([4.0, 4, 4, 1])
-    region = box_region(Box("b", np.array([9.0, 9, 9]), np.array([10.0, 10, 10])), (8, 8, 8), affine)
+    region = box_region(WorldBox("b", np.array([9.0, 9, 9]), np.array([10.0, 10, 10])), (8, 8, 8), affine)
     assert region.start == (2, 2, 2)
     assert region.mask.shape == (1, 1, 1)
-    cut = box_region(Box("b", np.array([-50.0, 0, 0]), np.array([9.0, 9, 9])), (8, 8, 8), affine)
+    cut = box_region(WorldBox("b", np.array([-50.0, 0, 0]), np.array([9.0, 9, 9])), (8, 8, 8), affine)
     assert (cut.start, cut.stop) == ((0, 0, 0), (3, 3, 3))
     with pytest.raises(ValueError, match=r"the box 100\.\.110 x 0\.\.9 x 0\.\.9 mm lies outside"):
-        box_region(Box("b", np.array([100.0, 0, 0]), np.array([110.0, 9, 9])), (8, 8, 8), affine)
+        box_region(WorldBox("b", np.array([100.0, 0, 0]), np.array([110.0, 9, 9])), (8, 8, 8), affine)
 
 
 def test_labels_are_regions():
