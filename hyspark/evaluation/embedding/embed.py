@@ -144,7 +144,7 @@ def embed_volumes(
         progress=processes.is_main,
     )
     log_unused([line for line in found.lines if not (options.labels and OWN_LABELS in line)])
-    cases, failures = found.cases, dict(found.failures)
+    cases, failures = [replace(case, label=None) for case in found.cases], dict(found.failures)
     if options.labels:
         cases = labelled_cases(cases, options.labels)
     if options.boxes:
@@ -197,7 +197,7 @@ def embed_cases(embedder: "Embedder", cases: Sequence[Case], processes: Processe
     workers = embedder.options.num_workers or min(available_cores(), MAX_PREPARE_WORKERS)
     memory = free_main_memory() // 4
     ahead = closing(prepare_ahead(cases, embedder.network.settings, workers, memory, is_whole=True))
-    bar = tqdm(total=len(cases), desc="embed", unit="volume", disable=not processes.is_main)
+    bar = tqdm(total=len(cases), desc="embed", unit="volume", disable=not (cases and processes.is_main))
     with bar, ahead as all_prepared:
         for case, prepared in all_prepared:
             try:

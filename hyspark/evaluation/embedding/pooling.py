@@ -9,7 +9,7 @@ Shapes: c channels, (h, w, d) voxels of the prepared volume, *size voxels of a w
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import groupby, product
+from itertools import product
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -49,7 +49,7 @@ def plan_windows(
     *,
     is_shared: bool = False,
 ) -> list[PooledWindow]:
-    """Plan windows that cover regions: around each region its own, or shared ones over all.
+    """Plan windows of one size that cover regions: around each region its own, or shared ones over all.
 
     A region that fits a window lies in its middle, as far as the volume reaches; a larger one is tiled. In a volume
     that is smaller than the window, the window is the least multiple of the unit that holds the volume.
@@ -159,7 +159,7 @@ def pool_regions(
         image: (c, h, w, d), fractions in [0, 1].
         maps: Of each channel, from fractions to the encoder's input, or None.
         regions: The regions.
-        windows: Windows that cover them, see `plan_windows`.
+        windows: Windows of one size that cover them, see `plan_windows`.
         stages: Numbers of the maps, from 1, the finest.
         pooling: "mean" or "max".
         batch_size: Windows in one forward pass.
@@ -172,16 +172,14 @@ def pool_regions(
         ValueError: A vector is not finite.
     """
     pooled: list[list[Tensor | None]] = [[None] * len(stages) for _ in regions]
-    for _, group in groupby(windows, key=lambda one: one.size):
-        alike = list(group)
-        for first in range(0, len(alike), batch_size):
-            batch = alike[first : first + batch_size]
-            crops = torch.from_numpy(np.stack([cut_window(image, one.start, one.size) for one in batch]))
-            found = encoder(to_input(crops, maps, axis=1).to(device))
-            for number, window in enumerate(batch):
-                chosen = [found[stage - 1][number].float() for stage in stages]
-                for index in window.regions:
-                    add_window_to_region(pooled[index], chosen, counted_voxels(regions[index], window), pooling)
+    for first in range(0, len(windows), batch_size):
+        batch = windows[first : first + batch_size]
+        crops = torch.from_numpy(np.stack([cut_window(image, one.start, one.size) for one in batch]))
+        found = encoder(to_input(crops, maps, axis=1).to(device))
+        for number, window in enumerate(batch):
+            chosen = [found[stage - 1][number].float() for stage in stages]
+            for index in window.regions:
+                add_window_to_region(pooled[index], chosen, counted_voxels(regions[index], window), pooling)
     num_voxels = [int(np.count_nonzero(region.mask)) if pooling == "mean" else 1 for region in regions]
     vectors = []
     for parts, num in zip(pooled, num_voxels, strict=True):

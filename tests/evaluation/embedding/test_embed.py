@@ -144,6 +144,15 @@ def test_a_grid_covers_the_foreground(weights, scans, tmp_path):
     np.testing.assert_allclose(weighted, whole.vectors[0], rtol=1e-4, atol=1e-5)
 
 
+def test_label_maps_of_a_data_set_are_not_read(weights, tmp_path):
+    data = tmp_path / "Dataset001_Mine"
+    write_volume(data / "imagesTr/a_0000.nii.gz", body((20, 20, 9)), AFFINE)
+    write_volume(data / "labelsTr/a.nii.gz", np.zeros((5, 5, 5)), AFFINE)  # of another grid
+    (data / "dataset.json").write_text('{"labels": {"background": 0, "b": 1}, "channel_names": {"0": "CT"}}')
+    made = hyspark.embed(weights, data, tmp_path / "out", **OPTIONS)
+    assert (made.table.cases, made.failures) == (("a",), {})
+
+
 @pytest.fixture
 def passes(monkeypatch):
     """Counts the forward passes."""
