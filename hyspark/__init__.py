@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hyspark.models.spark import build_spark
     from hyspark.models.weights.load import LoadReport, load_pretrained
     from hyspark.tasks.api import evaluate, finetune, predict, pretrain
+    from hyspark.tasks.embedding import embed
 
 MODULES = {
     "Backbone": "models.backbones",
@@ -30,6 +31,7 @@ MODULES = {
     "build_hybird": "models.segmentation",
     "build_hyspark": "models.masked_autoencoder",
     "build_spark": "models.spark",
+    "embed": "tasks.embedding",
     "evaluate": "tasks.api",
     "finetune": "tasks.api",
     "hidden": "models.masking.context",
@@ -49,6 +51,7 @@ __all__ = [
     "build_hybird",
     "build_hyspark",
     "build_spark",
+    "embed",
     "evaluate",
     "finetune",
     "hidden",

@@ -10,6 +10,7 @@ TWICE = {
     "finetune": "verb of the command line, and Python function with settings as keyword arguments",
     "evaluate": "verb of the command line, and Python function with settings as keyword arguments",
     "predict": "verb of the command line, and Python function with settings as keyword arguments",
+    "embed": "verb of the command line, and Python function with settings as keyword arguments",
     "T": "type variable",
 }
 """Names that may have two definitions, and why."""

@@ -177,6 +177,54 @@ class PredictArguments(NetworkArguments):
         self.add_argument("inputs", nargs="+")
 
 
+class EmbedArguments(Arguments):
+    """Compute a vector per volume, box, label or grid cell from an encoder, and probe the vectors for labels.
+
+    Writes embeddings.safetensors and embeddings.csv, and with --probe the scores of logistic regression and nearest
+    neighbours, beside random weights: probe.md, probe.json, probe.png. The same command continues. Exit code 1: some
+    volumes or regions have no vector; they are named, and the others are written.
+
+    Example:
+        hyspark embed ckpt/hyspark_openkbp.safetensors scans/*.nii.gz --out vectors
+    """
+
+    weights: str  # File of weights, or a run folder: pre-trained or fine-tuned
+    inputs: list[str]  # NIfTI files, and folders that hold some or DICOM series
+    out: str  # Folder to write to
+    boxes: str = ""  # CSV file of boxes to embed: case, x_min, x_max, y_min, y_max, z_min, z_max in mm, region
+    labels: str = ""  # Folder of label maps CASE.nii.gz; each label of a volume is embedded
+    grid: float = 0.0  # Edge in mm of the cells of a grid, each of which is embedded
+    stages: tuple[int, ...] = ()  # Stages whose features are joined, 1 is the finest; by default all
+    pooling: Literal["mean", "max"] = "mean"  # How the features of a region's voxels are pooled
+    window: tuple[int, ...] = ()  # Voxels per axis of a window, one number or three; by default the weights' crop size
+    model: str = ""  # Third-party network of the weights, if the file does not name it: monai/resnet18
+    weights_key: str = ""  # Key of the state dict in the file, if it holds several: model_ema, student
+    spacing: tuple[float, float, float] | None = None  # Spacing in mm; by default that of the weights, like all below
+    intensity: tuple[str, ...] = ()  # Values that the network sees: ct, ct-zscore, mr or none
+    hu_min: float | None = None  # HU that become 0
+    hu_max: float | None = None  # HU that become 1
+    image_channels: tuple[int, ...] = ()  # Channels that are read
+    input_mean: tuple[float, ...] = ()  # ct-zscore: HU that become 0
+    input_std: tuple[float, ...] = ()  # ct-zscore: HU that become a step of 1
+    batch_size: int = 4  # Windows in one forward pass
+    min_slices: int = 8  # DICOM scans of fewer slices, such as localizers, are not embedded
+    prepare_workers: int = 0  # Processes that prepare volumes; 0 uses one per available core
+    parquet: bool = False  # Also write embeddings.parquet
+    probe: str = ""  # CSV file of labels: case, the target, and optionally region, patient, split, features
+    target: str = ""  # Probe: column of the class
+    features: tuple[str, ...] = ()  # Probe: columns of numbers, such as a diameter, probed alone and beside the vectors
+    random_seeds: tuple[int, ...] = (0, 1, 2)  # Probe: seeds of random weights to compare with
+    folds: int = 5  # Probe: folds of the cross-validation, if the file has no column split
+    picture: Literal["pca", "umap"] = "pca"  # Probe: how the vectors are drawn in two dimensions
+    device: str = "auto"  # auto uses CUDA if it is available
+
+    def configure(self) -> None:
+        self.add_argument("weights")
+        self.add_argument("inputs", nargs="+")
+        self.add_argument("--device", choices=DEVICE_CHOICES)
+        self.add_argument("--spacing", metavar="X")
+
+
 class ClassifyArguments(Arguments):
     """Write predictions.csv for the images below a folder.
 

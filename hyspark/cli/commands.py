@@ -14,6 +14,7 @@ from hyspark.cli.arguments import (
     ClassifyArguments,
     CompareArguments,
     DatalistArguments,
+    EmbedArguments,
     EvaluateArguments,
     ExportArguments,
     ImportArguments,
@@ -316,6 +317,21 @@ def predict(argv: Sequence[str]) -> None:
         else "none written"
     )
     name_failures("not predicted", made.failures)
+
+
+def embed(argv: Sequence[str]) -> None:
+    """Compute a vector per volume or region from an encoder, and probe the vectors for labels."""
+    args = parse(EmbedArguments(prog="hyspark embed", allow_abbrev=False), argv)
+    from hyspark.tasks import embedding
+
+    given = sorted(given_flags(args, argv) - {"help", "out", "device"})
+    made = unwrap(embedding.embed)(
+        args.weights, args.inputs, args.out, device=args.device, **{name: getattr(args, name) for name in given}
+    )
+    if not is_main_process():
+        return
+    print(embedding.summarise_embeddings(made))
+    name_failures("not embedded", made.failures)
 
 
 def name_unscored(config: SegmentationConfig | ClassificationConfig, folder: Path) -> None:

@@ -25,6 +25,7 @@ VERB_GROUPS = {
     "use": {
         "predict": "Predict label maps of volumes, or class probabilities of images.",
         "evaluate": "Score a fine-tuned network on labelled cases.",
+        "embed": "Compute a vector per volume or region from an encoder, and probe the vectors for labels.",
     },
     "weights": {
         "weights": "Print which keys of a weights file fit a network.",

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from hyspark.comparison.bootstrap import NUM_RESAMPLES, bootstrap_mean
 from hyspark.comparison.kind import RunKind
 from hyspark.config.classification import ClassificationConfig
 from hyspark.data.readers.images import has_test_split
+from hyspark.evaluation.bootstrap import bootstrap_mean, num_resamples
 from hyspark.evaluation.classification.evaluate import SCORE_FOLDERS
 from hyspark.evaluation.classification.metrics import CLASSIFICATION_METRICS, resampled_metric
 from hyspark.evaluation.classification.scores import Classified
@@ -21,10 +21,6 @@ from hyspark.models.weights.load import load_pretrained
 from hyspark.tasks.classification import initialise_classifier
 from hyspark.training.labelled_images import find_image_parts, read_images
 from hyspark.utils.digests import content_digest, text_digest
-
-MAX_DRAWN_IMAGES = 10_000_000
-"""Images in all resamples together."""
-MIN_RESAMPLES = 1000
 
 
 class ClassificationRuns(RunKind):
@@ -109,11 +105,6 @@ def metric_by_run(tables: Sequence[ScoreTable], metric: str, weights: np.ndarray
 def num_images(tables: Sequence[ScoreTable]) -> int:
     """Return the number of images that each run was scored on."""
     return len(tables[0].cases) if tables else 0
-
-
-def num_resamples(num: int) -> int:
-    """Choose the number of resamples: fewer of many images, which take memory and time."""
-    return min(NUM_RESAMPLES, max(MIN_RESAMPLES, MAX_DRAWN_IMAGES // max(1, num)))
 
 
 def image_digest(source: Path | np.ndarray) -> str:

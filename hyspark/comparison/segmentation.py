@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from hyspark.comparison.bootstrap import interval, organ_means, paired_difference, seed_means, weighted_mean
 from hyspark.comparison.kind import RunKind
 from hyspark.comparison.report import cell_of, number, with_interval
 from hyspark.comparison.table import by_name
 from hyspark.config.segmentation import SegmentationConfig, check_decoder
 from hyspark.data.datasets.cases import cases_digest
 from hyspark.data.preprocessing.prepare import files_exist
+from hyspark.evaluation.bootstrap import interval, organ_means, paired_difference, seed_means, weighted_mean
 from hyspark.evaluation.score_table import ScoreTable
 from hyspark.evaluation.segmentation.labelled_data import find_labelled
 from hyspark.evaluation.segmentation.metrics import ORGAN_METRICS

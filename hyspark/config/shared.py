@@ -149,12 +149,21 @@ def check_volumes(config: VolumeSettings) -> None:
     positive(config, "crops_per_volume")
     if config.deterministic and config.compile != "none":
         raise ValueError("compile does not promise that kernels repeat, which deterministic needs; drop one of the two")
+    check_preparation(config)
+    check_channels(config)
+
+
+def check_preparation(config: PrepareSettings) -> None:
+    """Check PrepareSettings.
+
+    Raises:
+        ValueError: A value does not fit.
+    """
     if min(config.spacing) <= 0:
         raise ValueError(f"spacing must be above 0 mm on each axis, but it is {config.spacing}")
     if config.hu_min >= config.hu_max:
         raise ValueError(f"hu_min must lie below hu_max, but they are {config.hu_min} and {config.hu_max}")
     check_intensity(config)
-    check_channels(config)
 
 
 def check_channels(config: Any) -> None:

@@ -18,7 +18,7 @@ from hyspark.config.shared import EncoderSettings
 from hyspark.config.yaml_files import load_mapping
 from hyspark.data.settings import PrepareSettings
 from hyspark.evaluation.network_kind import fine_tuned_file, kind_of_contents, prediction_settings
-from hyspark.evaluation.segmentation.inference import load_network
+from hyspark.evaluation.segmentation.inference import load_fine_tuned
 from hyspark.exports.measured_scores import read_scores, run_scores
 from hyspark.exports.model_card import OF_THE_AUTHOR, CardFacts, check_facts, model_card
 from hyspark.models.defaults import edges_per_axis
@@ -143,7 +143,7 @@ def is_segmentation(path: Path) -> bool:
 
 def segmentation_folder(path: Path) -> ModelFolder:
     """Describe a fine-tuned segmentation network."""
-    network, config, names, _ = load_network(path)
+    network, config, names, _ = load_fine_tuned(path)
     made = Segmenter(names, config.in_channels, config.crop_shape, **segmenter_options(config))
     assert isinstance(made._hub_mixin_config, dict)
     return ModelFolder(made._hub_mixin_config, dict(network.state_dict()))
@@ -243,7 +243,7 @@ def compare_written(out: Path, folder: ModelFolder, source: Path) -> None:
         crop = torch.rand(1, config["in_channels"], *(32,) * axes, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             if config["network"] == "Segmenter":
-                maps = [Segmenter.from_pretrained(out)(crop)], [load_network(source).network(crop)]
+                maps = [Segmenter.from_pretrained(out)(crop)], [load_fine_tuned(source).network(crop)]
             else:
                 maps = Encoder.from_pretrained(out)(crop), source_encoder(config, folder.weights)(crop)
         same = all(torch.equal(one, other) for one, other in zip(*maps, strict=True))

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from hyspark.comparison.classification import ClassificationRuns, num_resamples
+from hyspark.comparison.classification import ClassificationRuns
 from hyspark.comparison.report import benefit_page, write_benefit
 from hyspark.comparison.table import RunKey, ScoredRun, compare_runs, read_run
 from hyspark.evaluation.classification.metrics import CLASSIFICATION_METRICS, classification_scores
@@ -117,13 +117,6 @@ def test_a_run_is_read_from_its_files(tmp_path):
         assert np.array_equal(run.table.values[metric], values)
     assert (run.steps, run.seconds) == (2, 8 / 2 + 8 / 4)
     assert run.protocol == {"weights": "best", "num_images": 40}
-
-
-def test_many_images_are_resampled_less_often():
-    assert num_resamples(100) == 10_000
-    assert num_resamples(4000) == 2500
-    assert num_resamples(10**9) == 1000
-    assert num_resamples(0) == 10_000
 
 
 def test_the_report(numbers, tmp_path):

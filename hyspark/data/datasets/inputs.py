@@ -13,6 +13,9 @@ from hyspark.data.datasets.nnunet import ANOTHER_CHANNEL
 from hyspark.data.datasets.words import FIRST_CHANNELS, is_label_name
 from hyspark.utils.paths import NIFTI, nifti_stem
 
+OWN_LABELS = "label maps of these volumes"
+"""Reason why label maps among the inputs are not used."""
+
 
 def read_inputs(inputs: Sequence[Path], channels: Sequence[int] = FIRST_CHANNELS) -> FoundData:
     """Find the volumes of NIfTI files and folders, and the files that are not used.
@@ -42,7 +45,7 @@ def read_inputs(inputs: Sequence[Path], channels: Sequence[int] = FIRST_CHANNELS
                 f"two volumes are named {case.name}: {other.image} and {case.image}; predict them into two folders"
             )
     for label in {case.label for case in cases if case.label}:
-        found.pass_over("unused label map", "label maps of these volumes", label)
+        found.pass_over("unused label map", OWN_LABELS, label)
     found.sets = [DataSet(found.source, cases)]
     return found
 

@@ -104,7 +104,7 @@ def patient_folders(images: Sequence[Path]) -> dict[Path, str]:
         return {}
     is_on_one_drive = len({image.anchor for image in images}) == 1
     num_above = len(Path(os.path.commonpath([image.parent for image in images])).parts) if is_on_one_drive else 1
-    below = {image: image.parts[num_above:] for image in images if image.parts[-2] not in ("imagesTr", "imagesTs")}
+    below = {image: image.parts[num_above:] for image in images if image.parent.name not in ("imagesTr", "imagesTs")}
     repeating = without_groups(repeating_folders(below))
     named = without_groups({image: unit for image, parts in below.items() if (unit := named_folder(parts))})
     return {image: "/".join(unit) for image, unit in {**repeating, **named}.items()}

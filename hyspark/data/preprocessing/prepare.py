@@ -48,31 +48,37 @@ MAX_FAILURES = 50
 """Number of reasons that an error lists."""
 
 
-def prepare_case(case: Case, settings: PrepareSettings) -> dict[str, Any]:
+def prepare_case(case: Case, settings: PrepareSettings, *, is_whole: bool = False) -> dict[str, Any]:
     """Prepare one case: orientation, spacing, fractions of a range of values, crop to foreground.
+
+    Args:
+        case: the case.
+        settings: settings of preparation.
+        is_whole: whether the whole grid is kept, without the crop, and may have no foreground.
 
     Returns:
         image: float32 `(c, h, w, d)`, fractions in [0, 1]; maps: of each channel, from fractions to a network's input,
         or None; label: uint8 `(h, w, d)` or None; affine: `(4, 4)` of the prepared grid in RAS mm.
 
     Raises:
-        ValueError: if `read_case` finds an error, or the image has no foreground.
+        ValueError: if `read_case` finds an error, or the image has no foreground and is cropped to it.
     """
     files = read_case(case, settings)
     if files.errors:
         raise ValueError("; ".join(f.reason if f.file == str(case.image) else str(f) for f in files.errors))
-    prepared = prepare_files(files, settings)
+    prepared = prepare_files(files, settings, is_whole=is_whole)
     given = zip(prepared.pop("scales"), hu_maps(settings), strict=True)
     return prepared | {"maps": [scale.map or of_settings for scale, of_settings in given]}
 
 
-def prepare_files(files: CaseFiles, settings: PrepareSettings) -> dict[str, Any]:
+def prepare_files(files: CaseFiles, settings: PrepareSettings, *, is_whole: bool = False) -> dict[str, Any]:
     """Prepare a case from its files, which hold no error; see `prepare_case`, with the scales of the channels."""
     case = files.case
     scales = files.scales
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MONAI warns its own callers; results are checked below
-        values, shape, start = region_above(files.images, settings.spacing, [scale.threshold for scale in scales])
+        thresholds = [-np.inf if is_whole else scale.threshold for scale in scales]
+        values, shape, start = region_above(files.images, settings.spacing, thresholds)
         if not np.isfinite(values.numpy()).all():
             raise ValueError("holds NaN or infinite values")
         parts = [fractions_of(channel, scale) for channel, scale in zip(values.numpy(), scales, strict=True)]
@@ -89,10 +95,11 @@ def prepare_files(files: CaseFiles, settings: PrepareSettings) -> dict[str, Any]
             box = [slice(a, a + n) for a, n in zip(start, image.shape[1:], strict=True)]
             data["label"] = whole[:, box[0], box[1], box[2]]
         crop: Any = CropForegroundd([key for key in data if key != "foreground"], "foreground", allow_smaller=True)
-        data = crop(data)
+        data = data if is_whole else crop(data)
     array = np.ascontiguousarray(data["image"].numpy())
     steps = [scale.steps for scale in scales]
-    if array.size == 0 or all(np.rint(part.max() * n) == 0 for part, n in zip(array, steps, strict=True)):
+    is_empty = array.size == 0 or all(np.rint(part.max() * n) == 0 for part, n in zip(array, steps, strict=True))
+    if is_empty and not is_whole:
         lowest = f"{settings.hu_min} HU; is it CT in Hounsfield units?" if reads_window(settings) else "the background"
         raise ValueError(f"no voxel lies above {lowest}")  # as the store counts foreground
     label = None

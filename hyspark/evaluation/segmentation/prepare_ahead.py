@@ -42,7 +42,7 @@ class Waiting(NamedTuple):
 
 
 def prepare_ahead(
-    cases: Sequence[Case], settings: PrepareSettings, num_workers: int, memory: int
+    cases: Sequence[Case], settings: PrepareSettings, num_workers: int, memory: int, *, is_whole: bool = False
 ) -> Generator[tuple[Case, Prepared], None, None]:
     """Prepare cases in worker processes, ahead of their use; one worker, or one case, is this process itself.
 
@@ -53,13 +53,14 @@ def prepare_ahead(
         settings: Settings of preparation.
         num_workers: Number of worker processes.
         memory: Bytes that volumes may take which are prepared or wait; one volume may take more.
+        is_whole: Whether whole grids are kept, see `prepare_case`.
 
     Yields:
         Each case in order, with the result of `prepare_case`, or the reason why it is unreadable.
     """
     num_workers = min(num_workers, len(cases))
     if num_workers <= 1:
-        yield from ((case, prepared_or_reason(case, settings)) for case in cases)
+        yield from ((case, prepared_or_reason(case, settings, is_whole)) for case in cases)
         return
     todo = deque(cases)
     while todo:
@@ -71,13 +72,13 @@ def prepare_ahead(
                         num_bytes = estimate_bytes(todo[0], settings)
                         if waiting and num_bytes + sum(other.num_bytes for other in waiting) > memory:
                             break
-                        future = pool.submit(prepared_or_reason, todo[0], settings)
+                        future = pool.submit(prepared_or_reason, todo[0], settings, is_whole)
                         waiting.append(Waiting(todo.popleft(), num_bytes, future))
                     prepared = result_of(waiting[0].future)
                     yield waiting.popleft().case, prepared
             except BrokenProcessPool:
                 pass
-        yield from ((one.case, result_or_alone(one, settings)) for one in waiting)
+        yield from ((one.case, result_or_alone(one, settings, is_whole)) for one in waiting)
 
 
 def result_of(future: Future[Prepared]) -> Prepared:
@@ -94,22 +95,22 @@ def result_of(future: Future[Prepared]) -> Prepared:
         return case_failure(error)
 
 
-def result_or_alone(waiting: Waiting, settings: PrepareSettings) -> Prepared:
+def result_or_alone(waiting: Waiting, settings: PrepareSettings, is_whole: bool = False) -> Prepared:
     """Return what a broken pool has still prepared, or prepare it in a process of its own."""
     with suppress(BrokenProcessPool):
         if waiting.future.done() and not waiting.future.cancelled():
             return result_of(waiting.future)
     with suppress(BrokenProcessPool), worker_pool(1) as pool:
-        return result_of(pool.submit(prepared_or_reason, waiting.case, settings))
+        return result_of(pool.submit(prepared_or_reason, waiting.case, settings, is_whole))
     return KILLED
 
 
-def prepared_or_reason(case: Case, settings: PrepareSettings) -> Prepared:
+def prepared_or_reason(case: Case, settings: PrepareSettings, is_whole: bool = False) -> Prepared:
     """Prepare a case, and before it the NIfTI file of a DICOM scan; returns the reason in one line if that fails."""
     try:
         if isinstance(case, ScanCase):
             write_scan(case)
-        return prepare_case(case, settings)
+        return prepare_case(case, settings, is_whole=is_whole)
     except Exception as error:
         return case_failure(error)
 

@@ -251,8 +251,11 @@ def match_own(model: nn.Module, given: Mapping[str, Tensor], name: str) -> Weigh
     return WeightMatch(loaded, tuple(matched), adapted, missing, unexpected)
 
 
-def build_advice(weights: Mapping[str, Tensor]) -> str:
-    """Describe how to build a model for these weights, with the flags for their shapes."""
+def encoder_shape(weights: Mapping[str, Tensor]) -> dict[str, int | list[int]]:
+    """Find the settings of the encoder in the shapes of its weights, by name; empty if the weights hold no whole one.
+
+    The number of attention heads is in no shape.
+    """
     layers: dict[tuple[int, int], dict[str, int]] = {}
     blocks = set()
     for key, value in weights.items():
@@ -263,13 +266,21 @@ def build_advice(weights: Mapping[str, Tensor]) -> str:
             blocks.add(found[1])
     first = [layers.get((stage, 0), {}) for stage in range(1, NUM_STAGES + 1)]
     if not blocks or any(len(sizes) != 2 for sizes in first):
-        return "build the model like the weights (--encoder_widths, --encoder_depths, --expansions, --vit_depth)"
-    numbers = {
+        return {}
+    return {
         "encoder_widths": [sizes["conv1"] for sizes in first],
         "encoder_depths": [sum(s == stage for s, _ in layers) for stage in range(1, NUM_STAGES + 1)],
         "expansions": [sizes["conv3"] // sizes["conv1"] for sizes in first],
-        "vit_depth": [len(blocks)],
+        "vit_depth": len(blocks),
     }
+
+
+def build_advice(weights: Mapping[str, Tensor]) -> str:
+    """Describe how to build a model for these weights, with the flags for their shapes."""
+    shape = encoder_shape(weights)
+    numbers = {name: value if isinstance(value, list) else [value] for name, value in shape.items()}
+    if not numbers:
+        return "build the model like the weights (--encoder_widths, --encoder_depths, --expansions, --vit_depth)"
     if (deepest := find_decoder_width(weights)) is not None:
         numbers["decoder_width"] = [deepest]
         levels = [len(value) for key, value in weights.items() if re.search(r"\bdecoder\.levels\.\d\.up\.weight$", key)]

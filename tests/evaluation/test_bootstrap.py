@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from hyspark.comparison.bootstrap import interval, organ_means, paired_difference, seed_means
+from hyspark.evaluation.bootstrap import interval, num_resamples, organ_means, paired_difference, seed_means
 from hyspark.evaluation.segmentation.scores import mean_dice
 
 FEW = {"num_resamples": 400}
@@ -119,3 +119,10 @@ def test_wrong_shapes_are_refused():
         interval(np.zeros((2, 3)))
     with pytest.raises(ValueError, match="same seeds, cases and organs"):
         paired_difference(np.zeros((1, 3, 2)), np.zeros((1, 1, 2)))
+
+
+def test_many_cases_are_resampled_less_often():
+    assert num_resamples(100) == 10_000
+    assert num_resamples(4000) == 2500
+    assert num_resamples(10**9) == 1000
+    assert num_resamples(0) == 10_000

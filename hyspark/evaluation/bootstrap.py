@@ -25,6 +25,9 @@ from functools import lru_cache, partial
 import numpy as np
 
 NUM_RESAMPLES = 10_000
+MIN_RESAMPLES = 1000
+MAX_DRAWN = 10_000_000
+"""Cases in all resamples of a measure together."""
 LEVEL = 0.95
 
 
@@ -35,6 +38,11 @@ class MeanInterval:
     mean: float
     low: float
     high: float
+
+
+def num_resamples(num_cases: int) -> int:
+    """Choose the number of resamples for a measure of all cases: fewer of many cases, which take memory and time."""
+    return min(NUM_RESAMPLES, max(MIN_RESAMPLES, MAX_DRAWN // max(1, num_cases)))
 
 
 def seed_means(scores: np.ndarray) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""One vector per volume or region from an encoder, and what a linear head or neighbours find in them."""
