@@ -15,9 +15,11 @@ from hyspark.models.nnunet_plans import (
     IMAGE_SCHEME,
     SCHEMES,
     NnunetPlan,
+    ct_settings,
     intensity_of_scheme,
     is_plan,
     read_plan,
+    shorten,
     split_plan_name,
 )
 from hyspark.utils.atomic import write_whole
@@ -140,16 +142,8 @@ def intensity_settings(plan: NnunetPlan, channels: Collection[int]) -> dict[str,
                 f"foreground_intensity_properties_per_channel: expected {', '.join(sorted(wanted))} of each channel of "
                 f"{CT_SCHEME}; plan the data set again"
             )
-        settings["hu_min"] = min(one["percentile_00_5"] for one in of_ct)
-        settings["hu_max"] = max(one["percentile_99_5"] for one in of_ct)
-        settings["input_mean"] = shorten([one.get("mean", 0.0) for one in known])
-        settings["input_std"] = shorten([max(one.get("std", 1.0), 1e-8) for one in known])
+        settings |= ct_settings(known)
     return settings
-
-
-def shorten(values: list[Any]) -> tuple[Any, ...]:
-    """Return one value if all are equal, else all of them."""
-    return tuple(values[:1] if len(set(values)) == 1 else values)
 
 
 def differing_settings(plan: NnunetPlan, config: PretrainConfig) -> dict[str, tuple[Any, Any]]:

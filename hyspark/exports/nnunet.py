@@ -8,6 +8,7 @@ nnU-Net compares the shapes of weights alone. So axes, spacing, intensity and st
 
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -205,10 +206,11 @@ def largest_difference(pretrained: nn.Module, file: Path, plan: NnunetPlan, fit:
         float((one - to_axes(other, axes)).abs().max() / other.abs().max())
         for one, other in zip(found, expected, strict=True)
     ]
-    if not max(differences) < FEATURE_TOLERANCE:
+    if not all(one < FEATURE_TOLERANCE for one in differences):  # NaN too
+        shown = ", ".join(f"{one:.2g}" for one in differences)
         raise RuntimeError(
-            f"{file}: its features differ from those of the weights by {max(differences):.2g} of the largest, expected "
-            "rounding; the file was removed"
+            f"{file}: its features differ from those of the weights by {shown} of the largest of each map, "
+            "expected rounding; the file was removed"
         )
     return max(differences)
 
@@ -230,12 +232,13 @@ def to_axes(crop: Tensor, order: tuple[int, ...] | list[int]) -> Tensor:
 def commands(plan: NnunetPlan, out: Path) -> list[str]:
     """Write the commands to type for both routes."""
     number = re.sub(r"\D*0*(\d+).*", r"\1", plan.dataset)
-    train = f"{number} {plan.configuration} 0"
+    train = f"{number} {shlex.quote(plan.configuration)} 0"
+    planned, file = shlex.quote(plan.name), shlex.quote(str(out.absolute()))
     name = re.sub(r"\W+", "_", out.stem)
     lines = ["next, with nnU-Net 2 as released:"]
-    lines.append(f"  nnUNetv2_train {train} -p {plan.name} -pretrained_weights {out.absolute()}")
+    lines.append(f"  nnUNetv2_train {train} -p {planned} -pretrained_weights {file}")
     if plan.configuration == "3d_fullres":
         lines.append("or, with an nnU-Net that has nnUNetv2_train_pretrained:")
-        lines.append(f"  nnUNetv2_plan_like_dynamic -d {number} -n {name} -pc {out.absolute()} -pl {plan.name}")
+        lines.append(f"  nnUNetv2_plan_like_dynamic -d {number} -n {name} -pc {file} -pl {planned}")
         lines.append(f"  nnUNetv2_train_pretrained {train} -p ptPlans_dynamic__{name} -tr DynamicPretrainedTrainer")
     return lines

@@ -10,7 +10,7 @@ import numpy as np
 from hyspark.config.nnunet import PLAN_FILE, PLANS_KEY, intensity_of_plan, names_plan
 from hyspark.data.intensity import OF_CT, of_channel
 from hyspark.models.nnunet_network import turned_architecture
-from hyspark.models.nnunet_plans import CT_SCHEME, NnunetPlan, parse_plan, read_plan, split_plan_name
+from hyspark.models.nnunet_plans import CT_SCHEME, SCHEMES, NnunetPlan, parse_plan, read_plan, split_plan_name
 from hyspark.models.weights.export import MADE_WITH
 from hyspark.models.weights.files import made_with
 from hyspark.training.initial_weights import settings_beside
@@ -117,6 +117,8 @@ def compare_intensity(known: Mapping[str, Any], plan: NnunetPlan, channel: int, 
                 f"{ADVICE}, or give the data set the pre-training's plan (nnUNetv2_move_plans_between_datasets)"
             )
         return [f"differs: {text}"] if difference > SAME_VALUES else []
+    if scheme not in SCHEMES:
+        return [f"differs: channel {channel}: {scheme} has no counterpart, the weights were made with intensity {own}"]
     if intensity_of_plan(plan, channel) != own:
         raise ValueError(f"{source}: channel {channel}: expected weights for {scheme}, got intensity {own}; {ADVICE}")
     if own == "mr":
@@ -144,7 +146,8 @@ def own_plan(contents: object, source: Path, known: Mapping[str, Any]) -> Nnunet
     """Return the plan that weights were made with, from their file or its run folder; None if they have none."""
     kept = contents.get(PLANS_KEY) if isinstance(contents, Mapping) else None
     if kept:
-        return parse_plan(kept, next(iter(kept["configurations"])), str(source))
+        names = kept.get("configurations") if isinstance(kept, Mapping) else None
+        return parse_plan(kept, next(iter(names), "") if isinstance(names, Mapping) else "", str(source))
     beside = source.with_name(PLAN_FILE)
     if not names_plan(known.get("model")) or not beside.is_file():
         return None

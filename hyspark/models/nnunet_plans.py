@@ -9,11 +9,11 @@ Only JSON is read here, without torch and nnU-Net.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
-from hyspark.utils.text import nearest
+from hyspark.utils.text import first_line, nearest
 
 PREFIX = "nnunet/"
 """Start of the names of backbones that a plan describes."""
@@ -91,6 +91,30 @@ def intensity_of_scheme(scheme: str, is_masked: bool) -> str:
     return "mr" if scheme == IMAGE_SCHEME and is_masked else SCHEMES.get(scheme, "")
 
 
+def ct_settings(of_channels: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Return hu_min, hu_max, input_mean and input_std for channels, of which one or more are CT.
+
+    Args:
+        of_channels: mean, std, percentile_00_5 and percentile_99_5 of each channel; empty where it is not CT, which
+            gives mean 0 and deviation 1.
+
+    Returns:
+        The widest window of all; one mean and deviation if they are equal in all channels, else one per channel.
+    """
+    of_ct = [one for one in of_channels if one]
+    return {
+        "hu_min": min(one["percentile_00_5"] for one in of_ct),
+        "hu_max": max(one["percentile_99_5"] for one in of_ct),
+        "input_mean": shorten([one.get("mean", 0.0) for one in of_channels]),
+        "input_std": shorten([max(one.get("std", 1.0), 1e-8) for one in of_channels]),
+    }
+
+
+def shorten(values: Sequence[Any]) -> tuple[Any, ...]:
+    """Return one value if all are equal, else all of them."""
+    return tuple(values[:1] if len(set(values)) == 1 else values)
+
+
 def is_plan(backbone: str) -> bool:
     """Return whether the name of a backbone is that of a plan."""
     return backbone.startswith(PREFIX)
@@ -136,6 +160,17 @@ def read_plan(file: str | Path, configuration: str = DEFAULT_CONFIGURATION) -> N
 
 def parse_plan(content: Any, configuration: str, source: str) -> NnunetPlan:
     """Make a plan of the contents of a plans.json; errors as for `read_plan`, which name the source."""
+    try:
+        return checked_plan(content, configuration, source)
+    except (AttributeError, IndexError, KeyError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"{source}: expected a plans.json as nnU-Net v2 writes, got a value of another form "
+            f"({type(error).__name__}: {first_line(error)}); plan the data set again"
+        ) from error
+
+
+def checked_plan(content: Any, configuration: str, source: str) -> NnunetPlan:
+    """Make a plan, see `parse_plan`; raise any error of Python for a value of another type or length."""
     if not isinstance(content, Mapping) or not isinstance(content.get("configurations"), Mapping):
         version = (
             "plans of nnU-Net v1" if isinstance(content, Mapping) and "plans_per_stage" in content else "another JSON"
@@ -151,6 +186,12 @@ def parse_plan(content: Any, configuration: str, source: str) -> NnunetPlan:
     check_keys(found, READ_KEYS, where)
     if len(found["patch_size"]) != 3:
         raise ValueError(f"{where}: expected 3 axes, got {len(found['patch_size'])}; name a configuration of volumes")
+    for name in ("spacing", "patch_size"):
+        if len(found[name]) != 3 or not all(0 < number < inf for number in found[name]):
+            raise ValueError(f"{where}: {name}: expected 3 numbers above 0, got {found[name]}")
+    schemes, are_masked = found["normalization_schemes"], found["use_mask_for_norm"]
+    if not isinstance(schemes, list) or len(schemes) != len(are_masked):
+        raise ValueError(f"{where}: expected a use_mask_for_norm for each of normalization_schemes, got {are_masked}")
     order = tuple(2 - axis for axis in content["transpose_forward"])
     if sorted(order) != [0, 1, 2]:
         raise ValueError(
@@ -174,8 +215,8 @@ def parse_plan(content: Any, configuration: str, source: str) -> NnunetPlan:
         spacing=to_volume_axes([float(x) for x in found["spacing"]], order),
         patch_size=to_volume_axes([int(x) for x in found["patch_size"]], order),
         stride=to_volume_axes(total, order),
-        schemes=tuple(found["normalization_schemes"]),
-        are_masked=tuple(found["use_mask_for_norm"]),
+        schemes=tuple(map(str, schemes)),
+        are_masked=tuple(map(bool, are_masked)),
         architecture=architecture,
     )
 

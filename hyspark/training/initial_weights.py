@@ -1,6 +1,6 @@
 """Initial weights of a run: random ones from the seed, and pre-trained ones."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,7 +44,11 @@ def load_volume_weights(model: nn.Module, path: str | Path, config: VolumeSettin
 
 
 def describe_differences(
-    model: nn.Module, path: str | Path, report: LoadReport, settings: PrepareSettings
+    model: nn.Module,
+    path: str | Path,
+    report: LoadReport,
+    settings: PrepareSettings,
+    unknown: Collection[str] = (),
 ) -> list[str]:
     """Describe in what a network's input differs from what its loaded weights were made with, one line for each.
 
@@ -53,8 +57,10 @@ def describe_differences(
         path: File of the weights.
         report: What was loaded.
         settings: Preparation of the volumes that the network will see.
+        unknown: Names of settings whose value is not known, which are not compared.
     """
     made_with = report.made_with or settings_beside(Path(path))
+    made_with = {name: value for name, value in made_with.items() if name not in unknown}
     lines = []
     for name, own, other in differing_inputs(settings, made_with):
         shown, wanted = (" ".join(map(str, values)) for values in (other, own))
@@ -67,7 +73,9 @@ def describe_differences(
     own, other = (axis_order_of(given) for given in (vars(settings), made_with))
     if own != other and any(name in made_with for name in INPUT_SETTINGS):
         shown, wanted = (" ".join("xyz"[axis] for axis in order) for order in (other, own))
-        lines.append(f"{path} was made with arrays of axes {shown}, this run has {wanted}: its kernels are turned")
+        lines.append(
+            f"{path} was made with arrays of axes {shown}, this run has {wanted}: its kernels lie along other axes"
+        )
     return lines
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from hyspark.config.recipes import as_plain, read_yaml, typed_values
 from hyspark.config.segmentation import SegmentationConfig, check_decoder, network_options
 from hyspark.config.shared import EncoderSettings
+from hyspark.data.intensity import SCALES
 from hyspark.data.settings import PrepareSettings
 from hyspark.models.axis_order import PermutedAxes
 from hyspark.models.defaults import PATCH, nearest_multiple
@@ -152,16 +153,25 @@ def load_initial_weights(network: nn.Module, config: SegmentationConfig, plans: 
     report = load_pretrained(network, config.weights, config.weights_key)
     own = {name: value for name, value in plans[OWN_SETTINGS].items() if name in INPUT_SETTINGS}
     values: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in own.items()}
-    prepared = PrepareSettings(**values)
-    differing = describe_differences(network, config.weights, report, prepared)
+    unknown = set(INPUT_SETTINGS) - values.keys()  # such as the spacing of 2d, which has two numbers
+    differing = describe_differences(network, config.weights, report, PrepareSettings(**values), unknown)
     lines = [f"initial weights {config.weights}", *str(report).splitlines()]
     if differing:
-        flags = " ".join(f"--{name} {flag_value(value)}" for name, value in own.items() if value not in ([], ""))
         lines += [f"WARNING: {line}" for line in differing]
-        lines.append(
-            f"pre-train for this plan with: {flags} --crop_size {flag_value(plans[OWN_SETTINGS]['crop_size'])}"
-        )
+        lines.append(advise_pretraining(plans[OWN_SETTINGS]))
     return lines
+
+
+def advise_pretraining(own: Mapping[str, Any]) -> str:
+    """Describe how to pre-train for the settings of a plan, with the flags that it gives."""
+    if unknown := sorted({name for name in own.get("intensity", ()) if name not in SCALES}):
+        return f"no pre-training here fits this plan: {', '.join(unknown)} has no counterpart among --intensity"
+    flags = [
+        f"--{name} {flag_value(own[name])}"
+        for name in (*INPUT_SETTINGS, "crop_size")
+        if own.get(name, []) not in ([], "")
+    ]
+    return f"pre-train for this plan with: {' '.join(flags)}"
 
 
 def check_same_settings(folder: str | None, plans: Mapping[str, Any]) -> None:

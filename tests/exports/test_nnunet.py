@@ -1,12 +1,14 @@
 """The file for nnU-Net's own training: its keys as nnU-Net asserts them, what it computes, and what is refused."""
 
 import json
+import shlex
 import sys
 
 import pytest
 import torch
 
 from hyspark.cli import main
+from hyspark.exports import nnunet
 from hyspark.exports.nnunet import stem_of, write_nnunet
 from hyspark.models.backbones import build_backbone
 from hyspark.models.nnunet_network import build_network
@@ -141,6 +143,34 @@ def test_harmless_differences_are_said(plans, pretrained, tmp_path):
     other = write_plans(tmp_path / "mr", **masked)
     text = write_nnunet(save(tmp_path / "m.pth", pretrained, intensity=["mr"]), str(other), tmp_path / "nn.pth")
     assert "ZScoreNormalization is by nonzero voxels and background is 0, mr is by the foreground" in text
+
+
+def test_commands_can_be_typed_whatever_the_names(pretrained, tmp_path):
+    plans = write_plans(tmp_path / "plan", plans_name="small $(touch owned)")
+    out = tmp_path / "my files" / "nn.pth"
+    out.parent.mkdir()
+    lines = write_nnunet(save(tmp_path / "e.pth", pretrained), str(plans), out).splitlines()
+    words = shlex.split(next(line for line in lines if "-pretrained_weights" in line))
+    assert words[3:] == ["0", "-p", "small $(touch owned)", "-pretrained_weights", str(out)]
+    words = shlex.split(next(line for line in lines if "-pc" in line))
+    assert words[-4:] == ["-pc", str(out), "-pl", "small $(touch owned)"]
+
+
+def test_a_normalisation_without_a_counterpart_is_said(plans, pretrained, tmp_path):
+    """The intensity is the user's choice, of which the pre-training warned."""
+    other = write_plans(tmp_path / "b", normalization_schemes=["RescaleTo01Normalization"])
+    text = write_nnunet(save(tmp_path / "e.pth", pretrained, intensity=["none"]), str(other), tmp_path / "nn.pth")
+    assert "differs: channel 0: RescaleTo01Normalization has no counterpart, the weights were made with inten" in text
+
+
+def test_features_that_are_no_numbers_are_no_rounding(plans, pretrained, tmp_path, monkeypatch):
+    """NaN in a deeper map alone."""
+    monkeypatch.setattr(
+        nnunet, "run_encoder", lambda network, crop: [torch.ones(1, 1, 2, 2, 2), torch.full((1, 1, 1, 1, 1), torch.nan)]
+    )
+    with pytest.raises(RuntimeError, match="differ from those of the weights by 0, nan of the largest"):
+        write_nnunet(save(tmp_path / "e.pth", pretrained), str(plans), tmp_path / "nn.pth")
+    assert not (tmp_path / "nn.pth").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """nnU-Net's plans.json: axes against nnU-Net's own order of operations, earlier forms, and what a plan may name."""
 
 import json
+import re
 from copy import deepcopy
 
 import numpy as np
@@ -89,6 +90,27 @@ def test_another_file_is_refused(tmp_path, text, message):
     (tmp_path / "plans.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_plan(tmp_path / "plans.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"transpose_forward": "zyx"}, "got a value of another form"),
+        ({"transpose_forward": None}, "got a value of another form"),
+        ({"configurations": {"3d_fullres": 3}}, "got a value of another form"),
+        ({"spacing": [8.0, 9.0]}, "spacing: expected 3 numbers above 0, got"),
+        ({"spacing": [8.0, 9.0, 0]}, "spacing: expected 3 numbers above 0, got"),
+        ({"spacing": [8.0, float("nan"), 7.0]}, "spacing: expected 3 numbers above 0, got"),
+        ({"patch_size": [16, -24, 20]}, "patch_size: expected 3 numbers above 0, got"),
+        ({"normalization_schemes": ["CTNormalization"] * 2}, "expected a use_mask_for_norm for each of normalization"),
+        ({"architecture": 3}, "got a value of another form"),
+        ({"architecture": ARCHITECTURE | {"arch_kwargs": {"strides": [[2]]}}}, "got a value of another form"),
+    ],
+)
+def test_damaged_plans_are_named(tmp_path, changes, message):
+    path = write_plans(tmp_path, **changes)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}.*{message}"):
+        read_plan(path)
 
 
 def test_configurations_without_a_counterpart_are_refused(tmp_path):

@@ -247,7 +247,9 @@ def test_weights_of_another_order_of_axes_are_pointed_out(finetuning, tmp_path, 
     torch.save({"model": model.state_dict(), "config": made}, tmp_path / "a.pth")
     load_volume_weights(model, tmp_path / "a.pth", finetuning)
     (record,) = caplog.records
-    assert record.getMessage().endswith("made with arrays of axes z y x, this run has x y z: its kernels are turned")
+    assert record.getMessage().endswith(
+        "made with arrays of axes z y x, this run has x y z: its kernels lie along other axes"
+    )
     for order in ([], [0, 1, 2], "?", [0, 0, 1]):
         torch.save({"model": model.state_dict(), "config": made | {"axis_order": order}}, tmp_path / "a.pth")
         load_volume_weights(model, tmp_path / "a.pth", finetuning)

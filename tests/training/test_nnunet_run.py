@@ -122,6 +122,43 @@ def test_weights_are_held_against_the_plan(recipe, tmp_path):
     assert not any(word in line for line in found["same"] for word in ("WARNING", "pre-train for"))
 
 
+@pytest.mark.parametrize(
+    ("configuration", "changes", "lines"),
+    [
+        (
+            "2d",
+            {},
+            [
+                "own.pth was made with intensity ct, this run has ct-zscore",
+                "pre-train for this plan with: --hu_min 0.0 --hu_max 300.0 --intensity ct-zscore --image_channels 0 "
+                "--input_mean 80.0 --input_std 60.0",
+            ],
+        ),
+        (
+            "3d_fullres",
+            {"normalization_schemes": ["RescaleTo01Normalization"]},
+            [
+                "own.pth was made with spacing 1.5 1.5 1.5, this run has 0.9 0.8 2.5",
+                "own.pth was made with intensity ct, this run has RescaleTo01Normalization",
+                "no pre-training here fits this plan: RescaleTo01Normalization has no counterpart among --intensity",
+            ],
+        ),
+    ],
+)
+def test_what_the_plan_does_not_say_is_not_compared_and_advice_can_be_typed(
+    recipe, tmp_path, monkeypatch, configuration, changes, lines
+):
+    monkeypatch.chdir(tmp_path)
+    plans = make_plans(**changes)
+    plans["foreground_intensity_properties_per_channel"] = {"0": CT | {"percentile_00_5": 0.0}}
+    config = plan_run(plans, configuration, {RECIPE: recipe, WEIGHTS: "own.pth"}).config
+    network = nnunet_run.build_network(plans, plans["configurations"][configuration]["patch_size"], 1, 3).network
+    made = {"spacing": [1.5, 1.5, 1.5], "intensity": ["ct"], "hu_min": -175.0, "hu_max": 250.0}
+    torch.save({"model": network.state_dict(), "config": made}, "own.pth")
+    found = nnunet_run.load_initial_weights(network, config, plans)
+    assert [line.removeprefix("WARNING: ") for line in found if line.startswith(("WARN", "pre-", "no pre-"))] == lines
+
+
 def test_folds_of_one_model_have_one_recipe(recipe, tmp_path):
     """The plans.json of the folder describes the network of all of them."""
     plans = make_plans()

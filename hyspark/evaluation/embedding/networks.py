@@ -16,9 +16,11 @@ from hyspark.data.settings import Axis, PrepareSettings
 from hyspark.evaluation.embedding.slice_encoder import SLICES_PER_WINDOW, SliceEncoder, drop_axis, insert_axis
 from hyspark.evaluation.network_kind import kind_of_contents
 from hyspark.evaluation.segmentation.inference import load_network
+from hyspark.models.axis_order import PermutedEncoder
 from hyspark.models.backbones import build_backbone
 from hyspark.models.defaults import grid_of
 from hyspark.models.encoder import HybridEncoder
+from hyspark.models.nnunet_plans import is_plan, read_plan, split_plan_name, to_network_axes
 from hyspark.models.spark import PyramidEncoder
 from hyspark.models.weights.export import count_encoder
 from hyspark.models.weights.files import made_with, read_contents
@@ -158,12 +160,17 @@ def of_third_party(path: Path, choice: NetworkChoice, made: Mapping[str, Any], m
     settings = settings_for(path, made, choice.inputs)
     window = window_of(choice.window, made, axis)
     channels = made.get("in_channels", 3 if of_images else settings.num_image_channels)
+    order = tuple(made.get("axis_order", ()))
+    if not order and is_plan(model):
+        order = read_plan(*split_plan_name(model)).axis_order
 
-    def build() -> PyramidEncoder | SliceEncoder:
+    def build() -> PyramidEncoder | PermutedEncoder | SliceEncoder:
         backbone = build_backbone(model, channels, 3 if axis is None else 2)
-        crop = window if axis is None else drop_axis(window, axis)
+        crop = to_network_axes(window, order) if axis is None else drop_axis(window, axis)
         encoder = PyramidEncoder(backbone.network, crop, channels, run=backbone.run)
-        return encoder if axis is None else SliceEncoder(encoder, axis, made.get("slice_scaling") == "minmax")
+        if axis is None:
+            return PermutedEncoder(encoder, order) if order else encoder
+        return SliceEncoder(encoder, axis, made.get("slice_scaling") == "minmax")
 
     try:
         encoder = build()

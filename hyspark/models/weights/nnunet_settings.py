@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hyspark.models.nnunet_plans import CT_SCHEME, IMAGE_SCHEME, intensity_of_scheme
+from hyspark.models.nnunet_plans import CT_SCHEME, IMAGE_SCHEME, ct_settings, intensity_of_scheme
 from hyspark.models.weights.objects import load_pickle
 
 EARLIER_SCHEMES = {"CT": CT_SCHEME, "CT2": CT_SCHEME, "nonCT": IMAGE_SCHEME}
@@ -107,14 +107,21 @@ def intensity_settings(plans: Mapping[str, Any], configuration: Mapping[str, Any
     dataset = plans.get("dataset_properties")
     values = plans.get("foreground_intensity_properties_per_channel")
     values = values or (dataset.get("intensityproperties") if isinstance(dataset, Mapping) else None) or {}
-    of_ct: list[Any] = [values.get(str(i), values.get(i)) for i, name in enumerate(names) if name == "ct-zscore"]
-    if of_ct and all(isinstance(one, Mapping) for one in of_ct):
-        windows = {(float(one["percentile_00_5"]), float(one["percentile_99_5"])) for one in of_ct}
-        if len(windows) == 1:  # a run has one window for all channels
-            found["hu_min"], found["hu_max"] = windows.pop()
-        found["input_mean"] = tuple(float(one["mean"]) for one in of_ct)
-        found["input_std"] = tuple(float(one["sd" if "sd" in one else "std"]) for one in of_ct)
+    given: list[Any] = [
+        values.get(str(i), values.get(i)) if name == "ct-zscore" else {} for i, name in enumerate(names)
+    ]
+    if "ct-zscore" in names and all(isinstance(one, Mapping) for one in given):
+        found |= ct_settings([present_names(one) for one in given])
     return found
+
+
+def present_names(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the statistics of a channel by nnU-Net v2's names, of which v1 had `sd` for `std`; empty for none."""
+    if not values:
+        return {}
+    names = {name: name for name in ("mean", "percentile_00_5", "percentile_99_5")}
+    names["std"] = "sd" if "sd" in values else "std"
+    return {name: float(values[given]) for name, given in names.items()}
 
 
 def plain_numbers(values: Any) -> list[float]:

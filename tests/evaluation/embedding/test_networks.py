@@ -14,8 +14,12 @@ from hyspark.config.recipes import as_plain
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.evaluation.embedding.networks import NetworkChoice, load_embedding_network
 from hyspark.evaluation.segmentation.inference import hybird_from_config
+from hyspark.models.backbones import build_backbone
 from tests.conftest import SMALL
 from tests.evaluation.embedding.small import small_encoder, write_weights
+from tests.nnunet_stand_in import stand_in, write_plans
+
+__all__ = ["stand_in"]
 
 CROP = torch.rand(1, 1, 32, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -93,6 +97,29 @@ def test_a_third_party_network_is_named_by_the_flag_or_its_run(tmp_path):
     assert same.stages == network.stages
     with pytest.raises(ValueError, match=r"--window: crop size \(36, 36, 36\): .* the nearest are \(32, 32, 32\)"):
         load_embedding_network(NetworkChoice(path, window=(36,)))
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("transpose", [[1, 2, 0], [2, 0, 1], [1, 0, 2]])
+def test_a_network_of_other_axes_gets_its_own(transpose, tmp_path):
+    plan = write_plans(tmp_path, transpose_forward=transpose)
+    order = [2 - axis for axis in transpose]  # nnU-Net's arrays are z, y, x
+    torch.manual_seed(4)
+    trained = build_backbone(f"nnunet/{plan}", 1, 3).network.eval()
+    content = {"model": trained.state_dict(), "config": {"spacing": [7.0, 8.0, 9.0], "intensity": ["none"]}}
+    torch.save(content | {"config": content["config"] | {"axis_order": order}}, tmp_path / "said.pth")
+    torch.save(content, tmp_path / "unsaid.pth")
+    size = (16, 32, 8)
+    volume = torch.rand(1, 1, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = trained.encoder(volume.permute(0, 1, *(2 + axis for axis in order)))
+        for name in ("said", "unsaid"):
+            network = load_embedding_network(NetworkChoice(tmp_path / f"{name}.pth", f"nnunet/{plan}", window=size))
+            found = network.encoder(volume)
+            for one, other in zip(reversed(found), reversed(expected), strict=False):
+                torch.testing.assert_close(one.permute(0, 1, *(2 + axis for axis in order)), other)
+            assert [size[i] // found[-1].shape[2 + i] for i in range(3)] == list(network.unit)
+            assert network.stages[-1][1] == network.unit
 
 
 def test_random_weights_are_those_of_the_seed_and_change_nothing_else(tmp_path):

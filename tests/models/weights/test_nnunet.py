@@ -168,13 +168,19 @@ def test_a_configuration_has_what_it_inherits(source):
         (["NoNormalization"], {"intensity": ("none",)}),
         (
             ["CTNormalization", "ZScoreNormalization"],
-            {"intensity": ("ct-zscore", "zscore"), "image_channels": (0, 1), "input_mean": (80.0,)},
+            {"intensity": ("ct-zscore", "zscore"), "image_channels": (0, 1), "input_mean": (80.0, 0.0)},
+        ),
+        (
+            ["CTNormalization", "ZScoreNormalization", "CTNormalization"],
+            {"input_mean": (80.0, 0.0, 10.0), "input_std": (60.0, 1.0, 60.0), "hu_min": -150.0, "hu_max": 400.0},
         ),
     ],
 )
 def test_the_normalisation_is_the_intensity(source, schemes, expected):
     one = {"3d_fullres": plans()["configurations"]["3d_fullres"] | {"normalization_schemes": schemes}}
-    made = load_pretrained(UNet(), checkpoint(source, configurations=one)).made_with
+    values = {"0": CT, "2": CT | {"mean": 10.0, "percentile_99_5": 400.0}}
+    contents = checkpoint(source, configurations=one, foreground_intensity_properties_per_channel=values)
+    made = load_pretrained(UNet(), contents).made_with
     assert {name: made[name] for name in expected} == expected
 
 
@@ -254,6 +260,7 @@ def earlier(tmp_path):
     }
     torch.save(state, tmp_path / "model_final_checkpoint.model")
     values = OrderedDict(mean=np.float32(90), sd=np.float32(50), percentile_99_5=300.0, percentile_00_5=-100.0)
+    values["local_props"] = OrderedDict(case=OrderedDict(mean=np.float32(80)))
     stages = {
         0: {"current_spacing": np.array([3.0, 3.0, 3.0])},
         1: {"current_spacing": np.array([1.0, 2.0, 3.0]), "patch_size": np.array([32, 48, 64])},
