@@ -31,6 +31,7 @@ INTENSITIES = {
     },
     "ct and mr": {"intensity": ("ct", "mr"), "image_channels": (0, 1)},
     "mr, larger than the volume": {"intensity": ("mr",), "crop_size": (64, 64, 48)},
+    "zscore": {"intensity": ("zscore",)},
     "none, of the second channel": {"intensity": ("none",), "image_channels": (1,)},
     "flips of sides": {"left_right": ("liver=aorta",), "infer_overlap": 0.25, "sw_batch_size": 1},
 }

@@ -320,3 +320,17 @@ def test_a_folder_without_preprocessing_predicts_nothing(tmp_path):
     network.save_pretrained(tmp_path / "net")
     with pytest.raises(ValueError, match=r"config\.json: expected spacing, .* in preprocessing"):
         hyspark.predict(tmp_path / "net", "scan.nii.gz", tmp_path / "out")
+
+
+def test_files_of_a_run_do_not_lie_in_the_folder(run, tmp_path):
+    """They hold paths and names of cases, and `hf upload` would send them."""
+    with pytest.raises(ValueError, match=r"run: expected a new or empty folder, got one with best\.pth, metrics\.jsonl"):
+        export_to_hub(run, run, CardFacts("net"))
+    assert not (run / "config.json").exists()
+
+
+def test_nothing_is_left_of_a_folder_that_computes_something_else(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(hyspark.Segmenter, "forward", lambda self, x: x.new_zeros(1, len(NAMES), *x.shape[2:]))
+    with pytest.raises(RuntimeError, match="net: what is read from it differs from run; nothing is written"):
+        export_to_hub(run, tmp_path / "net", CardFacts("net"))
+    assert not list((tmp_path / "net").iterdir())
