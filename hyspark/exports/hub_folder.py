@@ -45,8 +45,19 @@ from hyspark.utils.settings import field_info
 from hyspark.utils.text import listing
 
 CARD_FILE = "README.md"
-MAY_LIE_BESIDE = (CONFIG, WEIGHTS, "LICENSE", "LICENSE.md", "LICENSE.txt", "adaptation_plan.json", "checkpoint_final.pth")
-"""Files of a folder for the Hub, the last two for nnU-Net. Files of a run name paths and cases, and would be uploaded."""
+MAY_LIE_BESIDE = (
+    CONFIG,
+    WEIGHTS,
+    "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "adaptation_plan.json",
+    "checkpoint_final.pth",
+)
+"""Files that a folder for the Hub may hold already, the last two for nnU-Net.
+
+Those of a run name paths and cases, and would be uploaded.
+"""
 NAMED_LIBRARIES = ("timm/", "torchvision/", "monai/")
 """Networks that are named; the name of another one, PACKAGE.MODULE:FACTORY, is the author's business."""
 OWN_PREFIX = "encoder.backbone."

@@ -22,8 +22,8 @@ from hyspark.evaluation.segmentation.inference import load_network
 from hyspark.models.backbones import build_backbone
 from hyspark.models.defaults import grid_of
 from hyspark.models.encoder import HybridEncoder
-from hyspark.models.nnunet_plans import NnunetPlan, is_plan, read_plan, split_plan_name, to_network_axes
 from hyspark.models.nnunet_network import build_from_plan
+from hyspark.models.nnunet_plans import NnunetPlan, is_plan, read_plan, split_plan_name, to_network_axes
 from hyspark.models.spark import PyramidEncoder
 from hyspark.models.weights.export import count_encoder
 from hyspark.models.weights.files import made_with, read_contents
@@ -189,7 +189,9 @@ def of_third_party(path: Path, choice: NetworkChoice, made: Mapping[str, Any], m
     order = axis_order_of(made)
 
     def build() -> TurnedEncoder | SliceEncoder:
-        backbone = build_from_plan(plan, channels) if plan else build_backbone(model, channels, 3 if axis is None else 2)
+        backbone = (
+            build_from_plan(plan, channels) if plan else build_backbone(model, channels, 3 if axis is None else 2)
+        )
         crop = to_network_axes(window, order) if axis is None else drop_axis(window, axis)
         encoder = PyramidEncoder(backbone.network, crop, channels, run=backbone.run)
         if axis is None:

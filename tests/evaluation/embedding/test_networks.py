@@ -165,7 +165,9 @@ def test_a_network_of_other_axes_sees_volumes_in_its_own(tmp_path):
         found = network.encoder(volume)
         expected = trained.encoder(volume.permute(0, 1, 3, 4, 2))
     for one in found:
-        assert any(torch.equal(one.permute(0, 1, 3, 4, 2), other) for other in expected if other.shape[1] == one.shape[1])
+        assert any(
+            torch.equal(one.permute(0, 1, 3, 4, 2), other) for other in expected if other.shape[1] == one.shape[1]
+        )
     run = tmp_path / "run"
     run.mkdir()
     torch.save(trained.state_dict(), run / "spark_nnunet_1kpretrained_timm_style.pth")

@@ -275,7 +275,7 @@ def test_umap_needs_an_extra(bright_and_dark, tmp_path, monkeypatch):
 
 
 def test_patients_are_compared_without_blanks_and_never_unknown(tmp_path):
-    x, truth, patients = of_patients(6, 2)
+    _, truth, patients = of_patients(6, 2)
     given = labelled_table(tmp_path, truth, [f"{p}{' ' * (i % 2)}" for i, p in enumerate(patients)])
     data = read_probe_data(ProbeOptions(tmp_path / "labels.csv", "side", folds=2), *given)
     assert sorted(set(data.patients)) == [f"p{p}" for p in range(6)]
