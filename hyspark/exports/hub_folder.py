@@ -253,6 +253,8 @@ def preprocessing_of(known: Mapping[str, Any]) -> dict[str, Any]:
     found = {"intensity": ["ct"], "image_channels": [0], **found}
     if known.get("slices", "none") != "none":
         found |= {name: known[name] for name in ("slices", "slice_scaling") if name in known}
+    if known.get("axis_order"):
+        found["axis_order"] = known["axis_order"]
     unread = () if "ct" in str(found["intensity"]) else ("hu_min", "hu_max")
     return {name: value for name, value in found.items() if name not in unread}
 

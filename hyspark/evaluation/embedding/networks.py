@@ -114,7 +114,8 @@ def load_embedding_network(choice: NetworkChoice) -> EmbeddingNetwork:
     if kind == "segmentation":
         return of_segmentation(path, choice)
     made = present_spelling(made_with(contents) or settings_beside(path), PretrainConfig, str(path))
-    model = choice.model or str(made.get("model", "hyspark"))
+    described = str(read_model_config(path).get("network", "")) if path.is_dir() else ""
+    model = choice.model or str(made.get("model", described if "/" in described else "hyspark"))
     method, _, rest = model.partition("/")
     model = rest if method in METHODS and rest else model
     if model != "hyspark":
