@@ -188,7 +188,7 @@ class EmbedArguments(Arguments):
         hyspark embed ckpt/hyspark_openkbp.safetensors scans/*.nii.gz --out vectors
     """
 
-    weights: str  # File of weights, or a run folder: pre-trained or fine-tuned
+    weights: str  # File of weights, a run folder (pre-trained or fine-tuned), a folder of export --hf, hf://OWNER/NAME
     inputs: list[str]  # NIfTI files, and folders that hold some or DICOM series
     out: str  # Folder to write to
     boxes: str = ""  # CSV file of boxes to embed: case, x_min, x_max, y_min, y_max, z_min, z_max in mm, region

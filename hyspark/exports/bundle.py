@@ -43,7 +43,7 @@ def write_bundle(trained: TrainedNetwork, source: Path, folder: Path) -> None:
     write_config(folder / "configs" / "metadata.json", bundle_metadata(trained, folder.name))
     write_config(folder / "configs" / "inference.json", inference_config(trained))
     write_config(folder / "configs" / "evaluate.json", evaluation_config(trained))
-    (folder / "docs" / "README.md").write_text(bundle_readme(trained, source, folder.name))
+    (folder / "docs" / "README.md").write_text(bundle_readme(trained, source, folder.name), encoding="utf-8")
     (folder / "LICENSE").write_text(LICENSE_TEXT)
 
 

@@ -58,7 +58,7 @@ def bundle_metadata(trained: TrainedNetwork, name: str) -> dict[str, Any]:
             "inputs": {
                 "image": {
                     **tensor_format(config.in_channels, channels),
-                    "format": "magnitude" if modality == "MR" else "hounsfield",
+                    "format": "hounsfield" if modality == "CT" else "magnitude",
                     "modality": modality,
                     "value_range": [0, 1] if is_window else [],
                 }
@@ -161,6 +161,7 @@ def intensity_text(config: SegmentationConfig) -> str:
         "ct": f"{window} become 0 to 1",
         "ct-zscore": f"{window}, less {listed(config.input_mean)}, divided by {listed(config.input_std)}",
         "mr": "z-scores by the foreground of each volume",
+        "zscore": "z-scores by all voxels of each volume, its border of zeros excluded",
         "none": "the values of the files",
     }
     return "; ".join(f"channel {number}: {texts[intensity]}" for intensity, number in channels_of(config))

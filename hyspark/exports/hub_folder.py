@@ -3,6 +3,8 @@
 Settings come from lists: those of the network, of preparation and of prediction. All others stay with the run.
 """
 
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,10 +41,23 @@ from hyspark.models.weights.model_folder import (
 from hyspark.models.weights.search import choose_state_dict
 from hyspark.training.initial_weights import settings_beside
 from hyspark.training.run_folder import checkpoint_file, encoder_file
-from hyspark.utils.atomic import write_whole
 from hyspark.utils.settings import field_info
+from hyspark.utils.text import listing
 
 CARD_FILE = "README.md"
+MAY_LIE_BESIDE = (
+    CONFIG,
+    WEIGHTS,
+    "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "adaptation_plan.json",
+    "checkpoint_final.pth",
+)
+"""Files that a folder for the Hub may hold already, the last two for nnU-Net.
+
+Those of a run name paths and cases, and would be uploaded.
+"""
 NAMED_LIBRARIES = ("timm/", "torchvision/", "monai/")
 """Networks that are named; the name of another one, PACKAGE.MODULE:FACTORY, is the author's business."""
 OWN_PREFIX = "encoder.backbone."
@@ -88,13 +103,18 @@ def export_to_hub(
 
     Raises:
         FileNotFoundError: There is no source.
-        ValueError: The source is of another kind, or its settings are unknown; the folder holds a model card; scores
-            are of another network.
+        ValueError: The source is of another kind, or its settings are unknown; the folder holds a model card, or files
+            that are not for the Hub; scores are of another network.
         RuntimeError: The folder computes something else than the source.
     """
     check_facts(facts)
     if (out / CARD_FILE).exists():
         raise ValueError(f"{out / CARD_FILE}: exists, and may have been edited; remove it, or name another folder")
+    if others := [path.name for path in files_in(out) if path.name not in MAY_LIE_BESIDE and path.name[0] != "."]:
+        raise ValueError(
+            f"{out}: expected a new or empty folder, got one with {listing(others, 3)}, which would be uploaded too; "
+            "name another folder"
+        )
     path = find_source(source)
     if is_segmentation(path):
         if decoder or key:
@@ -107,10 +127,22 @@ def export_to_hub(
         if scores:
             raise ValueError(f"{source}: --scores are of fine-tuned networks, and this one is pre-trained; drop them")
         folder = pretrained_folder(path, decoder, key)
-    write_model(out, folder.weights, folder.config, export_metadata(settings_of(folder.config)))
-    compare_written(out, folder, path)
-    write_whole(out / CARD_FILE, model_card(folder.config, facts).encode())
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".unfinished.") as name:
+        made = Path(name)
+        write_model(made, folder.weights, folder.config, export_metadata(settings_of(folder.config)))
+        compare_written(made, folder, path, str(out))
+        (made / CARD_FILE).write_text(model_card(folder.config, facts), encoding="utf-8")
+        for file in (WEIGHTS, CONFIG, CARD_FILE):
+            os.replace(made / file, out / file)
     return folder
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Return what a folder holds, in order; raise ValueError if it is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder to write, got a file")
+    return sorted(folder.iterdir()) if folder.exists() else []
 
 
 def find_source(source: str | Path) -> Path:
@@ -221,12 +253,20 @@ def preprocessing_of(known: Mapping[str, Any]) -> dict[str, Any]:
     found = {"intensity": ["ct"], "image_channels": [0], **found}
     if known.get("slices", "none") != "none":
         found |= {name: known[name] for name in ("slices", "slice_scaling") if name in known}
+    if known.get("axis_order"):
+        found["axis_order"] = known["axis_order"]
     unread = () if "ct" in str(found["intensity"]) else ("hu_min", "hu_max")
     return {name: value for name, value in found.items() if name not in unread}
 
 
-def compare_written(out: Path, folder: ModelFolder, source: Path) -> None:
+def compare_written(out: Path, folder: ModelFolder, source: Path, name: str) -> None:
     """Compare weights and outputs of a folder with those of its source.
+
+    Args:
+        out: The folder.
+        folder: What was written to it.
+        source: The source.
+        name: What messages call the folder.
 
     Raises:
         RuntimeError: They differ.
@@ -248,7 +288,7 @@ def compare_written(out: Path, folder: ModelFolder, source: Path) -> None:
                 maps = Encoder.from_pretrained(out)(crop), source_encoder(config, folder.weights)(crop)
         same = all(torch.equal(one, other) for one, other in zip(*maps, strict=True))
     if not same:
-        raise RuntimeError(f"{out}: what is read from it differs from {source}; do not use it")
+        raise RuntimeError(f"{name}: what is read from it differs from {source}; nothing is written")
 
 
 def source_encoder(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> HybridEncoder:

@@ -142,7 +142,9 @@ def preprocessing_text(config: Mapping[str, Any]) -> str:
     return (
         "Volumes in RAS orientation, resampled to `spacing` (mm), cropped to the foreground. `intensity` says which "
         "values the network sees: `ct` is `hu_min` to `hu_max` as 0 to 1, `ct-zscore` the same window less "
-        "`input_mean`, divided by `input_std`; `mr` z-scores of each volume.\n\n" + markdown_table(table)
+        "`input_mean`, divided by `input_std`; "
+        "`mr` z-scores by the foreground of each volume; `zscore` those by all its voxels; "
+        "`none` the values of the files.\n\n" + markdown_table(table)
     )
 
 

@@ -5,39 +5,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hyspark.models.nnunet_plans import to_network_axes, to_volume_axes
-
-
-class PermutedEncoder(nn.Module):
-    """An encoder for volumes (b, c, *size) of axes x, y, z, whose maps have these axes too.
-
-    Args:
-        encoder: the encoder, a `PyramidEncoder`.
-        order: axis of x, y, z (0, 1, 2) that is each axis of the encoder.
-    """
-
-    def __init__(self, encoder: nn.Module, order: Sequence[int]) -> None:
-        super().__init__()
-        self.encoder: Any = encoder
-        self.order = tuple(order)
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The third-party network."""
-        backbone: nn.Module = self.encoder.backbone
-        return backbone
-
-    @property
-    def patch(self) -> tuple[int, ...]:
-        """Edges that volumes are multiples of."""
-        return to_volume_axes(self.encoder.patch, self.order)
-
-    def forward(self, volumes: Tensor) -> list[Tensor]:
-        """Compute the maps of volumes, finest first."""
-        inward, outward = (to_axes(range(3), self.order) for to_axes in (to_network_axes, to_volume_axes))
-        maps = self.encoder(volumes.permute(0, 1, *(2 + axis for axis in inward)))
-        return [features.permute(0, 1, *(2 + axis for axis in outward)) for features in maps]
-
 
 class PermutedAxes(nn.Module):
     """A network for arrays of other axes: (b, c, *size) is permuted on the way in, and back on the way out.

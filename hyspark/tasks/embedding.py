@@ -61,7 +61,8 @@ def embed(
     """Compute a vector per volume or region from an encoder, as `hyspark embed` does; the same call continues.
 
     Args:
-        weights: File of weights, or a run folder: pre-trained or fine-tuned.
+        weights: File of weights, or a run folder: pre-trained or fine-tuned; a folder of `hyspark export --hf`, or
+            hf://OWNER/NAME[@REVISION] on the Hugging Face Hub.
         inputs: NIfTI files, and folders that hold some or DICOM series.
         out: Folder to write to.
         device: "auto", "cpu" or "cuda".

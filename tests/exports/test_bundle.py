@@ -10,14 +10,18 @@ import nibabel as nib
 import numpy as np
 import pytest
 from monai import bundle as monai_bundle
+from torch import nn
 
 from hyspark.cli.main import main
+from hyspark.config.segmentation import SegmentationConfig
+from hyspark.data.intensity import SCALES
 from hyspark.data.synthetic.phantom import make_phantom
-from hyspark.evaluation.segmentation.inference import load_network
+from hyspark.evaluation.segmentation.inference import TrainedNetwork, load_network
 from hyspark.evaluation.segmentation.predict import predict_segmentation
 from hyspark.exports import deploy
 from hyspark.exports.bundle import predict_by_bundle, write_bundle
-from tests.exports.tiny_runs import NAMES, least_dice, write_ct, write_run
+from hyspark.exports.bundle_texts import bundle_metadata, bundle_readme
+from tests.exports.tiny_runs import NAMES, SETTINGS, least_dice, write_ct, write_run
 
 INTENSITIES = {
     "ct": {},
@@ -31,11 +35,12 @@ INTENSITIES = {
     },
     "ct and mr": {"intensity": ("ct", "mr"), "image_channels": (0, 1)},
     "mr, larger than the volume": {"intensity": ("mr",), "crop_size": (64, 64, 48)},
+    "zscore": {"intensity": ("zscore",)},
     "none, of the second channel": {"intensity": ("none",), "image_channels": (1,)},
     "flips of sides": {"left_right": ("liver=aorta",), "infer_overlap": 0.25, "sw_batch_size": 1},
 }
-SLOW = ("ct", "ct, larger than the volume", "flips of sides", "none, of the second channel")
-"""Settings of which each step is among the others, too."""
+FAST = ("ct-zscore of two channels", "ct and mr")
+"""Settings that take each kind of step; the others take long."""
 REQUIRED = (
     *("schema", "version", "monai_version", "pytorch_version", "numpy_version", "required_packages_version", "task"),
     *("description", "authors", "copyright", "network_data_format"),
@@ -101,7 +106,7 @@ def bundle(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [pytest.param(one, marks=pytest.mark.slow if name in SLOW else ()) for name, one in INTENSITIES.items()],
+    [pytest.param(one, marks=() if name in FAST else pytest.mark.slow) for name, one in INTENSITIES.items()],
     ids=INTENSITIES,
 )
 def test_monai_computes_the_label_map_of_predict(changes, tmp_path, offline):
@@ -149,6 +154,7 @@ def test_the_command_line_of_monai_runs_it(bundle, tmp_path, offline, monkeypatc
 
 
 @pytest.mark.filterwarnings(OF_MONAI)
+@pytest.mark.slow
 def test_its_evaluation_measures_dice_on_the_file(bundle, tmp_path, offline, monkeypatch):
     write_ct(bundle / "images")
     predicted = nib.load(predict_by_bundle(bundle)(bundle / "images", tmp_path / "out"))
@@ -178,6 +184,16 @@ def test_its_page_names_classes_and_scores_and_nobody(bundle):
     assert "moved away" not in everything
 
 
+@pytest.mark.parametrize("intensity", SCALES)
+def test_every_intensity_is_described(intensity):
+    values = {"input_mean": (20.0,), "input_std": (90.0,)} if intensity == "ct-zscore" else {}
+    config = SegmentationConfig(**SETTINGS, intensity=(intensity,), **values)
+    trained = TrainedNetwork(nn.Identity(), config, NAMES, [])
+    assert "- intensities: channel 0: " in bundle_readme(trained, Path("none"), "net")
+    image = bundle_metadata(trained, "net")["network_data_format"]["inputs"]["image"]
+    assert image["format"] == ("hounsfield" if intensity in ("ct", "ct-zscore") else "magnitude")
+
+
 def test_a_bundle_is_compared_before_it_appears(tmp_path, capsys, caplog):
     run, image = write_run(tmp_path / "run"), write_ct(tmp_path / "images")
     main(["export", "--bundle", str(run), str(tmp_path / "net"), "--check", str(image)])
@@ -188,6 +204,7 @@ def test_a_bundle_is_compared_before_it_appears(tmp_path, capsys, caplog):
     assert "expected a new or empty folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_bundle_that_computes_something_else_is_refused(tmp_path, monkeypatch):
     run, image = write_run(tmp_path / "run"), write_ct(tmp_path / "images")
 

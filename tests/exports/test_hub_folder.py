@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard
+from monai.networks.nets import SegResNet
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,12 +20,14 @@ from hyspark.config.classification import ClassificationConfig
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import as_plain, write_yaml
 from hyspark.config.segmentation import SegmentationConfig
+from hyspark.evaluation.embedding.networks import NetworkChoice, load_embedding_network
 from hyspark.evaluation.segmentation.inference import hybird_from_config
 from hyspark.exports.hub_folder import export_to_hub
 from hyspark.exports.measured_scores import read_scores
 from hyspark.exports.model_card import CardFacts
 from hyspark.models.masked_autoencoder import build_hyspark
 from hyspark.models.spark import build_spark
+from hyspark.models.weights.files import made_with, read_contents
 from hyspark.utils.atomic import write_json
 from tests.models.conftest import randomise
 
@@ -153,7 +156,7 @@ def test_nothing_of_the_run_leaks(run, tmp_path):
         assert str(tmp_path).encode() not in file.read_bytes(), file
 
 
-@pytest.mark.parametrize("kind", ["segmenter", "encoder"])
+@pytest.mark.parametrize("kind", ["segmenter", pytest.param("encoder", marks=pytest.mark.slow)])
 def test_the_example_of_the_card_works(run, tmp_path, kind):
     if kind == "encoder":
         export_to_hub(ROOT / "ckpt/hyspark_openkbp.safetensors", tmp_path / "net", CardFacts("net"), decoder=True)
@@ -214,8 +217,15 @@ def small_pretraining(model: str):
 FILES = ("run", "{}_withdecoder_1kpretrained_hyspark_style.pth", "{}_1kpretrained_timm_style.pth")
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("model", ["hyspark", "spark/timm/resnet10t"])
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("hyspark", FILES[0]),
+        ("spark/timm/resnet10t", FILES[0]),
+        *(pytest.param("hyspark", name, marks=pytest.mark.slow) for name in FILES[1:]),
+        *(pytest.param("spark/timm/resnet10t", name, marks=pytest.mark.slow) for name in FILES[1:]),
+    ],
+)
 def test_a_pre_training_is_exported_from_any_of_its_files(tmp_path, model, name):
     folder = tmp_path / "run"
     config, network = small_pretraining(model)
@@ -320,3 +330,36 @@ def test_a_folder_without_preprocessing_predicts_nothing(tmp_path):
     network.save_pretrained(tmp_path / "net")
     with pytest.raises(ValueError, match=r"config\.json: expected spacing, .* in preprocessing"):
         hyspark.predict(tmp_path / "net", "scan.nii.gz", tmp_path / "out")
+
+
+def test_files_of_a_run_do_not_lie_in_the_folder(run, tmp_path):
+    """They hold paths and names of cases, and `hf upload` would send them."""
+    with pytest.raises(ValueError, match=r"run: expected a new or empty folder, got one with best\.pth, m"):
+        export_to_hub(run, run, CardFacts("net"))
+    assert not (run / "config.json").exists()
+
+
+def test_nothing_is_left_of_a_folder_that_computes_something_else(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(hyspark.Segmenter, "forward", lambda self, x: x.new_zeros(1, len(NAMES), *x.shape[2:]))
+    with pytest.raises(RuntimeError, match="net: what is read from it differs from run; nothing is written"):
+        export_to_hub(run, tmp_path / "net", CardFacts("net"))
+    assert not list((tmp_path / "net").iterdir())
+
+
+def test_the_order_of_a_network_s_axes_is_kept(tmp_path):
+    """Without it, its kernels would be run on other axes, and nothing would say so."""
+    torch.manual_seed(0)
+    network = SegResNet(3, 16, 1)
+    torch.save(network.state_dict(), tmp_path / "spark_monai_segresnet_1kpretrained_timm_style.pth")
+    (tmp_path / "config.yaml").write_text(
+        "model: spark/monai/segresnet\naxis_order: [2, 1, 0]\n"
+        "crop_size: [32]\nin_channels: 1\nspacing: [3.0, 3.0, 5.0]\n"
+    )
+    export_to_hub(tmp_path / "spark_monai_segresnet_1kpretrained_timm_style.pth", tmp_path / "net", CardFacts("net"))
+    assert made_with(read_contents(tmp_path / "net"))["axis_order"] == [2, 1, 0]
+    found = load_embedding_network(NetworkChoice(tmp_path / "net"))
+    crop = torch.rand(1, 1, 32, 32, 32)
+    with torch.no_grad():
+        (*_, coarsest) = found.encoder(crop)
+        expected = network.eval().encode(crop.permute(0, 1, 4, 3, 2))[0]
+    torch.testing.assert_close(coarsest.permute(0, 1, 4, 3, 2), expected)

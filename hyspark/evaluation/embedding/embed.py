@@ -1,5 +1,6 @@
 """Embedding of volumes: each is prepared once, and each network computes the vectors of its regions."""
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -16,6 +17,7 @@ from hyspark.data.datasets.cases import Case
 from hyspark.data.datasets.found import log_unused
 from hyspark.data.datasets.inputs import OWN_LABELS
 from hyspark.data.datasets.scan_inputs import ScanCase, find_inputs, scan_folder
+from hyspark.data.readers.nifti import read_label
 from hyspark.evaluation.embedding.networks import EmbeddingNetwork
 from hyspark.evaluation.embedding.pooling import Pooling, plan_windows, pool_regions
 from hyspark.evaluation.embedding.regions import (
@@ -84,7 +86,7 @@ class EmbedOptions:
         given = [name for name in ("boxes", "labels", "grid") if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(f'--{name}' for name in given)}: expected one kind of region; give one")
-        if self.grid < 0 or self.num_workers < 0:
+        if not 0 <= self.grid < math.inf or self.num_workers < 0:
             raise ValueError(f"--grid and --prepare_workers: expected 0 or more, got {self.grid}, {self.num_workers}")
         if self.batch_size < 1:
             raise ValueError(f"--batch_size: expected 1 or more, got {self.batch_size}")
@@ -303,10 +305,13 @@ class Embedder:
         if self.options.grid:
             return list(grid_regions(image, affine, self.options.grid)), {}
         if self.options.labels:
+            assert case.label is not None
             found = list(label_regions(prepared["label"]))
             if not found:
                 raise ValueError(f"{case.label}: no voxel of the prepared grid is labelled")
-            return found, {}
+            names = {f"label_{value}" for value in np.unique(read_label(case.label, case.image).voxels) if value}
+            lost = sorted(names - {region.name for region in found})
+            return found, dict.fromkeys(lost, "on no voxel of the prepared grid; lower --spacing, or give a box")
         if not self.options.boxes:
             return [volume_region(image)], {}
         regions, failures = [], {}

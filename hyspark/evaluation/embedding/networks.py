@@ -1,5 +1,6 @@
 """The encoder that vectors are pooled from: of any file of weights, with the preparation that it was made with."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -9,30 +10,42 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
+from hyspark.config.nnunet import find_plan, settings_of_plan
 from hyspark.config.pretrain import METHODS, PretrainConfig
 from hyspark.config.recipes import present_spelling, typed_values
 from hyspark.config.shared import EncoderSettings, check_preparation, encoder_options
 from hyspark.data.settings import Axis, PrepareSettings
 from hyspark.evaluation.embedding.slice_encoder import SLICES_PER_WINDOW, SliceEncoder, drop_axis, insert_axis
+from hyspark.evaluation.embedding.turned_encoder import TurnedEncoder
 from hyspark.evaluation.network_kind import kind_of_contents
 from hyspark.evaluation.segmentation.inference import load_network
-from hyspark.models.axis_order import PermutedEncoder
 from hyspark.models.backbones import build_backbone
 from hyspark.models.defaults import grid_of
 from hyspark.models.encoder import HybridEncoder
-from hyspark.models.nnunet_plans import is_plan, read_plan, split_plan_name, to_network_axes
+from hyspark.models.nnunet_network import build_from_plan
+from hyspark.models.nnunet_plans import NnunetPlan, is_plan, read_plan, split_plan_name, to_network_axes
 from hyspark.models.spark import PyramidEncoder
 from hyspark.models.weights.export import count_encoder
 from hyspark.models.weights.files import made_with, read_contents
+from hyspark.models.weights.hub_address import local_path
 from hyspark.models.weights.load import encoder_shape, load_pretrained
+from hyspark.models.weights.model_folder import find_weights, is_own_config, read_model_config
 from hyspark.models.weights.search import choose_state_dict
-from hyspark.training.initial_weights import INPUT_SETTINGS, as_values, expanded, initialise, settings_beside
-from hyspark.utils.digests import content_digest
+from hyspark.training.initial_weights import (
+    INPUT_SETTINGS,
+    as_values,
+    axis_order_of,
+    expanded,
+    initialise,
+    settings_beside,
+)
 from hyspark.utils.log import LOG
 
 DEFAULT_WINDOW = (96, 96, 96)
 ENCODER_NAMES = tuple(one.name for one in fields(EncoderSettings))
 RELEASED_ENDING = "_1kpretrained_timm_style.pth"
+IN_NO_SHAPE = ("num_heads", "slices", "slice_scaling", "axis_order")
+"""Settings that an encoder computes by, and that no shape of its weights shows."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,7 @@ class NetworkChoice:
     """Which network a file of weights is of, and what replaces the settings that it was made with.
 
     Attributes:
-        weights: File of weights, or a run folder.
+        weights: File of weights, a run folder, a folder of `hyspark export --hf`, or an address hf://OWNER/NAME.
         model: Third-party network, "monai/resnet18"; empty for what the file names, or HySparK's own.
         weights_key: Key of the state dict in the file, if it holds several.
         window: Voxels per axis of a window, one number or three; empty for the crop size of the weights.
@@ -66,7 +79,7 @@ class EmbeddingNetwork:
         unit: Edges that windows are multiples of, the total stride.
         stages: Channels and stride of each map, finest first.
         name: Name of the network.
-        digest: Digest of the weights' file.
+        digest: Digest of the encoder's weights, and of what it computes by besides them.
     """
 
     encoder: nn.Module
@@ -87,10 +100,13 @@ def load_embedding_network(choice: NetworkChoice) -> EmbeddingNetwork:
     """Load the encoder of a file of weights. Nothing stored in it is executed.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: There is no such file or repository.
+        OSError: A download failed.
         ValueError: The file holds no encoder of volumes; settings do not fit it.
     """
-    path = weights_file(choice.weights)
+    path = weights_path(choice.weights)
+    if path.is_dir() and read_model_config(path).get("network") == "Segmenter":
+        return of_segmentation(path, choice)
     contents = read_contents(path)
     kind = kind_of_contents(contents)
     if kind == "classification":
@@ -98,7 +114,8 @@ def load_embedding_network(choice: NetworkChoice) -> EmbeddingNetwork:
     if kind == "segmentation":
         return of_segmentation(path, choice)
     made = present_spelling(made_with(contents) or settings_beside(path), PretrainConfig, str(path))
-    model = choice.model or str(made.get("model", "hyspark"))
+    described = str(read_model_config(path).get("network", "")) if path.is_dir() else ""
+    model = choice.model or str(made.get("model", described if "/" in described else "hyspark"))
     method, _, rest = model.partition("/")
     model = rest if method in METHODS and rest else model
     if model != "hyspark":
@@ -116,25 +133,31 @@ def load_embedding_network(choice: NetworkChoice) -> EmbeddingNetwork:
     build = partial(HybridEncoder, settings.num_image_channels, checked_window(window, (16, 16, 16)), **options)
     encoder = build()
     LOG.info("%s\n%s", path, load_pretrained(encoder, path, choice.weights_key))
-    return finished_network(encoder, build, settings, window, "hyspark", path)
+    return finished_network(encoder, build, settings, window, "hyspark", shape)
 
 
-def weights_file(path: Path) -> Path:
-    """Return the file of weights of a run folder; any other path unchanged.
+def weights_path(source: Path) -> Path:
+    """Return the file of weights of a run folder, the folder of an address; any other path unchanged.
 
     Raises:
-        FileNotFoundError: The folder holds none, or several.
+        FileNotFoundError: A folder holds no weights, or several; there is no such repository.
     """
+    path = local_path(source)
     if not path.is_dir():
         return path
     if (path / "best.pth").is_file():
         return path / "best.pth"
+    if is_own_config(read_model_config(path)):
+        return path
     found = sorted(path.glob(f"*{RELEASED_ENDING}"))
-    if len(found) != 1:
-        raise FileNotFoundError(
-            f"{path}: expected a run folder with best.pth or one *{RELEASED_ENDING}, found {len(found)} such files"
-        )
-    return found[0]
+    if len(found) == 1:
+        return found[0]
+    if not found and find_weights(path):
+        return path
+    raise FileNotFoundError(
+        f"{path}: expected a run folder with best.pth or one *{RELEASED_ENDING}, or a folder of `hyspark export --hf`, "
+        f"found {len(found)} such files"
+    )
 
 
 def of_segmentation(path: Path, choice: NetworkChoice) -> EmbeddingNetwork:
@@ -149,27 +172,31 @@ def of_segmentation(path: Path, choice: NetworkChoice) -> EmbeddingNetwork:
     encoder = build()
     own = {key: value for key, value in network.state_dict().items() if key in encoder.state_dict()}
     encoder.load_state_dict(own | {"mae.pos_embed": encoder.state_dict()["mae.pos_embed"]})
-    return finished_network(encoder, build, settings, window, "hyspark", path)
+    return finished_network(encoder, build, settings, window, "hyspark", vars(config))
 
 
 def of_third_party(path: Path, choice: NetworkChoice, made: Mapping[str, Any], model: str) -> EmbeddingNetwork:
     """Load a third-party network of volumes, or of their 2D slices."""
     of_images = model.startswith(("timm/", "torchvision/"))
+    plan = plan_of(path, choice, model) if is_plan(model) else None
+    if plan:
+        known = {name: value for name, value in {**made, **choice.inputs}.items() if name in INPUT_SETTINGS}
+        made = {**settings_of_plan(plan, known), **made}
     slices = made.get("slices", "axial" if of_images else "none")
     axis = None if slices == "none" else get_args(Axis).index(slices)
     settings = settings_for(path, made, choice.inputs)
     window = window_of(choice.window, made, axis)
     channels = made.get("in_channels", 3 if of_images else settings.num_image_channels)
-    order = tuple(made.get("axis_order", ()))
-    if not order and is_plan(model):
-        order = read_plan(*split_plan_name(model)).axis_order
+    order = axis_order_of(made)
 
-    def build() -> PyramidEncoder | PermutedEncoder | SliceEncoder:
-        backbone = build_backbone(model, channels, 3 if axis is None else 2)
+    def build() -> TurnedEncoder | SliceEncoder:
+        backbone = (
+            build_from_plan(plan, channels) if plan else build_backbone(model, channels, 3 if axis is None else 2)
+        )
         crop = to_network_axes(window, order) if axis is None else drop_axis(window, axis)
         encoder = PyramidEncoder(backbone.network, crop, channels, run=backbone.run)
         if axis is None:
-            return PermutedEncoder(encoder, order) if order else encoder
+            return TurnedEncoder(encoder, order)
         return SliceEncoder(encoder, axis, made.get("slice_scaling") == "minmax")
 
     try:
@@ -177,7 +204,14 @@ def of_third_party(path: Path, choice: NetworkChoice, made: Mapping[str, Any], m
     except ValueError as error:
         raise ValueError(f"--window: {error}" if str(error).startswith("crop size") else str(error)) from error
     LOG.info("%s\n%s", path, load_pretrained(encoder.backbone, path, choice.weights_key))
-    return finished_network(encoder, build, settings, window, model, path)
+    return finished_network(encoder, build, settings, window, model, made)
+
+
+def plan_of(path: Path, choice: NetworkChoice, model: str) -> NnunetPlan:
+    """Read the plan of a network nnunet/PLANS.json: the copy in the run folder, unless the flag names another."""
+    if choice.model:
+        return read_plan(*split_plan_name(model))
+    return find_plan(f"spark/{model}", path.parent)
 
 
 def finished_network(
@@ -186,16 +220,39 @@ def finished_network(
     settings: PrepareSettings,
     window: tuple[int, ...],
     name: str,
-    path: Path,
+    made: Mapping[str, Any],
 ) -> EmbeddingNetwork:
-    """Put an encoder into evaluation mode, and find its stages by a pass over one window of zeros."""
+    """Put an encoder into evaluation mode, and find its stages by a pass over one window of zeros.
+
+    Args:
+        encoder: The encoder.
+        build: Builds it with random weights.
+        settings: How volumes are prepared for it.
+        window: Voxels per axis of a window.
+        name: Name of the network.
+        made: Settings that it was built by.
+    """
     encoder = encoder.eval()
     unit = encoder.patch
     checked_window(window, unit)
     with torch.no_grad():
         maps = encoder(torch.zeros(1, settings.num_image_channels, *window))
     stages = [(x.shape[1], tuple(w // n for w, n in zip(window, x.shape[2:], strict=True))) for x in maps]
-    return EmbeddingNetwork(encoder, build, settings, window, unit, stages, name, content_digest(path))
+    return EmbeddingNetwork(encoder, build, settings, window, unit, stages, name, encoder_digest(encoder, made))
+
+
+def encoder_digest(encoder: nn.Module, made: Mapping[str, Any]) -> str:
+    """Compute the digest of an encoder's weights, by whichever file and key they came, and of settings beside them."""
+    digest = hashlib.sha256(repr([as_plain_value(made.get(name)) for name in IN_NO_SHAPE]).encode())
+    for key, value in encoder.state_dict().items():
+        digest.update(f"{key} {tuple(value.shape)}".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def as_plain_value(value: object) -> object:
+    """Return a list as a tuple, which a file may hold either way."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def settings_for(path: Path, made: Mapping[str, Any], given: Mapping[str, Any]) -> PrepareSettings:

@@ -8,7 +8,7 @@ scored patients, and over the seeds of random weights. It takes the fitted class
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -180,5 +180,6 @@ def score_of(
             return np.broadcast_to(values, (len(drawn), num_seeds))
 
         estimate = bootstrap_mean(measure, num_seeds, len(names), num_resamples=num_resamples(len(truth)))
-        found[metric] = asdict(estimate)
+        # A single patient says nothing of others.
+        found[metric] = asdict(estimate if len(names) > 1 else replace(estimate, low=np.nan, high=np.nan))
     return found

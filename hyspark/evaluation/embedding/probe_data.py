@@ -101,7 +101,7 @@ def read_probe_data(options: ProbeOptions, table: VectorTable, cases: Mapping[st
         raise ValueError(f"{path}: expected the columns {', '.join(missing)}; it has {', '.join(columns)}")
     if bad := [name for name in options.features if name in ("case", "region", "patient", "split", options.target)]:
         raise ValueError(f"--features {' '.join(bad)}: expected columns of numbers other than the target")
-    labelled = {key: row for key, row in keyed_rows(path, rows, table).items() if (row[options.target] or "").strip()}
+    labelled = {key: row for key, row in keyed_rows(path, rows, table).items() if is_value(row[options.target])}
     places = {key: i for i, key in enumerate(zip(table.cases, table.regions, strict=True))}
     found = {places[key]: row for key, row in labelled.items() if key in places}
     if lost := len(labelled) - len(found):
@@ -113,10 +113,10 @@ def read_probe_data(options: ProbeOptions, table: VectorTable, cases: Mapping[st
     classes = sorted_classes(set(names))
     check_num_classes(path, options.target, classes)
     truth = np.array([classes.index(name) for name in names])
-    patients = np.array(patients_of([table.cases[i] for i in positions], used, columns, cases))
+    patients = np.array(patients_of(path, [table.cases[i] for i in positions], used, columns, cases))
     features = np.array([numbers_of(path, row, options.features) for row in used]).reshape(len(used), -1)
     if "split" in columns:
-        folds = [official_split(path, [row["split"] for row in used], patients)]
+        folds = [official_split(path, [row["split"] or "" for row in used], patients)]
         protocol = f"the split of {path.name}"
     else:
         folds = grouped_folds(truth, patients, classes, options.folds)
@@ -149,6 +149,11 @@ def keyed_rows(path: Path, rows: "csv.DictReader[str]", table: VectorTable) -> d
     return found
 
 
+def is_value(text: str | None) -> bool:
+    """Return whether a field holds a value: it is neither empty nor NaN, as programs write a missing number."""
+    return (text or "").strip().lower() not in ("", "nan")
+
+
 def sorted_classes(names: set[str]) -> list[str]:
     """Sort names of classes, as numbers if all are."""
     try:
@@ -167,11 +172,23 @@ def check_num_classes(path: Path, target: str, classes: Sequence[str]) -> None:
 
 
 def patients_of(
-    names: Sequence[str], rows: Sequence[Mapping[str, str]], columns: Sequence[str], cases: Mapping[str, Case]
+    path: Path,
+    names: Sequence[str],
+    rows: Sequence[Mapping[str, str]],
+    columns: Sequence[str],
+    cases: Mapping[str, Case],
 ) -> list[str]:
-    """Return the patient of each row: that of the column patient, else by names and folders of the volumes."""
+    """Return the patient of each row: that of the column patient, else by names and folders of the volumes.
+
+    Raises:
+        ValueError: The column has no value in a row.
+    """
     if "patient" in columns:
-        return [row["patient"] for row in rows]
+        if unknown := [row["case"] for row in rows if not is_value(row["patient"])]:
+            raise ValueError(
+                f"{path}: column patient: expected one in each row with a class, got none of {listing(unknown, 5)}"
+            )
+        return [row["patient"].strip() for row in rows]
     unique = list(dict.fromkeys(names))
     subjects = dict(zip(unique, subjects_of_cases([cases[name] for name in unique]), strict=True))
     return [subjects[name] for name in names]

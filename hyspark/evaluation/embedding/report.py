@@ -113,7 +113,7 @@ def estimate_text(estimate: Mapping[str, float], *, is_difference: bool = False)
     """Write a mean with its interval, a difference with signs and in bold if the interval excludes 0."""
     mean, low, high = (estimate[name] for name in ("mean", "low", "high"))
     if not np.isfinite([mean, low, high]).all():
-        return "-"
+        return f"{mean:{'+' if is_difference else ''}.3f}" if np.isfinite(mean) else "-"
     if not is_difference:
         return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
     text = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"

@@ -82,7 +82,7 @@ def case_key(settings: Mapping[str, Any], case: Case, regions: Any) -> str:
         regions: What its regions are made of.
     """
     if isinstance(case, ScanCase):
-        files = [f"{path} {path.stat().st_size}" for path in case.volume.files]
+        files = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in case.volume.files]
     else:
         files = [content_digest(path) for path in case.images]
     label = [content_digest(case.label)] if case.label else []

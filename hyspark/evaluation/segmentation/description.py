@@ -18,7 +18,7 @@ DESCRIPTION_FORMAT = 1
 """Version of the description; a reader refuses later ones."""
 PREPARATION = ("spacing", "hu_min", "hu_max", "intensity", "image_channels", "input_mean", "input_std")
 """Settings of preparing a volume."""
-WINDOWS_OF = ("crop_size", "infer_overlap", "sw_batch_size", "flip_prob", "left_right")
+WINDOWS_OF = ("crop_size", "infer_overlap", "sw_batch_size", "precision", "flip_prob", "left_right")
 """Settings of segmenting it by windows; the last two say which flips predictions may average over."""
 
 

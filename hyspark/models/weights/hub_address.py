@@ -41,7 +41,7 @@ def local_path(source: str | Path, **options: Any) -> Path:
         return Path(source)
     shown = f"hf://{str(source).removeprefix('hf:').lstrip('/')}"
     found = ADDRESS.fullmatch(str(source))
-    if not found:
+    if not found or ".." in str(source).split("/"):
         raise ValueError(f"{shown}: expected hf://OWNER/NAME or hf://OWNER/NAME@REVISION, a file may follow as /FILE")
     repo, file = found["repo"], found["file"]
     options["revision"] = found["revision"] or options.get("revision")

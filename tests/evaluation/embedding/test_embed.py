@@ -274,3 +274,17 @@ def test_parquet_holds_the_same_numbers(weights, scans, tmp_path):
     assert table.column("case").to_pylist() == ["ct_0", "ct_1"]
     vectors = np.stack([table.column(name).to_numpy() for name in made.table.columns], 1)
     assert np.array_equal(vectors, made.vectors)
+
+
+def test_a_label_that_the_spacing_loses_is_named(weights, scans, tmp_path):
+    image = nib.load(scans / "ct_0.nii.gz")
+    values = np.zeros(image.shape, np.uint8)
+    middle = [n // 2 for n in image.shape]
+    values[tuple(slice(m - 5, m + 5) for m in middle)] = 1
+    values[tuple(middle)] = 2
+    (tmp_path / "labels").mkdir()
+    nib.save(nib.Nifti1Image(values, image.affine), tmp_path / "labels/ct_0.nii.gz")
+    given = {"labels": tmp_path / "labels", "spacing": (16.0, 16.0, 16.0), "stages": (1,), **OPTIONS}
+    made = hyspark.embed(weights, scans / "ct_0.nii.gz", tmp_path / "out", **given)
+    assert (made.table.regions, list(made.failures)) == (("label_1",), ["ct_0/label_2"])
+    assert "on no voxel of the prepared grid" in made.failures["ct_0/label_2"]

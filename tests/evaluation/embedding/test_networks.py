@@ -14,12 +14,12 @@ from hyspark.config.recipes import as_plain
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.evaluation.embedding.networks import NetworkChoice, load_embedding_network
 from hyspark.evaluation.segmentation.inference import hybird_from_config
-from hyspark.models.backbones import build_backbone
+from hyspark.models.hub_networks import Encoder, Segmenter
+from hyspark.models.nnunet_network import build_from_plan
+from hyspark.models.nnunet_plans import read_plan
 from tests.conftest import SMALL
-from tests.evaluation.embedding.small import small_encoder, write_weights
-from tests.nnunet_stand_in import stand_in, write_plans
-
-__all__ = ["stand_in"]
+from tests.evaluation.embedding.small import SHAPES, small_encoder, write_weights
+from tests.nnunet_stand_in import stand_in, write_plans  # noqa: F401
 
 CROP = torch.rand(1, 1, 32, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -54,6 +54,7 @@ def test_the_released_format_is_read_by_its_shapes(tmp_path, caplog):
     assert "does not say how its volumes were prepared; taken: spacing 1.5 1.5 1.5; intensity ct" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_folder_of_pretraining_is_read(pretraining):
     run = hyspark.pretrain(**asdict(pretraining) | {"max_steps": 1})
     network = load_embedding_network(NetworkChoice(run.folder))
@@ -97,29 +98,6 @@ def test_a_third_party_network_is_named_by_the_flag_or_its_run(tmp_path):
     assert same.stages == network.stages
     with pytest.raises(ValueError, match=r"--window: crop size \(36, 36, 36\): .* the nearest are \(32, 32, 32\)"):
         load_embedding_network(NetworkChoice(path, window=(36,)))
-
-
-@pytest.mark.usefixtures("stand_in")
-@pytest.mark.parametrize("transpose", [[1, 2, 0], [2, 0, 1], [1, 0, 2]])
-def test_a_network_of_other_axes_gets_its_own(transpose, tmp_path):
-    plan = write_plans(tmp_path, transpose_forward=transpose)
-    order = [2 - axis for axis in transpose]  # nnU-Net's arrays are z, y, x
-    torch.manual_seed(4)
-    trained = build_backbone(f"nnunet/{plan}", 1, 3).network.eval()
-    content = {"model": trained.state_dict(), "config": {"spacing": [7.0, 8.0, 9.0], "intensity": ["none"]}}
-    torch.save(content | {"config": content["config"] | {"axis_order": order}}, tmp_path / "said.pth")
-    torch.save(content, tmp_path / "unsaid.pth")
-    size = (16, 32, 8)
-    volume = torch.rand(1, 1, *size, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = trained.encoder(volume.permute(0, 1, *(2 + axis for axis in order)))
-        for name in ("said", "unsaid"):
-            network = load_embedding_network(NetworkChoice(tmp_path / f"{name}.pth", f"nnunet/{plan}", window=size))
-            found = network.encoder(volume)
-            for one, other in zip(reversed(found), reversed(expected), strict=False):
-                torch.testing.assert_close(one.permute(0, 1, *(2 + axis for axis in order)), other)
-            assert [size[i] // found[-1].shape[2 + i] for i in range(3)] == list(network.unit)
-            assert network.stages[-1][1] == network.unit
 
 
 def test_random_weights_are_those_of_the_seed_and_change_nothing_else(tmp_path):
@@ -168,3 +146,68 @@ def test_a_network_of_slices_sees_every_slice_by_itself(scaling, tmp_path):
                 expected = trained.forward_features(image.repeat(1, 3, 1, 1))
                 torch.testing.assert_close(found[-1][number : number + 1, :, :, at], expected)
     assert [stride[1] for _, stride in network.stages] == [1] * len(network.stages)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_network_of_other_axes_sees_volumes_in_its_own(tmp_path):
+    """The plan's axes are y, z, x: volumes are turned on the way in, and maps back."""
+    plans = write_plans(tmp_path / "nnunet")
+    torch.manual_seed(4)
+    trained = build_from_plan(read_plan(plans, "3d_fullres"), 1).network.eval()
+    torch.save({"network_weights": trained.state_dict()}, tmp_path / "checkpoint.pth")
+    network = load_embedding_network(NetworkChoice(tmp_path / "checkpoint.pth", model=f"nnunet/{plans}"))
+    assert (network.window, network.settings.spacing) == ((20, 16, 24), (7, 8, 9))
+    assert network.settings.intensity == ("ct-zscore",)
+    assert (network.settings.hu_min, network.settings.input_mean) == (-120, (60,))
+    x, y, z = network.window
+    volume = torch.rand(1, 1, x, y, z, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = network.encoder(volume)
+        expected = trained.encoder(volume.permute(0, 1, 3, 4, 2))
+    for one in found:
+        assert any(
+            torch.equal(one.permute(0, 1, 3, 4, 2), other) for other in expected if other.shape[1] == one.shape[1]
+        )
+    run = tmp_path / "run"
+    run.mkdir()
+    torch.save(trained.state_dict(), run / "spark_nnunet_1kpretrained_timm_style.pth")
+    (run / "config.yaml").write_text(f"model: spark/nnunet/{plans}\naxis_order: [1, 2, 0]\ncrop_size: [20, 16, 24]\n")
+    with torch.no_grad():
+        for one, other in zip(load_embedding_network(NetworkChoice(run)).encoder(volume), found, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_folders_of_the_hub_are_read(tmp_path, monkeypatch):
+    shape = SHAPES | {"preprocessing": {"spacing": [3.0, 3.0, 5.0], "intensity": ["mr"]}}
+    Encoder(1, 32, **shape).save_pretrained(tmp_path / "encoder")
+    trained = Segmenter(["background", "a"], 1, 32, **shape, decoder_width=48).eval()
+    trained.preprocessing |= {"image_channels": [0]}
+    trained._hub_mixin_config["preprocessing"] = trained.preprocessing
+    trained.save_pretrained(tmp_path / "segmenter")
+    for name in ("encoder", "segmenter"):
+        network, maps = maps_of(NetworkChoice(tmp_path / name))
+        assert (network.settings.spacing, network.settings.intensity) == ((3, 3, 5), ("mr",))
+        assert network.window == (32, 32, 32)
+    with torch.no_grad():
+        *skips, deepest = trained.embeddings(CROP)
+        assert_same(maps, [*skips, trained.mae(deepest)])
+    asked = []
+
+    def download(repo, **options):
+        asked.append(repo)
+        return str(tmp_path / "segmenter")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert load_embedding_network(NetworkChoice("hf://owner/name")).digest == network.digest
+    assert set(asked) == {"owner/name"}
+
+
+def test_the_digest_is_of_the_weights_that_are_read(tmp_path):
+    """One file may hold several networks, and the index of several files does not change with them."""
+    other = {key: value + 1 for key, value in small_encoder().state_dict().items()}
+    torch.save({"student": small_encoder().state_dict(), "teacher": other}, tmp_path / "two.pth")
+    digests = [
+        load_embedding_network(NetworkChoice(tmp_path / "two.pth", weights_key=key, window=(32,))).digest
+        for key in ("student", "teacher", "student")
+    ]
+    assert digests[0] == digests[2] != digests[1]

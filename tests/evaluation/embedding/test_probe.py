@@ -20,6 +20,7 @@ from hyspark.data.datasets.cases import Case
 from hyspark.evaluation.embedding import probe
 from hyspark.evaluation.embedding.probe import HEADS, fitted_probabilities, probe_vectors, score_of
 from hyspark.evaluation.embedding.probe_data import ProbeData, ProbeOptions, read_probe_data
+from hyspark.evaluation.embedding.report import estimate_text
 from hyspark.evaluation.embedding.vectors import VectorTable
 from hyspark.utils.install import install_command
 from tests.evaluation.embedding.small import body, write_volume, write_weights
@@ -271,3 +272,34 @@ def test_umap_needs_an_extra(bright_and_dark, tmp_path, monkeypatch):
         hyspark.embed(write_weights(tmp_path / "e.safetensors"), bright_and_dark, tmp_path / "out", **given, **OPTIONS)
     assert install_command("umap") in str(raised.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_patients_are_compared_without_blanks_and_never_unknown(tmp_path):
+    _, truth, patients = of_patients(6, 2)
+    given = labelled_table(tmp_path, truth, [f"{p}{' ' * (i % 2)}" for i, p in enumerate(patients)])
+    data = read_probe_data(ProbeOptions(tmp_path / "labels.csv", "side", folds=2), *given)
+    assert sorted(set(data.patients)) == [f"p{p}" for p in range(6)]
+    path = tmp_path / "labels.csv"
+    path.write_text(path.read_text().replace(",p0,", ",,").replace(",p1 ,", ",NaN,"))
+    with pytest.raises(ValueError, match="column patient: expected one in each row with a class, got none of c0"):
+        read_probe_data(ProbeOptions(path, "side", folds=2), *given)
+
+
+def test_a_class_that_is_nan_is_none(tmp_path):
+    _, truth, patients = of_patients(8, 1)
+    given = labelled_table(tmp_path, truth, patients)
+    path = tmp_path / "labels.csv"
+    path.write_text(path.read_text().replace("p0,a", "p0,nan").replace("p0,b", "p0,nan"))
+    data = read_probe_data(ProbeOptions(path, "side", folds=2), *given)
+    assert data.classes == ["a", "b"]
+    assert len(data.truth) == 7
+
+
+def test_a_single_scored_patient_has_no_interval(separable):
+    _, data = separable
+    one = data._replace(patients=np.zeros(60, int))
+    chances = np.tile([0.4, 0.6], (20, 1))
+    found = score_of(one, [chances])["accuracy"]
+    assert np.isfinite(found["mean"])
+    assert np.isnan([found["low"], found["high"]]).all()
+    assert estimate_text(found) == f"{found['mean']:.3f}"

@@ -75,7 +75,9 @@ def test_what_is_not_in_the_cache_is_named(cache, tmp_path):
         assert advice in message
 
 
-@pytest.mark.parametrize("address", ["hf://", "hf://net", "hf://me/net@", "hf://me/net@a@b", "hf://me/"])
+@pytest.mark.parametrize(
+    "address", ["hf://", "hf://net", "hf://me/net@", "hf://me/net@a@b", "hf://me/", "hf://me/net/../../x"]
+)
 def test_other_forms_are_refused(cache, address):
     with pytest.raises(ValueError, match="expected hf://OWNER/NAME or hf://OWNER/NAME@REVISION"):
         local_path(address)
