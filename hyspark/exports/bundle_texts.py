@@ -150,7 +150,7 @@ Evaluation pairs images and labels in the order of their names; a label lies on 
 
 ## Scores of the training run
 
-{scores_text(source)}
+{run_scores_text(source)}
 """
 
 
@@ -172,7 +172,7 @@ def listed(numbers: tuple[float, ...]) -> str:
     return " and ".join(f"{number:g}" for number in numbers)
 
 
-def scores_text(source: Path) -> str:
+def run_scores_text(source: Path) -> str:
     """Write the scores that a run folder holds, of its validation and its test cases; no path, and no name of a case.
 
     Args:

@@ -52,7 +52,7 @@ class nnUNetTrainer_HySparK(nnUNetTrainer):
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
         """Build the network that the plans describe; those of a trained model hold its settings."""
-        return nnunet_run.build_network(
+        return nnunet_run.build_trained_network(
             plans_manager.plans, configuration_manager.patch_size, num_input_channels, num_output_channels
         )
 

@@ -111,7 +111,9 @@ def flag_value(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def build_network(plans: Mapping[str, Any], patch: Sequence[int], num_channels: int, num_classes: int) -> PermutedAxes:
+def build_trained_network(
+    plans: Mapping[str, Any], patch: Sequence[int], num_channels: int, num_classes: int
+) -> PermutedAxes:
     """Build the segmentation network for arrays in the order of axes of the plans.
 
     Args:

@@ -1,4 +1,4 @@
-"""The one logger of the package, and silence of others."""
+"""The one logger of the package, and silence of other libraries."""
 
 import logging
 import os

@@ -75,7 +75,7 @@ def test_predictions_build_the_network_that_was_trained(recipe, configuration, s
     plans = make_plans()
     plan_run(plans, configuration, {RECIPE: recipe})
     patch = plans["configurations"][configuration]["patch_size"]
-    trained, again = (nnunet_run.build_network(p, patch, 1, 3) for p in (plans, json.loads(json.dumps(plans))))
+    trained, again = (nnunet_run.build_trained_network(p, patch, 1, 3) for p in (plans, json.loads(json.dumps(plans))))
     again.load_state_dict(trained.state_dict())
     x = torch.rand(1, 1, *shape)
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_predictions_build_the_network_that_was_trained(recipe, configuration, s
 
 def test_plans_of_another_trainer_have_no_network():
     with pytest.raises(ValueError, match="under 'hyspark', got none"):
-        nnunet_run.build_network(make_plans(), [16, 64, 32], 1, 3)
+        nnunet_run.build_trained_network(make_plans(), [16, 64, 32], 1, 3)
 
 
 def test_a_cascade_is_refused(recipe):
@@ -107,7 +107,7 @@ def test_weights_are_held_against_the_plan(recipe, tmp_path):
         file = tmp_path / f"{name}.pth"
         torch.save({"model": source.state_dict(), "config": settings}, file)
         config = plan_run(plans, "3d_fullres", {RECIPE: recipe, WEIGHTS: str(file)}).config
-        network = nnunet_run.build_network(plans, [16, 64, 32], 1, 3).network
+        network = nnunet_run.build_trained_network(plans, [16, 64, 32], 1, 3).network
         found[name] = nnunet_run.load_initial_weights(network, config, plans)
         assert torch.equal(network.embeddings.stem.weight, source.embeddings.stem.weight)
     warnings = [line for line in found["other"] if line.startswith("WARNING")]
@@ -152,7 +152,9 @@ def test_what_the_plan_does_not_say_is_not_compared_and_advice_can_be_typed(
     plans = make_plans(**changes)
     plans["foreground_intensity_properties_per_channel"] = {"0": CT | {"percentile_00_5": 0.0}}
     config = plan_run(plans, configuration, {RECIPE: recipe, WEIGHTS: "own.pth"}).config
-    network = nnunet_run.build_network(plans, plans["configurations"][configuration]["patch_size"], 1, 3).network
+    network = nnunet_run.build_trained_network(
+        plans, plans["configurations"][configuration]["patch_size"], 1, 3
+    ).network
     made = {"spacing": [1.5, 1.5, 1.5], "intensity": ["ct"], "hu_min": -175.0, "hu_max": 250.0}
     torch.save({"model": network.state_dict(), "config": made}, "own.pth")
     found = nnunet_run.load_initial_weights(network, config, plans)
@@ -175,7 +177,7 @@ def test_folds_of_one_model_have_one_recipe(recipe, tmp_path):
 def test_learning_rates_follow_the_recipe_step_by_step(recipe):
     plans = make_plans()
     config = plan_run(plans, "3d_fullres", {RECIPE: recipe}).config
-    network = nnunet_run.build_network(plans, [16, 64, 32], 1, 3)
+    network = nnunet_run.build_trained_network(plans, [16, 64, 32], 1, 3)
     optimizer = optim.make_adamw(network, config.layer_decay, optim.finetuning_encoder_lr_ratio(config))
     schedule = nnunet_run.EpochSchedule(optimizer, config, num_epochs=4)
 

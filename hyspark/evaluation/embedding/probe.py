@@ -180,6 +180,6 @@ def score_of(
             return np.broadcast_to(values, (len(drawn), num_seeds))
 
         estimate = bootstrap_mean(measure, num_seeds, len(names), num_resamples=num_resamples(len(truth)))
-        # A single patient says nothing of others.
+        # A single patient has no interval.
         found[metric] = asdict(estimate if len(names) > 1 else replace(estimate, low=np.nan, high=np.nan))
     return found

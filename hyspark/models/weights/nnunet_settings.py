@@ -83,16 +83,16 @@ def plan_settings(plans: Mapping[str, Any], configuration: Mapping[str, Any]) ->
     # transpose_forward names, for each axis of the network, that of the array z, y, x which is read from a file.
     order = tuple(2 - int(axis) for axis in plain_numbers(plans.get("transpose_forward", VOLUME_AXES)))
     if sorted(order) != list(VOLUME_AXES):
-        return intensity_settings(plans, configuration)
+        return intensity_of_plans(plans, configuration)
     found["axis_order"] = order
     for name, values, kind in (("spacing", spacing, float), ("crop_size", patch, int)):
         if values is not None and len(values) == len(order):
             by_axis = dict(zip(order, plain_numbers(values), strict=True))
             found[name] = tuple(kind(by_axis[axis]) for axis in VOLUME_AXES)
-    return found | intensity_settings(plans, configuration)
+    return found | intensity_of_plans(plans, configuration)
 
 
-def intensity_settings(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> dict[str, Any]:
+def intensity_of_plans(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> dict[str, Any]:
     """Convert the normalisation of each channel to settings; see `nnunet_settings`."""
     schemes = configuration.get("normalization_schemes", plans.get("normalization_schemes", ()))
     schemes = [str(scheme) for scheme in (schemes.values() if isinstance(schemes, Mapping) else schemes)]
