@@ -328,7 +328,7 @@ def test_control_c_still_stops(monkeypatch, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.nii.gz"]
 
 
-def killed_or_prepared(case, settings):
+def killed_or_prepared(case, settings, is_whole):
     """Stands for `prepared_or_reason` in a worker: case b kills its process."""
     if case.name == "b":
         os.kill(os.getpid(), signal.SIGKILL)
