@@ -4,7 +4,6 @@ The description of a file is read first, so that a foreign file is refused befor
 """
 
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hyspark.evaluation.segmentation.description import KEY, Description, read_description
+from hyspark.models.weights.formats import zip_names
 from hyspark.utils.install import install_command
 from hyspark.utils.log import LOG
 from hyspark.utils.text import first_line
@@ -76,11 +76,7 @@ def deployed_form(path: Path) -> DeployedForm | None:
 
 def torchscript_folder(path: Path) -> str:
     """Return the folder that all files of a TorchScript archive lie in; empty for any other file."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (OSError, zipfile.BadZipFile):
-        return ""
+    names = zip_names(path) if path.is_file() else []
     folder = names[0].partition("/")[0] if names else ""
     has_code = any(name.startswith(f"{folder}/code/") for name in names)
     return folder if has_code and f"{folder}/constants.pkl" in names else ""
@@ -112,16 +108,16 @@ def load_onnx(path: Path) -> DeployedNetwork:
 
 def load_torchscript(path: Path) -> DeployedNetwork:
     """Load a TorchScript file of `hyspark export --torchscript`; errors as for `load_deployed`."""
-    with zipfile.ZipFile(path) as archive:
-        name = f"{torchscript_folder(path)}/extra/{KEY}"
-        text = archive.read(name).decode(errors="replace") if name in archive.namelist() else ""
-    description = read_description(known_text(text, path), path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch advises its own successor of TorchScript
-        try:
+    try:
+        reader: Any = torch._C.PyTorchFileReader(str(path))  # reads without running anything
+        is_own = f"{torchscript_folder(path)}/extra/{KEY}" in zip_names(path)
+        text = reader.get_record(f"extra/{KEY}").decode(errors="replace") if is_own else ""
+        description = read_description(known_text(text, path), path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch advises its own successor of TorchScript
             network: nn.Module = torch.jit.load(path, map_location="cpu")
-        except RuntimeError as error:
-            raise ValueError(f"{path}: unreadable TorchScript ({first_line(error)}); export it again") from error
+    except RuntimeError as error:
+        raise ValueError(f"{path}: unreadable TorchScript ({first_line(error)}); export it again") from error
     return DeployedNetwork(network, description)
 
 
