@@ -6,21 +6,22 @@
 nnU-Net compares the shapes of weights alone. So axes, spacing, intensity and strides are held against the plan here.
 """
 
-import os
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hyspark.exports.nnunet_fit import ADVICE, PlanFit, fit_weights
+from hyspark.models.axis_order import permute_axes
 from hyspark.models.nnunet_network import build_network, run_encoder, turn_kernels, turned_architecture
 from hyspark.models.nnunet_plans import NnunetPlan, read_plan, split_plan_name, to_network_axes
 from hyspark.models.weights.files import read_contents
 from hyspark.models.weights.load import load_pretrained
 from hyspark.training import checkpoint
+from hyspark.utils.atomic import whole_path
 from hyspark.utils.version import VERSION
 
 SEGMENTATION = ".seg_layers."
@@ -84,13 +85,9 @@ def write_nnunet(source: str | Path, plans: str, out: Path, key: str = "") -> st
     }
     target.load_state_dict(target.state_dict() | encoder)
     content = nnunet_content(target, plan, fit)
-    temporary = out.with_name(f".{out.name}.unchecked")
-    checkpoint.save(content, temporary)
-    try:
-        difference = largest_difference(pretrained, temporary, plan, fit)
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_path(out) as path:
+        checkpoint.save(content, path)
+        difference = largest_difference(pretrained, path, plan, fit)
     encoder_part: Any = target.encoder
     num = sum(value.numel() for value in encoder_part.parameters())
     return "\n".join(
@@ -199,18 +196,18 @@ def largest_difference(pretrained: nn.Module, file: Path, plan: NnunetPlan, fit:
     size = [2 * edge for edge in plan.stride]
     crop = torch.randn(1, len(plan.schemes), *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = run_encoder(pretrained.eval(), to_axes(crop, fit.axis_order))
-        found = run_encoder(network.eval(), to_axes(crop, plan.axis_order))
+        expected = run_encoder(pretrained.eval(), permute_axes(crop, fit.axis_order))
+        found = run_encoder(network.eval(), permute_axes(crop, plan.axis_order))
     axes = [fit.axis_order.index(axis) for axis in plan.axis_order]
     differences = [
-        float((one - to_axes(other, axes)).abs().max() / other.abs().max())
+        float((one - permute_axes(other, axes)).abs().max() / other.abs().max())
         for one, other in zip(found, expected, strict=True)
     ]
     if not all(one < FEATURE_TOLERANCE for one in differences):  # NaN too
         shown = ", ".join(f"{one:.2g}" for one in differences)
         raise RuntimeError(
-            f"{file}: its features differ from those of the weights by {shown} of the largest of each map, "
-            "expected rounding; the file was removed"
+            f"{file.name}: its features differ from those of the weights by {shown} of the largest of each map, "
+            "expected rounding; nothing is written"
         )
     return max(differences)
 
@@ -222,11 +219,6 @@ def load_as_nnunet(network: nn.Module, file: Path) -> None:
     if wrong := [name for name, x in own.items() if name not in given or given[name].shape != x.shape]:
         raise RuntimeError(f"{file}: {len(wrong)} weights are missing or of another shape ({', '.join(wrong[:3])})")
     network.load_state_dict(network.state_dict() | {name: given[name] for name in own})
-
-
-def to_axes(crop: Tensor, order: tuple[int, ...] | list[int]) -> Tensor:
-    """Permute the axes of a crop or map (b, c, *size)."""
-    return crop.permute(0, 1, *(2 + axis for axis in order))
 
 
 def commands(plan: NnunetPlan, out: Path) -> list[str]:

@@ -1,9 +1,20 @@
-"""Run a network on arrays whose axes are in another order than its own."""
+"""Axes in another order than a network's own."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+
+
+def permute_axes(x: Tensor, order: Sequence[int]) -> Tensor:
+    """Permute the last axes of a tensor: the axis `order[i]` of (..., *size) becomes axis i of the result."""
+    first = x.ndim - len(order)
+    return x.permute(*range(first), *(first + axis for axis in order))
+
+
+def inverse_order(order: Sequence[int]) -> tuple[int, ...]:
+    """Return the order that undoes one."""
+    return tuple(list(order).index(axis) for axis in range(len(order)))
 
 
 class PermutedAxes(nn.Module):
@@ -17,12 +28,10 @@ class PermutedAxes(nn.Module):
     def __init__(self, network: nn.Module, order: Sequence[int]) -> None:
         super().__init__()
         self.network = network
-        self.inward = (0, 1, *(2 + list(order).index(axis) for axis in range(len(order))))
-        self.outward = (0, 1, *(2 + axis for axis in order))
+        self.order = tuple(order)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.network(x.permute(self.inward))
-        return out.permute(self.outward)
+        return permute_axes(self.network(permute_axes(x, inverse_order(self.order))), self.order)
 
     def encoder_layers(self) -> dict[str, int | None]:
         """Return the index of the layer of each parameter of the network's encoder."""

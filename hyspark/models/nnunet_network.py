@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hyspark.models.axis_order import permute_axes
 from hyspark.models.backbones import Backbone
 from hyspark.models.network_faults import UnsupportedNetworkError
 from hyspark.models.nnunet_plans import UNETS, NnunetPlan
@@ -120,4 +121,4 @@ def turned_architecture(architecture: dict[str, Any], axes: Sequence[int]) -> di
 
 def turn_kernels(weight: Tensor, axes: Sequence[int]) -> Tensor:
     """Permute the kernel of a 3D convolution (out, in, *edges) to other axes; other tensors are unchanged."""
-    return weight.permute(0, 1, *(2 + axis for axis in axes)).contiguous() if weight.ndim == 5 else weight
+    return permute_axes(weight, axes).contiguous() if weight.ndim == 5 else weight

@@ -18,6 +18,7 @@ from hyspark.data.batches.crops import SliceSampling
 from hyspark.data.batches.loader import Batch, make_loader
 from hyspark.data.preprocessing.store import StoredVolume
 from hyspark.evaluation.linear_probe import Probe, take_probe
+from hyspark.models.axis_order import inverse_order, permute_axes
 from hyspark.models.weights.export import MADE_WITH
 from hyspark.reports import run_page
 from hyspark.training import checkpoint, distributed, optim
@@ -99,15 +100,12 @@ def to_network_input(images: Tensor, config: PretrainConfig, device: torch.devic
     """
     images = images.to(device, non_blocking=True)
     images = images.expand(-1, config.in_channels, *(-1,) * (images.ndim - 2))
-    return images.permute(0, 1, *(2 + a for a in config.axis_order)).contiguous() if config.axis_order else images
+    return permute_axes(images, config.axis_order).contiguous() if config.axis_order else images
 
 
 def to_volume(values: Tensor, config: PretrainConfig) -> Tensor:
     """Permute values (..., *size) from the axes of the network to x, y, z."""
-    if not config.axis_order:
-        return values
-    first = values.ndim - len(config.axis_order)
-    return values.permute(*range(first), *(first + config.axis_order.index(axis) for axis in range(3)))
+    return permute_axes(values, inverse_order(config.axis_order))
 
 
 def pretraining_schedule(config: PretrainConfig, run: Run, step: int) -> dict[str, float]:

@@ -21,9 +21,10 @@ from hyspark.data.intensity import SCALES
 from hyspark.data.settings import PrepareSettings
 from hyspark.models.axis_order import PermutedAxes
 from hyspark.models.defaults import PATCH, nearest_multiple
+from hyspark.models.nnunet_plans import resolve_configuration, to_volume_axes
 from hyspark.models.segmentation import build_hybird
 from hyspark.models.weights.load import load_pretrained
-from hyspark.models.weights.nnunet_settings import OWN_SETTINGS, inherited, plan_settings
+from hyspark.models.weights.nnunet_settings import OWN_SETTINGS, plan_settings
 from hyspark.training.initial_weights import INPUT_SETTINGS, describe_differences, initialise
 from hyspark.training.optim import finetuning_schedule, set_lr_and_decay
 from hyspark.utils.settings import field_info
@@ -66,7 +67,7 @@ def plan_run(plans: dict[str, Any], configuration: str, environment: Mapping[str
         ValueError: The recipe is wrong, or the configuration takes labels of an earlier stage.
     """
     known = plans["configurations"]
-    found = inherited(known, configuration)
+    found = resolve_configuration(known, configuration, "plans")
     if found.get("previous_stage"):
         raise ValueError(
             f"{configuration}: expected a configuration of images alone, got one that also takes labels of "
@@ -130,7 +131,7 @@ def build_trained_network(
     values = {name: value for name, value in plans[OWN_SETTINGS].items() if name in READ}
     config = SegmentationConfig(**typed_values(values, SegmentationConfig, "plans"))
     order = volume_order(plans["transpose_forward"], len(patch))
-    edges = [patch[order.index(axis)] for axis in range(len(patch))]
+    edges = to_volume_axes(patch, order)
     options = network_options(config) | {"axes": len(patch)}
     network = initialise(partial(build_hybird, num_channels, num_classes, edges, **options), config.seed)
     return PermutedAxes(network, order)

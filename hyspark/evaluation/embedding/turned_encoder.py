@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from hyspark.models.nnunet_plans import to_network_axes, to_volume_axes
+from hyspark.models.axis_order import inverse_order, permute_axes
+from hyspark.models.nnunet_plans import to_volume_axes
 from hyspark.models.spark import PyramidEncoder
 
 
@@ -33,5 +34,5 @@ class TurnedEncoder(nn.Module):
     def forward(self, volumes: Tensor) -> list[Tensor]:
         """Compute the maps of windows, finest first, axes x, y, z."""
         given = volumes.expand(-1, self.encoder.in_channels, -1, -1, -1)
-        maps = self.encoder(given.permute(0, 1, *to_network_axes((2, 3, 4), self.order)).contiguous())
-        return [x.permute(0, 1, *to_volume_axes((2, 3, 4), self.order)) for x in maps]
+        maps = self.encoder(permute_axes(given, self.order).contiguous())
+        return [permute_axes(x, inverse_order(self.order)) for x in maps]

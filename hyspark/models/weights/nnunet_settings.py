@@ -11,7 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from hyspark.models.nnunet_plans import CT_SCHEME, IMAGE_SCHEME, ct_settings, intensity_of_scheme
+from hyspark.models.nnunet_plans import (
+    CT_SCHEME,
+    IMAGE_SCHEME,
+    ct_settings,
+    intensity_of_scheme,
+    resolve_configuration,
+    to_volume_axes,
+)
 from hyspark.models.weights.objects import load_pickle
 
 EARLIER_SCHEMES = {"CT": CT_SCHEME, "CT2": CT_SCHEME, "nonCT": IMAGE_SCHEME}
@@ -55,7 +62,7 @@ def find_plans(contents: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[
         known = plans["configurations"]
         return plans, known[name] if name in known else only_value(known)
     if isinstance(plans := arguments.get("plans"), Mapping):
-        return plans, inherited(plans["configurations"], arguments["configuration"])
+        return plans, resolve_configuration(plans["configurations"], arguments["configuration"], "plans")
     if isinstance(plans := contents.get("plans"), Mapping) and "plans_per_stage" in plans:
         stages, given = plans["plans_per_stage"], contents.get("init", ())
         stage = given[STAGE_ARGUMENT] if len(given) > STAGE_ARGUMENT else None
@@ -66,13 +73,6 @@ def find_plans(contents: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[
 def only_value(items: Mapping[Any, Any]) -> Mapping[str, Any]:
     """Return the value of a mapping with one item; an empty mapping for others."""
     return next(iter(items.values())) if len(items) == 1 else {}
-
-
-def inherited(configurations: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return a configuration with the values that it inherits from others (`inherits_from`)."""
-    own = configurations[name]
-    parent = own.get("inherits_from")
-    return (inherited(configurations, parent) if parent else {}) | dict(own)
 
 
 def plan_settings(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,8 +87,7 @@ def plan_settings(plans: Mapping[str, Any], configuration: Mapping[str, Any]) ->
     found["axis_order"] = order
     for name, values, kind in (("spacing", spacing, float), ("crop_size", patch, int)):
         if values is not None and len(values) == len(order):
-            by_axis = dict(zip(order, plain_numbers(values), strict=True))
-            found[name] = tuple(kind(by_axis[axis]) for axis in VOLUME_AXES)
+            found[name] = tuple(map(kind, to_volume_axes(plain_numbers(values), order)))
     return found | intensity_of_plans(plans, configuration)
 
 
