@@ -23,6 +23,7 @@ from hyspark.models.nnunet_plans import (
     split_plan_name,
 )
 from hyspark.utils.atomic import write_whole
+from hyspark.utils.text import short_text
 
 PLAN_FILE = "plans.json"
 """Copy of the plan in a run folder, and beside exported weights."""
@@ -175,11 +176,11 @@ def warnings_of_plan(plan: NnunetPlan, config: PretrainConfig) -> list[str]:
             lines.append(f"{file}: changed since the run began, which continues with its own copy, {copy}")
     if (rounded := nearest_multiple(plan.patch_size, plan.stride)) != plan.patch_size:
         lines.append(
-            f"patch_size {as_words(plan.patch_size)} of the plan: no multiple of the total stride "
-            f"{as_words(plan.stride)}; crop_size is {as_words(rounded)} by default"
+            f"patch_size {short_text(plan.patch_size)} of the plan: no multiple of the total stride "
+            f"{short_text(plan.stride)}; crop_size is {short_text(rounded)} by default"
         )
     for name, (own, planned) in differing_settings(plan, config).items():
-        lines.append(f"--{name} {as_words(own)}: overrides {as_words(planned)} of the plan {plan.name}")
+        lines.append(f"--{name} {short_text(own)}: overrides {short_text(planned)} of the plan {plan.name}")
     if any(plan.schemes[i] == IMAGE_SCHEME and plan.are_masked[i] for i in range(len(plan.schemes))) and (
         "mr" in config.intensity
     ):
@@ -204,11 +205,5 @@ def describe_plan(plan: NnunetPlan, config: PretrainConfig) -> str:
     """Describe a plan in one line, with the settings of a run that are the plan's."""
     differing = differing_settings(plan, config)
     names = settings_of_plan(plan, {"intensity": config.intensity, "image_channels": config.image_channels})
-    same = [f"{name} {as_words(getattr(config, name))}" for name in names if name not in differing]
+    same = [f"{name} {short_text(getattr(config, name))}" for name in names if name not in differing]
     return f"{plan.name}, {plan.configuration} of {plan.dataset}; from it: {', '.join(same) or 'no setting'}"
-
-
-def as_words(value: Any) -> str:
-    """Write the value of a setting as on a command line."""
-    values = value if isinstance(value, tuple) else (value,)
-    return " ".join(f"{x:g}" if isinstance(x, float) else str(x) for x in values)

@@ -17,6 +17,13 @@ from hyspark.config.shared import (
 from hyspark.models.defaults import check_min_width, grid_of
 from hyspark.utils.settings import setting
 
+PREDICTION_SETTINGS = ("precision", "infer_overlap", "sw_batch_size", "left_right", "flip_prob")
+"""Settings that predictions depend on, beside those of network and preparation; the last two say which flips they may
+average over.
+"""
+UNREAD_BY_PREDICTIONS = {"rot90_prob": 0.0}
+"""Settings of training whose default needs equal edges of the crop, with a value for predictions."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationConfig(VolumeSettings, EncoderSettings):

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from torch import nn
 
-from hyspark.config.segmentation import SegmentationConfig
+from hyspark.config.segmentation import PREDICTION_SETTINGS, UNREAD_BY_PREDICTIONS, SegmentationConfig
 from hyspark.data.intensity import reads_window
 from hyspark.data.settings import PrepareSettings
 from hyspark.evaluation.segmentation.deployed import deployed_form
@@ -16,10 +16,6 @@ from hyspark.models.weights.model_folder import CONFIG, find_weights, read_own_c
 from hyspark.models.weights.search import choose_state_dict
 from hyspark.utils.settings import field_info
 
-PREDICTION_SETTINGS = ("precision", "infer_overlap", "sw_batch_size", "left_right", "flip_prob")
-"""Settings of a fine-tuning run that its predictions depend on, beside those of network and preparation."""
-UNREAD = {"rot90_prob": 0.0}
-"""Settings of training that would be checked against those of a network."""
 NetworkKind = Literal["segmentation", "classification"]
 
 
@@ -127,7 +123,7 @@ def read_model_folder(folder: Path, file: Path) -> Mapping[str, Any]:
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise ValueError(f"{folder / CONFIG}: expected a list of names as classes, got {classes!r}")
     weights, _ = choose_state_dict(read_contents(file), str(file))
-    return {"model": weights.tensors, "config": {**settings, **UNREAD}, "classes": classes}
+    return {"model": weights.tensors, "config": {**settings, **UNREAD_BY_PREDICTIONS}, "classes": classes}
 
 
 def prediction_settings(config: SegmentationConfig) -> dict[str, dict[str, Any]]:

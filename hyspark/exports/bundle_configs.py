@@ -14,9 +14,9 @@ from typing import Any
 from hyspark.config.segmentation import SegmentationConfig, network_options
 from hyspark.data.datasets.words import FIRST_CHANNELS
 from hyspark.data.intensity import hu_maps, intensities_of
-from hyspark.evaluation.segmentation.description import PREPARATION
 from hyspark.evaluation.segmentation.inference import TrainedNetwork
 from hyspark.evaluation.segmentation.label_grids import label_dtype
+from hyspark.training.initial_weights import INPUT_SETTINGS
 
 RAS_LABELS = [["L", "R"], ["P", "A"], ["I", "S"]]
 """Names of the axes, which MONAI takes from the space of the affine otherwise."""
@@ -185,7 +185,7 @@ def preprocessing(config: SegmentationConfig) -> list[dict[str, Any]]:
         window = {"a_min": config.hu_min, "a_max": config.hu_max, "b_min": 0.0, "b_max": 1.0, "clip": True}
         steps += [*grid, {"_target_": "ScaleIntensityRanged", **key, **window}, *crop, *zscores(config)]
     else:
-        settings = {name: getattr(config, name) for name in PREPARATION}
+        settings = {name: getattr(config, name) for name in INPUT_SETTINGS}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
         measure = {"_target_": f"{OWN}.MeasureScalesd", **key, "settings": plain}
         finish = {"_target_": f"{OWN}.ToInputd", **key, "settings": plain}

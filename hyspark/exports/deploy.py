@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
+from hyspark.config.segmentation import SegmentationConfig
 from hyspark.evaluation.segmentation.description import describe_network
 from hyspark.evaluation.segmentation.inference import TrainedNetwork, load_network
 from hyspark.exports.agreement import compare_predictions, compare_scores, predict_by
@@ -31,8 +32,10 @@ def export_onnx(source: Path, out: Path, check: str = "") -> str:
     def write(trained: TrainedNetwork, description: str, path: Path) -> None:
         write_onnx(trained.network, trained.config.in_channels, description, path)
 
-    text = export_network_file(source, out, ".onnx", write, [(1, OTHER_SIZE)], check)
-    return f"{text}\nany batch, any size of multiples of 16 per axis"
+    def note(config: SegmentationConfig) -> str:
+        return "any batch, any size of multiples of 16 per axis"
+
+    return export_network_file(source, out, ".onnx", write, [(1, OTHER_SIZE)], note, check)
 
 
 def export_torchscript(source: Path, out: Path, check: str = "") -> str:
@@ -42,13 +45,20 @@ def export_torchscript(source: Path, out: Path, check: str = "") -> str:
         crop = trained.config.crop_shape
         write_torchscript(trained.network, trained.config.in_channels, crop, description, path)
 
-    text = export_network_file(source, out, ".pt", write, [], check)
-    crop = load_network(out).config.crop_shape
-    return f"{text}\nany batch, crops of {' x '.join(map(str, crop))} voxels alone: tracing fixes the size"
+    def note(config: SegmentationConfig) -> str:
+        return f"any batch, crops of {' x '.join(map(str, config.crop_shape))} voxels alone: tracing fixes the size"
+
+    return export_network_file(source, out, ".pt", write, [], note, check)
 
 
 def export_network_file(
-    source: Path, out: Path, ending: str, write: Write, others: Sequence[tuple[int, Sequence[int]]], check: str
+    source: Path,
+    out: Path,
+    ending: str,
+    write: Write,
+    others: Sequence[tuple[int, Sequence[int]]],
+    note: Callable[[SegmentationConfig], str],
+    check: str,
 ) -> str:
     """Write a network as one file, after comparing scores and label maps with those of the run.
 
@@ -58,6 +68,7 @@ def export_network_file(
         ending: Ending of its name.
         write: Writes the form.
         others: Further batches and sizes on which scores are compared.
+        note: Describes which crops the network takes.
         check: A NIfTI file to compare label maps on; empty to choose one, see `make_check_image`.
 
     Returns:
@@ -80,7 +91,8 @@ def export_network_file(
         scores = compare_scores(trained.network, load_network(path).network, shapes, str(out))
         LOG.info("%s: predicting %s with the run and with the export", out, image.text)
         compared = compare_predictions(source, image.folder, predict_by(path), trained.names, str(out))
-    return summarise_export(out, trained.network, image, f"{scores}; {compared.text()}")
+    summary = summarise_export(out, trained.network, image, f"{scores}; {compared.text()}")
+    return f"{summary}\n{note(trained.config)}"
 
 
 def export_bundle(source: Path, out: Path, check: str = "") -> str:

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from hyspark.evaluation.segmentation.metrics import ORGAN_METRICS
 from hyspark.exports.measured_scores import MeasuredScores
 from hyspark.utils.tables import markdown_table
+from hyspark.utils.text import flag_text
 
 PIPELINE_TAGS = {"Segmenter": "image-segmentation"}
 """Task of a network on the Hub; that of all others computes features."""
@@ -146,11 +147,6 @@ def preprocessing_text(config: Mapping[str, Any]) -> str:
         "`mr` z-scores by the foreground of each volume; `zscore` those by all its voxels; "
         "`none` the values of the files.\n\n" + markdown_table(table)
     )
-
-
-def flag_text(value: Any) -> str:
-    """Write a setting as its flag takes it."""
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def describe_usage(config: Mapping[str, Any], facts: CardFacts) -> Usage:

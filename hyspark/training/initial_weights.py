@@ -16,6 +16,7 @@ from hyspark.data.settings import PrepareSettings
 from hyspark.models.weights.load import LoadReport, is_own_network, load_pretrained
 from hyspark.models.weights.nnunet_settings import VOLUME_AXES
 from hyspark.utils.log import LOG
+from hyspark.utils.text import short_text
 
 InitialisedT = TypeVar("InitialisedT", bound=nn.Module)
 INPUT_SETTINGS = tuple(setting.name for setting in fields(PrepareSettings))
@@ -82,11 +83,7 @@ def describe_differences(
 def describe_inputs(made_with: Mapping[str, Any]) -> list[str]:
     """Describe the input of the network that weights were made with, in a line; none if they do not say it."""
     given = {name: as_values(made_with.get(name, ()), name == "intensity") for name in SHOWN_SETTINGS}
-    found = [
-        f"{name} {' '.join(f'{x:g}' if isinstance(x, float) else str(x) for x in xs)}"
-        for name, xs in given.items()
-        if xs
-    ]
+    found = [f"{name} {short_text(values)}" for name, values in given.items() if values]
     return [f"made with  {', '.join(found)}"] if found else []
 
 

@@ -28,6 +28,7 @@ from hyspark.models.weights.nnunet_settings import OWN_SETTINGS, plan_settings
 from hyspark.training.initial_weights import INPUT_SETTINGS, describe_differences, initialise
 from hyspark.training.optim import finetuning_schedule, set_lr_and_decay
 from hyspark.utils.settings import field_info
+from hyspark.utils.text import flag_text
 
 RECIPE, WEIGHTS = "HYSPARK_RECIPE", "HYSPARK_WEIGHTS"
 """Environment variables: a recipe of fine-tuning, by path or name; a file of initial weights."""
@@ -79,7 +80,7 @@ def plan_run(plans: dict[str, Any], configuration: str, environment: Mapping[str
     if patch != fitting:
         known[configuration]["patch_size"] = found["patch_size"] = fitting
         notes.append(
-            f"patch_size {flag_value(patch)} of the plan: trained with {flag_value(fitting)}, multiples of {PATCH}"
+            f"patch_size {flag_text(patch)} of the plan: trained with {flag_text(fitting)}, multiples of {PATCH}"
         )
     given = DEFAULTS | (read_yaml(environment[RECIPE], SegmentationConfig) if environment.get(RECIPE) else {})
     if unread := sorted(set(given) - set(READ)):
@@ -93,7 +94,7 @@ def plan_run(plans: dict[str, Any], configuration: str, environment: Mapping[str
     of_plan = plan_settings(plans, found)
     plans[OWN_SETTINGS] = {name: value for name, value in as_plain(config).items() if name in READ}
     plans[OWN_SETTINGS] |= {name: as_list(of_plan[name]) for name in (*INPUT_SETTINGS, "crop_size") if name in of_plan}
-    notes.append("HySparK: " + ", ".join(f"{name} {flag_value(value)}" for name, value in plans[OWN_SETTINGS].items()))
+    notes.append("HySparK: " + ", ".join(f"{name} {flag_text(value)}" for name, value in plans[OWN_SETTINGS].items()))
     return NnunetRun(config, notes)
 
 
@@ -105,11 +106,6 @@ def validation_steps(config: SegmentationConfig) -> int:
 def as_list(value: Any) -> Any:
     """Return a tuple as a list, as JSON has it; other values as they are."""
     return list(value) if isinstance(value, tuple) else value
-
-
-def flag_value(value: Any) -> str:
-    """Write a setting as on the command line."""
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def build_trained_network(
@@ -170,7 +166,7 @@ def advise_pretraining(own: Mapping[str, Any]) -> str:
     if unknown := sorted({name for name in own.get("intensity", ()) if name not in SCALES}):
         return f"no pre-training here fits this plan: {', '.join(unknown)} has no counterpart among --intensity"
     flags = [
-        f"--{name} {flag_value(own[name])}"
+        f"--{name} {flag_text(own[name])}"
         for name in (*INPUT_SETTINGS, "crop_size")
         if own.get(name, []) not in ([], "")
     ]

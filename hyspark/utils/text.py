@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 MAX_LISTED = 5
 """Number of warnings that are shown in full."""
@@ -73,3 +74,14 @@ def format_duration(seconds: float) -> str:
         if seconds >= 2 * unit:
             return f"{seconds / unit:.1f} {name}"
     return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def short_text(value: Any) -> str:
+    """Write a setting for people: values of a list side by side, of floats six digits."""
+    values = value if isinstance(value, list | tuple) else (value,)
+    return " ".join(f"{x:g}" if isinstance(x, float) else str(x) for x in values)
+
+
+def flag_text(value: Any) -> str:
+    """Write a setting as its flag takes it: values of a list side by side."""
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -32,7 +32,7 @@ from hyspark.evaluation.embedding.regions import (
 from hyspark.evaluation.embedding.vectors import (
     CaseVectors,
     VectorTable,
-    case_key,
+    case_keys,
     column_names,
     join_cases,
     kept_file,
@@ -250,15 +250,15 @@ class Embedder:
             self.encoders[name] = self.network.random(int(name.rpartition("_")[2]))
         return self.encoders[name]
 
-    def key(self, case: Case, name: str) -> str:
-        """Compute the digest of what the vectors of a case by a network depend on."""
+    def keys(self, case: Case) -> dict[str, str]:
+        """Compute the digest of what the vectors of a case depend on, for each network."""
         boxes = [(box.name, box.low.tolist(), box.high.tolist()) for box in self.boxes.get(case.name, ())]
-        return case_key({**self.settings, "name": name}, case, boxes)
+        return case_keys(self.settings, self.names, case, boxes)
 
     def read_kept(self, case: Case) -> dict[str, CaseVectors]:
         """Read the vectors of a case that an earlier call has left, by network."""
         try:
-            keys = {name: self.key(case, name) for name in self.names}
+            keys = self.keys(case)
         except OSError:  # preparation finds the reason
             return {}
         found = {name: read_case_vectors(kept_file(self.out, name, case.name), key) for name, key in keys.items()}
@@ -275,7 +275,7 @@ class Embedder:
         regions, failures = self.regions(case, prepared)
         shape, window, unit = image.shape[1:], self.network.window, self.network.unit
         windows = plan_windows(regions, shape, window, unit, is_shared=self.options.grid > 0) if regions else []
-        kept = self.read_kept(case)
+        kept, keys = self.read_kept(case), self.keys(case)
         for name in [name for name in self.names if name not in kept]:
             vectors = np.zeros((0, sum(self.network.stages[stage - 1][0] for stage in self.stages)), np.float32)
             if regions:
@@ -297,7 +297,7 @@ class Embedder:
                 vectors,
                 failures,
             )
-            self.write(case, name, found)
+            self.write(case, name, keys[name], found)
 
     def regions(self, case: Case, prepared: Mapping[str, Any]) -> tuple[list[Region], dict[str, str]]:
         """Find the regions of a prepared case, and the reasons of those that it does not have."""
@@ -322,11 +322,11 @@ class Embedder:
                 failures[box.name] = str(error)
         return regions, failures
 
-    def write(self, case: Case, name: str, found: CaseVectors) -> None:
+    def write(self, case: Case, name: str, key: str, found: CaseVectors) -> None:
         """Write the vectors of a case by a network; raise OutputError if the folder takes no file."""
         path = kept_file(self.out, name, case.name)
         try:
-            write_case_vectors(path, self.key(case, name), found)
+            write_case_vectors(path, key, found)
         except OSError as error:
             if error.errno not in NO_OUTPUT:
                 raise

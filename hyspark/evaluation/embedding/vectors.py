@@ -73,20 +73,27 @@ class VectorTable:
         ]
 
 
-def case_key(settings: Mapping[str, Any], case: Case, regions: Any) -> str:
-    """Compute the digest of everything that the vectors of a case depend on.
+def case_keys(settings: Mapping[str, Any], names: Sequence[str], case: Case, regions: Any) -> dict[str, str]:
+    """Compute the digests of everything that the vectors of a case depend on.
 
     Args:
         settings: The weights' digest, the settings of preparation and of pooling.
-        case: The case; its files are read.
+        names: Names of the networks.
+        case: The case; its files are read once for all networks.
         regions: What its regions are made of.
+
+    Returns:
+        A digest for each network.
     """
     if isinstance(case, ScanCase):
         files = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in case.volume.files]
     else:
         files = [content_digest(path) for path in case.images]
     label = [content_digest(case.label)] if case.label else []
-    return text_digest([json.dumps(settings, sort_keys=True), *files, *label, repr(regions)])
+    return {
+        name: text_digest([json.dumps({**settings, "name": name}, sort_keys=True), *files, *label, repr(regions)])
+        for name in names
+    }
 
 
 def kept_file(out: Path, network: str, case: str) -> Path:

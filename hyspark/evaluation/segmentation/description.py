@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hyspark.config.recipes import typed_values
-from hyspark.config.segmentation import SegmentationConfig
+from hyspark.config.segmentation import PREDICTION_SETTINGS, UNREAD_BY_PREDICTIONS, SegmentationConfig
+from hyspark.training.initial_weights import INPUT_SETTINGS
 from hyspark.utils.version import VERSION
 
 KEY = "hyspark.json"
 """Name of the description in an exported file."""
 DESCRIPTION_FORMAT = 1
 """Version of the description; a reader refuses later ones."""
-PREPARATION = ("spacing", "hu_min", "hu_max", "intensity", "image_channels", "input_mean", "input_std")
-"""Settings of preparing a volume."""
-WINDOWS_OF = ("crop_size", "infer_overlap", "sw_batch_size", "precision", "flip_prob", "left_right")
-"""Settings of segmenting it by windows; the last two say which flips predictions may average over."""
 
 
 class Description(NamedTuple):
@@ -44,7 +41,7 @@ def describe_network(config: SegmentationConfig, names: Sequence[str], trained_o
         names: Names of its classes, background first.
         trained_on: Digests of the images that it was trained on.
     """
-    settings = {name: getattr(config, name) for name in (*PREPARATION, *WINDOWS_OF, "fold")}
+    settings = {name: getattr(config, name) for name in (*INPUT_SETTINGS, *PREDICTION_SETTINGS, "fold")}
     settings["crop_size"] = config.crop_shape
     content = {
         "program": "hyspark",
@@ -76,8 +73,7 @@ def read_description(text: str, path: Path) -> Description:
         if content["format"] > DESCRIPTION_FORMAT:
             raise ValueError(f"written by hyspark {content['version']}; install that version, or export it again")
         settings: Mapping[str, Any] = content["settings"]
-        # Training alone reads rot90_prob, whose default needs equal edges of the crop.
-        values = typed_values({**settings, "rot90_prob": 0.0}, SegmentationConfig, str(path))
+        values = typed_values({**settings, **UNREAD_BY_PREDICTIONS}, SegmentationConfig, str(path))
         names = [str(name) for name in content["classes"]]
         return Description(SegmentationConfig(**values), names, [str(digest) for digest in content["trained_on"]])
     except (ValueError, KeyError, TypeError) as error:
