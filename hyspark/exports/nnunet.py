@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hyspark.exports.nnunet_fit import ADVICE, PlanFit, fit_weights
-from hyspark.models.axis_order import permute_axes
+from hyspark.models.axis_order import permute_axes, relative_order
 from hyspark.models.nnunet_network import build_network, run_encoder, turn_kernels, turned_architecture
 from hyspark.models.nnunet_plans import NnunetPlan, read_plan, split_plan_name, to_network_axes
 from hyspark.models.weights.files import read_contents
@@ -79,7 +79,7 @@ def write_nnunet(source: str | Path, plans: str, out: Path, key: str = "") -> st
         torch.manual_seed(0)  # the same decoder in every export
         pretrained = build_pretrained(source, plan, fit, key)
         target = build_network(plan.architecture, len(plan.schemes))
-    axes = [fit.axis_order.index(axis) for axis in plan.axis_order]
+    axes = relative_order(fit.axis_order, plan.axis_order)
     encoder = {
         name: turn_kernels(value, axes) for name, value in pretrained.state_dict().items() if is_of_encoder(name)
     }
@@ -112,7 +112,7 @@ def build_pretrained(source: str | Path, plan: NnunetPlan, fit: PlanFit, key: st
     Raises:
         ValueError: as `load_pretrained`; or weights of the encoder are missing or were adapted.
     """
-    axes = [plan.axis_order.index(axis) for axis in fit.axis_order]
+    axes = relative_order(plan.axis_order, fit.axis_order)
     network = build_network(turned_architecture(plan.architecture, axes), len(plan.schemes))
     report = load_pretrained(network, source, key)
     if wrong := [name for name in (*report.missing, *report.adapted) if is_of_encoder(name)]:
@@ -198,7 +198,7 @@ def largest_difference(pretrained: nn.Module, file: Path, plan: NnunetPlan, fit:
     with torch.no_grad():
         expected = run_encoder(pretrained.eval(), permute_axes(crop, fit.axis_order))
         found = run_encoder(network.eval(), permute_axes(crop, plan.axis_order))
-    axes = [fit.axis_order.index(axis) for axis in plan.axis_order]
+    axes = relative_order(fit.axis_order, plan.axis_order)
     differences = [
         float((one - permute_axes(other, axes)).abs().max() / other.abs().max())
         for one, other in zip(found, expected, strict=True)

@@ -9,6 +9,7 @@ import numpy as np
 
 from hyspark.config.nnunet import PLAN_FILE, PLANS_KEY, intensity_of_plan, names_plan
 from hyspark.data.intensity import OF_CT, of_channel
+from hyspark.models.axis_order import relative_order
 from hyspark.models.nnunet_network import turned_architecture
 from hyspark.models.nnunet_plans import CT_SCHEME, SCHEMES, NnunetPlan, parse_plan, read_plan, split_plan_name
 from hyspark.models.weights.export import MADE_WITH
@@ -173,7 +174,7 @@ def compare_architecture(own: NnunetPlan | None, plan: NnunetPlan, order: tuple[
         return [
             "not checked: strides and activations, which the file does not name; names and shapes of all weights fit"
         ]
-    axes = [order.index(axis) for axis in plan.axis_order]
+    axes = relative_order(order, plan.axis_order)
     one, other = (
         {"network_class_name": found["network_class_name"].rpartition(".")[2]} | found["arch_kwargs"]
         for found in (turned_architecture(own.architecture, axes), plan.architecture)

@@ -1,6 +1,6 @@
 """Axes in another order than a network's own."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,9 +12,14 @@ def permute_axes(x: Tensor, order: Sequence[int]) -> Tensor:
     return x.permute(*range(first), *(first + axis for axis in order))
 
 
+def relative_order(order: Sequence[int], other: Iterable[int]) -> tuple[int, ...]:
+    """Return the axes of a tensor in one order as they come in another, for `permute_axes`."""
+    return tuple(list(order).index(axis) for axis in other)
+
+
 def inverse_order(order: Sequence[int]) -> tuple[int, ...]:
     """Return the order that undoes one."""
-    return tuple(list(order).index(axis) for axis in range(len(order)))
+    return relative_order(order, range(len(order)))
 
 
 class PermutedAxes(nn.Module):

@@ -2,13 +2,12 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hyspark.data.settings import PrepareSettings
 from hyspark.evaluation.embedding.embed import EmbedOptions, embed_volumes
 from hyspark.evaluation.embedding.networks import NetworkChoice, load_embedding_network
 from hyspark.evaluation.embedding.probe import probe_vectors
@@ -18,13 +17,13 @@ from hyspark.evaluation.embedding.vectors import VectorTable, import_pyarrow, wr
 from hyspark.tasks.api import StrPath, check_caller
 from hyspark.tasks.python_words import in_python_words
 from hyspark.training.distributed import find_processes
+from hyspark.training.initial_weights import INPUT_SETTINGS
 from hyspark.utils.log import LOG
 from hyspark.utils.tables import aligned_table
 from hyspark.utils.text import nearest
 
 RANDOM_SEEDS = (0, 1, 2)
 """Seeds of the random weights that a probe compares with, unless others are given."""
-INPUTS = tuple(one.name for one in fields(PrepareSettings))
 NETWORK = ("model", "weights_key", "window")
 REGIONS = ("boxes", "labels", "grid", "stages", "pooling", "batch_size", "min_slices", "prepare_workers")
 PROBE = ("target", "features", "folds", "picture", "random_seeds")
@@ -80,7 +79,7 @@ def embed(
         ModuleNotFoundError: Parquet or UMAP is asked for, and not installed.
     """
     check_caller(device)
-    known = ("parquet", "probe", *INPUTS, *NETWORK, *REGIONS, *PROBE)
+    known = ("parquet", "probe", *INPUT_SETTINGS, *NETWORK, *REGIONS, *PROBE)
     for name in options:
         if name not in known:
             raise ValueError(f"unknown option {name!r}; options are {', '.join(known)}{nearest(name, known)}")
@@ -95,7 +94,7 @@ def embed(
         NetworkChoice(
             Path(weights),
             **{name: options[name] for name in NETWORK if name in options},
-            inputs={name: options[name] for name in INPUTS if name in options},
+            inputs={name: options[name] for name in INPUT_SETTINGS if name in options},
         )
     )
     regions = {name: options[name] for name in REGIONS if name in options}

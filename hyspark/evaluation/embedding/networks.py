@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -40,9 +40,9 @@ from hyspark.training.initial_weights import (
     settings_beside,
 )
 from hyspark.utils.log import LOG
+from hyspark.utils.settings import field_info
 
 DEFAULT_WINDOW = (96, 96, 96)
-ENCODER_NAMES = tuple(one.name for one in fields(EncoderSettings))
 RELEASED_ENDING = "_1kpretrained_timm_style.pth"
 IN_NO_SHAPE = ("num_heads", "slices", "slice_scaling", "axis_order")
 """Settings that an encoder computes by, and that no shape of its weights shows."""
@@ -127,7 +127,7 @@ def load_embedding_network(choice: NetworkChoice) -> EmbeddingNetwork:
             "--model monai/resnet18"
         )
     settings = settings_for(path, made, choice.inputs)
-    shape = encoder_shape(weights) | {name: made[name] for name in ENCODER_NAMES if name in made}
+    shape = encoder_shape(weights) | {name: made[name] for name in field_info(EncoderSettings) if name in made}
     options = encoder_options(EncoderSettings(**typed_values(shape, EncoderSettings, str(path))))
     window = window_of(choice.window, made)
     build = partial(HybridEncoder, settings.num_image_channels, checked_window(window, (16, 16, 16)), **options)
