@@ -332,7 +332,7 @@ class BenefitArguments(Arguments):
 
     Fine-tunes from several initial weights with the same seeds, cases and budget, and reports the differences. Flags of
     `hyspark finetune` (--config, --data, --max_steps, ...) go to all runs; with --task classify, those of
-    `hyspark finetune-classifier`.
+    `hyspark finetune-classifier`. With --engine nnunet, nnU-Net trains, and --plans and --trainer go to all runs too.
 
     Example:
         hyspark benefit --config finetune_btcv --data data/Dataset015_BTCV --out ckpt/benefit \
@@ -342,6 +342,7 @@ class BenefitArguments(Arguments):
     out: str  # Folder of the runs and the report; the same command on it continues
     initial_weights: list[str]  # NAME=FILE, or NAME=none for random initialisation; the first is the baseline
     task: Literal["segment", "classify"] = "segment"  # What the network is fine-tuned for
+    engine: Literal["hyspark", "nnunet"] = "hyspark"  # What trains; with nnunet, name the plan by --plans
     num_labelled: tuple[int, ...] = ()  # Numbers of labelled training cases
     label_fractions: tuple[float, ...] = ()  # Fractions of the training cases, instead of numbers
     seeds: tuple[int, ...] = (0, 1, 2)  # Seeds; each draws labelled cases, batches and random weights

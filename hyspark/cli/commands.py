@@ -27,6 +27,7 @@ from hyspark.cli.arguments import (
 from hyspark.cli.parsing import check_values, given_flags, options, parse, present_words, read_config
 from hyspark.config.checks import not_negative, positive
 from hyspark.config.classification import ClassificationConfig
+from hyspark.config.nnunet_training import NnunetTrainingConfig
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.segmentation import SegmentationConfig, network_options
 from hyspark.config.shared import EncoderSettings
@@ -379,7 +380,11 @@ def benefit(argv: Sequence[str]) -> None:
     parser = BenefitArguments(prog="hyspark benefit", allow_abbrev=False)
     args = parser.parse_args(present_words(argv, parser.old_spellings()), known_only=True)
     check_values(parser, args)
+    if (args.engine, args.task) == ("nnunet", "classify"):
+        parser.error("--engine nnunet: nnU-Net trains networks for segmentation; drop --task classify")
     config_class: Any = {"segment": SegmentationConfig, "classify": ClassificationConfig}[args.task]
+    if args.engine == "nnunet":
+        config_class = NnunetTrainingConfig
     base = read_config(config_class, "hyspark benefit", args.extra_args, also=options(parser))
     from hyspark.comparison import benefit as comparison_benefit
 

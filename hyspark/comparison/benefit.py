@@ -14,21 +14,26 @@ from typing import Any
 from hyspark.comparison.classification import ClassificationRuns
 from hyspark.comparison.jobs import Job, last_step, run_jobs
 from hyspark.comparison.kind import RunKind
+from hyspark.comparison.nnunet import NnunetRuns
 from hyspark.comparison.records import check_data_digest, check_weights
 from hyspark.comparison.report import write_benefit
 from hyspark.comparison.segmentation import SegmentationRuns
 from hyspark.comparison.table import RunKey, compare_runs, read_run
 from hyspark.config.classification import ClassificationConfig
+from hyspark.config.nnunet_training import NnunetTrainingConfig
 from hyspark.config.recipes import as_plain, differences, read_yaml, write_yaml
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.evaluation.protocol import has_all_scores
-from hyspark.training.run_folder import checkpoint_file
 from hyspark.utils.atomic import write_json
 from hyspark.utils.processes import available_cores
 from hyspark.utils.settings import field_info
 
 FineTuningConfig = SegmentationConfig | ClassificationConfig
-RUN_KINDS: dict[type, RunKind] = {SegmentationConfig: SegmentationRuns(), ClassificationConfig: ClassificationRuns()}
+RUN_KINDS: dict[type, RunKind] = {
+    SegmentationConfig: SegmentationRuns(),
+    NnunetTrainingConfig: NnunetRuns(),
+    ClassificationConfig: ClassificationRuns(),
+}
 """Kinds of runs, by the class of their settings."""
 SET_BY_COMPARISON = {
     "out": "out",
@@ -110,6 +115,8 @@ def run_comparison(
         ValueError: Settings, weights and data do not fit each other, or runs in `out` were made with other ones; raised
             before the first run.
     """
+    kind = RUN_KINDS[type(base)]
+    base = kind.settings(base)
     runs = plan_runs(base, out, initial_weights, num_labelled, seeds, num_at_once)
     check_folders(runs)
     digests = check_weights(out, initial_weights)
@@ -118,7 +125,6 @@ def run_comparison(
         return []
     todo = [run for run in runs if not run.is_finished]
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished; output in {out / 'runs'}/*/log.txt")
-    kind = RUN_KINDS[type(base)]
     if todo:
         data = check_data_digest(out, kind.data_digest(base))
         kind.check_data([run.config for run in todo], initial_weights)
@@ -227,7 +233,7 @@ def check_folders(runs: Sequence[PlannedRun]) -> None:
     """
     for run in runs:
         folder = run.config.run_folder
-        is_used = checkpoint_file(run.config).is_file() or run.scores.is_dir()
+        is_used = run.kind.has_weights(run.config) or run.scores.is_dir()
         if is_used and run.has_settings and run.changes():
             raise ValueError(
                 f"{folder} holds a run with other settings; name another --out, or use the same to continue:\n  "
@@ -239,7 +245,7 @@ def job_of(run: PlannedRun) -> Job:
     """Write the settings of a run into its folder, and return the job that makes the run."""
     recipe = run.config.run_folder / "config.yaml"
     write_yaml(run.config, recipe)
-    command = [*COMMAND, run.kind.verb, "--config", str(recipe)]
+    command = [*(run.kind.program or (*COMMAND, run.kind.verb)), "--config", str(recipe)]
     return Job(run.key.folder, command, run.config.run_folder, lambda: run.is_finished)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hyspark.evaluation.score_table import ScoreTable
+from hyspark.training.run_folder import checkpoint_file
 
 
 class RunKind(ABC):
@@ -13,6 +14,7 @@ class RunKind(ABC):
 
     Attributes:
         verb: Command that makes a run.
+        program: Words of another program that makes it; empty for the verb.
         samples: What is scored, in the plural.
         metrics: Metrics that are compared.
         shown: Metrics with a table of their own in the report, and their titles; the first is drawn.
@@ -21,11 +23,25 @@ class RunKind(ABC):
     """
 
     verb: str
+    program: Sequence[str] = ()
     samples: str
     metrics: Sequence[str]
     shown: Mapping[str, str]
     reading: str
     scored_weights: Mapping[str, str]
+
+    def settings(self, base: Any) -> Any:
+        """Return the settings of all runs as this kind reads them.
+
+        Raises:
+            FileNotFoundError: Data are missing.
+            ValueError: A setting has no meaning here.
+        """
+        return base
+
+    def has_weights(self, config: Any) -> bool:
+        """Check that the folder of a run holds trained weights."""
+        return checkpoint_file(config).is_file()
 
     @abstractmethod
     def scores_folder(self, config: Any) -> Path:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,23 @@ from hyspark.utils.tables import markdown_table
 
 MISSED = "missed"
 """Metric: 1 where the truth holds an organ of which no voxel is predicted, else 0."""
+READING = """\
+Dice is the mean over organs (background excluded) of the mean over the cases that hold the organ, then the mean over
+seeds; in parentheses its range over seeds. A difference is over pairs: the same seed ({same}) and the same scored
+case on both sides. In brackets is its 95 % bootstrap interval, seeds and cases resampled with pairs kept; bold where
+it excludes 0. With few seeds it is too narrow where seeds differ more than cases do (three seeds: it may hold the
+true value in three of four repeats only), and with one seed it holds for that seed alone. Intervals of organs are not
+corrected for their number. HD95 has no value where no voxel of an organ was predicted, so it flatters weights that
+miss organs: read it with the fraction of missed organs."""
+
+
+def reading_text(same: str) -> str:
+    """Write how to read the tables.
+
+    Args:
+        same: What the runs of a seed share.
+    """
+    return fill(READING.format(same=same), 120)
 
 
 class SegmentationRuns(RunKind):
@@ -42,14 +60,7 @@ class SegmentationRuns(RunKind):
     scored_weights = dict.fromkeys(
         ("test", "validation"), "Scored are the last weights of each run, which no scored case has chosen."
     )
-    reading = """\
-Dice is the mean over organs (background excluded) of the mean over the cases that hold the organ, then the mean over
-seeds; in parentheses its range over seeds. A difference is over pairs: the same seed (so the same labelled cases,
-batches and random initialisation) and the same scored case on both sides. In brackets is its 95 % bootstrap interval,
-seeds and cases resampled with pairs kept; bold where it excludes 0. With few seeds it is too narrow where seeds differ
-more than cases do (three seeds: it may hold the true value in three of four repeats only), and with one seed it holds
-for that seed alone. Intervals of organs are not corrected for their number. HD95 has no value where no voxel of an
-organ was predicted, so it flatters weights that miss organs: read it with the fraction of missed organs."""
+    reading = reading_text("so the same labelled cases, batches and random initialisation")
 
     def scores_folder(self, config: SegmentationConfig) -> Path:
         return config.run_folder / ("scores_test" if config.test_dir else "scores")

@@ -58,9 +58,13 @@ def read_run(scores: Path, metrics: Path, samples_per_step: int) -> ScoredRun:
         FileNotFoundError: A file is missing.
         ValueError: A file is damaged; the message names it.
     """
-    speeds = [line["samples_per_second"] for line in iterate_metrics(metrics) if line.get("samples_per_second")]
-    seconds = sum(samples_per_step / speed for speed in speeds)
-    return ScoredRun(read_score_table(scores / "cases.csv"), read_summary(scores)["protocol"], len(speeds), seconds)
+    steps, seconds = 0, 0.0
+    for line in iterate_metrics(metrics):
+        if speed := line.get("samples_per_second"):
+            steps, seconds = steps + 1, seconds + samples_per_step / speed
+        elif "epoch_steps" in line:  # nnU-Net's, whose lines are epochs
+            steps, seconds = steps + line["epoch_steps"], seconds + line["epoch_seconds"]
+    return ScoredRun(read_score_table(scores / "cases.csv"), read_summary(scores)["protocol"], steps, seconds)
 
 
 def compare_runs(

@@ -92,7 +92,7 @@ def read_yaml(name: str | Path, config_class: type) -> dict[str, Any]:
         FileNotFoundError: There is no such file and no such recipe.
         ValueError: It is no YAML mapping, or has an unknown key or a value of another type.
     """
-    path = find_recipe(name, next(verb for verb, one in SETTINGS_OF.items() if one is config_class))
+    path = find_recipe(name, next(verb for verb, one in SETTINGS_OF.items() if issubclass(config_class, one)))
     return typed_values(load_mapping(path), config_class, str(path))
 
 

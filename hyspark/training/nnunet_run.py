@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from hyspark.config.nnunet_training import EPOCHS, STEPS_PER_EPOCH
 from hyspark.config.recipes import as_plain, read_yaml, typed_values
 from hyspark.config.segmentation import SegmentationConfig, check_decoder, network_options
 from hyspark.config.shared import EncoderSettings
@@ -39,8 +40,7 @@ READ = (
     *("layer_decay", "encoder_lr_ratio", "pretrained_lr_ratio"),
 )
 """Settings that a recipe gives; all others are nnU-Net's own, or the plan's."""
-DEFAULTS = {"epochs": 1000, "steps_per_epoch": 250}
-"""Length of nnU-Net's own training."""
+DEFAULTS = {"epochs": EPOCHS, "steps_per_epoch": STEPS_PER_EPOCH}
 
 
 class NnunetRun(NamedTuple):
@@ -65,7 +65,29 @@ def plan_run(plans: dict[str, Any], configuration: str, environment: Mapping[str
 
     Raises:
         FileNotFoundError: There is no such recipe.
-        ValueError: The recipe is wrong, or the configuration takes labels of an earlier stage.
+        ValueError: The recipe is wrong, or as `enter_settings`.
+    """
+    recipe = environment.get(RECIPE)
+    given = DEFAULTS | (read_yaml(recipe, SegmentationConfig) if recipe else {})
+    notes = []
+    if unread := sorted(set(given) - set(READ)):
+        notes.append(f"{recipe}: not read here, since nnU-Net and its plan decide: {', '.join(unread)}")
+    if weights := environment.get(WEIGHTS):
+        given["weights"] = weights
+    run = enter_settings(plans, configuration, given)
+    return NnunetRun(run.config, [*notes, *run.notes])
+
+
+def enter_settings(plans: dict[str, Any], configuration: str, given: Mapping[str, Any]) -> NnunetRun:
+    """Enter settings into the plans, with a patch size that the network takes.
+
+    Args:
+        plans: plans of nnU-Net; changed.
+        configuration: name of the configuration.
+        given: settings by name, of which READ are read.
+
+    Raises:
+        ValueError: A setting is wrong, or the configuration takes labels of an earlier stage.
     """
     known = plans["configurations"]
     found = resolve_configuration(known, configuration, "plans")
@@ -82,14 +104,10 @@ def plan_run(plans: dict[str, Any], configuration: str, environment: Mapping[str
         notes.append(
             f"patch_size {flag_text(patch)} of the plan: trained with {flag_text(fitting)}, multiples of {PATCH}"
         )
-    given = DEFAULTS | (read_yaml(environment[RECIPE], SegmentationConfig) if environment.get(RECIPE) else {})
-    if unread := sorted(set(given) - set(READ)):
-        notes.append(f"{environment[RECIPE]}: not read here, since nnU-Net and its plan decide: {', '.join(unread)}")
-    if not given["steps_per_epoch"]:  # a pass over the cases, which nnU-Net draws at random
-        given["steps_per_epoch"] = DEFAULTS["steps_per_epoch"]
-    if weights := environment.get(WEIGHTS):
-        given["weights"] = weights
-    config = SegmentationConfig(**{name: value for name, value in given.items() if name in READ})
+    values = {name: value for name, value in given.items() if name in READ}
+    if not values.get("steps_per_epoch"):  # a pass over the cases, which nnU-Net draws at random
+        values["steps_per_epoch"] = STEPS_PER_EPOCH
+    config = SegmentationConfig(**values)
     check_decoder(config)
     of_plan = plan_settings(plans, found)
     plans[OWN_SETTINGS] = {name: value for name, value in as_plain(config).items() if name in READ}

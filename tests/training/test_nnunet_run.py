@@ -49,8 +49,8 @@ def test_the_plan_gives_the_input_and_the_recipe_the_network(recipe):
     assert {name: kept[name] for name in expected} == expected
     assert (run.config.epochs, run.config.steps_per_epoch, run.config.weights) == (4, 10, "none")
     assert run.notes[:2] == [
-        "patch_size 20 56 40 of the plan: trained with 16 64 32, multiples of 16",
         f"{recipe}: not read here, since nnU-Net and its plan decide: crop_size, spacing",
+        "patch_size 20 56 40 of the plan: trained with 16 64 32, multiples of 16",
     ]
 
 
