@@ -17,7 +17,7 @@ from hyspark.models.weights.files import read_contents
 from hyspark.tasks.nnunet_training import (
     PreparedData,
     check_prepared,
-    find_cases,
+    find_cases_of_fold,
     find_prepared,
     import_runner,
     newest_checkpoint,
@@ -69,11 +69,11 @@ without a seed in processes of its own, so pairs do not share them.
         return newest_checkpoint(config) is not None
 
     def num_training(self, config: Any) -> int:
-        return len(find_cases(config, find_prepared(config)).training)
+        return len(find_cases_of_fold(config, find_prepared(config)).training)
 
     def data_digest(self, config: Any) -> str:
         prepared = find_prepared(config)
-        cases = find_cases(replace(config, num_labelled=0, label_fraction=1.0), prepared)
+        cases = find_cases_of_fold(replace(config, num_labelled=0, label_fraction=1.0), prepared)
         files = [prepared.array(case.name) for case in (*cases.training, *cases.validation)]
         arrays = [content_digest(file) for file in files if file]
         parts = [cases_digest(part) for part in (cases.training, cases.validation)]
@@ -84,17 +84,17 @@ without a seed in processes of its own, so pairs do not share them.
         config = configs[0]
         prepared = find_prepared(config)
         for one in {config.seed: config for config in sorted(configs, key=lambda config: config.num_labelled)}.values():
-            find_cases(one, prepared)  # raises if there are fewer than a run takes
-        cases = find_cases(replace(config, num_labelled=0), prepared)
+            find_cases_of_fold(one, prepared)  # raises if there are fewer than a run takes
+        cases = find_cases_of_fold(replace(config, num_labelled=0), prepared)
         check_prepared(prepared, cases)
         import_runner()
         for name, weights in initial_weights.items():
             if weights != "none":
-                report = check_weights(replace(config, weights=weights), prepared, len(cases.names))
+                report = load_as_trainer(replace(config, weights=weights), prepared, len(cases.names))
                 print(f"{name}: " + "\n".join(report))
 
 
-def check_weights(config: NnunetTrainingConfig, prepared: PreparedData, num_classes: int) -> list[str]:
+def load_as_trainer(config: NnunetTrainingConfig, prepared: PreparedData, num_classes: int) -> list[str]:
     """Load a file of initial weights as the trainer will.
 
     Returns:

@@ -55,8 +55,8 @@ ARRAY_ENDINGS = (".b2nd", ".npz")
 """Endings of nnU-Net's prepared cases."""
 LINKED = ("dataset.json", "gt_segmentations", "dataset_fingerprint.json")
 """What nnU-Net's training reads beside plan, split and prepared cases."""
-SPLITS = "splits_final.json"
-PARTS = {"train": "training", "val": "validation"}
+SPLIT_FILE = "splits_final.json"
+SPLIT_KEYS = {"train": "training", "val": "validation"}
 """Parts of nnU-Net's split, with those of a run's cases."""
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 """Checkpoints of nnU-Net, in the order in which a training continues from them."""
@@ -133,13 +133,13 @@ def preparing_advice(plans: Mapping[str, Any], configuration: str) -> str:
     return f"run nnUNetv2_preprocess -d {number} -plans_name {plans['plans_name']} -c {configuration}"
 
 
-def find_cases(config: NnunetTrainingConfig, prepared: PreparedData) -> RunCases:
+def find_cases_of_fold(config: NnunetTrainingConfig, prepared: PreparedData) -> RunCases:
     """Find the labelled cases of a run, by a fold of the splits_final.json beside the plan if there is one.
 
     Raises:
         FileNotFoundError, ValueError: As `find_run_cases` and `split_by_file`.
     """
-    file = prepared.folder / SPLITS
+    file = prepared.folder / SPLIT_FILE
     if not file.is_file():
         return find_run_cases(config)
     listed = read_labelled_datalist(replace(config, fold=0))
@@ -209,8 +209,8 @@ def link_data(config: NnunetTrainingConfig, prepared: PreparedData, cases: RunCa
         if link.is_symlink():
             link.unlink()  # the data may have moved
         link.symlink_to(target.resolve())
-    split = {part: [case.name for case in getattr(cases, name)] for part, name in PARTS.items()}
-    write_json(folder / SPLITS, [split])
+    split = {part: [case.name for case in getattr(cases, name)] for part, name in SPLIT_KEYS.items()}
+    write_json(folder / SPLIT_FILE, [split])
     return root
 
 
@@ -263,7 +263,7 @@ def train_and_score(config: NnunetTrainingConfig) -> dict[str, Any]:
         FileNotFoundError, ValueError: Data, plan and settings do not fit.
     """
     prepared = find_prepared(config)
-    cases = find_cases(config, prepared)
+    cases = find_cases_of_fold(config, prepared)
     check_prepared(prepared, cases)
     processes = distributed.find_processes(config.device)
     set_environment(config, link_data(config, prepared, cases))
@@ -354,9 +354,9 @@ def score_label_maps(
     return write_segmentation_scores(config.run_folder / "scores", table, protocol, failed)
 
 
-def main() -> None:
+def train_from_recipe() -> None:
     """Train and score as a YAML file says."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = argparse.ArgumentParser(description=train_from_recipe.__doc__)
     parser.add_argument("--config", required=True, help="settings of the run (NnunetTrainingConfig)")
     config = NnunetTrainingConfig(**read_yaml(parser.parse_args().config, NnunetTrainingConfig))
     summary = train_and_score(config)
@@ -365,4 +365,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":  # nnU-Net starts processes that import this module
-    main()
+    train_from_recipe()

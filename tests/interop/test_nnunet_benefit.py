@@ -14,7 +14,7 @@ import torch
 
 import hyspark
 from hyspark.cli import main
-from hyspark.comparison.nnunet import check_weights
+from hyspark.comparison.nnunet import load_as_trainer
 from hyspark.config.nnunet_training import NnunetTrainingConfig
 from hyspark.tasks.nnunet_training import find_prepared
 
@@ -161,9 +161,9 @@ def test_a_comparison_of_weights_of_the_plans_network(folder, phantoms, monkeypa
         (damaged(file), "missing or of another shape; make a file for this plan"),
     ):
         with pytest.raises(ValueError, match=expected):
-            check_weights(replace(config, weights=str(weights)), prepared, 9)
+            load_as_trainer(replace(config, weights=str(weights)), prepared, 9)
     with pytest.raises(ValueError, match="trainer: nnU-Net finds no nnUNetTrainer_None"):
-        check_weights(
+        load_as_trainer(
             NnunetTrainingConfig(**vars(config) | {"trainer": "nnUNetTrainer_None"}), find_prepared(config), 9
         )
 

@@ -53,7 +53,7 @@ def config(phantoms, prepared, tmp_path):
 
 def split_of(config):
     found = nnunet_training.find_prepared(config)
-    cases = nnunet_training.find_cases(config, found)
+    cases = nnunet_training.find_cases_of_fold(config, found)
     return [case.name for case in cases.training], [case.name for case in cases.validation]
 
 
@@ -95,7 +95,7 @@ def test_cases_that_are_not_prepared_are_named(config, prepared):
     (prepared / "smallPlans_3d_fullres" / "phantom_001.b2nd").unlink()
     (prepared / "smallPlans_3d_fullres" / "phantom_001_seg.b2nd").touch()  # a label map is no image
     found, everything = nnunet_training.find_prepared(config), replace(config, num_labelled=0)
-    cases = nnunet_training.find_cases(everything, found)
+    cases = nnunet_training.find_cases_of_fold(everything, found)
     with pytest.raises(FileNotFoundError, match="no prepared case for phantom_001; run nnUNetv2_preprocess -d 042"):
         nnunet_training.check_prepared(found, cases)
 
@@ -106,7 +106,7 @@ def test_other_classes_than_those_of_the_labels_are_named(config, prepared):
     (prepared / "dataset.json").write_text(json.dumps(content))
     found = nnunet_training.find_prepared(config)
     with pytest.raises(ValueError, match="expected the classes of the labelled data, background, liver, spleen"):
-        nnunet_training.check_prepared(found, nnunet_training.find_cases(config, found))
+        nnunet_training.check_prepared(found, nnunet_training.find_cases_of_fold(config, found))
 
 
 # Cases
@@ -132,7 +132,7 @@ def test_a_fold_of_nnunets_splits_is_the_split(config, prepared):
 
 def test_the_folder_of_a_run_holds_its_split_and_links_to_the_rest(config, prepared):
     found = nnunet_training.find_prepared(config)
-    cases = nnunet_training.find_cases(config, found)
+    cases = nnunet_training.find_cases_of_fold(config, found)
     for _ in range(2):  # a continued run makes it again
         root = nnunet_training.link_data(config, found, cases)
     own = root / "Dataset042_Small"
@@ -221,7 +221,7 @@ def test_the_newest_checkpoint_is_nnunets(config, tmp_path):
 def test_label_maps_of_nnunet_are_scored_on_the_grid_of_the_labels(config, monkeypatch):
     monkeypatch.setattr(nnunet_training, "version", lambda name: "2.8.1")
     found = nnunet_training.find_prepared(config)
-    cases = nnunet_training.find_cases(config, found)
+    cases = nnunet_training.find_cases_of_fold(config, found)
     (case,) = cases.validation
     image = nib.load(case.label)
     truth = np.asarray(image.dataobj)
@@ -244,7 +244,7 @@ def test_label_maps_of_nnunet_are_scored_on_the_grid_of_the_labels(config, monke
 def test_a_case_without_a_label_map_is_named_in_the_scores(config, monkeypatch):
     monkeypatch.setattr(nnunet_training, "version", lambda name: "2.8.1")
     found = nnunet_training.find_prepared(config)
-    cases = nnunet_training.find_cases(config, found)
+    cases = nnunet_training.find_cases_of_fold(config, found)
     nnunet_training.score_label_maps(config, found, cases, distributed.find_processes("cpu"))
     failed = read_summary(Path(config.out) / "scores")["failed"]
     assert re.search("no such file|No such file", failed[cases.validation[0].name])
