@@ -30,11 +30,14 @@ OF_CASES = ("data", "json_list", "val_fraction", "subject_regex", "fold", "num_l
 OF_EVERY_TRAINER = (*OF_CASES, "out", "weights", "seed", "device", "dataloader_workers", "plans", "trainer")
 """Settings that are read with any trainer; of nnUNetTrainer_HySparK, `nnunet_run.READ` are too."""
 
+PROGRAM = "import sys; from hyspark.tasks.nnunet_training import train_from_recipe; train_from_recipe(sys.argv[-1])"
+"""Of a run; its last word is the recipe."""
+
 
 class NnunetRuns(SegmentationRuns):
     """Trainings by nnU-Net."""
 
-    program = (sys.executable, "-m", "hyspark.tasks.nnunet_training")
+    program = (sys.executable, "-c", PROGRAM)
     reading = f"""\
 nnU-Net trains, augments and predicts; its label maps are scored as `hyspark evaluate` scores. nnU-Net draws its batches
 without a seed in processes of its own, so pairs do not share them.

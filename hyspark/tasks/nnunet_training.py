@@ -2,11 +2,9 @@
 
 nnU-Net reads folders that environment variables name. A run has its own, in RUN/nnunet: prepared data, which are links
 to the user's and a splits_final.json with the cases of this run; and results. So any trainer of nnU-Net trains on these
-cases. `python -m hyspark.tasks.nnunet_training --config RUN/config.yaml` is a run in a process of its own, since
-nnU-Net reads the variables when it is imported.
+cases. A run is a process of its own, since nnU-Net reads the variables when it is imported.
 """
 
-import argparse
 import json
 import os
 import random
@@ -354,15 +352,8 @@ def score_label_maps(
     return write_segmentation_scores(config.run_folder / "scores", table, protocol, failed)
 
 
-def train_from_recipe() -> None:
-    """Train and score as a YAML file says."""
-    parser = argparse.ArgumentParser(description=train_from_recipe.__doc__)
-    parser.add_argument("--config", required=True, help="settings of the run (NnunetTrainingConfig)")
-    config = NnunetTrainingConfig(**read_yaml(parser.parse_args().config, NnunetTrainingConfig))
-    summary = train_and_score(config)
-    print(summary_text(summary))
+def train_from_recipe(recipe: str) -> None:
+    """Train and score as a YAML file of settings says, and print the scores."""
+    config = NnunetTrainingConfig(**read_yaml(recipe, NnunetTrainingConfig))
+    print(summary_text(train_and_score(config)))
     LOG.info("scores in %s", config.run_folder / "scores")
-
-
-if __name__ == "__main__":  # nnU-Net starts processes that import this module
-    train_from_recipe()

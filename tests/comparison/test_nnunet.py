@@ -1,6 +1,7 @@
 """The comparison by nnU-Net: settings, checks and times; nnU-Net itself is in tests/interop."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -44,7 +45,9 @@ def test_a_run_is_a_process_that_reads_its_settings(base, tmp_path):
     (run,) = benefit.plan_runs(base, tmp_path, {"scratch": "none"}, [1], [4], 1)
     job = benefit.job_of(run)
     recipe = tmp_path / "runs" / "scratch_1_seed4" / "config.yaml"
-    assert job.command == [sys.executable, "-m", "hyspark.tasks.nnunet_training", "--config", str(recipe)]
+    assert job.command == [sys.executable, "-c", nnunet.PROGRAM, "--config", str(recipe)]
+    done = subprocess.run([*job.command[:-1], "nowhere.yaml"], check=False, capture_output=True, text=True)
+    assert "no recipe at nowhere.yaml" in done.stderr
     read = NnunetTrainingConfig(**read_yaml(recipe, NnunetTrainingConfig))
     assert read == run.config
     assert (read.seed, read.num_labelled, read.trainer) == (4, 1, "nnUNetTrainer_HySparK")
