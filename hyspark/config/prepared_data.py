@@ -5,6 +5,7 @@ same.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,15 @@ def configuration_folder(data_set: Path, plan: NnunetPlan) -> Path:
     if not is_configuration(folder):
         raise FileNotFoundError(
             f"{folder}: expected the volumes that nnU-Net prepared by {file.name}, {plan.configuration}, found none; "
-            f"type nnUNetv2_preprocess -d {data_set.name} -plans_name {plan.name} -c {plan.configuration}"
+            f"type nnUNetv2_preprocess -d {number_of(data_set)} -plans_name {plan.name} -c {plan.configuration}"
         )
     return folder
+
+
+def number_of(data_set: Path) -> str:
+    """Return the number of a data set as nnU-Net's flag -d takes it, from the name of its folder."""
+    found = re.match(r"Dataset(\d+)_", data_set.name)
+    return str(int(found[1])) if found else data_set.name
 
 
 def plan_files(data_set: Path) -> list[Path]:
@@ -110,27 +117,29 @@ def find_preparation(folder: Path, plan: NnunetPlan, config: PretrainConfig) -> 
         FileNotFoundError: No plan beside the folder names it.
         ValueError: All plans differ from the settings; the message says in what.
     """
-    reasons = {}
+    differing, unreadable = [], []
     for file, configuration in sorted(plans_of(folder), key=lambda pair: pair[0].stem != plan.name):
         try:
             candidate = read_plan(file, configuration)
-            differing = differing_preparation(candidate, config)
+            pairs = differing_preparation(candidate, config)
         except ValueError as error:  # such as the axes of 2d
-            reasons[file, configuration] = str(error)
+            unreadable.append(f"{folder}: prepared for a network that is not built here: {error}")
             continue
-        if not differing:
+        if not pairs:
             return preparation_of(candidate)
-        lines = [f"{name} {short_text(theirs)}, not {short_text(own)}" for name, (own, theirs) in differing.items()]
-        reasons[file, configuration] = f"{file.name}, {configuration}, prepared them with {'; '.join(lines)}"
-    if not reasons:
-        raise FileNotFoundError(
-            f"{folder}: expected the plan of these volumes beside their folder, in {folder.parent}, with "
-            f'"data_identifier": "{folder.name}", found none; copy it there'
+        lines = "; ".join(
+            f"{name} {short_text(theirs)}, not {short_text(own)}" for name, (own, theirs) in pairs.items()
         )
-    (file, configuration), reason = next(iter(reasons.items()))
-    raise ValueError(
-        f"{folder}: expected volumes as this run's settings say: {reason}; take the plan of the volumes as "
-        f"--model {config.method}/nnunet/{file}:{configuration} without flags that override it, or name scans by --data"
+        differing.append(
+            f"{folder}: expected volumes as this run's settings say: {file.name}, {configuration}, prepared them with "
+            f"{lines}; take their plan as --model {config.method}/nnunet/{file}:{configuration} without flags that "
+            "override it, or name scans by --data"
+        )
+    if differing or unreadable:
+        raise ValueError([*differing, *unreadable][0])
+    raise FileNotFoundError(
+        f"{folder}: expected the plan of these volumes beside their folder, in {folder.parent}, with "
+        f'"data_identifier": "{folder.name}", found none; copy it there'
     )
 
 

@@ -31,6 +31,8 @@ from hyspark.utils.text import first_line, format_bytes
 
 LARGEST = float(np.finfo(np.float32).max)
 """Largest value of float32, in which values are prepared."""
+OF_AIR = 0.5
+"""HU above the window's lower end that arrays of nnU-Net have in clipped air, by rounding and by waves of splines."""
 SAMPLED = 1_000_000
 """Number of evenly spaced voxels by which an image's values are judged."""
 
@@ -190,8 +192,8 @@ def add_prepared(path: Path, preparation: NnunetPreparation, settings: PrepareSe
             continue
         is_ct = intensity_of(settings, number) in OF_CT
         scale = window_scale(voxels, settings) if is_ct else whole_scale(voxels, settings)
-        if is_ct:  # the rounding of z-scores leaves no foreground in what was clipped
-            voxels[voxels < settings.hu_min + (scale.high - scale.low) / scale.steps / 2] = settings.hu_min
+        if is_ct:
+            voxels[voxels < settings.hu_min + OF_AIR] = settings.hu_min
         low, high = float(voxels.min()), float(voxels.max())
         if low == high:
             files.add(path, iter([("constant", f"the value {low:g} everywhere")]))
