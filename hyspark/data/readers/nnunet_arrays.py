@@ -55,7 +55,7 @@ def prepared_grid(path: Path, preparation: NnunetPreparation) -> Grid:
 
 
 def read_prepared(path: Path, preparation: NnunetPreparation, channels: Sequence[int]) -> list[np.ndarray]:
-    """Read channels of a volume, float32 `(h, w, d)`: HU of CT, and the values of the file of others.
+    """Read channels of a volume, float32 `(h, w, d)`: HU of CT, else the values of the file.
 
     Raises:
         ArrayError: as `open_prepared`, or a part of the file is damaged.
