@@ -133,18 +133,28 @@ def intensity_settings(plan: NnunetPlan, channels: Collection[int]) -> dict[str,
             f"normalization_schemes: expected {', '.join(SCHEMES)}, got {', '.join(unknown)}, which has no counterpart "
             "here; choose an --intensity, and expect other features in nnU-Net"
         )
-    settings: dict[str, Any] = {"intensity": shorten([intensity_of_plan(plan, channel) for channel in channels])}
+    intensity = shorten([intensity_of_plan(plan, channel) for channel in channels])
+    return {"intensity": intensity} | window_settings(plan, channels)
+
+
+def window_settings(plan: NnunetPlan, channels: Collection[int]) -> dict[str, Any]:
+    """Return hu_min, hu_max, input_mean and input_std of channels; empty without CT.
+
+    Raises:
+        ValueError: The plan has no such numbers of a channel of CT.
+    """
+    schemes = [plan.schemes[channel] for channel in channels]
+    if CT_SCHEME not in schemes:
+        return {}
     known = [plan.intensities(channel) if plan.schemes[channel] == CT_SCHEME else {} for channel in channels]
-    if CT_SCHEME in schemes:
-        of_ct = [one for one, scheme in zip(known, schemes, strict=True) if scheme == CT_SCHEME]
-        wanted = {"mean", "std", "percentile_00_5", "percentile_99_5"}
-        if any(not wanted <= one.keys() for one in of_ct):
-            raise ValueError(
-                f"foreground_intensity_properties_per_channel: expected {', '.join(sorted(wanted))} of each channel of "
-                f"{CT_SCHEME}; plan the data set again"
-            )
-        settings |= ct_settings(known)
-    return settings
+    of_ct = [one for one, scheme in zip(known, schemes, strict=True) if scheme == CT_SCHEME]
+    wanted = {"mean", "std", "percentile_00_5", "percentile_99_5"}
+    if any(not wanted <= one.keys() for one in of_ct):
+        raise ValueError(
+            f"foreground_intensity_properties_per_channel: expected {', '.join(sorted(wanted))} of each channel of "
+            f"{CT_SCHEME}; plan the data set again"
+        )
+    return ct_settings(known)
 
 
 def differing_settings(plan: NnunetPlan, config: PretrainConfig) -> dict[str, tuple[Any, Any]]:
@@ -162,8 +172,14 @@ def full(value: Any, axes: int) -> Any:
     return value * axes if isinstance(value, tuple) and len(value) == 1 else value
 
 
-def warnings_of_plan(plan: NnunetPlan, config: PretrainConfig) -> list[str]:
-    """Say what of a run is not as in its plan, or in nnU-Net's own preparation of data."""
+def warnings_of_plan(plan: NnunetPlan, config: PretrainConfig, *, by_nnunet: bool = False) -> list[str]:
+    """Say what of a run is not as in its plan, or in nnU-Net's own preparation of data.
+
+    Args:
+        plan: The plan.
+        config: Settings.
+        by_nnunet: Whether nnU-Net has prepared the volumes, whose values are then its own.
+    """
     lines = []
     file, configuration = split_plan_name(config.model.partition("/")[2])
     copy = config.run_folder / PLAN_FILE
@@ -182,7 +198,7 @@ def warnings_of_plan(plan: NnunetPlan, config: PretrainConfig) -> list[str]:
     for name, (own, planned) in differing_settings(plan, config).items():
         lines.append(f"--{name} {short_text(own)}: overrides {short_text(planned)} of the plan {plan.name}")
     if any(plan.schemes[i] == IMAGE_SCHEME and plan.are_masked[i] for i in range(len(plan.schemes))) and (
-        "mr" in config.intensity
+        "mr" in config.intensity and not by_nnunet
     ):
         lines.append(
             f"intensity mr: z-scores by the clipped foreground, and background is the lowest value; nnU-Net's "

@@ -31,7 +31,9 @@ class PretrainConfig(VolumeSettings, EncoderSettings):
     """
 
     data: str = setting("data", "data", first=True, old=("data_path",), may_change=True)
-    """Folder with a list dataset.json, the path of such a JSON, or a folder of data without a list."""
+    """Folder with a list dataset.json, the path of such a JSON, or a folder of data without a list. With an
+    nnU-Net plan, also a data set in nnUNet_preprocessed, or a folder of its arrays.
+    """
     out: str = setting("", "run", first=True, old=("exp_dir",), **REPORTED)
     """Run folder; by default ckpt/EXP_NAME. The same command on it continues the run."""
     exp_name: str = setting("debug", "run", **REPORTED)

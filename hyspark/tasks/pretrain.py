@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from hyspark.config.nnunet import describe_plan, find_plan, keep_plan, names_plan, warnings_of_plan
+from hyspark.config.prepared_data import list_prepared
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.shared import encoder_options
 from hyspark.data.batches.loader import Shard
 from hyspark.data.datasets.build import read_data
 from hyspark.data.datasets.cases import Case
+from hyspark.data.datasets.nnunet_prepared import is_prepared
 from hyspark.data.datasets.stored_axes import find_permuted
 from hyspark.data.datasets.subjects import warn_of_split
 from hyspark.data.preprocessing.store_size import estimate_store_size
@@ -65,7 +67,9 @@ class PretrainingExperiment(Experiment[MaskedTask | ContrastiveTask]):
             check_files_exist(config, [*self.training, *self.validation])
         self.plan = find_plan(config.model, config.run_folder, config.resume_from) if names_plan(config.model) else None
         if self.plan:
-            for line in (*warnings_of_plan(self.plan, config), *warnings_of_axes([*self.training, *self.validation])):
+            by_nnunet = any(case.prepared for case in self.training)
+            axes = [] if by_nnunet else warnings_of_axes([*self.training, *self.validation])
+            for line in (*warnings_of_plan(self.plan, config, by_nnunet=by_nnunet), *axes):
                 LOG.warning("%s", line)
         self.model = initialise_pretraining(config, processes.world_size)
 
@@ -76,7 +80,8 @@ class PretrainingExperiment(Experiment[MaskedTask | ContrastiveTask]):
         untrained = [] if c.method == "hyspark" else untrained_modules(encoder.backbone)
         plan = {"plan": describe_plan(self.plan, c)} if self.plan else {}
         return plan | {
-            "data": f"{len(self.training)} training and {len(self.validation)} validation volumes from {c.data}",
+            "data": f"{len(self.training)} training and {len(self.validation)} validation volumes from {c.data}"
+            + (", prepared by nnU-Net" if any(case.prepared for case in self.training) else ""),
             "model": f"{c.model}, {format_num_parameters(self.model)} parameters, "
             f"crops of {' x '.join(map(str, c.crop_shape))}"
             + (
@@ -159,7 +164,8 @@ def task_class(config: PretrainConfig) -> type[MaskedTask] | type[ContrastiveTas
 def find_pretraining_cases(config: PretrainConfig) -> tuple[list[Case], list[Case]]:
     """Read training and validation cases from the data list, or from a folder of data without one.
 
-    A list without validation cases is split; the same fraction of volumes is held out in every run.
+    A list without validation cases is split; the same fraction of volumes is held out in every run. With the network
+    of an nnU-Net plan, the data may be a folder of volumes that nnU-Net has prepared by it.
 
     Raises:
         FileNotFoundError: There is no data list, and no image.
@@ -170,14 +176,17 @@ def find_pretraining_cases(config: PretrainConfig) -> tuple[list[Case], list[Cas
             raise FileNotFoundError(f"--data {config.data}: no such file or folder")
         words = ["hyspark", "datalist", "--data", str(path.parent), "--out", str(path)]
         raise FileNotFoundError(f"no data list at {path}; make it by: {shlex.join(words)}")
-    listed = read_data(
-        path,
-        labels=False,
-        val_fraction=config.val_fraction,
-        subject_regex=config.subject_regex,
-        fold=config.fold,
-        channels=config.image_channels,
-    )
+    if is_prepared(path):
+        listed = list_prepared(config)
+    else:
+        listed = read_data(
+            path,
+            labels=False,
+            val_fraction=config.val_fraction,
+            subject_regex=config.subject_regex,
+            fold=config.fold,
+            channels=config.image_channels,
+        )
     for line in listed.unused:
         LOG.warning("%s", line)
     if config.val_fraction:

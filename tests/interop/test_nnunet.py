@@ -3,17 +3,22 @@
 `nnUNetv2_train_pretrained` is not in every release: HYSPARK_NNUNET_MASTER names a checkout that has it.
 """
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import blosc2
+import numpy as np
 import pytest
 import torch
 
 import hyspark
 from hyspark.cli import main
+from tests.nnunet_prepared_files import prepare_as_nnunet
 
 pytestmark = pytest.mark.interop
 TRAINERS = '''
@@ -54,6 +59,13 @@ run.recursive_find_python_class = lambda *args: TinyDynamic
 run.train_pretrained_entrypoint()
 """
 
+SHORT: dict[str, Any] = {
+    **{"batch_size": 2, "crops_per_volume": 1, "decoder_width": 32, "epochs": 2, "max_steps": 2, "warmup_epochs": 1},
+    **{"lr": 1e-3, "device": "cpu", "dataloader_workers": 0, "prepare_workers": 1, "picture_every": 0},
+    "val_fraction": 0.3,
+}
+"""Settings of a pre-training of two steps."""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, phantoms) -> Path:
@@ -72,25 +84,27 @@ def folder(tmp_path_factory, phantoms) -> Path:
 def exported(folder, phantoms) -> tuple[Path, Path]:
     """The encoder's weights of a short pre-training of the plan, and the file for nnU-Net."""
     plans = folder / "pre" / "Dataset900_PhantomLabelled" / "smallPlans.json"
-    run = hyspark.pretrain(
-        data=phantoms / "Dataset901_PhantomUnlabelled",
-        out=folder / "run",
-        model=f"spark/nnunet/{plans}",
-        batch_size=2,
-        crops_per_volume=1,
-        decoder_width=32,
-        epochs=2,
-        max_steps=2,
-        warmup_epochs=1,
-        lr=1e-3,
-        device="cpu",
-        dataloader_workers=0,
-        prepare_workers=1,
-        picture_every=0,
-        val_fraction=0.3,
-    )
+    unlabelled = phantoms / "Dataset901_PhantomUnlabelled"
+    run = hyspark.pretrain(data=unlabelled, out=folder / "run", model=f"spark/nnunet/{plans}", **SHORT)
     main.main(["export", "--nnunet", "--plans", str(plans), str(run.weights), str(folder / "nn.pth")])
     return run.weights, folder / "nn.pth"
+
+
+def test_volumes_that_nnunet_has_prepared(folder, tmp_path):
+    """The arrays are those of the writer of the fast tests, and a run reads them."""
+    data_set = folder / "pre" / "Dataset900_PhantomLabelled"
+    plans = data_set / "smallPlans.json"
+    content = json.loads(plans.read_text())
+    arrays = [file for file in sorted(data_set.glob("*/*.b2nd")) if not file.name.endswith("_seg.b2nd")]
+    assert len(arrays) == 3
+    for file in arrays:
+        scan = folder / "raw" / data_set.name / "imagesTr" / f"{file.stem}_0000.nii.gz"
+        written = prepare_as_nnunet([scan], content)
+        read = blosc2.open(str(file), mode="r")[:]
+        assert written.shape == read.shape
+        np.testing.assert_allclose(written, read, atol=2e-3 * float(np.ptp(read)))
+    run = hyspark.pretrain(data=data_set, out=tmp_path / "run", model=f"spark/nnunet/{plans}", **SHORT)
+    assert run.weights.is_file()
 
 
 def call(folder: Path, code: str, *words: str, first: Path | None = None) -> str:

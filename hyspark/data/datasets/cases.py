@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hyspark.data.datasets.nnunet_prepared import NnunetPreparation
 from hyspark.utils.digests import content_digest, text_digest
 from hyspark.utils.paths import load_json
 from hyspark.utils.text import listing
@@ -28,6 +29,7 @@ class Case:
         label: path of the label map.
         ignore: value in the label map's file of voxels to ignore; None if it has no such value.
         others: paths of the further channels of the image, in the order of the settings.
+        prepared: how nnU-Net has prepared the image; None of a scan.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Case:
     label: Path | None = None
     ignore: int | None = None
     others: tuple[Path, ...] = ()
+    prepared: NnunetPreparation | None = None
 
     @property
     def images(self) -> tuple[Path, ...]:

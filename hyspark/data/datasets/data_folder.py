@@ -43,11 +43,11 @@ def read_data_folder(
         ValueError: if it holds what nnU-Net has prepared.
     """
     path = Path(os.path.abspath(path))
+    refuse_prepared(path)
     if not path.is_dir():
         refuse_scans(path)
         there = "expected a folder, got a file" if path.exists() else "no such file or folder"
         raise FileNotFoundError(f"{path}: {there}")
-    refuse_prepared(path)
     found = FoundData(path)
     folders = [path] if is_data_set(path) else data_sets_below(path, found, skip)
     for folder in folders:

@@ -13,7 +13,7 @@ from hyspark.data.datasets.cases import IGNORED_NAME, Case, Datalist, class_valu
 from hyspark.data.datasets.channels import beside, channels_of_list
 from hyspark.data.datasets.file_names import case_names, dataset_of
 from hyspark.data.datasets.found import DataSet, FoundData
-from hyspark.data.datasets.import_advice import refuse_scans
+from hyspark.data.datasets.import_advice import refuse_prepared, refuse_scans
 from hyspark.data.datasets.list_parts import (
     PART_KEYS,
     PARTS,
@@ -24,6 +24,7 @@ from hyspark.data.datasets.list_parts import (
     split_by_fold,
 )
 from hyspark.data.datasets.nnunet import ANOTHER_CHANNEL, absolute
+from hyspark.data.datasets.nnunet_prepared import ARRAY
 from hyspark.data.datasets.words import FIRST_CHANNEL, FIRST_CHANNELS
 from hyspark.data.quality.findings import Finding
 from hyspark.data.readers.header import num_volumes
@@ -144,6 +145,7 @@ def read_list(
         FileNotFoundError: if there is no such file.
     """
     path = Path(os.path.abspath(path))
+    refuse_prepared(path)
     listed = ListedData(path)
     try:
         content = load_json(path)
@@ -221,6 +223,10 @@ def read_entries(
             continue
         folder = listed.source.parent
         files = [absolute(folder, str(text)) for text in texts]
+        if arrays := [str(file) for file in files if file.suffix == ARRAY]:
+            expected = "a NIfTI file; what nnU-Net has prepared is not listed, but its folder is named by --data"
+            listed.add_unreadable(listed.source, f"{where}: expected {expected}, got {arrays[0]}")
+            continue
         of_list = isinstance(image, list) and not (len(files) == 1 and num_volumes(files[0]) > 1)
         chosen = entry_channels(files, channels, listed) if of_list else named_channels(files[0], channels, listed)
         if chosen is None:

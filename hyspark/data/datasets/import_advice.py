@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hyspark.data.datasets.file_names import BY_NIBABEL, BY_SIMPLEITK
+from hyspark.data.datasets.nnunet_prepared import ARRAY, is_data_set_folder, is_prepared
 from hyspark.utils.file_content import DICOM_ENDINGS, DICOM_HEAD, begins_as_dicom
 from hyspark.utils.paths import walk_folders
 
@@ -26,13 +27,23 @@ def refuse_scans(path: Path) -> None:
 
 
 def refuse_prepared(path: Path) -> None:
-    """Raise ValueError for a folder of volumes that nnU-Net has prepared: a data set's, or that of a configuration."""
-    is_data_set = (path / "dataset_fingerprint.json").is_file() and not (path / "imagesTr").is_dir()
-    if is_data_set or (any(path.glob("*.b2nd")) and any(path.glob("*.pkl"))):
+    """Raise ValueError for what nnU-Net has prepared (all, a data set, volumes or a file), with what reads it."""
+    text = f"{path}: expected scans, found what nnU-Net has prepared"
+    if path.suffix == ARRAY and path.is_file():
+        raise ValueError(f"{text}; it is read by its folder and with its plan: {pretraining_of(path.parent)}")
+    if is_prepared(path):
         raise ValueError(
-            f"{path}: expected scans, found what nnU-Net has prepared, which is not read; name the data set in "
-            "nnUNet_raw, or unlabelled scans"
+            f"{text}; name the data set in nnUNet_raw; pre-training alone reads it: {pretraining_of(path)}"
         )
+    if path.is_dir() and (below := sorted(one for one in path.iterdir() if one.is_dir() and is_data_set_folder(one))):
+        raise ValueError(
+            f"{text}; pre-training reads one data set of it, such as {below[0].name}: {pretraining_of(below[0])}"
+        )
+
+
+def pretraining_of(folder: Path) -> str:
+    """Return the command that pre-trains on what nnU-Net has prepared."""
+    return f"hyspark pretrain --model spark/nnunet/PLANS.json --data {shlex.quote(str(folder))}"
 
 
 def files_below(path: Path) -> Iterator[Path]:

@@ -48,6 +48,13 @@ def damaged_entry(folder: Path, error: Exception) -> ValueError:
     )
 
 
+def holds_code(path: Path) -> bool:
+    """Return whether blosc2 would compute the array of a file by running code that the file holds."""
+    with path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(15)[11:], "big"))
+    return any(name in header for name in CODE_MARKERS)
+
+
 @lru_cache(MAX_OPEN)
 def open_array(path: Path) -> Any:
     """Open a stored array, mapped into memory; entries never change once they exist.
@@ -56,9 +63,7 @@ def open_array(path: Path) -> Any:
         ValueError: if the file holds code.
     """
     check_blosc2()
-    with path.open("rb") as file:
-        header = file.read(int.from_bytes(file.read(15)[11:], "big"))
-    if any(name in header for name in CODE_MARKERS):
+    if holds_code(path):
         raise ValueError(f"{path}: expected an array, got a program; delete its folder")
     try:
         return blosc2.open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})

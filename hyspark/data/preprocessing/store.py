@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from hyspark.data.datasets.cases import UNANNOTATED, Case
+from hyspark.data.datasets.nnunet_prepared import NnunetPreparation
 from hyspark.data.datasets.words import FIRST_CHANNELS
 from hyspark.data.intensity import MAX_STORED, LinearMap, VolumeScale, quantise, store_key
 from hyspark.data.preprocessing.arrays import MAX_OPEN, damaged_entry, open_array, write_array
@@ -67,8 +68,12 @@ def entry_folder(
     ignore: int | None = None,
     store_format: int = STORE_FORMAT,
     others: Sequence[Path] = (),
+    by_nnunet: NnunetPreparation | None = None,
 ) -> Path:
-    """Return the folder of a prepared volume, whose name is a hash of files, settings and the label's ignored value."""
+    """Return the folder of a prepared volume, whose name is a hash of files, settings and the label's ignored value.
+
+    Of an array of nnU-Net, also of how it was prepared.
+    """
     key: dict[str, Any] = {"format": store_format} | store_key(settings)
     further = {array_name(channel): path for channel, path in enumerate(others, 1)}
     for name, path in ({"image": image, "label": label} | further).items():
@@ -79,13 +84,17 @@ def entry_folder(
         key["ignore"] = ignore
     if settings.image_channels != FIRST_CHANNELS:  # which may be volumes of one file
         key["image_channels"] = settings.image_channels
+    if by_nnunet is not None:
+        key["by_nnunet"] = asdict(by_nnunet)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return store_dir / digest[:32]
 
 
 def case_folder(store_dir: Path, settings: PrepareSettings, case: Case, store_format: int = STORE_FORMAT) -> Path:
     """Return the folder of a prepared case, see `entry_folder`."""
-    return entry_folder(store_dir, settings, case.image, case.label, case.ignore, store_format, case.others)
+    return entry_folder(
+        store_dir, settings, case.image, case.label, case.ignore, store_format, case.others, case.prepared
+    )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from hyspark.data.preprocessing.entry_files import is_complete
 from hyspark.data.preprocessing.prepare import files_exist
 from hyspark.data.preprocessing.store import case_folder
 from hyspark.data.readers.nifti import file_grid
+from hyspark.data.readers.nnunet_arrays import prepared_grid
 from hyspark.data.settings import PrepareSettings
 
 MAX_HEADERS = 200
@@ -94,7 +95,7 @@ def count_voxels(cases: Sequence[Case], spacing: Sequence[float]) -> tuple[float
     voxels, unreadable = 0.0, 0
     for case in cases:
         try:
-            shape, affine = file_grid(case.image)
+            shape, affine = prepared_grid(case.image, case.prepared) if case.prepared else file_grid(case.image)
         except ValueError:
             unreadable += 1
         else:

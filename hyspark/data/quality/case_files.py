@@ -13,22 +13,26 @@ from nibabel.affines import voxel_sizes
 from nibabel.spatialimages import SpatialImage
 
 from hyspark.data.datasets.cases import Case
+from hyspark.data.datasets.nnunet_prepared import NnunetPreparation
 from hyspark.data.datasets.words import CHANNEL, FIRST_CHANNELS
-from hyspark.data.intensity import VolumeScale, volume_scale
+from hyspark.data.intensity import OF_CT, VolumeScale, intensity_of, volume_scale, whole_scale, window_scale
 from hyspark.data.quality.faults import file_fault, header_faults, label_faults
 from hyspark.data.quality.findings import Finding, missing_channel
 from hyspark.data.quality.modality import declared_modality, num_declared
 from hyspark.data.quality.value_faults import value_faults
-from hyspark.data.readers.geometry import pair_fault, put_in_order
+from hyspark.data.readers.geometry import Grid, pair_fault, put_in_order
 from hyspark.data.readers.header import NiftiError, NiftiHeader, read_nifti_header
 from hyspark.data.readers.label_values import whole_values
 from hyspark.data.readers.nifti import read_voxels
+from hyspark.data.readers.nnunet_arrays import ArrayError, prepared_grid, read_prepared
 from hyspark.data.settings import PrepareSettings
 from hyspark.utils.paths import nifti_stem
 from hyspark.utils.text import first_line, format_bytes
 
 LARGEST = float(np.finfo(np.float32).max)
 """Largest value of float32, in which values are prepared."""
+OF_AIR = 0.5
+"""HU above the window's lower end that arrays of nnU-Net have in clipped air, by rounding and by waves of splines."""
 SAMPLED = 1_000_000
 """Number of evenly spaced voxels by which an image's values are judged."""
 
@@ -88,11 +92,14 @@ def read_case(case: Case, settings: PrepareSettings, declared: frozenset[int] | 
     """
     files = CaseFiles(case)
     try:
+        if case.prepared is not None:
+            add_prepared(case.image, case.prepared, settings, files)
+            return files
         if len(case.images) < settings.num_image_channels:
             found = f"{len(case.images)} file, for {settings.num_image_channels} channels"
             files.add(case.image, iter([("missing channel", found)]))
         image = open_volume(case.image, files, channel_in_file(case, settings, 0))
-        if image is not None and fits_memory(image, settings, files):
+        if image is not None and (not image.has_position or fits_memory(image.path, image.grid, settings, files)):
             add_image(image, settings, files)
             for channel, path in enumerate(case.others, 1):
                 add_channel(path, channel, image, settings, files)
@@ -133,20 +140,16 @@ def open_volume(path: Path, files: CaseFiles, channel: int | None = None) -> Nif
     return None
 
 
-def fits_memory(header: NiftiHeader, settings: PrepareSettings, files: CaseFiles) -> bool:
+def fits_memory(path: Path, grid: Grid, settings: PrepareSettings, files: CaseFiles) -> bool:
     """Return whether an image fits the memory of this machine once resampled; add a finding if it does not."""
-    if not header.has_position:
-        return True
-    voxels = np.prod(np.array(header.shape) * voxel_sizes(header.affine) / settings.spacing)
+    voxels = np.prod(np.array(grid.shape) * voxel_sizes(grid.affine) / settings.spacing)
     needed = voxels * settings.num_image_channels * np.dtype(np.float32).itemsize
     memory = psutil.virtual_memory().total
     if needed <= memory:
         return True
     spacing = " x ".join(f"{edge:g}" for edge in settings.spacing)
-    files.add(
-        header.path,
-        iter([("too large", f"{format_bytes(needed)} at {spacing} mm, of {format_bytes(memory)} of memory")]),
-    )
+    found = f"{format_bytes(needed)} at {spacing} mm, of {format_bytes(memory)} of memory"
+    files.add(path, iter([("too large", found)]))
     return False
 
 
@@ -164,6 +167,38 @@ def add_image(header: NiftiHeader, settings: PrepareSettings, files: CaseFiles) 
     files.images.append(SpatialImage(voxels, header.affine if header.has_position else np.eye(4)))
     files.low, files.high = float(voxels.min()), float(voxels.max())  # NaN if any voxel is NaN
     files.sample = judge_values(header.path, voxels, 0, settings, files)
+
+
+def add_prepared(path: Path, preparation: NnunetPreparation, settings: PrepareSettings, files: CaseFiles) -> None:
+    """Read the channels of an array that nnU-Net has prepared, with the findings about it and its values.
+
+    They are not judged by the intensities of scans: CT was clipped, and other values are z-scores.
+    """
+    if (fault := file_fault(path)) and fault[0] != "empty file":
+        files.add(path, iter([fault]))
+        return
+    try:
+        grid = prepared_grid(path, preparation)
+        if not fits_memory(path, grid, settings, files):
+            return
+        channels = read_prepared(path, preparation, settings.image_channels)
+    except ArrayError as error:
+        files.add(path, iter([("not as nnU-Net", str(error))]))
+        return
+    files.shape, files.spacing = grid.shape, preparation.spacing
+    for number, voxels in enumerate(channels):
+        if fault := number_fault(voxels):
+            files.add(path, iter([fault]))
+            continue
+        is_ct = intensity_of(settings, number) in OF_CT
+        scale = window_scale(voxels, settings) if is_ct else whole_scale(voxels, settings)
+        if is_ct:
+            voxels[voxels < settings.hu_min + OF_AIR] = settings.hu_min
+        low, high = float(voxels.min()), float(voxels.max())
+        if low == high:
+            files.add(path, iter([("constant", f"the value {low:g} everywhere")]))
+        files.images.append(SpatialImage(voxels, grid.affine))
+        files.scales.append(scale)
 
 
 def add_channel(path: Path, channel: int, first: NiftiHeader, settings: PrepareSettings, files: CaseFiles) -> None:
@@ -197,11 +232,10 @@ def judge_values(
     Returns:
         Evenly spaced voxels; None if a value is no number.
     """
-    low, high = float(voxels.min()), float(voxels.max())  # NaN if any voxel is NaN
-    if not max(abs(low), abs(high)) <= LARGEST:
-        num = int(voxels.size - (np.abs(voxels) <= LARGEST).sum())
-        files.add(path, iter([("NaN or infinite", f"{num} voxels that are no number")]))
+    if fault := number_fault(voxels):
+        files.add(path, iter([fault]))
         return None
+    low, high = float(voxels.min()), float(voxels.max())
     sample, scale = sample_voxels(voxels), volume_scale(voxels, settings, channel)
     files.scales.append(scale)
     modality = declared_modality(path, settings.image_channels[channel])
@@ -210,6 +244,15 @@ def judge_values(
         faults.append(("no foreground", f"values from {low:g} to {high:g}, one of them in the foreground"))
     files.add(path, iter(faults))
     return sample
+
+
+def number_fault(voxels: np.ndarray) -> tuple[str, str] | None:
+    """Return the fault of voxels that are no number, or beyond float32; None if there is none."""
+    low, high = float(voxels.min()), float(voxels.max())  # NaN if any voxel is NaN
+    if max(abs(low), abs(high)) <= LARGEST:
+        return None
+    num = int(voxels.size - (np.abs(voxels) <= LARGEST).sum())
+    return "NaN or infinite", f"{num} voxels that are no number"
 
 
 def add_label_map(path: Path, image: NiftiHeader | None, declared: frozenset[int] | None, files: CaseFiles) -> None:

@@ -45,6 +45,11 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "archive": FindingKind("error", "a NIfTI file", "unpack it, and use the NIfTI files in it"),
     "damaged": FindingKind("error", "a whole file with the right checksum", "copy or convert it again"),
     "too large": FindingKind("error", "a case that fits the memory", "lower --prepare_workers, or crop it"),
+    "not as nnU-Net": FindingKind(
+        "error",
+        "an array of nnU-Net's: float32, channels and the three axes of its plan",
+        "prepare the case again by nnUNetv2_preprocess",
+    ),
     "not examined": FindingKind("error", "a case that can be examined", "convert it again, or remove it"),
     "not prepared": FindingKind("error", "a case that can be prepared", "fix it, or remove it"),
     # The header

@@ -73,15 +73,3 @@ def test_folders_of_nothing_to_convert_keep_their_message(tmp_path, capsys):
 def test_the_number_of_a_data_set_is_free(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert free_data_set() == "data/Dataset001_Imported"
-
-
-def test_volumes_that_nnunet_has_prepared_are_refused(tmp_path, capsys):
-    """Its folder of label maps would be read as images."""
-    data_set, prepared = tmp_path / "Dataset042_Mine", tmp_path / "Dataset042_Mine" / "nnUNetPlans_3d_fullres"
-    prepared.mkdir(parents=True)
-    for name in ("a.b2nd", "a_seg.b2nd", "a.pkl"):
-        (prepared / name).touch()
-    (data_set / "dataset_fingerprint.json").touch()
-    for folder in (data_set, prepared):
-        line = message_of(["pretrain", "--data", str(folder), "--out", str(tmp_path / "run")], capsys)
-        assert f"{folder}: expected scans, found what nnU-Net has prepared, which is not read; name" in line
