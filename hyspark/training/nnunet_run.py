@@ -21,10 +21,10 @@ from hyspark.data.intensity import SCALES
 from hyspark.data.settings import PrepareSettings
 from hyspark.models.axis_order import PermutedAxes
 from hyspark.models.defaults import PATCH, nearest_multiple
-from hyspark.models.nnunet_plans import resolve_configuration, to_volume_axes
+from hyspark.models.nnunet_plans import OWN_SETTINGS, resolve_configuration, to_volume_axes
 from hyspark.models.segmentation import build_hybird
 from hyspark.models.weights.load import load_pretrained
-from hyspark.models.weights.nnunet_settings import OWN_SETTINGS, plan_settings
+from hyspark.models.weights.nnunet_settings import plan_settings
 from hyspark.training.initial_weights import INPUT_SETTINGS, describe_differences, initialise
 from hyspark.training.optim import finetuning_schedule, set_lr_and_decay
 from hyspark.utils.settings import field_info

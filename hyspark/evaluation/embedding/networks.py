@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from hyspark.config.nnunet import find_plan, settings_of_plan
+from hyspark.config.nnunet import find_plan, plan_in_file, settings_of_plan
 from hyspark.config.pretrain import METHODS, PretrainConfig
 from hyspark.config.recipes import present_spelling, typed_values
 from hyspark.config.shared import EncoderSettings, check_preparation, encoder_options
@@ -23,7 +23,7 @@ from hyspark.models.backbones import build_backbone
 from hyspark.models.defaults import grid_of
 from hyspark.models.encoder import HybridEncoder
 from hyspark.models.nnunet_network import build_from_plan
-from hyspark.models.nnunet_plans import NnunetPlan, is_plan, read_plan, split_plan_name, to_network_axes
+from hyspark.models.nnunet_plans import PREFIX, NnunetPlan, is_plan, read_plan, split_plan_name, to_network_axes
 from hyspark.models.spark import PyramidEncoder
 from hyspark.models.weights.export import count_encoder
 from hyspark.models.weights.files import made_with, read_contents
@@ -113,11 +113,14 @@ def load_embedding_network(choice: NetworkChoice) -> EmbeddingNetwork:
         raise ValueError(f"{path}: expected weights of a network of volumes, got a classifier of images")
     if kind == "segmentation":
         return of_segmentation(path, choice)
+    plan = None if choice.model else plan_in_file(contents, str(path))
     made = present_spelling(made_with(contents) or settings_beside(path), PretrainConfig, str(path))
     described = str(read_model_config(path).get("network", "")) if path.is_dir() else ""
     model = choice.model or str(made.get("model", described if "/" in described else "hyspark"))
     method, _, rest = model.partition("/")
     model = rest if method in METHODS and rest else model
+    if plan or is_plan(model):
+        return of_third_party(path, choice, made, model, plan or plan_of(path, choice, model))
     if model != "hyspark":
         return of_third_party(path, choice, made, model)
     weights = choose_state_dict(contents, str(path), count_encoder, key=choice.weights_key)[0].tensors
@@ -175,11 +178,13 @@ def of_segmentation(path: Path, choice: NetworkChoice) -> EmbeddingNetwork:
     return finished_network(encoder, build, settings, window, "hyspark", vars(config))
 
 
-def of_third_party(path: Path, choice: NetworkChoice, made: Mapping[str, Any], model: str) -> EmbeddingNetwork:
-    """Load a third-party network of volumes, or of their 2D slices."""
+def of_third_party(
+    path: Path, choice: NetworkChoice, made: Mapping[str, Any], model: str, plan: NnunetPlan | None = None
+) -> EmbeddingNetwork:
+    """Load a third-party network of volumes, or of their 2D slices; with a plan of nnU-Net, the network of the plan."""
     of_images = model.startswith(("timm/", "torchvision/"))
-    plan = plan_of(path, choice, model) if is_plan(model) else None
     if plan:
+        model = f"{PREFIX}{plan.configuration}"
         known = {name: value for name, value in {**made, **choice.inputs}.items() if name in INPUT_SETTINGS}
         made = {**settings_of_plan(plan, known), **made}
     slices = made.get("slices", "axial" if of_images else "none")

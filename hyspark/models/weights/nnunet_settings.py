@@ -14,6 +14,7 @@ from torch import Tensor
 from hyspark.models.nnunet_plans import (
     CT_SCHEME,
     IMAGE_SCHEME,
+    OWN_SETTINGS,
     ct_settings,
     intensity_of_scheme,
     resolve_configuration,
@@ -27,8 +28,6 @@ ALIAS = "another name of a tensor that is loaded"
 """Reason to ignore a key whose tensor has several: nnU-Net's decoders refer to their encoders."""
 VOLUME_AXES = (0, 1, 2)
 """Axes x, y, z of a volume."""
-OWN_SETTINGS = "hyspark"
-"""Key of the settings that `nnUNetTrainer_HySparK` keeps in the plans; its network turns arrays to x y z."""
 PLANS_UNKNOWN = (AttributeError, KeyError, IndexError, RecursionError, TypeError, ValueError)
 """Errors of reading plans of another form."""
 STAGE_ARGUMENT = 5
@@ -44,6 +43,8 @@ def nnunet_settings(contents: Mapping[str, Any]) -> dict[str, Any]:
         the axis of x, y, z (0, 1, 2) that is each axis of the network.
     """
     try:
+        if isinstance(exported := contents.get(OWN_SETTINGS), Mapping):  # the file of `hyspark export --nnunet`
+            return dict(exported["made_with"])
         plans, configuration = find_plans(contents)
         if isinstance(own := plans.get(OWN_SETTINGS), Mapping):
             return dict(own)
