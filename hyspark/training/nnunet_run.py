@@ -139,6 +139,29 @@ def volume_order(transpose_forward: Sequence[int], axes: int) -> list[int]:
     return [sorted(order).index(axis) for axis in order]
 
 
+def weight_sums(network: nn.Module) -> list[float]:
+    """Sum each parameter of a network, in its order."""
+    return [float(value.detach().double().sum()) for value in network.parameters()]
+
+
+def check_nothing_loaded(before: Sequence[float], network: nn.Module, weights: str) -> None:
+    """Check that a network has its random weights, before others are loaded.
+
+    Args:
+        before: sums of its weights after initialisation.
+        network: the network at the start of its training.
+        weights: file of initial weights.
+
+    Raises:
+        ValueError: nnU-Net's -pretrained_weights has loaded a file.
+    """
+    if weight_sums(network) != list(before):
+        raise ValueError(
+            f"-pretrained_weights and {WEIGHTS} (or weights of {RECIPE}): expected one file of initial weights, got "
+            f"two; {weights} would replace the other; drop one"
+        )
+
+
 def load_initial_weights(network: nn.Module, config: SegmentationConfig, plans: Mapping[str, Any]) -> list[str]:
     """Load the initial weights.
 

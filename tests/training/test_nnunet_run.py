@@ -193,3 +193,15 @@ def test_learning_rates_follow_the_recipe_step_by_step(recipe):
     assert rates() == pytest.approx((0.01, 0.005))
     schedule.set_step(39)
     assert rates() == pytest.approx((0.0, 0.0), abs=1e-9)
+
+
+def test_a_second_file_of_initial_weights_is_refused(tmp_path):
+    """nnU-Net loads that of -pretrained_weights between initialisation and training."""
+    network = build_hybird(1, 3, 32, widths=SMALL["encoder_widths"], vit_depth=1, num_heads=4)
+    before = nnunet_run.weight_sums(network)
+    nnunet_run.check_nothing_loaded(before, network, "own.pth")
+    state = network.state_dict()
+    state["decoder.out.conv.bias"] = state["decoder.out.conv.bias"] + 1e-3  # one tensor of all
+    network.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"-pretrained_weights and HYSPARK_WEIGHTS .* got two; own\.pth would replace"):
+        nnunet_run.check_nothing_loaded(before, network, "own.pth")
