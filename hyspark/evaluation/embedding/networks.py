@@ -30,11 +30,13 @@ from hyspark.models.weights.files import made_with, read_contents
 from hyspark.models.weights.hub_address import local_path
 from hyspark.models.weights.load import encoder_shape, load_pretrained
 from hyspark.models.weights.model_folder import find_weights, is_own_config, read_model_config
+from hyspark.models.weights.nnunet_settings import HU_WINDOWS
 from hyspark.models.weights.search import choose_state_dict
 from hyspark.training.initial_weights import (
     INPUT_SETTINGS,
     as_values,
     axis_order_of,
+    differing_inputs,
     expanded,
     initialise,
     settings_beside,
@@ -285,6 +287,13 @@ def settings_for(path: Path, made: Mapping[str, Any], given: Mapping[str, Any]) 
                 *(path, taken),
             )
         return settings
+    if HU_WINDOWS in made:
+        for name, values, others in differing_inputs(settings, made):
+            if name in ("hu_min", "hu_max") and name not in given:
+                shown = (" ".join(map(str, one)) for one in (others, values))
+                LOG.warning(
+                    "%s was made with %s %s by channel, volumes are embedded with %s for all", path, name, *shown
+                )
     for name in given:
         own, other = (as_values(getattr(one, name), name == "intensity") for one in (settings, of_weights))
         longest = max(len(own), len(other))

@@ -26,6 +26,8 @@ EARLIER_SCHEMES = {"CT": CT_SCHEME, "CT2": CT_SCHEME, "nonCT": IMAGE_SCHEME}
 """Names of nnU-Net v1, with the present ones."""
 ALIAS = "another name of a tensor that is loaded"
 """Reason to ignore a key whose tensor has several: nnU-Net's decoders refer to their encoders."""
+HU_WINDOWS = "hu_windows"
+"""Key of the window of HU of each channel, where those of CT differ; None for a channel that is not CT."""
 VOLUME_AXES = (0, 1, 2)
 """Axes x, y, z of a volume."""
 PLANS_UNKNOWN = (AttributeError, KeyError, IndexError, RecursionError, TypeError, ValueError)
@@ -39,7 +41,8 @@ def nnunet_settings(contents: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         Those of these that it names: `spacing` in mm and `crop_size` in x y z order; `intensity`, which is a name of
-        nnU-Net where this package has no equal; for CT `hu_min`, `hu_max`, `input_mean`, `input_std`; `axis_order`,
+        nnU-Net where this package has no equal; for CT `hu_min`, `hu_max`, `input_mean`, `input_std`, and
+        HU_WINDOWS where channels differ, of which `hu_min` and `hu_max` are the widest; `axis_order`,
         the axis of x, y, z (0, 1, 2) that is each axis of the network.
     """
     try:
@@ -111,7 +114,11 @@ def intensity_of_plans(plans: Mapping[str, Any], configuration: Mapping[str, Any
         values.get(str(i), values.get(i)) if name == "ct-zscore" else {} for i, name in enumerate(names)
     ]
     if "ct-zscore" in names and all(isinstance(one, Mapping) for one in given):
-        found |= ct_settings([present_names(one) for one in given])
+        known = [present_names(one) for one in given]
+        found |= ct_settings(known)
+        windows = tuple((one["percentile_00_5"], one["percentile_99_5"]) if one else None for one in known)
+        if len({window for window in windows if window}) > 1:
+            found[HU_WINDOWS] = windows
     return found
 
 
