@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hyspark.evaluation.segmentation.description import KEY, Description, read_description
 from hyspark.evaluation.segmentation.onnx_metadata import read_onnx_metadata
 from hyspark.models.weights.formats import zip_names
-from hyspark.utils.install import install_command
+from hyspark.utils.install import extra_error
 from hyspark.utils.log import LOG
 from hyspark.utils.text import first_line
 
@@ -160,6 +160,6 @@ def import_onnxruntime() -> Any:
     """
     try:
         import onnxruntime
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"ONNX needs onnxruntime: {install_command('onnx')} ({error})") from error
+    except ImportError as error:
+        raise extra_error(error, "ONNX needs onnxruntime", "onnx", "onnxruntime") from error
     return onnxruntime
