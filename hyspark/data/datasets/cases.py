@@ -112,6 +112,16 @@ def name_value_pairs(labels: Any) -> list[tuple[str, Any]]:
     return pairs
 
 
+def advise_ignore(values: Iterable[float]) -> str:
+    """Return how to declare voxels that are not annotated, for an error, if undeclared values hold their usual one."""
+    if UNANNOTATED not in values:
+        return ""
+    return (
+        f'; if {UNANNOTATED} marks voxels that are not annotated, declare "ignore": {UNANNOTATED} among the labels of '
+        "dataset.json"
+    )
+
+
 def ignored_value(labels: Any, path: Path) -> int | None:
     """Return the value of nnU-Net's "ignore" among "labels", of voxels that are not annotated; None without one.
 

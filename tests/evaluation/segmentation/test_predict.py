@@ -191,7 +191,7 @@ def test_a_volume_that_is_named_twice_is_one_case(tmp_path, monkeypatch):
     for inputs in ([folder, folder], [folder, file], [file, folder], [folder, Path("a")], [file, file, folder]):
         assert sorted(case.name for case in read_inputs(inputs).cases) == ["x", "y"]
     write_volume(tmp_path / "b" / "x_0000.nii.gz")
-    assert sorted(case.name for case in read_inputs([tmp_path, file]).cases) == ["a-y", "b-x", "x"]
+    assert sorted(case.name for case in read_inputs([tmp_path, file]).cases) == ["b-x", "x", "y"]
 
 
 def test_inputs_that_cannot_be(tmp_path):

@@ -366,9 +366,7 @@ def test_the_modality_is_that_of_the_network(tmp_path):
     twice = [tmp_path / "in", tmp_path / "in" / "ct", tmp_path / "in", next((tmp_path / "in" / "pt").iterdir())]
     again = find_inputs(twice, tmp_path / "out", **given)
     assert [case.name for case in again.cases] == [case.name for case in found.cases]
-    with pytest.raises(
-        ValueError, match=r"in: a network of 2 image channels reads NIfTI.* convert it by `hyspark impo"
-    ):
+    with pytest.raises(ValueError, match=r"in: a network of 2 image channels reads NIfTI.* convert it by"):
         find_inputs(
             [tmp_path / "in"], tmp_path / "out", **given | {"settings": replace(settings, image_channels=(0, 1))}
         )
