@@ -82,11 +82,16 @@ def cases_digest(cases: Sequence[Case]) -> str:
     return text_digest(lines)
 
 
+class DifferentClassesError(ValueError):
+    """Data sets that name other classes."""
+
+
 def common_labels(folders: Iterable[Path]) -> dict[str, int] | None:
     """Read the class names that all folders agree on; None if no dataset.json gives any.
 
     Raises:
-        ValueError: if folders disagree, or a dataset.json is no JSON object.
+        DifferentClassesError: if folders disagree.
+        ValueError: if a dataset.json is no JSON object.
     """
     known: dict[str, int] | None = None
     origin = Path()
@@ -99,7 +104,7 @@ def common_labels(folders: Iterable[Path]) -> dict[str, int] | None:
             continue
         labels = class_values(content["labels"], file)
         if known is not None and labels != known:
-            raise ValueError(f"{origin} and {file} have different class names; make one list per data set")
+            raise DifferentClassesError(f"{origin} and {file} have different class names; make one list per data set")
         known, origin = labels, file
     return known
 
