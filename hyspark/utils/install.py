@@ -40,8 +40,8 @@ def extra_error(error: ImportError, need: str, extra: str, *modules: str) -> Imp
         return ModuleNotFoundError(f"{need}: {install_command(extra)} ({error})")
     cause = str(error).strip().partition("\n")[0] or type(error).__name__
     return ImportError(
-        f"{need}, which is installed and fails to import: {cause}; repair what that names, or install it anew: "
-        f"{install_command(extra)} --force-reinstall"
+        f"{need}, which is installed and fails to import: {cause}; repair what that names, or remove it and install it "
+        f"anew: {install_command(extra)}"
     )
 
 

@@ -690,12 +690,5 @@ def test_one_process_of_a_machine_shows_warnings(monkeypatch, variables, level):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(LOG, "level", logging.NOTSET)
     set_up_log()
     assert LOG.level == level
-
-
-def test_a_level_that_a_program_has_set_stays(monkeypatch):
-    monkeypatch.setattr(LOG, "level", logging.CRITICAL)
-    set_up_log()
-    assert LOG.level == logging.CRITICAL
