@@ -76,7 +76,8 @@ def test_wrong_advice_is_found(text, wrong):
 
 def asked_for() -> set[str]:
     """Extras that the package's messages name."""
-    return {name for path in FILES for name in re.findall(r"install_command\(['\"](\w+)", path.read_text())}
+    calls = r"(?:install_command\(|extra_error\(error, (?:f?\"[^\"]*\"|\w+), )['\"](\w+)"
+    return {name for path in FILES for name in re.findall(calls, path.read_text())}
 
 
 def test_extras_in_messages_exist():

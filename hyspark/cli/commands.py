@@ -139,7 +139,8 @@ def weights(argv: Sequence[str]) -> None:
     from hyspark.models.weights.load import load_pretrained
     from hyspark.training.initial_weights import describe_inputs
 
-    network = third_party_network(args, argv) if args.model else segmentation_network(args)
+    network = third_party_network(args, argv) if args.model else planned_network(args, argv)
+    network = network or segmentation_network(args)
     report = load_pretrained(network, args.path, args.weights_key)
     print("\n".join([str(report), *describe_inputs(report.made_with)]))
 
@@ -161,9 +162,7 @@ def third_party_network(args: WeightsArguments, argv: Sequence[str]) -> Any:
     from hyspark.models.backbones import build_backbone
     from hyspark.models.nnunet_plans import is_plan, read_plan, split_plan_name
 
-    own = ("out_channels", *field_info(EncoderSettings), "decoder", "decoder_width", "decoder_min_width")
-    if given := [name for name in own if name in given_flags(args, argv)]:
-        raise ValueError(f"{', '.join(given)}: not read for {args.model}, but for the segmentation network; drop them")
+    check_third_party_flags(args, argv, args.model)
     of_images = args.model.startswith(("timm/", "torchvision/"))
     planned = len(read_plan(*split_plan_name(args.model)).schemes) if is_plan(args.model) else 1
     axes = len(args.crop_size) if len(args.crop_size) > 1 else 2 if of_images else 3
@@ -171,6 +170,28 @@ def third_party_network(args: WeightsArguments, argv: Sequence[str]) -> Any:
     if "crop_size" in given_flags(args, argv):
         edges = args.crop_size * (axes if len(args.crop_size) == 1 else 1)
     return build_backbone(args.model, args.in_channels or (3 if of_images else planned), axes, edges).network
+
+
+def planned_network(args: WeightsArguments, argv: Sequence[str]) -> Any:
+    """Build the network of the nnU-Net plan that the file of weights holds; None if it holds none."""
+    from hyspark.config.nnunet import plan_in_file
+    from hyspark.models.nnunet_network import build_from_plan
+    from hyspark.models.weights.files import made_with, read_contents
+
+    contents = read_contents(args.path)
+    plan = plan_in_file(contents, args.path)
+    if plan is None:
+        return None
+    check_third_party_flags(args, argv, f"the network of the plan {plan.name}, which {args.path} holds")
+    channels = made_with(contents).get("image_channels", plan.schemes)
+    return build_from_plan(plan, args.in_channels or len(channels)).network
+
+
+def check_third_party_flags(args: WeightsArguments, argv: Sequence[str], name: str) -> None:
+    """Raise ValueError for flags of the segmentation network, which a third-party one does not read."""
+    own = ("out_channels", *field_info(EncoderSettings), "decoder", "decoder_width", "decoder_min_width")
+    if given := [flag for flag in own if flag in given_flags(args, argv)]:
+        raise ValueError(f"{', '.join(given)}: not read for {name}, but for the segmentation network; drop them")
 
 
 def export(argv: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from hyspark.cli import arguments
 from hyspark.cli.main import SHELLS, VERBS
 from hyspark.cli.parsing import Arguments, config_parser
 from hyspark.config.recipes import SETTINGS_OF
-from hyspark.utils.install import install_command
+from hyspark.utils.install import extra_error
 
 
 def print_completion(argv: Sequence[str]) -> None:
@@ -21,8 +21,8 @@ def print_completion(argv: Sequence[str]) -> None:
         raise ValueError(f"--completion: expected one of {', '.join(SHELLS)}, got {' '.join(argv) or 'nothing'}")
     try:
         import shtab
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"--completion needs shtab: {install_command('completion')}") from error
+    except ImportError as error:
+        raise extra_error(error, "--completion needs shtab", "completion", "shtab") from error
     print(shtab.complete(all_verbs(), argv[0]))
 
 

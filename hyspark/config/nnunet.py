@@ -13,11 +13,14 @@ from hyspark.models.defaults import nearest_multiple
 from hyspark.models.nnunet_plans import (
     CT_SCHEME,
     IMAGE_SCHEME,
+    OWN_SETTINGS,
+    PLANS_KEY,
     SCHEMES,
     NnunetPlan,
     ct_settings,
     intensity_of_scheme,
     is_plan,
+    parse_plan,
     read_plan,
     shorten,
     split_plan_name,
@@ -27,8 +30,6 @@ from hyspark.utils.text import short_text
 
 PLAN_FILE = "plans.json"
 """Copy of the plan in a run folder, and beside exported weights."""
-PLANS_KEY = "nnunet_plans"
-"""Key of the plan in checkpoints and files of weights."""
 OF_INTENSITY = ("hu_min", "hu_max", "input_mean", "input_std")
 """Settings that depend on the intensity."""
 
@@ -64,6 +65,34 @@ def plan_state(config: PretrainConfig) -> dict[str, Any]:
         return {}
     configuration = split_plan_name(config.model.partition("/")[2])[1]
     return {PLANS_KEY: read_plan(config.run_folder / PLAN_FILE, configuration).content}
+
+
+def plan_in_file(contents: object, source: str) -> NnunetPlan | None:
+    """Return the plan that a file of weights holds; None if it holds none.
+
+    It is that of a pre-training here, of `hyspark export --nnunet` or `--hf`, or of nnU-Net's own training, whose
+    networks of this package have none.
+
+    Args:
+        contents: Contents of the file, or of a folder as on the Hub.
+        source: The file, for messages.
+
+    Raises:
+        ValueError: The plan is damaged, or of no network of volumes.
+    """
+    if not isinstance(contents, Mapping):
+        return None
+    parts = {name: x for name in ("config", OWN_SETTINGS, "init_args") if isinstance(x := contents.get(name), Mapping)}
+    trained = parts.get("init_args", {})
+    held = (contents, PLANS_KEY), (parts.get("config", {}), PLANS_KEY), (parts.get(OWN_SETTINGS, {}), "plan")
+    for part, key in (*held, (trained, "plans")):
+        plan = part.get(key)
+        if not isinstance(plan, Mapping) or OWN_SETTINGS in plan:
+            continue
+        names = plan.get("configurations")
+        name = trained.get("configuration") if part is trained else next(iter(names), "") if names else ""
+        return parse_plan(plan, str(name), source)
+    return None
 
 
 def keep_plan(plan: NnunetPlan, run_folder: Path) -> None:

@@ -11,7 +11,7 @@ from hyspark.evaluation.segmentation.inference import TrainedNetwork
 from hyspark.exports.agreement import Predict
 from hyspark.exports.bundle_configs import evaluation_config, inference_config
 from hyspark.exports.bundle_texts import LICENSE_TEXT, bundle_metadata, bundle_readme
-from hyspark.utils.install import install_command
+from hyspark.utils.install import extra_error
 from hyspark.utils.log import silence
 
 
@@ -24,9 +24,8 @@ def import_bundle_packages() -> None:
     try:
         import fire  # noqa: F401
         import ignite  # noqa: F401
-    except ModuleNotFoundError as error:
-        needed = "pytorch-ignite and fire"
-        raise ModuleNotFoundError(f"--bundle needs {needed}: {install_command('bundle')} ({error})") from error
+    except ImportError as error:
+        raise extra_error(error, "--bundle needs pytorch-ignite and fire", "bundle", "fire", "ignite") from error
 
 
 def write_bundle(trained: TrainedNetwork, source: Path, folder: Path) -> None:

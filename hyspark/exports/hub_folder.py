@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hyspark.config.nnunet import plan_in_file
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.recipes import present_spelling, typed_values
 from hyspark.config.segmentation import SegmentationConfig
@@ -26,6 +27,7 @@ from hyspark.exports.model_card import OF_THE_AUTHOR, CardFacts, check_facts, mo
 from hyspark.models.defaults import edges_per_axis
 from hyspark.models.encoder import HybridEncoder
 from hyspark.models.hub_networks import Encoder, Segmenter, to_plain
+from hyspark.models.nnunet_plans import PLANS_KEY, PREFIX, NnunetPlan
 from hyspark.models.weights.export import count_encoder, export_metadata, select_weights
 from hyspark.models.weights.files import made_with, read_contents
 from hyspark.models.weights.hub_address import local_path
@@ -196,7 +198,7 @@ def pretrained_folder(path: Path, decoder: bool, key: str) -> ModelFolder:
     known = present_spelling(made_with(contents) or settings_beside(path), PretrainConfig)
     chosen, _ = choose_state_dict(contents, str(path), count_encoder, key=key)
     if not count_encoder(chosen.tensors):
-        return third_party_folder(path, chosen.tensors, known, decoder)
+        return third_party_folder(path, chosen.tensors, known, decoder, plan_in_file(contents, str(path)))
     weights = select_weights(chosen.tensors, str(path), None, decoder)
     needed = (*SHAPE, "crop_size", *(("decoder_width",) if decoder else ()))
     if missing := [name for name in needed if name not in known]:
@@ -213,14 +215,17 @@ def pretrained_folder(path: Path, decoder: bool, key: str) -> ModelFolder:
 
 
 def third_party_folder(
-    path: Path, tensors: Mapping[str, Tensor], known: Mapping[str, Any], decoder: bool
+    path: Path, tensors: Mapping[str, Tensor], known: Mapping[str, Any], decoder: bool, plan: NnunetPlan | None
 ) -> ModelFolder:
-    """Describe a third-party network that was pre-trained, by its own key names.
+    """Describe a third-party network that was pre-trained, by its own key names; with a plan of nnU-Net if it has one.
 
     Raises:
         ValueError: Its name is unknown.
     """
     method, _, name = str(known.get("model", "")).partition("/")
+    if plan:
+        method, name = str(known.get("method", method)), f"{PREFIX}{plan.configuration}"
+        known = {"in_channels": len(known.get("image_channels", plan.schemes)), **known}
     if not (name and {"in_channels", "crop_size"} <= known.keys()):
         raise ValueError(f"{path}: its network is unknown; give the run folder of the pre-training, or the file in it")
     if decoder:
@@ -229,12 +234,12 @@ def third_party_folder(
     weights = own or dict(tensors)
     axes = 2 if known.get("slices", "none") != "none" else 3
     config = {
-        "network": name if name.startswith(NAMED_LIBRARIES) else OF_THE_AUTHOR,
+        "network": name if plan or name.startswith(NAMED_LIBRARIES) else OF_THE_AUTHOR,
         "method": method,
         "in_channels": known["in_channels"],
         "crop_size": edges(known, axes),
         "preprocessing": preprocessing_of(known),
-    }
+    } | ({PLANS_KEY: plan.content | {"dataset_name": "not named"}} if plan else {})
     return ModelFolder({**LIBRARY, **to_plain(config, CONFIG)}, weights)
 
 

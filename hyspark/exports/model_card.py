@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hyspark.evaluation.segmentation.metrics import ORGAN_METRICS
 from hyspark.exports.measured_scores import MeasuredScores
+from hyspark.models.nnunet_plans import PLANS_KEY
 from hyspark.utils.tables import markdown_table
 from hyspark.utils.text import flag_text
 
@@ -172,11 +173,16 @@ def describe_usage(config: Mapping[str, Any], facts: CardFacts) -> Usage:
             training_command(config, facts.source),
         )
     name = "a network of the author's own" if config["network"] == OF_THE_AUTHOR else f"`{config['network']}`"
+    flags = (
+        f" --model {config['network']} --in_channels {config['in_channels']} "
+        f"--crop_size {flag_text(config['crop_size'])}"
+    )
+    if PLANS_KEY in config:
+        name, flags = "the network of an nnU-Net plan, which `config.json` holds", ""
     return Usage(
         f"Weights of {name}, pre-trained on unlabelled images, by its own key names.",
         f'import hyspark\n\n{building_text(config)}\nprint(hyspark.load_pretrained(network, "{facts.source}"))',
-        f"hyspark weights {facts.source} --model {config['network']} --in_channels {config['in_channels']} "
-        f"--crop_size {flag_text(config['crop_size'])}",
+        f"hyspark weights {facts.source}{flags}",
     )
 
 

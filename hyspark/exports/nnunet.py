@@ -17,7 +17,7 @@ from torch import nn
 from hyspark.exports.nnunet_fit import ADVICE, PlanFit, fit_weights
 from hyspark.models.axis_order import permute_axes, relative_order
 from hyspark.models.nnunet_network import build_network, run_encoder, turn_kernels, turned_architecture
-from hyspark.models.nnunet_plans import NnunetPlan, read_plan, split_plan_name, to_network_axes
+from hyspark.models.nnunet_plans import OWN_SETTINGS, NnunetPlan, read_plan, split_plan_name, to_network_axes
 from hyspark.models.weights.files import read_contents
 from hyspark.models.weights.load import load_pretrained
 from hyspark.training import checkpoint
@@ -160,7 +160,11 @@ def nnunet_content(network: nn.Module, plan: NnunetPlan, fit: PlanFit) -> dict[s
             {"type": kind, "name": name, "apa_citations": [text]}
             for kind, name, text in [*papers, ("Pre-training software", "HySparK", SOFTWARE)]
         ],
-        "hyspark": {"version": VERSION, "made_with": fit.settings, "plan": plan.content},
+        OWN_SETTINGS: {
+            "version": VERSION,
+            "made_with": fit.settings | {"axis_order": list(plan.axis_order)},  # kernels may have been turned
+            "plan": plan.content,
+        },
     }
 
 

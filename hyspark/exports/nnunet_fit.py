@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from hyspark.config.nnunet import PLAN_FILE, PLANS_KEY, intensity_of_plan, names_plan
+from hyspark.config.nnunet import PLAN_FILE, intensity_of_plan, names_plan, plan_in_file
 from hyspark.data.intensity import OF_CT, of_channel
 from hyspark.models.axis_order import relative_order
 from hyspark.models.nnunet_network import turned_architecture
-from hyspark.models.nnunet_plans import CT_SCHEME, SCHEMES, NnunetPlan, parse_plan, read_plan, split_plan_name
+from hyspark.models.nnunet_plans import CT_SCHEME, SCHEMES, NnunetPlan, read_plan, split_plan_name
 from hyspark.models.weights.export import MADE_WITH
 from hyspark.models.weights.files import made_with
 from hyspark.training.initial_weights import settings_beside
@@ -145,10 +145,8 @@ def largest_change(known: Mapping[str, Any], plan: NnunetPlan, channel: int) -> 
 
 def own_plan(contents: object, source: Path, known: Mapping[str, Any]) -> NnunetPlan | None:
     """Return the plan that weights were made with, from their file or its run folder; None if they have none."""
-    kept = contents.get(PLANS_KEY) if isinstance(contents, Mapping) else None
-    if kept:
-        names = kept.get("configurations") if isinstance(kept, Mapping) else None
-        return parse_plan(kept, next(iter(names), "") if isinstance(names, Mapping) else "", str(source))
+    if plan := plan_in_file(contents, str(source)):
+        return plan
     beside = source.with_name(PLAN_FILE)
     if not names_plan(known.get("model")) or not beside.is_file():
         return None

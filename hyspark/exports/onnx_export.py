@@ -9,7 +9,7 @@ from torch import nn
 from hyspark.evaluation.segmentation.deployed import INPUT, OUTPUT, import_onnxruntime
 from hyspark.evaluation.segmentation.description import KEY
 from hyspark.models.defaults import PATCH
-from hyspark.utils.install import install_command
+from hyspark.utils.install import extra_error
 from hyspark.utils.log import silence
 
 LARGEST_BYTES = 2 * 10**9
@@ -30,8 +30,8 @@ def import_onnx_packages() -> None:
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"--onnx needs onnx and onnxscript: {install_command('onnx')} ({error})") from error
+    except ImportError as error:
+        raise extra_error(error, "--onnx needs onnx and onnxscript", "onnx", "onnx", "onnxscript") from error
 
 
 def write_onnx(network: nn.Module, in_channels: int, description: str, path: Path) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from hyspark.models.defaults import CONTRASTIVE_METHODS
 from hyspark.models.feature_maps import record_outputs, uses_only_itself
 from hyspark.models.spark import PyramidEncoder
-from hyspark.utils.install import install_command
+from hyspark.utils.install import extra_error
 
 PROJECTION = {"moco": 128, "byol": 256, "swav": 128}
 """Features of a projection, as published."""
@@ -255,8 +255,8 @@ def build_siamese(
     try:
         from lightly import loss
         from lightly.models.modules import heads
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{method} needs lightly: {install_command('views')} ({error})") from error
+    except ImportError as error:
+        raise extra_error(error, f"{method} needs lightly", "views", "lightly") from error
     size = (img_size,) * axes if isinstance(img_size, int) else tuple(img_size)
     encoder = PooledEncoder(backbone, size, in_channels, run)
     shape = (encoder.width, head_width, PROJECTION[method])

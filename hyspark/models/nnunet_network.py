@@ -15,7 +15,7 @@ from hyspark.models.axis_order import permute_axes
 from hyspark.models.backbones import Backbone
 from hyspark.models.network_faults import UnsupportedNetworkError
 from hyspark.models.nnunet_plans import UNETS, NnunetPlan
-from hyspark.utils.install import install_command
+from hyspark.utils.install import extra_error
 from hyspark.utils.text import first_line
 
 NUM_CLASSES = 2
@@ -78,12 +78,12 @@ def find_network_class(name: Any) -> Any:
     for module in (found[1], UNETS):  # U-Nets of earlier modules lie in the second
         try:
             network_class = network_class or getattr(import_module(module), found[2], None)
-        except ModuleNotFoundError as error:
-            if error.name != UNETS.partition(".")[0]:
+        except ImportError as error:
+            library = UNETS.partition(".")[0]
+            if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith(f"{library}."):
                 continue
-            raise ModuleNotFoundError(
-                f"networks of nnU-Net's plans need dynamic_network_architectures: {install_command('nnunet')} ({error})"
-            ) from error
+            need = "networks of nnU-Net's plans need dynamic_network_architectures"
+            raise extra_error(error, need, "nnunet", library) from error
     if not (isinstance(network_class, type) and issubclass(network_class, nn.Module)):
         raise UnsupportedNetworkError(
             f"network_class_name: the installed dynamic_network_architectures has no network {name}; update it"

@@ -17,6 +17,14 @@ from hyspark.utils.text import first_line, nearest
 
 PREFIX = "nnunet/"
 """Start of the names of backbones that a plan describes."""
+PLANS_KEY = "nnunet_plans"
+"""Key of the plan in checkpoints and files of weights."""
+OWN_SETTINGS = "hyspark"
+"""Key of what this package adds to files of nnU-Net.
+
+In plans: settings of `nnUNetTrainer_HySparK`, whose network turns arrays to x y z. In the file of
+`hyspark export --nnunet`: what the weights were made with, and their plan.
+"""
 DEFAULT_CONFIGURATION = "3d_fullres"
 CT_SCHEME = "CTNormalization"
 IMAGE_SCHEME = "ZScoreNormalization"

@@ -78,6 +78,11 @@ class nnUNetTrainer_HySparK(nnUNetTrainer):
         """Compile the network only where nnUNet_compile asks for it."""
         return "nnUNet_compile" in os.environ and bool(super()._do_i_compile())
 
+    def initialize(self) -> None:
+        """Build the network, and keep sums of its weights, to see whether others are loaded before the training."""
+        super().initialize()
+        self.initial_sums = nnunet_run.weight_sums(self.plain_network())
+
     def on_train_start(self) -> None:
         """Hold the settings against those of other folds, and load the initial weights of a new training."""
         if not self.was_initialized:
@@ -85,6 +90,7 @@ class nnUNetTrainer_HySparK(nnUNetTrainer):
         plans = self.plans_manager.plans
         nnunet_run.check_same_settings(self.output_folder_base, plans)
         if self.current_epoch == 0 and self.hyspark.weights != "none":
+            nnunet_run.check_nothing_loaded(self.initial_sums, self.plain_network(), self.hyspark.weights)
             for line in nnunet_run.load_initial_weights(self.plain_network().network, self.hyspark, plans):
                 self.print_to_log_file(line)
         super().on_train_start()

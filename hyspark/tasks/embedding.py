@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from hyspark.evaluation.embedding.embed import EmbedOptions, embed_volumes
 from hyspark.evaluation.embedding.networks import NetworkChoice, load_embedding_network
 from hyspark.evaluation.embedding.probe import probe_vectors
-from hyspark.evaluation.embedding.probe_data import ProbeOptions, read_probe_data
+from hyspark.evaluation.embedding.probe_data import ProbeOptions, check_labels, read_labels, read_probe_data
 from hyspark.evaluation.embedding.report import difference_rows, import_umap, score_rows, write_probe
 from hyspark.evaluation.embedding.vectors import VectorTable, import_pyarrow, write_table
 from hyspark.tasks.api import StrPath, check_caller
@@ -101,7 +102,9 @@ def embed(
     regions |= {name: Path(regions[name]) for name in ("boxes", "labels") if regions.get(name)}
     regions["num_workers"] = regions.pop("prepare_workers", 0)
     seeds = tuple(options.get("random_seeds", RANDOM_SEEDS)) if probe else ()
-    made = embed_volumes(network, paths, Path(out), EmbedOptions(**regions, random_seeds=seeds), device=device)
+    check = partial(check_labels, probe) if probe else None
+    embed_options = EmbedOptions(**regions, random_seeds=seeds)
+    made = embed_volumes(network, paths, Path(out), embed_options, device=device, check=check)
     if not find_processes(device).is_main:
         return Embeddings(Path(out), [], made.table, made.failures)
     files = write_table(Path(out), made.table, made.settings, parquet=bool(options.get("parquet")))
@@ -118,7 +121,7 @@ def probe_options(options: dict[str, Any]) -> ProbeOptions | None:
     """Return the options of a probe, or None without one.
 
     Raises:
-        ValueError: An option of a probe is given without one.
+        ValueError: An option of a probe is given without one; the file of labels lacks a column.
         ModuleNotFoundError: UMAP is asked for, and not installed.
     """
     given = {name: options[name] for name in PROBE if name in options}
@@ -128,6 +131,7 @@ def probe_options(options: dict[str, Any]) -> ProbeOptions | None:
         return None
     given.pop("random_seeds", None)
     probe = ProbeOptions(Path(options["probe"]), **{"target": "", **given})
+    read_labels(probe)
     if probe.picture == "umap":
         import_umap()
     return probe

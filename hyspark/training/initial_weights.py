@@ -14,7 +14,7 @@ from hyspark.data.intensity import OF_CT
 from hyspark.data.seeds import seed_at
 from hyspark.data.settings import PrepareSettings
 from hyspark.models.weights.load import LoadReport, is_own_network, load_pretrained
-from hyspark.models.weights.nnunet_settings import VOLUME_AXES
+from hyspark.models.weights.nnunet_settings import HU_WINDOWS, VOLUME_AXES
 from hyspark.utils.log import LOG
 from hyspark.utils.text import short_text
 
@@ -84,6 +84,9 @@ def describe_inputs(made_with: Mapping[str, Any]) -> list[str]:
     """Describe the input of the network that weights were made with, in a line; none if they do not say it."""
     given = {name: as_values(made_with.get(name, ()), name == "intensity") for name in SHOWN_SETTINGS}
     found = [f"{name} {short_text(values)}" for name, values in given.items() if values]
+    if windows := made_with.get(HU_WINDOWS):
+        shown = ", ".join(f"{window[0]:g} to {window[1]:g}" if window else "none" for window in windows)
+        found.append(f"windows of HU by channel {shown}")
     return [f"made with  {', '.join(found)}"] if found else []
 
 
@@ -123,6 +126,7 @@ def differing_inputs(
         return
     known: dict[str, tuple[Any, ...]] = {"intensity": ("ct",), "image_channels": (0,)}
     known |= {name: as_values(made_with[name], name == "intensity") for name in INPUT_SETTINGS if name in made_with}
+    known |= window_per_channel(config, made_with)
     both = set(config.intensity) & set(known["intensity"])
     unread: set[str] = set() if both & set(OF_CT) else {"hu_min", "hu_max"}
     unread |= set() if "ct-zscore" in both else {"input_mean", "input_std"}
@@ -131,6 +135,16 @@ def differing_inputs(
         longest = max(len(own), len(other))
         if name not in unread and other and expanded(own, longest) != expanded(other, longest):
             yield name, own, other
+
+
+def window_per_channel(config: PrepareSettings, made_with: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    """Return hu_min and hu_max of each channel that weights were made with; empty where they were one for all.
+
+    A channel that is not CT has those of the run, which do not matter to it.
+    """
+    own = (config.hu_min, config.hu_max)
+    windows = [window or own for window in made_with.get(HU_WINDOWS, ())]
+    return {name: tuple(window[i] for window in windows) for i, name in enumerate(("hu_min", "hu_max")) if windows}
 
 
 def expanded(values: tuple[Any, ...], num: int) -> tuple[Any, ...]:

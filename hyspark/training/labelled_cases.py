@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets.build import read_data
-from hyspark.data.datasets.cases import DEFAULT_CLASSES, Case, Datalist
+from hyspark.data.datasets.cases import DEFAULT_CLASSES, Case, Datalist, advise_ignore
 from hyspark.data.datasets.subjects import split_faults
 from hyspark.data.datasets.subsets import draw_subset, subset_size
 from hyspark.data.preprocessing.store import StoredVolume
@@ -133,5 +133,5 @@ def label_fault(volume: StoredVolume, names: Sequence[str]) -> str:
     return (
         f"its label holds the value {volume.entry.max_label}, but the classes go from 0 to {len(names) - 1} "
         f"({', '.join(names)}); classes come from the training data's dataset.json, or from --out_channels if that "
-        "names none"
+        f"names none{advise_ignore([volume.entry.max_label])}"
     )

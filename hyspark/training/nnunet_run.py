@@ -22,10 +22,10 @@ from hyspark.data.intensity import SCALES
 from hyspark.data.settings import PrepareSettings
 from hyspark.models.axis_order import PermutedAxes
 from hyspark.models.defaults import PATCH, nearest_multiple
-from hyspark.models.nnunet_plans import resolve_configuration, to_volume_axes
+from hyspark.models.nnunet_plans import OWN_SETTINGS, resolve_configuration, to_volume_axes
 from hyspark.models.segmentation import build_hybird
 from hyspark.models.weights.load import load_pretrained
-from hyspark.models.weights.nnunet_settings import OWN_SETTINGS, plan_settings
+from hyspark.models.weights.nnunet_settings import HU_WINDOWS, plan_settings
 from hyspark.training.initial_weights import INPUT_SETTINGS, describe_differences, initialise
 from hyspark.training.optim import finetuning_schedule, set_lr_and_decay
 from hyspark.utils.settings import field_info
@@ -111,7 +111,9 @@ def enter_settings(plans: dict[str, Any], configuration: str, given: Mapping[str
     check_decoder(config)
     of_plan = plan_settings(plans, found)
     plans[OWN_SETTINGS] = {name: value for name, value in as_plain(config).items() if name in READ}
-    plans[OWN_SETTINGS] |= {name: as_list(of_plan[name]) for name in (*INPUT_SETTINGS, "crop_size") if name in of_plan}
+    plans[OWN_SETTINGS] |= {
+        name: as_list(of_plan[name]) for name in (*INPUT_SETTINGS, "crop_size", HU_WINDOWS) if name in of_plan
+    }
     notes.append("HySparK: " + ", ".join(f"{name} {flag_text(value)}" for name, value in plans[OWN_SETTINGS].items()))
     return NnunetRun(config, notes)
 
@@ -157,6 +159,29 @@ def volume_order(transpose_forward: Sequence[int], axes: int) -> list[int]:
     return [sorted(order).index(axis) for axis in order]
 
 
+def weight_sums(network: nn.Module) -> list[float]:
+    """Sum each parameter of a network, in its order."""
+    return [float(value.detach().double().sum()) for value in network.parameters()]
+
+
+def check_nothing_loaded(before: Sequence[float], network: nn.Module, weights: str) -> None:
+    """Check that a network has its random weights, before others are loaded.
+
+    Args:
+        before: sums of its weights after initialisation.
+        network: the network at the start of its training.
+        weights: file of initial weights.
+
+    Raises:
+        ValueError: nnU-Net's -pretrained_weights has loaded a file.
+    """
+    if weight_sums(network) != list(before):
+        raise ValueError(
+            f"-pretrained_weights and {WEIGHTS} (or weights of {RECIPE}): expected one file of initial weights, got "
+            f"two; {weights} would replace the other; drop one"
+        )
+
+
 def load_initial_weights(network: nn.Module, config: SegmentationConfig, plans: Mapping[str, Any]) -> list[str]:
     """Load the initial weights.
 
@@ -171,12 +196,36 @@ def load_initial_weights(network: nn.Module, config: SegmentationConfig, plans: 
     own = {name: value for name, value in plans[OWN_SETTINGS].items() if name in INPUT_SETTINGS}
     values: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in own.items()}
     unknown = set(INPUT_SETTINGS) - values.keys()  # such as the spacing of 2d, which has two numbers
+    windows = [tuple(one) if one else None for one in plans[OWN_SETTINGS].get(HU_WINDOWS, ())]
+    unknown |= {"hu_min", "hu_max", HU_WINDOWS} if windows else set()
     differing = describe_differences(network, config.weights, report, PrepareSettings(**values), unknown)
+    differing += differing_windows(config.weights, report.made_with, windows)
     lines = [f"initial weights {config.weights}", *str(report).splitlines()]
     if differing:
         lines += [f"WARNING: {line}" for line in differing]
         lines.append(advise_pretraining(plans[OWN_SETTINGS]))
     return lines
+
+
+def differing_windows(
+    weights: str, made_with: Mapping[str, Any], windows: Sequence[tuple[float, float] | None]
+) -> list[str]:
+    """Describe the channels of CT whose window of HU is another one than that of the weights, one line for each.
+
+    Args:
+        weights: file of the weights, for the lines.
+        made_with: what they were made with.
+        windows: that of each channel in nnU-Net, None for one that is not CT; empty where they are one for all.
+    """
+    if not {"hu_min", "hu_max"} <= made_with.keys():
+        return []
+    one = (made_with["hu_min"], made_with["hu_max"])
+    known = [tuple(found) if found else None for found in made_with.get(HU_WINDOWS, [one] * len(windows))]
+    return [
+        f"{weights} was made with HU {flag_text(was)} in channel {channel}, this run has {flag_text(own)}"
+        for channel, (was, own) in enumerate(zip(known, windows, strict=False))
+        if was and own and was != own
+    ]
 
 
 def advise_pretraining(own: Mapping[str, Any]) -> str:

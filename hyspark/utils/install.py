@@ -23,6 +23,28 @@ def install_command(extra: str = "") -> str:
     return f"pip install -e {shlex.quote(f'{where}{brackets}')}"
 
 
+def extra_error(error: ImportError, need: str, extra: str, *modules: str) -> ImportError:
+    """Make the error for a package of an extra that cannot be imported.
+
+    Args:
+        error: What its import raised.
+        need: What needs which package, "--parquet needs pyarrow".
+        extra: The extra that brings it.
+        modules: Names of its modules, without those below them.
+
+    Returns:
+        A ModuleNotFoundError with the command to install it; for a package that is installed and fails, an ImportError
+        with the cause.
+    """
+    if isinstance(error, ModuleNotFoundError) and error.name in modules:
+        return ModuleNotFoundError(f"{need}: {install_command(extra)} ({error})")
+    cause = str(error).strip().partition("\n")[0] or type(error).__name__
+    return ImportError(
+        f"{need}, which is installed and fails to import: {cause}; repair what that names, or remove it and install it "
+        f"anew: {install_command(extra)}"
+    )
+
+
 def require_version(module: ModuleType, least: str, fault: str) -> None:
     """Raise ImportError if a package is older than the first release without a fault.
 

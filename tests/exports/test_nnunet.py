@@ -2,16 +2,22 @@
 
 import json
 import shlex
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from hyspark.cli import main
+from hyspark.evaluation.embedding.networks import NetworkChoice, load_embedding_network
 from hyspark.exports import nnunet
+from hyspark.exports.hub_folder import export_to_hub
+from hyspark.exports.model_card import CardFacts
 from hyspark.exports.nnunet import stem_of, write_nnunet
 from hyspark.models.backbones import build_backbone
 from hyspark.models.nnunet_network import build_network
+from hyspark.models.weights.files import made_with, read_contents
 from tests.nnunet_stand_in import ARCHITECTURE, PLANS, made_in_volume_axes, stand_in, with_strides, write_plans
 
 __all__ = ["stand_in"]
@@ -240,3 +246,41 @@ def test_names_of_stem_and_encoder_are_those_of_nnunet_itself(monkeypatch):
         assert stem == network.key_to_stem
         assert sorted(projections) == sorted(network.keys_to_in_proj)
         assert network.key_to_encoder == "encoder.stages"
+
+
+def test_a_file_with_its_plan_needs_no_other(plans, pretrained, tmp_path, capsys):
+    """Each file that holds the plan gives the maps that the network has, outside of any run folder."""
+    held = {"embed": save(tmp_path / "e.pth", pretrained)}
+    write_nnunet(held["embed"], str(plans), tmp_path / "nn.pth")
+    held["export --nnunet"] = tmp_path / "nn.pth"
+    export_to_hub(held["embed"], tmp_path / "net", CardFacts("net"))
+    held["export --hf"] = tmp_path / "net"
+    held["its file alone"] = Path(shutil.copy(tmp_path / "net/model.safetensors", tmp_path / "alone.safetensors"))
+    arguments = {"plans": json.loads(plans.read_text()), "configuration": "3d_fullres"}
+    held["nnU-Net"] = tmp_path / "checkpoint_final.pth"
+    torch.save({"network_weights": pretrained.state_dict(), "init_args": arguments}, held["nnU-Net"])
+    plans.unlink()
+    crop = torch.rand(1, 1, 20, 16, 24, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = pretrained.encoder(crop.permute(0, 1, 3, 4, 2))[-1].permute(0, 1, 4, 2, 3)
+        for path in held.values():
+            network = load_embedding_network(NetworkChoice(path))
+            assert network.settings.spacing == (7, 8, 9)
+            assert network.settings.input_mean == (60,)
+            torch.testing.assert_close(network.encoder(crop)[-1], expected)
+            main.main(["weights", str(path)])
+            text = capsys.readouterr().out
+            assert "initialised: encoder" not in text
+            assert "crop_size 20 16 24, axis_order 1 2 0" in text
+    assert "Dataset042" not in (tmp_path / "net/config.json").read_text()
+    with pytest.raises(SystemExit):
+        main.main(["weights", str(held["embed"]), "--decoder", "light"])
+    assert "decoder: not read for the network of the plan smallPlans" in capsys.readouterr().err
+
+
+def test_the_settings_of_an_exported_file_are_those_of_its_kernels(plans, tmp_path):
+    """Kernels are turned to the plan's axes, and the settings say so."""
+    own = made_in_volume_axes(1, 3)
+    write_nnunet(save(tmp_path / "e.pth", own, None, axis_order=[]), str(plans), tmp_path / "nn.pth")
+    made = made_with(read_contents(tmp_path / "nn.pth"))
+    assert (made["axis_order"], made["spacing"], made["crop_size"]) == ([1, 2, 0], [7, 8, 9], [20, 16, 24])

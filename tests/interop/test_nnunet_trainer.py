@@ -15,6 +15,7 @@ import yaml
 
 import hyspark
 from hyspark import load_pretrained
+from hyspark.evaluation.embedding.networks import NetworkChoice, load_embedding_network
 from hyspark.nnunet_trainers import FOLDER
 
 pytestmark = pytest.mark.interop
@@ -40,7 +41,7 @@ OPTIONS = {"widths": WIDTHS, "vit_depth": 1, "num_heads": 4}
 TRAIN = ("900", "3d_fullres", "all", "-p", "smallPlans", "-device", "cpu")
 
 
-def run(folder, verb, *words, prelude="", **environment):
+def run(folder, verb, *words, prelude="", fails=False, **environment):
     """Run a command of nnU-Net, as its own program does; return what it prints."""
     call = f"{prelude}\nfrom {ENTRY[verb]} as run\nrun()"
     names = {f"nnUNet_{name}": str(folder / name) for name in ("raw", "preprocessed", "results")}
@@ -59,7 +60,7 @@ def run(folder, verb, *words, prelude="", **environment):
         stderr=subprocess.STDOUT,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert (done.returncode != 0) == fails, done.stdout[-3000:]
     return done.stdout
 
 
@@ -114,6 +115,16 @@ def test_nnunet_trains_from_weights_of_this_package(trained):
     assert 0 < max(moved) < 0.05  # it began at these weights, and two steps moved them
 
 
+def test_two_files_of_initial_weights_are_refused(folder, trained):
+    """nnU-Net's own flag would be overridden silently."""
+    checkpoint = str(trained[0] / "fold_all" / "checkpoint_final.pth")
+    environment = {"nnUNet_extTrainer": FOLDER, "HYSPARK_RECIPE": "recipe.yaml", "nnUNet_results": str(folder / "two")}
+    words = (*TRAIN, "-tr", "nnUNetTrainer_HySparK", "-pretrained_weights", checkpoint)
+    log = run(folder, "train", *words, prelude=SHORT, fails=True, **environment, HYSPARK_WEIGHTS="own.pth")
+    assert "-pretrained_weights and HYSPARK_WEIGHTS (or weights of HYSPARK_RECIPE): expected one file" in log
+    assert "Training done." in run(folder, "train", *words, prelude=SHORT, **environment)
+
+
 def test_nnunet_predicts_with_its_checkpoint_by_the_name_of_the_trainer(folder, trained):
     """Without the recipe: the plans hold the network."""
     images = next((folder / "raw").glob("*/imagesTr"))
@@ -164,3 +175,12 @@ def test_checkpoints_of_nnunets_own_networks_load(folder):
         assert report.made_with["spacing"] == pytest.approx(tuple(reversed(found["spacing"])))
         assert report.made_with["crop_size"] == (56, 32, 40)
         assert report.made_with["axis_order"] == (2, 1, 0)
+    checkpoint = next(folder.glob("results/*/nnUNetTrainer_Tiny__*/fold_all/checkpoint_final.pth"))
+    embedding = load_embedding_network(NetworkChoice(checkpoint))  # the plan is the checkpoint's
+    assert embedding.window == (56, 32, 40)
+    network.eval()
+    crop = torch.rand(1, 1, 56, 32, 40, generator=torch.Generator().manual_seed(0))
+    load_pretrained(network, checkpoint)
+    with torch.no_grad():
+        expected = network.encoder(crop.permute(0, 1, 4, 3, 2))[-1].permute(0, 1, 4, 3, 2)
+        torch.testing.assert_close(embedding.encoder(crop)[-1], expected)

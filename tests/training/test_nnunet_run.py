@@ -161,6 +161,21 @@ def test_what_the_plan_does_not_say_is_not_compared_and_advice_can_be_typed(
     assert [line.removeprefix("WARNING: ") for line in found if line.startswith(("WARN", "pre-", "no pre-"))] == lines
 
 
+def test_windows_of_channels_are_held_against_those_of_the_weights(recipe, tmp_path):
+    """nnU-Net clips each channel of CT by its own percentiles; weights of this package have one window."""
+    plans = make_plans(normalization_schemes=["CTNormalization", "ZScoreNormalization", "CTNormalization"])
+    plans["foreground_intensity_properties_per_channel"] = {"0": CT, "1": {}, "2": CT | {"percentile_99_5": 80.0}}
+    config = plan_run(plans, "3d_fullres", {RECIPE: recipe, WEIGHTS: str(tmp_path / "own.pth")}).config
+    plans = json.loads(json.dumps(plans))
+    network = nnunet_run.build_trained_network(plans, plans["configurations"]["3d_fullres"]["patch_size"], 3, 3).network
+    made = {"intensity": ["ct-zscore"], "image_channels": [0, 1, 2], "hu_min": -150.0, "hu_max": 300.0}
+    torch.save({"model": network.state_dict(), "config": made}, tmp_path / "own.pth")
+    found = [line for line in nnunet_run.load_initial_weights(network, config, plans) if "HU" in line]
+    assert found == [
+        f"WARNING: {tmp_path}/own.pth was made with HU -150.0 300.0 in channel 2, this run has -150.0 80.0"
+    ]
+
+
 def test_folds_of_one_model_have_one_recipe(recipe, tmp_path):
     """The plans.json of the folder describes the network of all of them."""
     plans = make_plans()
@@ -193,3 +208,15 @@ def test_learning_rates_follow_the_recipe_step_by_step(recipe):
     assert rates() == pytest.approx((0.01, 0.005))
     schedule.set_step(39)
     assert rates() == pytest.approx((0.0, 0.0), abs=1e-9)
+
+
+def test_a_second_file_of_initial_weights_is_refused(tmp_path):
+    """nnU-Net loads that of -pretrained_weights between initialisation and training."""
+    network = build_hybird(1, 3, 32, widths=SMALL["encoder_widths"], vit_depth=1, num_heads=4)
+    before = nnunet_run.weight_sums(network)
+    nnunet_run.check_nothing_loaded(before, network, "own.pth")
+    state = network.state_dict()
+    state["decoder.out.conv.bias"] = state["decoder.out.conv.bias"] + 1e-3  # one tensor of all
+    network.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"-pretrained_weights and HYSPARK_WEIGHTS .* got two; own\.pth would replace"):
+        nnunet_run.check_nothing_loaded(before, network, "own.pth")

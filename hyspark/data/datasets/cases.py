@@ -85,11 +85,16 @@ def cases_digest(cases: Sequence[Case]) -> str:
     return text_digest(lines)
 
 
+class DifferentClassesError(ValueError):
+    """Data sets that name other classes."""
+
+
 def common_labels(folders: Iterable[Path]) -> dict[str, int] | None:
     """Read the class names that all folders agree on; None if no dataset.json gives any.
 
     Raises:
-        ValueError: if folders disagree, or a dataset.json is no JSON object.
+        DifferentClassesError: if folders disagree.
+        ValueError: if a dataset.json is no JSON object.
     """
     known: dict[str, int] | None = None
     origin = Path()
@@ -102,7 +107,7 @@ def common_labels(folders: Iterable[Path]) -> dict[str, int] | None:
             continue
         labels = class_values(content["labels"], file)
         if known is not None and labels != known:
-            raise ValueError(f"{origin} and {file} have different class names; make one list per data set")
+            raise DifferentClassesError(f"{origin} and {file} have different class names; make one list per data set")
         known, origin = labels, file
     return known
 
@@ -113,6 +118,16 @@ def name_value_pairs(labels: Any) -> list[tuple[str, Any]]:
     if all(key.isdecimal() and isinstance(value, str) for key, value in pairs):
         return [(value, int(key)) for key, value in pairs]
     return pairs
+
+
+def advise_ignore(values: Iterable[float]) -> str:
+    """Return how to declare voxels that are not annotated, for an error, if undeclared values hold their usual one."""
+    if UNANNOTATED not in values:
+        return ""
+    return (
+        f'; if {UNANNOTATED} marks voxels that are not annotated, declare "ignore": {UNANNOTATED} among the labels of '
+        "dataset.json"
+    )
 
 
 def ignored_value(labels: Any, path: Path) -> int | None:

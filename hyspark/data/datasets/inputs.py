@@ -1,5 +1,6 @@
 """NIfTI files and folders that are named on a command line -> the volumes to predict."""
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ def read_inputs(inputs: Sequence[Path], channels: Sequence[int] = FIRST_CHANNELS
 
     A case is named as its file, without ending and "_0000". Of a folder with NIfTI files, these are taken; of any
     other, those that `read_data_folder` finds. Of a file, further channels that are read lie beside it. Other channels
-    and label maps are not used.
+    and label maps are not used. A volume that is named twice, as a file and by its folder, is one case.
 
     Raises:
         FileNotFoundError: A path does not exist, or there is no volume.
@@ -39,11 +40,16 @@ def read_inputs(inputs: Sequence[Path], channels: Sequence[int] = FIRST_CHANNELS
     order = {str(path): i for i, path in enumerate(inputs)}
     cases = sorted(found.cases, key=lambda case: order.get(str(case.image), len(order)))
     names: dict[str, Case] = {}
+    files: set[str] = set()
     for case in cases:
+        if os.path.abspath(case.image) in files:  # named twice, as a file and by its folder
+            continue
+        files.add(os.path.abspath(case.image))
         if (other := names.setdefault(case.name, case)) is not case:
             raise ValueError(
                 f"two volumes are named {case.name}: {other.image} and {case.image}; predict them into two folders"
             )
+    cases = list(names.values())
     for label in {case.label for case in cases if case.label}:
         found.pass_over("unused label map", OWN_LABELS, label)
     found.sets = [DataSet(found.source, cases)]

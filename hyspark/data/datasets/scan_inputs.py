@@ -115,10 +115,11 @@ def find_inputs(
         if len(settings.image_channels) > 1:
             raise ValueError(
                 f"{dicom[0]}: a network of {len(settings.image_channels)} image channels reads NIfTI, whose names say "
-                "which files are one case; found DICOM"
+                "which files are one case; found DICOM; convert it by `hyspark import`, and name the files of a case "
+                "CASE_0000.nii.gz, CASE_0001.nii.gz, ..."
             )
         modalities = MODALITIES_OF[settings.intensity[0]]
-        sources = [Path(os.path.abspath(path)) for path in dicom]
+        sources = outermost([Path(os.path.abspath(path)) for path in dicom])
         searched = find_volumes(sources, min_slices=min_slices, skip=out, modalities=modalities, progress=progress)
         add_dicom_scans(searched, out, found)
         if not found.cases and not found.failures:
@@ -128,6 +129,11 @@ def find_inputs(
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"several volumes are named {listing(twice)}; predict them into two folders")
     return found
+
+
+def outermost(paths: Sequence[Path]) -> list[Path]:
+    """Return different paths without those that lie in another one."""
+    return [path for path in dict.fromkeys(paths) if not set(path.parents) & set(paths)]
 
 
 def is_dicom_source(path: Path) -> bool:

@@ -4,14 +4,14 @@ Everything is examined and nothing raises, so that one call reports all that has
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from hyspark.data.datasets.build import read_data
-from hyspark.data.datasets.cases import Case, common_labels
+from hyspark.data.datasets.cases import Case, DifferentClassesError, common_labels
 from hyspark.data.datasets.data_folder import read_data_folder
 from hyspark.data.datasets.datalist_json import ListedData, is_datalist, read_list
 from hyspark.data.datasets.found import UNREADABLE, DataSet, FoundData
@@ -29,6 +29,8 @@ from hyspark.utils.processes import KILLED, available_cores, map_unordered
 
 MAX_THUMBNAILS = 120
 """Cases of which a thumbnail is kept for the page."""
+DIFFERENT = "different classes"
+"""Kind of the finding that data sets name other classes."""
 NOT_LISTED = "not in the list dataset.json, which runs use"
 FAULTS_OF_NAMES = ("label without image", "two files for a case", "image without label")
 """Kinds of findings that a list makes void, since runs take pairs from it and not from names."""
@@ -67,12 +69,29 @@ def check_dataset(
         raise FileNotFoundError(
             f"{path}: expected a JSON, or a folder with DatasetXXX_Name/imagesTr/CASE_0000.nii.gz, found neither"
         )
-    declared = frozenset(found.classes.values()) if found.classes else None
-    examined = examine_all(found.cases, settings, declared, num_workers or available_cores(), progress)
-    found.findings += [*same_content(examined), *unused_classes(examined, found.classes, path)]
+    classes = classes_of_cases(found)
+    declared = {case: frozenset(names.values()) if names else None for case, names in classes.items()}
+    examined = examine_all(found.cases, declared, settings, num_workers or available_cores(), progress)
+    found.findings += same_content(examined)
+    if any(finding.kind == DIFFERENT for finding in found.findings):
+        for one in found.sets:
+            seen = [each for each in examined if each.case in set(one.cases)]
+            found.findings += unused_classes(seen, classes[one.cases[0]] if one.cases else None, one.folder)
+    else:
+        found.findings += unused_classes(examined, found.classes, path)
     subjects = subjects_of_cases(found.cases)
     found.findings += [Finding("large subject", str(path), fault) for fault in large_subject_faults(subjects)]
     return examined, found
+
+
+def classes_of_cases(found: FoundData) -> dict[Case, dict[str, int] | None]:
+    """Return the class names of each case: those of all, or of its own data set where data sets differ."""
+    if not any(finding.kind == DIFFERENT for finding in found.findings):
+        return dict.fromkeys(found.cases, found.classes)
+    own: dict[Case, dict[str, int] | None] = {}
+    for one in found.sets:
+        own |= dict.fromkeys(one.cases, common_labels([one.folder]))
+    return own
 
 
 def find_dataset(path: Path, channels: Sequence[int] = FIRST_CHANNELS) -> FoundData:
@@ -91,10 +110,12 @@ def find_dataset(path: Path, channels: Sequence[int] = FIRST_CHANNELS) -> FoundD
             if file.is_file() and is_datalist(file):
                 listed = read_checked_list(file, channels)
                 add_list(found, listed)
+        except DifferentClassesError as error:
+            found.findings.append(Finding(DIFFERENT, str(path), str(error).partition(";")[0]))
         except ValueError as error:
             found.findings.append(unreadable_list(path, str(error)))
-        unreadable = any(finding.kind == UNREADABLE for finding in found.findings)
-        if found.classes is None and not unreadable and any(case.label for case in found.cases):
+        explained = any(finding.kind in (UNREADABLE, DIFFERENT) for finding in found.findings)
+        if found.classes is None and not explained and any(case.label for case in found.cases):
             found.findings.append(Finding("no class names", str(path), "labels, and no dataset.json that names them"))
         if found.cases and not any(case.label for case in found.cases):
             found.findings.append(Finding("image without label", str(path), "no label map for any image"))
@@ -194,19 +215,26 @@ def side_findings(path: Path, training: Sequence[Case], validation: Sequence[Cas
 
 def examine_all(
     cases: Sequence[Case],
+    declared: Mapping[Case, frozenset[int] | None],
     settings: PrepareSettings,
-    declared: frozenset[int] | None,
     num_workers: int,
     progress: bool,
 ) -> list[Examined]:
     """Return the result of `examine` for each case, in their order; thumbnails of MAX_THUMBNAILS cases are kept.
 
     Of those, cases with findings come first.
+
+    Args:
+        cases: the cases.
+        declared: values of the classes that the data set of each declares; None if it declares none.
+        settings: settings of training.
+        num_workers: processes.
+        progress: whether to show a progress bar.
     """
     order = {case: number for number, case in enumerate(cases)}
     kept: dict[bool, list[Examined]] = {True: [], False: []}
     examined: list[Examined] = []
-    jobs = [(case, settings, declared) for case in cases]
+    jobs = [(case, settings, declared[case]) for case in cases]
     with tqdm(total=len(cases), desc="check", unit="case", disable=not progress) as bar:
         for seen in map_unordered(examine, jobs, num_workers, killed_examination):
             examined.append(seen)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from nibabel.affines import voxel_sizes
 
-from hyspark.data.datasets.cases import DEFAULT_CLASSES
+from hyspark.data.datasets.cases import DEFAULT_CLASSES, advise_ignore
 from hyspark.data.readers.header import NiftiHeader, header_extensions
 from hyspark.data.readers.label_values import label_value_fault
 from hyspark.utils.text import list_of
@@ -100,7 +100,8 @@ def label_faults(
     strange = [value for value in voxels if int(value) not in {0, ignore, *(declared or range(num_classes))}]
     beyond = [value for value in strange if value >= num_classes]
     if declared and beyond:
-        yield "undeclared class", f"values {list_of(beyond)}, declared {list_of(sorted(declared))}"
+        text = f"values {list_of(beyond)}, declared {list_of(sorted(declared))}"
+        yield "undeclared class", text + advise_ignore(beyond)
     elif strange:
         yield "unnamed class", f"values {list_of(strange)}, of {num_classes} classes"
     if set(voxels) <= {0}:

@@ -147,6 +147,9 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "unnamed class": FindingKind(
         "warning", "values that dataset.json names", "name them there, or set --out_channels, if they are classes"
     ),
+    "different classes": FindingKind(
+        "error", "one list of classes in all data sets", "run on one of them, --data FOLDER/DatasetXXX_NAME"
+    ),
     "empty label": FindingKind(
         "warning", "at least one organ", "is it the right file? such a case teaches background alone"
     ),

@@ -12,7 +12,7 @@ from isal import igzip
 from PIL import Image
 
 from hyspark.data.datasets.file_names import BY_NIBABEL, BY_SIMPLEITK
-from hyspark.utils.install import install_command, require_version
+from hyspark.utils.install import extra_error, require_version
 from hyspark.utils.private_text import PrivateError, private
 from hyspark.utils.text import first_line
 
@@ -56,7 +56,7 @@ def require_simpleitk() -> Any:
         import SimpleITK
     except ImportError as error:
         formats = ", ".join(BY_SIMPLEITK)
-        raise ModuleNotFoundError(f"{formats} need SimpleITK: {install_command('formats')} ({error})") from error
+        raise extra_error(error, f"{formats} need SimpleITK", "formats", "SimpleITK") from error
     require_version(SimpleITK, LEAST_SIMPLEITK, "reads MetaImage files that are cut short")
     return SimpleITK
 
@@ -76,7 +76,7 @@ def read_other_format(path: Path) -> tuple[np.ndarray, np.ndarray]:
     read = read_by_nibabel if path.suffix.lower() in BY_NIBABEL else read_by_simpleitk
     try:
         voxels, affine = read(path)
-    except (PrivateError, ModuleNotFoundError):
+    except (PrivateError, ImportError):
         raise
     except Exception as error:  # a damaged file may raise anything
         # ITK's "Reason:" is the last error of the system, whatever that was.

@@ -15,7 +15,7 @@ from pydicom.uid import generate_uid
 from hyspark.data.readers.series import Series
 from hyspark.data.readers.source_slices import SourceSlice
 from hyspark.data.writers.source_images import COPIED, TYPE_2, Segments, check_segments, copy_identity, read_source
-from hyspark.utils.install import install_command
+from hyspark.utils.install import extra_error
 
 SEG_NUMBER = 9000
 """What is added to the number of the source's series."""
@@ -99,7 +99,7 @@ def import_highdicom() -> Any:
     try:
         import highdicom
     except ImportError as error:
-        raise ModuleNotFoundError(f"DICOM-SEG needs highdicom: {install_command('dicom')} ({error})") from error
+        raise extra_error(error, "DICOM-SEG needs highdicom", "dicom", "highdicom") from error
     return highdicom
 
 

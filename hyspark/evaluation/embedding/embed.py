@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from hyspark.data.readers.nifti import read_label
 from hyspark.evaluation.embedding.networks import EmbeddingNetwork
 from hyspark.evaluation.embedding.pooling import Pooling, plan_windows, pool_regions
 from hyspark.evaluation.embedding.regions import (
+    VOLUME,
     Region,
     WorldBox,
     box_region,
@@ -52,6 +53,8 @@ from hyspark.utils.text import listing
 
 VECTOR_FORMAT = 1
 """Vectors in files of another number are computed anew; raised where vectors change."""
+CheckCases = Callable[[Mapping[str, Case], Mapping[str, Sequence[str]] | None], None]
+"""Takes the cases by name, and the names of their regions, or None where preparation finds them."""
 PRETRAINED = "weights"
 """Name of the network with the given weights, beside those with random ones."""
 
@@ -116,7 +119,13 @@ class Embedded:
 
 
 def embed_volumes(
-    network: EmbeddingNetwork, inputs: Sequence[Path], out: Path, options: EmbedOptions, *, device: str = "auto"
+    network: EmbeddingNetwork,
+    inputs: Sequence[Path],
+    out: Path,
+    options: EmbedOptions,
+    *,
+    device: str = "auto",
+    check: CheckCases | None = None,
 ) -> Embedded:
     """Compute the vectors of volumes. One that fails, for whatever reason, stops no other; existing vectors are kept.
 
@@ -128,6 +137,7 @@ def embed_volumes(
         out: Folder to write to.
         options: What is embedded, and how.
         device: "auto", or a device of torch.
+        check: Called with the cases before the first is embedded.
 
     Raises:
         FileNotFoundError: Inputs are missing.
@@ -151,6 +161,8 @@ def embed_volumes(
         cases = labelled_cases(cases, options.labels)
     if options.boxes:
         cases = boxed_cases(cases, boxes, options.boxes)
+    if check:
+        check({case.name: case for case in cases}, known_regions(cases, options, boxes))
     settings = {
         "format": VECTOR_FORMAT,
         "weights": network.digest,
@@ -159,7 +171,7 @@ def embed_volumes(
         "window": list(network.window),
         "stages": list(stages),
         "pooling": options.pooling,
-        "regions": next((name for name in ("boxes", "labels", "grid") if getattr(options, name)), "volume"),
+        "regions": next((name for name in ("boxes", "labels", "grid") if getattr(options, name)), VOLUME),
         "grid": options.grid,
     }
     embedder = Embedder(network, stages, options, boxes, settings, out)
@@ -375,6 +387,15 @@ def boxed_cases(cases: Sequence[Case], boxes: Mapping[str, list[WorldBox]], path
         raise ValueError(f"{path}: expected boxes, got none")
     warn_of_others(cases, found, f"has no box in {path}")
     return found
+
+
+def known_regions(
+    cases: Sequence[Case], options: EmbedOptions, boxes: Mapping[str, list[WorldBox]]
+) -> dict[str, list[str]] | None:
+    """Return the names of the regions of cases; None for labels and cells, which are found in prepared volumes."""
+    if options.labels or options.grid:
+        return None
+    return {case.name: [box.name for box in boxes[case.name]] if options.boxes else [VOLUME] for case in cases}
 
 
 def warn_of_others(cases: Sequence[Case], found: Sequence[Case], why: str) -> None:

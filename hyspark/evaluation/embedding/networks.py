@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from hyspark.config.nnunet import find_plan, settings_of_plan
+from hyspark.config.nnunet import find_plan, plan_in_file, settings_of_plan
 from hyspark.config.pretrain import METHODS, PretrainConfig
 from hyspark.config.recipes import present_spelling, typed_values
 from hyspark.config.shared import EncoderSettings, check_preparation, encoder_options
@@ -23,18 +23,20 @@ from hyspark.models.backbones import build_backbone
 from hyspark.models.defaults import grid_of
 from hyspark.models.encoder import HybridEncoder
 from hyspark.models.nnunet_network import build_from_plan
-from hyspark.models.nnunet_plans import NnunetPlan, is_plan, read_plan, split_plan_name, to_network_axes
+from hyspark.models.nnunet_plans import PREFIX, NnunetPlan, is_plan, read_plan, split_plan_name, to_network_axes
 from hyspark.models.spark import PyramidEncoder
 from hyspark.models.weights.export import count_encoder
 from hyspark.models.weights.files import made_with, read_contents
 from hyspark.models.weights.hub_address import local_path
 from hyspark.models.weights.load import encoder_shape, load_pretrained
 from hyspark.models.weights.model_folder import find_weights, is_own_config, read_model_config
+from hyspark.models.weights.nnunet_settings import HU_WINDOWS
 from hyspark.models.weights.search import choose_state_dict
 from hyspark.training.initial_weights import (
     INPUT_SETTINGS,
     as_values,
     axis_order_of,
+    differing_inputs,
     expanded,
     initialise,
     settings_beside,
@@ -113,11 +115,14 @@ def load_embedding_network(choice: NetworkChoice) -> EmbeddingNetwork:
         raise ValueError(f"{path}: expected weights of a network of volumes, got a classifier of images")
     if kind == "segmentation":
         return of_segmentation(path, choice)
+    plan = None if choice.model else plan_in_file(contents, str(path))
     made = present_spelling(made_with(contents) or settings_beside(path), PretrainConfig, str(path))
     described = str(read_model_config(path).get("network", "")) if path.is_dir() else ""
     model = choice.model or str(made.get("model", described if "/" in described else "hyspark"))
     method, _, rest = model.partition("/")
     model = rest if method in METHODS and rest else model
+    if plan or is_plan(model):
+        return of_third_party(path, choice, made, model, plan or plan_of(path, choice, model))
     if model != "hyspark":
         return of_third_party(path, choice, made, model)
     weights = choose_state_dict(contents, str(path), count_encoder, key=choice.weights_key)[0].tensors
@@ -175,11 +180,13 @@ def of_segmentation(path: Path, choice: NetworkChoice) -> EmbeddingNetwork:
     return finished_network(encoder, build, settings, window, "hyspark", vars(config))
 
 
-def of_third_party(path: Path, choice: NetworkChoice, made: Mapping[str, Any], model: str) -> EmbeddingNetwork:
-    """Load a third-party network of volumes, or of their 2D slices."""
+def of_third_party(
+    path: Path, choice: NetworkChoice, made: Mapping[str, Any], model: str, plan: NnunetPlan | None = None
+) -> EmbeddingNetwork:
+    """Load a third-party network of volumes, or of their 2D slices; with a plan of nnU-Net, the network of the plan."""
     of_images = model.startswith(("timm/", "torchvision/"))
-    plan = plan_of(path, choice, model) if is_plan(model) else None
     if plan:
+        model = f"{PREFIX}{plan.configuration}"
         known = {name: value for name, value in {**made, **choice.inputs}.items() if name in INPUT_SETTINGS}
         made = {**settings_of_plan(plan, known), **made}
     slices = made.get("slices", "axial" if of_images else "none")
@@ -280,6 +287,13 @@ def settings_for(path: Path, made: Mapping[str, Any], given: Mapping[str, Any]) 
                 *(path, taken),
             )
         return settings
+    if HU_WINDOWS in made:
+        for name, values, others in differing_inputs(settings, made):
+            if name in ("hu_min", "hu_max") and name not in given:
+                shown = (" ".join(map(str, one)) for one in (others, values))
+                LOG.warning(
+                    "%s was made with %s %s by channel, volumes are embedded with %s for all", path, name, *shown
+                )
     for name in given:
         own, other = (as_values(getattr(one, name), name == "intensity") for one in (settings, of_weights))
         longest = max(len(own), len(other))

@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 
 from hyspark.evaluation.bootstrap import bootstrap_mean, num_resamples
 from hyspark.evaluation.classification.metrics import resampled_metric
-from hyspark.evaluation.embedding.probe_data import ProbeData, grouped_folds, patients_per_class
+from hyspark.evaluation.embedding.probe_data import ProbeData, check_training_parts, grouped_folds, patients_per_class
 
 INNER_FOLDS = 5
 MAX_ITERATIONS_OF_FIT = 5000
@@ -74,6 +74,7 @@ def probe_vectors(vectors: np.ndarray, random: Mapping[int, np.ndarray], data: P
     Raises:
         ValueError: There are too few patients.
     """
+    check_training_parts(data)
     inputs = probe_inputs(vectors, random, data)
     rows, differences, chosen = [], [], []
     for name, head in HEADS.items():
@@ -118,14 +119,8 @@ def fitted_probabilities(x: np.ndarray, data: ProbeData, head: Head) -> tuple[np
 
 
 def choose_value(x: np.ndarray, truth: np.ndarray, patients: np.ndarray, head: Head, num_classes: int) -> Any:
-    """Choose the parameter of a head with the highest AUC in a cross-validation inside of the training rows.
-
-    Raises:
-        ValueError: A class has a single patient.
-    """
+    """Choose the parameter of a head with the highest AUC in a cross-validation inside of the training rows."""
     num_folds = min(INNER_FOLDS, *patients_per_class(truth, patients))
-    if num_folds < 2 or len(np.unique(truth)) < num_classes:
-        raise ValueError("--probe: expected two patients of each class or more in each training part; label more")
     folds = grouped_folds(truth, patients, [str(n) for n in range(num_classes)], num_folds)
     scored = np.concatenate([score for _, score in folds])
     least = min(len(fit) for fit, _ in folds)

@@ -94,28 +94,84 @@ def read_probe_data(options: ProbeOptions, table: VectorTable, cases: Mapping[st
         ValueError: A column is missing, a row is double or fits no single vector, classes or patients are too few, or a
             patient is on both sides of the split.
     """
+    labels = read_labels(options)
+    places = list(zip(table.cases, table.regions, strict=True))
+    labelled = keyed_rows(labels, places)
+    lost = [case for case, region in labelled if (case, region) not in set(places)]
+    if lost:
+        count = count_of(len(lost), "labelled row")
+        LOG.warning("%s: no vector for %s, such as %s", options.labels, count, listing(lost, 3))
+    return match_rows(options, labels, labelled, places, cases)
+
+
+def check_labels(options: ProbeOptions, cases: Mapping[str, Case], regions: Mapping[str, Sequence[str]] | None) -> None:
+    """Check a file of labels before vectors are computed, as `read_probe_data` does if none of them fails.
+
+    Args:
+        options: The probe.
+        cases: The volumes by name.
+        regions: Names of their regions; None if they are unknown, and those in the file are taken.
+
+    Raises:
+        ValueError: As `read_probe_data` and `check_training_parts`.
+    """
+    labels = read_labels(options)
+    if regions is None:
+        named = [(row["case"], row.get("region") or "") for row in labels.rows if row["case"] in cases]
+        places = list(dict.fromkeys(named))
+    else:
+        places = [(case, region) for case in cases for region in regions[case]]
+    check_training_parts(match_rows(options, labels, keyed_rows(labels, places), places, cases))
+
+
+class Labels(NamedTuple):
+    """Content of a file of labels.
+
+    Attributes:
+        path: The file.
+        target: Column of the class.
+        columns: Names of all columns.
+        rows: Its rows, of which the first is in line 2.
+    """
+
+    path: Path
+    target: str
+    columns: list[str]
+    rows: list[dict[str, str]]
+
+
+def read_labels(options: ProbeOptions) -> Labels:
+    """Read a file of labels; raise ValueError if a column is missing, or is none of numbers by its name."""
     path = options.labels
-    rows = csv.DictReader(read_text(path).splitlines())
-    columns = list(rows.fieldnames or ())
+    reader = csv.DictReader(read_text(path).splitlines())
+    columns = list(reader.fieldnames or ())
     if missing := [name for name in ("case", options.target, *options.features) if name not in columns]:
         raise ValueError(f"{path}: expected the columns {', '.join(missing)}; it has {', '.join(columns)}")
     if bad := [name for name in options.features if name in ("case", "region", "patient", "split", options.target)]:
         raise ValueError(f"--features {' '.join(bad)}: expected columns of numbers other than the target")
-    labelled = {key: row for key, row in keyed_rows(path, rows, table).items() if is_value(row[options.target])}
-    places = {key: i for i, key in enumerate(zip(table.cases, table.regions, strict=True))}
-    found = {places[key]: row for key, row in labelled.items() if key in places}
-    if lost := len(labelled) - len(found):
-        names = [case for case, region in labelled if (case, region) not in places]
-        LOG.warning("%s: no vector for %s, such as %s", path, count_of(lost, "labelled row"), listing(names, 3))
+    return Labels(path, options.target, columns, list(reader))
+
+
+def match_rows(
+    options: ProbeOptions,
+    labels: Labels,
+    labelled: Mapping[tuple[str, str], dict[str, str]],
+    places: Sequence[tuple[str, str]],
+    cases: Mapping[str, Case],
+) -> ProbeData:
+    """Match labelled rows to the cases and regions of vectors, and split them; errors as for `read_probe_data`."""
+    path = labels.path
+    positions_of = {place: i for i, place in enumerate(places)}
+    found = {positions_of[key]: row for key, row in labelled.items() if key in positions_of}
     positions = np.array(sorted(found), int)
     used = [found[i] for i in positions]
     names = [row[options.target].strip() for row in used]
     classes = sorted_classes(set(names))
     check_num_classes(path, options.target, classes)
     truth = np.array([classes.index(name) for name in names])
-    patients = np.array(patients_of(path, [table.cases[i] for i in positions], used, columns, cases))
+    patients = np.array(patients_of(path, [places[i][0] for i in positions], used, labels.columns, cases))
     features = np.array([numbers_of(path, row, options.features) for row in used]).reshape(len(used), -1)
-    if "split" in columns:
+    if "split" in labels.columns:
         folds = [official_split(path, [row["split"] or "" for row in used], patients)]
         protocol = f"the split of {path.name}"
     else:
@@ -124,29 +180,41 @@ def read_probe_data(options: ProbeOptions, table: VectorTable, cases: Mapping[st
     return ProbeData(positions, truth, classes, patients, features, folds, protocol)
 
 
-def keyed_rows(path: Path, rows: "csv.DictReader[str]", table: VectorTable) -> dict[tuple[str, str], dict[str, str]]:
-    """Return the rows of a file of labels by case and region.
+def check_training_parts(data: ProbeData) -> None:
+    """Raise ValueError if a training part has a class of fewer than two patients, which no inner fold splits."""
+    for fit, _ in data.folds:
+        patients, truth = data.patients[fit], data.truth[fit]
+        counts = {name: len(set(patients[truth == number])) for number, name in enumerate(data.classes)}
+        if few := [f"{name} has {num}" for name, num in counts.items() if num < 2]:
+            raise ValueError(
+                f"--probe: expected two patients of each class or more in each training part, but {', '.join(few)}; "
+                "label more"
+            )
+
+
+def keyed_rows(labels: Labels, places: Sequence[tuple[str, str]]) -> dict[tuple[str, str], dict[str, str]]:
+    """Return the rows with a class by case and region.
 
     Raises:
         ValueError: A row is double, or does not say which of several regions it means.
     """
     regions: dict[str, list[str]] = {}
-    for case, region in zip(table.cases, table.regions, strict=True):
+    for case, region in places:
         regions.setdefault(case, []).append(region)
     found: dict[tuple[str, str], dict[str, str]] = {}
-    for number, row in enumerate(rows, 2):
+    for number, row in enumerate(labels.rows, 2):
         case = row["case"]
         of_case = regions.get(case, [""])
         if not row.get("region") and len(of_case) > 1:
             raise ValueError(
-                f"{path}, line {number}: {case} has {len(of_case)} regions; expected a column region with one of "
-                f"{listing(of_case, 5)}"
+                f"{labels.path}, line {number}: {case} has {len(of_case)} regions; expected a column region with one "
+                f"of {listing(of_case, 5)}"
             )
         key = (case, row.get("region") or of_case[0])
         if key in found:
-            raise ValueError(f"{path}, line {number}: {' '.join(key)} comes twice; keep one of the rows")
+            raise ValueError(f"{labels.path}, line {number}: {' '.join(key)} comes twice; keep one of the rows")
         found[key] = row
-    return found
+    return {key: row for key, row in found.items() if is_value(row[labels.target])}
 
 
 def is_value(text: str | None) -> bool:
@@ -166,7 +234,7 @@ def check_num_classes(path: Path, target: str, classes: Sequence[str]) -> None:
     """Raise ValueError if a column does not hold a few classes."""
     if not 2 <= len(classes) <= MAX_CLASSES:
         raise ValueError(
-            f"{path}: column {target}: expected 2 to {MAX_CLASSES} classes among rows with a vector, got "
+            f"{path}: column {target}: expected 2 to {MAX_CLASSES} classes among rows of the volumes, got "
             f"{len(classes)}{': ' if classes else ''}{listing(classes, 5)}"
         )
 

@@ -18,6 +18,9 @@ from hyspark.utils.paths import read_text
 EDGES = ("x_min", "x_max", "y_min", "y_max", "z_min", "z_max")
 """Columns of a file of boxes, beside `case` and, optionally, `region`."""
 
+VOLUME = "volume"
+"""Name of the only region of a volume that is embedded whole."""
+
 
 class WorldBox(NamedTuple):
     """A box in world coordinates.
@@ -107,7 +110,7 @@ def foreground_box(image: np.ndarray) -> tuple[list[int], list[int]]:
 def volume_region(image: np.ndarray) -> Region:
     """Return the bounding box of the foreground of a volume (c, h, w, d) as its only region."""
     start, stop = foreground_box(image)
-    return Region("volume", tuple(start), all_of([b - a for a, b in zip(start, stop, strict=True)]))
+    return Region(VOLUME, tuple(start), all_of([b - a for a, b in zip(start, stop, strict=True)]))
 
 
 def grid_regions(image: np.ndarray, affine: np.ndarray, edge: float) -> Iterator[Region]:

@@ -15,7 +15,7 @@ from hyspark.evaluation.protocol import protocol_text
 from hyspark.figures.panels import save_figure
 from hyspark.figures.projection import projection_figure
 from hyspark.utils.atomic import write_json, write_whole
-from hyspark.utils.install import install_command
+from hyspark.utils.install import extra_error
 from hyspark.utils.tables import markdown_table
 
 PROBE_STEM = "probe"
@@ -141,5 +141,5 @@ def import_umap() -> Any:
     try:
         import umap
     except ImportError as error:
-        raise ModuleNotFoundError(f"--picture umap needs umap-learn: {install_command('umap')} ({error})") from error
+        raise extra_error(error, "--picture umap needs umap-learn", "umap", "umap") from error
     return umap

@@ -16,7 +16,7 @@ from hyspark.data.datasets.cases import Case
 from hyspark.data.datasets.scan_inputs import ScanCase
 from hyspark.utils.atomic import write_whole
 from hyspark.utils.digests import content_digest, text_digest
-from hyspark.utils.install import install_command
+from hyspark.utils.install import extra_error
 
 KEPT_FOLDER = "vectors"
 """Folder of the files of single cases, a folder per network in it."""
@@ -183,7 +183,7 @@ def import_pyarrow() -> Any:
     try:
         import pyarrow
     except ImportError as error:
-        raise ModuleNotFoundError(f"--parquet needs pyarrow: {install_command('parquet')} ({error})") from error
+        raise extra_error(error, "--parquet needs pyarrow", "parquet", "pyarrow") from error
     return pyarrow
 
 

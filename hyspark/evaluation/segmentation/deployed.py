@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from hyspark.evaluation.segmentation.description import KEY, Description, read_description
+from hyspark.evaluation.segmentation.onnx_metadata import read_onnx_metadata
 from hyspark.models.weights.formats import zip_names
-from hyspark.utils.install import install_command
+from hyspark.utils.install import extra_error
 from hyspark.utils.log import LOG
 from hyspark.utils.text import first_line
 
@@ -101,9 +102,8 @@ def load_deployed(path: Path, form: DeployedForm) -> DeployedNetwork:
 
 def load_onnx(path: Path) -> DeployedNetwork:
     """Load an ONNX file of `hyspark export --onnx`; errors as for `load_deployed`."""
-    session = open_session(path, ["CPUExecutionProvider"])
-    description = read_description(known_text(session.get_modelmeta().custom_metadata_map.get(KEY, ""), path), path)
-    return DeployedNetwork(OnnxNetwork(path, session), description)
+    description = read_description(known_text(read_onnx_metadata(path).get(KEY, ""), path), path)
+    return DeployedNetwork(OnnxNetwork(path, open_session(path, ["CPUExecutionProvider"])), description)
 
 
 def load_torchscript(path: Path) -> DeployedNetwork:
@@ -160,6 +160,6 @@ def import_onnxruntime() -> Any:
     """
     try:
         import onnxruntime
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"ONNX needs onnxruntime: {install_command('onnx')} ({error})") from error
+    except ImportError as error:
+        raise extra_error(error, "ONNX needs onnxruntime", "onnx", "onnxruntime") from error
     return onnxruntime

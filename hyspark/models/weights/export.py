@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from hyspark.models.nnunet_plans import PLANS_KEY
 from hyspark.models.weights.files import made_with, read_contents
 from hyspark.models.weights.load import ENCODER, LIGHT_DECODER, MASK_TOKEN, RELEASED_DECODER, strip_holder
 from hyspark.models.weights.search import choose_state_dict
@@ -84,7 +85,10 @@ def select_weights(
     for part, prefixes in needed.items():
         if not any(own.startswith(prefixes) for own in weights):
             which = " or ".join(f"{prefix}*" for prefix in prefixes)
-            other = "; weights of another network need no export (a ResNet for detectron2: --detectron2)"
+            other = (
+                "; weights of another network need no export (a ResNet for detectron2: --detectron2; the network of an "
+                "nnU-Net plan: --nnunet)"
+            )
             advice = other if part == "encoder" else ""
             raise ValueError(f"{name}: no {part}; none of its {len(given)} keys is {which}{advice}")
     return weights
@@ -99,5 +103,6 @@ def cast_tensor(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def export_metadata(known: Mapping[str, Any]) -> dict[str, str]:
-    """Convert settings to the metadata of safetensors, text by name; each value is JSON."""
-    return {"format": "pt"} | {name: json.dumps(known[name]) for name in MADE_WITH if name in known}
+    """Convert settings, and a plan of nnU-Net, to the metadata of safetensors, text by name; each value is JSON."""
+    names = [name for name in (*MADE_WITH, PLANS_KEY) if name in known]
+    return {"format": "pt"} | {name: json.dumps(known[name]) for name in names}

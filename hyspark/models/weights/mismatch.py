@@ -16,7 +16,7 @@ LIKELY_REASONS = {
     ),
     r"(^|\.)conv_blocks_context\.\d+\.\d+\.(conv|norm)\d\.": f"they are those of STU-Net; {BY_FACTORY}",
     r"(^|\.)(conv_blocks_context|encoder\.stages\.\d+\.(\d+\.convs|blocks\.\d+\.conv\d)|stages\.\d+\.\d+\.convs)\.": (
-        f"they are those of nnU-Net; {BY_FACTORY} (from its plans)"
+        f"they are those of nnU-Net; give its plan, --model nnunet/PLANS.json, or {BY_FACTORY.removeprefix('give ')}"
     ),
     r"(^|\.)(down_tr\d+|up_tr\d+)\.": f"they are those of the 3D U-Net of Models Genesis and SuPreM; {BY_FACTORY}",
     r"(^|\.)layers[1-4]\.0\.(0\.)?blocks\.": (

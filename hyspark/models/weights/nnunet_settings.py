@@ -14,6 +14,7 @@ from torch import Tensor
 from hyspark.models.nnunet_plans import (
     CT_SCHEME,
     IMAGE_SCHEME,
+    OWN_SETTINGS,
     ct_settings,
     intensity_of_scheme,
     resolve_configuration,
@@ -25,10 +26,10 @@ EARLIER_SCHEMES = {"CT": CT_SCHEME, "CT2": CT_SCHEME, "nonCT": IMAGE_SCHEME}
 """Names of nnU-Net v1, with the present ones."""
 ALIAS = "another name of a tensor that is loaded"
 """Reason to ignore a key whose tensor has several: nnU-Net's decoders refer to their encoders."""
+HU_WINDOWS = "hu_windows"
+"""Key of the window of HU of each channel, where those of CT differ; None for a channel that is not CT."""
 VOLUME_AXES = (0, 1, 2)
 """Axes x, y, z of a volume."""
-OWN_SETTINGS = "hyspark"
-"""Key of the settings that `nnUNetTrainer_HySparK` keeps in the plans; its network turns arrays to x y z."""
 PLANS_UNKNOWN = (AttributeError, KeyError, IndexError, RecursionError, TypeError, ValueError)
 """Errors of reading plans of another form."""
 STAGE_ARGUMENT = 5
@@ -40,10 +41,13 @@ def nnunet_settings(contents: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         Those of these that it names: `spacing` in mm and `crop_size` in x y z order; `intensity`, which is a name of
-        nnU-Net where this package has no equal; for CT `hu_min`, `hu_max`, `input_mean`, `input_std`; `axis_order`,
+        nnU-Net where this package has no equal; for CT `hu_min`, `hu_max`, `input_mean`, `input_std`, and
+        HU_WINDOWS where channels differ, of which `hu_min` and `hu_max` are the widest; `axis_order`,
         the axis of x, y, z (0, 1, 2) that is each axis of the network.
     """
     try:
+        if isinstance(exported := contents.get(OWN_SETTINGS), Mapping):  # the file of `hyspark export --nnunet`
+            return dict(exported["made_with"])
         plans, configuration = find_plans(contents)
         if isinstance(own := plans.get(OWN_SETTINGS), Mapping):
             return dict(own)
@@ -110,7 +114,11 @@ def intensity_of_plans(plans: Mapping[str, Any], configuration: Mapping[str, Any
         values.get(str(i), values.get(i)) if name == "ct-zscore" else {} for i, name in enumerate(names)
     ]
     if "ct-zscore" in names and all(isinstance(one, Mapping) for one in given):
-        found |= ct_settings([present_names(one) for one in given])
+        known = [present_names(one) for one in given]
+        found |= ct_settings(known)
+        windows = tuple((one["percentile_00_5"], one["percentile_99_5"]) if one else None for one in known)
+        if len({window for window in windows if window}) > 1:
+            found[HU_WINDOWS] = windows
     return found
 
 

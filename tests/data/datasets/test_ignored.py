@@ -13,6 +13,7 @@ from hyspark.data.datasets.cases import UNANNOTATED, class_values, ignored_value
 from hyspark.data.datasets.datalist_json import read_datalist, write_datalist
 from hyspark.data.preprocessing.prepare import prepare_missing, stored_volumes
 from hyspark.data.quality.check import check_dataset
+from hyspark.data.quality.faults import label_faults
 from hyspark.data.readers.nifti import read_label
 from hyspark.data.settings import PrepareSettings
 from hyspark.evaluation.segmentation.metrics import dice, score_case
@@ -129,3 +130,14 @@ def test_scores_do_not_see_ignored_voxels():
     assert score_case(prediction, truth, 3, (1, 1, 1), 1.0) == score_case(
         expected_prediction, expected, 3, (1, 1, 1), 1.0
     )
+
+
+def test_255_without_a_name_is_no_class_and_the_fault_says_how_to_declare_it():
+    """Programs write 255 for what is not annotated; it is not taken for that silently."""
+    declared = frozenset((0, 1))
+    (fault,) = label_faults({0.0: 5, 1.0: 3, 255.0: 2}, declared, None)
+    assert fault[0] == "undeclared class"
+    assert fault[1].endswith('declare "ignore": 255 among the labels of dataset.json')
+    assert not [*label_faults({0.0: 5, 1.0: 3, 255.0: 2}, declared, 255)]
+    ((_, text),) = label_faults({0.0: 5, 9.0: 2}, declared, None)
+    assert "ignore" not in text

@@ -549,6 +549,23 @@ def test_an_unreadable_file_of_names_is_named_once(data):
     assert found[0].found == 'not valid JSON: the key "liver" is set twice; keep one of them'
 
 
+def test_data_sets_of_other_classes_are_each_checked_by_their_own(data):
+    """The value 2 is a class of the second alone, and 3 of none."""
+    other = data.folder.with_name("Dataset002_Other")
+    for number in range(2, 5):
+        save(other / "imagesTr" / f"case{number}_0000.nii.gz", ct(number))
+        save(other / "labelsTr" / f"case{number}.nii.gz", organ() * (number - 1))
+    (other / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "a": 1, "b": 2, "c": 4}}))
+    save(data.label, organ() * 2)
+    found = {(f.kind, Path(f.file).relative_to(data.folder.parent).as_posix()) for f in faults(data.folder.parent)}
+    assert found == {
+        ("different classes", "."),
+        ("undeclared class", "Dataset001_Test/labelsTr/case0.nii.gz"),
+        ("unnamed class", "Dataset002_Other/labelsTr/case4.nii.gz"),
+        ("unused class", "Dataset002_Other"),
+    }
+
+
 @pytest.mark.parametrize(("kind", "part", "function"), BROKEN, ids=[f.__name__ for _, _, f in BROKEN])
 def test_a_fault_is_found_at_its_file_and_nowhere_else(data, kind, part, function):
     function(data)
@@ -568,7 +585,7 @@ def test_a_fault_is_found_at_its_file_and_nowhere_else(data, kind, part, functio
 
 def test_at_least_thirty_kinds_are_tried():
     below = {"missing", "no permission", "another scale", "another window", "too large", "not examined", "not prepared"}
-    below |= {"unused label map", "two data sets of one name", "listed twice", "pickled splits"}
+    below |= {"unused label map", "two data sets of one name", "listed twice", "pickled splits", "different classes"}
     below |= {
         "MR as CT",
         "CT as MR",

@@ -157,7 +157,11 @@ def test_patients_are_those_of_the_names_without_a_column(tmp_path):
     [
         ("case,b\na,1\n", {}, "expected the columns side; it has case, b"),
         ("case,side\nc000,1\nc000,2\n", {}, "line 3: c000 volume comes twice"),
-        ("case,side\nc000,1\nc001,1\n", {}, "column side: expected 2 to 20 classes among rows with a vector, got 1: 1"),
+        (
+            "case,side\nc000,1\nc001,1\n",
+            {},
+            "column side: expected 2 to 20 classes among rows of the volumes, got 1: 1",
+        ),
         ("case,side\nx,1\ny,2\n", {}, "got 0"),
         ("case,side,f\nc000,1,2\nc001,2,\n", {"features": ("f",)}, "c001: column f: expected a number, got ''"),
         ("case,side\nc000,1\nc001,2\n", {"features": ("side",)}, "--features side: expected columns of numbers"),
@@ -263,6 +267,40 @@ def test_the_verb_writes_scores_report_and_picture(bright_and_dark, tmp_path, ca
     with Image.open(out / "probe.png") as picture:
         colours = {tuple(pixel) for pixel in np.asarray(picture.convert("RGB")).reshape(-1, 3)}
     assert len(colours) > 20
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({}, {"target": "side"}, "expected the columns side; it has case, patient, tissue, size"),
+        ({}, {"features": ("tissue",)}, "features tissue: expected columns of numbers"),
+        ({"p2,dark,4": "p2,dark,x"}, {"features": ("size",)}, "ct_04: column size: expected a number, got 'x'"),
+        ({"ct_05": "ct_04"}, {}, "line 7: ct_04 volume comes twice"),
+        ({"bright": "dark"}, {}, "column tissue: expected 2 to 20 classes among rows of the volumes, got 1: dark"),
+        ({}, {"folds": 5}, "folds=5: expected as many patients of each class, but bright has 4, dark has 4"),
+        ({}, {"grid": 20.0}, "folds=5: expected as many patients of each class, but bright has 4, dark has 4"),
+        (
+            {"size": "size,split", "dark,": "dark,train", "bright,0": "bright,0,dev"},
+            {},
+            "column split: expected train, and validation or test, got",
+        ),
+        (
+            {"p1,": "p3,", "p5,": "p3,", "p7,": "p3,"},
+            {"folds": 2},
+            "folds=2: expected as many patients of each class",
+        ),
+        ({f"p{n},b": "p3,b" for n in (5, 7)}, {"folds": 2}, "two patients of each class or more in each training part"),
+    ],
+)
+def test_labels_are_checked_before_anything_is_embedded(change, options, message, bright_and_dark, tmp_path):
+    text = (tmp_path / "labels.csv").read_text()
+    for old, new in change.items():
+        text = text.replace(old, new)
+    (tmp_path / "labels.csv").write_text(text)
+    given = {"probe": tmp_path / "labels.csv", "target": "tissue", **options, **OPTIONS}
+    with pytest.raises(ValueError, match=message):
+        hyspark.embed(write_weights(tmp_path / "e.safetensors"), bright_and_dark, tmp_path / "out", **given)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
 def test_umap_needs_an_extra(bright_and_dark, tmp_path, monkeypatch):

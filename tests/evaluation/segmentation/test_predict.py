@@ -9,6 +9,7 @@ import signal
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -180,6 +181,17 @@ def test_nothing_is_replaced_unasked(weights, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*words, "--out", str(tmp_path / "in"), "--overwrite"])
     assert "would replace the volumes themselves" in capsys.readouterr().err
+
+
+def test_a_volume_that_is_named_twice_is_one_case(tmp_path, monkeypatch):
+    for name in ("x_0000", "y_0000"):
+        write_volume(tmp_path / "a" / f"{name}.nii.gz")
+    monkeypatch.chdir(tmp_path)
+    folder, file = tmp_path / "a", tmp_path / "a" / "x_0000.nii.gz"
+    for inputs in ([folder, folder], [folder, file], [file, folder], [folder, Path("a")], [file, file, folder]):
+        assert sorted(case.name for case in read_inputs(inputs).cases) == ["x", "y"]
+    write_volume(tmp_path / "b" / "x_0000.nii.gz")
+    assert sorted(case.name for case in read_inputs([tmp_path, file]).cases) == ["b-x", "x", "y"]
 
 
 def test_inputs_that_cannot_be(tmp_path):

@@ -363,7 +363,10 @@ def test_the_modality_is_that_of_the_network(tmp_path):
         found = find_inputs([tmp_path / "in"], tmp_path / "out", **given)
         assert {case.volume.source.name for case in found.cases} == expected
         assert len(found.lines) >= 3 - len(expected)
-    with pytest.raises(ValueError, match="in: a network of 2 image channels reads NIfTI"):
+    twice = [tmp_path / "in", tmp_path / "in" / "ct", tmp_path / "in", next((tmp_path / "in" / "pt").iterdir())]
+    again = find_inputs(twice, tmp_path / "out", **given)
+    assert [case.name for case in again.cases] == [case.name for case in found.cases]
+    with pytest.raises(ValueError, match=r"in: a network of 2 image channels reads NIfTI.* convert it by"):
         find_inputs(
             [tmp_path / "in"], tmp_path / "out", **given | {"settings": replace(settings, image_channels=(0, 1))}
         )

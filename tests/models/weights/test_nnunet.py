@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from hyspark import build_hybird, load_pretrained
+from hyspark.data.settings import PrepareSettings
 from hyspark.models.weights.export import export_weights
+from hyspark.training.initial_weights import describe_differences, describe_inputs
 
 
 class Block(nn.Module):
@@ -172,7 +174,8 @@ def test_a_configuration_has_what_it_inherits(source):
         ),
         (
             ["CTNormalization", "ZScoreNormalization", "CTNormalization"],
-            {"input_mean": (80.0, 0.0, 10.0), "input_std": (60.0, 1.0, 60.0), "hu_min": -150.0, "hu_max": 400.0},
+            {"input_mean": (80.0, 0.0, 10.0), "input_std": (60.0, 1.0, 60.0), "hu_min": -150.0, "hu_max": 400.0}
+            | {"hu_windows": ((-150.0, 300.0), None, (-150.0, 400.0))},
         ),
     ],
 )
@@ -182,6 +185,28 @@ def test_the_normalisation_is_the_intensity(source, schemes, expected):
     contents = checkpoint(source, configurations=one, foreground_intensity_properties_per_channel=values)
     made = load_pretrained(UNet(), contents).made_with
     assert {name: made[name] for name in expected} == expected
+
+
+def test_windows_are_compared_by_channel(source, tmp_path):
+    """A run has one window for all channels, nnU-Net one for each: the widest is no equal of both."""
+    one = {"3d_fullres": plans()["configurations"]["3d_fullres"] | {"normalization_schemes": ["CTNormalization"] * 2}}
+    values = {"0": CT, "1": CT | {"percentile_99_5": 80.0}}
+    torch.save(
+        checkpoint(source, configurations=one, foreground_intensity_properties_per_channel=values), tmp_path / "f"
+    )
+    report = load_pretrained(UNet(), tmp_path / "f")
+    config = PrepareSettings(
+        spacing=report.made_with["spacing"],
+        intensity=("ct-zscore",),
+        image_channels=(0, 1),
+        hu_min=-150,
+        hu_max=300,
+        input_mean=(80.0,),
+        input_std=(60.0,),
+    )
+    lines = [line for line in describe_differences(UNet(), "f", report, config) if "axes" not in line]
+    assert lines == ["f was made with hu_max 300.0 80.0, this run has 300"]
+    assert describe_inputs(report.made_with)[0].endswith("windows of HU by channel -150 to 300, -150 to 80")
 
 
 @pytest.mark.parametrize(
