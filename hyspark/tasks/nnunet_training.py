@@ -44,7 +44,7 @@ from hyspark.training.labelled_cases import (
 from hyspark.training.metrics_log import drop_lines
 from hyspark.training.nnunet_run import READ, RECIPE, WEIGHTS
 from hyspark.utils.atomic import write_json, write_whole
-from hyspark.utils.install import PACKAGE, install_command
+from hyspark.utils.install import PACKAGE, extra_error
 from hyspark.utils.log import LOG
 from hyspark.utils.paths import load_json
 from hyspark.utils.text import listing
@@ -241,12 +241,12 @@ def import_runner() -> Any:
     """Import nnU-Net's module of trainings.
 
     Raises:
-        ModuleNotFoundError: nnU-Net is not installed.
+        ImportError: nnU-Net is not installed, or fails to be imported.
     """
     try:
         from nnunetv2.run import run_training
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"--engine nnunet needs nnunetv2: {install_command('nnunet')} ({error})") from error
+    except ImportError as error:
+        raise extra_error(error, "--engine nnunet needs nnunetv2", "nnunet", "nnunetv2") from error
     return run_training
 
 
@@ -257,7 +257,7 @@ def train_and_score(config: NnunetTrainingConfig) -> dict[str, Any]:
         The summary of the scores, in RUN/scores.
 
     Raises:
-        ModuleNotFoundError: nnU-Net is not installed.
+        ImportError: nnU-Net is not installed, or fails to be imported.
         FileNotFoundError, ValueError: Data, plan and settings do not fit.
     """
     prepared = find_prepared(config)
