@@ -246,7 +246,7 @@ def import_runner() -> Any:
     try:
         from nnunetv2.run import run_training
     except ImportError as error:
-        raise extra_error(error, "--engine nnunet needs nnunetv2", "nnunet", "nnunetv2") from error
+        raise extra_error(error, "--engine nnunet needs nnunetv2", "nnunet", "nnunetv2", "nnunetv2.run") from error
     return run_training
 
 
