@@ -212,7 +212,7 @@ def test_a_third_party_network_is_trained_on_slices_and_continues(pretraining, t
 
 def test_a_third_party_network_starts_from_weights(pretraining, tmp_path, caplog):
     """From its backbone alone, whatever its head, or with the decoder too."""
-    slices = {"model": "spark/timm/test_resnet", "slices": "axial", "in_channels": 3, "crop_size": (64,)}
+    slices = {"model": "spark/timm/resnet10t", "slices": "axial", "in_channels": 3, "crop_size": (64,)}
     config = replace(pretraining, **asdict(EncoderSettings()), **slices, decoder_width=32)
     other = initialise_pretraining(replace(config, seed=1))
     head = {"fc.weight": torch.zeros(5, 512), "fc.bias": torch.zeros(5)}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from multiprocessing import get_start_method, set_start_method
 from pathlib import Path
 
 import torch
@@ -62,7 +63,7 @@ class ForkedRun:
     """A verb of the command line in a session of its own; what the tests use of subprocess.Popen."""
 
     def __init__(self, words, log):
-        self.process = SERVER.Process(target=run_in_session, args=(words, str(log)))
+        self.process = SERVER.Process(target=run_in_session, args=(words, str(log), get_start_method()))
         self.process.start()
         self.pid = self.process.pid
 
@@ -75,8 +76,12 @@ class ForkedRun:
         return self.process.exitcode
 
 
-def run_in_session(words, log):
-    """In the new process: become the leader of a session, write to a file, and run a verb."""
+def run_in_session(words, log, start_method):
+    """In the new process: become the leader of a session, write to a file, and run a verb.
+
+    start_method: how processes start others where none is asked for; the fork server would else start a second one.
+    """
+    set_start_method(start_method, force=True)
     os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
