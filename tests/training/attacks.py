@@ -27,13 +27,14 @@ COMMANDS = {
 VERBS = {"PretrainConfig": "pretrain", "SegmentationConfig": "finetune"}
 
 
-def command(config, *flags, processes=1, restarts=0):
-    """The command line of a run."""
+def command(config, *flags, processes=1, restarts=0, by_torchrun=False):
+    """The command line of a run. by_torchrun: also for one process."""
     recipe = config.run_folder.with_suffix(".yaml")
     write_yaml(config, recipe)
     script = [*COMMANDS[type(config).__name__], "--config", str(recipe), *flags]
     run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [sys.executable, *([*run, f"--max-restarts={restarts}"] if processes > 1 else []), *script]
+    by_torchrun = by_torchrun or processes > 1
+    return [sys.executable, *([*run, f"--max-restarts={restarts}"] if by_torchrun else []), *script]
 
 
 def start(config, *flags, limit=None, **kwargs):

@@ -43,7 +43,7 @@ def run_rank(config, rank, world_size, port, log, prepare):
     if prepare is not None:
         prepare()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "TORCHELASTIC_RUN_ID": "none"}
+    os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     module, name = TASKS[type(config).__name__]
     try:
         getattr(sys.modules[module], name)(config)

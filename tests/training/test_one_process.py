@@ -14,9 +14,8 @@ from hyspark.tasks.pretrain import run_pretraining
 from hyspark.tasks.segmentation import run_segmentation
 from hyspark.training.distributed import Processes, find_processes, join_process_group, wrap_model
 from hyspark.training.run_folder import checkpoint_file
-from tests.training.attacks import results, same_weights
+from tests.training.attacks import command, results, same_weights
 from tests.training.launched import launch
-from tests.training.ranks import train_in_ranks
 
 
 def call(**command):
@@ -48,7 +47,7 @@ def test_finetuning_in_parts_of_a_batch_repeats_a_plain_run(finetuning, tmp_path
     settings = replace(finetuning, accumulate=2, freeze_epochs=1, epochs=3, val_every=3)
     plain, alone = (replace(settings, out=str(tmp_path / name)) for name in ("plain", "alone"))
     run_segmentation(plain)
-    train_in_ranks(alone, world_size=1)
+    call(args=command(alone, by_torchrun=True))
     assert results(alone) == results(plain)
     assert same_weights(checkpoint_file(alone), checkpoint_file(plain))
 
