@@ -73,7 +73,7 @@ def test_the_encoder_file_loads_into_segmentation(pretraining):
 
 
 def test_the_loss_falls(pretraining):
-    """From 1, the error of patches filled with their mean; without training it keeps to it within 0.002."""
+    """From 1, the error of patches that are filled with their mean."""
     config = replace(pretraining, epochs=8, lr=2e-2, mask_ratio=0.5)
     run_pretraining(config)
     values = losses(config)
