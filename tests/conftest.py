@@ -1,5 +1,7 @@
 """Small data and small settings that several tests share: volumes, images."""
 
+import multiprocessing.context
+import os
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,10 +18,14 @@ from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets import build, datalist_json
 from hyspark.data.synthetic.phantom import write_phantoms
 from hyspark.evaluation.classification import evaluate
+from hyspark.evaluation.embedding import report as embedding_report
 from hyspark.evaluation.segmentation import evaluate as segmentation_evaluate
-from hyspark.reports import run_page
+from hyspark.reports import data_check_page, run_page
 from hyspark.tasks import contrastive_task, masked_task
 from hyspark.utils.processes import STOP_SIGNALS
+from tests.fork_server import SERVER
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start; threads of two would wait for each other
 
 Writer = Callable[[Path, Mapping[str, int], int], None]
 
@@ -45,6 +51,13 @@ def _handlers_of_signals():
 
 
 @pytest.fixture(autouse=True)
+def _worker_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker processes come from the fork server, which spares each its imports; `spawn` starts them as users do."""
+    if "spawn" not in request.keywords:
+        monkeypatch.setitem(multiprocessing.context._concrete_contexts, "spawn", SERVER)
+
+
+@pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """Several threads on tiny tensors only wait for each other."""
     torch.set_num_threads(1)
@@ -52,13 +65,15 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_drawings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page without curves and empty pictures in a run, since drawing takes longer than a run; `curves` draws."""
+    """Pages without curves and empty pictures in a run, since drawing takes longer than a run; `curves` draws."""
     if "curves" not in request.keywords:
         monkeypatch.setattr(run_page, "curves_figure", lambda curves, dark: None)
+        monkeypatch.setattr(data_check_page, "drawn_histograms", lambda examined: None)
         for module, name in (
             (masked_task, "reconstruction_panel"),
             (contrastive_task, "views_panel"),
             (segmentation_evaluate, "segmentation_panel"),
+            (embedding_report, "projection_figure"),
         ):
             monkeypatch.setattr(module, name, lambda *args, **options: Figure(figsize=(0.1, 0.1)))
 

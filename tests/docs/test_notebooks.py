@@ -58,10 +58,19 @@ def _path_of_the_kernel(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parents[1]))
 
 
-@pytest.mark.usefixtures("_path_of_the_kernel")
-@pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_runs(execution, name, monkeypatch):
+@pytest.fixture
+def _coarse(tmp_path, monkeypatch):
+    """What the kernel runs before the first cell: phantoms are coarse and trainings take one step, as on pages."""
     monkeypatch.setenv("HYSPARK_NOTEBOOK_QUICK", "1")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    startup = tmp_path / "profile_default" / "startup" / "shorten.py"
+    startup.parent.mkdir(parents=True)
+    startup.write_text("from tests.docs.shortened import one_step\n\nshortened = one_step()\nshortened.__enter__()\n")
+
+
+@pytest.mark.usefixtures("_path_of_the_kernel", "_coarse")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_runs(execution, name):
     check_conclusions(name, execution.execute(FOLDER / f"{name}.ipynb"))
 
 

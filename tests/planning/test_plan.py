@@ -247,6 +247,7 @@ def test_another_error_is_not_taken_for_missing_memory(pretraining):
 # The command
 
 
+@pytest.mark.spawn
 def test_a_dry_run_prints_the_plan_and_writes_nothing(pretraining, tmp_path, phantoms, caplog):
     before, others = sorted(phantoms.rglob("*")), set(multiprocessing.active_children())  # of tests before this one
     config = replace(pretraining, dry_run=True, max_steps=5, store_dir=str(tmp_path / "store"))

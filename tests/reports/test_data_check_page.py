@@ -5,6 +5,7 @@ import shutil
 
 import nibabel as nib
 import numpy as np
+import pytest
 
 from hyspark.cli import main
 from hyspark.data.datasets.cases import Case
@@ -22,6 +23,8 @@ def run(*words) -> int:
     return 0
 
 
+@pytest.mark.curves
+@pytest.mark.spawn
 def test_a_sound_data_set_gives_0_and_a_report(phantoms, tmp_path, capsys):
     assert run(phantoms, "--out", tmp_path / "out") == 0
     printed = capsys.readouterr().out
@@ -104,6 +107,7 @@ def test_ranges_of_one_and_of_several():
     assert data_check_page.ranges([(1, 3), (2, 3), (5, 4)], "{:.0f}") == "2 x 3 (median; 1 x 3 to 5 x 4)"
 
 
+@pytest.mark.curves
 def test_numbers_of_a_case_are_plain(tmp_path):
     seen = Examined(Case("a", "D", tmp_path / "a.nii.gz"), shape=(1, 2, 3), spacing=(1.0, float("nan"), 1.0))
     data_check_page.write_data_check(tmp_path, "t", [seen], [], {}, None)

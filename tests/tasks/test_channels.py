@@ -217,7 +217,7 @@ def test_the_page_of_a_run_on_mr_says_nothing_of_hounsfield_units(finetuned):
     ("config_class", "given", "message"),
     [
         (PretrainConfig, {"in_channels": 3}, "in_channels: expected 2, the number of image_channels, got 3"),
-        (PretrainConfig, {"model": "spark/timm/resnet10t", "in_channels": 3, **OTHERS}, "in_channels: expected 2"),
+        (PretrainConfig, {"model": "spark/timm/test_resnet", "in_channels": 3, **OTHERS}, "in_channels: expected 2"),
         (SegmentationConfig, {"in_channels": 4}, "in_channels: expected 2"),
     ],
 )

@@ -32,7 +32,7 @@ def comparing(pretraining):
             pretraining,
             **asdict(EncoderSettings()),
             **METHODS[method],
-            model=f"{method}/timm/resnet10t",
+            model=f"{method}/timm/test_resnet",
             slices="axial",
             crop_size=(64,),
             decoder_width=768,
@@ -50,9 +50,9 @@ def metrics(config):
 def test_a_run_leaves_the_networks_own_keys_and_a_report(comparing, method, monkeypatch):
     monkeypatch.setattr(contrastive_task, "views_panel", views_panel)  # its picture is drawn
     folder = run_pretraining(replace(comparing(method), epochs=1))
-    network = timm.create_model("resnet10t", num_classes=0, in_chans=1)
+    network = timm.create_model("test_resnet", num_classes=0, in_chans=1)
     for kind in ("1kpretrained", "best"):
-        path = folder / f"{method}_timm_resnet10t_{kind}_timm_style.pth"
+        path = folder / f"{method}_timm_test_resnet_{kind}_timm_style.pth"
         network.load_state_dict(torch.load(path, weights_only=True))
     assert '<img alt="views"' in (folder / "report.html").read_text()
 
@@ -76,7 +76,7 @@ def test_an_interrupted_run_continues_bit_for_bit(comparing, tmp_path):
 def test_a_run_starts_from_the_network_of_another(comparing, method, tmp_path):
     """The momentum encoder does too; heads are randomly initialised."""
     torch.manual_seed(1)
-    given = timm.create_model("resnet10t", num_classes=0, in_chans=1)
+    given = timm.create_model("test_resnet", num_classes=0, in_chans=1)
     torch.save(given.state_dict(), tmp_path / "network.pth")
     config = comparing(method)
     experiment = PretrainingExperiment(replace(config, weights=str(tmp_path / "network.pth")), find_processes("cpu"))

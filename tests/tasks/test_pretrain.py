@@ -73,10 +73,11 @@ def test_the_encoder_file_loads_into_segmentation(pretraining):
 
 
 def test_the_loss_falls(pretraining):
-    config = replace(pretraining, epochs=24, lr=3e-3, warmup_epochs=1)
+    """From 1, the error of patches that are filled with their mean."""
+    config = replace(pretraining, epochs=8, lr=2e-2, mask_ratio=0.5)
     run_pretraining(config)
     values = losses(config)
-    assert sum(values[-6:]) / 6 < 0.95 * sum(values[:3]) / 3
+    assert sum(values[-6:]) / 6 < 0.99 * sum(values[:3]) / 3
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
@@ -186,7 +187,7 @@ def test_non_cubic_crops_train(pretraining):
 def test_a_third_party_network_is_trained_on_slices_and_continues(pretraining, tmp_path, monkeypatch):
     """The files bear its name, the exported one its own keys; an interrupted run is the same run."""
     monkeypatch.setattr(masked_task, "reconstruction_panel", reconstruction_panel)  # pictures of slices are drawn
-    slices = {"model": "spark/timm/resnet10t", "slices": "coronal", "slice_stride": 2, "slice_scaling": "minmax"}
+    slices = {"model": "spark/timm/test_resnet", "slices": "coronal", "slice_stride": 2, "slice_scaling": "minmax"}
     config = replace(
         pretraining,
         **asdict(EncoderSettings()),
@@ -201,8 +202,8 @@ def test_a_third_party_network_is_trained_on_slices_and_continues(pretraining, t
     run_pretraining(replace(parts, max_steps=1))
     run_pretraining(parts)
     assert losses(whole) == losses(parts)
-    report = timm.create_model("resnet10t").load_state_dict(
-        torch.load(folder / "spark_timm_resnet10t_1kpretrained_timm_style.pth", weights_only=True), strict=False
+    report = timm.create_model("test_resnet").load_state_dict(
+        torch.load(folder / "spark_timm_test_resnet_1kpretrained_timm_style.pth", weights_only=True), strict=False
     )
     assert set(report.missing_keys) == {"fc.weight", "fc.bias"}
     assert report.unexpected_keys == []

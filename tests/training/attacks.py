@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 from functools import partial
+from multiprocessing import get_start_method, set_start_method
 from pathlib import Path
 
 import torch
 
+from hyspark.cli.main import main
 from hyspark.config.recipes import write_yaml
+from tests.fork_server import SERVER
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = {
@@ -20,6 +23,8 @@ COMMANDS = {
     "SegmentationConfig": [str(ROOT / "finetune_btcv.py")],
     "ClassificationConfig": ["-m", "hyspark", "finetune-classifier"],
 }
+
+VERBS = {"PretrainConfig": "pretrain", "SegmentationConfig": "finetune"}
 
 
 def command(config, *flags, processes=1, restarts=0, by_torchrun=False):
@@ -37,7 +42,7 @@ def start(config, *flags, limit=None, **kwargs):
 
     limit: bytes that a file of it may have, in place of a full disk.
     """
-    with config.run_folder.with_suffix(".log").open("ab") as log:
+    with log_file(config).open("ab") as log:
         return subprocess.Popen(
             command(config, *flags, **kwargs),
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -48,15 +53,58 @@ def start(config, *flags, limit=None, **kwargs):
         )
 
 
+def fork(config, *flags):
+    """The same as `start` by a process of the fork server, which has no seconds of imports before its first step."""
+    recipe = config.run_folder.with_suffix(".yaml")
+    write_yaml(config, recipe)
+    return ForkedRun([VERBS[type(config).__name__], "--config", str(recipe), *flags], log_file(config))
+
+
+class ForkedRun:
+    """A verb of the command line in a session of its own; what the tests use of subprocess.Popen."""
+
+    def __init__(self, words, log):
+        self.process = SERVER.Process(target=run_in_session, args=(words, str(log), get_start_method()))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self):
+        return self.process.exitcode
+
+    def wait(self, timeout=None):
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, "still running"
+        return self.process.exitcode
+
+
+def run_in_session(words, log, start_method):
+    """In the new process: become the leader of a session, write to a file, and run a verb.
+
+    start_method: how processes start others where none is asked for; the fork server would else start a second one.
+    """
+    set_start_method(start_method, force=True)
+    os.setsid()
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(file, number)
+    torch.set_num_threads(1)
+    main(words)
+
+
 def limit_files(size):
     """In the new process: writing beyond the limit is an error, not the end."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
+def log_file(config):
+    """The file of what all attempts of a run print."""
+    return config.run_folder.with_suffix(".log")
+
+
 def output(config):
     """What all attempts of a run have written."""
-    return config.run_folder.with_suffix(".log").read_text(errors="replace")
+    return log_file(config).read_text(errors="replace")
 
 
 def end(process, number=signal.SIGKILL):

@@ -1,6 +1,5 @@
-"""Ranks without torchrun, and so without its seconds: processes forked from a server that has imported everything."""
+"""Ranks without torchrun, and so without its seconds: processes of the fork server."""
 
-import multiprocessing
 import os
 import socket
 import sys
@@ -9,13 +8,13 @@ from contextlib import closing
 
 import torch
 
+from tests.fork_server import SERVER
+
 TASKS = {
     "PretrainConfig": ("hyspark.tasks.pretrain", "run_pretraining"),
     "SegmentationConfig": ("hyspark.tasks.segmentation", "run_segmentation"),
     "ClassificationConfig": ("hyspark.tasks.classification", "run_classification"),
 }
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([module for module, _ in TASKS.values()])
 
 
 def train_in_ranks(config, world_size=2, prepare=None):

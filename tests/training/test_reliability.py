@@ -30,7 +30,7 @@ from hyspark.training.run_folder import best_encoder_file, checkpoint_file, enco
 from hyspark.training.signals import STOPPED
 from hyspark.utils import locks
 from tests.conftest import small_pretraining
-from tests.training.attacks import end, output, results, same_weights, start, wait_for_step
+from tests.training.attacks import end, fork, output, results, same_weights, start, wait_for_step
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +54,19 @@ def same_pretraining(one, two):
 def test_killed_processes_and_other_numbers_of_loader_workers_change_nothing(pretraining, whole, tmp_path):
     config = replace(pretraining, out=str(tmp_path / "killed"), save_every=1)
     for step, workers in ((1, 2), (3, 0)):
-        process = start(config, "--dataloader_workers", str(workers))
+        process = fork(config, "--dataloader_workers", str(workers))
         wait_for_step(config, process, step)
         assert end(process) == -signal.SIGKILL
     run_pretraining(config)
     assert same_pretraining(config, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signals_save_and_end_with_a_code_of_their_own(finetuning, tmp_path, number):
+@pytest.mark.parametrize(("number", "begin"), [(signal.SIGTERM, start), (signal.SIGUSR1, fork)])
+def test_signals_save_and_end_with_a_code_of_their_own(finetuning, tmp_path, number, begin):
     whole = replace(finetuning, out=str(tmp_path / "whole"), epochs=6)
     run_segmentation(whole)
     config = replace(whole, out=str(tmp_path / "stopped"), val_every=6)
-    process = start(config, "--dataloader_workers", "1")
+    process = begin(config, "--dataloader_workers", "1")
     wait_for_step(config, process, 1)
     assert end(process, number) == STOPPED
     assert f"stopped by {number.name} after" in output(config)
@@ -97,7 +97,7 @@ def test_a_killed_process_of_two_is_started_again_by_torchrun(pretraining, tmp_p
 
 def test_a_run_whose_loader_processes_outlive_it_for_a_while_continues(pretraining, whole):
     """The main process alone is killed; its loader's processes notice that after seconds."""
-    process = start(pretraining, "--dataloader_workers", "2", "--save_every", "1")
+    process = fork(pretraining, "--dataloader_workers", "2", "--save_every", "1")
     wait_for_step(pretraining, process, 1)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

@@ -13,6 +13,8 @@ from hyspark.utils.exit_codes import INTERRUPTED
 from hyspark.utils.processes import map_unordered, peak_resident, worker_pool
 from tests.training.killed_jobs import be_killed, finish_late, work
 
+pytestmark = pytest.mark.spawn
+
 
 def named(number: int, folder: Path) -> str:
     return f"{number} killed"

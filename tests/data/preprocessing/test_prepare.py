@@ -247,6 +247,7 @@ def test_of_very_many_reasons_the_first_are_listed():
     assert lines[50:] == ["  49.nii.gz: damaged", "  and 130 more, which `hyspark check` lists"]
 
 
+@pytest.mark.spawn
 def test_two_workers_give_what_one_gives(tmp_path):
     cases = [write_phantom(tmp_path, f"case{n}", seed=n, spacing=(8.0, 8.0, 8.0)) for n in range(3)]
     single = prepare(cases, tmp_path / "single")
