@@ -19,6 +19,7 @@ from hyspark.evaluation.classification import evaluate
 from hyspark.evaluation.segmentation import evaluate as segmentation_evaluate
 from hyspark.reports import run_page
 from hyspark.tasks import contrastive_task, masked_task
+from hyspark.utils.log import LOG
 from hyspark.utils.processes import STOP_SIGNALS
 
 Writer = Callable[[Path, Mapping[str, int], int], None]
@@ -42,6 +43,14 @@ def _handlers_of_signals():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def _level_of_log():
+    """Puts back the level of the logger, which a verb sets."""
+    before = LOG.level
+    yield
+    LOG.setLevel(before)
 
 
 @pytest.fixture(autouse=True)
