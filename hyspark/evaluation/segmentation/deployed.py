@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from hyspark.evaluation.segmentation.description import KEY, Description, read_description
-from hyspark.evaluation.segmentation.onnx_metadata import read_onnx_metadata
 from hyspark.models.weights.formats import zip_names
+from hyspark.utils.file_content import HEAD, content_of
 from hyspark.utils.install import extra_error
 from hyspark.utils.log import LOG
 from hyspark.utils.text import first_line
@@ -106,6 +106,25 @@ def load_onnx(path: Path) -> DeployedNetwork:
     return DeployedNetwork(OnnxNetwork(path, open_session(path, ["CPUExecutionProvider"])), description)
 
 
+def read_onnx_metadata(path: Path) -> dict[str, str]:
+    """Read the metadata properties of an ONNX file, and no weights that it keeps in other files.
+
+    Raises:
+        ModuleNotFoundError: ONNX is not installed.
+        ValueError: The file is no ONNX, or damaged.
+    """
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    if what := "an empty file" if not head else content_of(head)[1]:
+        raise ValueError(f"{path}: expected ONNX, got {what}")
+    onnx = import_onnx()
+    try:
+        entries = onnx.load(path, format="protobuf", load_external_data=False).metadata_props
+    except Exception as error:  # of types of Protocol Buffers
+        raise ValueError(f"{path}: unreadable ONNX ({first_line(error)}); is it damaged or truncated?") from error
+    return {entry.key: entry.value for entry in entries}
+
+
 def load_torchscript(path: Path) -> DeployedNetwork:
     """Load a TorchScript file of `hyspark export --torchscript`; errors as for `load_deployed`."""
     try:
@@ -150,6 +169,19 @@ def open_session(path: Path, providers: list[Any]) -> Any:
         return runtime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # of many types, for a damaged file
         raise ValueError(f"{path}: unreadable ONNX ({first_line(error)}); is it damaged or truncated?") from error
+
+
+def import_onnx() -> Any:
+    """Import ONNX.
+
+    Raises:
+        ModuleNotFoundError: It is not installed.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise extra_error(error, "ONNX needs onnx", "onnx", "onnx") from error
+    return onnx
 
 
 def import_onnxruntime() -> Any:
