@@ -111,6 +111,15 @@ def test_a_foreign_file_is_refused(exported, tmp_path, capsys, monkeypatch):
         load_deployed(tmp_path / "damaged.onnx", "onnx")
 
 
+def test_a_file_of_a_later_release_is_not_called_damaged(exported, tmp_path):
+    folder, _ = exported
+    model = onnx.load(folder / "net.onnx")
+    model.ir_version = 99
+    onnx.save(model, tmp_path / "net.onnx")
+    with pytest.raises(ValueError, match=r"net\.onnx: onnxruntime .* does not run it .*version.*; update onnxruntime"):
+        load_deployed(tmp_path / "net.onnx", "onnx")
+
+
 def test_memory_that_does_not_suffice_splits_the_pass(tmp_path):
     """ONNX Runtime raises errors of types of its own."""
 

@@ -92,7 +92,7 @@ def load_deployed(path: Path, form: DeployedForm) -> DeployedNetwork:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ModuleNotFoundError: ONNX Runtime is needed, and not installed.
+        ModuleNotFoundError: ONNX or ONNX Runtime is needed, and not installed.
         ValueError: The file is damaged, or not of `hyspark export`.
     """
     if not path.is_file():
@@ -159,7 +159,7 @@ def open_session(path: Path, providers: list[Any]) -> Any:
 
     Raises:
         ModuleNotFoundError: ONNX Runtime is not installed.
-        ValueError: The file is unreadable.
+        ValueError: ONNX Runtime does not run the file.
     """
     runtime = import_onnxruntime()
     options = runtime.SessionOptions()
@@ -167,8 +167,11 @@ def open_session(path: Path, providers: list[Any]) -> Any:
     options.log_severity_level = 3  # errors
     try:
         return runtime.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # of many types, for a damaged file
-        raise ValueError(f"{path}: unreadable ONNX ({first_line(error)}); is it damaged or truncated?") from error
+    except Exception as error:  # of many types, as for operators of a later release
+        raise ValueError(
+            f"{path}: onnxruntime {runtime.__version__} does not run it ({first_line(error)}); update onnxruntime, or "
+            "export it again"
+        ) from error
 
 
 def import_onnx() -> Any:
