@@ -22,6 +22,7 @@ from hyspark.evaluation.embedding import report as embedding_report
 from hyspark.evaluation.segmentation import evaluate as segmentation_evaluate
 from hyspark.reports import data_check_page, run_page
 from hyspark.tasks import contrastive_task, masked_task
+from hyspark.utils.log import LOG
 from hyspark.utils.processes import STOP_SIGNALS
 from tests.fork_server import SERVER
 
@@ -55,6 +56,14 @@ def _worker_processes(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     """Worker processes come from the fork server, which spares each its imports; `spawn` starts them as users do."""
     if "spawn" not in request.keywords:
         monkeypatch.setitem(multiprocessing.context._concrete_contexts, "spawn", SERVER)
+
+
+@pytest.fixture(autouse=True)
+def _level_of_log():
+    """Puts back the level of the logger, which a verb sets."""
+    before = LOG.level
+    yield
+    LOG.setLevel(before)
 
 
 @pytest.fixture(autouse=True)

@@ -83,15 +83,15 @@ def plan_in_file(contents: object, source: str) -> NnunetPlan | None:
     if not isinstance(contents, Mapping):
         return None
     parts = {name: x for name in ("config", OWN_SETTINGS, "init_args") if isinstance(x := contents.get(name), Mapping)}
-    trained = parts.get("init_args", {})
     held = (contents, PLANS_KEY), (parts.get("config", {}), PLANS_KEY), (parts.get(OWN_SETTINGS, {}), "plan")
-    for part, key in (*held, (trained, "plans")):
-        plan = part.get(key)
-        if not isinstance(plan, Mapping) or OWN_SETTINGS in plan:
-            continue
-        names = plan.get("configurations")
-        name = trained.get("configuration") if part is trained else next(iter(names), "") if names else ""
-        return parse_plan(plan, str(name), source)
+    for part, key in held:
+        if (plan := part.get(key)) is not None:
+            names = plan.get("configurations") if isinstance(plan, Mapping) else None
+            return parse_plan(plan, str(next(iter(names), "")) if isinstance(names, Mapping) else "", source)
+    trained = parts.get("init_args", {})
+    plan = trained.get("plans")
+    if isinstance(plan, Mapping) and OWN_SETTINGS not in plan:
+        return parse_plan(plan, str(trained.get("configuration")), source)
     return None
 
 

@@ -78,7 +78,7 @@ def export_network_file(
         FileNotFoundError: The source or the image is missing.
         ValueError: The source is no segmentation network, or the export does not compute what the run does.
     """
-    set_up_log()
+    set_up_log(keep_level=True)
     trained = load_deployable(source, out, [ending])
     description = describe_network(trained.config, trained.names, trained.trained_on)
     with whole_path(out) as path:
@@ -112,7 +112,7 @@ def export_bundle(source: Path, out: Path, check: str = "") -> str:
         ValueError: The source is no segmentation network, or the bundle does not compute what the run does.
     """
     import_bundle_packages()
-    set_up_log()
+    set_up_log(keep_level=True)
     trained = load_deployable(source, out)
     with whole_path(out) as folder:
         image = make_check_image(trained.config, check, folder.parent / "check" / "images")

@@ -21,7 +21,7 @@ def in_python_words(function: Callable[ParamsT, ReturnT]) -> Callable[ParamsT, R
 
     @functools.wraps(function)
     def wrapped(*args: ParamsT.args, **kwargs: ParamsT.kwargs) -> ReturnT:
-        set_up_log()
+        set_up_log(keep_level=True)
         LOG.addFilter(rewrite_record)
         try:
             return function(*args, **kwargs)

@@ -89,7 +89,7 @@ def find_processes(device: str) -> Processes:
         check_devices(torch.cuda.device_count(), local_rank)
         torch.cuda.set_device(local_rank)
         device = f"cuda:{local_rank}"
-    set_up_log()
+    set_up_log(keep_level=True)
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     return Processes(torch.device(device), rank, local_rank, world_size, dist.is_torchelastic_launched())

@@ -6,14 +6,17 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from hyspark.cli import completion, main
 from hyspark.cli.arguments import BenefitArguments
 from hyspark.cli.parsing import EARLIER_SETTINGS, parse, present_words, read_config, recipe_path
 from hyspark.config.classification import ClassificationConfig
+from hyspark.config.nnunet_training import NnunetTrainingConfig
 from hyspark.config.recipes import SETTINGS_OF
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.config.yaml_files import find_recipe
+from hyspark.utils.settings import field_info
 from tests.docs.blocks import ROOT, prose_of, verb_and_flags
 from tests.docs.shortened import in_folder
 
@@ -66,6 +69,7 @@ def flags_of(verb: str) -> set[str]:
     if verb == "benefit":
         tasks = (SegmentationConfig, ClassificationConfig)
         flags = set().union(*(flags_of(name) for name, one in SETTINGS_OF.items() if one in tasks))
+        flags |= {f"--{name}" for name in field_info(NnunetTrainingConfig)}
     else:
         flags = set()
     parser = completion.verb_parser(verb)
@@ -163,7 +167,8 @@ def parsed(verb: str, argv: list[str]) -> Iterator[str]:
             elif verb == "benefit":
                 parser = BenefitArguments(allow_abbrev=False)
                 args = parser.parse_args(present_words(argv, parser.old_spellings()), known_only=True)
-                kind = {"segment": SegmentationConfig, "classify": ClassificationConfig}[args.task]
+                kind: Any = {"segment": SegmentationConfig, "classify": ClassificationConfig}[args.task]
+                kind = NnunetTrainingConfig if args.engine == "nnunet" else kind
                 read_config(kind, "hyspark benefit", args.extra_args)
             else:
                 parse(completion.verb_parser(verb), argv)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hyspark.cli import main
+from hyspark.config.nnunet import plan_in_file
 from hyspark.evaluation.embedding.networks import NetworkChoice, load_embedding_network
 from hyspark.exports import nnunet
 from hyspark.exports.hub_folder import export_to_hub
@@ -284,3 +285,12 @@ def test_the_settings_of_an_exported_file_are_those_of_its_kernels(plans, tmp_pa
     write_nnunet(save(tmp_path / "e.pth", own, None, axis_order=[]), str(plans), tmp_path / "nn.pth")
     made = made_with(read_contents(tmp_path / "nn.pth"))
     assert (made["axis_order"], made["spacing"], made["crop_size"]) == ([1, 2, 0], [7, 8, 9], [20, 16, 24])
+
+
+@pytest.mark.parametrize(
+    "damaged", ["text of no JSON", [], {}, {"configurations": 5}, {"configurations": ["3d_fullres"]}]
+)
+@pytest.mark.parametrize("held", [lambda x: {"nnunet_plans": x}, lambda x: {"hyspark": {"plan": x}}])
+def test_a_damaged_plan_in_a_file_is_named(held, damaged):
+    with pytest.raises(ValueError, match=r"e\.pth: expected a plans.json of nnU-Net v2 .configurations., got another"):
+        plan_in_file(held(damaged), "e.pth")

@@ -1,6 +1,5 @@
 """Labels of a probe: rows of a CSV file matched to vectors, grouped by patient, and split into folds."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,14 @@ from hyspark.data.datasets.cases import Case
 from hyspark.data.datasets.subjects import subjects_of_cases
 from hyspark.evaluation.embedding.vectors import VectorTable
 from hyspark.utils.log import LOG
-from hyspark.utils.paths import read_text
+from hyspark.utils.tables import read_csv
 from hyspark.utils.text import count_of, listing
 
 TRAINING_WORDS = ("train", "training")
 SCORED_WORDS = ("val", "valid", "validation", "test", "testing")
 MAX_CLASSES = 20
+OWN_COLUMNS = ("case", "region", "patient", "split")
+"""Columns of a file of labels that are read by their names."""
 Picture = Literal["pca", "umap"]
 Fold = tuple[np.ndarray, np.ndarray]
 """Rows to fit on, and rows to score."""
@@ -116,8 +117,11 @@ def check_labels(options: ProbeOptions, cases: Mapping[str, Case], regions: Mapp
         ValueError: As `read_probe_data` and `check_training_parts`.
     """
     labels = read_labels(options)
+    if others := [row["case"] for row in labels.rows.values() if row["case"] not in cases]:
+        rows = count_of(len(others), "row")
+        LOG.warning("%s: no volume is named as the case of %s, such as %s", options.labels, rows, listing(others, 3))
     if regions is None:
-        named = [(row["case"], row.get("region") or "") for row in labels.rows if row["case"] in cases]
+        named = [(row["case"], row.get("region") or "") for row in labels.rows.values() if row["case"] in cases]
         places = list(dict.fromkeys(named))
     else:
         places = [(case, region) for case in cases for region in regions[case]]
@@ -131,25 +135,24 @@ class Labels(NamedTuple):
         path: The file.
         target: Column of the class.
         columns: Names of all columns.
-        rows: Its rows, of which the first is in line 2.
+        rows: Its rows by line.
     """
 
     path: Path
     target: str
     columns: list[str]
-    rows: list[dict[str, str]]
+    rows: dict[int, dict[str, str]]
 
 
 def read_labels(options: ProbeOptions) -> Labels:
     """Read a file of labels; raise ValueError if a column is missing, or is none of numbers by its name."""
     path = options.labels
-    reader = csv.DictReader(read_text(path).splitlines())
-    columns = list(reader.fieldnames or ())
+    columns, rows = read_csv(path, OWN_COLUMNS)
     if missing := [name for name in ("case", options.target, *options.features) if name not in columns]:
         raise ValueError(f"{path}: expected the columns {', '.join(missing)}; it has {', '.join(columns)}")
-    if bad := [name for name in options.features if name in ("case", "region", "patient", "split", options.target)]:
+    if bad := [name for name in options.features if name in (*OWN_COLUMNS, options.target)]:
         raise ValueError(f"--features {' '.join(bad)}: expected columns of numbers other than the target")
-    return Labels(path, options.target, columns, list(reader))
+    return Labels(path, options.target, columns, rows)
 
 
 def match_rows(
@@ -202,7 +205,7 @@ def keyed_rows(labels: Labels, places: Sequence[tuple[str, str]]) -> dict[tuple[
     for case, region in places:
         regions.setdefault(case, []).append(region)
     found: dict[tuple[str, str], dict[str, str]] = {}
-    for number, row in enumerate(labels.rows, 2):
+    for number, row in labels.rows.items():
         case = row["case"]
         of_case = regions.get(case, [""])
         if not row.get("region") and len(of_case) > 1:

@@ -3,7 +3,6 @@
 Volumes are (h, w, d) in RAS. World coordinates are mm in RAS, those of a NIfTI file's affine.
 """
 
-import csv
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from nibabel.affines import apply_affine, voxel_sizes
 from scipy.ndimage import find_objects
 
-from hyspark.utils.paths import read_text
+from hyspark.utils.tables import read_csv
 
 EDGES = ("x_min", "x_max", "y_min", "y_max", "z_min", "z_max")
 """Columns of a file of boxes, beside `case` and, optionally, `region`."""
@@ -70,15 +69,15 @@ def read_boxes(path: Path) -> dict[str, list[WorldBox]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"--boxes {path}: no such file")
-    rows = csv.DictReader(read_text(path).splitlines())
-    if missing := [name for name in ("case", *EDGES) if name not in (rows.fieldnames or ())]:
+    columns, rows = read_csv(path, ("case", "region", *EDGES))
+    if missing := [name for name in ("case", *EDGES) if name not in columns]:
         raise ValueError(f"{path}: expected the columns case, {', '.join(EDGES)}; missing: {', '.join(missing)}")
     boxes: dict[str, list[WorldBox]] = {}
-    for number, row in enumerate(rows, 2):
+    for number, row in rows.items():
         try:
             edges = np.array([float(row[name]) for name in EDGES]).reshape(3, 2).T
-        except (TypeError, ValueError):
-            shown = ", ".join(str(row[name]) for name in EDGES)
+        except ValueError:
+            shown = ", ".join(row[name] for name in EDGES)
             raise ValueError(f"{path}, line {number}: expected six numbers in mm, got {shown}") from None
         if not np.isfinite(edges).all() or (edges[0] >= edges[1]).any():
             raise ValueError(f"{path}, line {number}: expected each minimum below its maximum, got {edges.T.tolist()}")

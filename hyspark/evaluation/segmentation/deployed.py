@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from hyspark.evaluation.segmentation.description import KEY, Description, read_description
-from hyspark.evaluation.segmentation.onnx_metadata import read_onnx_metadata
 from hyspark.models.weights.formats import zip_names
+from hyspark.utils.file_content import HEAD, content_of
 from hyspark.utils.install import extra_error
 from hyspark.utils.log import LOG
 from hyspark.utils.text import first_line
@@ -92,7 +92,7 @@ def load_deployed(path: Path, form: DeployedForm) -> DeployedNetwork:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ModuleNotFoundError: ONNX Runtime is needed, and not installed.
+        ModuleNotFoundError: ONNX or ONNX Runtime is needed, and not installed.
         ValueError: The file is damaged, or not of `hyspark export`.
     """
     if not path.is_file():
@@ -104,6 +104,25 @@ def load_onnx(path: Path) -> DeployedNetwork:
     """Load an ONNX file of `hyspark export --onnx`; errors as for `load_deployed`."""
     description = read_description(known_text(read_onnx_metadata(path).get(KEY, ""), path), path)
     return DeployedNetwork(OnnxNetwork(path, open_session(path, ["CPUExecutionProvider"])), description)
+
+
+def read_onnx_metadata(path: Path) -> dict[str, str]:
+    """Read the metadata properties of an ONNX file, and no weights that it keeps in other files.
+
+    Raises:
+        ModuleNotFoundError: ONNX is not installed.
+        ValueError: The file is no ONNX, or damaged.
+    """
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    if what := "an empty file" if not head else content_of(head)[1]:
+        raise ValueError(f"{path}: expected ONNX, got {what}")
+    onnx = import_onnx()
+    try:
+        entries = onnx.load(path, format="protobuf", load_external_data=False).metadata_props
+    except Exception as error:  # of types of Protocol Buffers
+        raise ValueError(f"{path}: unreadable ONNX ({first_line(error)}); is it damaged or truncated?") from error
+    return {entry.key: entry.value for entry in entries}
 
 
 def load_torchscript(path: Path) -> DeployedNetwork:
@@ -140,7 +159,7 @@ def open_session(path: Path, providers: list[Any]) -> Any:
 
     Raises:
         ModuleNotFoundError: ONNX Runtime is not installed.
-        ValueError: The file is unreadable.
+        ValueError: ONNX Runtime does not run the file.
     """
     runtime = import_onnxruntime()
     options = runtime.SessionOptions()
@@ -148,8 +167,24 @@ def open_session(path: Path, providers: list[Any]) -> Any:
     options.log_severity_level = 3  # errors
     try:
         return runtime.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # of many types, for a damaged file
-        raise ValueError(f"{path}: unreadable ONNX ({first_line(error)}); is it damaged or truncated?") from error
+    except Exception as error:  # of many types, as for operators of a later release
+        raise ValueError(
+            f"{path}: onnxruntime {runtime.__version__} does not run it ({first_line(error)}); update onnxruntime, or "
+            "export it again"
+        ) from error
+
+
+def import_onnx() -> Any:
+    """Import ONNX.
+
+    Raises:
+        ModuleNotFoundError: It is not installed.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise extra_error(error, "ONNX needs onnx", "onnx", "onnx") from error
+    return onnx
 
 
 def import_onnxruntime() -> Any:

@@ -19,7 +19,7 @@ from hyspark.cli import main
 from hyspark.data.datasets.cases import Case
 from hyspark.evaluation.embedding import probe
 from hyspark.evaluation.embedding.probe import HEADS, fitted_probabilities, probe_vectors, score_of
-from hyspark.evaluation.embedding.probe_data import ProbeData, ProbeOptions, read_probe_data
+from hyspark.evaluation.embedding.probe_data import ProbeData, ProbeOptions, check_labels, read_probe_data
 from hyspark.evaluation.embedding.report import estimate_text
 from hyspark.evaluation.embedding.vectors import VectorTable
 from hyspark.utils.install import install_command
@@ -301,6 +301,15 @@ def test_labels_are_checked_before_anything_is_embedded(change, options, message
     with pytest.raises(ValueError, match=message):
         hyspark.embed(write_weights(tmp_path / "e.safetensors"), bright_and_dark, tmp_path / "out", **given)
     assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_rows_of_no_volume_are_named_before_anything_is_embedded(tmp_path, caplog):
+    """Where names differ by an ending, no error of the remaining rows says so."""
+    (tmp_path / "l.csv").write_text("case,y\n" + "".join(f"c{i}.nii.gz,{i % 2}\n" for i in range(8)))
+    cases = {f"c{i}": Case(f"c{i}", "d", tmp_path / f"c{i}_0000.nii.gz") for i in range(8)}
+    with pytest.raises(ValueError, match="got 0"):
+        check_labels(ProbeOptions(tmp_path / "l.csv", "y"), cases, {case: ["volume"] for case in cases})
+    assert "l.csv: no volume is named as the case of 8 rows, such as c0.nii.gz, c1.nii.gz" in caplog.text
 
 
 def test_umap_needs_an_extra(bright_and_dark, tmp_path, monkeypatch):
