@@ -26,6 +26,7 @@ from hyspark.config.nnunet_training import OWN_TRAINER, NnunetTrainingConfig
 from hyspark.config.prepared_data import identifier_of
 from hyspark.config.recipes import as_plain, read_yaml
 from hyspark.data.datasets.cases import cases_digest, class_values
+from hyspark.data.datasets.channels import NIFTI_ENDINGS
 from hyspark.data.datasets.nnunet_prepared import ARRAY, EARLIER_ARRAY, preparing_command
 from hyspark.data.datasets.splits import split_by_file
 from hyspark.data.datasets.subjects import split_faults
@@ -130,9 +131,12 @@ def find_prepared(config: NnunetTrainingConfig) -> PreparedData:
 def find_cases_of_fold(config: NnunetTrainingConfig, prepared: PreparedData) -> RunCases:
     """Find the labelled cases of a run, by a fold of the splits_final.json beside the plan if there is one.
 
+    The images have all channels of the plan.
+
     Raises:
         FileNotFoundError, ValueError: As `find_run_cases` and `split_by_file`.
     """
+    config = replace(config, in_channels=prepared.num_channels, image_channels=tuple(range(prepared.num_channels)))
     file = prepared.folder / SPLIT_FILE
     if not file.is_file():
         return find_run_cases(config)
@@ -158,7 +162,7 @@ def check_prepared(prepared: PreparedData, cases: RunCases) -> None:
 
     Raises:
         FileNotFoundError: A case is not prepared, or files that nnU-Net's validation reads are missing.
-        ValueError: The classes are others.
+        ValueError: The classes are others, or nnU-Net writes label maps that are not scored here.
     """
     advice = f"run {preparing_command(prepared.dataset, prepared.plans['plans_name'], prepared.configuration)}"
     labelled = [*cases.training, *cases.validation]
@@ -168,7 +172,14 @@ def check_prepared(prepared: PreparedData, cases: RunCases) -> None:
         if not (prepared.folder / name).exists():
             raise FileNotFoundError(f"{prepared.folder / name}: missing; {advice}")
     declared = prepared.folder / "dataset.json"
-    known = class_values(load_json(declared).get("labels"), declared)
+    content = load_json(declared)
+    ending = content.get("file_ending") if isinstance(content, dict) else None
+    if ending not in NIFTI_ENDINGS:
+        raise ValueError(
+            f"{declared}: expected file_ending {' or '.join(NIFTI_ENDINGS)}, as label maps are scored in these forms "
+            f"alone, got {ending}; convert the data by hyspark import, and plan them again"
+        )
+    known = class_values(content.get("labels"), declared)
     own = [name for name, value in known.items() if cases.names[value : value + 1] != [name]]
     if own or len(known) != len(cases.names):
         raise ValueError(
@@ -339,7 +350,7 @@ def score_label_maps(
 ) -> dict[str, Any]:
     """Score nnU-Net's label maps of the validation cases; writes RUN/scores, and returns the summary."""
     folder = results_folder(config, prepared) / "validation"
-    ending = load_json(prepared.folder / "dataset.json").get("file_ending", ".nii.gz")
+    ending = load_json(prepared.folder / "dataset.json")["file_ending"]
     num = len(cases.names)
 
     def score(index: int) -> list[OrganScores]:

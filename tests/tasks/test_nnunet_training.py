@@ -112,7 +112,31 @@ def test_other_classes_than_those_of_the_labels_are_named(config, prepared):
         nnunet_training.check_prepared(found, nnunet_training.find_cases_of_fold(config, found))
 
 
+def test_label_maps_that_could_not_be_scored_are_refused_before_the_training(config, prepared):
+    content = json.loads((prepared / "dataset.json").read_text())
+    (prepared / "dataset.json").write_text(json.dumps(content | {"file_ending": ".nrrd"}))
+    found = nnunet_training.find_prepared(config)
+    with pytest.raises(ValueError, match=r"dataset\.json: expected file_ending \.nii\.gz or \.nii, .* got \.nrrd"):
+        nnunet_training.check_prepared(found, nnunet_training.find_cases_of_fold(config, found))
+
+
 # Cases
+
+
+@pytest.mark.parametrize("splits", [None, [{"train": CASES[:2], "val": CASES[2:]}]])
+def test_cases_have_all_channels_of_the_plan(config, prepared, tmp_path, splits):
+    data = Path(shutil.copytree(config.data, tmp_path / "Dataset042_Small"))
+    for file in sorted((data / "imagesTr").iterdir()):
+        shutil.copy(file, data / "imagesTr" / file.name.replace("_0000", "_0001"))
+    content = json.loads((prepared / "smallPlans.json").read_text())
+    content["configurations"]["3d_fullres"]["normalization_schemes"] *= 2
+    (prepared / "smallPlans.json").write_text(json.dumps(content))
+    if splits:
+        (prepared / "splits_final.json").write_text(json.dumps(splits))
+    given = replace(config, data=str(data))
+    found = nnunet_training.find_cases_of_fold(given, nnunet_training.find_prepared(given))
+    assert [len(case.images) for case in (*found.training, *found.validation)] == [2, 2]
+    assert found.notes == []
 
 
 def test_without_splits_of_nnunet_the_split_is_that_of_finetune(config):
