@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
@@ -201,7 +200,14 @@ def newest_checkpoint(config: NnunetTrainingConfig) -> Path | None:
     """
     folder = config.run_folder / "nnunet" / "results"
     files = (file for name in CHECKPOINTS for file in sorted(folder.glob(f"*/*/fold_0/{name}")))
-    return next((file for file in files if zipfile.is_zipfile(file)), None)
+    return next((file for file in files if has_end(file)), None)
+
+
+def has_end(file: Path) -> bool:
+    """Check that a file of torch.save ends as an archive does, whose last record has 22 bytes."""
+    with file.open("rb") as opened:
+        opened.seek(max(0, opened.seek(0, os.SEEK_END) - 22))
+        return opened.read(4) == b"PK\5\6"
 
 
 def link_data(config: NnunetTrainingConfig, prepared: PreparedData, cases: RunCases) -> Path:
