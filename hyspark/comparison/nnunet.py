@@ -1,6 +1,7 @@
 """Trainings by nnU-Net compared: initial weights of HySparK's network, or of the network of a plan."""
 
 import copy
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,8 +28,8 @@ from hyspark.utils.digests import content_digest, text_digest
 from hyspark.utils.text import listing
 
 OF_CASES = ("data", "json_list", "val_fraction", "subject_regex", "fold", "num_labelled", "label_fraction")
-OF_EVERY_TRAINER = (*OF_CASES, "out", "weights", "seed", "device", "dataloader_workers", "plans", "trainer")
-"""Settings that are read with any trainer; of nnUNetTrainer_HySparK, `nnunet_run.READ` are too."""
+OF_EVERY_TRAINER = (*OF_CASES, "out", "weights", "seed", "device", "dataloader_workers", "plans", "trainer", "dry_run")
+"""Settings that are read, or refused, with any trainer; of nnUNetTrainer_HySparK, `nnunet_run.READ` are too."""
 
 PROGRAM = "import sys; from hyspark.tasks.nnunet_training import train_from_recipe; train_from_recipe(sys.argv[-1])"
 """Of a run; its last word is the recipe."""
@@ -91,10 +92,33 @@ without a seed in processes of its own, so pairs do not share them.
         cases = find_cases_of_fold(replace(config, num_labelled=0), prepared)
         check_prepared(prepared, cases)
         import_runner()
+        check_trainer(config, prepared)
         for name, weights in initial_weights.items():
             if weights != "none":
                 report = load_as_trainer(replace(config, weights=weights), prepared, len(cases.names))
                 print(f"{name}: " + "\n".join(report))
+
+
+def check_trainer(config: NnunetTrainingConfig, prepared: PreparedData) -> None:
+    """Check that there is such a trainer; of nnUNetTrainer_HySparK, that it takes settings and plan.
+
+    Raises:
+        ValueError: There is none, or as `nnunet_run.enter_settings`.
+    """
+    if config.trainer == OWN_TRAINER:
+        nnunet_run.enter_settings(copy.deepcopy(prepared.plans), prepared.configuration, vars(config))
+    else:
+        find_trainer(config.trainer)
+
+
+def find_trainer(name: str) -> Any:
+    """Return the class of a trainer; raise ValueError if nnU-Net finds none."""
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    try:
+        return recursive_find_trainer_class_by_name(name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"trainer: nnU-Net finds no {name}: {error}") from error
 
 
 def load_as_trainer(config: NnunetTrainingConfig, prepared: PreparedData, num_classes: int) -> list[str]:
@@ -122,19 +146,19 @@ def check_whole_network(
     """Check that a file holds all weights that `nnUNetv2_train -pretrained_weights` reads; executes nothing of it.
 
     Raises:
-        ValueError: It does not, or there is no such trainer.
+        ValueError: It does not, or as `find_trainer`.
     """
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+    trainer = find_trainer(config.trainer)
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    try:
-        trainer = recursive_find_trainer_class_by_name(config.trainer)
-    except RuntimeError as error:
-        raise ValueError(f"trainer: nnU-Net finds no {config.trainer}: {error}") from error
     manager = PlansManager(plans)
     of_plan = manager.get_configuration(prepared.configuration)
+    described: Sequence[Any] = (manager, of_plan)
+    if "plans_manager" not in inspect.signature(trainer.build_network_architecture).parameters:  # of earlier trainers
+        names = ("class_name", "init_kwargs", "init_kwargs_req_import")
+        described = [getattr(of_plan, f"network_arch_{name}") for name in names]
     with torch.device("meta"):
-        network = trainer.build_network_architecture(manager, of_plan, prepared.num_channels, num_classes, True)
+        network = trainer.build_network_architecture(*described, prepared.num_channels, num_classes, True)
     contents = read_contents(config.weights)
     given = contents.get("network_weights") if isinstance(contents, Mapping) else None
     if not isinstance(given, Mapping):

@@ -5,7 +5,6 @@ same.
 """
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from hyspark.data.datasets.nnunet_prepared import (
     array_stem,
     image_arrays,
     is_configuration,
+    preparing_command,
 )
 from hyspark.data.datasets.splits import SPLIT_SEED
 from hyspark.models.nnunet_plans import CT_SCHEME, NnunetPlan, read_plan, resolve_configuration
@@ -76,15 +76,9 @@ def configuration_folder(data_set: Path, plan: NnunetPlan) -> Path:
     if not is_configuration(folder):
         raise FileNotFoundError(
             f"{folder}: expected the volumes that nnU-Net prepared by {file.name}, {plan.configuration}, found none; "
-            f"type nnUNetv2_preprocess -d {number_of(data_set)} -plans_name {plan.name} -c {plan.configuration}"
+            f"type {preparing_command(data_set.name, plan.name, plan.configuration)}"
         )
     return folder
-
-
-def number_of(data_set: Path) -> str:
-    """Return the number of a data set as nnU-Net's flag -d takes it, from the name of its folder."""
-    found = re.match(r"Dataset(\d+)_", data_set.name)
-    return str(int(found[1])) if found else data_set.name
 
 
 def plan_files(data_set: Path) -> list[Path]:

@@ -1,15 +1,16 @@
 """One training by nnU-Net on a subset of the labelled cases, scored as runs of `hyspark finetune` are.
 
 nnU-Net reads folders that environment variables name. A run has its own, in RUN/nnunet: prepared data, which are links
-to the user's and a splits_final.json with the cases of this run; and results. So any trainer of nnU-Net trains on these
-cases. A run is a process of its own, since nnU-Net reads the variables when it is imported.
+to the user's, a plan, and a splits_final.json with the cases of this run; and results. So any trainer of nnU-Net trains
+on these cases. A run is a process of its own, since the variables and the seeds are of the whole process.
 """
 
 import json
 import os
 import random
+import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,8 +22,11 @@ import yaml
 from nibabel.affines import voxel_sizes
 
 from hyspark.config.nnunet_training import OWN_TRAINER, NnunetTrainingConfig
+from hyspark.config.prepared_data import identifier_of
 from hyspark.config.recipes import as_plain, read_yaml
 from hyspark.data.datasets.cases import cases_digest, class_values
+from hyspark.data.datasets.channels import NIFTI_ENDINGS
+from hyspark.data.datasets.nnunet_prepared import ARRAY, EARLIER_ARRAY, preparing_command
 from hyspark.data.datasets.splits import split_by_file
 from hyspark.data.datasets.subjects import split_faults
 from hyspark.data.readers.nifti import read_label
@@ -45,12 +49,11 @@ from hyspark.training.metrics_log import drop_lines
 from hyspark.training.nnunet_run import READ, RECIPE, WEIGHTS
 from hyspark.utils.atomic import write_json, write_whole
 from hyspark.utils.install import PACKAGE, extra_error
+from hyspark.utils.locks import lock_folder
 from hyspark.utils.log import LOG
 from hyspark.utils.paths import load_json
 from hyspark.utils.text import listing
 
-ARRAY_ENDINGS = (".b2nd", ".npz")
-"""Endings of nnU-Net's prepared cases."""
 LINKED = ("dataset.json", "gt_segmentations", "dataset_fingerprint.json")
 """What nnU-Net's training reads beside plan, split and prepared cases."""
 SPLIT_FILE = "splits_final.json"
@@ -89,7 +92,7 @@ class PreparedData(NamedTuple):
 
     def array(self, case: str) -> Path | None:
         """Return the file of a prepared case; None without one."""
-        files = (self.arrays / f"{case}{ending}" for ending in ARRAY_ENDINGS)
+        files = (self.arrays / f"{case}{ending}" for ending in (ARRAY, EARLIER_ARRAY))
         return next((file for file in files if file.is_file()), None)
 
 
@@ -117,26 +120,22 @@ def find_prepared(config: NnunetTrainingConfig) -> PreparedData:
             f"--plans: {configuration}: expected a configuration of images alone, got one that also takes labels of "
             f"{found['previous_stage']}; name 3d_fullres or 3d_lowres"
         )
-    arrays = file.parent / str(found.get("data_identifier", f"{plans['plans_name']}_{configuration}"))
+    arrays = file.parent / identifier_of(plans, configuration, file)
     if not arrays.is_dir():
-        raise FileNotFoundError(
-            f"--plans: no folder {arrays} beside the plan; {preparing_advice(plans, configuration)}"
-        )
+        advice = preparing_command(plans["dataset_name"], plans["plans_name"], configuration)
+        raise FileNotFoundError(f"--plans: no folder {arrays} beside the plan; run {advice}")
     return PreparedData(file, plans, configuration, arrays, len(found.get("normalization_schemes", [None])))
-
-
-def preparing_advice(plans: Mapping[str, Any], configuration: str) -> str:
-    """Return what to type for nnU-Net to prepare the data of a plan."""
-    number = plans["dataset_name"].removeprefix("Dataset").partition("_")[0]
-    return f"run nnUNetv2_preprocess -d {number} -plans_name {plans['plans_name']} -c {configuration}"
 
 
 def find_cases_of_fold(config: NnunetTrainingConfig, prepared: PreparedData) -> RunCases:
     """Find the labelled cases of a run, by a fold of the splits_final.json beside the plan if there is one.
 
+    The images have all channels of the plan.
+
     Raises:
         FileNotFoundError, ValueError: As `find_run_cases` and `split_by_file`.
     """
+    config = replace(config, in_channels=prepared.num_channels, image_channels=tuple(range(prepared.num_channels)))
     file = prepared.folder / SPLIT_FILE
     if not file.is_file():
         return find_run_cases(config)
@@ -162,9 +161,9 @@ def check_prepared(prepared: PreparedData, cases: RunCases) -> None:
 
     Raises:
         FileNotFoundError: A case is not prepared, or files that nnU-Net's validation reads are missing.
-        ValueError: The classes are others.
+        ValueError: The classes are others, or nnU-Net writes label maps that are not scored here.
     """
-    advice = preparing_advice(prepared.plans, prepared.configuration)
+    advice = f"run {preparing_command(prepared.dataset, prepared.plans['plans_name'], prepared.configuration)}"
     labelled = [*cases.training, *cases.validation]
     if absent := [case.name for case in labelled if prepared.array(case.name) is None]:
         raise FileNotFoundError(f"{prepared.arrays}: no prepared case for {listing(absent)}; {advice}")
@@ -172,7 +171,14 @@ def check_prepared(prepared: PreparedData, cases: RunCases) -> None:
         if not (prepared.folder / name).exists():
             raise FileNotFoundError(f"{prepared.folder / name}: missing; {advice}")
     declared = prepared.folder / "dataset.json"
-    known = class_values(load_json(declared).get("labels"), declared)
+    content = load_json(declared)
+    ending = content.get("file_ending") if isinstance(content, dict) else None
+    if ending not in NIFTI_ENDINGS:
+        raise ValueError(
+            f"{declared}: expected file_ending {' or '.join(NIFTI_ENDINGS)}, as label maps are scored in these forms "
+            f"alone, got {ending}; convert the data by hyspark import, and plan them again"
+        )
+    known = class_values(content.get("labels"), declared)
     own = [name for name, value in known.items() if cases.names[value : value + 1] != [name]]
     if own or len(known) != len(cases.names):
         raise ValueError(
@@ -188,13 +194,26 @@ def results_folder(config: NnunetTrainingConfig, prepared: PreparedData) -> Path
 
 
 def newest_checkpoint(config: NnunetTrainingConfig) -> Path | None:
-    """Return the checkpoint from which nnU-Net continues a run; None before the first."""
+    """Return the checkpoint from which nnU-Net continues a run; None before the first.
+
+    nnU-Net writes in place. So a file that it was writing when it was killed has no end, and is passed over.
+    """
     folder = config.run_folder / "nnunet" / "results"
-    return next((file for name in CHECKPOINTS for file in sorted(folder.glob(f"*/*/fold_0/{name}"))), None)
+    files = (file for name in CHECKPOINTS for file in sorted(folder.glob(f"*/*/fold_0/{name}")))
+    return next((file for file in files if has_end(file)), None)
+
+
+def has_end(file: Path) -> bool:
+    """Check that a file of torch.save ends as an archive does, whose last record has 22 bytes."""
+    with file.open("rb") as opened:
+        opened.seek(max(0, opened.seek(0, os.SEEK_END) - 22))
+        return opened.read(4) == b"PK\5\6"
 
 
 def link_data(config: NnunetTrainingConfig, prepared: PreparedData, cases: RunCases) -> Path:
-    """Make the folder of prepared data of a run: links to the user's, and the split.
+    """Make the folder of prepared data of a run: links to the user's, the split, and the plan.
+
+    The plan names no next stage of a cascade, whose prepared data nnU-Net's validation would read.
 
     Returns:
         The folder that stands for nnUNet_preprocessed.
@@ -202,11 +221,16 @@ def link_data(config: NnunetTrainingConfig, prepared: PreparedData, cases: RunCa
     root = config.run_folder / "nnunet" / "preprocessed"
     folder = root / prepared.dataset
     folder.mkdir(parents=True, exist_ok=True)
-    for target in (prepared.plans_file, prepared.arrays, *(prepared.folder / name for name in LINKED)):
+    for target in (prepared.arrays, *(prepared.folder / name for name in LINKED)):
         link = folder / target.name
         if link.is_symlink():
             link.unlink()  # the data may have moved
         link.symlink_to(target.resolve())
+    configurations = {
+        name: {key: value for key, value in one.items() if key != "next_stage"}
+        for name, one in prepared.plans["configurations"].items()
+    }
+    write_json(folder / prepared.plans_file.name, prepared.plans | {"configurations": configurations})
     split = {part: [case.name for case in getattr(cases, name)] for part, name in SPLIT_KEYS.items()}
     write_json(folder / SPLIT_FILE, [split])
     return root
@@ -260,14 +284,18 @@ def train_and_score(config: NnunetTrainingConfig) -> dict[str, Any]:
         ImportError: nnU-Net is not installed, or fails to be imported.
         FileNotFoundError, ValueError: Data, plan and settings do not fit.
     """
+    processes = distributed.find_processes(config.device)
     prepared = find_prepared(config)
     cases = find_cases_of_fold(config, prepared)
+    for note in cases.notes:
+        LOG.warning("%s", note)
     check_prepared(prepared, cases)
-    processes = distributed.find_processes(config.device)
     set_environment(config, link_data(config, prepared, cases))
     runner = import_runner()
     seed_generators(config.seed)
     checkpoint = newest_checkpoint(config)
+    if checkpoint is None:  # what an attempt left has its settings, which need not be these
+        shutil.rmtree(config.run_folder / "nnunet" / "results", ignore_errors=True)
     is_trained = checkpoint is not None and checkpoint.name == CHECKPOINTS[0]
     trainer = runner.get_trainer_from_args(
         prepared.dataset,
@@ -278,9 +306,11 @@ def train_and_score(config: NnunetTrainingConfig) -> dict[str, Any]:
         checkpoint is not None,
         processes.device,
     )
-    is_from_file = config.trainer != OWN_TRAINER and config.weights != "none" and checkpoint is None
-    weights = str(weights_file(config.weights)) if is_from_file else None
-    runner.maybe_load_checkpoint(trainer, checkpoint is not None and not is_trained, is_trained, weights)
+    if checkpoint is not None:
+        trainer.load_checkpoint(str(checkpoint))
+    elif config.trainer != OWN_TRAINER and config.weights != "none":
+        runner.maybe_load_checkpoint(trainer, False, False, str(weights_file(config.weights)))
+    torch.backends.cudnn.benchmark = True  # as nnU-Net's own command sets it
     if not is_trained:
         log_epochs(trainer, config.run_folder / "metrics.jsonl")
         trainer.run_training()
@@ -326,7 +356,7 @@ def score_label_maps(
 ) -> dict[str, Any]:
     """Score nnU-Net's label maps of the validation cases; writes RUN/scores, and returns the summary."""
     folder = results_folder(config, prepared) / "validation"
-    ending = load_json(prepared.folder / "dataset.json").get("file_ending", ".nii.gz")
+    ending = load_json(prepared.folder / "dataset.json")["file_ending"]
     num = len(cases.names)
 
     def score(index: int) -> list[OrganScores]:
@@ -353,7 +383,12 @@ def score_label_maps(
 
 
 def train_from_recipe(recipe: str) -> None:
-    """Train and score as a YAML file of settings says, and print the scores."""
+    """Train and score as a YAML file of settings says, and print the scores.
+
+    Raises:
+        ValueError: Another process trains in the folder, as one whose comparison was killed; or as `train_and_score`.
+    """
     config = NnunetTrainingConfig(**read_yaml(recipe, NnunetTrainingConfig))
-    print(summary_text(train_and_score(config)))
+    with lock_folder(config.run_folder, "run folder"):
+        print(summary_text(train_and_score(config)))
     LOG.info("scores in %s", config.run_folder / "scores")

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +42,23 @@ def test_the_plan_decides_and_what_is_not_read_is_said(base, capsys):
         nnunet.NnunetRuns().settings(replace(base, test_dir="more"))
 
 
+def test_a_dry_run_is_refused_and_trains_nothing(base, tmp_path):
+    with pytest.raises(ValueError, match="dry_run: set for each run of a comparison by --plan"):
+        benefit.run_comparison(replace(base, dry_run=True), tmp_path / "out", {"scratch": "none"}, [1], [0])
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_trainer_is_named_before_the_first_run(base, monkeypatch):
+    def find(name):
+        raise RuntimeError(f"Could not find requested nnunet trainer {name}")
+
+    module = SimpleNamespace(recursive_find_trainer_class_by_name=find)
+    monkeypatch.setitem(sys.modules, "nnunetv2.utilities.find_objects", module)
+    monkeypatch.setattr(nnunet, "import_runner", lambda: None)
+    with pytest.raises(ValueError, match="trainer: nnU-Net finds no nnUNetTrainer_Mine: Could not find"):
+        nnunet.NnunetRuns().check_data([replace(base, trainer="nnUNetTrainer_Mine")], {"scratch": "none"})
+
+
 def test_a_run_is_a_process_that_reads_its_settings(base, tmp_path):
     (run,) = benefit.plan_runs(base, tmp_path, {"scratch": "none"}, [1], [4], 1)
     job = benefit.job_of(run)
@@ -59,7 +77,7 @@ def test_checkpoints_of_nnunet_are_not_continued_with_other_settings(base, tmp_p
     benefit.check_folders([run])  # nothing has been trained
     results = nnunet_training.results_folder(run.config, nnunet_training.find_prepared(run.config))
     results.mkdir(parents=True)
-    (results / "checkpoint_best.pth").touch()
+    torch.save({}, results / "checkpoint_best.pth")
     with pytest.raises(ValueError, match=r"holds a run with other settings.*\n  lr: was 0\.5"):
         benefit.check_folders([run])
 

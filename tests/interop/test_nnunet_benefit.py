@@ -23,15 +23,23 @@ PLAN = (
     "from nnunetv2.experiment_planning.plan_and_preprocess_entrypoints import plan_and_preprocess_entry as run; run()",
     *("-d", "900", "-c", "3d_fullres", "-npfp", "1", "-np", "1", "-overwrite_plans_name", "smallPlans"),
 )
-TRAINER = """
+TRAINER = '''
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 class nnUNetTrainer_twoSteps(nnUNetTrainer):
     def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 1, 2, 1
-"""
+
+class nnUNetTrainer_earlier(nnUNetTrainer):
+    """Of nnU-Net before 2.8, by the parameters of its network."""
+
+    @staticmethod
+    def build_network_architecture(name, kwargs, imported, num_channels, num_classes, enable_deep_supervision=True):
+        return get_network_from_plans(name, kwargs, imported, num_channels, num_classes, True, enable_deep_supervision)
+'''
 SMALL = {"encoder_widths": (4, 8, 12, 16, 24), "vit_depth": 1, "num_heads": 4, "decoder": "light", "decoder_width": 16}
 
 
@@ -156,6 +164,8 @@ def test_a_comparison_of_weights_of_the_plans_network(folder, phantoms, monkeypa
     assert "Loading pretrained weights from file" in (out / "runs" / "own_1_seed0" / "log.txt").read_text()
     config = NnunetTrainingConfig(plans=str(plans_file(folder)), trainer="nnUNetTrainer_twoSteps")
     prepared = find_prepared(config)
+    for trainer in ("nnUNetTrainer_twoSteps", "nnUNetTrainer_earlier"):
+        load_as_trainer(replace(config, trainer=trainer, weights=str(file)), prepared, 9)
     for weights, expected in (
         (run.weights, r"expected a file for nnU-Net \(network_weights\).*hyspark export --nnunet --plans"),
         (damaged(file), "missing or of another shape; make a file for this plan"),

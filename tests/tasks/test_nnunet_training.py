@@ -12,8 +12,10 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from hyspark.config.nnunet_training import NnunetTrainingConfig
+from hyspark.config.recipes import write_yaml
 from hyspark.evaluation.protocol import read_summary
 from hyspark.evaluation.score_table import read_score_table
 from hyspark.tasks import nnunet_training
@@ -21,6 +23,7 @@ from hyspark.training import distributed
 from hyspark.training.labelled_cases import find_run_cases
 from hyspark.training.metrics_log import read_metrics
 from hyspark.training.nnunet_run import plan_run
+from hyspark.utils import locks
 from tests.nnunet_stand_in import PLANS
 
 CASES = ("phantom_000", "phantom_001", "phantom_002")
@@ -83,7 +86,7 @@ def test_a_folder_of_arrays_may_have_a_name_of_its_own(config, prepared):
         ("{}/dataset.json", r"expected a plans.json of nnU-Net v2 \(configurations\), got another JSON"),
         ("{}/smallPlans.json:3d_low", "no configuration '3d_low'; it has .*did you mean 3d_lowres"),
         ("{}/smallPlans.json:3d_cascade_fullres", "labels of 3d_lowres; name 3d_fullres or 3d_lowres"),
-        ("{}/smallPlans.json:3d_lowres", "run nnUNetv2_preprocess -d 042 -plans_name smallPlans -c 3d_lowres"),
+        ("{}/smallPlans.json:3d_lowres", "run nnUNetv2_preprocess -d 42 -plans_name smallPlans -c 3d_lowres"),
     ],
 )
 def test_what_is_no_plan_with_its_data_is_named(config, prepared, plans, expected):
@@ -96,7 +99,7 @@ def test_cases_that_are_not_prepared_are_named(config, prepared):
     (prepared / "smallPlans_3d_fullres" / "phantom_001_seg.b2nd").touch()  # a label map is no image
     found, everything = nnunet_training.find_prepared(config), replace(config, num_labelled=0)
     cases = nnunet_training.find_cases_of_fold(everything, found)
-    with pytest.raises(FileNotFoundError, match="no prepared case for phantom_001; run nnUNetv2_preprocess -d 042"):
+    with pytest.raises(FileNotFoundError, match="no prepared case for phantom_001; run nnUNetv2_preprocess -d 42"):
         nnunet_training.check_prepared(found, cases)
 
 
@@ -109,7 +112,31 @@ def test_other_classes_than_those_of_the_labels_are_named(config, prepared):
         nnunet_training.check_prepared(found, nnunet_training.find_cases_of_fold(config, found))
 
 
+def test_label_maps_that_could_not_be_scored_are_refused_before_the_training(config, prepared):
+    content = json.loads((prepared / "dataset.json").read_text())
+    (prepared / "dataset.json").write_text(json.dumps(content | {"file_ending": ".nrrd"}))
+    found = nnunet_training.find_prepared(config)
+    with pytest.raises(ValueError, match=r"dataset\.json: expected file_ending \.nii\.gz or \.nii, .* got \.nrrd"):
+        nnunet_training.check_prepared(found, nnunet_training.find_cases_of_fold(config, found))
+
+
 # Cases
+
+
+@pytest.mark.parametrize("splits", [None, [{"train": CASES[:2], "val": CASES[2:]}]])
+def test_cases_have_all_channels_of_the_plan(config, prepared, tmp_path, splits):
+    data = Path(shutil.copytree(config.data, tmp_path / "Dataset042_Small"))
+    for file in sorted((data / "imagesTr").iterdir()):
+        shutil.copy(file, data / "imagesTr" / file.name.replace("_0000", "_0001"))
+    content = json.loads((prepared / "smallPlans.json").read_text())
+    content["configurations"]["3d_fullres"]["normalization_schemes"] *= 2
+    (prepared / "smallPlans.json").write_text(json.dumps(content))
+    if splits:
+        (prepared / "splits_final.json").write_text(json.dumps(splits))
+    given = replace(config, data=str(data))
+    found = nnunet_training.find_cases_of_fold(given, nnunet_training.find_prepared(given))
+    assert [len(case.images) for case in (*found.training, *found.validation)] == [2, 2]
+    assert found.notes == []
 
 
 def test_without_splits_of_nnunet_the_split_is_that_of_finetune(config):
@@ -140,9 +167,21 @@ def test_the_folder_of_a_run_holds_its_split_and_links_to_the_rest(config, prepa
         {"train": [case.name for case in cases.training], "val": [case.name for case in cases.validation]}
     ]
     assert (own / "smallPlans_3d_fullres" / "phantom_000.b2nd").read_bytes() == b"phantom_000"
-    for name in ("smallPlans.json", "dataset.json", "gt_segmentations", "dataset_fingerprint.json"):
+    for name in ("smallPlans_3d_fullres", "dataset.json", "gt_segmentations", "dataset_fingerprint.json"):
         assert (own / name).resolve() == prepared / name
     assert not (prepared / "splits_final.json").exists()
+
+
+def test_the_plan_of_a_run_has_no_next_stage_whose_data_validation_would_read(config, prepared):
+    content = json.loads((prepared / "smallPlans.json").read_text())
+    content["configurations"]["3d_lowres"]["next_stage"] = "3d_cascade_fullres"
+    (prepared / "smallPlans.json").write_text(json.dumps(content))
+    (prepared / "smallPlans_3d_lowres").mkdir()
+    given = replace(config, plans=f"{config.plans}:3d_lowres")
+    found = nnunet_training.find_prepared(given)
+    root = nnunet_training.link_data(given, found, nnunet_training.find_cases_of_fold(given, found))
+    assert json.loads((root / "Dataset042_Small" / "smallPlans.json").read_text()) == json.loads(json.dumps(PLANS))
+    assert json.loads((prepared / "smallPlans.json").read_text()) == content
 
 
 # Environment
@@ -214,8 +253,70 @@ def test_the_newest_checkpoint_is_nnunets(config, tmp_path):
     folder = nnunet_training.results_folder(config, nnunet_training.find_prepared(config))
     folder.mkdir(parents=True)
     for name in ("checkpoint_best.pth", "checkpoint_latest.pth", "checkpoint_final.pth"):
-        (folder / name).touch()
+        torch.save({"network_weights": torch.zeros(99)}, folder / name)
         assert nnunet_training.newest_checkpoint(config) == folder / name
+    content = (folder / "checkpoint_final.pth").read_bytes()
+    (folder / "checkpoint_final.pth").write_bytes(content[:-9])  # as of a process that was killed while it wrote
+    assert nnunet_training.newest_checkpoint(config) == folder / "checkpoint_latest.pth"
+
+
+class StandInTrainer:
+    """What is called of nnU-Net's trainers, one epoch of one step; in `calls`."""
+
+    num_iterations_per_epoch, current_epoch = 1, 0
+
+    def __init__(self):
+        self.calls = []
+        self.on_epoch_start = self.on_train_epoch_end = self.on_epoch_end = None
+
+    def load_checkpoint(self, file):
+        self.calls.append(f"load {Path(file).name}")
+
+    def run_training(self):
+        self.calls.append("train")
+
+    def perform_actual_validation(self, save_probabilities):
+        self.calls.append("predict")
+
+
+def train_by_stand_in(config, monkeypatch):
+    trainer = StandInTrainer()
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    for name in ("seed_generators", "score_label_maps"):
+        monkeypatch.setattr(nnunet_training, name, lambda *words: {})
+    runner = SimpleNamespace(get_trainer_from_args=lambda *words: trainer)
+    monkeypatch.setattr(nnunet_training, "import_runner", lambda: runner)
+    nnunet_training.train_and_score(replace(config, device="cpu"))
+    return trainer.calls
+
+
+def test_a_run_continues_where_it_was_killed(config, monkeypatch):
+    folder = nnunet_training.results_folder(config, nnunet_training.find_prepared(config))
+    folder.mkdir(parents=True)
+    (folder.parent / "plans.json").write_text("{}")  # with the settings of an attempt that has saved nothing
+    assert train_by_stand_in(config, monkeypatch) == ["train", "predict"]
+    assert not folder.parent.exists()
+    folder.mkdir(parents=True)
+    torch.save({}, folder / "checkpoint_latest.pth")
+    (folder / "checkpoint_final.pth").write_bytes(b"PK")
+    assert train_by_stand_in(config, monkeypatch) == ["load checkpoint_latest.pth", "train", "predict"]
+    torch.save({}, folder / "checkpoint_final.pth")
+    assert train_by_stand_in(config, monkeypatch) == ["load checkpoint_final.pth", "predict"]
+
+
+def test_two_processes_do_not_train_in_one_folder(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "LOCK_TIMEOUT", 0)
+    monkeypatch.setattr(nnunet_training, "train_and_score", pytest.fail)
+    write_yaml(config, tmp_path / "config.yaml")
+    with locks.lock_folder(Path(config.out), "run folder"), pytest.raises(ValueError, match="another process"):
+        nnunet_training.train_from_recipe(str(tmp_path / "config.yaml"))
+
+
+def test_a_subject_on_both_sides_of_the_split_is_named_in_the_log(config, prepared, monkeypatch, caplog):
+    (prepared / "splits_final.json").write_text(json.dumps([{"train": CASES[:2], "val": CASES[2:]}]))
+    train_by_stand_in(replace(config, subject_regex="(phantom)"), monkeypatch)
+    assert "split: " in caplog.text
 
 
 def test_label_maps_of_nnunet_are_scored_on_the_grid_of_the_labels(config, monkeypatch):

@@ -4,6 +4,7 @@
 holds `CASE.b2nd`, the image; `CASE_seg.b2nd`, the label map; and `CASE.pkl`, a pickle, which is never read.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,12 @@ class NnunetPreparation:
     axis_order: tuple[int, ...]
     spacing: tuple[float, ...]
     hu: tuple[tuple[float, float] | None, ...]
+
+
+def preparing_command(dataset: str, plans_name: str, configuration: str) -> str:
+    """Return what to type for nnU-Net to prepare a data set by a plan."""
+    found = re.match(r"Dataset(\d+)_", dataset)
+    return f"nnUNetv2_preprocess -d {int(found[1]) if found else dataset} -plans_name {plans_name} -c {configuration}"
 
 
 def is_configuration(path: Path) -> bool:
