@@ -15,15 +15,9 @@ from hyspark.config.nnunet_training import OWN_TRAINER, NnunetTrainingConfig
 from hyspark.config.segmentation import SegmentationConfig
 from hyspark.data.datasets.cases import cases_digest
 from hyspark.models.weights.files import read_contents
-from hyspark.tasks.nnunet_training import (
-    PreparedData,
-    check_prepared,
-    find_cases_of_fold,
-    find_prepared,
-    import_runner,
-    newest_checkpoint,
-)
+from hyspark.tasks.nnunet_training import import_runner, newest_checkpoint
 from hyspark.training import nnunet_run
+from hyspark.training.nnunet_data import PreparedData, check_prepared, find_cases_of_fold, find_prepared
 from hyspark.utils.digests import content_digest, text_digest
 from hyspark.utils.text import listing
 

@@ -16,7 +16,7 @@ import hyspark
 from hyspark.cli import main
 from hyspark.comparison.nnunet import load_as_trainer
 from hyspark.config.nnunet_training import NnunetTrainingConfig
-from hyspark.tasks.nnunet_training import find_prepared
+from hyspark.training.nnunet_data import find_prepared
 
 pytestmark = pytest.mark.interop
 PLAN = (
