@@ -56,6 +56,7 @@ def test_worker_memory(data, image):
     assert 0 < row["start_bytes"] <= row["peak_bytes"]
 
 
+@pytest.mark.spawn
 def test_memory_of_a_fresh_process_is_its_own(data, monkeypatch):
     measure = importlib.import_module("measure")
     ballast = bytearray(b"1") * 300_000_000

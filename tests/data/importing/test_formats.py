@@ -179,7 +179,7 @@ def test_a_missing_reader_says_what_to_install(tmp_path, capsys, monkeypatch):
 
     def without(name, *args, **known):
         if name == "SimpleITK":
-            raise ModuleNotFoundError("No module named 'SimpleITK'")
+            raise ModuleNotFoundError("No module named 'SimpleITK'", name=name)
         return real(name, *args, **known)
 
     monkeypatch.setattr(builtins, "__import__", without)

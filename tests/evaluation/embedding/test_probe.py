@@ -248,6 +248,7 @@ def bright_and_dark(tmp_path):
     return tmp_path / "scans"
 
 
+@pytest.mark.curves
 def test_the_verb_writes_scores_report_and_picture(bright_and_dark, tmp_path, capsys):
     weights, out = write_weights(tmp_path / "encoder.safetensors"), tmp_path / "out"
     words = ["--probe", str(tmp_path / "labels.csv"), "--target", "tissue", "--features", "size", "--folds", "2"]
