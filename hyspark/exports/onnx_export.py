@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hyspark.evaluation.segmentation.deployed import INPUT, OUTPUT, import_onnxruntime
+from hyspark.evaluation.segmentation.deployed import INPUT, OUTPUT, import_for_onnx
 from hyspark.evaluation.segmentation.description import KEY
 from hyspark.models.defaults import PATCH
 from hyspark.utils.install import extra_error
@@ -26,7 +26,7 @@ def import_onnx_packages() -> None:
     Raises:
         ModuleNotFoundError: One is not installed.
     """
-    import_onnxruntime()
+    import_for_onnx("onnxruntime")
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401

@@ -23,6 +23,7 @@ from nibabel.affines import voxel_sizes
 from hyspark.config.nnunet_training import OWN_TRAINER, NnunetTrainingConfig
 from hyspark.config.recipes import as_plain, read_yaml
 from hyspark.data.datasets.cases import cases_digest
+from hyspark.data.datasets.splits import NNUNET_SPLITS
 from hyspark.data.readers.nifti import read_label
 from hyspark.evaluation.each_case import work_on_each
 from hyspark.evaluation.protocol import DATA_DIGEST, TRAINED_ON
@@ -35,7 +36,6 @@ from hyspark.training.labelled_cases import RunCases
 from hyspark.training.metrics_log import drop_lines
 from hyspark.training.nnunet_data import (
     LINKED,
-    SPLIT_FILE,
     PreparedData,
     check_prepared,
     find_cases_of_fold,
@@ -99,7 +99,7 @@ def link_data(config: NnunetTrainingConfig, prepared: PreparedData, cases: RunCa
     }
     write_json(folder / prepared.plans_file.name, prepared.plans | {"configurations": configurations})
     split = {part: [case.name for case in getattr(cases, name)] for part, name in SPLIT_KEYS.items()}
-    write_json(folder / SPLIT_FILE, [split])
+    write_json(folder / NNUNET_SPLITS, [split])
     return root
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from hyspark.config.nnunet import describe_plan, find_plan, keep_plan, names_plan, warnings_of_plan
-from hyspark.config.prepared_data import list_prepared
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.config.shared import encoder_options
 from hyspark.data.batches.loader import Shard
@@ -38,6 +37,7 @@ from hyspark.tasks.pretrain_common import format_num_parameters, write_pretraini
 from hyspark.training import memory
 from hyspark.training.distributed import Processes
 from hyspark.training.initial_weights import initialise, load_volume_weights
+from hyspark.training.prepared_data import list_prepared
 from hyspark.training.run import Run, make_run
 from hyspark.training.run_folder import encoder_file, steps_per_epoch
 from hyspark.training.run_volumes import check_files_exist, describe_cases, prepare_run_volumes, store_folder

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hyspark.config.nnunet_training import NnunetTrainingConfig
-from hyspark.config.prepared_data import identifier_of
 from hyspark.data.datasets.cases import class_values
 from hyspark.data.datasets.channels import NIFTI_ENDINGS
 from hyspark.data.datasets.nnunet_prepared import ARRAY, EARLIER_ARRAY, preparing_command
-from hyspark.data.datasets.splits import split_by_file
+from hyspark.data.datasets.splits import NNUNET_SPLITS, split_by_file
 from hyspark.data.datasets.subjects import split_faults
 from hyspark.models.nnunet_plans import resolve_configuration, split_plan_name
 from hyspark.training.labelled_cases import (
@@ -20,12 +19,12 @@ from hyspark.training.labelled_cases import (
     find_run_cases,
     read_labelled_datalist,
 )
+from hyspark.training.prepared_data import identifier_of
 from hyspark.utils.paths import load_json
 from hyspark.utils.text import listing
 
 LINKED = ("dataset.json", "gt_segmentations", "dataset_fingerprint.json")
 """What nnU-Net's training reads beside plan, split and prepared cases."""
-SPLIT_FILE = "splits_final.json"
 
 
 class PreparedData(NamedTuple):
@@ -101,7 +100,7 @@ def find_cases_of_fold(config: NnunetTrainingConfig, prepared: PreparedData) -> 
         FileNotFoundError, ValueError: As `find_run_cases` and `split_by_file`.
     """
     config = replace(config, in_channels=prepared.num_channels, image_channels=tuple(range(prepared.num_channels)))
-    file = prepared.folder / SPLIT_FILE
+    file = prepared.folder / NNUNET_SPLITS
     if not file.is_file():
         return find_run_cases(config)
     listed = read_labelled_datalist(replace(config, fold=0))

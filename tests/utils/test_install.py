@@ -1,19 +1,20 @@
 """What is said of a package of an extra that cannot be imported."""
 
 import sys
+from functools import partial
 
 import pytest
 
 from hyspark.data.readers.other_formats import require_simpleitk
 from hyspark.evaluation.embedding.report import import_umap
 from hyspark.evaluation.embedding.vectors import import_pyarrow
-from hyspark.evaluation.segmentation.deployed import import_onnxruntime
+from hyspark.evaluation.segmentation.deployed import import_for_onnx
 from hyspark.utils.install import install_command
 
 PACKAGES = {
     "umap": (import_umap, "umap"),
     "pyarrow": (import_pyarrow, "parquet"),
-    "onnxruntime": (import_onnxruntime, "onnx"),
+    "onnxruntime": (partial(import_for_onnx, "onnxruntime"), "onnx"),
     "SimpleITK": (require_simpleitk, "formats"),
 }
 

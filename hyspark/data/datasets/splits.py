@@ -12,7 +12,9 @@ from hyspark.data.datasets.subjects import check_pattern, subjects_of
 from hyspark.utils.paths import load_json
 from hyspark.utils.text import listing
 
-SPLITS_FILES = ("splits.json", "splits_final.json")
+NNUNET_SPLITS = "splits_final.json"
+"""Name of nnU-Net's splits file."""
+SPLITS_FILES = ("splits.json", NNUNET_SPLITS)
 """Names of splits files in a data set folder; the first that exists is used."""
 PICKLED_SPLITS = "splits_final.pkl"
 """The splits file of nnU-Net v1, which is not read, since a pickle may run code."""

@@ -4,6 +4,7 @@ The description of a file is read first, so that a foreign file is refused befor
 """
 
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -61,7 +62,7 @@ class OnnxNetwork(nn.Module):
 
     def session_for(self, device: torch.device) -> Any:
         """Make a session for a GPU, or return that of the CPU with a warning."""
-        runtime = import_onnxruntime()
+        runtime = import_for_onnx("onnxruntime")
         if device.type != "cuda" or "CUDAExecutionProvider" not in runtime.get_available_providers():
             LOG.warning("%s: this ONNX Runtime has no %s and computes on the CPU", self.path, device.type)
             return self.sessions["cpu"]
@@ -117,7 +118,7 @@ def read_onnx_metadata(path: Path) -> dict[str, str]:
         head = file.read(HEAD)
     if what := "an empty file" if not head else content_of(head)[1]:
         raise ValueError(f"{path}: expected ONNX, got {what}")
-    onnx = import_onnx()
+    onnx = import_for_onnx("onnx")
     try:
         entries = onnx.load(path, format="protobuf", load_external_data=False).metadata_props
     except Exception as error:  # of types of Protocol Buffers
@@ -161,7 +162,7 @@ def open_session(path: Path, providers: list[Any]) -> Any:
         ModuleNotFoundError: ONNX Runtime is not installed.
         ValueError: ONNX Runtime does not run the file.
     """
-    runtime = import_onnxruntime()
+    runtime = import_for_onnx("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors
@@ -174,27 +175,13 @@ def open_session(path: Path, providers: list[Any]) -> Any:
         ) from error
 
 
-def import_onnx() -> Any:
-    """Import ONNX.
+def import_for_onnx(package: str) -> Any:
+    """Import a package of the extra onnx, "onnx" or "onnxruntime".
 
     Raises:
         ModuleNotFoundError: It is not installed.
     """
     try:
-        import onnx
+        return import_module(package)
     except ImportError as error:
-        raise extra_error(error, "ONNX needs onnx", "onnx", "onnx") from error
-    return onnx
-
-
-def import_onnxruntime() -> Any:
-    """Import ONNX Runtime.
-
-    Raises:
-        ModuleNotFoundError: It is not installed.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise extra_error(error, "ONNX needs onnxruntime", "onnx", "onnxruntime") from error
-    return onnxruntime
+        raise extra_error(error, f"ONNX needs {package}", "onnx", package) from error

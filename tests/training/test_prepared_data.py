@@ -12,9 +12,9 @@ import pytest
 
 from hyspark.cli.main import main
 from hyspark.cli.parsing import read_config
-from hyspark.config.prepared_data import list_prepared
 from hyspark.config.pretrain import PretrainConfig
 from hyspark.data.datasets.datalist_json import read_datalist
+from hyspark.training.prepared_data import list_prepared
 from tests.nnunet_prepared_files import FOLDER, write_plan, write_prepared
 from tests.nnunet_stand_in import PLANS
 
