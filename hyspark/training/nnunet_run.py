@@ -161,7 +161,7 @@ def volume_order(transpose_forward: Sequence[int], axes: int) -> list[int]:
 
 def weight_sums(network: nn.Module) -> list[float]:
     """Sum each parameter of a network, in its order."""
-    return [float(value.detach().double().sum()) for value in network.parameters()]
+    return [float(value.detach().cpu().double().sum()) for value in network.parameters()]
 
 
 def check_nothing_loaded(before: Sequence[float], network: nn.Module, weights: str) -> None:
