@@ -73,11 +73,10 @@ def test_the_encoder_file_loads_into_segmentation(pretraining):
 
 
 def test_the_loss_falls(pretraining):
-    """From 1, the error of patches that are filled with their mean."""
-    config = replace(pretraining, epochs=8, lr=2e-2, mask_ratio=0.5)
+    config = replace(pretraining, epochs=24, lr=3e-3, warmup_epochs=1)
     run_pretraining(config)
     values = losses(config)
-    assert sum(values[-6:]) / 6 < 0.99 * sum(values[:3]) / 3
+    assert sum(values[-6:]) / 6 < 0.95 * sum(values[:3]) / 3
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
